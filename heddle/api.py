@@ -1,0 +1,235 @@
+"""What heddle does, as functions: one for each command, of the same name. The command line parses and shows.
+
+    from heddle import api
+
+    run = api.search("examples/quickstart.yaml", "runs/mine", trials=20)
+    api.export(run.path, "my-model")
+
+Heavy packages (torch, ray, transformers) are imported by the functions that need them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from heddle import doctor as _doctor
+from heddle import specs
+from heddle.compose.plan import plan
+from heddle.dashboards import report as _report
+from heddle.errors import HeddleError
+from heddle.search.durable import write_whole
+from heddle.search.record import RUN_FILE, Latency, Run, read_run
+from heddle.specs import SpecFile
+from heddle.specs.base import Duration
+
+if TYPE_CHECKING:
+    from heddle.compose.hf.export import ExportResult
+    from heddle.search.progress import Progress
+    from heddle.search.training import TrainRun
+
+RUNS = Path("runs")
+PHASES = ("prefill", "decode")
+
+
+def init(path: Path | str = "spec.yaml", *, force: bool = False) -> Path:
+    """Write a commented starter spec to `path`.
+
+    Raises:
+        HeddleError: "file-exists" unless `force`.
+    """
+    target = Path(path)
+    if target.exists() and not force:
+        raise HeddleError("file-exists", f"{target} is there already", hint="--force overwrites it")
+    write_whole(target, resources.files("heddle").joinpath("starter.yaml").read_bytes())
+    return target
+
+
+def doctor() -> _doctor.Diagnosis:
+    """Versions, devices, and whether the packages import and the kernels compute right."""
+    return _doctor.diagnose()
+
+
+def check(path: Path | str) -> SpecFile:
+    """The spec in `path`, read and planned, so that a file which passes can be built.
+
+    Raises:
+        HeddleErrors: every error of the file, each with its place.
+    """
+    file = specs.load(path)
+    plan(file.spec.model, where=file.where)
+    return file
+
+
+def show(path: Path | str, *, context: int | None = None, batch: int = 1) -> dict[str, Any]:
+    """What a spec builds, as plain data: parameters, FLOPs, cache and state bytes, by layer and in total.
+
+    Raises:
+        HeddleErrors: as `check`.
+    """
+    file = check(path)
+    model = file.spec.model
+    planned = plan(model, where=file.where)
+    context = model.context_length if context is None else context
+    return {
+        "name": file.spec.name,
+        "hash": specs.spec_hash(model),
+        "context": context,
+        "batch": batch,
+        "parameters": planned.parameters,
+        "layers": [layer.summary(context, batch) for layer in planned.layers],
+        "cost": planned.cost(context, batch),
+    }
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema of a spec file."""
+    return specs.json_schema()
+
+
+def train(
+    path: Path | str,
+    out: Path | str | None = None,
+    *,
+    seed: int | None = None,
+    on_step: Callable[[int, int, float], None] | None = None,
+) -> TrainRun:
+    """Train the one model of the spec in `path` on its data, into the folder `out` or a new one under runs/.
+
+    Raises:
+        HeddleErrors: as `check`; "run-exists", "disk-full", "corpus-missing", "loss-not-finite" …
+    """
+    from heddle.search.training import train as train_spec
+
+    file = check(path)
+    folder = fresh_folder(f"{file.spec.name}-train") if out is None else Path(out)
+    return train_spec(file, folder, seed=seed, on_step=on_step)
+
+
+def bench(
+    path: Path | str, *, context: int | None = None, batch: int = 1, phases: Sequence[str] = PHASES
+) -> list[Latency]:
+    """The latency of the spec's model on this machine, one row a phase.
+
+    Raises:
+        HeddleErrors: as `check`; "out-of-memory".
+    """
+    from heddle.search.latency import measure_spec
+
+    model = check(path).spec.model
+    return measure_spec(model, batch=batch, context=context or model.context_length, phases=phases)
+
+
+def bench_ops() -> list[dict[str, Any]]:
+    """The speed of each op on this machine: a benchmark row for each phase, shape and implementation."""
+    from heddle.kernels.bench import bench_ops as time_ops
+
+    return time_ops()
+
+
+def run_folder(path: Path | str, out: Path | str | None = None, *, resume: bool = False) -> Path:
+    """Where a search of the spec in `path` goes: `out`, or a folder under runs/ that is not there yet.
+
+    Raises:
+        HeddleError: "bad-argument" when a run shall be resumed but is not named.
+    """
+    if out is not None:
+        return Path(out)
+    if resume:
+        raise HeddleError("bad-argument", "--resume needs the run's folder", hint="name it with --out")
+    return fresh_folder(specs.load(path).spec.name)
+
+
+def search(
+    path: Path | str,
+    out: Path | str | None = None,
+    *,
+    trials: int | None = None,
+    time: float | str | None = None,
+    resume: bool = False,
+    storage: str | None = None,
+    ray_address: str | None = None,
+    progress: Progress | None = None,
+) -> Run:
+    """Search the space of the spec in `path`, export the winner and write the report.
+
+    `time` is in seconds, or as in a spec ("30m"); for the others see `heddle.search.run.search`.
+
+    Raises:
+        HeddleErrors: as `check`; "run-exists", "run-mismatch", "run-locked", "disk-full" …
+    """
+    seconds = None if time is None else _seconds(time)
+    file = check(path)
+    folder = run_folder(path, out, resume=resume)
+    from heddle.search.run import search as search_spec
+
+    try:
+        return search_spec(
+            file,
+            folder,
+            trials=trials,
+            time=seconds,
+            resume=resume,
+            storage=storage,
+            ray_address=ray_address,
+            progress=progress,
+        )
+    finally:
+        # Also after Ctrl-C or a failure: what was measured by then is worth a look.
+        if (folder / RUN_FILE).exists():
+            report(folder)
+
+
+def _seconds(time: float | str) -> float:
+    try:
+        return TypeAdapter(Duration).validate_python(time)
+    except ValidationError as error:
+        told = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise HeddleError("bad-argument", f"time {time!r}: {told}") from None
+
+
+def export(
+    run: Path | str, out: Path | str, *, trial: str | int = "best", force: bool = False
+) -> ExportResult:
+    """Write a trained model of `run`, a search or a training, as a Hugging Face folder; `force` replaces it.
+
+    Raises:
+        HeddleError: "run-not-found", "file-exists", "no-weights" (with the command that trains that trial) …
+    """
+    from heddle.search.export import export_run
+
+    return export_run(run, out, trial=trial, overwrite=force)
+
+
+def report(run: Path | str, out: Path | str | None = None) -> Path:
+    """Write the search in folder `run` as one HTML page; `out` defaults to report.html inside it.
+
+    Raises:
+        HeddleError: "run-not-found", "disk-full".
+    """
+    folder = Path(run)
+    return _report.write_report(read_run(folder), folder / _report.FILE if out is None else Path(out))
+
+
+def fresh_folder(name: str) -> Path:
+    """runs/<name>, or runs/<name>-2 and so on: the first that is not there."""
+    folder, number = RUNS / name, 1
+    while folder.exists():
+        number += 1
+        folder = RUNS / f"{name}-{number}"
+    return folder
+
+
+def errors_as_data(error: HeddleError) -> dict[str, Any]:
+    """What a command with --json prints when it fails."""
+    return {"ok": False, "errors": [_error_as_data(one) for one in error.errors]}
+
+
+def _error_as_data(error: HeddleError) -> dict[str, Any]:
+    where = error.where
+    place = {"file": where.file, "line": where.line, "column": where.column, "path": where.path}
+    return {"code": error.code, **place, "message": error.what, "hint": error.hint}

@@ -1,0 +1,258 @@
+"""The `heddle` command: one function for each command, each a call on its namesake in `heddle.api`.
+
+Each command imports what it needs when it is called, so that `heddle --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+import heddle
+from heddle.errors import FAILED, HeddleError
+
+app = typer.Typer(
+    name="heddle",
+    help="Design, search and export hybrid language models under a measured latency budget.",
+    epilog="Start with: heddle init && heddle search spec.yaml",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class Phase(StrEnum):
+    """What `heddle bench` times."""
+
+    decode = "decode"
+    prefill = "prefill"
+    both = "both"
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        return (Phase.prefill, Phase.decode) if self is Phase.both else (self,)
+
+
+SpecPath = Annotated[
+    Path, typer.Argument(metavar="SPEC", help="Spec file, YAML or JSON.", show_default=False)
+]
+RunPath = Annotated[
+    Path, typer.Argument(metavar="RUN", help="Folder of a search or training run.", show_default=False)
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
+Context = Annotated[
+    int | None, typer.Option(min=1, help="Tokens of context; the spec's context_length if not given.")
+]
+Batch = Annotated[int, typer.Option(min=1, help="Sequences at once.")]
+
+
+def _example(*commands: str) -> str:
+    return "Example: " + "   |   ".join(f"[bold]{command}[/bold]" for command in commands)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"heddle {heddle.__version__}")
+        raise typer.Exit
+
+
+@app.callback(epilog=_example("heddle init", "heddle search spec.yaml"))
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Design, search and export hybrid language models under a measured latency budget."""
+
+
+@app.command(epilog=_example("heddle init", "heddle init my-spec.yaml --force"))
+def init(
+    path: Annotated[Path, typer.Argument(metavar="[FILE]", help="File to write.")] = Path("spec.yaml"),
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
+) -> None:
+    """Write a commented starter spec."""
+    from heddle import api, terminal
+
+    written = api.init(path, force=force)
+    terminal.next_steps(f"wrote {written}", [f"heddle check {written}", f"heddle search {written}"])
+
+
+@app.command(epilog=_example("heddle doctor", "heddle doctor --json"))
+def doctor(json: Json = False) -> None:
+    """Show versions and devices, and test the kernels against their references."""
+    from heddle import api, terminal
+
+    diagnosis = api.doctor()
+    terminal.show_json(diagnosis) if json else terminal.show_diagnosis(diagnosis)
+    if not diagnosis.ok:
+        raise typer.Exit(FAILED)
+
+
+@app.command(epilog=_example("heddle check spec.yaml", "heddle check spec.yaml --json"))
+def check(file: SpecPath, json: Json = False) -> None:
+    """Check a spec and tell all its errors in one go."""
+    from heddle import api, terminal
+
+    spec_file = api.check(file)
+    terminal.show_json({"ok": True, "errors": []}) if json else terminal.show_checked(spec_file)
+
+
+@app.command(
+    epilog=_example("heddle show spec.yaml", "heddle show spec.yaml --context 32768 --batch 8 --json")
+)
+def show(file: SpecPath, context: Context = None, batch: Batch = 1, json: Json = False) -> None:
+    """Show what a spec builds: parameters, FLOPs, cache and state bytes, per layer and in total."""
+    from heddle import api, terminal
+
+    summary = api.show(file, context=context, batch=batch)
+    terminal.show_json(summary) if json else terminal.show_summary(summary)
+
+
+@app.command(epilog=_example("heddle schema --out heddle.schema.json"))
+def schema(
+    out: Annotated[Path | None, typer.Option(help="File to write; the terminal if not given.")] = None,
+) -> None:
+    """Print the JSON schema of spec files, for editors."""
+    from heddle import api, terminal
+
+    terminal.show_json(api.schema(), out=out)
+
+
+@app.command(epilog=_example("heddle train spec.yaml --out runs/train"))
+def train(
+    file: SpecPath,
+    out: Annotated[
+        Path | None, typer.Option(help="Run folder to make; runs/<name>-train if not given.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed; the spec's if not given.")] = None,
+    json: Json = False,
+) -> None:
+    """Train the one model a spec describes, on its data, and keep the weights."""
+    from heddle import api, live, terminal
+
+    with live.training(quiet=json) as on_step:
+        run = api.train(file, out, seed=seed, on_step=on_step)
+    terminal.show_json(run) if json else terminal.show_trained(run)
+
+
+@app.command(epilog=_example("heddle bench spec.yaml --context 8192 --phase decode", "heddle bench --ops"))
+def bench(
+    file: Annotated[
+        Path | None, typer.Argument(metavar="[SPEC]", help="Spec file.", show_default=False)
+    ] = None,
+    ops: Annotated[bool, typer.Option("--ops", help="Time the kernels instead of a spec.")] = False,
+    context: Context = None,
+    batch: Batch = 1,
+    phase: Annotated[Phase, typer.Option(help="What to time.")] = Phase.both,
+    json: Json = False,
+) -> None:
+    """Measure the latency of a spec's model, or of the kernels, on this machine."""
+    from heddle import api, terminal
+
+    if ops == (file is not None):
+        raise HeddleError("bad-argument", "heddle bench takes a SPEC or --ops, one of the two")
+    if file is None:
+        rows = api.bench_ops()
+        terminal.show_json(rows) if json else terminal.show_ops(rows)
+        return
+    timings = api.bench(file, context=context, batch=batch, phases=phase.phases)
+    terminal.show_json(timings) if json else terminal.show_timings(timings)
+
+
+@app.command(
+    epilog=_example("heddle search spec.yaml --time 30m", "heddle search spec.yaml --out runs/a --resume")
+)
+def search(
+    file: SpecPath,
+    out: Annotated[Path | None, typer.Option(help="Run folder; a new runs/<name> if not given.")] = None,
+    trials: Annotated[int | None, typer.Option(min=1, help="Trials; the spec's if not given.")] = None,
+    time: Annotated[
+        str | None, typer.Option(help='Time limit, as "5m" or "2h"; the spec\'s if not given.')
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    storage: Annotated[
+        str | None, typer.Option(help="Optuna storage URL; a journal file in the run folder if not given.")
+    ] = None,
+    ray_address: Annotated[
+        str | None, typer.Option(help="Ray cluster to use; a local one if not given.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Search a spec's space under its latency budget, and export the best model."""
+    from heddle import api, live, terminal
+
+    folder = api.run_folder(file, out, resume=resume)
+    with live.searching(quiet=json) as progress:
+        run = api.search(
+            file,
+            folder,
+            resume=resume,
+            trials=trials,
+            time=time,
+            storage=storage,
+            ray_address=ray_address,
+            progress=progress,
+        )
+    terminal.show_json(run.summary()) if json else terminal.show_run(run, file)
+    if run.status != "finished":
+        raise typer.Exit(FAILED)
+
+
+@app.command(epilog=_example("heddle export runs/quickstart --trial best --out my-model"))
+def export(
+    run: RunPath,
+    out: Annotated[Path, typer.Option(help="Folder to write.", show_default=False)],
+    trial: Annotated[str, typer.Option(help='"best" or the number of a trial on the Pareto front.')] = "best",
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing folder.")] = False,
+    json: Json = False,
+) -> None:
+    """Write a trained model as a Hugging Face folder that loads without heddle."""
+    from heddle import api, terminal
+
+    result = api.export(run, out, trial=trial, force=force)
+    terminal.show_json(result) if json else terminal.show_exported(result)
+
+
+@app.command(epilog=_example("heddle report runs/quickstart --out report.html"))
+def report(
+    run: RunPath,
+    out: Annotated[Path | None, typer.Option(help="File to write; RUN/report.html if not given.")] = None,
+) -> None:
+    """Write a run as one HTML page that needs no network."""
+    from heddle import api, terminal
+
+    terminal.next_steps(f"wrote {api.report(run, out)}", [])
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and exit: 0 is ok, 1 failed, 2 bad input. A user's mistake gives no traceback."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        app(words)
+        status = 0
+    except Exception as error:
+        status = _tell(error, as_json="--json" in words)
+    sys.exit(status)
+
+
+def _tell(error: Exception, *, as_json: bool) -> int:
+    """Say what went wrong, and give the exit status for it."""
+    from heddle import terminal
+
+    if isinstance(error, HeddleError):
+        terminal.show_error(error, as_json=as_json)
+        return error.exit_status
+    if isinstance(error, OSError):
+        terminal.show_os_error(error)
+        return FAILED
+    if os.environ.get("HEDDLE_TRACEBACK"):
+        raise error
+    terminal.show_bug(error)
+    return FAILED

@@ -1,0 +1,258 @@
+"""What a layer remembers between calls, and what a mixer is told about the call it is in.
+
+transformers builds caches from a list of layer kinds that knows neither per-layer windows nor all-linear
+models. So the model replaces the layers of any empty cache it is handed by its own (`adopt`), and reads
+nothing else of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from heddle.compose.modules.rope import Tables, rotary_tables
+from heddle.errors import HeddleError
+
+
+class StateLayer(CacheLayerMixin):  # type: ignore[misc]
+    """What one mixer keeps: tensors with the batch first, and the number of tokens they stand for."""
+
+    is_compileable = False
+    is_croppable = False
+    supports_early_init = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = 0
+
+    def advance(self, tokens: int) -> None:
+        """Called once after every forward."""
+        self.tokens += tokens
+
+    def get_seq_length(self) -> int:
+        return self.tokens
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.tokens + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    # The name before transformers 5.13.
+    get_max_cache_shape = get_max_length
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to prepare: the first update brings the shapes."""
+
+    def update(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError(f"{type(self).__name__} keeps no keys and values")
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything it holds, by name."""
+        raise NotImplementedError
+
+    def replace(self, tensors: dict[str, Tensor]) -> None:
+        """Takes over `tensors`, named as in `tensors()`."""
+        raise NotImplementedError
+
+    def reset(self) -> None:
+        self.replace({})
+        self.tokens = 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove == 0:
+            return
+        if abs(tokens_to_remove) != self.tokens:
+            raise RuntimeError(
+                f"a {type(self).__name__} cannot forget single tokens: its state has merged them"
+            )
+        self.reset()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.replace({name: held[indices.to(held.device)] for name, held in self.tensors().items()})
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.replace({name: held.repeat_interleave(repeats, dim=0) for name, held in self.tensors().items()})
+
+
+class KVLayer(StateLayer):
+    """Keys and values of the tokens so far; with a window w only the last w-1.
+
+    Those are all that the next token can see.
+
+    Shapes:  keys: [B, KV heads, tokens held, d];  values likewise
+    """
+
+    def __init__(self, window: int | None = None) -> None:
+        super().__init__()
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+        self.window = window
+        self.is_croppable = window is None
+
+    def update(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Adds the new tokens; gives what the new queries may look at, the new tokens last."""
+        keys, values = key_states, value_states
+        if self.keys is not None and self.values is not None:
+            keys = torch.cat((self.keys, keys), dim=-2)
+            values = torch.cat((self.values, values), dim=-2)
+        self.keys, self.values = self._held(keys), self._held(values)
+        self.is_initialized = True
+        return keys, values
+
+    def _held(self, full: Tensor) -> Tensor:
+        held = full.shape[-2] if self.window is None else min(self.window - 1, full.shape[-2])
+        last = full[:, :, full.shape[-2] - held :]
+        # A short view would keep all of a long prefill in memory.
+        return last.clone() if 2 * held < full.shape[-2] else last
+
+    def tensors(self) -> dict[str, Tensor]:
+        if self.keys is None or self.values is None:
+            return {}
+        return {"keys": self.keys, "values": self.values}
+
+    def replace(self, tensors: dict[str, Tensor]) -> None:
+        self.keys, self.values = tensors.get("keys"), tensors.get("values")
+        self.is_initialized = self.keys is not None
+
+    def crop(self, tokens_to_remove: int) -> None:
+        removed = abs(tokens_to_remove)
+        if removed in (0, self.tokens):
+            super().crop(tokens_to_remove)
+            return
+        if self.keys is None or self.values is None or self.keys.shape[-2] < self.tokens:
+            raise RuntimeError("a sliding window has dropped the tokens that a crop would bring back")
+        self.keys, self.values = self.keys[:, :, :-removed], self.values[:, :, :-removed]
+        self.tokens -= removed
+
+
+class RecurrentLayer(StateLayer):
+    """The named states of a recurrence, each of a size that does not grow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.states: dict[str, Tensor] = {}
+
+    def keep(self, states: dict[str, Tensor]) -> None:
+        """Remembers the states after this call's last token."""
+        self.states.update(states)
+        self.is_initialized = True
+
+    def tensors(self) -> dict[str, Tensor]:
+        return self.states
+
+    def replace(self, tensors: dict[str, Tensor]) -> None:
+        self.states = dict(tensors)
+        self.is_initialized = bool(tensors)
+
+
+class PreallocatedKVLayer(KVLayer):
+    """A KV layer at a fixed length: every step writes the same slot in place.
+
+    So a step can be captured and repeated. `keys` and `values` hold the context and one free slot after it.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, *, context: int, window: int | None = None) -> None:
+        super().__init__(window)
+        self.keys, self.values = keys, values
+        self.tokens = context
+        self.is_initialized = True
+
+    def advance(self, tokens: int) -> None:
+        """The step repeats, so nothing moves on."""
+
+    def update(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.keys is not None
+        assert self.values is not None
+        slot = self.keys.shape[-2] - 1
+        self.keys[:, :, slot : slot + 1] = key_states
+        self.values[:, :, slot : slot + 1] = value_states
+        return self.keys, self.values
+
+
+class PreallocatedRecurrentLayer(RecurrentLayer):
+    """A recurrent layer whose every step starts from the same states, so it can be captured and repeated."""
+
+    def __init__(self, states: dict[str, Tensor], *, context: int) -> None:
+        super().__init__()
+        self.states = states
+        self.tokens = context
+        self.is_initialized = True
+
+    def advance(self, tokens: int) -> None:
+        """The step repeats, so nothing moves on."""
+
+    def keep(self, states: dict[str, Tensor]) -> None:
+        """The new states are dropped: the next step is the same step."""
+
+
+@dataclass(slots=True)
+class Call:
+    """One forward as a mixer sees it.
+
+    Shapes:  positions: [B, T] int64;  padding: [B, T] bool, True for a real token, or None if all are;
+             key_padding: [B, earlier tokens + T] likewise
+    """
+
+    positions: Tensor
+    padding: Tensor | None = None
+    key_padding: Tensor | None = None
+    cache: StateLayer | None = None
+    # Tables that layers of one forward share: rotations by (size, theta), masks by (keys, window).
+    memo: dict[Any, Any] = field(default_factory=dict)
+
+    def at(self, cache: StateLayer | None) -> Call:
+        """The same call at another layer."""
+        return Call(self.positions, self.padding, self.key_padding, cache, self.memo)
+
+    def hide_padding(self, x: Tensor) -> Tensor:
+        """`x` [B, T, ...] with zeros where there is no token, so that a recurrence starts from nothing."""
+        return x if self.padding is None else x * self.padding[..., None].to(x.dtype)
+
+    def state(self, name: str) -> Tensor | None:
+        """A recurrent state after the earlier tokens, or None at the start."""
+        return self.cache.states.get(name) if isinstance(self.cache, RecurrentLayer) else None
+
+    def keep(self, **states: Tensor) -> None:
+        """Remembers recurrent states for the next call, if there will be one."""
+        if isinstance(self.cache, RecurrentLayer):
+            self.cache.keep(states)
+
+    def rotary_tables(self, size: int, theta: float) -> Tables:
+        """Cosines and sines at this call's positions."""
+        key = ("rotary", size, theta)
+        if key not in self.memo:
+            self.memo[key] = rotary_tables(self.positions, size, theta)
+        return cast(Tables, self.memo[key])
+
+
+def adopt(cache: Cache, layers: Sequence[StateLayer]) -> None:
+    """Makes an empty cache hold `layers`; one that holds such layers already is left as it is.
+
+    Raises:
+        HeddleError: "bad-argument" for a cache that other layers have filled, or that offloads or quantizes.
+    """
+    held = cache.layers
+    if held and all(isinstance(layer, StateLayer) for layer in held):
+        return
+    if any(getattr(layer, "is_initialized", False) for layer in held) or getattr(cache, "offloading", False):
+        raise HeddleError(
+            "bad-argument",
+            f"this model cannot go on from a {type(cache).__name__} that it has not filled itself",
+            hint="pass past_key_values=None, an empty DynamicCache(), or what an earlier call returned",
+        )
+    cache.layers = list(layers)
+    cache.layer_class_to_replicate = None
+
+
+def cache_bytes(layers: Iterable[StateLayer]) -> int:
+    """Bytes that `layers` hold."""
+    return sum(held.numel() * held.element_size() for layer in layers for held in layer.tensors().values())

@@ -1,0 +1,17 @@
+"""No channel block."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from heddle.compose.modules.site import Site
+
+
+class NoChannelModule(nn.Module):
+    """Adds nothing to the residual stream. A layer that meets it skips the norm and the addition as well."""
+
+    def __init__(self, site: Site) -> None:  # noqa: ARG002 - every channel block is built the same way
+        super().__init__()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.new_zeros(()).expand_as(x)

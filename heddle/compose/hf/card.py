@@ -1,0 +1,170 @@
+"""The model card of an export, from plain data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreRow:
+    """One task's result. `value` is in the unit of `metric`, `n` the independent units behind `se`."""
+
+    task: str
+    metric: str
+    value: float
+    se: float | None = None
+    n: int | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class LatencyRow:
+    """One measured latency, with the device it holds for; `ratio` is to `reference`."""
+
+    what: str
+    median_ms: float
+    low_ms: float
+    high_ms: float
+    device: str
+    dtype: str
+    method: str
+    ratio: float | None = None
+    reference: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """What the caller knows about a model. `spec` is YAML; `facts` are lines like data, tokens, commit."""
+
+    name: str
+    spec: str
+    scores: Sequence[ScoreRow] = ()
+    latency: Sequence[LatencyRow] = ()
+    facts: Mapping[str, str] = field(default_factory=dict)
+    license: str = "other"
+    tags: Sequence[str] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What the export found out about itself."""
+
+    parameters: int
+    dtype: str
+    kinds: tuple[str, ...]
+    max_difference: float
+    transformers: str
+    torch: str
+
+
+def render(card: Card, checked: Checked) -> str:
+    """README.md: front matter, how to load, spec, scores, latency, parity."""
+    parts = [
+        _front_matter(card),
+        f"# {card.name}",
+        f"A causal language model of {checked.parameters:,} parameters ({checked.dtype}), mixing with "
+        f"{_and(checked.kinds)}. Designed, trained and exported with Heddle.",
+        _usage(),
+        _section("Facts", _table(("", ""), card.facts.items())),
+        _section("Scores", _scores(card.scores)),
+        _section("Latency", _latency(card.latency)),
+        _section("Parity", _parity(checked)),
+        _section("Spec", f"```yaml\n{card.spec.rstrip()}\n```"),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _front_matter(card: Card) -> str:
+    tags = ["heddle", "custom_code", *card.tags]
+    lines = [
+        "---",
+        f"license: {json.dumps(card.license)}",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "tags:",
+        *(f"- {json.dumps(tag)}" for tag in dict.fromkeys(tags)),
+        "---",
+    ]
+    return "\n".join(lines)
+
+
+def _usage() -> str:
+    return """## Use
+
+The folder holds its own model code: `trust_remote_code=True` is needed, the heddle package is not. (The
+tokenizer is plain data and loads without it, but transformers asks before it reads the config.) Put this
+folder's path in place of `PATH`:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("PATH", trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)
+
+inputs = tokenizer("def main():", return_tensors="pt")
+outputs = model.generate(**inputs, max_new_tokens=64)
+print(tokenizer.decode(outputs[0]))
+```
+
+Pad on the left, as the tokenizer does: recurrent layers cannot skip padding that follows text."""
+
+
+def _scores(rows: Sequence[ScoreRow]) -> str:
+    def error(row: ScoreRow) -> str:
+        return "" if row.se is None else f"± {row.se:.2g}"
+
+    cells = [
+        (r.task, r.metric, f"{r.value:.4g}", error(r), "" if r.n is None else str(r.n), r.note) for r in rows
+    ]
+    return _table(("task", "metric", "score", "standard error", "n", ""), cells)
+
+
+def _latency(rows: Sequence[LatencyRow]) -> str:
+    def ratio(row: LatencyRow) -> str:
+        return "" if row.ratio is None else f"{row.ratio:.2f} × {row.reference or 'reference'}"
+
+    cells = [
+        (
+            r.what,
+            f"{r.median_ms:.3g} ms ({r.low_ms:.3g} – {r.high_ms:.3g})",
+            ratio(r),
+            r.device,
+            r.dtype,
+            r.method,
+        )
+        for r in rows
+    ]
+    return _table(("", "median (95 % interval)", "ratio", "device", "type", "method"), cells)
+
+
+def _parity(checked: Checked) -> str:
+    rows = [
+        (
+            "largest logit difference, this folder against the training process (float32, CPU)",
+            f"{checked.max_difference:.1e}",
+        ),
+        ("transformers", checked.transformers),
+        ("torch", checked.torch),
+    ]
+    return _table(("checked at export", ""), rows)
+
+
+def _section(title: str, body: str) -> str:
+    return f"## {title}\n\n{body}" if body else ""
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(_cell(cell) for cell in row)} |" for row in rows]
+    if not lines:
+        return ""
+    return "\n".join([f"| {' | '.join(head)} |", f"|{'---|' * len(head)}", *lines])
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _and(words: Sequence[str]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"

@@ -1,0 +1,39 @@
+"""The configuration of a Heddle model: what `config.json` of an export holds."""
+
+from __future__ import annotations
+
+from dataclasses import field
+from typing import Any, ClassVar
+
+from transformers import PreTrainedConfig
+
+
+class HeddleConfig(PreTrainedConfig):  # type: ignore[misc]
+    """A stack of layers, each with its own mixer and channel block.
+
+    `layers` holds, for each layer, `{"mixer": {"kind", …}, "channel": {"kind", …}, "norm": …}`: the plain
+    data of a resolved spec. There is no `layer_types`: transformers would build caches from it, and its
+    vocabulary has neither per-layer windows nor a state that counts tokens. The model brings its own
+    (`compose/cache.py`).
+    """
+
+    model_type = "heddle"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    attribute_map: ClassVar[dict[str, str]] = {"max_position_embeddings": "context_length"}
+
+    vocab_size: int = 256
+    hidden_size: int = 64
+    num_hidden_layers: int = 0
+    context_length: int = 32768
+    norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    layers: list[dict[str, Any]] = field(default_factory=list)
+    tie_word_embeddings: bool = True
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.num_hidden_layers = len(self.layers)
+        super().__post_init__(**kwargs)

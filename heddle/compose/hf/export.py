@@ -1,0 +1,171 @@
+"""Writes a model as a folder that plain transformers loads, and checks that it does."""
+
+from __future__ import annotations
+
+import copy
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import GenerationConfig
+
+from heddle.compose.hf.card import Card, Checked, render
+from heddle.compose.hf.flatten import flatten
+from heddle.compose.hf.model import HeddleForCausalLM
+from heddle.compose.hf.tokenizer import BYTES, tokenizer_for
+from heddle.compose.hf.verify import Verification, verify
+from heddle.errors import HeddleError
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_heddle.HeddleConfig",
+    "AutoModel": "modeling_heddle.HeddleModel",
+    "AutoModelForCausalLM": "modeling_heddle.HeddleForCausalLM",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ExportResult:
+    """Where the folder is, and what loading it in a clean process gave."""
+
+    path: Path
+    max_difference: float
+    generated_text: str
+    transformers: str
+
+
+def export(
+    model: HeddleForCausalLM,
+    out_dir: Path | str,
+    *,
+    card: Card,
+    tokenizer: str = BYTES,
+    overwrite: bool = False,
+) -> ExportResult:
+    """Writes config, weights, code, tokenizer and card to `out_dir`, all or nothing.
+
+    The folder is written beside `out_dir`, loaded in a process without heddle, compared, and only then given
+    its name. `overwrite` replaces an earlier export, and nothing else.
+
+    Raises:
+        HeddleError: "file-exists", "tokenizer-mismatch", "export-mismatch", "disk-full".
+    """
+    out = Path(out_dir).absolute()
+    _check_free(out, overwrite=overwrite)
+    with _folder_beside(out) as folder:
+        with _full_disk_told(out):
+            made = _write_tokenizer(model, folder, tokenizer)
+            _write_model(model, folder, made)
+        checked = verify(model, folder)
+        with _full_disk_told(out):
+            text = render(card, _checked(model, checked))
+            (folder / "README.md").write_text(text, encoding="utf-8")
+        _give_name(folder, out)
+    return ExportResult(out, checked.max_difference, checked.generated_text, checked.transformers)
+
+
+def is_export(folder: Path) -> bool:
+    """Whether `folder` looks like what `export` writes."""
+    return all((folder / name).is_file() for name in ("config.json", "modeling_heddle.py"))
+
+
+def _check_free(out: Path, *, overwrite: bool) -> None:
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if overwrite and out.is_dir() and is_export(out):
+        return
+    hint = "--force overwrites it" if out.is_dir() and is_export(out) else "name a new or empty folder"
+    raise HeddleError("file-exists", f"{out} is there already", hint=hint)
+
+
+@contextmanager
+def _folder_beside(out: Path) -> Iterator[Path]:
+    """A new folder on the same file system as `out`; whatever is left of it at the end is removed."""
+    with _full_disk_told(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _give_name(folder: Path, out: Path) -> None:
+    """Puts `folder` in the place of `out`, which is absent, empty or an earlier export."""
+    # mkdtemp makes folders private.
+    mask = os.umask(0)
+    os.umask(mask)
+    folder.chmod(0o777 & ~mask)
+    if out.exists():
+        old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old.", dir=out.parent))
+        out.replace(old)
+        folder.replace(out)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        folder.replace(out)
+
+
+def _write_tokenizer(model: HeddleForCausalLM, folder: Path, tokenizer: str) -> Any:
+    config = model.config
+    made = tokenizer_for(tokenizer, vocab_size=config.vocab_size, context_length=config.context_length)
+    made.save_pretrained(folder)
+    return made
+
+
+def _write_model(model: HeddleForCausalLM, folder: Path, tokenizer: Any) -> None:
+    ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    config = copy.deepcopy(model.config)
+    config.update({**ids, "architectures": ["HeddleForCausalLM"], "auto_map": AUTO_MAP, "dtype": model.dtype})
+    config.save_pretrained(folder)
+    GenerationConfig(**ids).save_pretrained(folder)
+    save_file(_weights(model), folder / "model.safetensors", metadata={"format": "pt"})
+    for name, source in flatten(**_kinds(model)).items():
+        (folder / name).write_text(source, encoding="utf-8")
+
+
+def _weights(model: HeddleForCausalLM) -> dict[str, Tensor]:
+    """Every tensor to store; a tied head is its embedding and stored once."""
+    tied = set(model._tied_weights_keys) if model.config.tie_word_embeddings else set()
+    return {
+        name: held.detach().cpu().contiguous()
+        for name, held in model.state_dict().items()
+        if name not in tied
+    }
+
+
+def _kinds(model: HeddleForCausalLM) -> dict[str, set[str]]:
+    layers = model.config.layers
+    return {
+        "mixers": {layer["mixer"]["kind"] for layer in layers},
+        "channels": {layer["channel"]["kind"] for layer in layers},
+    }
+
+
+def _checked(model: HeddleForCausalLM, found: Verification) -> Checked:
+    return Checked(
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        dtype=str(model.dtype).removeprefix("torch."),
+        kinds=tuple(sorted(_kinds(model)["mixers"])),
+        max_difference=found.max_difference,
+        transformers=found.transformers,
+        torch=found.torch,
+    )
+
+
+@contextmanager
+def _full_disk_told(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise HeddleError(
+            "disk-full", f"no space left to export to {out}", hint="free some, or name another disk"
+        ) from error

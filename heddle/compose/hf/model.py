@@ -1,0 +1,255 @@
+"""The model: searched, trained and exported in this one form.
+
+`HeddleForCausalLM` is a `PreTrainedModel` with `GenerationMixin`. `model.model(...)` gives
+`last_hidden_state` (after the last norm) and `model.lm_head` turns any rows of it into logits, so that
+training need not compute the rest.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
+
+from heddle.compose.blocks import channel_module, mixer_module
+from heddle.compose.cache import Call, StateLayer, adopt
+from heddle.compose.hf.config import HeddleConfig
+from heddle.compose.init import initialise
+from heddle.compose.modules.norm import norm_module
+from heddle.compose.modules.site import Site
+from heddle.errors import HeddleError
+
+
+class HeddleLayer(GradientCheckpointingLayer):  # type: ignore[misc]
+    """One layer, pre-norm:  x += mixer(norm(x));  x += channel(norm(x)).
+
+    Shapes:  x: [B, T, D]
+    """
+
+    def __init__(self, config: HeddleConfig, index: int) -> None:
+        super().__init__()
+        layer = config.layers[index]
+        mixer, channel = dict(layer["mixer"]), dict(layer["channel"])
+        mixer_kind, self.channel_kind = mixer.pop("kind"), channel.pop("kind")
+        site = Site(
+            config.hidden_size, index, config.num_hidden_layers, config.norm_eps, config.context_length
+        )
+        self.mixer_norm = norm_module(layer["norm"], config.hidden_size, config.norm_eps)
+        self.mixer = mixer_module(mixer_kind)(site, **mixer)
+        self.channel_norm = None
+        self.channel = channel_module(self.channel_kind)(site, **channel)
+        if self.channel_kind != "none":
+            self.channel_norm = norm_module(layer["norm"], config.hidden_size, config.norm_eps)
+
+    def forward(self, x: Tensor, call: Call) -> Tensor:
+        x = x + self.mixer(self.mixer_norm(x), call)
+        if self.channel_norm is not None:
+            x = x + self.channel(self.channel_norm(x))
+        return x
+
+
+class HeddlePreTrainedModel(PreTrainedModel):  # type: ignore[misc]
+    """What both model classes share."""
+
+    config: HeddleConfig
+    config_class = HeddleConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules: ClassVar[list[str]] = ["HeddleLayer"]
+    # transformers casts what is named here back to float32 when a checkpoint is loaded in a narrower type.
+    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["A_log", "dt_bias"]
+    _supports_sdpa = True
+    # A recurrent state cannot be rolled back, which assisted decoding would ask for.
+    _is_stateful = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        initialise(module, self.config.initializer_range)
+
+
+class HeddleModel(HeddlePreTrainedModel):
+    """Embedding, layers and last norm."""
+
+    def __init__(self, config: HeddleConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(HeddleLayer(config, index) for index in range(config.num_hidden_layers))
+        self.norm = norm_module("rmsnorm", config.hidden_size, config.norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.embed_tokens = value
+
+    @can_return_tuple  # type: ignore[untyped-decorator]
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,  # noqa: ARG002 - transformers passes more than a model reads
+    ) -> BaseModelOutputWithPast:
+        """The hidden states after the last norm.
+
+        `attention_mask` [B, earlier tokens + T] is 0 at padding, which may stand on the left only. Positions
+        count real tokens from 0 unless `position_ids` [B, T] are given.
+
+        Raises:
+            HeddleError: "bad-argument".
+        """
+        x = self._embed(input_ids, inputs_embeds)
+        cache = self._cache(past_key_values, use_cache)
+        call = self._call(x, attention_mask, position_ids, 0 if cache is None else cache.get_seq_length())
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        seen: list[Tensor] = []
+        for index, layer in enumerate(self.layers):
+            seen.append(x)
+            x = layer(x, call.at(None if cache is None else cache.layers[index]))
+        for held in () if cache is None else cache.layers:
+            held.advance(x.shape[1])
+        x = self.norm(x)
+        return BaseModelOutputWithPast(
+            last_hidden_state=x, past_key_values=cache, hidden_states=(*seen, x) if wanted else None
+        )
+
+    def new_cache_layers(self) -> list[StateLayer]:
+        """An empty cache layer for each layer of the model."""
+        return [cast(Any, layer).mixer.new_cache() for layer in self.layers]
+
+    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise HeddleError("bad-argument", "give either input_ids or inputs_embeds")
+        return cast(Tensor, self.embed_tokens(input_ids)) if inputs_embeds is None else inputs_embeds
+
+    def _cache(self, given: Cache | None, use_cache: bool | None) -> Cache | None:
+        """The cache to write to: the one given, a new one, or none."""
+        wanted = self.config.use_cache and not self.training if use_cache is None else use_cache
+        if self.gradient_checkpointing and self.training:
+            # The backward pass runs each layer again, and would write to the cache a second time.
+            if given is not None and given.get_seq_length() > 0:
+                raise HeddleError("bad-argument", "gradient checkpointing cannot go on from a cache")
+            return None
+        if given is None:
+            return Cache(layers=self.new_cache_layers()) if wanted else None
+        adopt(given, self.new_cache_layers())
+        return given
+
+    def _call(self, x: Tensor, mask: Tensor | None, positions: Tensor | None, past: int) -> Call:
+        length = x.shape[1]
+        real = None if mask is None else self._real(mask, past + length)
+        if positions is None and real is not None:
+            positions = (real.long().cumsum(dim=-1) - 1).clamp(min=0)[:, past:]
+        elif positions is None:
+            positions = torch.arange(past, past + length, device=x.device)[None].expand(x.shape[0], length)
+        return Call(positions, None if real is None else real[:, past:], real)
+
+    @staticmethod
+    def _real(mask: Tensor, length: int) -> Tensor | None:
+        """Where there is a token [B, length], or None if everywhere."""
+        if mask.dim() != 2 or mask.shape[1] != length:
+            raise HeddleError(
+                "bad-argument",
+                f"attention_mask is {tuple(mask.shape)}, but must be (batch, {length})",
+                hint="one column for each token so far, those in the cache included",
+            )
+        real = mask.bool()
+        # Asking waits for the device, and a traced graph cannot ask; the masked path gives the same numbers.
+        return None if not torch.compiler.is_compiling() and bool(real.all()) else real
+
+
+class HeddleForCausalLM(HeddlePreTrainedModel, GenerationMixin):  # type: ignore[misc]
+    """The model with its output head."""
+
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: HeddleConfig) -> None:
+        super().__init__(config)
+        self.model = HeddleModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.model.embed_tokens = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Linear) -> None:
+        self.lm_head = value
+
+    @can_return_tuple  # type: ignore[untyped-decorator]
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits [B, T, vocab].
+
+        `logits_to_keep` asks for those of the last so many tokens (0: all), or of the tokens at its indices.
+        With `labels` [B, T] (-100 is ignored) also the mean next-token loss.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+            )
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """What `generate` feeds to the next forward.
+
+        Its cache becomes ours before transformers looks at it: for a static one it would build 4-D masks.
+        """
+        if kwargs.get("past_key_values") is not None:
+            adopt(kwargs["past_key_values"], self.model.new_cache_layers())
+        return cast(dict[str, Any], super().prepare_inputs_for_generation(*args, **kwargs))
+
+    @torch.no_grad()
+    def decode_cache(self, batch: int, context: int) -> Cache:
+        """A cache of random contents after `context` tokens, whose decode step can be repeated and captured.
+
+        It has the model's own dtype and device, and stays at `context` tokens however often it is used.
+        """
+        like = self.model.embed_tokens.weight
+        return Cache(
+            layers=[cast(Any, layer).mixer.filled_cache(batch, context, like) for layer in self.model.layers]
+        )

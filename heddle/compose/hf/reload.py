@@ -1,0 +1,73 @@
+"""Loads an exported folder in a process that has no heddle, and writes down what it computes.
+
+Run by `verify` as `python -I -c <this file> TASK.json`; it imports nothing of ours. Packages that an export
+must not need are hidden from every finder, as if they were not installed.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib.abc import MetaPathFinder
+from typing import Any
+
+
+class _Hidden(MetaPathFinder):
+    """A finder that does not find some packages."""
+
+    def __init__(self, finder: Any, names: frozenset[str]) -> None:
+        self._finder, self._names = finder, names
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
+        return (
+            None
+            if fullname.partition(".")[0] in self._names
+            else self._finder.find_spec(fullname, path, target)
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._finder, name)
+
+
+def hide(names: frozenset[str]) -> None:
+    """Makes `names` impossible to import."""
+    sys.meta_path[:] = [_Hidden(finder, names) for finder in sys.meta_path]
+
+
+def main(task: dict[str, Any]) -> None:
+    sys.path[:] = task["path"]
+    hide(frozenset(task["hidden"]))
+    import torch
+    import transformers
+    from safetensors.torch import load_file, save_file
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        task["folder"], trust_remote_code=True, dtype=torch.float32
+    ).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(task["folder"])
+    inputs = load_file(task["inputs"])
+    with torch.no_grad():
+        logits = {name: model(input_ids=ids, use_cache=False).logits for name, ids in inputs.items()}
+        prompt = tokenizer(task["prompt"], return_tensors="pt")
+        tokens = model.generate(**prompt, max_new_tokens=task["new_tokens"], do_sample=False)
+    save_file(logits, task["logits"])
+    model.save_pretrained(task["again"])
+    reloaded = transformers.AutoModelForCausalLM.from_pretrained(
+        task["again"], trust_remote_code=True, dtype=torch.float32
+    )
+    with torch.no_grad():
+        again = {name: reloaded.eval()(input_ids=ids, use_cache=False).logits for name, ids in inputs.items()}
+    found = {
+        "text": tokenizer.decode(tokens[0]),
+        "saved_again": max(float((again[name] - logits[name]).abs().max()) for name in logits),
+        "imported": sorted(set(task["hidden"]) & set(sys.modules)),
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+    }
+    with open(task["found"], "w", encoding="utf-8") as file:
+        json.dump(found, file)
+
+
+if __name__ == "__main__":
+    with open(sys.argv[1], encoding="utf-8") as task_file:
+        main(json.load(task_file))

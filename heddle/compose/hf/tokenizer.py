@@ -1,0 +1,77 @@
+"""The tokenizer of an export: bytes, or the user's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from heddle.errors import HeddleError, Where
+
+BYTES = "bytes"
+# The token of byte 0 and of padding. It is written as itself, so that it takes no other character's place.
+NUL = "\x00"
+
+
+def tokenizer_for(tokenizer: str, *, vocab_size: int, context_length: int) -> Any:
+    """The byte tokenizer for "bytes", else the one at that path: a tokenizer.json, or a folder with one.
+
+    Raises:
+        HeddleError: "tokenizer-mismatch" if the model has too few rows for it; "file-not-found",
+            "file-not-readable".
+    """
+    made = byte_tokenizer(context_length) if tokenizer == BYTES else _read(Path(tokenizer), context_length)
+    if len(made) > vocab_size:
+        raise HeddleError(
+            "tokenizer-mismatch",
+            f"the tokenizer {tokenizer!r} has {len(made)} ids, the model's vocabulary is {vocab_size}",
+            where=Where(path="model.vocab_size"),
+            hint=f"set model.vocab_size to {len(made)} or more",
+        )
+    return made
+
+
+def byte_tokenizer(context_length: int) -> Any:
+    """A tokenizer whose ids are the bytes of the UTF-8 text: any text goes through and comes back.
+
+    Byte 0 serves as padding too, which an attention mask tells apart from text.
+    """
+    vocabulary = {letter: byte for byte, letter in enumerate(byte_letters())}
+    vocabulary[NUL] = vocabulary.pop(byte_letters()[0])
+    bytewise = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bytewise.decoder = decoders.ByteLevel()
+    bytewise.add_special_tokens([AddedToken(NUL, special=True, normalized=False)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bytewise,
+        pad_token=NUL,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        model_max_length=context_length,
+    )
+
+
+def byte_letters() -> list[str]:
+    """The printable letter that stands for each byte in a byte-level vocabulary (GPT-2's table)."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return [chr(byte if byte in printable else 0x100 + others.index(byte)) for byte in range(256)]
+
+
+def _read(path: Path, context_length: int) -> Any:
+    folder = path if path.is_dir() else path.parent
+    file = folder / "tokenizer.json" if path.is_dir() else path
+    if not file.is_file():
+        raise HeddleError("file-not-found", f"no tokenizer at {path}", where=Where(path="tokenizer"))
+    try:
+        if file.name == "tokenizer.json" and (folder / "tokenizer_config.json").is_file():
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True, padding_side="left")
+        return PreTrainedTokenizerFast(
+            tokenizer_file=str(file), padding_side="left", model_max_length=context_length
+        )
+    # The Rust side raises bare Exception.
+    except Exception as error:
+        where = Where(path="tokenizer", file=str(file))
+        raise HeddleError("file-not-readable", f"not a tokenizer: {error}", where=where) from error

@@ -1,0 +1,131 @@
+"""The check of an export: a clean process loads the folder, and its logits are compared with ours."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from heddle.compose.hf.model import HeddleForCausalLM
+from heddle.errors import HeddleError
+
+# What an exported folder must do without.
+HIDDEN = ("heddle", "pydantic", "optuna", "ray", "networkx", "ruamel", "typer", "plotly")
+TOLERANCE = 1e-5
+PROMPT, NEW_TOKENS = "def main():", 16
+TIMEOUT_S = 600
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What a clean process found: largest logit difference to this one, a generated text, its versions."""
+
+    max_difference: float
+    generated_text: str
+    transformers: str
+    torch: str
+
+
+def verify(model: HeddleForCausalLM, folder: Path | str, *, hidden: Sequence[str] = HIDDEN) -> Verification:
+    """Loads `folder` in a process where `hidden` packages cannot be imported, and compares logits.
+
+    Both sides compute in float32 on the CPU.
+
+    That process also generates from text, saves the model again and loads what it saved.
+
+    Raises:
+        HeddleError: "export-mismatch" if it does not load or differs by more than 1e-5.
+    """
+    inputs = fixed_inputs(model.config.vocab_size)
+    expected = logits_of(model, inputs)
+    with tempfile.TemporaryDirectory(prefix="heddle-verify-") as scratch:
+        found, logits = _reload(Path(folder).resolve(), inputs, hidden, Path(scratch))
+    if found["imported"]:
+        raise HeddleError("export-mismatch", f"the exported code imported {', '.join(found['imported'])}")
+    difference = max(float((logits[name] - expected[name]).abs().max()) for name in expected)
+    worst = max(difference, found["saved_again"])
+    # Written so that NaN fails too.
+    if not worst <= TOLERANCE:
+        raise HeddleError(
+            "export-mismatch",
+            f"logits of the exported folder differ by {difference:.3g}, once saved again by "
+            f"{found['saved_again']:.3g}; at most {TOLERANCE:g} is allowed",
+        )
+    return Verification(difference, found["text"], found["transformers"], found["torch"])
+
+
+def fixed_inputs(vocab_size: int) -> dict[str, Tensor]:
+    """Token ids of a few lengths around a chunk of the kernels.  Shapes:  [2, T] int64"""
+    generator = torch.Generator().manual_seed(0)
+    return {f"ids_{T}": torch.randint(vocab_size, (2, T), generator=generator) for T in (1, 33, 130)}
+
+
+@torch.no_grad()
+def logits_of(model: HeddleForCausalLM, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The model's logits in float32 on the CPU, wherever it lives."""
+    first = model.lm_head.weight
+    plain = first.device.type == "cpu" and first.dtype == torch.float32
+    twin = model if plain else copy.deepcopy(model).to("cpu", torch.float32)
+    training = twin.training
+    twin.eval()
+    logits = {name: twin(input_ids=ids, use_cache=False).logits for name, ids in inputs.items()}
+    twin.train(training)
+    return logits
+
+
+def _reload(
+    folder: Path, inputs: dict[str, Tensor], hidden: Sequence[str], scratch: Path
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    names = ("task", "inputs", "logits", "found", "again")
+    files = {name: str(scratch / name) for name in names}
+    save_file(inputs, files["inputs"])
+    task = {**files, "folder": str(folder), "hidden": [*hidden], "prompt": PROMPT, "new_tokens": NEW_TOKENS}
+    # Modules that this process has copied from other exports must not stand in for those of this one.
+    task["path"] = [entry for entry in sys.path if entry and not Path(entry, "transformers_modules").exists()]
+    Path(files["task"]).write_text(json.dumps(task), encoding="utf-8")
+    done = _run([sys.executable, "-I", "-c", _child_source(), files["task"]], scratch)
+    if done.returncode != 0:
+        said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        raise HeddleError(
+            "export-mismatch",
+            f"the exported folder does not load without heddle: {said[-1]}",
+            hint="the last lines it wrote: " + " / ".join(said[-6:]),
+        )
+    return json.loads(Path(files["found"]).read_text(encoding="utf-8")), load_file(files["logits"])
+
+
+def _child_source() -> str:
+    return Path(__file__).with_name("reload.py").read_text(encoding="utf-8")
+
+
+def _run(command: list[str], scratch: Path) -> subprocess.CompletedProcess[str]:
+    """Runs with the network off, no GPU, and a module cache of its own."""
+    settings = {
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(scratch / "hf"),
+        "HF_MODULES_CACHE": str(scratch / "modules"),
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+    }
+    return subprocess.run(
+        command,
+        cwd=scratch,
+        env=os.environ | settings,
+        # transformers asks at a terminal before it runs remote code; there is nobody to answer.
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )

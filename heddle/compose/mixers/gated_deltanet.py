@@ -1,0 +1,112 @@
+"""Gated DeltaNet: a matrix memory that forgets by a gate and corrects itself as it writes."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from heddle.compose.cache import Call, PreallocatedRecurrentLayer, RecurrentLayer, StateLayer
+from heddle.compose.init import Initialised, fill
+from heddle.compose.modules.norm import RMSNorm, l2_norm
+from heddle.compose.modules.precision import Float32Kept, wide, wide_dtype
+from heddle.compose.modules.short_conv import ShortConv
+from heddle.compose.modules.site import Site
+from heddle.kernels.gated_delta_rule import gated_delta_rule, gated_delta_rule_step
+
+# Decay rates and step sizes begin in these ranges (arXiv 2412.06464, after Mamba-2).
+DECAY_RATES = (1e-4, 16.0)
+STEP_SIZES = (1e-3, 1e-1)
+
+
+class GatedDeltaNetModule(Initialised, Float32Kept):
+    """Gated delta rule with a short convolution and a gated norm.        (arXiv 2412.06464)
+
+        q, k, v = silu(conv(W x)),  q and k of length 1
+        log_decay = -exp(A_log) softplus(a + dt_bias),  beta = sigmoid(b), doubled with `negative_eigenvalues`
+        S' = exp(log_decay) S,  S = S' + beta k (v - S'ᵀ k)ᵀ,  o = Sᵀ q / sqrt(K)
+        y = W_o (rms(o) * silu(z))
+
+    Rows of `qkv_proj` and of the convolution stand in the order q, k, v. Gates and state are float32.
+
+    Shapes:  x, y: [B, T, D];  state: [B, HV, K, V];  `heads_out` sees [B, T, HV, V]
+    """
+
+    KEPT: ClassVar[tuple[str, ...]] = ("A_log", "dt_bias")
+
+    def __init__(
+        self,
+        site: Site,
+        *,
+        heads: int,
+        value_heads: int,
+        head_dim: int,
+        value_dim: int,
+        short_conv: int,
+        negative_eigenvalues: bool,
+    ) -> None:
+        super().__init__()
+        self.heads, self.value_heads, self.head_dim, self.value_dim = heads, value_heads, head_dim, value_dim
+        self.beta_max = 2.0 if negative_eigenvalues else 1.0
+        self.sizes = (heads * head_dim, heads * head_dim, value_heads * value_dim)
+        self.qkv_proj = nn.Linear(site.hidden_size, sum(self.sizes), bias=False)
+        self.z_proj = nn.Linear(site.hidden_size, value_heads * value_dim, bias=False)
+        self.a_proj = nn.Linear(site.hidden_size, value_heads, bias=False)
+        self.b_proj = nn.Linear(site.hidden_size, value_heads, bias=False)
+        self.conv = ShortConv(sum(self.sizes), short_conv)
+        self.A_log = nn.Parameter(torch.empty(value_heads, dtype=torch.float32))
+        self.dt_bias = nn.Parameter(torch.empty(value_heads, dtype=torch.float32))
+        self.norm = RMSNorm(value_dim, site.norm_eps)
+        self.heads_out = nn.Identity()
+        self.o_proj = nn.Linear(value_heads * value_dim, site.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, call: Call) -> Tensor:
+        x = call.hide_padding(x)
+        q, k, v = self.conv(self.qkv_proj(x), call).split(self.sizes, dim=-1)
+        q, k = (l2_norm(side.unflatten(-1, (self.heads, -1))) for side in (q, k))
+        o = self._remember(q, k, v.unflatten(-1, (self.value_heads, -1)), *self._gates(x), call=call)
+        z = self.z_proj(x).unflatten(-1, (self.value_heads, -1))
+        y: Tensor = self.o_proj(self.heads_out(self.norm(o) * F.silu(z)).flatten(2))
+        return y
+
+    def _gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Shapes:  log_decay, beta: [B, T, HV], float32"""
+        log_decay = -torch.exp(wide(self.A_log)) * F.softplus(wide(self.a_proj(x)) + self.dt_bias)
+        return log_decay, torch.sigmoid(wide(self.b_proj(x))) * self.beta_max
+
+    def _remember(
+        self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, *, call: Call
+    ) -> Tensor:
+        past = call.state("memory")
+        if past is not None and q.shape[1] == 1:
+            o, state = gated_delta_rule_step(q, k, v, log_decay, beta, past)
+        else:
+            o, state = gated_delta_rule(q, k, v, log_decay, beta, initial_state=past)
+        call.keep(memory=state)
+        return o
+
+    def initialise(self, std: float) -> None:  # noqa: ARG002 - rates have ranges of their own
+        rates = torch.empty_like(self.A_log).uniform_(*DECAY_RATES)
+        fill(self.A_log, rates.log())
+        steps = torch.empty_like(self.dt_bias).uniform_(*(math.log(size) for size in STEP_SIZES)).exp()
+        # The inverse of softplus.
+        fill(self.dt_bias, steps + torch.log(-torch.expm1(-steps)))
+
+    def new_cache(self) -> StateLayer:
+        return RecurrentLayer()
+
+    def filled_cache(self, batch: int, context: int, like: Tensor) -> StateLayer:
+        """A cache of random states after `context` tokens, whose step repeats."""
+        memory = (batch, self.value_heads, self.head_dim, self.value_dim)
+        states = {
+            "conv": like.new_empty(batch, *self.conv.state_shape()).normal_(),
+            "memory": like.new_empty(memory, dtype=wide_dtype(like.dtype)).normal_(),
+        }
+        return PreallocatedRecurrentLayer(states, context=context)
+
+    def kernel_path(self, device: torch.device, dtype: torch.dtype) -> str:
+        """The name of the code that does the mixing."""
+        return gated_delta_rule.path(device, dtype, K=self.head_dim, V=self.value_dim)

@@ -1,0 +1,56 @@
+"""Norms over the last dimension."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from heddle.compose.modules.precision import wide
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm, statistics in float32.
+
+        y = w * x / sqrt(mean(x²) + eps)        (arXiv 1910.07467)
+
+    Shapes:  x, y: [..., size]
+    """
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = wide(x)
+        y = y * torch.rsqrt(y.square().mean(dim=-1, keepdim=True) + self.eps)
+        return (y * self.weight).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, eps={self.eps}"
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer norm with gain and bias; output in the type of the input, also under autocast.
+
+    Shapes:  x, y: [..., size]
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.layer_norm(wide(x), self.normalized_shape, wide(self.weight), wide(self.bias), self.eps)
+        return y.to(x.dtype)
+
+
+NORMS: dict[str, type[RMSNorm | LayerNorm]] = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
+
+
+def norm_module(kind: str, size: int, eps: float) -> nn.Module:
+    """The norm named `kind` in a block's `norm` field."""
+    return NORMS[kind](size, eps=eps)
+
+
+def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
+    """x / sqrt(sum(x²) + eps) over the last dimension, computed in float32."""
+    y = wide(x)
+    return (y * torch.rsqrt(y.square().sum(dim=-1, keepdim=True) + eps)).to(x.dtype)

@@ -1,0 +1,40 @@
+"""The short causal convolution before a recurrence."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from heddle.compose.cache import Call
+from heddle.compose.init import Initialised, uniform
+from heddle.kernels.causal_conv1d import causal_conv1d
+
+
+class ShortConv(Initialised):
+    """Depthwise causal convolution over time, then the activation. The last tap multiplies the current token.
+
+        y_t = activation(sum_i w_i * x_{t-W+1+i})
+
+    Shapes:  x, y: [B, T, C];  weight: [C, W];  cached state: [B, C, W-1]
+    """
+
+    def __init__(self, channels: int, taps: int, *, activation: str | None = "silu") -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, taps))
+        self.activation = activation
+
+    def forward(self, x: Tensor, call: Call) -> Tensor:
+        past = call.state("conv")
+        y, state = causal_conv1d(x, self.weight.to(x.dtype), initial_state=past, activation=self.activation)
+        call.keep(conv=state)
+        return y
+
+    def state_shape(self) -> tuple[int, int]:
+        """Channels and earlier tokens of one sequence's state."""
+        return self.weight.shape[0], self.weight.shape[1] - 1
+
+    def initialise(self, std: float) -> None:  # noqa: ARG002 - the taps keep the scale of what they mix
+        bound = 1.0 / math.sqrt(self.weight.shape[1])
+        uniform(self.weight, -bound, bound)

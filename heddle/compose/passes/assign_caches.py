@@ -1,0 +1,19 @@
+"""Pass: what each mixer remembers between tokens.
+
+Needs: `check_shapes`.
+Gives: `states` of mixers: the tensors their caches hold for one sequence, growing or not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from heddle.compose.passes.graph import Graph, Locate, MixerBlock, nodes_of, with_nodes
+
+
+def assign_caches(graph: Graph, locate: Locate) -> Graph:  # noqa: ARG001
+    """The graph with the cache of each mixer."""
+    mixers = [(name, node) for name, node in nodes_of(graph) if isinstance(node, MixerBlock)]
+    return with_nodes(
+        graph, {name: replace(node, states=node.spec.states(node.site)) for name, node in mixers}
+    )

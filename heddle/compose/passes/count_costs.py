@@ -1,0 +1,51 @@
+"""Pass: the parameters of every node.
+
+Needs: `check_shapes`.
+Gives: `parameters`, the norm before a block counted with the block. FLOPs and bytes depend on context and batch and are
+answered by `Plan.cost`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from heddle.compose.passes.graph import (
+    ChannelBlock,
+    Embedding,
+    FinalNorm,
+    Graph,
+    Head,
+    Locate,
+    MixerBlock,
+    Node,
+    model_of,
+    nodes_of,
+    with_nodes,
+)
+
+
+def count_costs(graph: Graph, locate: Locate) -> Graph:  # noqa: ARG001
+    """The graph with parameter counts."""
+    model = model_of(graph)
+    found = {}
+    for name, node in nodes_of(graph):
+        found[name] = replace(
+            node, parameters=_parameters(node, model.hidden_size, tied=model.tie_embeddings)
+        )
+    return with_nodes(graph, found)
+
+
+def _parameters(node: Node, width: int, *, tied: bool) -> int:
+    if isinstance(node, (MixerBlock, ChannelBlock)):
+        return node.spec.params(node.site) + norm_parameters(node.norm, width)
+    if isinstance(node, Embedding):
+        return node.vocab_size * width
+    if isinstance(node, Head):
+        return 0 if tied else node.vocab_size * width
+    assert isinstance(node, FinalNorm)
+    return norm_parameters("rmsnorm", width)
+
+
+def norm_parameters(norm: str, width: int) -> int:
+    """A weight, and for layernorm a bias."""
+    return 2 * width if norm == "layernorm" else width

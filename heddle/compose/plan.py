@@ -1,0 +1,188 @@
+"""The plan of a model: its spec with everything filled in, as a graph that passes have worked on. Needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from heddle.compose.passes.assign_caches import assign_caches
+from heddle.compose.passes.check_shapes import check_shapes
+from heddle.compose.passes.count_costs import count_costs
+from heddle.compose.passes.graph import (
+    ChannelBlock,
+    Edge,
+    Graph,
+    Locate,
+    MixerBlock,
+    Node,
+    empty_graph,
+    model_of,
+    nodes_of,
+)
+from heddle.compose.passes.resolve_dims import resolve_dims
+from heddle.compose.passes.resolve_layers import resolve_layers
+from heddle.errors import Where
+from heddle.specs.model import ModelSpec
+
+Pass = Callable[[Graph, Locate], Graph]
+PASSES: tuple[Pass, ...] = (resolve_layers, resolve_dims, check_shapes, assign_caches, count_costs)
+
+# What models compute in on a GPU, and what a cache is counted in unless told otherwise.
+BFLOAT16_BYTES = 2
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPlan:
+    """One layer, fully resolved. `mixer` and `channel` are plain data for the modules, `kind` included."""
+
+    index: int
+    block: str
+    mixer: Mapping[str, Any]
+    channel: Mapping[str, Any]
+    norm: str
+    parameters: int
+    _mixer: MixerBlock
+    _channel: ChannelBlock | None
+
+    def cost(self, context: int, batch: int = 1, *, element: int = BFLOAT16_BYTES) -> dict[str, float]:
+        """As `Plan.cost`, of this layer alone."""
+        spec, site = self._mixer.spec, self._mixer.site
+        channel = 0 if self._channel is None else self._channel.spec.flops(site)
+        held = {True: 0, False: 0}
+        for state in self._mixer.states or ():
+            held[state.grows] += state.bytes(context, element)
+        return {
+            "prefill_flops_per_token": spec.prefill_flops(site, context) + channel,
+            "decode_flops_per_token": spec.flops(site, context) + channel,
+            "cache_bytes": batch * held[True],
+            "cache_bytes_per_token": spec.cache_bytes_per_token(site, element),
+            "state_bytes": batch * held[False],
+        }
+
+    def summary(self, context: int, batch: int = 1) -> dict[str, Any]:
+        """Names and costs, for `heddle show`."""
+        names = {
+            "index": self.index,
+            "block": self.block,
+            "mixer": self.mixer["kind"],
+            "channel": self.channel["kind"],
+        }
+        return {**names, "norm": self.norm, "parameters": self.parameters, **self.cost(context, batch)}
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A model with everything filled in. Prints as text; two plans are equal if their graphs are."""
+
+    graph: Graph
+    layers: tuple[LayerPlan, ...]
+
+    @property
+    def model(self) -> ModelSpec:
+        return model_of(self.graph)
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the whole model; a tied head has none of its own."""
+        return sum(node.parameters or 0 for _, node in nodes_of(self.graph))
+
+    def cost(self, context: int, batch: int = 1, *, element: int = BFLOAT16_BYTES) -> dict[str, float]:
+        """Costs at `context` tokens; `element` is the bytes of a number in a cache.
+
+        `prefill_flops_per_token` is the mean over a pass of `context` tokens, `decode_flops_per_token` that of one token
+        after them. `cache_bytes` (growing with the context) and `state_bytes` (not) are of the whole batch,
+        `cache_bytes_per_token` is of one sequence, before any window is full.
+        """
+        head = 2 * self.model.hidden_size * self.model.vocab_size
+        totals: dict[str, float] = dict.fromkeys(("prefill_flops_per_token", "decode_flops_per_token"), head)
+        totals |= dict.fromkeys(("cache_bytes", "cache_bytes_per_token", "state_bytes"), 0)
+        for layer in self.layers:
+            for name, value in layer.cost(context, batch, element=element).items():
+                totals[name] += value
+        return totals
+
+    def runtime(self) -> dict[str, Any]:
+        """Plain data for HeddleConfig."""
+        model = self.model
+        names = ("vocab_size", "hidden_size", "context_length", "norm_eps", "tie_embeddings")
+        layers = [
+            {"mixer": dict(layer.mixer), "channel": dict(layer.channel), "norm": layer.norm}
+            for layer in self.layers
+        ]
+        return {**{name: getattr(model, name) for name in names}, "layers": layers}
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Plan):
+            return NotImplemented
+        return _content(self.graph) == _content(other.graph)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self.graph))
+
+    def __str__(self) -> str:
+        return "\n".join(
+            [f"{len(self.layers)} layers, {self.parameters:,} parameters", *graph_lines(self.graph)]
+        )
+
+
+def plan(model: ModelSpec, where: Locate | None = None) -> Plan:
+    """The plan of a resolved spec. `where` gives the place of a path such as `layers.3.mixer.heads`; see `SpecFile.where`.
+
+    Raises:
+        HeddleErrors: of the first pass that finds something wrong; each names the pass, the node and the spec's line.
+    """
+    locate = where or (lambda path: Where(path=path))
+    graph = empty_graph(model)
+    for one in PASSES:
+        graph = one(graph, locate)
+    return Plan(graph, _layers(graph))
+
+
+def _layers(graph: Graph) -> tuple[LayerPlan, ...]:
+    nodes = dict(nodes_of(graph))
+    mixers = [node for node in nodes.values() if isinstance(node, MixerBlock)]
+    return tuple(_layer(mixer, nodes.get(f"layers.{mixer.site.layer_index}.channel")) for mixer in mixers)
+
+
+def _layer(mixer: MixerBlock, channel: Node | None) -> LayerPlan:
+    assert channel is None or isinstance(channel, ChannelBlock)
+    assert mixer.data is not None
+    data = {"kind": "none"} if channel is None else channel.data
+    assert data is not None
+    parameters = (mixer.parameters or 0) + (channel.parameters or 0 if channel else 0)
+    index = mixer.site.layer_index
+    return LayerPlan(index, mixer.block, mixer.data, data, mixer.norm, parameters, mixer, channel)
+
+
+def _content(graph: Graph) -> tuple[dict[str, Node], dict[tuple[str, str], Edge]]:
+    edges = {(first, second): data["edge"] for first, second, data in graph.edges(data=True)}
+    return dict(nodes_of(graph)), edges
+
+
+def graph_lines(graph: Graph) -> list[str]:
+    """A line for each node: its name, what it is, its states, its parameters, and what it shares."""
+    lines = []
+    for name, node in nodes_of(graph):
+        cells = [f"{name:<18}", _told(node)]
+        cells += [f"uses {other}'s weight" for other in _shared(graph, name)]
+        if node.parameters is not None:
+            cells.append(f"{node.parameters:,} parameters")
+        lines.append("  ".join(cells))
+    return lines
+
+
+def _shared(graph: Graph, name: str) -> list[str]:
+    return [first for first, _, data in graph.in_edges(name, data=True) if data["edge"].kind == "share"]
+
+
+def _told(node: Node) -> str:
+    if not isinstance(node, (MixerBlock, ChannelBlock)):
+        return f"{node.takes or 'ids'} -> {node.gives or 'logits'}"
+    data = node.data or {"kind": node.spec.kind}
+    fields = ", ".join(f"{key}={value}" for key, value in data.items() if key != "kind")
+    states = (node.states or ()) if isinstance(node, MixerBlock) else ()
+    held = "".join(
+        f"  {state.name}{list(state.shape)}{' per token' if state.grows else ''}" for state in states
+    )
+    return f"{node.block}: {node.norm}, {data['kind']}({fields}){held}"

@@ -1,0 +1,310 @@
+"""One training loop for every model and every task: batches in, a trained model and its loss curve out.
+
+It knows no task and no spec. A model is anything with `.model(input_ids=...)` that gives `last_hidden_state`,
+and `.lm_head`.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from heddle.errors import HeddleError
+
+IGNORE = -100
+# The learning rate ends at this share of its peak.
+FINAL_SHARE = 0.1
+# On CUDA the loss is read back only every so many steps: a read waits for the device.
+READ_EVERY = 25
+# Steps run one by one before a CUDA graph is captured: kernels compile and the optimizer makes its state in
+# them.
+GRAPH_WARMUP = 3
+
+Batches = Callable[[int], tuple[Tensor, Tensor]]
+OnStep = Callable[[int, int, float], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How a model is trained: part of the key under which a result is remembered.
+
+    `warmup` is a share of the steps. `precision` "auto" is bfloat16 autocast on CUDA and float32 on a CPU.
+    """
+
+    tokens: int
+    batch_tokens: int = 4096
+    learning_rate: float = 3e-3
+    weight_decay: float = 0.1
+    warmup: float = 0.1
+    grad_clip: float = 1.0
+    seed: int = 0
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    betas: tuple[float, float] = (0.9, 0.98)
+
+    def rows(self, sequence_length: int) -> int:
+        """Sequences in one batch; at least one."""
+        return max(1, self.batch_tokens // sequence_length)
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """What a training did: `losses` holds the loss (in nats a label) of each step."""
+
+    steps: int
+    tokens: int
+    losses: tuple[float, ...]
+    wall_s: float
+    launch: Literal["eager", "graph"]
+
+
+def fit(
+    model: nn.Module,
+    batches: Batches,
+    recipe: Recipe,
+    *,
+    on_step: OnStep | None = None,
+    launch: Literal["eager", "graph"] = "eager",
+) -> Fit:
+    """Trains `model` in place with AdamW, linear warm-up and a cosine to 10 %.
+
+    `batches(step)` gives inputs and targets, int64 [B, T], -100 where nothing is asked. The number of steps
+    follows from the first batch: `recipe.tokens` over its size. On a CPU two runs from equal weights and
+    batches are bit-equal.
+
+    `on_step(done, steps, loss)` is called after each step, on CUDA after every 25th and the last; what it
+    raises stops the run. `launch="graph"` replays each step as one CUDA graph (CUDA only; the model must not
+    wait for the device in its forward).
+
+    Raises `loss-not-finite` and `out-of-memory`, each naming the step.
+    """
+    device = next(model.parameters()).device
+    assert launch == "eager" or device.type == "cuda"
+    first = batches(0)
+    steps = max(1, round(recipe.tokens / first[0].numel()))
+    run = _Run(model, recipe, steps, device)
+    every = READ_EVERY if device.type == "cuda" else 1
+    tokens, started = 0, time.perf_counter()
+    model.train()
+    for step in range(steps):
+        with _memory_errors(step, steps):
+            inputs, targets = first if step == 0 else batches(step)
+            run.step(step, inputs, targets, graph=launch == "graph")
+        tokens += inputs.numel()
+        if (step + 1) % every == 0 or step + 1 == steps:
+            loss = run.check(step)
+            if on_step is not None:
+                on_step(step + 1, steps, loss)
+    model.eval()
+    losses = tuple(run.losses.tolist())
+    return Fit(steps, tokens, losses, time.perf_counter() - started, launch)
+
+
+def learning_rate_at(step: int, steps: int, recipe: Recipe) -> float:
+    """The learning rate of one step: a line up to the peak, then a cosine down to 10 % of it at the end."""
+    warmup = round(recipe.warmup * steps)
+    if step < warmup:
+        return recipe.learning_rate * (step + 1) / (warmup + 1)
+    progress = (step - warmup) / max(1, steps - 1 - warmup)
+    cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
+    return recipe.learning_rate * (FINAL_SHARE + (1.0 - FINAL_SHARE) * cosine)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups: matrices, which decay, and the rest, which must not.
+
+    The rest is every vector (norm gains, biases, the gates' A_log and dt_bias), every embedding – a tied
+    output head with it – and every parameter that carries `_no_weight_decay`.
+    """
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    decayed: list[nn.Parameter] = []
+    kept: list[nn.Parameter] = []
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue
+        exempt = parameter.ndim < 2 or id(parameter) in embeddings or hasattr(parameter, "_no_weight_decay")
+        (kept if exempt else decayed).append(parameter)
+    groups = ({"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0})
+    return [group for group in groups if group["params"]]
+
+
+def labelled_positions(targets: Tensor) -> Tensor | None:
+    """Flat indices [N] of the labelled positions of `targets` [B, T], or None if all are."""
+    positions = (targets.reshape(-1) != IGNORE).nonzero().squeeze(1)
+    return None if positions.numel() == targets.numel() else positions
+
+
+def labelled_logits(model: nn.Module, inputs: Tensor, positions: Tensor | None) -> Tensor:
+    """Logits [N, vocab] at the flat `positions` alone (all of them for None): the head never sees the others.
+
+    At a large vocabulary the head would otherwise cost more than the layers.
+    """
+    backbone, head = cast(Callable[..., Any], model.model), cast(Callable[[Tensor], Tensor], model.lm_head)
+    hidden: Tensor = backbone(input_ids=inputs, use_cache=False).last_hidden_state
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    return head(flat if positions is None else flat.index_select(0, positions))
+
+
+def labelled_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy in nats over the labelled positions; float32, whatever the model computes in."""
+    positions = labelled_positions(targets)
+    return _loss(model, inputs, positions, _labels(targets, positions))
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
+    """The context in which a forward runs at `precision` ("auto", "float32" or "bfloat16") on `device`."""
+    if precision == "bfloat16" or (precision == "auto" and device.type == "cuda"):
+        # Weights change every step, so cached casts would be stale under a CUDA graph.
+        return torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False)
+    return nullcontext()
+
+
+def _labels(targets: Tensor, positions: Tensor | None) -> Tensor:
+    flat = targets.reshape(-1)
+    return flat if positions is None else flat.index_select(0, positions)
+
+
+def _loss(model: nn.Module, inputs: Tensor, positions: Tensor | None, labels: Tensor) -> Tensor:
+    return F.cross_entropy(labelled_logits(model, inputs, positions).float(), labels)
+
+
+class _Run:
+    """The state of one training: optimizer, curve on the device, captured step if there is one."""
+
+    def __init__(self, model: nn.Module, recipe: Recipe, steps: int, device: torch.device) -> None:
+        self.model, self.recipe, self.steps, self.device = model, recipe, steps, device
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        on_cuda = device.type == "cuda"
+        # A CUDA graph reads the learning rate from the device, so there it is a tensor.
+        self.rate: Tensor | float = torch.zeros((), device=device) if on_cuda else 0.0
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(model, recipe.weight_decay),
+            lr=self.rate,
+            betas=recipe.betas,
+            fused=True,
+            capturable=on_cuda,
+        )
+        self.losses = torch.zeros(steps, device=device)
+        self.norms = torch.zeros(steps, device=device)
+        self.checked = 0
+        self.captured: _Captured | None = None
+
+    def step(self, step: int, inputs: Tensor, targets: Tensor, *, graph: bool) -> None:
+        self._set_rate(learning_rate_at(step, self.steps, self.recipe))
+        positions = labelled_positions(targets)
+        labels = _labels(targets, positions)
+        if graph and step == GRAPH_WARMUP:
+            self.captured = _Captured(self, inputs, positions, labels)
+        if self.captured is not None and self.captured.fits(inputs, positions):
+            loss, norm = self.captured.replay(inputs, positions, labels)
+        elif graph and step < GRAPH_WARMUP:
+            loss, norm = _on_side_stream(lambda: self.update(inputs, positions, labels))
+        else:
+            loss, norm = self.update(inputs, positions, labels)
+        self.losses[step], self.norms[step] = loss, norm
+
+    def update(self, inputs: Tensor, positions: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """One forward, backward and optimizer step; gives loss and gradient norm before clipping."""
+        self.optimizer.zero_grad(set_to_none=True)
+        with autocast(self.device, self.recipe.precision):
+            loss = _loss(self.model, inputs, positions, labels)
+        loss.backward()  # type: ignore[no-untyped-call]
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.recipe.grad_clip)
+        self.optimizer.step()
+        return loss.detach(), norm
+
+    def check(self, step: int) -> float:
+        """The loss of `step`, after making sure that it and all before it are finite."""
+        losses, norms = (
+            self.losses[self.checked : step + 1].tolist(),
+            self.norms[self.checked : step + 1].tolist(),
+        )
+        for offset, (loss, norm) in enumerate(zip(losses, norms, strict=True)):
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise _not_finite(self.checked + offset, self.steps, loss, norm)
+        self.checked = step + 1
+        return float(losses[-1])
+
+    def _set_rate(self, rate: float) -> None:
+        if isinstance(self.rate, Tensor):
+            self.rate.fill_(rate)
+        else:
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+
+
+class _Captured:
+    """One training step as a CUDA graph: batches are copied into fixed buffers, then the step is replayed."""
+
+    def __init__(self, run: _Run, inputs: Tensor, positions: Tensor | None, labels: Tensor) -> None:
+        self.inputs, self.labels = inputs.clone(), labels.clone()
+        self.positions = None if positions is None else positions.clone()
+        self.graph = torch.cuda.CUDAGraph()
+        run.optimizer.zero_grad(set_to_none=True)
+        with torch.cuda.graph(self.graph):
+            self.loss, self.norm = run.update(self.inputs, self.positions, self.labels)
+
+    def fits(self, inputs: Tensor, positions: Tensor | None) -> bool:
+        if inputs.shape != self.inputs.shape or (positions is None) != (self.positions is None):
+            return False
+        return positions is None or self.positions is None or positions.shape == self.positions.shape
+
+    def replay(self, inputs: Tensor, positions: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor]:
+        self.inputs.copy_(inputs)
+        self.labels.copy_(labels)
+        if positions is not None and self.positions is not None:
+            self.positions.copy_(positions)
+        self.graph.replay()
+        return self.loss, self.norm
+
+
+def _on_side_stream(update: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    # torch asks that what is captured later runs a few times on a stream of its own first:
+    # https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
+    side, current = torch.cuda.Stream(), torch.cuda.current_stream()  # type: ignore[no-untyped-call]
+    side.wait_stream(current)
+    with torch.cuda.stream(side):
+        result = update()
+    current.wait_stream(side)
+    return result
+
+
+@contextmanager
+def _memory_errors(step: int, steps: int) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise _out_of_memory(step, steps, str(error).partition(". ")[0]) from error
+    except RuntimeError as error:
+        # The CPU allocator has no class of its own.
+        if "can't allocate memory" not in str(error):
+            raise
+        raise _out_of_memory(step, steps, "the CPU allocator gave up") from error
+
+
+def _out_of_memory(step: int, steps: int, what: str) -> HeddleError:
+    return HeddleError(
+        "out-of-memory",
+        f"training ran out of memory at step {step + 1} of {steps}: {what}",
+        hint="a smaller train.batch_tokens or data.sequence_length needs less",
+    )
+
+
+def _not_finite(step: int, steps: int, loss: float, norm: float) -> HeddleError:
+    what = (
+        f"the loss is {loss}"
+        if not math.isfinite(loss)
+        else f"the loss is {loss:.4g} but its gradient's norm is {norm}"
+    )
+    return HeddleError(
+        "loss-not-finite",
+        f"{what} at step {step + 1} of {steps}",
+        hint="a lower train.learning_rate, a longer train.warmup, or train.precision: float32",
+    )

@@ -1,0 +1,49 @@
+"use strict";
+// Draws the figures with the page's own colours, and again when the colour scheme changes.
+(function () {
+  const figures = JSON.parse(document.getElementById("figures").textContent);
+  const dark = window.matchMedia("(prefers-color-scheme: dark)");
+
+  function colour(name) {
+    return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+  }
+
+  // A colour in a figure is the name of a CSS variable.
+  function painted(value) {
+    if (typeof value === "string" && value.startsWith("--")) return colour(value);
+    if (Array.isArray(value)) return value.map(painted);
+    if (value && typeof value === "object") {
+      return Object.fromEntries(Object.entries(value).map(([key, inner]) => [key, painted(inner)]));
+    }
+    return value;
+  }
+
+  function axis(given) {
+    return Object.assign(
+      { gridcolor: colour("--line"), linecolor: colour("--line"), zeroline: false, automargin: true },
+      given
+    );
+  }
+
+  function draw() {
+    figures.forEach(function (figure, index) {
+      const layout = Object.assign({}, painted(figure.layout), {
+        paper_bgcolor: "rgba(0,0,0,0)",
+        plot_bgcolor: "rgba(0,0,0,0)",
+        font: { family: getComputedStyle(document.body).fontFamily, size: 13, color: colour("--ink") },
+        legend: { orientation: "h", x: 0, y: -0.26, yanchor: "top" },
+        margin: { l: 55, r: 15, t: 28, b: 45 },
+        hovermode: "closest",
+      });
+      ["xaxis", "yaxis", "yaxis2"].forEach(function (name) {
+        if (!layout[name]) return;
+        layout[name] = axis(layout[name]);
+        if (layout[name].title) layout[name].title.standoff = 8;
+      });
+      Plotly.react("plot-" + index, painted(figure.data), layout, { responsive: true, displaylogo: false, displayModeBar: false });
+    });
+  }
+
+  draw();
+  dark.addEventListener("change", draw);
+})();

@@ -1,0 +1,60 @@
+"""A run as one HTML page: no network, readable with scripts off, every name of the run shown as text."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from importlib import resources
+from pathlib import Path
+
+from heddle.dashboards.figures import Figure, figures
+from heddle.dashboards.html import Html, element
+from heddle.dashboards.sections import SECTIONS, header
+from heddle.search.durable import write_whole
+from heddle.search.record import Run
+
+FILE = "report.html"
+
+
+def write_report(run: Run, out: Path) -> Path:
+    """Write `run` as one self-contained page to `out`, whole or not at all, and give the path.
+
+    Raises:
+        HeddleError: "disk-full".
+    """
+    write_whole(out, page(run).encode())
+    return out
+
+
+def page(run: Run) -> Html:
+    """The whole page."""
+    drawn = figures(run)
+    title = f"Heddle search: {run.name}"
+    head = element(
+        "head",
+        element("meta", charset="utf-8"),
+        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        element("title", title),
+        element("style", Html(_resource("report.css"))),
+    )
+    sections = [section for part in SECTIONS if (section := part(run)) is not None]
+    body = element("body", element("header", *header(run)), element("main", *sections), *_scripts(drawn))
+    return Html(f"<!doctype html>\n{element('html', head, body, lang='en')}\n")
+
+
+def _scripts(drawn: list[Figure]) -> list[Html]:
+    if not drawn:
+        return []
+    from plotly.offline import get_plotlyjs
+
+    # "<" cannot end the script element, nor open another, when it is written as an escape.
+    figures_json = json.dumps([asdict(figure) for figure in drawn], allow_nan=False).replace("<", "\\u003c")
+    return [
+        element("script", Html(figures_json), type="application/json", id="figures"),
+        element("script", Html(get_plotlyjs())),
+        element("script", Html(_resource("report.js"))),
+    ]
+
+
+def _resource(name: str) -> str:
+    return resources.files("heddle.dashboards").joinpath(name).read_text(encoding="utf-8")

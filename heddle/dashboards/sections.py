@@ -1,0 +1,321 @@
+"""The parts of a report's page, top to bottom; each gives None when the run has nothing to say there."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from heddle.dashboards import data, words
+from heddle.dashboards.figures import figures
+from heddle.dashboards.html import Html, Row, element, join, table
+from heddle.search.record import Confirm, Latency, Run, TaskInfo, Trial
+
+
+def _section(title: str, *children: object) -> Html:
+    return element("section", element("h2", title), *children)
+
+
+def _note(*children: object) -> Html:
+    return element("p", *children, cls="note")
+
+
+def header(run: Run) -> list[Html]:
+    """Where and how long, the name, and the verdict in a box."""
+    environment = run.meta.get("environment", {})
+    machine = environment.get("device_name", "unknown device")
+    over = f"Heddle search · {machine} · {words.duration_text(run.wall_s)}"
+    verdict = [element("p", words.headline(run))]
+    verdict += [element("p", line) for line in words.confirmation(run)] if run.best is not None else []
+    look = "verdict" if run.best is not None else "verdict bad"
+    return [element("p", over, cls="over"), element("h1", run.name), element("div", *verdict, cls=look)]
+
+
+def front(run: Run) -> Html:
+    """The reference and the front, a row each."""
+    measured = [*(words.metric_text(task) for task in run.tasks), *_budget_heads(run), "Parameters"]
+    header = ["Spec", *measured, "Layers"]
+    shown = ([run.reference] if run.reference is not None else []) + list(run.front_trials)
+    rows = [Row(_summary_row(trial, run), _look(trial, run)) for trial in shown]
+    said = "No spec within the budget beats one of these in every task. Scores with their standard error."
+    return _section(
+        "Pareto front",
+        _note(said if run.front else "Empty: no spec was trained within the budget."),
+        element("ul", *(element("li", words.budget_text(budget)) for budget in run.budgets)),
+        table(header, rows, numeric=range(1, 1 + len(measured))) if rows else "",
+    )
+
+
+def _budget_heads(run: Run) -> list[str]:
+    return [f"{words.budget_name(budget)} (allowed {budget.at_most:g})" for budget in run.budgets]
+
+
+def _summary_row(trial: Trial, run: Run) -> list[object]:
+    name = data.name_of(trial, run) + (" ★ winner" if trial.number == run.best else "")
+    return [name, *words.trial_cells(trial, run)]
+
+
+def _look(trial: Trial, run: Run) -> str | None:
+    if trial.number == run.best:
+        return "winner"
+    if run.reference is not None and trial.number == run.reference.number:
+        return "reference"
+    return trial.state if trial.state in ("failed", "infeasible") else None
+
+
+def least_violating(run: Run) -> Html | None:
+    """Shown only when nothing was feasible: then these are the best news there is."""
+    if run.best is not None or not run.least_violating:
+        return None
+    rows = [
+        [
+            data.name_of(trial, run),
+            *words.budget_cells(trial, run),
+            f"{100 * trial.violation:.1f} %",
+            words.short_layers(trial.layers),
+        ]
+        for trial in map(run.trial, run.least_violating)
+    ]
+    header = ["Spec", *_budget_heads(run), "Over by", "Layers"]
+    return _section("Closest to the budget", table(header, rows, numeric=range(1, len(header) - 1)))
+
+
+def strips(run: Run) -> Html | None:
+    """The layers of the front as coloured strips, which need no script."""
+    shown = ([run.reference] if run.reference is not None else []) + list(
+        run.front_trials or map(run.trial, run.least_violating)
+    )
+    if not shown:
+        return None
+    strips = {data.name_of(trial, run): data.strip(trial) for trial in shown}
+    palette = data.colours(cell.mixer for cells in strips.values() for cell in cells)
+    legend = [
+        element("li", element("i", style=f"background:{colour}"), mixer) for mixer, colour in palette.items()
+    ]
+    rows: list[Html] = []
+    for name, cells in strips.items():
+        blocks = (
+            element(
+                "span",
+                style=f"background:{palette[cell.mixer]}",
+                title=f"layer {cell.index}: {cell.block}, {cell.mixer}",
+            )
+            for cell in cells
+        )
+        label = ", ".join(cell.mixer for cell in cells)
+        rows += [element("div", name), element("div", *blocks, cls="strip", role="img", aria_label=label)]
+    return _section(
+        "Layers",
+        _note("First layer on the left."),
+        element("ul", *legend, cls="legend"),
+        element("div", *rows, cls="strips"),
+    )
+
+
+def plots(run: Run) -> Html | None:
+    """The plots' places; report.js fills them."""
+    drawn = figures(run)
+    if not drawn:
+        return None
+    plots = [
+        element(
+            "figure", element("div", id=f"plot-{index}", cls="plot"), element("figcaption", figure.caption)
+        )
+        for index, figure in enumerate(drawn)
+    ]
+    hint = element(
+        "noscript", _note("The plots need scripts; every number in them is also in the tables of this page.")
+    )
+    return _section("Plots", hint, element("div", *plots, cls="plots"))
+
+
+def confirmation(run: Run) -> Html | None:
+    """The winner against uniform placement: in words, by seed, and what the two models are."""
+    confirm = run.confirm
+    if confirm is None:
+        return None
+    how = "Trained again with seeds new to the search; paired t interval over the seeds."
+    layers = [
+        ["winner", words.short_layers(confirm.layers), confirm.hash],
+        ["uniform", words.short_layers(confirm.uniform_layers), confirm.uniform_hash],
+    ]
+    rows = [row for task in run.tasks for row in _seed_rows(confirm, task)]
+    return _section(
+        "Winner against uniform placement",
+        *(element("p", line) for line in words.confirmation(run)),
+        _note(how),
+        table(["Task", "Seed", "Winner", "Uniform", "Winner − uniform"], rows, numeric=range(1, 5)),
+        table(["Model", "Layers", "Hash"], layers),
+    )
+
+
+def _seed_rows(confirm: Confirm, task: TaskInfo) -> list[list[object]]:
+    """The scores of a task by seed; where there is no pair, those of the winner alone."""
+    found = [difference for difference in confirm.differences if difference.task == task.name]
+    winner = found[0].winner if found else confirm.scores.get(task.name, ())
+    uniform = found[0].uniform if found else (None,) * len(winner)
+    # After a failed training it is not known here which seed is missing.
+    seeds: Sequence[object] = confirm.seeds if len(confirm.seeds) == len(winner) else ("–",) * len(winner)
+    rows: list[list[object]] = []
+    for seed, mine, other in zip(seeds, winner, uniform, strict=True):
+        pair = [None, None] if other is None else [other, mine - other]
+        values = ["–" if value is None else words.value_text(task.metric, value) for value in [mine, *pair]]
+        rows.append([task.name, seed, *values])
+    return rows
+
+
+def remeasured(run: Run) -> Html | None:
+    """The timings of the front taken again at the end."""
+    rows = []
+    for trial in run.front_trials:
+        for label, again in trial.remeasured.items():
+            before = trial.latency.get(label)
+            first = "–" if before is None else words.latency_text(before)
+            ratio = "–" if before is None else words.ratio_text(before)
+            rows.append(
+                [
+                    data.name_of(trial, run),
+                    label,
+                    first,
+                    words.latency_text(again),
+                    ratio,
+                    words.ratio_text(again),
+                    _kept(run, label, again),
+                ]
+            )
+    if not rows:
+        return None
+    header = [
+        "Spec",
+        "Measurement",
+        "In the search",
+        "At the end",
+        "Ratio in the search",
+        "Ratio at the end",
+        "Budget",
+    ]
+    return _section(
+        "The front, timed again",
+        _note(
+            "Taken anew after the search, so that a lucky first timing shows. Medians with 95 % intervals."
+        ),
+        table(header, rows, numeric=range(2, 6)),
+    )
+
+
+def _kept(run: Run, label: str, latency: Latency) -> str:
+    for budget in run.budgets:
+        if budget.label == label:
+            value = latency.median_ms if budget.relative_to is None else latency.ratio
+            return "–" if value is None else "kept" if value <= budget.at_most else "broken"
+    return "none"
+
+
+def latencies(run: Run) -> Html | None:
+    """Every timing with its interval, and the path of each mixer."""
+    timed = [(trial, seen) for trial in data.with_reference(run) for seen in trial.latency.values()]
+    if not timed:
+        return None
+    taken = [
+        [kind, ", ".join(words.PATH_WORDS.get(path, path) for path in sorted(paths))]
+        for kind, paths in data.kernel_paths(run).items()
+    ]
+    foreign = sum(bool(seen.foreign) for seen in data.latencies(run))
+    warning = f"{foreign} timings shared the device with processes of others; do not trust them."
+    header = ["Spec", "Measurement", "Median [95 %]", "Ratio [95 %]", "Turns", "Method", "dtype", "Paths"]
+    rows = [Row(_timing_row(trial, seen, run), _look(trial, run)) for trial, seen in timed]
+    return _section(
+        "Latency",
+        _note("Model and reference took turns, so that clocks and heat hit both; nothing trained meanwhile."),
+        _note(warning) if foreign else "",
+        element("h3", "Path of each mixer"),
+        table(["Mixer", "Path"], taken),
+        element("h3", "All timings"),
+        table(header, rows, numeric=(2, 3, 4)),
+    )
+
+
+def _timing_row(trial: Trial, seen: Latency, run: Run) -> list[object]:
+    paths = ", ".join(f"{kind}: {path}" for kind, path in seen.paths.items())
+    times = (words.latency_text(seen), words.ratio_text(seen))
+    return [data.name_of(trial, run), seen.label, *times, seen.n, seen.method, seen.dtype, paths]
+
+
+def trials(run: Run) -> Html:
+    """Every trial with its state and the reason."""
+    measured = [*(task.name for task in run.tasks), *_budget_heads(run), "Parameters"]
+    header = ["Trial", "State", *measured, "Took", "Layers", "Values", "Reason"]
+    rows = [Row(_trial_row(trial, run), _look(trial, run)) for trial in run.trials]
+    return _section("All trials", table(header, rows, numeric=(0, *range(2, 3 + len(measured)))))
+
+
+def _trial_row(trial: Trial, run: Run) -> list[object]:
+    *measured, layers = words.trial_cells(trial, run)
+    twin = "" if trial.duplicate_of is None else f"same spec as trial {trial.duplicate_of}"
+    took = words.duration_text(trial.wall_s)
+    state = words.STATE_WORDS.get(trial.state, trial.state)
+    return [trial.number, state, *measured, took, layers, words.params_text(trial), trial.reason or twin]
+
+
+def best_spec(run: Run) -> Html | None:
+    """The winner as a spec file."""
+    best = run.best_trial
+    if best is None:
+        return None
+    return _section(
+        "The best spec",
+        _note(f"Hash {best.hash}; a whole file for heddle train or heddle show."),
+        element("pre", best.spec),
+    )
+
+
+def environment(run: Run) -> Html:
+    """What the run was made with."""
+    known = ("environment", "created", "sampler", "round", "lock", "id")
+    rows = flat({key: run.meta[key] for key in known if key in run.meta})
+    return _section("Environment", table(["What", "Value"], rows))
+
+
+def flat(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested plain data as (dotted name, text) pairs."""
+    pairs: list[tuple[str, str]] = []
+    for key, inner in value.items():
+        name = f"{prefix}{key}"
+        if isinstance(inner, Mapping):
+            pairs += flat(inner, f"{name}.")
+        else:
+            pairs.append((name, "–" if inner is None else str(inner)))
+    return pairs
+
+
+def reproduce(run: Run) -> Html:
+    """The commands and the spec file that give this run again."""
+    folder = shlex.quote(str(run.path))
+    commands = [
+        f"heddle search spec.yaml --out {folder}   # the spec file is below",
+        f"heddle report {folder} --out report.html",
+    ]
+    if run.best is not None:
+        commands.append(f"heddle export {folder} --trial best --out my-model")
+    source = run.meta.get("spec")
+    spec = (
+        element("details", element("summary", "The spec file of this search"), element("pre", source))
+        if source
+        else ""
+    )
+    return _section("Reproduce", element("pre", join(commands, "\n")), spec)
+
+
+SECTIONS: tuple[Callable[[Run], Html | None], ...] = (
+    front,
+    least_violating,
+    strips,
+    plots,
+    confirmation,
+    remeasured,
+    latencies,
+    trials,
+    best_spec,
+    environment,
+    reproduce,
+)

@@ -1,0 +1,215 @@
+"""A run in words: how scores, latencies and verdicts are written, in the terminal and in the report alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from heddle.search.record import BudgetInfo, Difference, Latency, Run, Score, TaskInfo, Trial
+
+PATH_WORDS = {
+    "triton": "Triton kernel",
+    "torch": "plain PyTorch",
+    "sdpa": "PyTorch scaled_dot_product_attention",
+}
+STATE_WORDS = {
+    "complete": "trained",
+    "infeasible": "over budget",
+    "failed": "failed",
+    "running": "not finished",
+}
+
+
+def value_text(metric: str, value: float) -> str:
+    """A score's value: accuracy in percent, anything else with four digits."""
+    return f"{100 * value:.1f} %" if metric == "accuracy" else f"{value:.4f}"
+
+
+def score_text(score: Score) -> str:
+    """A score with its standard error."""
+    if score.metric == "accuracy":
+        return f"{100 * score.value:.1f} ± {100 * score.se:.1f} %"
+    return f"{score.value:.4f} ± {score.se:.4f}"
+
+
+def metric_text(task: TaskInfo) -> str:
+    """The task's name, its unit and which way is better."""
+    unit = {"accuracy": "accuracy", "bits_per_byte": "bits per byte"}.get(task.metric, task.metric)
+    return f"{task.name}, {unit} ({'higher' if task.higher_is_better else 'lower'} is better)"
+
+
+def duration_text(seconds: float) -> str:
+    """A time span with two units at most."""
+    if seconds < 60:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
+
+
+def count_text(value: float) -> str:
+    """A count with a unit prefix: 1.23 M."""
+    for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= limit:
+            return f"{value / limit:.3g} {unit}"
+    return f"{value:.0f}"
+
+
+def bytes_text(value: float) -> str:
+    """A number of bytes in binary units."""
+    for power, unit in ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if abs(value) >= 1 << power:
+            return f"{value / (1 << power):.3g} {unit}"
+    return f"{value:.0f} B"
+
+
+def budget_text(budget: BudgetInfo) -> str:
+    """What a budget demands, in one clause."""
+    limit = (
+        f"{budget.at_most:g} ms"
+        if budget.relative_to is None
+        else f"{budget.at_most:g} × {budget.relative_to}"
+    )
+    return f"{budget.phase} at most {limit} (batch {budget.batch}, context {budget.context})"
+
+
+def budget_name(budget: BudgetInfo) -> str:
+    """What a budget measures, short enough for a column or an axis."""
+    unit = "ms" if budget.relative_to is None else f"÷ {budget.relative_to}"
+    return f"{budget.phase} {unit}"
+
+
+def budget_value(trial: Trial, budget: BudgetInfo) -> float | None:
+    """What a trial measured against a budget: milliseconds or the ratio; None when it was never timed."""
+    latency = trial.latency.get(budget.label)
+    if latency is None:
+        return None
+    return latency.median_ms if budget.relative_to is None else latency.ratio
+
+
+def budget_cells(trial: Trial, run: Run) -> list[str]:
+    """What a trial measured against each budget, with its interval; a dash where it was not timed."""
+    cells = []
+    for budget in run.budgets:
+        latency = trial.latency.get(budget.label)
+        if latency is None:
+            cells.append("–")
+        else:
+            cells.append(latency_text(latency) if budget.relative_to is None else ratio_text(latency))
+    return cells
+
+
+def score_cells(trial: Trial, run: Run) -> list[str]:
+    """A trial's score at each task; a dash where it has none."""
+    scores = (trial.scores.get(task.name) for task in run.tasks)
+    return ["–" if score is None else score_text(score) for score in scores]
+
+
+def trial_cells(trial: Trial, run: Run) -> list[str]:
+    """Scores, budgets, parameters, layers of a trial."""
+    measured = [*score_cells(trial, run), *budget_cells(trial, run)]
+    return [*measured, count_text(trial.parameters), short_layers(trial.layers)]
+
+
+def params_text(trial: Trial) -> str:
+    """What the search chose: name and value, mappings without the brackets."""
+    return "; ".join(f"{name}: {_choice_text(value)}" for name, value in trial.params.items())
+
+
+def _choice_text(value: object) -> str:
+    if not isinstance(value, Mapping):
+        return str(value)
+    rest = [f"{key} {inner}" for key, inner in value.items() if key != "kind"]
+    return ", ".join([str(value["kind"])] * ("kind" in value) + rest)
+
+
+def short_layers(layers: tuple[str, ...]) -> str:
+    """Layer names with repeats counted: 3 × linear, full."""
+    runs: list[tuple[str, int]] = []
+    for layer in layers:
+        if runs and runs[-1][0] == layer:
+            runs[-1] = (layer, runs[-1][1] + 1)
+        else:
+            runs.append((layer, 1))
+    return ", ".join(layer if count == 1 else f"{count} × {layer}" for layer, count in runs)
+
+
+def latency_text(latency: Latency) -> str:
+    """Milliseconds with the 95 % interval."""
+    return f"{latency.median_ms:.3f} ms [{latency.low_ms:.3f}, {latency.high_ms:.3f}]"
+
+
+def ratio_text(latency: Latency) -> str:
+    """The ratio to the reference with the 95 % interval, or a dash when there is none."""
+    if latency.ratio is None:
+        return "–"
+    interval = "" if latency.ratio_low is None else f" [{latency.ratio_low:.3f}, {latency.ratio_high:.3f}]"
+    return f"{latency.ratio:.3f}{interval}"
+
+
+def state_counts(run: Run) -> str:
+    """How many trials ended how."""
+    states = ("complete", "infeasible", "failed")
+    return ", ".join(f"{run.count(state)} {STATE_WORDS[state]}" for state in states)
+
+
+def headline(run: Run) -> str:
+    """The outcome of a run in one or two sentences."""
+    best = run.best_trial
+    counts = f"{len(run.trials)} trials: {state_counts(run)}"
+    if best is None:
+        return f"{_NO_WINNER.get(run.status, 'The search has no winner yet.')} {counts}."
+    scores = ", ".join(f"{score.task} {score_text(score)}" for score in best.scores.values())
+    parts = [f"Trial {best.number} wins with {scores}"]
+    for budget in run.budgets:
+        latency = best.latency.get(budget.label)
+        if latency is not None:
+            measured = (
+                latency_text(latency)
+                if budget.relative_to is None
+                else f"{ratio_text(latency)} × {budget.relative_to}"
+            )
+            parts.append(f"{budget.phase} {measured}, allowed {budget.at_most:g}")
+    return f"{'; '.join(parts)}. {counts}."
+
+
+_NO_WINNER = {
+    "nothing-feasible": "No spec kept every budget; the least-violating ones are listed below.",
+    "stopped": "The search was stopped before it had a winner.",
+    "running": "The search is still under way, or was killed.",
+    "finished": "The search ended without a winner.",
+}
+
+
+def confirmation(run: Run) -> list[str]:
+    """The winner against uniform placement, in plain sentences; also when it lost or nothing was shown."""
+    confirm = run.confirm
+    if confirm is None:
+        return ["The winner was not retrained with fresh seeds: only the search's own scores are known."]
+    if confirm.same:
+        return [
+            "The winner is itself the uniform placement of its layers: the search found nothing better than "
+            "spreading them evenly, and there is no second model to compare with."
+        ]
+    lines = [f"One retraining failed: {failure}" for failure in confirm.failures]
+    lines += [difference_text(difference, len(confirm.seeds)) for difference in confirm.differences]
+    return lines or ["No pair of retrainings finished, so the comparison says nothing."]
+
+
+def difference_text(difference: Difference, seeds: int) -> str:
+    """One paired difference as a sentence."""
+    percent = difference.metric == "accuracy"
+    factor, unit = (100.0, "percentage points") if percent else (1.0, difference.metric.replace("_", " "))
+    digits = 2 if percent else 4
+    mean, low, high = (
+        f"{factor * number:+.{digits}f}" for number in (difference.mean, difference.low, difference.high)
+    )
+    better = "higher" if difference.higher_is_better else "lower"
+    conclusion = {
+        "better": "the found placement is better",
+        "worse": "the found placement is worse than uniform",
+        "no difference shown": "the interval holds zero, so no difference is shown",
+    }[difference.verdict]
+    return (
+        f"{difference.task}: over {seeds} fresh seeds, winner minus uniform is {mean} {unit} "
+        f"(95 % interval {low} to {high}; {better} is better): {conclusion}."
+    )

@@ -1,0 +1,29 @@
+"""Tensor functions that run fast where they can: each an `Op` with a reference beside it."""
+
+from typing import Any
+
+from heddle.kernels.causal_conv1d import causal_conv1d, causal_conv1d_reference
+from heddle.kernels.decay_attention import decay_attention, decay_attention_reference, decay_attention_step
+from heddle.kernels.gated_delta_rule import (
+    gated_delta_rule,
+    gated_delta_rule_reference,
+    gated_delta_rule_step,
+)
+from heddle.kernels.op import Op, force_path, watch_paths
+
+OPS: tuple[Op[Any, Any], ...] = (decay_attention, gated_delta_rule, causal_conv1d)
+
+__all__ = [
+    "OPS",
+    "Op",
+    "causal_conv1d",
+    "causal_conv1d_reference",
+    "decay_attention",
+    "decay_attention_reference",
+    "decay_attention_step",
+    "force_path",
+    "gated_delta_rule",
+    "gated_delta_rule_reference",
+    "gated_delta_rule_step",
+    "watch_paths",
+]

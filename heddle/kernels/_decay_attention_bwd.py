@@ -1,0 +1,30 @@
+"""Launches the three backward roles of decay_attention's sweep."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from heddle.kernels._decay_attention_fwd import Sweep
+
+
+def launch_backward(
+    d_out: Tensor,
+    d_final: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    scale: float,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and of the initial state; arguments as those of the registered op."""
+    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    d_initial = torch.empty(
+        sequences, q.shape[2], q.shape[3], v.shape[3], dtype=torch.float32, device=v.device
+    )
+    sweep = Sweep(q, k, v, d_out.to(q.dtype), log_decay, scale)
+    sweep.run((dq, dk, dv), d_initial, initial_state, d_final, cu_seqlens)
+    return dq, dk, dv, d_initial

@@ -1,0 +1,240 @@
+"""Launches the sweep of decay_attention, and its forward role.
+
+`Sweep` lays out one launch: how sequences are cut into segments, and what every kernel is told.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+from torch import Tensor
+
+from heddle.kernels._decay_attention_sweep import (
+    _decay_attention_sweep_carry_kernel,
+    _decay_attention_sweep_output_kernel,
+    _decay_attention_sweep_state_kernel,
+)
+from heddle.kernels.configs.decay_attention import INTERPRETER, Family, Launch, family
+
+CARRY_BLOCK = 256
+_tuned: list[Tuning] = []
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """Overrides what the table says: for measurements and tests."""
+
+    output: Launch | None = None
+    state: Launch | None = None
+    segment: int | None = None
+
+
+@contextmanager
+def tuning(**overrides: Launch | int | None) -> Iterator[None]:
+    """Launches inside use these configurations, or this segment length, in place of the table's."""
+    _tuned.append(Tuning(**overrides))
+    try:
+        yield
+    finally:
+        _tuned.pop()
+
+
+@functools.cache
+def _device(device: torch.device) -> tuple[Family, int]:
+    """Configurations and multiprocessors."""
+    if device.type != "cuda":
+        return INTERPRETER, 1
+    seen = torch.cuda.get_device_properties(device)
+    return family((seen.major, seen.minor)), seen.multi_processor_count
+
+
+@dataclass(frozen=True, slots=True)
+class Segments:
+    """Sequences cut into pieces of `size` tokens, `count` in all; `table` and `offsets` say which for packed ones.
+
+    Shapes:  table: [count, 2] int32, sequence (-1: none) and index in it;  offsets: [N + 1] int32
+    """
+
+    size: int
+    count: int
+    per_sequence: int
+    table: Tensor | None = None
+    offsets: Tensor | None = None
+
+    @property
+    def several(self) -> bool:
+        return self.per_sequence > 1
+
+
+def cut(length: int, sequences: int, programs: int, places: int, least: int) -> int:
+    """Tokens in a segment: all of them if a launch of `programs` a sequence fills half of `places`, else fewer."""
+    wanted = places // max(1, sequences * programs)
+    pieces = min(wanted, length // least) if wanted >= 2 else 1
+    return max(1, -(-length // max(1, pieces)))
+
+
+def lay_out(length: int, sequences: int, size: int, cu_seqlens: Tensor | None) -> Segments:
+    """The segments of sequences of `length` tokens, or of those packed into as many."""
+    pieces = -(-length // size)
+    if cu_seqlens is None:
+        return Segments(size, sequences * pieces, pieces)
+    # Any split of `length` tokens into sequences has at most this many segments, so the host need not know it.
+    bound = length // size + sequences
+    lengths = cu_seqlens.diff()
+    counts = ((lengths + size - 1) // size).clamp_min(1)
+    ends = counts.cumsum(0)
+    segment = torch.arange(bound, device=cu_seqlens.device)
+    sequence = torch.searchsorted(ends, segment, right=True)
+    known = sequence < sequences
+    index = segment - (ends - counts)[sequence.clamp_max(sequences - 1)]
+    table = torch.stack((torch.where(known, sequence, -1), index), dim=1).to(torch.int32)
+    offsets = torch.cat((ends.new_zeros(1), ends)).to(torch.int32)
+    return Segments(size, bound, pieces, table, offsets)
+
+
+@dataclass(frozen=True, slots=True)
+class Roles:
+    """The roles of one launch: which, and the sizes of their a and b (K) and of their c (V)."""
+
+    first: int
+    count: int
+    K: int
+    V: int
+
+
+class Sweep:
+    """One forward (`d_out` None) or backward sweep over given tensors.
+
+    Shapes:  q, k: [B, T, H, K];  v, d_out: [B, T, H, V], the last axis dense;  states: [N, H, K, V], float32, dense
+    """
+
+    def __init__(
+        self, q: Tensor, k: Tensor, v: Tensor, d_out: Tensor | None, log_decay: Tensor, scale: float
+    ) -> None:
+        self.inputs = [_dense(x) for x in (q, k, v, q if d_out is None else d_out)]
+        self.backward = d_out is not None
+        self.log_decay, self.scale = log_decay.to(torch.float32), scale
+        self.B, self.T, self.H, self.K = q.shape
+        self.V = v.shape[3]
+        self.table, self.processors = _device(q.device)
+
+    def roles(self) -> list[Roles]:
+        """What can run in one launch does: all roles if their sizes agree."""
+        K, V = self.K, self.V
+        if not self.backward:
+            return [Roles(0, 1, K, V)]
+        if K == V:
+            return [Roles(0, 3, K, V)]
+        return [Roles(0, 1, V, K), Roles(1, 1, V, K), Roles(2, 1, K, V)]
+
+    def run(
+        self,
+        outputs: tuple[Tensor, Tensor, Tensor],
+        final: Tensor,
+        initial: Tensor | None,
+        d_final: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> None:
+        """Fills the outputs (of the three roles backward, thrice the same forward) and the final state."""
+        before = _dense_state(initial.mT if self.backward and initial is not None else initial)
+        given = {"initial": before, "d_final": _dense_state(d_final), "d_final_t": None}
+        if d_final is not None:
+            given["d_final_t"] = _dense_state(d_final.mT)
+        cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(torch.int32)
+        for roles in self.roles():
+            self._run_roles(roles, outputs, final, given, cu_seqlens)
+
+    def _run_roles(
+        self,
+        roles: Roles,
+        outputs: tuple[Tensor, Tensor, Tensor],
+        final: Tensor,
+        given: dict[str, Tensor | None],
+        cu_seqlens: Tensor | None,
+    ) -> None:
+        output, state = self._launch("output", roles), self._launch("state", roles)
+        sequences = final.shape[0]
+        tiles = triton.cdiv(roles.V, output.columns)
+        size = cut(self.T, sequences, tiles * self.H * roles.count, self._places(), self.table.segment)
+        size = _tuned[-1].segment or size if _tuned else size
+        # The first kernel knows no partial chunks.
+        size = triton.cdiv(size, state.chunk) * state.chunk
+        segments = lay_out(self.T, sequences, size, cu_seqlens)
+        log_decay, scratch = self.log_decay, self.log_decay
+        table = segments.table if segments.table is not None else log_decay
+        packed = cu_seqlens if cu_seqlens is not None else log_decay
+        strides = [stride for x in self.inputs for stride in x.stride()[:3]]
+        common = {"BACKWARD": self.backward, "VARLEN": cu_seqlens is not None}
+        shapes = {"K": roles.K, "V": roles.V, "ROWS": _block(roles.K), "ROLES": roles.count}
+        shapes["PRECISION"] = "tf32x3" if log_decay.device.type == "cuda" else "ieee"
+        has = {"HAS_INITIAL": given["initial"] is not None, "HAS_D_FINAL": given["d_final"] is not None}
+        states = [
+            given[name] if given[name] is not None else log_decay
+            for name in ("initial", "d_final", "d_final_t")
+        ]
+        numbers = (self.H, segments.count, segments.per_sequence, size, roles.first)
+        if segments.several:
+            scratch = log_decay.new_empty(roles.count, segments.count, self.H, roles.K, roles.V)
+            grid = (segments.count * self.H * roles.count * triton.cdiv(roles.V, state.columns),)
+            _decay_attention_sweep_state_kernel[grid](
+                *self.inputs, log_decay, scratch, table, packed, *strides, self.T, *numbers, self.scale,
+                C=state.chunk, COLUMNS=state.columns, **shapes, **common,
+                **state.options(),
+            )  # fmt: skip
+            blocks = triton.cdiv(roles.K * roles.V, CARRY_BLOCK)
+            offsets = segments.offsets if segments.offsets is not None else log_decay
+            _decay_attention_sweep_carry_kernel[(sequences * self.H, blocks, roles.count)](
+                scratch, *states, log_decay, offsets, *numbers,
+                SIZE=roles.K * roles.V, BLOCK=CARRY_BLOCK, **common, **has, num_warps=4,
+            )  # fmt: skip
+        grid = (segments.count * self.H * roles.count * tiles,)
+        _decay_attention_sweep_output_kernel[grid](
+            *self.inputs, log_decay, *outputs, final, scratch, *states, table, packed, *strides,
+            self.T, *numbers, self.scale,
+            C=output.chunk, COLUMNS=output.columns, SEGMENTED=segments.several, **shapes, **common, **has,
+            **output.options(),
+        )  # fmt: skip
+
+    def _places(self) -> int:
+        return self.processors * self.table.resident
+
+    def _launch(self, kernel: str, roles: Roles) -> Launch:
+        launch = self.table.launch(kernel, self.inputs[0].element_size(), _block(roles.K))
+        tuned = _tuned[-1] if _tuned else Tuning()
+        launch = (tuned.output if kernel == "output" else tuned.state) or launch
+        return replace(launch, columns=min(launch.columns, _block(roles.V)))
+
+
+def _block(size: int) -> int:
+    # Products want at least 16 rows and columns.
+    return max(16, triton.next_power_of_2(size))
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x if x.stride(3) == 1 else x.contiguous()
+
+
+def _dense_state(state: Tensor | None) -> Tensor | None:
+    return None if state is None else state.to(torch.float32).contiguous()
+
+
+def launch_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    scale: float,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Output and final state; arguments as those of the registered op."""
+    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    final = torch.empty(sequences, q.shape[2], q.shape[3], v.shape[3], dtype=torch.float32, device=v.device)
+    Sweep(q, k, v, None, log_decay, scale).run((out, out, out), final, initial_state, None, cu_seqlens)
+    return out, final

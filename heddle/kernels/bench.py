@@ -1,0 +1,281 @@
+"""Times ops beside their torch path and a rival, in one process, and says what share of the machine they reach.
+
+A row is one JSON object of `tests/bench/results/<machine>.jsonl`. Rows of one `run` share process and machine.
+"""
+
+from __future__ import annotations
+
+import importlib
+import platform
+import secrets
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from heddle.kernels import OPS
+from heddle.kernels.accuracy import draw
+from heddle.kernels.op import TRITON_VERSION, Op, Phase, Shape, force_path
+
+Row = dict[str, Any]
+Call = Callable[[], object]
+
+PHASES: tuple[Phase, ...] = ("fwd", "fwdbwd", "decode")
+# Milliseconds of warming up and of repeating; a CPU repeats for as long, but at least a few times.
+WARM_UP, REPEAT, FEWEST = 25, 100, 5
+# On a CPU a shape for a GPU would take minutes.
+CPU_LIMIT = {"B": 1, "T": 1024, "H": 4, "HV": 4, "C": 1024}
+COPY_BYTES, MATMUL_SIZE = 1 << 32, 8192
+
+
+def bench_ops(
+    names: Iterable[str] | None = None,
+    *,
+    device: torch.device | str | None = None,
+    impls: Iterable[str] = ("heddle", "torch", "fla"),
+    phases: Iterable[Phase] = PHASES,
+    report: Callable[[Row], None] | None = None,
+) -> list[Row]:
+    """Rows of every op (or those named): each phase and shape, for each implementation that is there.
+
+    `report` is called with each row as it comes. Out of memory leaves a row out.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    header = machine(device)
+    wanted = None if names is None else set(names)
+    rows = []
+    chosen = [op for op in OPS if wanted is None or op.name in wanted]
+    for row in (*ceilings(device), *_rows(chosen, device, list(impls), list(phases))):
+        rows.append({**header, **row})
+        if report is not None:
+            report(rows[-1])
+    return rows
+
+
+def machine(device: torch.device) -> Row:
+    """The part of a row that is the same for the whole run."""
+    cuda = device.type == "cuda"
+    return {
+        "run": secrets.token_hex(4),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "commit": _output("git", "-C", str(Path(__file__).parent), "rev-parse", "--short=12", "HEAD"),
+        "device": torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine(),
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        if cuda
+        else None,
+        "cuda": torch.version.cuda if cuda else None,
+        "torch": torch.__version__,
+        "triton": TRITON_VERSION,
+    }
+
+
+def _output(*command: str) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.split("\n")[0].strip() or None
+
+
+def ceilings(device: torch.device) -> Iterator[Row]:
+    """What this machine can do at most: bytes of a large copy, FLOPs of a large matrix product."""
+    cuda = device.type == "cuda"
+    count = COPY_BYTES if cuda else COPY_BYTES >> 5
+    source = torch.empty(count, dtype=torch.uint8, device=device).random_()
+    target = torch.empty_like(source)
+    copy = timed(lambda: target.copy_(source), device)
+    bare: Row = {"impl": "torch", "phase": "ceiling", "first_call_s": None, "peak_bytes": None}
+    speed = 2 * count / copy["ms"] / 1e6
+    yield {
+        "op": "copy",
+        **bare,
+        "shape": {"bytes": count},
+        "dtype": "uint8",
+        **copy,
+        "gbps": speed,
+        "tflops": None,
+    }
+    size, dtype = (MATMUL_SIZE, torch.bfloat16) if cuda else (MATMUL_SIZE >> 3, torch.float32)
+    x, y = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    product = timed(lambda: x @ y, device)
+    speed = 2 * size**3 / product["ms"] / 1e9
+    shape = {"M": size, "N": size, "K": size}
+    yield {
+        "op": "matmul",
+        **bare,
+        "shape": shape,
+        "dtype": _name(dtype),
+        **product,
+        "gbps": None,
+        "tflops": speed,
+    }
+
+
+def timed(call: Call, device: torch.device) -> Row:
+    """Median, 10th and 90th percentile of a call, in milliseconds; a GPU's caches are cold."""
+    if device.type == "cuda":
+        from triton.testing import do_bench
+
+        median, low, high = do_bench(call, warmup=WARM_UP, rep=REPEAT, quantiles=[0.5, 0.1, 0.9])
+        return {"ms": median, "ms_p10": low, "ms_p90": high}
+    call()
+    times: list[float] = []
+    begin = time.perf_counter()
+    while len(times) < FEWEST or time.perf_counter() - begin < REPEAT / 1e3:
+        before = time.perf_counter()
+        call()
+        times.append((time.perf_counter() - before) * 1e3)
+    cuts = statistics.quantiles(times, n=10, method="inclusive")
+    return {"ms": statistics.median(times), "ms_p10": cuts[0], "ms_p90": cuts[-1]}
+
+
+def _rows(
+    ops: list[Op[..., Any]], device: torch.device, impls: list[str], phases: list[Phase]
+) -> Iterator[Row]:
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    for op in ops:
+        for phase in phases:
+            if phase == "decode" and op.step is None:
+                continue
+            for shape in _shapes(op, phase, device):
+                for impl in impls:
+                    row = _row(op, phase, shape, impl=impl, device=device, dtype=dtype)
+                    if row is not None:
+                        yield row
+
+
+def _shapes(op: Op[..., Any], phase: Phase, device: torch.device) -> list[Shape]:
+    shapes = op.cases.decode_shapes if phase == "decode" else op.cases.bench_shapes
+    if device.type == "cuda":
+        return list(shapes)
+    small = [
+        {letter: min(size, CPU_LIMIT.get(letter, size)) for letter, size in shape.items()} for shape in shapes
+    ]
+    return [shape for index, shape in enumerate(small) if shape not in small[:index]]
+
+
+def _row(
+    op: Op[..., Any], phase: Phase, shape: Shape, *, impl: str, device: torch.device, dtype: torch.dtype
+) -> Row | None:
+    sample = draw(op, shape, dtype, initial_state=phase == "decode").to(device)
+    function = _function(op, phase, impl, sample.arguments, dtype, device)
+    if function is None:
+        return None
+    call = _call(function, sample.arguments, op.cases.differentiable, sample.upstream[0], phase)
+    try:
+        with force_path("torch") if impl == "torch" else nullcontext():
+            first = time.perf_counter()
+            call()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            first = time.perf_counter() - first
+            times, peak = timed(call, device), _peak(call, device)
+    except torch.cuda.OutOfMemoryError:
+        return None
+    work = op.cases.work(shape, phase, dtype.itemsize) if op.cases.work else None
+    speeds = {
+        "gbps": work and work.bytes / times["ms"] / 1e6,
+        "tflops": work and work.flops / times["ms"] / 1e9,
+    }
+    about: Row = {"op": op.name, "impl": impl, "phase": phase, "shape": dict(shape), "dtype": _name(dtype)}
+    return {**about, **times, **speeds, "peak_bytes": peak, "first_call_s": first}
+
+
+def _function(
+    op: Op[..., Any],
+    phase: Phase,
+    impl: str,
+    arguments: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Callable[..., Any] | None:
+    """What to call with the op's arguments, or None if there is nothing, or nothing new, to time."""
+    if impl == "fla":
+        return _rival(op.name, phase) if device.type == "cuda" else None
+    sizes = {
+        letter: arguments[name].shape[-1] for letter, name in (("K", "k"), ("V", "v")) if name in arguments
+    }
+    if impl == "torch" and (op.kernel is None or op.path(device, dtype, **sizes) == "torch"):
+        return None
+    if phase != "decode":
+        return op
+    step = op.step
+    assert step is not None
+    return lambda *, initial_state, **rest: step(**rest, state=initial_state)
+
+
+def _rival(name: str, phase: Phase) -> Callable[..., Any] | None:
+    """The same function in flash-linear-attention, if it is installed."""
+    if name != "decay_attention":
+        return None
+    try:
+        fla = importlib.import_module("fla.ops.simple_gla")
+    except Exception:
+        return None
+    run = fla.fused_recurrent_simple_gla if phase == "decode" else fla.chunk_simple_gla
+
+    def rival(log_decay: Tensor, **rest: Any) -> Any:
+        return run(**rest, g_gamma=log_decay, output_final_state=phase == "decode")
+
+    return rival
+
+
+def _call(
+    function: Callable[..., Any],
+    arguments: Mapping[str, Tensor],
+    wanted: tuple[str, ...],
+    upstream: Tensor,
+    phase: Phase,
+) -> Call:
+    if phase != "fwdbwd":
+
+        def forward() -> object:
+            with torch.no_grad():
+                return function(**arguments)
+
+        return forward
+    leaves = {name: x.detach().requires_grad_(name in wanted) for name, x in arguments.items()}
+
+    def both() -> object:
+        return torch.autograd.grad(function(**leaves)[0], [leaves[name] for name in wanted], upstream)
+
+    return both
+
+
+def _peak(call: Call, device: torch.device) -> int | None:
+    """Bytes a call allocates at most, beyond what is there already."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    call()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def table(rows: Iterable[Row]) -> str:
+    """Rows as text: a line each, with the share of the ceilings that the run measured."""
+    lines, most = [], {"gbps": 0.0, "tflops": 0.0}
+    for row in rows:
+        if row["phase"] == "ceiling":
+            most = {name: max(most[name], row[name] or 0.0) for name in most}
+        shares = [
+            f"{row[name]:8.1f} {unit}" + (f" ({row[name] / most[name]:4.0%})" if most[name] else "")
+            for name, unit in (("gbps", "GB/s"), ("tflops", "TFLOP/s"))
+            if row[name]
+        ]
+        sizes = " ".join(f"{letter}={size}" for letter, size in row["shape"].items())
+        head = f"{row['op']:17} {row['phase']:8} {row['impl']:7} {sizes:34} {row['dtype']:9}"
+        lines.append(f"{head} {row['ms']:9.4f} ms  {'  '.join(shares)}")
+    return "\n".join(lines)

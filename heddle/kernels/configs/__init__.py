@@ -1,0 +1,1 @@
+"""Measured launch configurations, by op and device family."""

@@ -1,0 +1,328 @@
+"""Linear attention with a fixed decay per head: the op, its reference and its path in plain torch.
+
+Forward and backward are one computation, a *sweep* over time with operands in different roles:
+
+    out_t = scale Σ_{s ≤ t} λ^(t-s) (a_t · b_s) c_s
+
+    o  = sweep(q, k, v)                dq = sweep(dO, v, k)
+    dk = sweep(v, dO, q), reversed     dv = sweep(k, q, dO), reversed
+
+so one kernel does all four. Predicted cost for a token and head (K = V = 128, bfloat16, chunks of 64): 98 kFLOP and
+1.0 KB forward, 295 kFLOP and 2.5 KB backward; where a sequence is cut into segments to fill the device, the first pass
+over each segment adds 0.5 KB forward and 1 KB backward.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from heddle.errors import HeddleError
+from heddle.kernels._decay_attention_torch import CHUNK, step, sweep
+from heddle.kernels.common.varlen import check_packing
+from heddle.kernels.op import Inputs, Phase, Shape, Traits, Work, check_shapes, op, register, wide_dtype
+
+try:
+    from heddle.kernels._decay_attention_bwd import launch_backward
+    from heddle.kernels._decay_attention_fwd import launch_forward
+    from heddle.kernels._decay_attention_step import launch_step
+
+    HAS_KERNELS = True
+except ImportError:
+    HAS_KERNELS = False
+
+MAX_HEAD_SIZE = 256
+
+
+def decay_attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The recurrence of `decay_attention`, token by token in float64; shares nothing with the fast paths."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    q, k, v, decay = q.double(), k.double(), v.double(), log_decay.double().exp()
+    ends = [q.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()[1:]
+    rows = q.shape[0] if cu_seqlens is None else 1
+    outputs, states, begin = [], [], 0
+    for index, end in enumerate(ends):
+        if initial_state is None:
+            state = q.new_zeros(rows, q.shape[2], q.shape[3], v.shape[3])
+        else:
+            state = initial_state.double()[index * rows : (index + 1) * rows]
+        for t in range(begin, end):
+            state = decay[:, None, None] * state + torch.einsum("bhk,bhv->bhkv", k[:, t], v[:, t])
+            outputs.append(scale * torch.einsum("bhk,bhkv->bhv", q[:, t], state))
+        states.append(state)
+        begin = end
+    return torch.stack(outputs, dim=1), torch.cat(states)
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    scale: float,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    path = decay_attention.choose(q.device, q.dtype, K=q.shape[-1], V=v.shape[-1])
+    if path == "triton":
+        return launch_forward(q, k, v, log_decay, scale, initial_state, cu_seqlens)
+    return sweep(q, k, v, log_decay, scale=scale, state=initial_state, cu_seqlens=cu_seqlens)
+
+
+def _backward(
+    d_out: Tensor,
+    d_final: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    scale: float,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    path = decay_attention.choose(q.device, q.dtype, K=q.shape[-1], V=v.shape[-1])
+    if path == "triton":
+        return launch_backward(d_out, d_final, q, k, v, log_decay, scale, initial_state, cu_seqlens)
+    run = functools.partial(sweep, log_decay=log_decay, scale=scale, cu_seqlens=cu_seqlens)
+    d_out = d_out.to(q.dtype)
+    before = None if initial_state is None else initial_state.mT
+    after = None if d_final is None else d_final.mT
+    dq, _ = run(d_out, v, k, state=before)
+    dk, _ = run(v, d_out, q, state=after, reverse=True)
+    dv, d_initial = run(k, q, d_out, state=d_final, reverse=True)
+    return dq, dk, dv, d_initial
+
+
+def _setup_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:  # noqa: ARG001
+    q, k, v, log_decay, scale, initial_state, cu_seqlens = inputs
+    ctx.save_for_backward(q, k, v, log_decay, initial_state, cu_seqlens)
+    ctx.scale = scale
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx: Any, d_out: Tensor | None, d_final: Tensor | None) -> tuple[Tensor | None, ...]:
+    q, k, v, log_decay, initial_state, cu_seqlens = ctx.saved_tensors
+    d_out = torch.zeros_like(v) if d_out is None else d_out
+    gradients = _backward_op(d_out, d_final, q, k, v, log_decay, ctx.scale, initial_state, cu_seqlens)
+    dq, dk, dv, d_initial = gradients
+    return dq, dk, dv, None, None, (None if initial_state is None else d_initial), None
+
+
+def _state_like(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    count = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return q.new_empty(count, q.shape[2], q.shape[3], v.shape[3], dtype=wide_dtype(q.dtype))
+
+
+def _forward_fake(
+    q: Tensor,
+    k: Tensor,  # noqa: ARG001
+    v: Tensor,
+    log_decay: Tensor,  # noqa: ARG001
+    scale: float,  # noqa: ARG001
+    initial_state: Tensor | None,  # noqa: ARG001
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    return v.new_empty(v.shape), _state_like(q, v, cu_seqlens)
+
+
+def _backward_fake(
+    d_out: Tensor,  # noqa: ARG001
+    d_final: Tensor | None,  # noqa: ARG001
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,  # noqa: ARG001
+    scale: float,  # noqa: ARG001
+    initial_state: Tensor | None,  # noqa: ARG001
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), _state_like(q, v, cu_seqlens)
+
+
+def _step(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    path = decay_attention.choose(q.device, q.dtype, K=q.shape[-1], V=v.shape[-1])
+    run = launch_step if path == "triton" else step
+    return run(q, k, v, log_decay, state, scale)
+
+
+def _setup_step(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, log_decay, state, scale = inputs
+    _setup_forward(ctx, (q, k, v, log_decay, scale, state, None), output)
+
+
+def _step_gradients(ctx: Any, d_out: Tensor | None, d_state: Tensor | None) -> tuple[Tensor | None, ...]:
+    dq, dk, dv, _, _, d_before, _ = _gradients(ctx, d_out, d_state)
+    return dq, dk, dv, None, d_before, None
+
+
+def _step_fake(
+    q: Tensor,
+    k: Tensor,  # noqa: ARG001
+    v: Tensor,
+    log_decay: Tensor,  # noqa: ARG001
+    state: Tensor,  # noqa: ARG001
+    scale: float,  # noqa: ARG001
+) -> tuple[Tensor, Tensor]:
+    return v.new_empty(v.shape), _state_like(q, v, None)
+
+
+_INPUTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor log_decay, float scale, Tensor? initial_state, Tensor? cu_seqlens"
+)
+_backward_op = register(
+    "decay_attention_backward",
+    f"(Tensor d_out, Tensor? d_final, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    fake=_backward_fake,
+)
+_forward_op = register(
+    "decay_attention",
+    f"({_INPUTS}) -> (Tensor, Tensor)",
+    _forward,
+    fake=_forward_fake,
+    setup_context=_setup_forward,
+    backward=_gradients,
+)
+_step_op = register(
+    "decay_attention_step",
+    "(Tensor q, Tensor k, Tensor v, Tensor log_decay, Tensor state, float scale) -> (Tensor, Tensor)",
+    _step,
+    fake=_step_fake,
+    setup_context=_setup_step,
+    backward=_step_gradients,
+)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None, count: int) -> None:
+    if q.dim() != 4 or v.dim() != 4 or q.shape[1] < 1:
+        raise HeddleError(
+            "bad-argument", "decay_attention: q, k, v must be [B, T, H, *] with at least one token"
+        )
+    B, T, H, K = q.shape
+    V = v.shape[3]
+    check_shapes(
+        "decay_attention",
+        {
+            "k": (k, (B, T, H, K)),
+            "v": (v, (B, T, H, V)),
+            "log_decay": (log_decay, (H,)),
+            "state": (state, (count, H, K, V)),
+        },
+    )
+    if not q.dtype == k.dtype == v.dtype:
+        found = f"{q.dtype}, {k.dtype} and {v.dtype}"
+        raise HeddleError("bad-argument", f"decay_attention: q, k and v must share a dtype, got {found}")
+    if log_decay.requires_grad:
+        raise HeddleError(
+            "bad-argument",
+            "decay_attention: log_decay is fixed and gets no gradient",
+            hint="pass log_decay.detach(), or choose a mixer whose gates are learned",
+        )
+
+
+def decay_attention_step(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, *, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """One token of `decay_attention`: its output, and the state after it.
+
+    Shapes:  q, k: [B, 1, H, K];  v, out: [B, 1, H, V];  state: [B, H, K, V], float32
+
+    Raises:
+        HeddleError: "bad-argument" as `decay_attention`, or for more than one token.
+    """
+    if q.dim() == 4 and q.shape[1] != 1:
+        raise HeddleError("bad-argument", f"decay_attention_step takes one token, got {q.shape[1]}")
+    _check(q, k, v, log_decay, state, q.shape[0])
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return _step_op(q, k, v, log_decay, state.to(wide_dtype(q.dtype)), scale)  # type: ignore[no-any-return]
+
+
+def _draw(shape: Shape, generator: torch.Generator) -> Inputs:
+    B, T, H, K, V = (shape[letter] for letter in "BTHKV")
+    sizes = {"q": K, "k": K, "v": V}
+    inputs = {
+        name: torch.randn(B, T, H, size, generator=generator, dtype=torch.float64)
+        for name, size in sizes.items()
+    }
+    # From a head that forgets within a few tokens to one that remembers for thousands.
+    head = torch.arange(H, dtype=torch.float64)
+    return {**inputs, "log_decay": -torch.exp2(-8.0 * (head + 1.0) / H)}
+
+
+def _draw_state(shape: Shape, generator: torch.Generator) -> Tensor:
+    return torch.randn(*(shape[letter] for letter in "BHKV"), generator=generator, dtype=torch.float64)
+
+
+def _work(shape: Shape, phase: Phase, element: int) -> Work:
+    B, T, H, K, V = (shape[letter] for letter in "BTHKV")
+    if phase == "decode":
+        return Work(5 * B * H * K * V, B * H * (2 * 4 * K * V + 2 * (K + V) * element))
+    sweeps = 1 if phase == "fwd" else 4
+    flops = sweeps * 2 * B * T * H * (CHUNK * (K + V) + 2 * K * V)
+    # Forward q, k, v, o; backward q, k, v, dO, dq, dk, dv.
+    elements = 2 * (K + V) if phase == "fwd" else 2 * (K + V) + 4 * K + 3 * V
+    return Work(flops, B * T * H * elements * element)
+
+
+_LENGTHS = ((1, 4096), (1, 16384), (1, 65536), (8, 4096), (8, 16384))
+_CASES = Traits(
+    inputs=_draw,
+    initial_state=_draw_state,
+    sequence=("q", "k", "v"),
+    rounded=("q", "k", "v"),
+    differentiable=("q", "k", "v"),
+    output_like="v",
+    test_shapes=({"B": 2, "H": 3, "K": 16, "V": 16}, {"B": 1, "H": 2, "K": 24, "V": 40}),
+    bench_shapes=tuple({"B": B, "T": T, "H": 16, "K": 128, "V": 128} for B, T in _LENGTHS),
+    decode_shapes=tuple({"B": B, "T": 1, "H": 16, "K": 128, "V": 128} for B in (1, 64)),
+    work=_work,
+)
+
+
+def _fits(shape: Shape) -> bool:
+    return HAS_KERNELS and max(shape["K"], shape["V"]) <= MAX_HEAD_SIZE
+
+
+@op(decay_attention_reference, _CASES, kernel=_fits, step=decay_attention_step)
+def decay_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Causal linear attention whose memory fades at a fixed rate per head, and its state at the end.
+
+        S_t = exp(log_decay) S_(t-1) + k_t v_tᵀ,   o_t = scale * S_tᵀ q_t        (arXiv 2307.08621, 2401.04658)
+
+    `scale` defaults to K^-0.5. With `cu_seqlens` (B = 1) the time axis holds N packed sequences, each on its own.
+
+    Shapes:  q, k: [B, T, H, K];  v, o: [B, T, H, V], of one dtype;  log_decay: [H], at most 0, without gradient
+             states: [B, H, K, V] or [N, H, K, V], float32 (float64 for float64);  cu_seqlens: [N + 1]
+
+    Raises:
+        HeddleError: "bad-argument" for shapes or dtypes that do not fit, or a `log_decay` that wants a gradient.
+    """
+    check_packing("decay_attention", q.shape[0], q.shape[1], cu_seqlens)
+    count = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    _check(q, k, v, log_decay, initial_state, count)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    initial_state = None if initial_state is None else initial_state.to(wide_dtype(q.dtype))
+    return _forward_op(q, k, v, log_decay, scale, initial_state, cu_seqlens)  # type: ignore[no-any-return]

@@ -1,0 +1,232 @@
+"""What an op is, which code runs it, and how it is made known to torch.
+
+An op is a public tensor function that stands beside its reference. It has a path in plain torch, which runs anywhere,
+and may have one in Triton. `Op.path` is the one rule that chooses; `force_path` overrides it and `watch_paths` tells
+what ran.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Generic, Literal, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from heddle.errors import HeddleError
+
+try:
+    import triton
+
+    TRITON_VERSION: str | None = triton.__version__
+except ImportError:
+    TRITON_VERSION = None
+
+# The namespace of our ops in torch.library. An exported model has one of its own, so that two can live in a process.
+LIBRARY = "heddle"
+
+Path = Literal["triton", "torch"]
+Phase = Literal["fwd", "fwdbwd", "decode"]
+Shape = Mapping[str, int]
+Inputs = dict[str, Tensor]
+
+# Triton decides at import whether kernels are compiled or interpreted, so this is read once.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MIN_CAPABILITY = (8, 0)
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# Plain globals: autograd runs the backward of CUDA ops in threads of its own, which must see them too.
+_forced: list[Path] = []
+_watchers: list[list[tuple[str, Path]]] = []
+_fragments: list[torch.library.Library] = []
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """FLOPs of the algorithm, and bytes moved when each input is read once and each output written once."""
+
+    flops: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Traits:
+    """What tests, self-test and benchmarks must know of an op to call it.
+
+    `inputs(shape, generator)` draws the arguments by name, on the CPU in float64. `sequence` names those with a time
+    axis (axis 1), `rounded` those that come in the dtype at hand (others stay float32), `differentiable` those with a
+    gradient; the output is shaped like the argument `output_like`. `initial_state(shape, generator)` draws a state, which
+    is float32 unless `rounded_state`. `work(shape, phase, element size)` counts what must be done.
+    """
+
+    inputs: Callable[[Shape, torch.Generator], Inputs]
+    initial_state: Callable[[Shape, torch.Generator], Tensor]
+    sequence: tuple[str, ...]
+    rounded: tuple[str, ...]
+    differentiable: tuple[str, ...]
+    output_like: str
+    test_shapes: tuple[Shape, ...]
+    bench_shapes: tuple[Shape, ...] = ()
+    decode_shapes: tuple[Shape, ...] = ()
+    work: Callable[[Shape, Phase, int], Work] | None = None
+    rounded_state: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Op(Generic[P, R]):
+    """A public tensor function: what computes it fast, what it must equal, and which path it takes where.
+
+    `kernel(shape)` says whether the Triton kernels take a shape; None means that there are none yet.
+    """
+
+    name: str
+    fast: Callable[P, R]
+    reference: Callable[..., Any]
+    cases: Traits
+    kernel: Callable[[Shape], bool] | None = None
+    step: Callable[..., tuple[Tensor, Tensor]] | None = field(default=None)
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        return self.fast(*args, **kwargs)
+
+    def path(self, device: torch.device | str, dtype: torch.dtype, **shape: int) -> Path:
+        """The code that runs on this device with this dtype and shape: "triton" or "torch"."""
+        possible = (
+            self.kernel is not None and self.kernel(shape) and _triton_runs(torch.device(device), dtype)
+        )
+        if not _forced:
+            return "triton" if possible else "torch"
+        if _forced[-1] == "triton" and not possible and self.kernel is not None:
+            raise HeddleError(
+                "bad-argument", f"{self.name} cannot run in Triton on {device} in {dtype} at {shape}"
+            )
+        return _forced[-1] if possible else "torch"
+
+    def choose(self, device: torch.device, dtype: torch.dtype, **shape: int) -> Path:
+        """`path`, noted down for `watch_paths`: called where the work is about to be done."""
+        path = self.path(device, dtype, **shape)
+        for seen in _watchers:
+            seen.append((self.name, path))
+        return path
+
+
+def op(
+    reference: Callable[..., Any],
+    cases: Traits,
+    *,
+    kernel: Callable[[Shape], bool] | None = None,
+    step: Callable[..., tuple[Tensor, Tensor]] | None = None,
+) -> Callable[[Callable[P, R]], Op[P, R]]:
+    """Makes the decorated function an `Op` of the same name and docstring."""
+
+    def wrap(fast: Callable[P, R]) -> Op[P, R]:
+        made = Op(fast.__name__, fast, reference, cases, kernel, step)
+        # What functools.update_wrapper would set; the class is frozen.
+        vars(made).update(
+            {name: getattr(fast, name) for name in functools.WRAPPER_ASSIGNMENTS}, __wrapped__=fast
+        )
+        return made
+
+    return wrap
+
+
+def _triton_runs(device: torch.device, dtype: torch.dtype) -> bool:
+    if TRITON_VERSION is None or dtype not in TRITON_DTYPES:
+        return False
+    if INTERPRETED:
+        # Products of bfloat16 come out wrong in the interpreter, without an error.
+        return dtype != torch.bfloat16
+    # ROCm calls itself cuda as well; the kernels were never run there.
+    return (
+        device.type == "cuda"
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(device) >= MIN_CAPABILITY
+    )
+
+
+@contextmanager
+def force_path(path: Path) -> Iterator[None]:
+    """Every op that can takes this path inside; an op with kernels that cannot run them raises."""
+    _forced.append(path)
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+@contextmanager
+def watch_paths() -> Iterator[list[tuple[str, Path]]]:
+    """A list that fills with (op, path) as ops run inside."""
+    seen: list[tuple[str, Path]] = []
+    _watchers.append(seen)
+    try:
+        yield seen
+    finally:
+        _watchers[:] = [watcher for watcher in _watchers if watcher is not seen]
+
+
+def register(
+    name: str,
+    schema: str,
+    implementation: Callable[..., Any],
+    *,
+    fake: Callable[..., Any],
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:
+    """Makes `implementation` known to torch.library as one opaque op, and returns what calls it.
+
+    Registering a name again returns the first op: an export loaded twice runs the same code.
+    """
+    known = _known(name)
+    if known is not None:
+        return known
+    defined = torch.library.custom_op(f"{LIBRARY}::{name}", implementation, mutates_args=(), schema=schema)
+    defined.register_fake(fake)
+    if backward is not None:
+        defined.register_autograd(backward, setup_context=setup_context)
+    return _require(name)
+
+
+def register_composite(name: str, schema: str, implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes plain torch code known to torch.library as an op that autograd and compilers see through."""
+    known = _known(name)
+    if known is not None:
+        return known
+    fragment = torch.library.Library(LIBRARY, "FRAGMENT")  # type: ignore[no-untyped-call]
+    fragment.define(f"{name}{schema}")  # type: ignore[no-untyped-call]
+    fragment.impl(name, implementation, "CompositeImplicitAutograd")  # type: ignore[no-untyped-call]
+    # The registration lasts as long as the fragment.
+    _fragments.append(fragment)
+    return _require(name)
+
+
+def _known(name: str) -> Callable[..., Any] | None:
+    packet = getattr(getattr(torch.ops, LIBRARY), name, None)
+    return None if packet is None else packet.default
+
+
+def _require(name: str) -> Callable[..., Any]:
+    made = _known(name)
+    assert made is not None, f"{LIBRARY}::{name} was not registered"
+    return made
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of states, gates and sums: float64 for float64, otherwise float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_shapes(name: str, expected: Mapping[str, tuple[Tensor | None, Sequence[int]]]) -> None:
+    """Raises "bad-argument" for the first tensor that is given and has not the expected shape."""
+    for argument, (tensor, shape) in expected.items():
+        if tensor is not None and tuple(tensor.shape) != tuple(shape):
+            found = list(tensor.shape)
+            raise HeddleError("bad-argument", f"{name}: {argument} has shape {found}, expected {list(shape)}")

@@ -1,0 +1,305 @@
+"""How long a model takes, measured on the device present: prefill of T tokens, one decode step after T
+tokens.
+
+The candidate and the reference model take turns (A B B A …), so that clocks, heat and neighbours hit both
+alike and cancel in the ratio. Repeats go on until the bootstrap 95 % interval of the median is narrow, or the
+time is up; the interval is reported either way. CUDA: events around a captured graph (decode) or around the
+launches (prefill). CPU: a wall clock around the same call with all physical cores, so launch overhead is part
+of the figure.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from heddle.compose.build import build, kernel_paths
+from heddle.errors import HeddleError
+from heddle.search import environment
+from heddle.search.record import Latency
+from heddle.specs import ModelSpec
+
+Array = NDArray[np.float64]
+RESAMPLES = 1000
+# Turns without which nothing is said.
+LEAST_TURNS = 3
+# With few turns, or an interval wider than this share, so many times the seconds are spent before giving up.
+DISTURBED = 0.1
+PATIENCE = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What is timed: one decode step after `context` tokens, or a prefill of `context` tokens, of `batch`
+    sequences."""
+
+    phase: str
+    batch: int
+    context: int
+
+    @property
+    def label(self) -> str:
+        """The name under which the figure stands in results: decode_ms@1x4096."""
+        return f"{self.phase}_ms@{self.batch}x{self.context}"
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """When to stop: at `precision` (width of the interval over the median), or after `seconds`, or at `most`
+    turns."""
+
+    warmup: int = 3
+    least: int = 10
+    most: int = 200
+    seconds: float = 2.0
+    precision: float = 0.02
+
+
+def measure(
+    model: ModelSpec,
+    place: Place,
+    *,
+    reference: ModelSpec | None = None,
+    reference_name: str | None = None,
+    device: str | None = None,
+    effort: Effort = Effort(),
+) -> Latency:
+    """The latency of `model` at `place`, and its ratio to `reference` when one is given.
+
+    Weights are random and in the dtype of the device (bfloat16 on CUDA, float32 on a CPU).
+
+    Raises:
+        HeddleError: "out-of-memory".
+    """
+    device = device or environment.pick_device()
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    specs = [model] if reference is None else [model, reference]
+    with _threads(device) as threads, _quiet(), _memory_told(place):
+        times, methods, foreign = _timed(specs, place, device, dtype, effort=effort)
+    return Latency(
+        label=place.label,
+        **asdict(place),
+        **_summary(times),
+        reference=reference_name if reference is not None else None,
+        device=environment.device_name(device),
+        driver=environment.driver_version(),
+        dtype=str(dtype).removeprefix("torch."),
+        method=methods[0],
+        threads=threads,
+        paths=dict(kernel_paths(model, device, dtype)),
+        foreign=foreign,
+    )
+
+
+def measure_spec(
+    model: ModelSpec,
+    *,
+    batch: int = 1,
+    context: int = 4096,
+    phases: Sequence[str] = ("decode", "prefill"),
+    device: str | None = None,
+    effort: Effort = Effort(),
+) -> list[Latency]:
+    """The latency of one model in each phase: what `heddle bench SPEC` prints."""
+    return [measure(model, Place(phase, batch, context), device=device, effort=effort) for phase in phases]
+
+
+def _timed(
+    specs: Sequence[ModelSpec], place: Place, device: str, dtype: torch.dtype, *, effort: Effort
+) -> tuple[Array, list[str], int | None]:
+    """Times of each of `specs`, how each was timed, and how many processes of others were seen on the
+    device."""
+    steps = [_Step(spec, place, device, dtype) for spec in specs]
+    before = environment.foreign_processes()
+    times = take_turns([step.run for step in steps], effort)
+    after = environment.foreign_processes()
+    foreign = None if before is None or after is None else max(before, after)
+    return times, [step.method for step in steps], foreign
+
+
+def take_turns(runs: Sequence[Callable[[], float]], effort: Effort) -> Array:
+    """Milliseconds of each call of each of `runs`, which take turns, the order reversed every time. [runs,
+    turns]"""
+    _warm(runs, effort)
+    turns: list[list[float]] = []
+    started, check_at = time.perf_counter(), min(LEAST_TURNS, effort.least)
+    while len(turns) < effort.most:
+        order = range(len(runs)) if len(turns) % 2 == 0 else reversed(range(len(runs)))
+        turn = {which: runs[which]() for which in order}
+        turns.append([turn[which] for which in range(len(runs))])
+        if len(turns) < check_at:
+            continue
+        check_at = int(check_at * 1.25) + 1
+        if _enough(np.array(turns).T, effort, time.perf_counter() - started):
+            break
+    return np.array(turns).T
+
+
+def _warm(runs: Sequence[Callable[[], float]], effort: Effort) -> None:
+    """Calls that do not count: kernels compile, memory is touched. One alone where that takes all the time
+    there is."""
+    started = time.perf_counter()
+    for _ in range(effort.warmup):
+        for run in runs:
+            run()
+        if time.perf_counter() - started > effort.seconds:
+            return
+
+
+def _enough(times: Array, effort: Effort, spent: float) -> bool:
+    """Whether the intervals are narrow, or the time is up: later for few turns or where something
+    disturbs."""
+    width = _width(times)
+    few = times.shape[-1] < effort.least
+    if spent > effort.seconds * PATIENCE:
+        return True
+    return not few and (width <= effort.precision or (spent > effort.seconds and width <= DISTURBED))
+
+
+def median_interval(times: Array, *, seed: int = 0) -> tuple[float, float]:
+    """The bootstrap 95 % interval of the median of `times`. [turns]"""
+    medians = np.median(times[_resamples(times.shape[-1], seed)], axis=-1)
+    low, high = np.percentile(medians, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def ratio_interval(times: Array, *, seed: int = 0) -> tuple[float, float]:
+    """The bootstrap 95 % interval of median(times[0]) / median(times[1]), whole turns drawn together. [2,
+    turns]"""
+    medians = np.median(times[:, _resamples(times.shape[-1], seed)], axis=-1)
+    low, high = np.percentile(medians[0] / medians[1], [2.5, 97.5])
+    return float(low), float(high)
+
+
+def _resamples(count: int, seed: int) -> NDArray[np.int64]:
+    return np.random.default_rng(seed).integers(0, count, size=(RESAMPLES, count))
+
+
+def _width(times: Array) -> float:
+    """The width of the interval of the first median over that median, or of the ratio's, whichever is
+    more."""
+    low, high = median_interval(times[0])
+    width = (high - low) / float(np.median(times[0]))
+    if len(times) == 1:
+        return width
+    low, high = ratio_interval(times)
+    return max(width, (high - low) / float(np.median(times[0]) / np.median(times[1])))
+
+
+def _summary(times: Array) -> dict[str, Any]:
+    """The figures of a `Latency` that follow from the times."""
+    low, high = median_interval(times[0])
+    p10, median, p90 = (float(value) for value in np.percentile(times[0], [10, 50, 90]))
+    row: dict[str, Any] = {"median_ms": median, "low_ms": low, "high_ms": high, "p10_ms": p10, "p90_ms": p90}
+    row |= {"n": times.shape[1], "reference_ms": None, "ratio": None, "ratio_low": None, "ratio_high": None}
+    if len(times) == 2:
+        row["reference_ms"] = float(np.median(times[1]))
+        row["ratio"] = median / row["reference_ms"]
+        row["ratio_low"], row["ratio_high"] = ratio_interval(times)
+    return row
+
+
+class _Step:
+    """One model ready to be timed: `run()` does the work once and gives the milliseconds it took."""
+
+    def __init__(self, spec: ModelSpec, place: Place, device: str, dtype: torch.dtype) -> None:
+        self._model = build(spec, seed=0, device=device, dtype=dtype).eval()
+        length = 1 if place.phase == "decode" else place.context
+        generator = torch.Generator().manual_seed(0)
+        shape = (place.batch, length)
+        self._ids = torch.randint(spec.vocab_size, shape, generator=generator).to(device)
+        decode = place.phase == "decode"
+        self._cache = self._model.decode_cache(place.batch, place.context) if decode else None
+        if device == "cpu":
+            self.run, self.method = self._on_cpu, "cpu-timer"
+            return
+        self._start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        self._end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        self._launch, self.method = self._forward, "cuda-events"
+        if decode:
+            self._capture()
+        self.run = self._on_cuda
+
+    @torch.inference_mode()
+    def _forward(self) -> None:
+        self._model(input_ids=self._ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+
+    def _on_cpu(self) -> float:
+        started = time.perf_counter()
+        self._forward()
+        return (time.perf_counter() - started) * 1e3
+
+    def _on_cuda(self) -> float:
+        self._start.record()
+        self._launch()
+        self._end.record()
+        self._end.synchronize()
+        return float(self._start.elapsed_time(self._end))
+
+    def _capture(self) -> None:
+        """Capture the step as a CUDA graph. One that cannot be captured is timed as launches, and its row
+        says so."""
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                self._forward()
+        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                self._forward()
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            torch.cuda.synchronize()
+            return
+        self._graph = graph
+        self._launch, self.method = graph.replay, "cuda-graph"
+
+
+@contextmanager
+def _threads(device: str) -> Iterator[int]:
+    """All physical cores for a timing on the CPU; gives the number of threads."""
+    before = torch.get_num_threads()
+    if device == "cpu":
+        torch.set_num_threads(environment.physical_cores())
+    try:
+        yield torch.get_num_threads()
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No garbage collection inside; memory is handed back to the device afterwards."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+@contextmanager
+def _memory_told(place: Place) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise HeddleError(
+            "out-of-memory",
+            f"no memory to time {place.label}: {str(error).partition('. ')[0]}",
+            hint="a smaller context or batch in search.budgets needs less",
+        ) from error

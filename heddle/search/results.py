@@ -1,0 +1,189 @@
+"""What a search finds out, as frozen plain data: scores, timings, trials, and the winner's confirmation.
+
+Needs only the standard library; `heddle.search.record` reads these from a run folder.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class TaskInfo:
+    """One objective of the search. `stage` is its folder in the ledger and its name in scores."""
+
+    name: str
+    metric: str
+    higher_is_better: bool
+    chance: float
+    best: float
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetInfo:
+    """One measured limit. `at_most` is milliseconds, or with `relative_to` a ratio to that model's time."""
+
+    label: str
+    phase: str
+    at_most: float
+    relative_to: str | None
+    batch: int
+    context: int
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """What one training reached at one task; `normalised` is 0 at chance and 1 at the best possible."""
+
+    task: str
+    metric: str
+    value: float
+    se: float
+    n: int
+    normalised: float
+    seed: int
+    steps: int
+    tokens: int
+    wall_s: float
+    # (step, loss in nats), thinned to at most 64 points.
+    losses: tuple[tuple[int, float], ...]
+    extras: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Latency:
+    """A timing in milliseconds with its 95 % interval, taken turn by turn with the reference model.
+
+    `ratio` is to the reference of the same turns. `method` is "cuda-graph", "cuda-events" or "cpu-timer";
+    `foreign` counts processes of others on the device, None where that cannot be seen.
+    """
+
+    label: str
+    phase: str
+    batch: int
+    context: int
+    median_ms: float
+    low_ms: float
+    high_ms: float
+    p10_ms: float
+    p90_ms: float
+    n: int
+    reference: str | None
+    reference_ms: float | None
+    ratio: float | None
+    ratio_low: float | None
+    ratio_high: float | None
+    device: str
+    driver: str | None
+    dtype: str
+    method: str
+    threads: int
+    paths: dict[str, str]
+    foreign: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One spec of the search.
+
+    `state` is "running", "complete", "infeasible" (over a budget, never trained) or "failed" (see `reason`).
+    `constraints` are violations as shares of the budget: at most 0 keeps it. `duplicate_of` is the earlier
+    trial with the same spec, whose results were taken from the ledger.
+    """
+
+    number: int
+    state: str
+    params: dict[str, Any]
+    layers: tuple[str, ...]
+    hash: str
+    round: int
+    spec: str
+    parameters: int
+    scores: dict[str, Score]
+    latency: dict[str, Latency]
+    constraints: dict[str, float]
+    reason: str | None
+    attempts: int
+    wall_s: float
+    duplicate_of: int | None
+    # The timing taken again at the end, for members of the Pareto front; all phases, not only budgeted ones.
+    remeasured: dict[str, Latency] = field(default_factory=dict)
+
+    @property
+    def feasible(self) -> bool:
+        """Measured, and within every budget."""
+        return self.state == "complete" and all(value <= 0 for value in self.constraints.values())
+
+    @property
+    def violation(self) -> float:
+        """How far over the budgets, summed over those that are broken; 0 when none is."""
+        return sum(value for value in self.constraints.values() if value > 0)
+
+    @property
+    def quality(self) -> float | None:
+        """Mean normalised score over the tasks; None before all of them are scored."""
+        if self.state != "complete" or not self.scores:
+            return None
+        return sum(score.normalised for score in self.scores.values()) / len(self.scores)
+
+    def summary(self) -> dict[str, Any]:
+        """The trial in a few plain figures."""
+        return {
+            "number": self.number,
+            "state": self.state,
+            "hash": self.hash,
+            "params": self.params,
+            "layers": list(self.layers),
+            "parameters": self.parameters,
+            "scores": {
+                task: {"value": s.value, "se": s.se, "metric": s.metric} for task, s in self.scores.items()
+            },
+            "quality": self.quality,
+            "latency": {
+                label: {"median_ms": row.median_ms, "ratio": row.ratio} for label, row in self.latency.items()
+            },
+            "constraints": self.constraints,
+            "reason": self.reason,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Winner minus uniform, paired by seed, in the metric's own unit, with its 95 % t interval."""
+
+    task: str
+    metric: str
+    higher_is_better: bool
+    winner: tuple[float, ...]
+    uniform: tuple[float, ...]
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def verdict(self) -> str:
+        """ "better", "worse" or "no difference shown", by whether the interval leaves out zero."""
+        if self.low <= 0.0 <= self.high:
+            return "no difference shown"
+        return "better" if (self.mean > 0) == self.higher_is_better else "worse"
+
+
+@dataclass(frozen=True, slots=True)
+class Confirm:
+    """The winner and the uniform placement of equal counts, trained again with seeds the search has not seen.
+
+    `same` says that the winner is the uniform placement: then there is nothing to compare, and differences
+    are empty.
+    """
+
+    number: int
+    hash: str
+    layers: tuple[str, ...]
+    uniform_hash: str
+    uniform_layers: tuple[str, ...]
+    same: bool
+    seeds: tuple[int, ...]
+    scores: dict[str, tuple[float, ...]]
+    differences: tuple[Difference, ...]
+    failures: tuple[str, ...] = ()

@@ -1,0 +1,347 @@
+"""`search`: a spec file in, a run folder out – searched, confirmed, exported; and taken up again after
+anything."""
+
+from __future__ import annotations
+
+import math
+import secrets
+import shlex
+import signal
+import threading
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from optuna.storages import BaseStorage
+from pydantic import TypeAdapter, ValidationError
+
+from heddle.compose.train import Recipe
+from heddle.errors import HeddleError
+from heddle.search import environment, finish, space
+from heddle.search.driver import Driver
+from heddle.search.durable import full_disk_told, write_json
+from heddle.search.evaluate import Evaluate, train_and_score
+from heddle.search.evaluations import Evaluations
+from heddle.search.events import EventLog
+from heddle.search.latency import Effort, Place
+from heddle.search.ledger import key_of
+from heddle.search.progress import Progress, Silent
+from heddle.search.record import RUN_FILE, BudgetInfo, Run, TaskInfo, read_meta, read_run
+from heddle.search.setting import Objective, Setting
+from heddle.search.study import Direction, RunLock, Study, open_storage
+from heddle.search.tasks import Task, make_task, recipe_for
+from heddle.search.workers import Workers
+from heddle.specs import PerDevice, SpecFile
+from heddle.specs.base import Duration
+
+FORMAT = 1
+# Rounds of a search with few trials: fewer would leave the sampler nothing to learn from.
+LEAST_ROUNDS = 3
+
+
+def search(
+    file: SpecFile,
+    out: Path,
+    *,
+    trials: int | None = None,
+    time: float | str | None = None,
+    resume: bool = False,
+    storage: str | None = None,
+    ray_address: str | None = None,
+    progress: Progress | None = None,
+    evaluate: Evaluate = train_and_score,
+    effort: Effort = Effort(),  # noqa: B008 - frozen
+) -> Run:
+    """Search the space of `file`, and leave in `out` all that was measured, the best model and its export.
+
+    `trials` counts all trials that are told, also those of earlier sessions; no round is begun after `time`
+    ("5m", or seconds). `evaluate` takes the place of training and scoring; `effort` says how long to time.
+
+    Ctrl-C once lets the running evaluations finish, twice stops at once; `resume=True` goes on from there, as
+    it does after a kill.
+
+    Raises:
+        HeddleError: "run-exists", "run-not-found", "run-mismatch", "run-locked", "bad-argument", "disk-full",
+            "interrupted", and what the corpus of the tasks raises. A trial that fails, or a budget that
+            nothing keeps, is no error: the run says so.
+    """
+    _check_folder(out, resume=resume)
+    given = Given(trials, _seconds(time), resume, storage, ray_address, evaluate, effort)
+    with ExitStack() as stack:
+        stack.enter_context(full_disk_told(out))
+        stack.enter_context(RunLock(out))
+        driver = _open(stack, file, out, given, progress or Silent())
+        driver.progress.started(read_run(out), driver.setting.trials)
+        with _interrupts(driver, given.again(file, out)):
+            _search(driver)
+        driver.log.write("search_finished", status=_status(driver))
+    run = read_run(out)
+    driver.progress.finished(run)
+    return run
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """The arguments of `search` besides the file and the folder."""
+
+    trials: int | None
+    seconds: float | None
+    resume: bool
+    storage: str | None
+    ray_address: str | None
+    evaluate: Evaluate
+    effort: Effort
+
+    def again(self, file: SpecFile, out: Path) -> str:
+        """What to type to go on with the search in `out`. A storage URL may hold a password and is not
+        repeated."""
+        words = ["heddle", "search", file.file or "SPEC", "--out", str(out), "--resume"]
+        words += ["--ray-address", self.ray_address] if self.ray_address else []
+        words += ["--storage", "URL"] if self.storage else []
+        return shlex.join(words)
+
+
+def _open(stack: ExitStack, file: SpecFile, out: Path, given: Given, progress: Progress) -> Driver:
+    """A driver with its workers, its study and its folder, new or as they were left; `stack` closes them."""
+    tasks = _tasks(file)
+    workers = stack.enter_context(Workers(address=given.ray_address))
+    workers.warm_up()
+    objectives = tuple(Objective(task, workers.share(task), recipe, info) for task, recipe, info in tasks)
+    machine = workers.call(environment.describe, workers.device)
+    meta = _new_meta(file, objectives, machine, workers.parallel) | {"storage": _storage(given)}
+    if given.resume:
+        new, meta = meta, read_meta(out)
+        _refuse_other(meta, new, out)
+    meta |= {"trials": given.trials or meta["trials"], "seconds": given.seconds or meta["seconds"]}
+    write_json(out / RUN_FILE, meta)
+    setting = _setting(file, out, objectives, meta, evaluate=given.evaluate, effort=given.effort)
+    log = stack.enter_context(closing(EventLog(out)))
+    driver = Driver(setting, _study(file, meta, open_storage(out, given.storage)), log, progress)
+    driver.evaluations = Evaluations(out, log, workers, on_tick=driver.tick, is_stopping=driver.is_stopping)
+    log.write("search_started", machine=machine, trials=setting.trials, seconds=setting.seconds)
+    if meta["environment"]["packages"] != machine["packages"]:
+        driver.warn(
+            "package versions changed since the search began; what is unfinished is measured with these"
+        )
+    return driver
+
+
+def _storage(given: Given) -> str:
+    return "journal" if given.storage is None else "url"
+
+
+def _seconds(time: float | str | None) -> float | None:
+    if time is None:
+        return None
+    try:
+        return float(TypeAdapter(Duration).validate_python(time))
+    except ValidationError:
+        raise HeddleError("bad-argument", f"{time!r} is no time", hint='write "90s", "5m" or "2h"') from None
+
+
+def _search(driver: Driver) -> None:
+    """The rounds, then what is done once: the front again, the winner confirmed, kept and exported."""
+    driver.run()
+    best = driver.update_front()
+    if best is not None and not driver.stopping:
+        best = finish.remeasure_front(driver, best)
+        driver.update_front(best)
+        finish.confirm(driver, best)
+    if best is not None:
+        finish.keep_best(driver, best, export=not driver.stopping)
+    driver.enter("finish")
+
+
+def _status(driver: Driver) -> str:
+    if driver.stopping:
+        return "stopped"
+    return "finished" if driver.log.last("front")["best"] is not None else "nothing-feasible"
+
+
+@contextmanager
+def _interrupts(driver: Driver, again: str) -> Iterator[None]:
+    """Ctrl-C or SIGTERM once asks the driver to stop after what is running, twice raises HeddleError."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupted(*_: object) -> None:
+        if driver.stopping:
+            raise HeddleError("interrupted", "the search was stopped", hint=f"go on with: {again}")
+        driver.stop()
+        driver.progress.message(
+            f"stopping once the running evaluations are done (Ctrl-C again stops now); go on with: {again}",
+            "warning",
+        )
+
+    # A cluster's scheduler asks with SIGTERM before it kills.
+    asked = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, interrupted) for number in asked]
+    try:
+        yield
+    finally:
+        for number, handler in zip(asked, before, strict=True):
+            signal.signal(number, handler)
+
+
+# What run.json says.
+
+
+def _check_folder(out: Path, *, resume: bool) -> None:
+    present = (out / RUN_FILE).exists()
+    if resume and not present:
+        raise HeddleError(
+            "run-not-found", f"{out} holds no search to resume", hint="leave out --resume to start one there"
+        )
+    if present and not resume:
+        raise HeddleError(
+            "run-exists",
+            f"{out} holds a search already",
+            hint="add --resume to go on with it, or name another --out",
+        )
+
+
+def _tasks(file: SpecFile) -> list[tuple[Task, Recipe, TaskInfo]]:
+    """The tasks of the spec, each with its recipe; a second task of a kind gets a number in its name."""
+    spec, names = file.spec, Counter[str]()
+    found = []
+    if spec.search is None:
+        raise HeddleError(
+            "missing-field",
+            "there is no `search` section to search by",
+            where=file.where(""),
+            hint="heddle init shows one",
+        )
+    for item in spec.search.tasks:
+        task = make_task(item, spec.data, vocab_size=spec.model.vocab_size, tokenizer=spec.tokenizer)
+        names[task.name] += 1
+        name = task.name if names[task.name] == 1 else f"{task.name}-{names[task.name]}"
+        info = TaskInfo(name, task.metric, task.higher_is_better, task.chance, task.best)
+        found.append((task, recipe_for(item, spec.train), info))
+    return found
+
+
+def _budgets(file: SpecFile, device: str) -> tuple[BudgetInfo, ...]:
+    """The budgets as they stand on `device`; a second one at the same place gets a number in its label."""
+    assert file.spec.search is not None
+    found, names = [], Counter[str]()
+    for budget in file.spec.search.budgets:
+        batch, context = _on(budget.batch, device), _on(budget.context, device)
+        place = Place(budget.phase.removesuffix("_ms"), batch, context)
+        names[place.label] += 1
+        label = place.label if names[place.label] == 1 else f"{place.label}#{names[place.label]}"
+        found.append(BudgetInfo(label, place.phase, budget.at_most, budget.relative_to, batch, context))
+    return tuple(found)
+
+
+def _on(value: Any, device: str) -> int:
+    """A number that may be given for each kind of device."""
+    return int(getattr(value, device)) if isinstance(value, PerDevice) else int(value)
+
+
+def _space_digest(file: SpecFile) -> str:
+    """A digest of what a resumed search may not change; how long it runs, and its name, it may."""
+    spec = file.spec.model_dump(mode="json", exclude={"name": True, "search": {"trials", "time"}})
+    parameters = [asdict(parameter) for parameter in file.space.parameters]
+    placement = file.space.placement
+    return key_of({"spec": spec, "space": repr(parameters), "placement": repr(placement)})
+
+
+def _new_meta(
+    file: SpecFile, objectives: tuple[Objective, ...], machine: Mapping[str, Any], workers: int
+) -> dict[str, Any]:
+    search = file.spec.search
+    assert search is not None
+    trials = search.trials
+    text = [each.info.name for each in objectives if each.info.metric == "bits_per_byte"]
+    return {
+        "format": FORMAT,
+        "kind": "search",
+        "id": secrets.token_hex(4),
+        "name": file.spec.name,
+        "created": datetime.now(UTC).isoformat(),
+        "file": file.file,
+        "spec": file.text,
+        "tasks": [asdict(each.info) for each in objectives],
+        "exported": (text or [objectives[0].info.name])[0],
+        "budgets": [asdict(budget) for budget in _budgets(file, machine["device"])],
+        "trials": trials,
+        "seconds": search.time,
+        "sampler": search.sampler,
+        # Fixed when the search begins: what is asked depends on them.
+        "round": search.round or max(1, min(2 * workers, math.ceil(trials / LEAST_ROUNDS))),
+        "startup": max(2, min(10, trials // 4)),
+        "lock": {
+            "space": _space_digest(file),
+            "data": {each.info.name: each.task.digest for each in objectives},
+            "seeds": {"search": search.seed, "train": file.spec.train.seed},
+            "packages": machine["packages"],
+        },
+        "environment": dict(machine),
+    }
+
+
+def _refuse_other(meta: Mapping[str, Any], new: Mapping[str, Any], out: Path) -> None:
+    """Raise "run-mismatch" where resuming would mix results that do not belong together."""
+    lock = (meta["lock"], new["lock"])
+    checks = {
+        "spec space, tasks, budgets or recipe": lock[0]["space"] == lock[1]["space"],
+        "training data": lock[0]["data"] == lock[1]["data"],
+        "device": meta["environment"]["device_name"] == new["environment"]["device_name"],
+    }
+    if meta["storage"] != new["storage"]:
+        hint = "leave out --storage" if meta["storage"] == "journal" else "give the same --storage URL again"
+        raise HeddleError("run-mismatch", f"{out} keeps its study in another storage", hint=hint)
+    other = [what for what, same in checks.items() if not same]
+    if other:
+        raise HeddleError(
+            "run-mismatch",
+            f"{out} was searched with another {' and another '.join(other)}",
+            hint="give the file as it was, or start anew with another --out; trials and time may change",
+        )
+
+
+def _setting(
+    file: SpecFile, out: Path, objectives: tuple[Objective, ...], meta: Mapping[str, Any], **given: Any
+) -> Setting:
+    budgets = tuple(BudgetInfo(**budget) for budget in meta["budgets"])
+    names = dict.fromkeys(budget.relative_to for budget in budgets if budget.relative_to)
+    machine = meta["environment"]
+    assert file.spec.search is not None
+    return Setting(
+        folder=out,
+        file=file,
+        objectives=objectives,
+        exported=meta["exported"],
+        budgets=budgets,
+        references={name: space.reference(file, name) for name in names},
+        device=machine["device"],
+        environment=environment.deciding(machine),
+        trials=meta["trials"],
+        seconds=meta["seconds"],
+        round=meta["round"],
+        seed=file.spec.search.seed,
+        confirm_seeds=file.spec.search.confirm_seeds,
+        **given,
+    )
+
+
+def _study(file: SpecFile, meta: Mapping[str, Any], storage: BaseStorage) -> Study:
+    directions: list[Direction] = [
+        "maximize" if task["higher_is_better"] else "minimize" for task in meta["tasks"]
+    ]
+    # The id keeps two runs of one name apart where they share a database.
+    name = f"{meta['name']}-{meta['id']}"
+    assert file.spec.search is not None
+    return Study(
+        storage,
+        name,
+        directions,
+        sampler=meta["sampler"],
+        seed=file.spec.search.seed,
+        startup=meta["startup"],
+    )

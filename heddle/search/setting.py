@@ -1,0 +1,99 @@
+"""What stays the same over a search: its spec file, objectives, budgets, machine – and the requests they
+make."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from heddle.compose.train import Recipe
+from heddle.search.evaluate import Evaluate, Training
+from heddle.search.evaluations import LATENCY, Request
+from heddle.search.latency import Effort, Place, measure
+from heddle.search.record import BudgetInfo, TaskInfo
+from heddle.search.space import Candidate
+from heddle.search.tasks import Task
+from heddle.specs import SpecFile
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """A task, how a model is trained for it with the search's seed, and how the record names it.
+
+    `shared` stands for the task in the jobs of the workers.
+    """
+
+    task: Task
+    shared: Any
+    recipe: Recipe
+    info: TaskInfo
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """All that stays the same over a search."""
+
+    folder: Path
+    file: SpecFile
+    objectives: tuple[Objective, ...]
+    # The task whose trained weights are kept and exported.
+    exported: str
+    budgets: tuple[BudgetInfo, ...]
+    # Models the budgets are relative to, by name; the first is the run's baseline.
+    references: Mapping[str, Candidate]
+    device: str
+    # What of the machine decides a result: part of every key of the ledger.
+    environment: Mapping[str, Any]
+    trials: int
+    seconds: float | None
+    round: int
+    seed: int
+    confirm_seeds: int
+    effort: Effort
+    evaluate: Evaluate
+
+    @property
+    def infos(self) -> tuple[TaskInfo, ...]:
+        return tuple(objective.info for objective in self.objectives)
+
+    def timing(self, number: int, one: Candidate, budget: BudgetInfo, *, purpose: str = "search") -> Request:
+        """A request for the latency of `one` at the budget's place, beside the model the budget is relative
+        to."""
+        beside = self.references.get(budget.relative_to or "")
+        inputs = {
+            "phase": budget.phase,
+            "batch": budget.batch,
+            "context": budget.context,
+            "beside": None if beside is None else beside.hash,
+            "purpose": purpose,
+            "environment": self.environment,
+        }
+        call = partial(
+            measure,
+            reference=None if beside is None else beside.model,
+            reference_name=budget.relative_to,
+            device=self.device,
+            effort=self.effort,
+        )
+        place = Place(budget.phase, budget.batch, budget.context)
+        return Request(number, one.hash, LATENCY, inputs, call, (one.model, place))
+
+    def training(
+        self, number: int, one: Candidate, objective: Objective, *, seed: int | None = None
+    ) -> Request:
+        """A request for the score of `one` at a task; with the search's own seed the weights are kept."""
+        keep = seed is None and objective.info.name == self.exported
+        recipe = objective.recipe if seed is None else replace(objective.recipe, seed=seed)
+        inputs = {
+            "data": objective.task.digest,
+            "recipe": asdict(recipe),
+            "seed": recipe.seed,
+            "environment": self.environment,
+        }
+        training = Training(one.model, recipe, self.device, keep)
+        return Request(
+            number, one.hash, objective.info.name, inputs, self.evaluate, (training, objective.shared)
+        )

@@ -1,0 +1,123 @@
+"""From a trial to a spec: the values Optuna is asked for, and the layers the placement solver adds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import optuna
+
+from heddle.search.placement import Question, Seen, propose
+from heddle.search.study import Study
+from heddle.specs import ModelSpec, Parameter, Spec, SpecFile, expand_layers, spec_hash, uniform_layers
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A resolved spec of the space, with the values and layers it came from."""
+
+    spec: Spec
+    values: dict[str, Any]
+    layers: tuple[str, ...]
+    hash: str
+
+    @property
+    def model(self) -> ModelSpec:
+        return self.spec.model
+
+
+def suggest_all(study: Study, number: int, parameters: Sequence[Parameter]) -> dict[str, Any]:
+    """The values of trial `number`, as the spec file spells them; what stands in an option that was not
+    chosen has none."""
+    values: dict[str, Any] = {}
+    choices = {parameter.name: parameter.choices for parameter in parameters}
+    for parameter in parameters:
+        if parameter.condition is not None:
+            parent, option = parameter.condition
+            if parent not in values or choices[parent].index(values[parent]) != option:
+                continue
+        draw = partial(suggest, parameter=parameter)
+        values[parameter.name] = study.suggest(number, parameter.name, draw)
+    return values
+
+
+def suggest(trial: optuna.Trial, parameter: Parameter) -> Any:
+    """The value of one parameter in `trial`."""
+    name = parameter.name
+    if parameter.kind == "choice":
+        labels = [label_of(choice) for choice in parameter.choices]
+        return parameter.choices[labels.index(trial.suggest_categorical(name, labels))]
+    low, high = parameter.low, parameter.high
+    assert low is not None
+    assert high is not None
+    if parameter.kind == "int":
+        return trial.suggest_int(name, int(low), int(high), step=int(parameter.step or 1))
+    return trial.suggest_float(name, low, high, log=parameter.log)
+
+
+def label_of(choice: object) -> str:
+    """A choice as one short string: Optuna's storages take no mappings, and a string reads well in a
+    dashboard."""
+    return choice if isinstance(choice, str) else json.dumps(choice, sort_keys=True)
+
+
+def candidate(file: SpecFile, values: Mapping[str, Any], layers: Sequence[str]) -> Candidate:
+    """The model of `file` at `values` and `layers`. Raises HeddleError where that combination is not a legal
+    one."""
+    spec = file.resolve(values, layers=layers)
+    return Candidate(spec, dict(values), tuple(layers), spec_hash(spec.model))
+
+
+def place(
+    file: SpecFile,
+    values: Mapping[str, Any],
+    history: Sequence[Seen],
+    is_asked: Callable[[str], bool],
+    *,
+    seed: int,
+    number: int,
+) -> Candidate:
+    """The candidate of trial `number`: `values` are Optuna's, the layers are proposed from `history`.
+
+    `is_asked(hash)` tells whether a trial of this run has that spec already.
+    """
+    placement = file.space.placement
+    if placement is None:
+        return candidate(file, values, expand_layers(file.resolve(values).model))
+    counts = placement.count(values)
+
+    def is_seen(layers: tuple[str, ...]) -> bool:
+        return is_asked(candidate(file, values, layers).hash)
+
+    question = Question(counts, outer(file, values), uniform(file, values), is_seen)
+    return candidate(file, values, propose(question, history, seed=seed, number=number))
+
+
+def uniform(file: SpecFile, values: Mapping[str, Any]) -> tuple[str, ...]:
+    """The evenly spread placement with the counts of `values`."""
+    placement = file.space.placement
+    assert placement is not None
+    counts = dict(placement.count(values))
+    counts.pop(placement.rest)
+    return tuple(uniform_layers(placement.length, placement.rest, counts))
+
+
+def outer(file: SpecFile, values: Mapping[str, Any]) -> dict[str, str]:
+    """The values that say something about quality besides the counts of the placement, as labels."""
+    placement = file.space.placement
+    counted = (
+        set() if placement is None else {name for name in placement.counts.values() if isinstance(name, str)}
+    )
+    return {name: label_of(value) for name, value in values.items() if name not in counted}
+
+
+def reference(file: SpecFile, name: str) -> Candidate:
+    """The model that a budget's `relative_to: all-<block>` means: every layer is that block, the rest as the
+    file's first choices."""
+    model = file.spec.model
+    layers = [name.removeprefix("all-")] * len(expand_layers(model))
+    spec = file.spec.model_copy(update={"model": model.model_copy(update={"layers": layers})})
+    return Candidate(spec, {}, tuple(layers), spec_hash(spec.model))

@@ -1,0 +1,167 @@
+"""Train the one model a spec describes on the spec's text, score it, and keep it as a run folder.
+
+    <run>/spec.yaml            the spec as trained, spaces resolved; loads again to the same hash
+    <run>/model.safetensors    the weights, float32; a tied head is stored once
+    <run>/train.json           recipe, loss curve, score, corpus, environment; written last, so that it
+                               marks a whole run
+
+Each file is written whole or not at all. A training that was stopped leaves no train.json and starts anew.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_model, save
+from torch import nn
+
+from heddle.compose.build import build
+from heddle.compose.hf.model import HeddleForCausalLM
+from heddle.compose.train import Fit, OnStep, Recipe, fit
+from heddle.errors import HeddleError
+from heddle.search import environment
+from heddle.search.durable import write_json, write_whole
+from heddle.search.tasks import Score, Task, batches, make_task, recipe_for
+from heddle.specs import Spec, SpecFile, TextTask, load, spec_hash, to_yaml
+
+SPEC_FILE = "spec.yaml"
+WEIGHTS_FILE = "model.safetensors"
+TRAIN_FILE = "train.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class TrainRun:
+    """A training as its folder tells it; `record` is train.json."""
+
+    path: Path
+    record: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        return str(self.record["name"])
+
+    @property
+    def hash(self) -> str:
+        return str(self.record["spec_hash"])
+
+    @property
+    def score(self) -> Score:
+        return Score(**self.record["score"])
+
+    @property
+    def losses(self) -> tuple[float, ...]:
+        return tuple(self.record["losses"])
+
+    def spec_file(self) -> SpecFile:
+        return load(self.path / SPEC_FILE)
+
+    def model(self, *, device: str = "cpu") -> HeddleForCausalLM:
+        """The trained model, float32, in eval mode.
+
+        Raises `no-weights` if the weights are gone, damaged or of another spec.
+        """
+        model = build(self.spec_file().spec.model, device=device)
+        path = self.path / WEIGHTS_FILE
+        try:
+            load_model(model, path, device=device)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            hint = f"train it again: heddle train {self.path / SPEC_FILE}"
+            raise HeddleError("no-weights", f"cannot load {path}: {error}", hint=hint) from error
+        model.eval()
+        return model
+
+
+def train(
+    file: SpecFile,
+    out: Path,
+    *,
+    seed: int | None = None,
+    device: str | None = None,
+    on_step: OnStep | None = None,
+) -> TrainRun:
+    """Trains the spec's model on its `data` with its `train` recipe, scores it on the validation split,
+    writes `out`.
+
+    A spec with a search space is trained as it stands with the first choice of each. `seed` overrides
+    `train.seed` and decides weights and batches; `device` is CUDA where there is one. `on_step` is as for
+    `heddle.compose.train.fit`.
+
+    Raises `run-exists`, `disk-full`, and what the task, the build and the training raise.
+    """
+    device = device or environment.pick_device()
+    spec = file.spec
+    _open_folder(out, spec)
+    task = make_task(TextTask(), spec.data, vocab_size=spec.model.vocab_size, tokenizer=spec.tokenizer)
+    recipe = recipe_for(TextTask(), spec.train, seed=seed)
+    model = build(spec.model, seed=recipe.seed, device=device)
+    result = fit(model, batches(task, recipe, device), recipe, on_step=on_step)
+    score = task.evaluate(model, device=device)
+    write_whole(out / WEIGHTS_FILE, save(weights_of(model), metadata={"format": "pt"}))
+    write_json(out / TRAIN_FILE, _record(spec, task, recipe, result, score, device))
+    return load_run(out)
+
+
+def load_run(path: Path | str) -> TrainRun:
+    """The training in folder `path`. Raises `run-not-found` if there is none or it never finished."""
+    folder = Path(path)
+    try:
+        record = json.loads((folder / TRAIN_FILE).read_bytes())
+    except FileNotFoundError:
+        raise HeddleError(
+            "run-not-found",
+            f"{folder} is not a finished training run: it has no {TRAIN_FILE}",
+            hint="heddle train SPEC --out DIR makes one",
+        ) from None
+    except ValueError as error:
+        raise HeddleError("run-not-found", f"{folder / TRAIN_FILE} is damaged: {error}") from None
+    return TrainRun(folder, record)
+
+
+def is_train_run(path: Path | str) -> bool:
+    """Whether folder `path` holds a finished training."""
+    return (Path(path) / TRAIN_FILE).is_file()
+
+
+def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The model's tensors on the CPU by name, one that has two names once: what safetensors can store."""
+    seen: set[int] = set()
+    weights: dict[str, torch.Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        if tensor.data_ptr() not in seen:
+            seen.add(tensor.data_ptr())
+            weights[name] = tensor.detach().cpu().contiguous()
+    return weights
+
+
+def _open_folder(out: Path, spec: Spec) -> None:
+    """Makes the folder and writes the spec: a disk that is full says so before the training, not after."""
+    if out.exists() and not out.is_dir():
+        raise HeddleError("run-exists", f"{out} is a file", hint="name a new folder with --out")
+    if is_train_run(out) or (out.exists() and any(p.name != SPEC_FILE for p in out.iterdir())):
+        raise HeddleError("run-exists", f"{out} is there already", hint="name a new folder with --out")
+    write_whole(out / SPEC_FILE, to_yaml(spec).encode())
+
+
+def _record(spec: Spec, task: Task, recipe: Recipe, result: Fit, score: Score, device: str) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "kind": "train",
+        "name": spec.name,
+        "spec_hash": spec_hash(spec.model),
+        "task": {"name": task.name, "metric": task.metric, "chance": task.chance, "digest": task.digest},
+        "score": asdict(score),
+        "normalised": task.normalised(score),
+        "recipe": asdict(recipe),
+        "steps": result.steps,
+        "tokens": result.tokens,
+        "wall_s": result.wall_s,
+        "losses": list(result.losses),
+        "environment": environment.describe(device),
+    }

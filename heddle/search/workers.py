@@ -1,0 +1,256 @@
+"""Ray for this search: a local cluster or one by address, and calls that say why they failed.
+
+A timing takes the whole device, so that Ray itself lets no training run beside it. A call whose process dies
+is made again, twice; an error that the call itself raised is final.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import io
+import logging
+import os
+import secrets
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import ray
+import torch
+from ray.exceptions import LocalRayletDiedError, NodeDiedError, OutOfMemoryError, RayError, WorkerCrashedError
+
+from heddle.errors import HeddleError
+from heddle.search import environment, watch
+
+# A call whose process dies is made again this often.
+RETRIES = 2
+# How often a waiting driver looks up: for Ctrl-C, for the display.
+TICK_S = 0.5
+# Threads that wait for each other sleep instead of spinning: where anything else runs on the machine, a
+# spinning thread keeps the one it waits for off its core, and a 1 ms step was seen to take 490 ms.
+WORKER_ENV = {"OMP_WAIT_POLICY": "PASSIVE"}
+# Ray ends a process that is idle for a second, as all but one are while a spec is timed; the next would
+# import torch anew, for seconds.
+KEEP_IDLE_MS = 24 * 3600 * 1000
+# Trainings side by side on one GPU.
+ON_ONE_GPU = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """`call(*arguments)` in a worker. `tag` is the caller's, to know the answer by; `attempt` counts from
+    1."""
+
+    call: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    tag: Any
+    attempt: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What became of a job: a value, or the code and message of the error; `log` is what it printed."""
+
+    job: Job
+    value: Any = None
+    code: str | None = None
+    message: str = ""
+    log: str = ""
+    wall_s: float = 0.0
+
+    @property
+    def ok(self) -> bool:
+        return self.code is None
+
+
+class Workers:
+    """A pool of Ray workers for one kind of device; use it as a context.
+
+    `parallel` trainings run side by side: one a core on a CPU, four a GPU on CUDA.
+    """
+
+    def __init__(self, device: str | None = None, *, address: str | None = None) -> None:
+        self._wanted, self._address = device, address
+        self._guard: watch.Guard | None = None
+        self._owned = False
+
+    def __enter__(self) -> Workers:
+        if not ray.is_initialized():
+            self._owned = True
+            self._start()
+        resources = ray.cluster_resources()
+        gpus = int(resources.get("GPU", 0))
+        self.device = self._wanted or ("cuda" if gpus else "cpu")
+        cores = int(resources.get("CPU", 1))
+        self.parallel = max(1, min(cores, gpus * ON_ONE_GPU) if self.device == "cuda" else cores)
+        share = {"num_gpus": 1 / ON_ONE_GPU} if self.device == "cuda" else {}
+        # Ray ends a process after one GPU task unless told otherwise; ours take seconds to import torch.
+        kept: dict[str, Any] = {"max_retries": 0, "max_calls": 0}
+        self._one = ray.remote(num_cpus=1, **share, **kept)(_guarded)
+        whole = {"num_gpus": 1} if self.device == "cuda" else {"num_cpus": _largest_node()}
+        self._whole = ray.remote(**whole, **kept)(_guarded)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._owned:
+            ray.shutdown()
+        if self._guard is not None:
+            self._guard.release()
+
+    def _start(self) -> None:
+        # Ray's own lines would break into the live display; what matters reaches us as exceptions.
+        logging.getLogger("ray").setLevel(logging.ERROR)
+        options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+        if self._address is None:
+            cores = environment.physical_cores()
+            os.environ |= {name: os.environ.get(name, value) for name, value in WORKER_ENV.items()}
+            self._guard = watch.Guard()
+            _set_token()
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                num_cpus=cores,
+                _system_config={"idle_worker_killing_time_threshold_ms": KEEP_IDLE_MS},
+                **options,
+            )
+            return
+        try:
+            ray.init(address=self._address, runtime_env={"env_vars": WORKER_ENV}, **options)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise HeddleError(
+                "bad-argument",
+                f"no Ray cluster at {self._address}: {str(error).splitlines()[0]}",
+                hint="`ray status` shows a running cluster; without --ray-address a local one is started",
+            ) from error
+
+    def warm_up(self) -> None:
+        """Let every worker process start and import torch and transformers while the caller goes on."""
+        for _ in range(self.parallel):
+            self._one.remote(_import_all, self.device)
+
+    def share(self, value: Any) -> Any:
+        """A ticket for `value`, which travels to each node once however many jobs take it as an argument."""
+        return ray.put(value)
+
+    def call(self, call: Callable[..., Any], *arguments: Any) -> Any:
+        """`call(*arguments)` in a worker with a share of the device, awaited; what it raises is raised
+        here."""
+        answer = ray.get(self._one.remote(call, self.device, *arguments))
+        if answer.error is not None:
+            raise answer.error
+        return answer.value
+
+    def on_whole_device(self, jobs: Iterable[Job], watcher: Watcher) -> Iterator[Answer]:
+        """Answers of `jobs`, one after the other, each with the whole device to itself."""
+        return self._answers(jobs, self._whole, 1, watcher)
+
+    def side_by_side(self, jobs: Iterable[Job], watcher: Watcher) -> Iterator[Answer]:
+        """Answers of `jobs` as they come, `parallel` at a time."""
+        return self._answers(jobs, self._one, self.parallel, watcher)
+
+    def _answers(self, jobs: Iterable[Job], remote: Any, width: int, watcher: Watcher) -> Iterator[Answer]:
+        waiting, flying = deque(jobs), dict[Any, tuple[Job, float]]()
+        while flying or (waiting and not watcher.is_stopping()):
+            while waiting and len(flying) < width and not watcher.is_stopping():
+                job = waiting.popleft()
+                watcher.begun(job)
+                flying[remote.remote(job.call, self.device, *job.arguments)] = (job, time.monotonic())
+            done, _ = ray.wait(list(flying), timeout=TICK_S)
+            watcher.tick()
+            for reference in done:
+                job, began = flying.pop(reference)
+                answer = replace(_answer(job, reference), wall_s=round(time.monotonic() - began, 3))
+                if answer.code == "worker-died" and job.attempt <= RETRIES:
+                    waiting.appendleft(replace(job, attempt=job.attempt + 1))
+                else:
+                    yield answer
+
+
+class Watcher(Protocol):
+    """What a driver hears of its jobs while it waits for answers."""
+
+    def begun(self, job: Job) -> None:
+        """`job` is handed to a worker."""
+
+    def tick(self) -> None:
+        """Called at least twice a second."""
+
+    def is_stopping(self) -> bool:
+        """True once no further job shall begin; those in flight are still answered."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    """What a call gave inside the worker: errors travel as data, because Ray would wrap them in types of its
+    own."""
+
+    value: Any
+    error: Exception | None
+    log: str
+
+
+def _guarded(call: Callable[..., Any], device: str, *arguments: Any) -> _Outcome:
+    """`call(*arguments)` with its output kept, one thread on a CPU, and errors as data. Runs in the
+    worker."""
+    printed = io.StringIO()
+    # A training has one core; a timing asks for all of them itself.
+    torch.set_num_threads(1)
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        try:
+            return _Outcome(call(*arguments), None, printed.getvalue())
+        except Exception as error:
+            log = printed.getvalue() + traceback.format_exc()
+            return _Outcome(None, _portable(error), log)
+        finally:
+            gc.collect()
+            if device == "cuda":
+                torch.cuda.empty_cache()
+
+
+def _portable(error: Exception) -> Exception:
+    """`error` itself where the driver can read it, else one that tells the same."""
+    if isinstance(error, HeddleError):
+        return error
+    if isinstance(error, torch.OutOfMemoryError):
+        return HeddleError("out-of-memory", str(error).partition(". ")[0])
+    return RuntimeError(f"{type(error).__name__}: {error}")
+
+
+def _answer(job: Job, reference: Any) -> Answer:
+    try:
+        outcome: _Outcome = ray.get(reference)
+    except (WorkerCrashedError, OutOfMemoryError, NodeDiedError, LocalRayletDiedError) as error:
+        return Answer(job, code="worker-died", message=_first_line(error))
+    except RayError as error:
+        return Answer(job, code="evaluation-failed", message=_first_line(error))
+    if outcome.error is None:
+        return Answer(job, value=outcome.value, log=outcome.log)
+    if isinstance(outcome.error, HeddleError):
+        return Answer(job, code=outcome.error.code, message=outcome.error.what, log=outcome.log)
+    return Answer(job, code="evaluation-failed", message=_first_line(outcome.error), log=outcome.log)
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _largest_node() -> int:
+    return max(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
+
+
+def _import_all() -> None:
+    importlib.import_module("heddle.search.evaluate")
+
+
+def _set_token() -> None:
+    """A password for our own local cluster: Ray (2.60) asks for one, and would write it into the home folder.
+
+    The mode stays Ray's to choose: it reads that once, when it is imported, and sees no later change of ours.
+    """
+    if not {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)

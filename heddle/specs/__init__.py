@@ -1,0 +1,43 @@
+"""WHAT: specs as pure data. Imports no torch, so that editors, drivers and dashboards start at once."""
+
+from __future__ import annotations
+
+from heddle.specs.canonical import canonical, spec_hash, to_yaml
+from heddle.specs.layer import Repeat, Site
+from heddle.specs.load import SpecFile, load, loads
+from heddle.specs.model import CHANNELS, MIXERS, BlockSpec, ModelSpec
+from heddle.specs.pattern import expand_layers, uniform_layers
+from heddle.specs.recipe import DataSpec, TrainSpec
+from heddle.specs.schema import json_schema
+from heddle.specs.search import Budget, MqarTask, PerDevice, SearchSpec, TextTask
+from heddle.specs.space import Parameter, Placement, Space
+from heddle.specs.spec import Spec
+
+__all__ = [
+    "CHANNELS",
+    "MIXERS",
+    "BlockSpec",
+    "Budget",
+    "DataSpec",
+    "ModelSpec",
+    "MqarTask",
+    "Parameter",
+    "PerDevice",
+    "Placement",
+    "Repeat",
+    "SearchSpec",
+    "Site",
+    "Space",
+    "Spec",
+    "SpecFile",
+    "TextTask",
+    "TrainSpec",
+    "canonical",
+    "expand_layers",
+    "json_schema",
+    "load",
+    "loads",
+    "spec_hash",
+    "to_yaml",
+    "uniform_layers",
+]

@@ -1,0 +1,76 @@
+"""The base of every schema class, the short spellings of counts and durations, and "did you mean"."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from decimal import Decimal
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+
+class Schema(BaseModel):
+    """A frozen piece of a spec. Types are not coerced, unknown keys and non-finite numbers are refused."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+NAME_PATTERN = r"^[A-Za-z_][A-Za-z0-9_-]{0,63}$"
+NAME_HINT = "letters, digits, '_' and '-', at most 64; a letter or '_' first"
+# ASCII alone: two names that look the same are the same.
+Name = Annotated[str, Field(pattern=NAME_PATTERN)]
+
+_COUNT = re.compile(r"([0-9][0-9_]{0,18}(?:\.[0-9]{1,9})?)\s?([kKMGBT]?)")
+_FACTORS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12}
+_DURATION = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)\s?(s|m|h|d)")
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def nearest(name: object, known: Iterable[str]) -> str | None:
+    """The known name that `name` was probably meant to be, if there is one."""
+    options = list(known)
+    # A long text is no slip of the finger, and comparing it would take long.
+    text = str(name)[:64]
+    by_lower = {option.lower(): option for option in reversed(options)}
+    found = difflib.get_close_matches(text.lower(), list(by_lower), n=1, cutoff=0.65)
+    return by_lower[found[0]] if found else None
+
+
+def count_of(value: Any) -> Any:
+    """`400k` as 400000; what is no text is handed on."""
+    if not isinstance(value, str):
+        return value
+    match = _COUNT.fullmatch(value.strip())
+    if match is None:
+        raise ValueError("expected a whole number such as 4096, 400k, 20M or 1.5B")
+    # Decimal, because 1.1 * 1000 is not 1100 in floating point.
+    number = Decimal(match[1].replace("_", "")) * _FACTORS[match[2]]
+    if number != int(number):
+        raise ValueError(f"{value.strip()} is not a whole number")
+    return int(number)
+
+
+def duration_of(value: Any) -> Any:
+    """`5m` as 300.0 seconds; what is no text is handed on."""
+    if not isinstance(value, str):
+        return value
+    match = _DURATION.fullmatch(value.strip())
+    if match is None:
+        raise ValueError("expected seconds, or a duration such as 90s, 5m, 2h or 1d")
+    return float(Decimal(match[1]) * _SECONDS[match[2]])
+
+
+Count = Annotated[
+    int,
+    Field(ge=1, le=10**15),
+    BeforeValidator(count_of, json_schema_input_type=Annotated[int | str, Field(examples=["400k", "20M"])]),
+]
+Duration = Annotated[
+    float,
+    Field(gt=0, le=10**8),
+    BeforeValidator(
+        duration_of, json_schema_input_type=Annotated[float | str, Field(examples=["90s", "5m"])]
+    ),
+]

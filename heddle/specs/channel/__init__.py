@@ -1,0 +1,12 @@
+"""THE CATALOGUE of channel blocks: one line a kind."""
+
+from __future__ import annotations
+
+from heddle.specs.channel.gelu import GELU
+from heddle.specs.channel.none import NoChannel
+from heddle.specs.channel.swiglu import SwiGLU
+from heddle.specs.kinds import ChannelSpec
+
+Channel = SwiGLU | GELU | NoChannel
+
+__all__ = ["GELU", "Channel", "ChannelSpec", "NoChannel", "SwiGLU"]

@@ -1,0 +1,159 @@
+"""Checks a document as a spec, in parts, so that an error in one part hides none in another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from heddle.errors import HeddleError, HeddleErrors
+from heddle.specs.base import Schema
+from heddle.specs.check_options import Context, option_findings
+from heddle.specs.checks import search_findings, vocabulary_findings
+from heddle.specs.explain import Finding, check_fields, shown, without_echoes
+from heddle.specs.model import ModelSpec
+from heddle.specs.model_parts import ModelParts, check_parts
+from heddle.specs.open_values import MODEL, OpenValues, find_open_values
+from heddle.specs.pattern import expand_layers
+from heddle.specs.placement import find_placement
+from heddle.specs.places import Places
+from heddle.specs.reader import MAX_ERRORS, Document, Path_
+from heddle.specs.recipe import DataSpec, TrainSpec
+from heddle.specs.short_forms import full_search
+from heddle.specs.spec import VERSION, Spec
+
+SECTIONS: tuple[tuple[str, type[Schema]], ...] = (
+    ("model", ModelSpec),
+    ("data", DataSpec),
+    ("train", TrainSpec),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """A file without errors."""
+
+    spec: Spec
+    warnings: tuple[HeddleError, ...]
+    open: OpenValues
+    places: Places
+
+
+def check_file(document: Document) -> Checked:
+    """The spec of a document, its open values at their defaults.
+
+    Raises:
+        HeddleErrors: all there are, sorted by place.
+    """
+    _check_version(document)
+    found = find_open_values(document)
+    found.placement = find_placement(found)
+    moves: dict[Path_, Path_] = {}
+    data = document.data
+    search, findings, search_moves = full_search(data.get("search"))
+    findings = [one.below(("search",)) for one in findings]
+    moves |= {("search", *path): ("search", *source) for path, source in search_moves.items()}
+    fields, wrong = check_fields(
+        Spec, data if search is None else {**data, "search": search}, leave=("model",)
+    )
+    findings += [_with_home(one) for one in wrong]
+    parts = ModelParts({}, {}, None, [])
+    context = Context(search, data.get("tokenizer", Spec.model_fields["tokenizer"].default))
+    if "model" in data:
+        model = found.fill_model(found.space.defaults(), None, moves)
+        parts = check_parts(model, has_layers=not found.has_placement or found.placement is not None)
+        findings += [one.below(MODEL) for one in parts.findings]
+    else:
+        findings.append(
+            Finding("missing-field", "'model' is missing", MODEL, "model: what is built", key=True)
+        )
+    findings += _across(found, parts, context)
+    places = found.places(moves)
+    # These speak of the file as it is, the others of the data that was made of it.
+    in_file = without_echoes(found.findings) + option_findings(found, parts, context)
+    if findings or in_file:
+        errors = [*map(places.error, without_echoes(findings)), *map(found.places({}).error, in_file)]
+        raise HeddleErrors(_sorted(errors))
+    spec = Spec.model_validate({**fields, "model": ModelSpec.model_validate(model)})
+    return Checked(spec, tuple(_warnings(found, spec, places)), found, places)
+
+
+def check_model(model: Any, places: Places) -> ModelSpec:
+    """The model in resolved data.
+
+    Raises:
+        HeddleErrors: all there are.
+    """
+    parts = check_parts(model, has_layers=True)
+    if parts.findings:
+        raise HeddleErrors(_sorted([places.error(one.below(MODEL)) for one in parts.findings]))
+    blocks = {name: block for name, block in parts.blocks.items() if block is not None}
+    assert parts.layers is not None
+    return ModelSpec.model_construct(**parts.fields, blocks=blocks, layers=parts.layers)
+
+
+def _check_version(document: Document) -> None:
+    """Nothing else can be said of a file in a language that is not known."""
+    data, where = document.data, document.where
+    if not isinstance(data, dict):
+        got = "the file is empty" if data is None else f"this is {shown(data)}"
+        error = HeddleError(
+            "wrong-type", f"a spec is a mapping, and {got}", where=where(()), hint="heddle init writes one"
+        )
+    elif "version" not in data:
+        hint = f"begin the file with version: {VERSION}"
+        error = HeddleError("missing-field", "'version' is missing", where=where(("version",)), hint=hint)
+    elif data["version"] != VERSION or type(data["version"]) is not int:
+        what = f"version {shown(data['version'])} is not known; this heddle reads version {VERSION}"
+        error = HeddleError(
+            "version-not-supported", what, where=where(("version",)), hint=f"version: {VERSION}"
+        )
+    else:
+        return
+    raise HeddleErrors([error])
+
+
+def _with_home(finding: Finding) -> Finding:
+    """Of an unknown top-level field, the section it belongs to."""
+    if finding.code != "unknown-field" or len(finding.path) != 1 or "did you mean" in (finding.hint or ""):
+        return finding
+    home = next((name for name, schema in SECTIONS if finding.path[0] in schema.model_fields), None)
+    return (
+        finding
+        if home is None
+        else Finding(finding.code, finding.what, finding.path, f"it belongs in {home}", key=True)
+    )
+
+
+def _across(found: OpenValues, parts: ModelParts, context: Context) -> Iterator[Finding]:
+    """What must hold between the model and the other sections."""
+    if "vocab_size" in parts.fields:
+        for one in vocabulary_findings(parts.fields["vocab_size"], context.tokenizer, context.search):
+            yield one.below((*MODEL, "vocab_size"))
+    is_open = bool(found.parameters or found.findings or found.has_placement)
+    for one in search_findings(context.search, parts.blocks, is_open=is_open):
+        yield one.below(("search",))
+
+
+def _sorted(errors: list[HeddleError]) -> list[HeddleError]:
+    unique = {(error.code, error.where, error.what): error for error in errors}
+    by_place = sorted(unique.values(), key=lambda error: (error.where.line or 0, error.where.column or 0))
+    return by_place[:MAX_ERRORS]
+
+
+def _warnings(found: OpenValues, spec: Spec, places: Places) -> Iterator[HeddleError]:
+    used = set(expand_layers(spec.model))
+    if found.placement is not None:
+        used.update(found.placement.of)
+    if spec.search is not None:
+        used.update((budget.relative_to or "").removeprefix("all-") for budget in spec.search.budgets)
+    for parameter in found.parameters.values():
+        # A choice inside the layers may bring any block in.
+        if parameter.name.startswith("layers."):
+            used.update(str(choice) for choice in parameter.choices)
+    for name in spec.model.blocks:
+        if name not in used:
+            where = places.where((*MODEL, "blocks", name), key=True)
+            yield HeddleError(
+                "unused-block", f"no layer uses the block {name!r}", where=where, hint="remove it, or use it"
+            )

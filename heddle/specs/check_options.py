@@ -1,0 +1,223 @@
+"""Checks what a spec could become: each option of each choice and the high end of each range, with the rest at its default."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from heddle.specs.checks import block_problems, vocabulary_findings
+from heddle.specs.explain import HOLE, Finding, check_field
+from heddle.specs.kinds import Problem
+from heddle.specs.model import BlockSpec, ModelSpec
+from heddle.specs.model_parts import ModelParts, check_block, check_layers
+from heddle.specs.open_values import MODEL, OpenValues
+from heddle.specs.reader import MAX_ERRORS, Path_
+from heddle.specs.space import Parameter, settings
+
+# Other settings that are tried before an option is called impossible, and for all options of a file together.
+TRIES = 200
+ALL_TRIES = 2000
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What else a file says that a model must fit, as far as it is known."""
+
+    search: Any
+    tokenizer: object
+
+
+@dataclass(frozen=True, slots=True)
+class _Option:
+    """A value of a parameter, where it stands, and the setting it is tried in."""
+
+    parameter: Parameter
+    source: Path_
+    path: Path_
+    values: Mapping[str, Any]
+
+
+def option_findings(found: OpenValues, parts: ModelParts, context: Context) -> list[Finding]:
+    """What is wrong with the options. Their paths are those of the file."""
+    check = _Check(found, parts, context)
+    findings: list[Finding] = []
+    for option in _options(found):
+        findings += check.option(option)
+        if len(findings) > MAX_ERRORS:
+            break
+    return findings
+
+
+def _options(found: OpenValues) -> Iterator[_Option]:
+    paths = {parameter.name: path for path, parameter in found.parameters.items()}
+    by_name = {parameter.name: parameter for parameter in found.parameters.values()}
+    for path, parameter in found.parameters.items():
+        base = found.space.defaults()
+        one = parameter
+        while one.condition is not None:
+            parent = by_name[one.condition[0]]
+            base[parent.name] = parent.choices[one.condition[1]]
+            one = parent
+        # Defaults were checked with the file, but not those inside an option that is no default.
+        first = 1 if parameter.condition is None else 0
+        target = _target(path, paths)
+        if parameter.kind == "choice":
+            for index, choice in enumerate(parameter.choices[first:], start=first):
+                yield _Option(parameter, (*path, "choice", index), target, base | {parameter.name: choice})
+        else:
+            yield _Option(
+                parameter, (*path, parameter.kind, 1), target, base | {parameter.name: parameter.high}
+            )
+
+
+def _target(path: Path_, paths: Mapping[str, Path_]) -> Path_:
+    """The path in the resolved data: without `choice` and the number of the option."""
+    forms = {(*one, "choice") for one in paths.values()}
+    steps: list[str | int] = []
+    index = 0
+    while index < len(path):
+        if path[: index + 1] in forms:
+            index += 2
+            continue
+        steps.append(path[index])
+        index += 1
+    return tuple(steps)
+
+
+class _Check:
+    """Checks options against the part of the model they stand in."""
+
+    def __init__(self, found: OpenValues, parts: ModelParts, context: Context) -> None:
+        self.found, self.parts, self.context = found, parts, context
+        self.left = ALL_TRIES
+
+    def option(self, option: _Option) -> list[Finding]:
+        name = str(option.path[1])
+        if name == "blocks":
+            block = option.path[2]
+            return self._block(option, block) if isinstance(block, str) else []
+        if name == "layers":
+            return self._layers(option)
+        return self._scalar(option, name) if name in ModelSpec.model_fields else []
+
+    def _filled(self, path: Path_, option: _Option) -> tuple[Any, dict[Path_, Path_]]:
+        moves: dict[Path_, Path_] = {}
+        return self.found.fill(path, option.values, moves), moves
+
+    def _block(self, option: _Option, name: str) -> list[Finding]:
+        path = (*MODEL, "blocks", name)
+        data, moves = self._filled(path, option)
+        block, wrong = check_block(data, None)
+        if block is None:
+            return self._own([one.below(path) for one in wrong], option, moves)
+        hidden_size = self.parts.fields.get("hidden_size")
+        if hidden_size is None or option.parameter.kind != "choice":
+            return []
+        default = self.parts.blocks.get(name)
+        old = [] if default is None else block_problems(default, hidden_size)
+        new = [one for one in block_problems(block, hidden_size) if one not in old]
+        if not new or self._can_be_built(option, name):
+            return []
+        return [self._told(part, problem, path, option, moves) for part, problem in new]
+
+    def _can_be_built(self, option: _Option, name: str) -> bool:
+        """Whether another setting of the block, or of the hidden size, makes the option legal."""
+        path = (*MODEL, "blocks", name)
+        near = [
+            parameter
+            for place, parameter in self.found.parameters.items()
+            if (place[:3] == path or parameter.name == "hidden_size")
+            and parameter.name not in _fixed(option, self.found)
+        ]
+        if not near:
+            return False
+        for setting in settings(near, TRIES):
+            if self.left <= 0:
+                # Out of patience: what cannot be shown to be wrong is let through, and met by the search.
+                return True
+            self.left -= 1
+            values = {**option.values, **setting}
+            block = check_block(self.found.fill(path, values, {}), None)[0]
+            hidden_size = values.get("hidden_size", self.parts.fields["hidden_size"])
+            if block is not None and isinstance(hidden_size, int) and not block_problems(block, hidden_size):
+                return True
+        return False
+
+    def _told(
+        self, part: str, problem: Problem, path: Path_, option: _Option, moves: dict[Path_, Path_]
+    ) -> Finding:
+        """The problem at the option that brings it, if need be away from the field that does not fit."""
+        field = (*path, part, *problem.field.split("."))
+        source = self.found.places(moves).source(field)
+        if source[: len(option.source)] == option.source:
+            return Finding(problem.code, problem.what, source, problem.hint)
+        return Finding(
+            problem.code,
+            f"with this option {part}.{problem.field}: {problem.what}",
+            option.source,
+            problem.hint,
+        )
+
+    def _layers(self, option: _Option) -> list[Finding]:
+        if self.found.has_placement:
+            # Counts are checked with the placement.
+            return []
+        data, moves = self._filled((*MODEL, "layers"), option)
+        wrong = check_layers(data, self.parts.blocks)[1]
+        return self._own([one.below(MODEL) for one in wrong], option, moves)
+
+    def _scalar(self, option: _Option, name: str) -> list[Finding]:
+        path = (*MODEL, name)
+        data, moves = self._filled(path, option)
+        value, wrong = check_field(ModelSpec, name, data)
+        if value is HOLE:
+            return self._own([one.below(path) for one in wrong], option, moves)
+        if name == "vocab_size":
+            told = vocabulary_findings(value, self.context.tokenizer, self.context.search)
+            return [one.below(option.source) for one in told]
+        if name == "hidden_size" and option.parameter.kind == "choice":
+            return [one for block in self.parts.blocks.items() for one in self._width(option, value, *block)]
+        return []
+
+    def _width(self, option: _Option, value: int, name: str, block: BlockSpec | None) -> list[Finding]:
+        """What a block cannot do at another hidden size."""
+        if block is None:
+            return []
+        old = block_problems(block, self.parts.fields.get("hidden_size", value))
+        new = [
+            one
+            for one in block_problems(block, value)
+            if one[1].field not in {problem.field for _, problem in old}
+        ]
+        if not new or self._can_be_built(option, name):
+            return []
+        return [
+            Finding(
+                problem.code,
+                f"blocks.{name}.{part}.{problem.field}: {problem.what}",
+                option.source,
+                problem.hint,
+            )
+            for part, problem in new
+        ]
+
+    def _own(self, findings: list[Finding], option: _Option, moves: dict[Path_, Path_]) -> list[Finding]:
+        """Those that stand in the option, at their places in the file; the others are told with the default."""
+        places = self.found.places(moves)
+        own = []
+        for one in findings:
+            source = places.source(one.path)
+            if source[: len(option.source)] == option.source:
+                own.append(Finding(one.code, one.what, source, one.hint, one.key))
+        return own
+
+
+def _fixed(option: _Option, found: OpenValues) -> set[str]:
+    """The parameters that must keep their values for the option to be there."""
+    by_name = {parameter.name: parameter for parameter in found.parameters.values()}
+    names, one = {option.parameter.name}, option.parameter
+    while one.condition is not None:
+        one = by_name[one.condition[0]]
+        names.add(one.name)
+    return names

@@ -1,0 +1,141 @@
+"""What a schema cannot say: sizes that must fit each other, and names that must exist."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+from heddle.specs.base import NAME_HINT, NAME_PATTERN, nearest
+from heddle.specs.explain import Finding, shown
+from heddle.specs.kinds import Problem
+from heddle.specs.layer import MAX_LAYERS, Site
+from heddle.specs.model import BlockSpec
+from heddle.specs.open_values import RESERVED
+from heddle.specs.reader import MAX_ERRORS, Path_
+from heddle.specs.search import MqarTask
+
+# Token ids of the bytes tokenizer.
+BYTES = 256
+
+
+def block_problems(block: BlockSpec, hidden_size: int) -> list[tuple[str, Problem]]:
+    """What cannot be built of a block, beside the part it is in: mixer or channel."""
+    site = Site(hidden_size)
+    mixer = [("mixer", problem) for problem in block.mixer.problems(site)]
+    return mixer + [("channel", problem) for problem in block.channel.problems(site)]
+
+
+def block_findings(block: BlockSpec, hidden_size: int) -> list[Finding]:
+    """The same as findings, by path below the block."""
+    return [
+        Finding(problem.code, problem.what, (part, *problem.field.split(".")), problem.hint)
+        for part, problem in block_problems(block, hidden_size)
+    ]
+
+
+def name_findings(names: Iterable[str]) -> list[Finding]:
+    """Names that blocks cannot have, by path below `blocks`."""
+    found = []
+    for name in islice(names, MAX_ERRORS):
+        if name in RESERVED:
+            what = f"{name} is a word of the language, not a block's name"
+            found.append(Finding("out-of-range", what, (name,), "give the block another name", key=True))
+        elif not re.fullmatch(NAME_PATTERN, name):
+            found.append(
+                Finding("out-of-range", f"{shown(name)} is not a block's name", (name,), NAME_HINT, key=True)
+            )
+    return found
+
+
+def layer_findings(layers: Sequence[Any], blocks: Mapping[str, Any]) -> list[Finding]:
+    """Layers that name no block, and too many layers, by path below `layers`; what is no layer at all is passed over."""
+    found: list[Finding] = []
+    count = 0
+    for index, item in enumerate(layers):
+        if isinstance(item, Mapping):
+            pattern, repeat = item.get("pattern"), item.get("repeat")
+            names = pattern if isinstance(pattern, list) else []
+            named: list[tuple[Path_, Any]] = [
+                ((index, "pattern", place), name) for place, name in enumerate(names)
+            ]
+            count += len(named) * (repeat if type(repeat) is int else 1)
+        else:
+            named, count = [((index,), item)], count + 1
+        for path, name in named:
+            if isinstance(name, str) and name not in blocks and len(found) < MAX_ERRORS:
+                what, hint = unknown_block(name, blocks)
+                found.append(Finding("unknown-block", what, path, hint))
+    if count > MAX_LAYERS:
+        found.append(Finding("out-of-range", f"{count:,} layers; at most {MAX_LAYERS:,}", ()))
+    return found
+
+
+def unknown_block(name: str, blocks: Sequence[str] | Mapping[str, Any]) -> tuple[str, str]:
+    """Words and hint for a block that is not defined."""
+    close = nearest(name, blocks)
+    hint = f"did you mean {close}?" if close else f"the blocks are {', '.join(list(blocks)[:20])}"
+    return f"there is no block {shown(name)}", hint
+
+
+def vocabulary_findings(vocab_size: int, tokenizer: object, search: Any) -> list[Finding]:
+    """A vocabulary too small for the tokenizer or a task."""
+    if tokenizer == "bytes" and vocab_size < BYTES:
+        what = f"{vocab_size} is too small for the bytes tokenizer, which has {BYTES} tokens"
+        return [Finding("tokenizer-mismatch", what, (), f"vocab_size: {BYTES}")]
+    # A vocabulary of V has V/2 - 1 keys; the rest are values and the filler.
+    most = max((pairs for _, pairs, _ in _recalls(search)), default=0)
+    if most > vocab_size // 2 - 1:
+        what = f"{vocab_size} is too small for mqar with {most} pairs, which needs {2 * (most + 1)} tokens"
+        return [Finding("out-of-range", what, (), f"vocab_size: {2 * (most + 1)}, or fewer pairs")]
+    return []
+
+
+def search_findings(search: Any, blocks: Mapping[str, Any], *, is_open: bool) -> list[Finding]:
+    """What does not hold in a `search` in full (see `short_forms`), by path below it."""
+    found = []
+    for path, pairs, length in _recalls(search):
+        if 4 * pairs > length:
+            what = f"{pairs} pairs need {4 * pairs} tokens, and length is {length}"
+            found.append(
+                Finding(
+                    "out-of-range", what, (*path, "pairs"), f"length: {4 * pairs}, or pairs: {length // 4}"
+                )
+            )
+    for path, budget in _items(search, "budgets"):
+        name = budget.get("relative_to")
+        if isinstance(name, str) and blocks:
+            found += [one.below((*path, "relative_to")) for one in _relative_findings(name, blocks)]
+    if isinstance(search, Mapping) and not is_open and search.get("trials") != 1:
+        what = "there is nothing to search: the model leaves nothing open"
+        hint = "put a choice, int, float or placement inside model; heddle train takes a plain model"
+        found.append(Finding("bad-space", what, (), hint, key=True))
+    return found
+
+
+def _items(search: Any, key: str) -> Iterator[tuple[Path_, Mapping[str, Any]]]:
+    items = search.get(key) if isinstance(search, Mapping) else None
+    for index, item in enumerate(items[:MAX_ERRORS] if isinstance(items, list) else []):
+        if isinstance(item, Mapping):
+            yield (key, index), item
+
+
+def _recalls(search: Any) -> Iterator[tuple[Path_, int, int]]:
+    """Pairs and length of each mqar task, as far as they are numbers."""
+    for path, task in _items(search, "tasks"):
+        if task["kind"] == "mqar":
+            pairs, length = (
+                task.get(name, MqarTask.model_fields[name].default) for name in ("pairs", "length")
+            )
+            if type(pairs) is int and type(length) is int:
+                yield path, pairs, length
+
+
+def _relative_findings(name: str, blocks: Mapping[str, Any]) -> list[Finding]:
+    known = [f"all-{block}" for block in blocks]
+    if name in known:
+        return []
+    close = f"all-{name}" if name in blocks else nearest(name, known)
+    hint = f"did you mean {close}?" if close else f"one of {', '.join(known[:20])}"
+    return [Finding("unknown-block", f"{shown(name)} names no model; it is all-, then a block", (), hint)]

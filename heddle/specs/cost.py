@@ -1,0 +1,40 @@
+"""What a cache holds, and the constants of the cost formulas.
+
+Costs are closed forms: parameters, FLOPs (a multiply-add counts 2; norms, activations and the softmax are left out) and
+cache bytes. Tests hold them to the built modules.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+# Tokens of a chunk in the chunked forms of the recurrences; their prefill costs are counted for it.
+CHUNK = 64
+FLOAT32_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """One tensor that a mixer's cache holds for one sequence.
+
+    `shape` is that of the whole tensor or, if it `grows`, of one token's part of it. A growing one holds at most `limit`
+    tokens. `element` is the bytes of a number where the kind fixes them; None follows the model's dtype.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    grows: bool = False
+    limit: int | None = None
+    element: int | None = None
+
+    def bytes(self, context: int, element: int) -> int:
+        """Bytes after `context` tokens; nothing is held before the first."""
+        held = context if self.grows else min(context, 1)
+        if self.limit is not None:
+            held = min(held, self.limit)
+        return held * self.bytes_per_token(element)
+
+    def bytes_per_token(self, element: int) -> int:
+        """Bytes of one token's part, or of the whole of a state that does not grow."""
+        return math.prod(self.shape) * (self.element or element)

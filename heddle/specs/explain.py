@@ -1,0 +1,319 @@
+"""Pydantic's findings in our own words, each with its path in the data."""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from pydantic import BaseModel, Tag, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
+
+from heddle.specs.base import NAME_HINT, Schema, nearest
+from heddle.specs.kinds import ChannelSpec, MixerSpec
+from heddle.specs.model import CHANNELS, MIXERS
+from heddle.specs.reader import MAX_ERRORS, Path_, printable
+
+FORM_KEYS = ("choice", "int", "float", "placement")
+
+
+class Hole:
+    """Stands where a value is missing because of an error that is told already; nothing more is said about it."""
+
+
+HOLE = Hole()
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """An error before it has a place in a file. `key` says that it speaks of the key at `path`, not of the value."""
+
+    code: str
+    what: str
+    path: Path_
+    hint: str | None = None
+    key: bool = False
+
+    def below(self, path: Path_) -> Finding:
+        """The same finding in the data around it."""
+        return Finding(self.code, self.what, (*path, *self.path), self.hint, self.key)
+
+
+@cache
+def _adapter(owner: type[Schema], field: str) -> TypeAdapter[Any]:
+    annotation: Any = _annotation(owner, field)
+    return TypeAdapter(annotation)
+
+
+def _annotation(owner: type[BaseModel], field: str) -> Any:
+    info = owner.model_fields[field]
+    return typing.Annotated[info.annotation, info]
+
+
+def check_field(owner: type[Schema], field: str, value: Any) -> tuple[Any, list[Finding]]:
+    """The value of a field, validated, and no findings; or a hole and what is wrong with it, by path below the field."""
+    return _checked(
+        lambda: _adapter(owner, field).validate_python(value, strict=True),
+        _Walk(_annotation(owner, field), field),
+    )
+
+
+def check_schema(schema: type[Schema], value: Any, name: str) -> tuple[Any, list[Finding]]:
+    """As `check_field`, for a value that is a whole `schema`; `name` is what it is called."""
+    return _checked(lambda: schema.model_validate(value), _Walk(schema, name))
+
+
+def check_fields(
+    schema: type[Schema], data: Mapping[str, Any], leave: tuple[str, ...]
+) -> tuple[dict[str, Any], list[Finding]]:
+    """Each field of `schema` by itself: the valid ones, and what is wrong with the others. `leave` is not looked at."""
+    valid: dict[str, Any] = {}
+    found = [_unknown(name, schema, ()) for name in _strange(schema, data)]
+    for name, info in schema.model_fields.items():
+        if name in leave:
+            continue
+        if name not in data:
+            found += [missing(name, schema, ())] if info.is_required() else []
+            continue
+        value, wrong = check_field(schema, name, data[name])
+        found += [one.below((name,)) for one in wrong]
+        if value is not HOLE:
+            valid[name] = value
+    return valid, found
+
+
+def _strange(schema: type[Schema], data: Mapping[str, Any]) -> list[str]:
+    return [name for name in data if name not in schema.model_fields][:MAX_ERRORS]
+
+
+def _checked(validate: Callable[[], Any], walk: _Walk) -> tuple[Any, list[Finding]]:
+    try:
+        return validate(), []
+    except ValidationError as failure:
+        # Those about a hole are no news, and nobody reads more than the first hundred.
+        details = [one for one in failure.errors(include_url=False) if one["input"] is not HOLE]
+        return HOLE, [walk.explain(one) for one in details[:MAX_ERRORS]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Spot:
+    """Where a finding points to: a path, the type there, and the schema whose field it is."""
+
+    path: Path_
+    annotation: Any
+    owner: type[BaseModel] | None
+    is_key: bool = False
+
+
+class _Walk:
+    """Follows pydantic's `loc` through the types: its steps for members of a union are no steps in the data."""
+
+    def __init__(self, annotation: Any, name: str) -> None:
+        self.annotation, self.name = annotation, name
+
+    def spot(self, loc: tuple[str | int, ...]) -> _Spot:
+        path: list[str | int] = []
+        here, owner, is_key = self.annotation, None, False
+        for step in loc:
+            members = _members(here)
+            if len(members) > 1:
+                here = next((kind for tag, kind in members if tag == step), None)
+                continue
+            kind = members[0][1] if members else None
+            if step == "[key]":
+                is_key = True
+                continue
+            path.append(step)
+            owner = kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+            here = _below(kind, step)
+        return _Spot(tuple(path), here, owner, is_key)
+
+    def explain(self, detail: ErrorDetails) -> Finding:
+        kind, value, loc = detail["type"], detail["input"], detail["loc"]
+        spot = self.spot(loc)
+        name = next((str(step) for step in reversed(spot.path) if isinstance(step, str)), self.name)
+        if kind == "extra_forbidden":
+            assert spot.owner is not None
+            return _unknown(str(spot.path[-1]), spot.owner, spot.path[:-1])
+        if kind == "missing":
+            assert spot.owner is not None
+            return missing(str(spot.path[-1]), spot.owner, spot.path[:-1])
+        if kind == "union_tag_not_found":
+            kinds = ", ".join(_tags(spot.annotation))
+            return Finding(
+                "missing-field", "'kind' is missing", (*spot.path, "kind"), f"one of {kinds}", key=True
+            )
+        if kind == "union_tag_invalid":
+            tag, tags = detail["ctx"]["tag"], _tags(spot.annotation)
+            return Finding(
+                "unknown-kind", f"there is no {name} kind {tag!r}", (*spot.path, "kind"), meant(tag, tags)
+            )
+        if spot.is_key:
+            return Finding("out-of-range", f"{shown(value)} is not a name", spot.path, NAME_HINT, key=True)
+        code, what, hint = _told(detail, spot.annotation)
+        return Finding(code, what, spot.path, hint)
+
+
+def _unknown(name: str, owner: type[BaseModel], path: Path_) -> Finding:
+    what = f"there is no field {shown(name)} here"
+    fields = list(owner.model_fields)
+    hint = meant(name, fields)
+    others = [kind for kind, one in {**MIXERS, **CHANNELS}.items() if name in one.model_fields]
+    if nearest(name, fields) is None and others and issubclass(owner, (MixerSpec, ChannelSpec)):
+        hint = f"{name} is a field of {', '.join(others)}; {hint}"
+    return Finding("unknown-field", what, (*path, name), hint, key=True)
+
+
+def missing(name: str, owner: type[BaseModel], path: Path_ = ()) -> Finding:
+    """That a field is not there."""
+    description = owner.model_fields[name].description or ""
+    return Finding(
+        "missing-field", f"{name!r} is missing", (*path, name), f"{name}: {_lower(description)}", key=True
+    )
+
+
+def meant(name: object, known: list[str]) -> str:
+    """`did you mean …?`, or everything there is."""
+    close = nearest(name, known)
+    return f"did you mean {close}?" if close is not None else f"known here: {', '.join(known)}"
+
+
+def without_echoes(findings: list[Finding]) -> list[Finding]:
+    """Without the fields that are missing only because they are misspelled beside it."""
+    meant_here = {(one.path[:-1], one.hint) for one in findings if one.code == "unknown-field"}
+    return [
+        one
+        for one in findings
+        if one.code != "missing-field" or (one.path[:-1], f"did you mean {one.path[-1]}?") not in meant_here
+    ]
+
+
+_EXPECTED = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "string_type": "a text",
+    "bool_type": "true or false",
+    "list_type": "a list",
+    "dict_type": "a mapping",
+    "model_type": "a mapping",
+    "model_attributes_type": "a mapping",
+}
+_BOUNDS = {
+    "greater_than": ("gt", "above"),
+    "greater_than_equal": ("ge", "at least"),
+    "less_than": ("lt", "below"),
+    "less_than_equal": ("le", "at most"),
+}
+
+
+def _told(detail: ErrorDetails, annotation: Any) -> tuple[str, str, str | None]:
+    """Code, words and hint of a value that does not fit its field."""
+    kind, value, context = detail["type"], detail["input"], detail.get("ctx", {})
+    if kind == "literal_error":
+        options = _literals(annotation)
+        close = nearest(value, options)
+        what = f"{shown(value)} is not one of {', '.join(options)}"
+        return "out-of-range", what, f"did you mean {close}?" if close else None
+    if kind in _EXPECTED:
+        if isinstance(value, Mapping) and kind not in ("dict_type", "model_type", "model_attributes_type"):
+            return _mapping_told(value, _EXPECTED[kind])
+        return (
+            "wrong-type",
+            f"expected {_EXPECTED[kind]}, got {shown(value)}",
+            _type_hint(kind, value, annotation),
+        )
+    if kind in _BOUNDS:
+        name, word = _BOUNDS[kind]
+        return "out-of-range", f"{shown(value)} is not {word} {_number(context[name])}", None
+    if kind in ("too_long", "string_too_long"):
+        unit = "characters" if kind == "string_too_long" else "items"
+        return "out-of-range", f"more than {context['max_length']:,} {unit}", None
+    if kind in ("too_short", "string_too_short"):
+        return "out-of-range", "is empty", None
+    if kind == "string_pattern_mismatch":
+        return (
+            "out-of-range",
+            f"{shown(value)} is not a name",
+            "letters, digits, '.', '_' and '-', at most 64",
+        )
+    if kind == "value_error":
+        return "wrong-type", str(context["error"]), None
+    return "wrong-type", f"{shown(value)}: {_lower(detail['msg'])}", None
+
+
+def _mapping_told(value: Mapping[str, Any], expected: str) -> tuple[str, str, str | None]:
+    """A mapping in the place of a plain value: perhaps a space form, misspelled or misplaced."""
+    forms = [key for key in value if key in FORM_KEYS]
+    if forms:
+        return "bad-space", f"a value may be left open ({forms[0]}) inside model only", f"write {expected}"
+    close = next((form for key in value if (form := nearest(key, FORM_KEYS[:3])) is not None), None)
+    return "wrong-type", f"expected {expected}, got a mapping", f"did you mean {close}?" if close else None
+
+
+def _type_hint(kind: str, value: Any, annotation: Any) -> str | None:
+    if kind == "bool_type" and isinstance(value, str) and value.lower() in ("yes", "no", "on", "off"):
+        return "true" if value.lower() in ("yes", "on") else "false"
+    if kind in ("int_type", "float_type") and isinstance(value, str) and value[:1].isdigit():
+        return "a plain number, without quotes or units"
+    tags = _tags(annotation)
+    if kind == "model_attributes_type" and isinstance(value, str) and value in tags:
+        return f"{{kind: {value}, …}}"
+    return None
+
+
+def shown(value: Any) -> str:
+    """A value as an error quotes it: short, and safe to print."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, Mapping):
+        return "a mapping"
+    if isinstance(value, (list, tuple)):
+        return "a list"
+    text = repr(value) if isinstance(value, str) else str(value)
+    return printable(text if len(text) <= 60 else f"{text[:56]}…{text[-1]}")
+
+
+def _number(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:g}"
+
+
+def _lower(text: str) -> str:
+    return text[:1].lower() + text[1:]
+
+
+def _members(annotation: Any, tag: str | None = None) -> list[tuple[str | None, Any]]:
+    """The types an annotation allows beside None, each with its tag in a union."""
+    if typing.get_origin(annotation) is typing.Annotated:
+        inner, *notes = typing.get_args(annotation)
+        tags = [note.tag for note in notes if isinstance(note, Tag)]
+        return _members(inner, tags[0] if tags else tag)
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
+        return [one for part in typing.get_args(annotation) for one in _members(part, tag)]
+    if annotation is None or annotation is type(None):
+        return []
+    if tag is None and isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        kind = annotation.model_fields.get("kind")
+        tag = None if kind is None else str(kind.default)
+    return [(tag, annotation)]
+
+
+def _tags(annotation: Any) -> list[str]:
+    return [tag for tag, _ in _members(annotation) if tag is not None]
+
+
+def _literals(annotation: Any) -> list[str]:
+    return [str(option) for _, kind in _members(annotation) for option in typing.get_args(kind)]
+
+
+def _below(kind: Any, step: str | int) -> Any:
+    """The type of what stands at `step` inside a value of type `kind`."""
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return _annotation(kind, str(step)) if step in kind.model_fields else None
+    arguments = typing.get_args(kind)
+    return arguments[-1] if arguments else None

@@ -1,0 +1,48 @@
+"""Where a block stands in the model, and the items a `layers` list is made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import Discriminator, Field, Tag
+
+from heddle.specs.base import Schema
+
+MAX_LAYERS = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """What the model around a block tells it: sizes, and which layer of how many it is (counted from 0)."""
+
+    hidden_size: int
+    layer_index: int = 0
+    layer_count: int = 1
+    norm_eps: float = 1e-6
+    context_length: int = 32_768
+
+
+# Not `Name`: a misspelled name is told as an unknown block, with the nearest one.
+Reference = Annotated[str, Field(min_length=1, max_length=64)]
+
+
+class Repeat(Schema):
+    """A pattern of blocks, several times."""
+
+    repeat: Annotated[int, Field(ge=1, le=MAX_LAYERS, description="How often the pattern stands.")]
+    pattern: Annotated[
+        list[Reference],
+        Field(min_length=1, max_length=MAX_LAYERS, description="Block names, first layer first."),
+    ]
+
+
+def _form(item: Any) -> str:
+    return "repeat" if isinstance(item, (dict, Repeat)) else "name"
+
+
+# One layer by its block's name, or a repeated pattern of them.
+LayerItem = Annotated[
+    Annotated[Reference, Tag("name")] | Annotated[Repeat, Tag("repeat")],
+    Discriminator(_form),
+]

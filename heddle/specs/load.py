@@ -1,0 +1,158 @@
+"""A spec file, read, checked and ready to be resolved: `load`, `loads`, `SpecFile`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from heddle.errors import HeddleError, HeddleErrors, Where
+from heddle.specs.base import nearest
+from heddle.specs.check_file import Checked, check_file, check_model
+from heddle.specs.model import ModelSpec
+from heddle.specs.open_values import OpenValues
+from heddle.specs.pattern import expand_layers, layer_paths
+from heddle.specs.places import Places
+from heddle.specs.reader import Path_, parse, read
+from heddle.specs.space import Placement, Space
+from heddle.specs.spec import Spec
+
+
+def load(path: str | Path) -> SpecFile:
+    """The spec in a YAML or JSON file.
+
+    Raises:
+        HeddleErrors: every error of the file in one go, each with its place (of a syntax error, the first).
+    """
+    return _spec_file(check_file(read(Path(path))))
+
+
+def loads(text: str, file: str = "<string>") -> SpecFile:
+    """The spec in a string of YAML or JSON; errors call it `file`. Raises as `load`."""
+    return _spec_file(check_file(parse(text, file=file)))
+
+
+def _spec_file(checked: Checked) -> SpecFile:
+    return SpecFile(checked.spec, checked.open.space, checked.warnings, checked.open, checked.places)
+
+
+@dataclass(frozen=True)
+class SpecFile:
+    """A checked file.
+
+    `spec` has every open value at its default: first choice, low end, uniform placement. `warnings` are what is legal and
+    probably not meant: located like errors, never raised.
+    """
+
+    spec: Spec
+    space: Space
+    warnings: tuple[HeddleError, ...]
+    _open: OpenValues = field(repr=False, compare=False)
+    _places: Places = field(repr=False, compare=False)
+
+    @property
+    def file(self) -> str | None:
+        """The name it was read under."""
+        return self._open.document.source.file
+
+    @property
+    def text(self) -> str:
+        """What it says."""
+        return self._open.document.source.text
+
+    def resolve(
+        self, values: Mapping[str, object] | None = None, layers: Sequence[str] | None = None
+    ) -> Spec:
+        """The plain spec at `values`, by parameter name; a missing one keeps its default.
+
+        `layers` names the block of each layer of a placement; without it the placement is uniform.
+
+        Raises:
+            HeddleErrors: bad-space or bad-placement for values or layers outside the space, or what makes this one illegal.
+        """
+        model, places = self._resolve(values or {}, layers)
+        checked = check_model(model, places)
+        return self.spec.model_copy(update={"model": checked})
+
+    def where(
+        self, path: str, values: Mapping[str, object] | None = None, layers: Sequence[str] | None = None
+    ) -> Where:
+        """The place of a field of the resolved spec: `train.tokens`, `blocks.full.mixer.heads`, `layers.3.mixer.heads`.
+
+        A field of a layer leads to the definition of its block. `values` and `layers` are those it was resolved with.
+        """
+        steps: Path_ = tuple(int(step) if step.isdecimal() else step for step in path.split(".") if step)
+        steps = steps[1:] if steps[:1] == ("model",) and len(steps) > 1 else steps
+        if not steps or steps[0] not in ModelSpec.model_fields:
+            return self._places.named(steps, path)
+        places, model = self._places, self.spec.model
+        if values or layers is not None:
+            data, places = self._resolve(values or {}, layers)
+            model = check_model(data, places)
+        return places.named(("model", *_definition(steps, model)), path)
+
+    def _resolve(self, values: Mapping[str, object], layers: Sequence[str] | None) -> tuple[Any, Places]:
+        """The data of the model at `values` and `layers`, and the way back to the file."""
+        self._check_values(values)
+        chosen = {**self.space.defaults(), **values}
+        if layers is None and self.space.placement is not None:
+            self._check_room(self.space.placement, chosen)
+        # The model's pieces may come from elsewhere than those of the defaults.
+        moves = {path: source for path, source in self._places.moves.items() if path[0] != "model"}
+        model = self._open.fill_model(chosen, layers, moves)
+        places = Places(self._open.document, moves)
+        placement = self.space.placement
+        if layers is None:
+            return model, places
+        if placement is None:
+            if list(layers) != expand_layers(check_model(model, places)):
+                raise _error("bad-placement", "this spec has no placement, so its layers are given", places)
+        else:
+            strange = next((name for name in layers if name not in placement.of), None)
+            if strange is not None or len(layers) != placement.length:
+                what = f"{placement.length} layers of {', '.join(placement.of)} are expected"
+                raise _error("bad-placement", f"{what}, got {strange or len(layers)}", places)
+        return model, places
+
+    def _check_room(self, placement: Placement, values: Mapping[str, Any]) -> None:
+        over = -placement.count(values)[placement.rest]
+        if over > 0:
+            what = f"the counts take {placement.length + over} of {placement.length} layers"
+            raise _error("bad-placement", what, self._places)
+
+    def _check_values(self, values: Mapping[str, object]) -> None:
+        known = {parameter.name: parameter for parameter in self.space.parameters}
+        errors = []
+        for name, value in values.items():
+            if name not in known:
+                close = nearest(name, known)
+                hint = f"did you mean {close}?" if close else f"the parameters are {', '.join(known)}"
+                errors.append(
+                    HeddleError("bad-space", "no such parameter", where=Where(path=name), hint=hint)
+                )
+            elif not known[name].allows(value):
+                place = Places(self._open.document, {}).named(_path_of(self._open, name), name)
+                what = f"{value!r} is not a value of this parameter"
+                errors.append(HeddleError("bad-space", what, where=place))
+        if errors:
+            raise HeddleErrors(errors)
+
+
+def _path_of(found: OpenValues, name: str) -> Path_:
+    return next(path for path, parameter in found.parameters.items() if parameter.name == name)
+
+
+def _error(code: str, what: str, places: Places) -> HeddleErrors:
+    return HeddleErrors([HeddleError(code, what, where=places.where(("model", "layers"), key=True))])
+
+
+def _definition(steps: Path_, model: ModelSpec) -> Path_:
+    """From a path through the expanded layers to one through what the file defines."""
+    layer = steps[1] if len(steps) > 1 else None
+    if steps[0] != "layers" or not isinstance(layer, int):
+        return steps
+    names = expand_layers(model)
+    if layer >= len(names):
+        return ("layers",)
+    return ("blocks", names[layer], *steps[2:]) if len(steps) > 2 else ("layers", *layer_paths(model)[layer])

@@ -1,0 +1,91 @@
+"""A model checked part by part: each scalar, each block, the layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from heddle.specs.checks import block_findings, layer_findings, name_findings
+from heddle.specs.explain import HOLE, Finding, check_field, check_fields, check_schema, missing, shown
+from heddle.specs.layer import Repeat
+from heddle.specs.model import MAX_BLOCKS, BlockSpec, ModelSpec
+from heddle.specs.reader import MAX_ERRORS, Path_
+
+PARTS = ("blocks", "layers")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelParts:
+    """The valid parts of a model (of an invalid block the name alone), and what is wrong, by path below `model`."""
+
+    fields: Mapping[str, Any]
+    blocks: Mapping[str, BlockSpec | None]
+    layers: list[str | Repeat] | None
+    findings: list[Finding]
+
+
+def check_parts(model: Any, *, has_layers: bool) -> ModelParts:
+    """`model` is resolved data; without `has_layers` the layers are not looked at."""
+    if not isinstance(model, Mapping):
+        wrong = (
+            [] if model is HOLE else [Finding("wrong-type", f"expected a mapping, got {shown(model)}", ())]
+        )
+        return ModelParts({}, {}, None, wrong)
+    fields, found = check_fields(ModelSpec, model, leave=PARTS)
+    for name in PARTS:
+        if name not in model and (name != "layers" or has_layers):
+            found.append(missing(name, ModelSpec))
+    blocks, wrong = check_blocks(model.get("blocks", HOLE), fields.get("hidden_size"))
+    found += wrong
+    layers = None
+    if has_layers and "layers" in model:
+        layers, wrong = check_layers(model["layers"], blocks)
+        found += wrong
+    return ModelParts(fields, blocks, layers, found)
+
+
+def check_blocks(data: Any, hidden_size: int | None) -> tuple[dict[str, BlockSpec | None], list[Finding]]:
+    """Each block by itself; findings by path below `model`."""
+    at: Path_ = ("blocks",)
+    if data is HOLE:
+        return {}, []
+    if not isinstance(data, Mapping) or not data:
+        got = "there are none" if data in ({}, None) else f"got {shown(data)}"
+        hint = "blocks: {full: {mixer: {kind: attention, heads: 4}, channel: {kind: swiglu}}}"
+        return {}, [Finding("wrong-type", f"blocks are a mapping of names to blocks; {got}", at, hint)]
+    if len(data) > MAX_BLOCKS:
+        return dict.fromkeys(data), [
+            Finding("out-of-range", f"{len(data):,} blocks; at most {MAX_BLOCKS}", at)
+        ]
+    found = [one.below(at) for one in name_findings(data)]
+    blocks: dict[str, BlockSpec | None] = {}
+    for name, value in data.items():
+        if len(found) > MAX_ERRORS:
+            return {**dict.fromkeys(data), **blocks}, found
+        blocks[name], wrong = check_block(value, hidden_size)
+        found += [one.below((*at, name)) for one in wrong]
+    return blocks, found
+
+
+def check_block(data: Any, hidden_size: int | None) -> tuple[BlockSpec | None, list[Finding]]:
+    """One block; findings by path below it. Without a hidden size, sizes are not compared."""
+    block, found = check_schema(BlockSpec, data, "block")
+    if block is HOLE:
+        return None, found
+    return block, [] if hidden_size is None else block_findings(block, hidden_size)
+
+
+def check_layers(data: Any, blocks: Mapping[str, Any]) -> tuple[list[str | Repeat] | None, list[Finding]]:
+    """The list of layers; findings by path below `model`."""
+    if isinstance(data, Mapping):
+        what, hint = (
+            "layers are a list, or {placement: …} and nothing else",
+            "layers: [{repeat: 3, pattern: [linear, full]}]",
+        )
+        return None, [Finding("bad-placement", what, ("layers",), hint)]
+    layers, found = check_field(ModelSpec, "layers", data)
+    # Without blocks every name would be unknown, and that there are none is told already.
+    if isinstance(data, list) and blocks:
+        found += layer_findings(data, blocks)
+    return None if layers is HOLE else layers, [one.below(("layers",)) for one in found]

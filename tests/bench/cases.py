@@ -1,0 +1,24 @@
+"""Which ops are timed at which shapes: read off the ops themselves.
+
+python tests/bench/cases.py        prints them
+"""
+
+from __future__ import annotations
+
+from heddle.kernels import OPS
+from heddle.kernels.bench import PHASES
+
+
+def cases() -> list[tuple[str, str, dict[str, int]]]:
+    """(op, phase, shape) of everything that `run.py` times on a GPU."""
+    found = []
+    for op in OPS:
+        for phase in PHASES:
+            shapes = op.cases.decode_shapes if phase == "decode" else op.cases.bench_shapes
+            found += [(op.name, phase, dict(shape)) for shape in shapes]
+    return found
+
+
+if __name__ == "__main__":
+    for name, phase, shape in cases():
+        print(name, phase, shape)

@@ -1,0 +1,169 @@
+"""The whole model on a CUDA device: kernels in place, nothing waits for the device, steps can be captured."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from heddle.compose.hf.config import HeddleConfig
+from heddle.compose.hf.model import HeddleForCausalLM
+from heddle.kernels.op import force_path, watch_paths
+
+pytestmark = pytest.mark.gpu
+
+# What house.md allows on top of twice the error of the torch path in the same type.
+EPSILON = {torch.float32: 2e-6, torch.bfloat16: 1e-3, torch.float16: 2e-4}
+
+ATTENTION = {"kind": "attention", "heads": 4, "kv_heads": 2, "head_dim": 64, "qk_norm": True, "gate": True}
+ATTENTION |= {"rope": {"theta": 1e4, "fraction": 1.0}, "window": None}
+DELTA = {
+    "kind": "gated_deltanet",
+    "heads": 2,
+    "value_heads": 4,
+    "head_dim": 64,
+    "value_dim": 64,
+    "short_conv": 4,
+}
+DELTA |= {"negative_eigenvalues": False}
+DECAY = {"kind": "decay_attention", "heads": 4, "head_dim": 64, "form": "lightning", "short_conv": None}
+MIXERS = {
+    "attention": ATTENTION,
+    "window": ATTENTION | {"window": 50},
+    "gated_deltanet": DELTA,
+    "lightning": DECAY,
+    "retnet": DECAY | {"form": "retnet", "short_conv": 4},
+}
+every_mixer = pytest.mark.parametrize("name", MIXERS)
+every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+
+
+def model_of(*names: str) -> HeddleForCausalLM:
+    """A model in float32 on the CPU."""
+    layers = [
+        {"mixer": MIXERS[name], "channel": {"kind": "swiglu", "width": 128}, "norm": "rmsnorm"}
+        for name in names
+    ]
+    torch.manual_seed(0)
+    return HeddleForCausalLM(
+        HeddleConfig(vocab_size=100, hidden_size=128, layers=layers, initializer_range=0.1)
+    )
+
+
+def tokens(batch: int = 2, length: int = 300) -> Tensor:
+    return torch.randint(1, 100, (batch, length), generator=torch.Generator().manual_seed(1))
+
+
+def error(found: Tensor, exact: Tensor) -> float:
+    return float((found.double().cpu() - exact).norm() / exact.norm())
+
+
+@contextmanager
+def nothing_waits() -> Iterator[None]:
+    """Reading from the device raises inside."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@every_mixer
+@every_dtype
+def test_a_model_errs_no_more_than_twice_its_torch_path(name: str, dtype: torch.dtype) -> None:
+    model = model_of(name).to(dtype).eval()
+    with torch.no_grad():
+        exact = copy.deepcopy(model).double()(tokens()).logits
+        model = model.cuda()
+        fast = model(tokens().cuda()).logits
+        with force_path("torch"):
+            baseline = model(tokens().cuda()).logits
+    assert error(fast, exact) <= 2 * error(baseline, exact) + EPSILON[dtype]
+
+
+@every_mixer
+@every_dtype
+def test_decode_agrees_with_prefill(name: str, dtype: torch.dtype) -> None:
+    model, ids = model_of(name).to(dtype).eval(), tokens()
+    with torch.no_grad():
+        exact = copy.deepcopy(model).double()(ids).logits[:, -1]
+        model, ids = model.cuda(), ids.cuda()
+        whole = model(ids).logits[:, -1]
+        cache = model(ids[:, :-1]).past_key_values
+        step = model(ids[:, -1:], past_key_values=cache).logits[:, 0]
+    assert error(step, exact) <= 2 * error(whole, exact) + EPSILON[dtype]
+
+
+def test_decay_attention_runs_in_triton_in_prefill_step_and_training() -> None:
+    model = model_of("lightning", "retnet").cuda()
+    with watch_paths() as seen:
+        with torch.no_grad():
+            cache = model.eval()(tokens().cuda()).past_key_values
+            model(tokens(2, 1).cuda(), past_key_values=cache)
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            model.train()(tokens().cuda(), labels=tokens().cuda()).loss.backward()
+    ran = [path for op, path in seen if op.startswith("decay_attention")]
+    # Two layers, each once forward, once as a step, once forward and once backward.
+    assert ran == ["triton"] * 8
+
+
+@every_mixer
+# torch calls the mode a prototype, in a warning of its own.
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+def test_a_forward_waits_for_nothing(name: str) -> None:
+    model, ids = model_of(name).cuda(), tokens().cuda()
+    for _ in range(2):
+        # The first round compiles kernels, which may wait.
+        cache = model.eval()(ids).past_key_values
+    model(ids[:, :1], past_key_values=cache)
+    with nothing_waits():
+        cache = model(ids).past_key_values
+        model(ids[:, :1], past_key_values=cache)
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            hidden = model.train().model(input_ids=ids, use_cache=False).last_hidden_state
+            model.lm_head(hidden).square().mean().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+@every_mixer
+def test_a_decode_step_is_captured_as_a_graph_and_repeats(name: str) -> None:
+    model = model_of(name).to(torch.bfloat16).cuda().eval()
+    ids, cache = tokens(2, 1).cuda(), model.decode_cache(2, 1000)
+
+    def step() -> Tensor:
+        with torch.inference_mode():
+            logits: Tensor = model(
+                input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1
+            ).logits
+            return logits
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        expected = [step() for _ in range(3)][-1].clone()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for _ in range(3):
+        graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(captured, expected)
+
+
+def test_generation_on_the_device_agrees_with_and_without_cache() -> None:
+    model = model_of(*MIXERS).cuda().double().eval()
+    options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    ids = tokens(2, 40)
+    ids[0, :11] = 0
+    mask = (ids != 0).long().cuda()
+    found = [
+        model.generate(ids.cuda(), attention_mask=mask, use_cache=cache, **options) for cache in (True, False)
+    ]
+    assert torch.equal(*found)

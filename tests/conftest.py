@@ -1,0 +1,103 @@
+"""What every test shares: the counts, the ban on skips, a seed for random cases, and one real search."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+ROOT = Path(__file__).parents[1]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full-counts", action="store_true", help="full counts where tests draw random cases")
+    parser.addoption("--no-skips", action="store_true", help="a skipped test is a failed one")
+
+
+def pytest_report_header() -> str:
+    return f"random cases: seed {_SEED} (HEDDLE_TEST_SEED={_SEED} repeats them)"
+
+
+# One seed for all workers of a run: the workers inherit the environment of the process that starts them.
+_SEED = int(os.environ.setdefault("HEDDLE_TEST_SEED", str(random.SystemRandom().randrange(1 << 31))))
+
+
+@pytest.fixture(scope="session")
+def random_seed() -> int:
+    """A fresh seed each run, printed in the header."""
+    return _SEED
+
+
+@pytest.fixture(scope="session")
+def full_counts(request: pytest.FixtureRequest) -> bool:
+    """Whether random cases run at their full counts."""
+    return bool(request.config.getoption("--full-counts"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> object:
+    report = yield
+    if item.config.getoption("--no-skips") and report.skipped and not hasattr(report, "wasxfail"):
+        report.outcome = "failed"
+        report.longrepr = f"{item.nodeid} was skipped, and --no-skips forbids it: {report.longrepr}"
+    return report
+
+
+TINY_SEARCH = """\
+version: 1
+name: tiny
+model:
+  vocab_size: 256
+  hidden_size: 32
+  blocks:
+    linear:
+      mixer: {choice: [{kind: gated_deltanet, heads: 2}, {kind: decay_attention, heads: 2}]}
+      channel: {kind: swiglu}
+    full: {mixer: {kind: attention, heads: 2}, channel: {kind: swiglu}}
+  layers:
+    placement: {length: 3, of: [linear, full], count: {full: {int: [1, 2]}}}
+tokenizer: bytes
+data: {source: corpus.txt, sequence_length: 64}
+train: {tokens: 8k, batch_tokens: 1024, learning_rate: 3.0e-3}
+search:
+  tasks: [{mqar: {pairs: 2, length: 16, tokens: 8k}}, text]
+  trials: 4
+  confirm_seeds: 2
+  # Loose on purpose: a run of a few trials must have a winner on any machine.
+  budgets:
+    - decode_ms: {at_most: 5.0, relative_to: all-full, batch: 1, context: 256}
+"""
+
+
+def _small_corpus(path: Path) -> None:
+    sources = sorted(Path(json.__file__).parent.glob("*.py"))
+    path.write_text("\n".join(source.read_text(encoding="utf-8") for source in sources) * 4)
+
+
+@pytest.fixture(scope="session")
+def search_run(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """The folder of one real search, made once a test run by the command line; read it, never write to it.
+
+    Beside it lie spec.yaml, corpus.txt and what the command printed (stdout.txt).
+    """
+    base = tmp_path_factory.getbasetemp()
+    shared = (base if worker_id == "master" else base.parent) / "one-search"
+    with FileLock(f"{shared}.lock"):
+        if not (shared / "stdout.txt").exists():
+            shared.mkdir(exist_ok=True)
+            _small_corpus(shared / "corpus.txt")
+            (shared / "spec.yaml").write_text(TINY_SEARCH)
+            command = [sys.executable, "-m", "heddle", "search", "spec.yaml", "--out", "run"]
+            environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+            done = subprocess.run(
+                command, cwd=shared, env=environment, capture_output=True, text=True, timeout=900, check=False
+            )
+            assert done.returncode == 0, done.stdout + done.stderr
+            (shared / "stdout.txt").write_text(done.stdout)
+    return shared / "run"

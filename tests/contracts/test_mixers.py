@@ -1,0 +1,359 @@
+"""What every mixer and every channel block keeps, over the catalogue."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from heddle.compose.blocks import channel_module, mixer_module
+from heddle.compose.build import build, config_for, kernel_paths
+from heddle.compose.cache import Call, StateLayer, cache_bytes
+from heddle.compose.hf.model import HeddleForCausalLM
+from heddle.compose.plan import plan
+from heddle.specs import CHANNELS, MIXERS, ModelSpec
+from heddle.specs.layer import Site as SpecSite
+
+HIDDEN, LENGTH = 48, 150
+# Float64 on a CPU: step, chunk and padding may differ from the whole by rounding alone.
+EXACT = 1e-9
+
+# Fields that make each kind take another road; a kind without a line is tested with its heads alone.
+VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "attention": [
+        {"heads": 4},
+        {"heads": 4, "kv_heads": 2, "head_dim": 16, "qk_norm": True, "gate": True},
+        {"heads": 4, "kv_heads": 1, "rope": {"theta": 500.0, "fraction": 0.5}, "window": 7},
+        {"heads": 2, "rope": None, "window": 100},
+    ],
+    "gated_deltanet": [
+        {"heads": 2},
+        {
+            "heads": 2,
+            "value_heads": 4,
+            "head_dim": 8,
+            "value_dim": 12,
+            "negative_eigenvalues": True,
+            "short_conv": 3,
+        },
+    ],
+    "decay_attention": [
+        {"heads": 4},
+        {"heads": 4, "head_dim": 8, "form": "retnet"},
+        {"heads": 2, "short_conv": 4},
+    ],
+}
+CHANNEL_VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "swiglu": [{}, {"width": 24}],
+    "gelu": [{}, {"width": 24}],
+    "none": [{}],
+}
+
+
+def variants(catalogue: Any, table: dict[str, list[dict[str, Any]]], usual: dict[str, Any]) -> list[Any]:
+    cases = [{"kind": kind, **fields} for kind in catalogue for fields in table.get(kind, [usual])]
+    return [pytest.param(case, id="-".join(str(value) for value in case.values())) for case in cases]
+
+
+every_mixer = pytest.mark.parametrize("fields", variants(MIXERS, VARIANTS, {"heads": 4}))
+every_channel = pytest.mark.parametrize("fields", variants(CHANNELS, CHANNEL_VARIANTS, {}))
+
+
+def spec_of(mixer: dict[str, Any], channel: dict[str, Any] | None = None) -> ModelSpec:
+    """A model of two equal layers."""
+    block = {"mixer": mixer, "channel": channel or {"kind": "swiglu", "width": 40}}
+    return ModelSpec.model_validate(
+        {
+            "vocab_size": 50,
+            "hidden_size": HIDDEN,
+            "context_length": 256,
+            "blocks": {"it": block},
+            "layers": ["it", "it"],
+        }
+    )
+
+
+def model_of(fields: dict[str, Any], dtype: torch.dtype = torch.float64) -> HeddleForCausalLM:
+    """A model whose weights are large enough for every part to count."""
+    model = build(spec_of(fields), dtype=torch.float64).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("A_log", "dt_bias")):
+                continue
+            if parameter.ndim == 2:
+                parameter.normal_(std=parameter.shape[1] ** -0.5, generator=generator)
+            else:
+                parameter.uniform_(0.5, 1.5, generator=generator)
+    return model.to(dtype)
+
+
+def mixer_of(fields: dict[str, Any], dtype: torch.dtype = torch.float64) -> nn.Module:
+    mixer = model_of(fields, dtype).model.layers[1].mixer
+    assert isinstance(mixer, nn.Module)
+    return mixer
+
+
+def noise(*shape: int, seed: int = 2, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def call_at(start: int, length: int, cache: StateLayer | None = None) -> Call:
+    return Call(torch.arange(start, start + length)[None].expand(2, length), cache=cache)
+
+
+def in_pieces(mixer: nn.Module, x: Tensor, cuts: list[int]) -> Tensor:
+    """What the mixer gives when `x` comes in pieces that end at `cuts`."""
+    cache = mixer.new_cache()
+    pieces, start = [], 0
+    for end in cuts:
+        pieces.append(mixer(x[:, start:end], call_at(start, end - start, cache)))
+        cache.advance(end - start)
+        start = end
+    return torch.cat(pieces, dim=1)
+
+
+@every_mixer
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_output_has_the_shape_and_type_of_the_input(fields: dict[str, Any], dtype: torch.dtype) -> None:
+    x = noise(2, LENGTH, HIDDEN, dtype=dtype)
+    y = mixer_of(fields, dtype)(x, call_at(0, LENGTH))
+    assert y.shape == x.shape
+    assert y.dtype == dtype
+    assert y.isfinite().all()
+
+
+@every_mixer
+@pytest.mark.parametrize("changed", [1, 64, 149])
+def test_a_changed_token_leaves_earlier_outputs_bit_equal(fields: dict[str, Any], changed: int) -> None:
+    mixer, x = mixer_of(fields, torch.float32), noise(2, LENGTH, HIDDEN, dtype=torch.float32)
+    other = x.clone()
+    other[:, changed] = -x[:, changed]
+    before, after = mixer(x, call_at(0, LENGTH)), mixer(other, call_at(0, LENGTH))
+    assert torch.equal(before[:, :changed], after[:, :changed])
+    assert not torch.equal(before[:, changed], after[:, changed])
+
+
+@every_mixer
+def test_step_by_step_equals_forward(fields: dict[str, Any]) -> None:
+    mixer, x = mixer_of(fields), noise(2, 70, HIDDEN)
+    whole = mixer(x, call_at(0, 70))
+    assert (in_pieces(mixer, x, list(range(1, 71))) - whole).abs().max() < EXACT
+
+
+@every_mixer
+def test_chunked_prefill_equals_whole(fields: dict[str, Any]) -> None:
+    mixer, x = mixer_of(fields), noise(2, LENGTH, HIDDEN)
+    whole = mixer(x, call_at(0, LENGTH))
+    # The first piece is shorter than a convolution, one is a single token, one longer than a kernel's chunk.
+    assert (in_pieces(mixer, x, [2, 3, 70, 149, LENGTH]) - whole).abs().max() < EXACT
+
+
+@every_mixer
+def test_left_padding_equals_none(fields: dict[str, Any]) -> None:
+    mixer, x, pad = mixer_of(fields), noise(2, 90, HIDDEN), 67
+    whole = mixer(x, call_at(0, 90))
+    padded = torch.cat((noise(2, pad, HIDDEN, seed=3), x), dim=1)
+    real = torch.ones(2, pad + 90, dtype=torch.bool)
+    real[:, :pad] = False
+    positions = (torch.arange(pad + 90) - pad).clamp(min=0)[None].expand(2, -1)
+    y = mixer(padded, Call(positions, real, real))
+    assert y.isfinite().all()
+    assert (y[:, pad:] - whole).abs().max() < EXACT
+
+
+@every_mixer
+def test_rows_of_a_batch_are_independent(fields: dict[str, Any]) -> None:
+    mixer, x = mixer_of(fields), noise(2, LENGTH, HIDDEN)
+    other = torch.cat((x[:1], noise(1, LENGTH, HIDDEN, seed=4)))
+    assert torch.equal(mixer(x, call_at(0, LENGTH))[0], mixer(other, call_at(0, LENGTH))[0])
+
+
+@every_mixer
+def test_gradients_are_finite_and_everywhere(fields: dict[str, Any]) -> None:
+    mixer, x = mixer_of(fields), noise(2, LENGTH, HIDDEN).requires_grad_()
+    (mixer(x, call_at(0, LENGTH)) * noise(2, LENGTH, HIDDEN, seed=5)).sum().backward()
+    for name, tensor in [("x", x), *mixer.named_parameters()]:
+        assert tensor.grad is not None, name
+        assert tensor.grad.isfinite().all(), name
+        rows = tensor.grad.flatten(1).abs().sum(1) if tensor.ndim > 1 else tensor.grad.abs()
+        assert (rows > 0).all(), f"{name} has parts that no gradient reaches"
+
+
+@every_mixer
+def test_parameters_are_those_the_spec_counts(fields: dict[str, Any]) -> None:
+    model = spec_of(fields)
+    site = SpecSite(hidden_size=HIDDEN, layer_index=1, layer_count=2, norm_eps=1e-6, context_length=256)
+    counted = model.blocks["it"].mixer.params(site)
+    assert counted == sum(parameter.numel() for parameter in mixer_of(fields).parameters())
+
+
+@every_mixer
+@pytest.mark.parametrize("context", [1, 5, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cache_bytes_are_those_the_spec_counts(
+    fields: dict[str, Any], context: int, dtype: torch.dtype
+) -> None:
+    model = spec_of(fields)
+    site = SpecSite(hidden_size=HIDDEN, layer_index=1, layer_count=2, norm_eps=1e-6, context_length=256)
+    counted = model.blocks["it"].mixer.state_bytes(site, context, dtype.itemsize)
+    mixer = mixer_of(fields, dtype)
+    cache = mixer.new_cache()
+    mixer(noise(2, context, HIDDEN, dtype=dtype), call_at(0, context, cache))
+    assert counted * 2 == cache_bytes([cache])
+
+
+@every_mixer
+def test_a_cache_can_be_reordered_repeated_and_forgotten(fields: dict[str, Any]) -> None:
+    mixer, x = mixer_of(fields), noise(2, 20, HIDDEN)
+    cache = mixer.new_cache()
+    mixer(x[:, :19], call_at(0, 19, cache))
+    cache.advance(19)
+    cache.batch_select_indices(torch.tensor([1, 0]))
+    whole = mixer(x, call_at(0, 20))[:, 19:]
+    cache.batch_repeat_interleave(2)
+    last = x[:, 19:].flip(0).repeat_interleave(2, dim=0)
+    got = mixer(last, Call(torch.full((4, 1), 19), cache=cache))
+    assert (got[::2] - whole.flip(0)).abs().max() < EXACT
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    assert cache_bytes([cache]) == 0
+
+
+@every_mixer
+def test_a_filled_cache_repeats_its_step_at_the_size_of_a_grown_one(fields: dict[str, Any]) -> None:
+    model = model_of(fields, torch.float32)
+    cache = model.decode_cache(2, 40)
+    ids = torch.tensor([[3], [4]])
+    with torch.inference_mode():
+        first, again = (model(ids, past_key_values=cache).logits for _ in range(2))
+        grown = model(torch.arange(82).view(2, 41) % 50).past_key_values
+    assert torch.equal(first, again)
+    assert cache.get_seq_length() == 40
+    # A window that is full drops the oldest token, which a filled cache still holds beside its free slot.
+    for filled, real in zip(cache.layers, grown.layers, strict=True):
+        shapes = {name: held.shape for name, held in real.tensors().items()}
+        for name, held in filled.tensors().items():
+            assert held.shape[:2] == shapes[name][:2]
+            assert held.shape[-1] == shapes[name][-1]
+            assert held.shape[2] - shapes[name][2] in (0, 1)
+            assert held.dtype == real.tensors()[name].dtype
+
+
+@every_mixer
+def test_heads_are_handed_out_before_the_output_projection(fields: dict[str, Any]) -> None:
+    mixer = mixer_of(fields)
+    seen: list[Tensor] = []
+    mixer.get_submodule("heads_out").register_forward_hook(lambda _, __, out: seen.append(out))
+    mixer(noise(2, 9, HIDDEN), call_at(0, 9))
+    assert len(seen) == 1
+    assert seen[0].shape[:2] == (2, 9)
+    assert seen[0].ndim == 4
+
+
+@every_mixer
+def test_a_model_is_built_and_run_on_the_meta_device(fields: dict[str, Any]) -> None:
+    model = build(spec_of(fields), device="meta", dtype=torch.bfloat16)
+    logits = model(torch.zeros(2, 9, dtype=torch.int64, device="meta")).logits
+    assert logits.is_meta
+    assert logits.shape == (2, 9, 50)
+
+
+@every_mixer
+def test_a_model_compiles_without_a_graph_break(fields: dict[str, Any]) -> None:
+    model = model_of(fields, torch.float32)
+    ids = torch.arange(140).view(2, 70) % 50
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert (compiled(ids, use_cache=False).logits - model(ids).logits).abs().max() < 1e-5
+    torch.compiler.reset()
+
+
+@every_mixer
+def test_a_model_survives_saving_and_loading(fields: dict[str, Any], tmp_path: Path) -> None:
+    model = model_of(fields, torch.float32)
+    model.save_pretrained(tmp_path)
+    loaded = HeddleForCausalLM.from_pretrained(tmp_path).eval()
+    ids = torch.arange(60).view(2, 30) % 50
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+@every_mixer
+def test_the_code_that_mixes_is_named(fields: dict[str, Any]) -> None:
+    paths = kernel_paths(spec_of(fields), "cpu", torch.float32)
+    assert set(paths) == {fields["kind"]}
+    assert set(paths.values()) <= {"torch", "sdpa"}
+
+
+@every_channel
+def test_a_channel_block_mixes_no_tokens_and_has_the_parameters_the_spec_counts(
+    fields: dict[str, Any],
+) -> None:
+    model = spec_of({"kind": "attention", "heads": 4}, fields)
+    built = build(model, dtype=torch.float64)
+    channel = built.model.layers[0].channel
+    site = SpecSite(hidden_size=HIDDEN, layer_index=0, layer_count=2, norm_eps=1e-6, context_length=256)
+    assert model.blocks["it"].channel.params(site) == sum(p.numel() for p in channel.parameters())
+    x = noise(2, 9, HIDDEN).requires_grad_()
+    y = channel(x)
+    assert y.shape == x.shape
+    assert torch.allclose(channel(x[:, 4:5]), y[:, 4:5], rtol=0, atol=EXACT)
+
+
+@every_channel
+def test_a_layer_with_the_channel_block_trains(fields: dict[str, Any]) -> None:
+    built = build(spec_of({"kind": "attention", "heads": 4}, fields), dtype=torch.float64)
+    built(torch.arange(18).view(2, 9), labels=torch.arange(18).view(2, 9)).loss.backward()
+    for name, parameter in built.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+
+
+def test_every_kind_of_the_catalogue_has_a_twin() -> None:
+    for kind in MIXERS:
+        module = mixer_module(kind)
+        assert issubclass(module, nn.Module)
+        for method in ("new_cache", "filled_cache", "kernel_path"):
+            assert callable(getattr(module, method, None)), f"{module.__name__} has no {method}"
+    for kind in CHANNELS:
+        assert issubclass(channel_module(kind), nn.Module)
+
+
+def test_every_twin_is_in_the_catalogue() -> None:
+    import heddle.compose.channel as channel
+    import heddle.compose.mixers as mixers
+
+    for package, catalogue in ((mixers, MIXERS), (channel, CHANNELS)):
+        files = {path.stem for path in Path(package.__path__[0]).glob("*.py")} - {"__init__"}
+        assert files == set(catalogue)
+
+
+def test_the_configuration_is_plain_data() -> None:
+    for fields in VARIANTS["attention"]:
+        config = config_for(spec_of({"kind": "attention", **fields}))
+        assert type(config).from_dict(config.to_dict()).layers == config.layers
+
+
+@pytest.mark.parametrize("norm", ["rmsnorm", "layernorm"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_plan_counts_the_parameters_of_the_whole_model(norm: str, tied: bool) -> None:
+    block = {"mixer": {"kind": "attention", "heads": 4}, "channel": {"kind": "gelu"}, "norm": norm}
+    bare = block | {"channel": {"kind": "none"}}
+    sizes = {"vocab_size": 50, "hidden_size": HIDDEN, "tie_embeddings": tied}
+    model = ModelSpec.model_validate(sizes | {"blocks": {"a": block, "b": bare}, "layers": ["a", "b", "a"]})
+    built = build(model, device="meta")
+    assert plan(model).parameters == sum(parameter.numel() for parameter in built.parameters())
+
+
+def test_the_seed_alone_decides_the_weights() -> None:
+    model = spec_of({"kind": "gated_deltanet", "heads": 2})
+    torch.manual_seed(5)
+    state = torch.random.get_rng_state()
+    first, again, other = build(model, seed=1), build(model, seed=1), build(model, seed=2)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    for name, weight in first.state_dict().items():
+        assert torch.equal(weight, again.state_dict()[name]), name
+    assert not torch.equal(first.lm_head.weight, other.lm_head.weight)

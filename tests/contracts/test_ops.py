@@ -1,0 +1,240 @@
+"""What every op keeps, on every path: its reference's results and gradients, packing, states, repeatability, compilers.
+
+On a CPU the torch paths run; with TRITON_INTERPRET=1 (see tests/kernels/test_interpreter.py) the Triton paths, interpreted;
+on a GPU the real ones.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from heddle.errors import HeddleError
+from heddle.kernels import OPS, Op
+from heddle.kernels.accuracy import EPSILON, Sample, compare, draw, oracle, results, worst_error
+from heddle.kernels.op import INTERPRETED, LIBRARY, watch_paths
+
+AnyOp = Op[..., Any]
+LENGTHS = (1, 63, 64, 65, 1000)
+# Sizes as models have them; too large for the interpreter.
+GPU_SIZES = {"B": 1, "H": 2, "HV": 2, "K": 128, "V": 128, "C": 64, "W": 4}
+
+
+def _settings() -> Iterator[Any]:
+    """Every op with every device and dtype it is tested on."""
+    for op in OPS:
+        # Torch paths are tested in full precision here: in half, that of an op with kernels is the baseline itself.
+        for dtype in (torch.float32, torch.float16) if INTERPRETED else (torch.float64, torch.float32):
+            yield pytest.param(op, "cpu", dtype, id=f"{op.name}-cpu-{_short(dtype)}")
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            yield pytest.param(op, "cuda", dtype, id=f"{op.name}-cuda-{_short(dtype)}", marks=pytest.mark.gpu)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _shapes(op: AnyOp, device: str) -> list[dict[str, int]]:
+    sizes = [dict(shape) for shape in op.cases.test_shapes]
+    return [*sizes, GPU_SIZES] if device == "cuda" else sizes
+
+
+def _expected_path(op: AnyOp, device: str, dtype: torch.dtype) -> str:
+    return "triton" if op.kernel and dtype != torch.float64 and (INTERPRETED or device == "cuda") else "torch"
+
+
+def _check(op: AnyOp, sample: Sample, device: str) -> None:
+    measured = compare(op, sample, device)
+    assert {one.path for one in measured} == {_expected_path(op, device, sample.dtype)}
+    wrong = [str(one) for one in measured if not one.ok]
+    assert not wrong, "\n".join(wrong)
+
+
+def _assert_close(op: AnyOp, sample: Sample, device: str, found: dict[str, Tensor]) -> None:
+    """`found` keeps the tolerance that the op itself has on this sample."""
+    exact = oracle(op, sample)
+    bounds = {one.name: one.bound for one in compare(op, sample, device)}
+    for name, tensor in found.items():
+        error, worst = worst_error(tensor, exact[name], timed=name == "out")
+        assert error <= bounds[name], f"{name}: {error:.2e}, at most {bounds[name]:.2e}, {worst}"
+
+
+over_settings = pytest.mark.parametrize(("op", "device", "dtype"), list(_settings()))
+
+
+@over_settings
+@pytest.mark.parametrize("length", LENGTHS)
+def test_results_and_gradients_are_those_of_the_reference(
+    op: AnyOp, device: str, dtype: torch.dtype, length: int
+) -> None:
+    shapes = _shapes(op, device)
+    if INTERPRETED and length > 65:
+        shapes = shapes[-1:]
+    for shape in shapes:
+        _check(op, draw(op, {**shape, "T": length}, dtype, seed=length), device)
+
+
+@over_settings
+def test_without_an_initial_state_it_begins_with_zeros(op: AnyOp, device: str, dtype: torch.dtype) -> None:
+    sample = draw(op, {**op.cases.test_shapes[-1], "T": 65}, dtype, initial_state=False)
+    _check(op, sample, device)
+    zeros = torch.zeros_like(
+        draw(op, {**op.cases.test_shapes[-1], "T": 65}, dtype).arguments["initial_state"]
+    )
+    begun = replace(sample, arguments={**sample.arguments, "initial_state": zeros})
+    alone, with_zeros = results(op, sample.to(device)), results(op, begun.to(device))
+    assert all(torch.equal(alone[name], with_zeros[name]) for name in alone)
+
+
+@over_settings
+def test_packed_sequences_equal_each_alone(op: AnyOp, device: str, dtype: torch.dtype) -> None:
+    # One token, nothing, less than a chunk, a chunk and one more, a chunk.
+    ends = [0, 1, 1, 40, 105, 169]
+    shape = {**op.cases.test_shapes[-1], "B": 1, "T": ends[-1]}
+    sample = draw(op, shape, dtype, cu_seqlens=ends)
+    _check(op, sample, device)
+    outputs, states = [], []
+    for index, (begin, end) in enumerate(itertools.pairwise(ends)):
+        given = sample.to(device).arguments
+        state = given["initial_state"][index : index + 1]
+        if begin == end:
+            states.append(state)
+            continue
+        alone = {name: x[:, begin:end] if name in op.cases.sequence else x for name, x in given.items()}
+        alone = {name: x for name, x in alone.items() if name != "cu_seqlens"}
+        out, state = op(**{**alone, "initial_state": state})
+        outputs.append(out)
+        states.append(state)
+    _assert_close(op, sample, device, {"out": torch.cat(outputs, 1), "final_state": torch.cat(states)})
+
+
+@over_settings
+def test_prefill_in_parts_equals_the_whole(op: AnyOp, device: str, dtype: torch.dtype) -> None:
+    sample = draw(op, {**op.cases.test_shapes[0], "T": 130}, dtype)
+    given = sample.to(device).arguments
+    state, outputs = given["initial_state"], []
+    for begin, end in itertools.pairwise((0, 1, 66, 130)):
+        part = {name: x[:, begin:end] if name in op.cases.sequence else x for name, x in given.items()}
+        out, state = op(**{**part, "initial_state": state})
+        outputs.append(out)
+    _assert_close(op, sample, device, {"out": torch.cat(outputs, 1), "final_state": state})
+
+
+@over_settings
+def test_step_by_step_equals_the_whole(op: AnyOp, device: str, dtype: torch.dtype) -> None:
+    sample = draw(op, {**op.cases.test_shapes[-1], "T": 5}, dtype)
+    given = sample.to(device).arguments
+    state, outputs = given.pop("initial_state"), []
+    with watch_paths() as seen:
+        for t in range(5):
+            token = {name: x[:, t : t + 1] if name in op.cases.sequence else x for name, x in given.items()}
+            out, state = op.step(**token, state=state) if op.step else op(**token, initial_state=state)
+            outputs.append(out)
+    assert {path for _, path in seen} == {_expected_path(op, device, dtype)}
+    _assert_close(op, sample, device, {"out": torch.cat(outputs, 1), "final_state": state})
+
+
+@over_settings
+def test_a_step_has_the_gradients_of_one_token(op: AnyOp, device: str, dtype: torch.dtype) -> None:
+    sample = draw(op, {**op.cases.test_shapes[0], "T": 1}, dtype)
+
+    def step(*, initial_state: Tensor, **rest: Tensor) -> tuple[Tensor, Tensor]:
+        return op.step(**rest, state=initial_state) if op.step else op(**rest, initial_state=initial_state)
+
+    found, exact = results(step, sample.to(device)), oracle(op, sample)
+    bounds = {one.name: one.bound for one in compare(op, sample, device)}
+    for name, tensor in found.items():
+        error, worst = worst_error(tensor, exact[name], timed=name in {f"d_{x}" for x in op.cases.sequence})
+        assert error <= bounds[name], f"{name}: {error:.2e}, at most {bounds[name]:.2e}, {worst}"
+
+
+@over_settings
+def test_two_runs_are_equal_to_the_bit(op: AnyOp, device: str, dtype: torch.dtype) -> None:
+    sample = draw(op, {**_shapes(op, device)[-1], "T": 150}, dtype).to(device)
+    first, second = results(op, sample), results(op, sample)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@over_settings
+def test_scratch_memory_full_of_nan_does_not_show(
+    op: AnyOp, device: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends = [0, 1, 1, 40, 105]
+    dense = draw(op, {**op.cases.test_shapes[-1], "T": 105}, dtype).to(device)
+    packed = draw(op, {**op.cases.test_shapes[-1], "B": 1, "T": 105}, dtype, cu_seqlens=ends).to(device)
+    clean = [results(op, sample) for sample in (dense, packed)]
+
+    def poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def made(*args: Any, **kwargs: Any) -> Tensor:
+            tensor = make(*args, **kwargs)
+            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+        return made
+
+    for holder, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(holder, name, poisoned(getattr(holder, name)))
+    assert torch.empty(3).isnan().all()
+    for before, sample in zip(clean, (dense, packed), strict=True):
+        after = results(op, sample)
+        assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+def test_torch_library_knows_the_op(op: AnyOp, packed: bool, device: str) -> None:
+    ends = [0, 3, 3, 8] if packed else None
+    sample = draw(op, {**op.cases.test_shapes[-1], "T": 8}, torch.float32, cu_seqlens=ends).to(device)
+    known = getattr(getattr(torch.ops, LIBRARY), op.name).default
+    given = {**sample.arguments, "scale": 0.5, "activation": "silu"}
+    arguments = [given.get(argument.name) for argument in known._schema.arguments]
+    arguments = [
+        x.requires_grad_(argument.name in sample.wanted) if isinstance(x, Tensor) else x
+        for x, argument in zip(arguments, known._schema.arguments, strict=True)
+    ]
+    torch.library.opcheck(known, tuple(arguments))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+def test_compiles_whole(op: AnyOp, packed: bool, device: str) -> None:
+    ends = [0, 3, 3, 20] if packed else None
+    sample = draw(op, {**op.cases.test_shapes[-1], "T": 20}, torch.float32, cu_seqlens=ends).to(device)
+
+    def block(**arguments: Tensor) -> tuple[Tensor, Tensor]:
+        out, state = op(**arguments)
+        return 2 * out, state + 1
+
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    found, expected = results(compiled, sample), results(block, sample)
+    for name, tensor in expected.items():
+        error, worst = worst_error(found[name], tensor, timed=False)
+        assert error <= EPSILON[torch.float32], f"{name}: {error:.2e}, {worst}"
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+def test_wrong_arguments_are_told(op: AnyOp) -> None:
+    sample = draw(op, {**op.cases.test_shapes[0], "T": 8}, torch.float32)
+    given = sample.arguments
+    state, first = given["initial_state"], op.cases.sequence[0]
+    wrong: list[dict[str, Tensor]] = [
+        {"initial_state": state[:, :-1]},
+        {first: given[first][:, :0]},
+        {"cu_seqlens": torch.tensor([0, 8])},
+    ]
+    for change in wrong:
+        with pytest.raises(HeddleError) as error:
+            op(**{**given, **change})
+        assert error.value.code == "bad-argument"
+    single = draw(op, {**op.cases.test_shapes[0], "B": 1, "T": 8}, torch.float32, cu_seqlens=[0, 5, 8])
+    for ends in ([0, 5, 7], [0, 9, 8], [1, 5, 8]):
+        with pytest.raises(HeddleError) as error:
+            op(**{**single.arguments, "cu_seqlens": torch.tensor(ends)})
+        assert error.value.code == "bad-argument"

@@ -1,0 +1,51 @@
+"""The self-test finds a wrong op, and benchmark rows have the format that others read."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from heddle.kernels import OPS, causal_conv1d
+from heddle.kernels.bench import bench_ops, table
+from heddle.kernels.selftest import _test, self_test
+
+ROW = {
+    "run", "time", "commit", "device", "driver", "cuda", "torch", "triton", "op", "impl", "phase", "shape", "dtype",
+    "ms", "ms_p10", "ms_p90", "gbps", "tflops", "peak_bytes", "first_call_s",
+}  # fmt: skip
+
+
+def test_the_self_test_passes_for_every_op() -> None:
+    found = self_test("cpu")
+    assert [one.op for one in found] == [op.name for op in OPS]
+    assert all(one.ok for one in found), found
+
+
+def test_the_self_test_finds_a_wrong_op() -> None:
+    def off(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        out, state = causal_conv1d(*args, **kwargs)
+        return out * 1.0001, state
+
+    assert not _test(replace(causal_conv1d, fast=off), torch.device("cpu"), torch.float32).ok
+
+
+def test_a_benchmark_row_has_the_agreed_keys() -> None:
+    seen: list[dict[str, Any]] = []
+    rows = bench_ops(["causal_conv1d"], device="cpu", phases=["fwd", "fwdbwd"], report=seen.append)
+    assert rows == seen
+    assert all(set(row) == ROW for row in rows)
+    assert {row["phase"] for row in rows} == {"ceiling", "fwd", "fwdbwd"}
+    assert len({row["run"] for row in rows}) == 1
+    timed = [row for row in rows if row["op"] == "causal_conv1d"]
+    assert all(0 < row["ms_p10"] <= row["ms"] <= row["ms_p90"] and row["gbps"] > 0 for row in timed)
+    assert len(table(rows).splitlines()) == len(rows)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_self_test_runs_the_kernels() -> None:
+    found = self_test()
+    assert all(one.ok for one in found), found
+    assert {one.path for one in found if one.op == "decay_attention"} == {"triton"}

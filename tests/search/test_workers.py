@@ -1,0 +1,147 @@
+"""Ray workers: errors as data, dead processes noticed and retried, the whole device for a timing, nothing
+left over."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray.cloudpickle
+
+from heddle.errors import HeddleError
+from heddle.search import watch
+from heddle.search.workers import RETRIES, Answer, Job, Workers
+
+# The workers cannot import this file.
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+
+class Hearing:
+    """A watcher that writes down what it hears, and stops when `stop_after` jobs have begun."""
+
+    def __init__(self, stop_after: int | None = None) -> None:
+        self.heard: list[Any] = []
+        self.stop_after = stop_after
+
+    def begun(self, job: Job) -> None:
+        self.heard.append(job.tag)
+
+    def tick(self) -> None:
+        pass
+
+    def is_stopping(self) -> bool:
+        return self.stop_after is not None and len(self.heard) >= self.stop_after
+
+
+def square(value: int) -> int:
+    print(f"squaring {value}")
+    return value * value
+
+
+def fail(kind: str) -> None:
+    if kind == "told":
+        raise HeddleError("loss-not-finite", "the loss is nan at step 3 of 9", hint="a lower rate")
+    raise ZeroDivisionError("by zero")
+
+
+def die(folder: str, times: int) -> str:
+    """Ends its process the first `times` times."""
+    marks = Path(folder)
+    count = len(list(marks.iterdir()))
+    (marks / str(count)).touch()
+    if count < times:
+        os._exit(1)
+    return "alive"
+
+
+def span(seconds: float) -> tuple[float, float]:
+    began = time.time()
+    time.sleep(seconds)
+    return began, time.time()
+
+
+def answers(workers: Workers, jobs: list[Job]) -> dict[Any, Answer]:
+    return {answer.job.tag: answer for answer in workers.side_by_side(jobs, Hearing())}
+
+
+def test_answers_carry_value_log_and_time(workers: Workers) -> None:
+    found = answers(workers, [Job(square, (n,), n) for n in range(5)])
+    assert {tag: answer.value for tag, answer in found.items()} == {n: n * n for n in range(5)}
+    assert found[3].log == "squaring 3\n"
+    assert all(answer.ok and answer.wall_s >= 0 for answer in found.values())
+
+
+def test_a_shared_value_arrives_as_itself(workers: Workers) -> None:
+    ticket = workers.share(list(range(1000)))
+    assert answers(workers, [Job(sum, (ticket,), "sum")])["sum"].value == 499_500
+
+
+def test_an_error_of_the_call_is_final_and_keeps_its_code(workers: Workers) -> None:
+    found = answers(workers, [Job(fail, ("told",), "told"), Job(fail, ("bug",), "bug")])
+    assert (found["told"].code, found["told"].message) == (
+        "loss-not-finite",
+        "the loss is nan at step 3 of 9",
+    )
+    assert (found["bug"].code, found["bug"].message) == ("evaluation-failed", "ZeroDivisionError: by zero")
+    assert "Traceback" in found["bug"].log
+    assert found["bug"].job.attempt == 1
+
+
+@pytest.mark.parametrize("deaths", [1, RETRIES + 1])
+def test_a_call_whose_process_dies_is_made_again_twice(workers: Workers, tmp_path: Path, deaths: int) -> None:
+    hearing = Hearing()
+    (answer,) = workers.side_by_side([Job(die, (str(tmp_path), deaths), "mortal")], hearing)
+    if deaths <= RETRIES:
+        assert answer.value == "alive"
+    else:
+        assert answer.code == "worker-died"
+        assert answer.message
+    assert hearing.heard == ["mortal"] * min(deaths + 1, RETRIES + 1)
+
+
+def test_nothing_runs_beside_a_call_with_the_whole_device(workers: Workers) -> None:
+    """Trainings are in flight when the timing is asked for: it waits for them, and they for it."""
+    beside = [workers._one.remote(span, "cpu", 0.3) for _ in range(2 * workers.parallel)]
+    (timing,) = workers.on_whole_device([Job(span, (0.3,), "timing")], Hearing())
+    spans = [outcome.value for outcome in ray.get(beside)]
+    began, ended = timing.value
+    assert all(end <= began or start >= ended for start, end in spans)
+
+
+def test_after_a_stop_what_runs_is_answered_and_nothing_else_begins(workers: Workers) -> None:
+    jobs = [Job(span, (0.2,), n) for n in range(10)]
+    hearing = Hearing(stop_after=workers.parallel)
+    assert len(list(workers.side_by_side(jobs, hearing))) == workers.parallel
+    assert hearing.heard == list(range(workers.parallel))
+
+
+DRIVER = """
+import time
+from heddle.search.workers import Workers
+with Workers("cpu") as workers:
+    for _ in range(workers.parallel):
+        workers._one.remote(time.sleep, "cpu", 600)
+    time.sleep(1.0)
+    print("ready", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_nothing_runs_on_when_the_driver_is_killed() -> None:
+    process = subprocess.Popen([sys.executable, "-c", DRIVER], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    family = watch.descendants({process.pid: watch._table()[process.pid].began})
+    assert len(family) > 4
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    deadline = time.monotonic() + 15
+    while (left := watch.descendants(family)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not left
