@@ -116,22 +116,25 @@ def show_summary(summary: Mapping[str, Any]) -> None:
     cost = summary["cost"]
     screen.print(f"{summary['name']}   hash {summary['hash']}", style="bold")
     screen.print(f"context {summary['context']}, batch {summary['batch']}\n")
-    table = _table("layer", "block", "mixer", "channel", *_COST_HEADS, numeric=range(4, 4 + len(_COST_HEADS)))
+    # Eighty columns hold a row; a block with a long name is what folds in a narrower terminal.
+    heads = ("#", "block", "mixer", "channel", *_COST_HEADS)
+    table = _table(*heads, numeric=range(4, len(heads)), whole=(0, 2, 3))
     for layer in summary["layers"]:
         table.add_row(
             str(layer["index"]), layer["block"], layer["mixer"], layer["channel"], *_cost_cells(layer)
         )
     table.add_section()
     table.add_row(
-        "total", "", "", "", *_cost_cells({**cost, "parameters": summary["parameters"]}), style="bold"
+        "", "total", "", "", *_cost_cells({**cost, "parameters": summary["parameters"]}), style="bold"
     )
     screen.print(table)
     screen.print(
-        "total counts embeddings, the last norm and the head as well; FLOPs are per token", style="dim"
+        "prefill, decode: FLOPs per token; total counts embeddings, the last norm and the head as well",
+        style="dim",
     )
 
 
-_COST_HEADS = ("parameters", "prefill FLOPs", "decode FLOPs", "KV cache", "state")
+_COST_HEADS = ("params", "prefill", "decode", "KV cache", "state")
 
 
 def _cost_cells(row: Mapping[str, Any]) -> list[str]:
@@ -268,13 +271,14 @@ def _next_commands(run: Run, spec_path: Path) -> Iterable[str]:
     yield f"heddle bench {run.path / 'best' / 'spec.yaml'}"
 
 
-def _table(*heads: str, numeric: Iterable[int] = ()) -> Table:
+def _table(*heads: str, numeric: Iterable[int] = (), whole: Iterable[int] = (0,)) -> Table:
+    """Columns `numeric` stand to the right; they and the columns `whole` are never folded."""
     right = set(numeric)
+    kept = right | set(whole)
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
     for index, head in enumerate(heads):
         justify: Literal["left", "right"] = "right" if index in right else "left"
-        # Names and figures stay on one line; a narrow terminal folds the rest.
-        table.add_column(head, justify=justify, overflow="fold", no_wrap=index in right or index == 0)
+        table.add_column(head, justify=justify, overflow="fold", no_wrap=index in kept)
     return table
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from heddle.kernels.op import Op, Path, force_path, watch_paths, wide_dtype
+from heddle.kernels.op import Op, Path, force_path, normal, watch_paths, wide_dtype
 
 EPSILON = {torch.float32: 2e-6, torch.float16: 2e-4, torch.bfloat16: 1e-3, torch.float64: 1e-9}
 # Tokens whose error is taken together.
@@ -66,9 +66,10 @@ def draw(
     seed: int = 0,
     initial_state: bool = True,
     cu_seqlens: Sequence[int] | None = None,
+    device: torch.device | str = "cpu",
 ) -> Sample:
-    """A random sample on the CPU, rounded to `dtype`."""
-    generator = torch.Generator().manual_seed(seed)
+    """A random sample, rounded to `dtype`; a seed means the same numbers on one kind of device."""
+    generator = torch.Generator(device).manual_seed(seed)
     traits = op.cases
     arguments = {
         name: tensor.to(dtype if name in traits.rounded else wide_dtype(dtype))
@@ -80,10 +81,10 @@ def draw(
     if initial_state:
         arguments["initial_state"] = state.to(state_dtype)
     if cu_seqlens is not None:
-        arguments["cu_seqlens"] = torch.tensor(cu_seqlens, dtype=torch.int32)
+        arguments["cu_seqlens"] = torch.tensor(cu_seqlens, dtype=torch.int32, device=device)
     out = arguments[traits.output_like]
-    upstream = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(dtype)
-    d_state = torch.randn(state.shape, generator=generator, dtype=torch.float64).to(state_dtype)
+    upstream = normal(generator, *out.shape).to(dtype)
+    d_state = normal(generator, *state.shape).to(state_dtype)
     wanted = (*traits.differentiable, *(("initial_state",) if initial_state else ()))
     return Sample(dtype, arguments, wanted, (upstream, d_state))
 

@@ -163,7 +163,7 @@ def _shapes(op: Op[..., Any], phase: Phase, device: torch.device) -> list[Shape]
 def _row(
     op: Op[..., Any], phase: Phase, shape: Shape, *, impl: str, device: torch.device, dtype: torch.dtype
 ) -> Row | None:
-    sample = draw(op, shape, dtype, initial_state=phase == "decode").to(device)
+    sample = draw(op, shape, dtype, initial_state=phase == "decode", device=device)
     function = _function(op, phase, impl, sample.arguments, dtype, device)
     if function is None:
         return None

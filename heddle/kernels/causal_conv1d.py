@@ -18,6 +18,7 @@ from heddle.kernels.op import (
     Traits,
     Work,
     check_shapes,
+    normal,
     op,
     register_composite,
     wide_dtype,
@@ -104,13 +105,13 @@ _forward_op = register_composite(
 def _draw(shape: Shape, generator: torch.Generator) -> Inputs:
     B, T, C, W = (shape[letter] for letter in "BTCW")
     return {
-        "x": torch.randn(B, T, C, generator=generator, dtype=torch.float64),
-        "weight": torch.randn(C, W, generator=generator, dtype=torch.float64),
+        "x": normal(generator, B, T, C),
+        "weight": normal(generator, C, W),
     }
 
 
 def _draw_state(shape: Shape, generator: torch.Generator) -> Tensor:
-    return torch.randn(shape["B"], shape["C"], shape["W"] - 1, generator=generator, dtype=torch.float64)
+    return normal(generator, shape["B"], shape["C"], shape["W"] - 1)
 
 
 def _work(shape: Shape, phase: Phase, element: int) -> Work:

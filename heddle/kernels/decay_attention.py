@@ -23,7 +23,18 @@ from torch import Tensor
 from heddle.errors import HeddleError
 from heddle.kernels._decay_attention_torch import CHUNK, step, sweep
 from heddle.kernels.common.varlen import check_packing
-from heddle.kernels.op import Inputs, Phase, Shape, Traits, Work, check_shapes, op, register, wide_dtype
+from heddle.kernels.op import (
+    Inputs,
+    Phase,
+    Shape,
+    Traits,
+    Work,
+    check_shapes,
+    normal,
+    op,
+    register,
+    wide_dtype,
+)
 
 try:
     from heddle.kernels._decay_attention_bwd import launch_backward
@@ -254,17 +265,14 @@ def decay_attention_step(
 def _draw(shape: Shape, generator: torch.Generator) -> Inputs:
     B, T, H, K, V = (shape[letter] for letter in "BTHKV")
     sizes = {"q": K, "k": K, "v": V}
-    inputs = {
-        name: torch.randn(B, T, H, size, generator=generator, dtype=torch.float64)
-        for name, size in sizes.items()
-    }
+    inputs = {name: normal(generator, B, T, H, size) for name, size in sizes.items()}
     # From a head that forgets within a few tokens to one that remembers for thousands.
-    head = torch.arange(H, dtype=torch.float64)
+    head = torch.arange(H, dtype=torch.float64, device=generator.device)
     return {**inputs, "log_decay": -torch.exp2(-8.0 * (head + 1.0) / H)}
 
 
 def _draw_state(shape: Shape, generator: torch.Generator) -> Tensor:
-    return torch.randn(*(shape[letter] for letter in "BHKV"), generator=generator, dtype=torch.float64)
+    return normal(generator, *(shape[letter] for letter in "BHKV"))
 
 
 def _work(shape: Shape, phase: Phase, element: int) -> Work:

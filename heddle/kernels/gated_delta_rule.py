@@ -21,6 +21,7 @@ from heddle.kernels.op import (
     Traits,
     Work,
     check_shapes,
+    normal,
     op,
     register_composite,
     wide_dtype,
@@ -252,21 +253,18 @@ def _draw(shape: Shape, generator: torch.Generator) -> Inputs:
     B, T, H, K, V = (shape[letter] for letter in "BTHKV")
     HV = shape.get("HV", H)
 
-    def normal(*size: int) -> Tensor:
-        return torch.randn(*size, generator=generator, dtype=torch.float64)
-
     return {
-        "q": F.normalize(normal(B, T, H, K), dim=-1),
-        "k": F.normalize(normal(B, T, H, K), dim=-1),
-        "v": normal(B, T, HV, V),
-        "log_decay": -F.softplus(2.0 * normal(B, T, HV) - 2.0),
-        "beta": torch.sigmoid(normal(B, T, HV)),
+        "q": F.normalize(normal(generator, B, T, H, K), dim=-1),
+        "k": F.normalize(normal(generator, B, T, H, K), dim=-1),
+        "v": normal(generator, B, T, HV, V),
+        "log_decay": -F.softplus(2.0 * normal(generator, B, T, HV) - 2.0),
+        "beta": torch.sigmoid(normal(generator, B, T, HV)),
     }
 
 
 def _draw_state(shape: Shape, generator: torch.Generator) -> Tensor:
     B, H, K, V = (shape[letter] for letter in "BHKV")
-    return torch.randn(B, shape.get("HV", H), K, V, generator=generator, dtype=torch.float64)
+    return normal(generator, B, shape.get("HV", H), K, V)
 
 
 def _work(shape: Shape, phase: Phase, element: int) -> Work:

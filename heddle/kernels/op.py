@@ -60,8 +60,8 @@ class Work:
 class Traits:
     """What tests, self-test and benchmarks must know of an op to call it.
 
-    `inputs(shape, generator)` draws the arguments by name, on the CPU in float64. `sequence` names those with a time
-    axis (axis 1), `rounded` those that come in the dtype at hand (others stay float32), `differentiable` those with a
+    `inputs(shape, generator)` draws the arguments by name, in float64 on the generator's device. `sequence` names those
+    with a time axis (axis 1), `rounded` those that come in the dtype at hand (others stay float32), `differentiable` those with a
     gradient; the output is shaped like the argument `output_like`. `initial_state(shape, generator)` draws a state, which
     is float32 unless `rounded_state`. `work(shape, phase, element size)` counts what must be done.
     """
@@ -222,6 +222,11 @@ def _require(name: str) -> Callable[..., Any]:
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of states, gates and sums: float64 for float64, otherwise float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def normal(generator: torch.Generator, *size: int) -> Tensor:
+    """Normally distributed numbers in float64, on the device of the generator."""
+    return torch.randn(*size, generator=generator, device=generator.device, dtype=torch.float64)
 
 
 def check_shapes(name: str, expected: Mapping[str, tuple[Tensor | None, Sequence[int]]]) -> None:

@@ -100,7 +100,7 @@ def make_sampler(kind: str, seed: int, startup: int) -> BaseSampler:
         return NSGAIISampler(seed=seed, population_size=max(2, startup))
     assert kind == "gp", kind
     if importlib.util.find_spec("scipy") is None:
-        raise HeddleError("package-missing", "the gp sampler needs scipy", hint="pip install scipy")
+        raise HeddleError("package-missing", "the gp sampler needs scipy", hint="pip install 'heddle-lm[gp]'")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         return GPSampler(seed=seed, n_startup_trials=startup)

@@ -104,7 +104,7 @@ def train(
     result = fit(model, batches(task, recipe, device), recipe, on_step=on_step)
     score = task.evaluate(model, device=device)
     write_whole(out / WEIGHTS_FILE, save(weights_of(model), metadata={"format": "pt"}))
-    write_json(out / TRAIN_FILE, _record(spec, task, recipe, result, score, device))
+    write_json(out / TRAIN_FILE, _record(spec, task, recipe, result, score=score, device=device))
     return load_run(out)
 
 
@@ -149,7 +149,9 @@ def _open_folder(out: Path, spec: Spec) -> None:
     write_whole(out / SPEC_FILE, to_yaml(spec).encode())
 
 
-def _record(spec: Spec, task: Task, recipe: Recipe, result: Fit, score: Score, device: str) -> dict[str, Any]:
+def _record(
+    spec: Spec, task: Task, recipe: Recipe, result: Fit, *, score: Score, device: str
+) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "kind": "train",

@@ -33,12 +33,13 @@ def main() -> None:
         "--ops", nargs="*", choices=known, default=known, help="ops to time; all if not given"
     )
     parser.add_argument("--out", type=Path, default=default_file(), help="file the rows are appended to")
+    parser.add_argument("--commit", help="what the code is, where git cannot tell")
     chosen = parser.parse_args()
     chosen.out.parent.mkdir(parents=True, exist_ok=True)
     with chosen.out.open("a") as file:
 
         def report(row: Row) -> None:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps({**row, "commit": row["commit"] or chosen.commit}) + "\n")
             file.flush()
 
         rows = bench_ops(chosen.ops, report=report)

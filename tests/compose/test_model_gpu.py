@@ -67,8 +67,9 @@ def error(found: Tensor, exact: Tensor) -> float:
 def nothing_waits() -> Iterator[None]:
     """Reading from the device raises inside."""
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        # Warns that it is a prototype, after it has been set: where warnings are errors, it must be undone all the same.
+        torch.cuda.set_sync_debug_mode("error")
         yield
     finally:
         torch.cuda.set_sync_debug_mode("default")

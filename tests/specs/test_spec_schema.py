@@ -79,7 +79,7 @@ GOOD = [
     ("model.blocks.full.mixer.rope", {"theta": {"float": [1e3, 1e5], "log": True}}),
     ("model.blocks.full.mixer.window", {"int": [8, 64], "step": 8}),
     ("model.blocks.full.norm", {"choice": ["rmsnorm", "layernorm"]}),
-    ("model.layers", ["full", {"repeat": 2, "pattern": ["linear", "full"]}]),
+    ("model.layers", ["full", {"repeat": {"int": [1, 2]}, "pattern": ["linear", "full"]}]),
     ("model.layers.placement.count.full", 1),
     ("search.tasks", [{"mqar": {"pairs": 2, "tokens": "4k"}}, {"text": {}}, "text"]),
     ("search.time", "5m"),
