@@ -204,7 +204,8 @@ class Sweep:
         return self.processors * self.table.resident
 
     def _launch(self, kernel: str, roles: Roles) -> Launch:
-        launch = self.table.launch(kernel, self.inputs[0].element_size(), _block(roles.K))
+        full = _block(roles.K) == roles.K and _block(roles.V) == roles.V
+        launch = self.table.launch(kernel, self.inputs[0].element_size(), _block(roles.K), full=full)
         tuned = _tuned[-1] if _tuned else Tuning()
         launch = (tuned.output if kernel == "output" else tuned.state) or launch
         return replace(launch, columns=min(launch.columns, _block(roles.V)))

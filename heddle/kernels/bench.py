@@ -6,6 +6,7 @@ A row is one JSON object of `tests/bench/results/<machine>.jsonl`. Rows of one `
 from __future__ import annotations
 
 import importlib
+import itertools
 import platform
 import secrets
 import statistics
@@ -51,7 +52,7 @@ def bench_ops(
     wanted = None if names is None else set(names)
     rows = []
     chosen = [op for op in OPS if wanted is None or op.name in wanted]
-    for row in (*ceilings(device), *_rows(chosen, device, list(impls), list(phases))):
+    for row in itertools.chain(ceilings(device), _rows(chosen, device, list(impls), list(phases))):
         rows.append({**header, **row})
         if report is not None:
             report(rows[-1])
@@ -139,15 +140,14 @@ def _rows(
     ops: list[Op[..., Any]], device: torch.device, impls: list[str], phases: list[Phase]
 ) -> Iterator[Row]:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    for op in ops:
-        for phase in phases:
-            if phase == "decode" and op.step is None:
-                continue
-            for shape in _shapes(op, phase, device):
-                for impl in impls:
-                    row = _row(op, phase, shape, impl=impl, device=device, dtype=dtype)
-                    if row is not None:
-                        yield row
+    # The rival comes last: it may tune itself for minutes, and a lease may end.
+    for op, impl, phase in itertools.product(ops, impls, phases):
+        if phase == "decode" and op.step is None:
+            continue
+        for shape in _shapes(op, phase, device):
+            row = _row(op, phase, shape, impl=impl, device=device, dtype=dtype)
+            if row is not None:
+                yield row
 
 
 def _shapes(op: Op[..., Any], phase: Phase, device: torch.device) -> list[Shape]:

@@ -63,6 +63,15 @@ def test_large_heads_are_right(dtype: torch.dtype, sizes: tuple[int, int]) -> No
     _assert_right(sample, "cuda", segment=128)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("sizes", [(24, 40), (40, 24), (24, 64), (48, 32), (40, 40), (56, 8), (64, 24)])
+def test_heads_that_leave_tiles_partly_empty_are_right(dtype: torch.dtype, sizes: tuple[int, int]) -> None:
+    K, V = sizes
+    sample = draw(decay_attention, {"B": 1, "H": 2, "K": K, "V": V, "T": 200}, dtype)
+    _assert_right(sample, "cuda")
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("segment", [16, 48, 1000])
 def test_segments_change_nothing(device: str, segment: int) -> None:

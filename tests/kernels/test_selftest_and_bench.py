@@ -44,6 +44,21 @@ def test_a_benchmark_row_has_the_agreed_keys() -> None:
     assert len(table(rows).splitlines()) == len(rows)
 
 
+def test_a_row_is_told_before_the_next_is_timed() -> None:
+    class LeaseEndedError(Exception):
+        pass
+
+    def report(row: dict[str, Any]) -> None:
+        seen.append(row)
+        if len(seen) == 3:
+            raise LeaseEndedError
+
+    seen: list[dict[str, Any]] = []
+    with pytest.raises(LeaseEndedError):
+        bench_ops(["causal_conv1d", "decay_attention"], device="cpu", report=report)
+    assert [row["op"] for row in seen] == ["copy", "matmul", "causal_conv1d"]
+
+
 @pytest.mark.gpu
 def test_on_a_gpu_the_self_test_runs_the_kernels() -> None:
     found = self_test()

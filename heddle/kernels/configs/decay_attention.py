@@ -26,6 +26,10 @@ class Launch:
 class Family:
     """What a device family runs: for two- and four-byte elements, and for states taller than `TALL`, which need room.
 
+    `ragged` is for head sizes that leave a part of a tile empty, up to `LOW` rows. On an H200 with Triton 3.6, chunks of
+    64 with 4 warps gave wrong dq and dk at K = 24, V = 40 in half precision (from the second chunk on; at full tiles and
+    at K = 100, V = 72 they are right), chunks of 32 the right ones: docs/decisions/0005-ragged-heads.md.
+
     `resident` programs share a multiprocessor. A sequence is cut into segments of at least `segment` tokens when there
     are fewer programs than places for them.
     """
@@ -35,25 +39,33 @@ class Family:
     tall: Launch
     wide: Launch
     wide_tall: Launch
+    ragged: Launch
     resident: int = 2
     segment: int = 256
 
-    def launch(self, kernel: str, element: int, rows: int) -> Launch:
-        """The configuration of kernel "output" or "state" for an element size and a state of `rows` rows."""
+    def launch(self, kernel: str, element: int, rows: int, *, full: bool) -> Launch:
+        """The configuration of kernel "output" or "state" for an element size and a state of `rows` rows.
+
+        `full` says that the head sizes fill their tiles.
+        """
         if element > 2:
             return self.wide_tall if rows > TALL else self.wide
+        if not full and rows <= LOW:
+            return self.ragged
         if rows > TALL:
             return self.tall
         return self.output if kernel == "output" else self.state
 
 
 TALL = 128
+LOW = 64
 HOPPER = Family(
     output=Launch(chunk=64, columns=64, warps=4, stages=2),
     state=Launch(chunk=64, columns=128, warps=8, stages=3),
     tall=Launch(chunk=64, columns=32, warps=4, stages=2),
     wide=Launch(chunk=16, columns=32, warps=8, stages=2),
     wide_tall=Launch(chunk=16, columns=32, warps=8, stages=1),
+    ragged=Launch(chunk=32, columns=64, warps=4, stages=2),
 )
 # Fits the 99 KiB of shared memory that every device since Ampere has.
 OTHER = Family(
@@ -62,11 +74,14 @@ OTHER = Family(
     tall=Launch(chunk=32, columns=32, warps=4, stages=1),
     wide=Launch(chunk=16, columns=32, warps=4, stages=2),
     wide_tall=Launch(chunk=16, columns=16, warps=4, stages=1),
+    ragged=Launch(chunk=32, columns=64, warps=4, stages=2),
 )
 
 # The interpreter pays by the operation, whatever the size of the tiles.
 _LARGE = Launch(chunk=64, columns=32, warps=4, stages=1)
-INTERPRETER = Family(output=_LARGE, state=_LARGE, tall=_LARGE, wide=_LARGE, wide_tall=_LARGE, resident=1)
+INTERPRETER = Family(
+    output=_LARGE, state=_LARGE, tall=_LARGE, wide=_LARGE, wide_tall=_LARGE, ragged=_LARGE, resident=1
+)
 
 
 def family(capability: tuple[int, int]) -> Family:

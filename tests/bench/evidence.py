@@ -1,0 +1,114 @@
+"""Trains each kind of model in a spec's space at each of its tasks, and appends a row for each training.
+
+    python tests/bench/evidence.py examples/quickstart.yaml --topic quickstart --learning-rates 1e-3 3e-3 1e-2 --seeds 2
+
+The kinds are the options of the first choice of the space, with one layer of the last block of its placement, and the
+model whose every layer is that block. Nothing is timed; `wall_s` only tells what a repetition costs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import secrets
+import subprocess
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from heddle.compose.build import build
+from heddle.compose.plan import plan
+from heddle.compose.train import fit
+from heddle.search.environment import device_name, pick_device
+from heddle.search.tasks import batches, make_task, recipe_for
+from heddle.specs import ModelSpec, load, spec_hash
+
+RESULTS = Path(__file__).parent / "results"
+Job = tuple[str, int, str, float, int]
+
+
+def kinds(path: str) -> Iterator[tuple[str, ModelSpec]]:
+    """(name, model) of each option, and of the model of one block."""
+    file = load(path)
+    placement = file.space.placement
+    assert placement is not None, "the spec has no placement"
+    block = placement.of[-1]
+    yield f"all-{block}", file.resolve(layers=[block] * placement.length).model
+    choice = next(parameter for parameter in file.space.parameters if parameter.kind == "choice")
+    others = [name for name in placement.of if name != block]
+    layers = [*others * placement.length][: placement.length - 1] + [block]
+    for option in choice.choices:
+        yield str(option["kind"]), file.resolve({choice.name: option}, layers=layers).model
+
+
+def run(path: str, job: Job) -> dict[str, Any]:
+    """One row: kind, index of the task, name of the device, learning rate, seed."""
+    torch.set_num_threads(1)
+    kind, index, device, learning_rate, seed = job
+    spec, model = load(path).spec, dict(kinds(path))[kind]
+    assert spec.search is not None
+    wanted = spec.search.tasks[index]
+    task = make_task(wanted, spec.data, vocab_size=model.vocab_size, tokenizer=spec.tokenizer)
+    recipe = replace(recipe_for(wanted, spec.train, seed=seed), learning_rate=learning_rate)
+    started = time.perf_counter()
+    net = build(model, seed=seed, device=device)
+    fitted = fit(net, batches(task, recipe, device), recipe)
+    score = task.evaluate(net, device=device)
+    cost = plan(model).cost(task.sequence_length, element=4)
+    return {
+        "task": task.name,
+        "spec_hash": spec_hash(model),
+        "kind": kind,
+        "seed": seed,
+        "lr": learning_rate,
+        "steps": fitted.steps,
+        "score": score.value,
+        "se": score.se,
+        "chance": task.chance,
+        "parameters": sum(parameter.numel() for parameter in net.parameters()),
+        "state_elements": round((cost["cache_bytes"] + cost["state_bytes"]) / 4),
+        "wall_s": round(time.perf_counter() - started, 2),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("spec")
+    parser.add_argument("--topic", required=True, help="rows go to results/evidence-<topic>.jsonl")
+    parser.add_argument("--learning-rates", type=float, nargs="+", required=True)
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=2)
+    chosen = parser.parse_args()
+    spec, device = load(chosen.spec).spec, pick_device()
+    assert spec.search is not None
+    names, tasks = [name for name, _ in kinds(chosen.spec)], range(len(spec.search.tasks))
+    jobs = list(itertools.product(names, tasks, [device], chosen.learning_rates, range(chosen.seeds)))
+    commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
+    header = {
+        "run": secrets.token_hex(4),
+        "commit": commit.stdout.strip() or None,
+        "device": device_name(device),
+    }
+    path = RESULTS / f"evidence-{chosen.topic}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with ProcessPoolExecutor(chosen.workers) as pool, path.open("a") as rows:
+        for row in pool.map(run, itertools.repeat(chosen.spec), jobs):
+            made = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+            rows.write(json.dumps({**header, "time": made, **row}) + "\n")
+            rows.flush()
+            print(
+                f"{row['task']:5} {row['kind']:16} lr {row['lr']:g} seed {row['seed']} {row['score']:.4f}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
