@@ -42,7 +42,7 @@ def kinds(path: str) -> Iterator[tuple[str, ModelSpec]]:
     yield f"all-{block}", file.resolve(layers=[block] * placement.length).model
     choice = next(parameter for parameter in file.space.parameters if parameter.kind == "choice")
     others = [name for name in placement.of if name != block]
-    layers = [*others * placement.length][: placement.length - 1] + [block]
+    layers = [*itertools.islice(itertools.cycle(others), placement.length - 1), block]
     for option in choice.choices:
         yield str(option["kind"]), file.resolve({choice.name: option}, layers=layers).model
 
@@ -91,7 +91,7 @@ def main() -> None:
     assert spec.search is not None
     names, tasks = [name for name, _ in kinds(chosen.spec)], range(len(spec.search.tasks))
     jobs = list(itertools.product(names, tasks, [device], chosen.learning_rates, range(chosen.seeds)))
-    commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
+    commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False)
     header = {
         "run": secrets.token_hex(4),
         "commit": commit.stdout.strip() or None,
