@@ -91,7 +91,9 @@ def main() -> None:
     assert spec.search is not None
     names, tasks = [name for name, _ in kinds(chosen.spec)], range(len(spec.search.tasks))
     jobs = list(itertools.product(names, tasks, [device], chosen.learning_rates, range(chosen.seeds)))
-    commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False)
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False
+    )
     header = {
         "run": secrets.token_hex(4),
         "commit": commit.stdout.strip() or None,
