@@ -46,7 +46,7 @@ def find_placement(found: OpenValues) -> Placement | None:
     if len(found.findings) > before or len(known) < len(count):
         return None
     _check_room(found, length, known)
-    return Placement(length, tuple(of), rest[0], known)
+    return None if len(found.findings) > before else Placement(length, tuple(of), rest[0], known)
 
 
 def _fields(found: OpenValues, layers: dict[str, Any]) -> dict[str, Any] | None:
