@@ -110,7 +110,7 @@ ONE: list[tuple[str, str, str]] = [
         "kind: gelu",
         "kind: moe",
         "a.yaml:14:23: blocks.full.channel.kind: there is no channel kind 'moe'   [unknown-kind]"
-        "  | known here: swiglu, gelu, none",
+        "  | known here: swiglu, gelu, relu2, none",
     ),
     (
         "        kind: attention\n",

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from heddle.specs.channel.gelu import GELU
 from heddle.specs.channel.none import NoChannel
+from heddle.specs.channel.relu2 import ReLU2
 from heddle.specs.channel.swiglu import SwiGLU
 from heddle.specs.kinds import ChannelSpec
 
-Channel = SwiGLU | GELU | NoChannel
+Channel = SwiGLU | GELU | ReLU2 | NoChannel
 
-__all__ = ["GELU", "Channel", "ChannelSpec", "NoChannel", "SwiGLU"]
+__all__ = ["GELU", "Channel", "ChannelSpec", "NoChannel", "ReLU2", "SwiGLU"]

@@ -1,0 +1,24 @@
+"""Plain feed-forward with a squared ReLU."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from heddle.compose.modules.site import Site
+
+
+class ReLU2Module(nn.Module):
+    """y = W_down relu(W_up x)²        (arXiv 2109.08668)
+
+    Shapes:  x, y: [B, T, D]
+    """
+
+    def __init__(self, site: Site, *, width: int) -> None:
+        super().__init__()
+        self.up_proj = nn.Linear(site.hidden_size, width, bias=False)
+        self.down_proj = nn.Linear(width, site.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.down_proj(F.relu(self.up_proj(x)).square())
+        return y
