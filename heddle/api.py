@@ -13,18 +13,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
 from heddle import doctor as _doctor
 from heddle import specs
+from heddle.compose.diagram import mermaid
 from heddle.compose.plan import plan
 from heddle.dashboards import report as _report
 from heddle.errors import HeddleError
 from heddle.search.durable import write_whole
 from heddle.search.record import RUN_FILE, Latency, Run, read_run
-from heddle.specs import SpecFile
+from heddle.specs import Difference, SpecFile, differences
 from heddle.specs.base import Duration
 
 if TYPE_CHECKING:
@@ -84,6 +85,26 @@ def show(path: Path | str, *, context: int | None = None, batch: int = 1) -> dic
         "layers": [layer.summary(context, batch) for layer in planned.layers],
         "cost": planned.cost(context, batch),
     }
+
+
+def graph(path: Path | str, *, form: Literal["text", "mermaid"] = "text") -> str:
+    """The graph that a spec is compiled to: a line for each node, or a Mermaid flowchart.
+
+    Raises:
+        HeddleErrors: as `check`.
+    """
+    file = check(path)
+    planned = plan(file.spec.model, where=file.where)
+    return mermaid(planned) if form == "mermaid" else f"{planned}\n"
+
+
+def diff(left: Path | str, right: Path | str) -> list[Difference]:
+    """What differs between two specs, layer by layer; nothing for two spellings of one.
+
+    Raises:
+        HeddleErrors: as `check`.
+    """
+    return differences(check(left).spec, check(right).spec)
 
 
 def schema() -> dict[str, Any]:

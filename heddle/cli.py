@@ -40,6 +40,13 @@ class Phase(StrEnum):
         return (Phase.prefill, Phase.decode) if self is Phase.both else (self,)
 
 
+class GraphForm(StrEnum):
+    """How `heddle show --graph` draws."""
+
+    text = "text"
+    mermaid = "mermaid"
+
+
 SpecPath = Annotated[
     Path, typer.Argument(metavar="SPEC", help="Spec file, YAML or JSON.", show_default=False)
 ]
@@ -105,14 +112,43 @@ def check(file: SpecPath, json: Json = False) -> None:
 
 
 @app.command(
-    epilog=_example("heddle show spec.yaml", "heddle show spec.yaml --context 32768 --batch 8 --json")
+    epilog=_example(
+        "heddle show spec.yaml --context 32768 --batch 8 --json", "heddle show spec.yaml --graph mermaid"
+    )
 )
-def show(file: SpecPath, context: Context = None, batch: Batch = 1, json: Json = False) -> None:
+def show(
+    file: SpecPath,
+    context: Context = None,
+    batch: Batch = 1,
+    graph: Annotated[
+        GraphForm | None, typer.Option(help="Show the compiled graph instead, as text or a flowchart.")
+    ] = None,
+    json: Json = False,
+) -> None:
     """Show what a spec builds: parameters, FLOPs, cache and state bytes, per layer and in total."""
     from heddle import api, terminal
 
+    if graph is not None:
+        text = api.graph(file, form=graph.value)
+        terminal.show_json({"graph": text}) if json else typer.echo(text, nl=False)
+        return
     summary = api.show(file, context=context, batch=batch)
     terminal.show_json(summary) if json else terminal.show_summary(summary)
+
+
+@app.command(epilog=_example("heddle diff a.yaml b.yaml", "heddle diff a.yaml b.yaml --json"))
+def diff(
+    left: SpecPath,
+    right: Annotated[Path, typer.Argument(metavar="OTHER", help="Spec to compare with.", show_default=False)],
+    json: Json = False,
+) -> None:
+    """Show what differs between two specs, layer by layer; open values count at their defaults."""
+    from heddle import api, terminal
+
+    found = api.diff(left, right)
+    terminal.show_json({"same": not found, "differences": found}) if json else terminal.show_differences(
+        found
+    )
 
 
 @app.command(epilog=_example("heddle schema --out heddle.schema.json"))

@@ -22,7 +22,7 @@ from heddle.dashboards import data, words
 from heddle.doctor import Diagnosis
 from heddle.errors import HeddleError
 from heddle.search.record import Latency, Run, Trial
-from heddle.specs import SpecFile, expand_layers
+from heddle.specs import Difference, SpecFile, expand_layers
 
 if TYPE_CHECKING:
     from heddle.compose.hf.export import ExportResult
@@ -143,6 +143,24 @@ def _cost_cells(row: Mapping[str, Any]) -> list[str]:
         for key in ("parameters", "prefill_flops_per_token", "decode_flops_per_token")
     )
     return [*counts, *(words.bytes_text(row[key]) for key in ("cache_bytes", "state_bytes"))]
+
+
+def show_differences(found: Sequence[Difference]) -> None:
+    """A row for each field that differs."""
+    screen = console()
+    if not found:
+        screen.print("the same: every layer, and how it is trained and searched")
+        return
+    table = _table("field", "left", "right")
+    for one in found:
+        table.add_row(one.path, _side(one.left), _side(one.right))
+    screen.print(table)
+
+
+def _side(value: object) -> str:
+    if value is None:
+        return "–"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def show_timings(timings: Sequence[Latency]) -> None:

@@ -20,7 +20,9 @@ from heddle.kernels import OPS
 from heddle.search.record import read_run
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("init", "doctor", "check", "show", "schema", "train", "bench", "search", "export", "report")
+COMMANDS = (
+    "init", "doctor", "check", "show", "diff", "schema", "train", "bench", "search", "export", "report",
+)  # fmt: skip
 PLAIN = """\
 version: 1
 name: plain
@@ -161,6 +163,26 @@ def test_show_prints_a_table_to_a_person(run: Heddle, spec: Path) -> None:
     assert status == 0
     assert "total" in out
     assert "gated_deltanet" in out
+
+
+def test_show_draws_the_graph_as_text_and_as_a_flowchart(run: Heddle, spec: Path) -> None:
+    status, text, _ = run("show", spec, "--graph", "text")
+    assert status == 0
+    assert "layers.0.mixer" in text
+    status, chart, _ = run("show", spec, "--graph", "mermaid")
+    assert status == 0
+    assert chart.startswith("flowchart TD")
+    assert json.loads(run("show", spec, "--graph", "mermaid", "--json")[1]) == {"graph": chart}
+
+
+def test_diff_tells_what_differs_and_that_nothing_does(run: Heddle, spec: Path) -> None:
+    Path("other.yaml").write_text(PLAIN.replace("window: 16", "window: 8"))
+    status, out, _ = run("diff", spec, "other.yaml", "--json")
+    told = json.loads(out)
+    assert (status, told["same"]) == (0, False)
+    assert {one["path"].rpartition(".")[2] for one in told["differences"]} == {"window"}
+    assert "mixer.window" in run("diff", spec, "other.yaml")[1]
+    assert "the same" in run("diff", spec, spec)[1]
 
 
 @pytest.mark.usefixtures("spec")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from heddle.specs.canonical import canonical, spec_hash, to_yaml
+from heddle.specs.diff import Difference, differences
 from heddle.specs.layer import Repeat, Site
 from heddle.specs.load import SpecFile, load, loads
 from heddle.specs.model import CHANNELS, MIXERS, BlockSpec, ModelSpec
@@ -19,6 +20,7 @@ __all__ = [
     "BlockSpec",
     "Budget",
     "DataSpec",
+    "Difference",
     "ModelSpec",
     "MqarTask",
     "Parameter",
@@ -33,6 +35,7 @@ __all__ = [
     "TextTask",
     "TrainSpec",
     "canonical",
+    "differences",
     "expand_layers",
     "json_schema",
     "load",

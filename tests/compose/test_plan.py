@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from heddle.compose.diagram import mermaid
 from heddle.compose.plan import PASSES, Plan, plan
 from heddle.errors import HeddleErrors
 from heddle.specs import ModelSpec, loads
@@ -176,3 +177,15 @@ def test_a_plan_without_a_file_names_the_node() -> None:
 def test_a_thousand_layers_are_planned_at_once() -> None:
     text = TEXT.replace("{repeat: 2, pattern: [linear, full]}", "{repeat: 500, pattern: [linear, full]}")
     assert len(planned(text).layers) == 1001
+
+
+def test_a_flowchart_has_every_node_and_every_edge() -> None:
+    made = planned()
+    lines = mermaid(made).splitlines()
+    assert lines[0] == "flowchart TD"
+    boxes = [line for line in lines if '["' in line]
+    arrows = [line for line in lines if "-->" in line or "-. weight .->" in line]
+    assert len(boxes) == made.graph.number_of_nodes()
+    assert len(arrows) == made.graph.number_of_edges()
+    assert len(lines) == 1 + len(boxes) + len(arrows)
+    assert any("layers.0.mixer<br/>" in line and "parameters" in line for line in boxes)
