@@ -28,6 +28,10 @@ app = typer.Typer(
 )
 
 
+# What typer ends with when a command is interrupted.
+CTRL_C = 130
+
+
 class Phase(StrEnum):
     """What `heddle bench` times."""
 
@@ -273,6 +277,11 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     try:
         app(words)
         status = 0
+    except SystemExit as done:
+        if done.code != CTRL_C:
+            raise
+        hint = "what was finished by then is kept; a search that had begun goes on with --resume"
+        status = _tell(HeddleError("interrupted", "stopped by Ctrl-C", hint=hint), as_json="--json" in words)
     except Exception as error:
         status = _tell(error, as_json="--json" in words)
     sys.exit(status)

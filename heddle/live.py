@@ -99,7 +99,8 @@ class Lines:
             return ""
         left = "" if status.seconds_left is None else f", {words.duration_text(status.seconds_left)} left"
         counts = f"{status.done} of {status.total} done, {status.running} running, {status.failed} failed"
-        return f"   [{counts}{left}]"
+        best = "" if status.best is None else f", best so far trial {status.best.number}"
+        return f"   [{counts}{best}{left}]"
 
     def _say(self, line: str) -> None:
         self._screen.print(line, soft_wrap=True)

@@ -44,9 +44,12 @@ def build(
 
 
 def kernel_paths(model: ModelSpec, device: str | torch.device, dtype: torch.dtype) -> dict[str, str]:
-    """Which code runs each kind of mixer: "triton", "torch" or "sdpa"."""
+    """Which code runs each kind of mixer: "triton", "torch" or "sdpa"; two of them where layers of a kind differ."""
     module = build(model, device="meta", dtype=dtype)
     where = torch.device(device)
     kinds = [layer["mixer"]["kind"] for layer in module.config.layers]
     mixers = [cast(Any, layer).mixer for layer in module.model.layers]
-    return {kind: mixer.kernel_path(where, dtype) for kind, mixer in zip(kinds, mixers, strict=True)}
+    found: dict[str, set[str]] = {}
+    for kind, mixer in zip(kinds, mixers, strict=True):
+        found.setdefault(kind, set()).add(mixer.kernel_path(where, dtype))
+    return {kind: " and ".join(sorted(paths)) for kind, paths in found.items()}

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from heddle.compose.memory import memory_told
 from heddle.errors import HeddleError
 
 IGNORE = -100
@@ -27,6 +28,7 @@ READ_EVERY = 25
 # Steps run one by one before a CUDA graph is captured: kernels compile and the optimizer makes its state in
 # them.
 GRAPH_WARMUP = 3
+MEMORY_HINT = "a smaller train.batch_tokens or data.sequence_length needs less"
 
 Batches = Callable[[int], tuple[Tensor, Tensor]]
 OnStep = Callable[[int, int, float], None]
@@ -94,7 +96,7 @@ def fit(
     tokens, started = 0, time.perf_counter()
     model.train()
     for step in range(steps):
-        with _memory_errors(step, steps):
+        with memory_told(f"training ran out of memory at step {step + 1} of {steps}", MEMORY_HINT):
             inputs, targets = first if step == 0 else batches(step)
             run.step(step, inputs, targets, graph=launch == "graph")
         tokens += inputs.numel()
@@ -274,27 +276,6 @@ def _on_side_stream(update: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor
         result = update()
     current.wait_stream(side)
     return result
-
-
-@contextmanager
-def _memory_errors(step: int, steps: int) -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise _out_of_memory(step, steps, str(error).partition(". ")[0]) from error
-    except RuntimeError as error:
-        # The CPU allocator has no class of its own.
-        if "can't allocate memory" not in str(error):
-            raise
-        raise _out_of_memory(step, steps, "the CPU allocator gave up") from error
-
-
-def _out_of_memory(step: int, steps: int, what: str) -> HeddleError:
-    return HeddleError(
-        "out-of-memory",
-        f"training ran out of memory at step {step + 1} of {steps}: {what}",
-        hint="a smaller train.batch_tokens or data.sequence_length needs less",
-    )
 
 
 def _not_finite(step: int, steps: int, loss: float, norm: float) -> HeddleError:

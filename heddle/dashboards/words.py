@@ -191,11 +191,11 @@ def confirmation(run: Run) -> list[str]:
             "spreading them evenly, and there is no second model to compare with."
         ]
     lines = [f"One retraining failed: {failure}" for failure in confirm.failures]
-    lines += [difference_text(difference, len(confirm.seeds)) for difference in confirm.differences]
+    lines += [difference_text(difference) for difference in confirm.differences]
     return lines or ["No pair of retrainings finished, so the comparison says nothing."]
 
 
-def difference_text(difference: Difference, seeds: int) -> str:
+def difference_text(difference: Difference) -> str:
     """One paired difference as a sentence."""
     percent = difference.metric == "accuracy"
     factor, unit = (100.0, "percentage points") if percent else (1.0, difference.metric.replace("_", " "))
@@ -210,6 +210,6 @@ def difference_text(difference: Difference, seeds: int) -> str:
         "no difference shown": "the interval holds zero, so no difference is shown",
     }[difference.verdict]
     return (
-        f"{difference.task}: over {seeds} fresh seeds, winner minus uniform is {mean} {unit} "
+        f"{difference.task}: over {len(difference.winner)} fresh seeds, winner minus uniform is {mean} {unit} "
         f"(95 % interval {low} to {high}; {better} is better): {conclusion}."
     )

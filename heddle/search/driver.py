@@ -281,6 +281,7 @@ class Driver:
         self.trials[number] = trial = assemble(self.evaluations.ledger.folder, self._asked[number], event)
         if number != REFERENCE:
             self._tell_optuna(trial)
+        self.progress.status(self.status())
         self.progress.trial_finished(trial)
 
     def _outcome(
@@ -346,6 +347,9 @@ class Driver:
         kept = {weights_path(self.setting.folder, trial.hash) for trial in front}
         running = {trial.hash for trial in trials if trial.state == "running"}
         kept |= {weights_path(self.setting.folder, spec) for spec in running if spec}
+        if REFERENCE in self.trials:
+            # A later trial may be this very model, and is not trained twice.
+            kept.add(weights_path(self.setting.folder, self.trials[REFERENCE].hash))
         for path in (self.setting.folder / WEIGHTS_FOLDER).glob("*.safetensors"):
             if path not in kept:
                 path.unlink()

@@ -10,7 +10,8 @@ from typing import Any
 from safetensors.torch import save
 
 from heddle.compose.build import build
-from heddle.compose.train import Recipe, fit
+from heddle.compose.memory import memory_told
+from heddle.compose.train import MEMORY_HINT, Recipe, fit
 from heddle.search.tasks import Task, batches
 from heddle.search.training import weights_of
 from heddle.specs import ModelSpec
@@ -48,9 +49,10 @@ def train_and_score(training: Training, task: Task) -> Evaluation:
         HeddleError: "loss-not-finite", "out-of-memory".
     """
     recipe, started = training.recipe, time.perf_counter()
-    model = build(training.model, seed=recipe.seed, device=training.device)
-    fitted = fit(model, batches(task, recipe, training.device), recipe)
-    score = task.evaluate(model, device=training.device)
+    with memory_told("no memory for the model and its evaluation", MEMORY_HINT):
+        model = build(training.model, seed=recipe.seed, device=training.device)
+        fitted = fit(model, batches(task, recipe, training.device), recipe)
+        score = task.evaluate(model, device=training.device)
     result = {
         "task": task.name,
         "metric": task.metric,

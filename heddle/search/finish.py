@@ -6,6 +6,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import asdict
 from itertools import product
+from math import inf
 
 from heddle.search import pareto, space
 from heddle.search.confirm import paired_difference, unseen_seeds
@@ -53,10 +54,10 @@ def remeasure_front(driver: Driver, best: int) -> int:
 
 
 def again_violations(driver: Driver, trial: Trial) -> dict[str, float]:
-    """The constraints of `trial` by its second timing; empty while there is none."""
-    if not all(budget.label in trial.remeasured for budget in driver.setting.budgets):
-        return {}
-    return pareto.violations(trial.remeasured, driver.setting.budgets)
+    """The constraints of `trial` by its second timing; a budget that could not be timed again is not kept."""
+    budgets = driver.setting.budgets
+    missing = {budget.label: inf for budget in budgets if budget.label not in trial.remeasured}
+    return missing or pareto.violations(trial.remeasured, budgets)
 
 
 def _front(driver: Driver) -> set[int]:
@@ -77,7 +78,7 @@ def _again(driver: Driver, number: int) -> dict[str, Request]:
         tokens = min(context, PREFILL_AT_MOST[driver.setting.device]) if phase == "prefill" else context
         label = f"{phase}_ms@{batch}x{tokens}"
         if all(budget.phase != phase for budget in budgets) and all(b.label != label for b in wanted):
-            wanted.append(BudgetInfo(label, phase, float("inf"), beside, batch, tokens))
+            wanted.append(BudgetInfo(label, phase, inf, beside, batch, tokens))
     return {each.label: driver.setting.timing(number, one, each, purpose="again") for each in wanted}
 
 

@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from heddle.compose.build import build, kernel_paths
-from heddle.errors import HeddleError
+from heddle.compose.memory import memory_told
 from heddle.search import environment
 from heddle.search.record import Latency
 from heddle.specs import ModelSpec
@@ -82,7 +82,8 @@ def measure(
     device = device or environment.pick_device()
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     specs = [model] if reference is None else [model, reference]
-    with _threads(device) as threads, _quiet(), _memory_told(place):
+    guard = memory_told(f"no memory to time {place.label}", "a smaller context or batch needs less")
+    with _threads(device) as threads, _quiet(), guard:
         times, methods, foreign = _timed(specs, place, device, dtype, effort=effort)
     return Latency(
         label=place.label,
@@ -291,15 +292,3 @@ def _quiet() -> Iterator[None]:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-
-@contextmanager
-def _memory_told(place: Place) -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise HeddleError(
-            "out-of-memory",
-            f"no memory to time {place.label}: {str(error).partition('. ')[0]}",
-            hint="a smaller context or batch in search.budgets needs less",
-        ) from error

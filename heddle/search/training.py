@@ -23,7 +23,8 @@ from torch import nn
 
 from heddle.compose.build import build
 from heddle.compose.hf.model import HeddleForCausalLM
-from heddle.compose.train import Fit, OnStep, Recipe, fit
+from heddle.compose.memory import memory_told
+from heddle.compose.train import MEMORY_HINT, Fit, OnStep, Recipe, fit
 from heddle.errors import HeddleError
 from heddle.search import environment
 from heddle.search.durable import write_json, write_whole
@@ -100,9 +101,10 @@ def train(
     _open_folder(out, spec)
     task = make_task(TextTask(), spec.data, vocab_size=spec.model.vocab_size, tokenizer=spec.tokenizer)
     recipe = recipe_for(TextTask(), spec.train, seed=seed)
-    model = build(spec.model, seed=recipe.seed, device=device)
-    result = fit(model, batches(task, recipe, device), recipe, on_step=on_step)
-    score = task.evaluate(model, device=device)
+    with memory_told("no memory for the model and its evaluation", MEMORY_HINT):
+        model = build(spec.model, seed=recipe.seed, device=device)
+        result = fit(model, batches(task, recipe, device), recipe, on_step=on_step)
+        score = task.evaluate(model, device=device)
     write_whole(out / WEIGHTS_FILE, save(weights_of(model), metadata={"format": "pt"}))
     write_json(out / TRAIN_FILE, _record(spec, task, recipe, result, score=score, device=device))
     return load_run(out)

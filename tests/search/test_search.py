@@ -90,9 +90,11 @@ def test_the_reference_is_measured_and_trained_as_a_baseline(tiny_run: Run) -> N
     assert baseline.latency["decode_ms@1x64"].reference == "all-full"
 
 
-def test_weights_are_kept_for_the_front_alone(tiny_run: Run) -> None:
+def test_weights_are_kept_for_the_front_and_the_reference_alone(tiny_run: Run) -> None:
     kept = set((tiny_run.path / "weights").iterdir())
-    assert kept == {weights_path(tiny_run.path, trial.hash) for trial in tiny_run.front_trials}
+    assert tiny_run.reference is not None
+    trials = [*tiny_run.front_trials, tiny_run.reference]
+    assert kept == {weights_path(tiny_run.path, trial.hash) for trial in trials}
     assert tiny_run.best in tiny_run.front
 
 

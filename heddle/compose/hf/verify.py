@@ -118,14 +118,18 @@ def _run(command: list[str], scratch: Path) -> subprocess.CompletedProcess[str]:
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
     }
-    return subprocess.run(
-        command,
-        cwd=scratch,
-        env=os.environ | settings,
-        # transformers asks at a terminal before it runs remote code; there is nobody to answer.
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-        check=False,
-    )
+    try:
+        return subprocess.run(
+            command,
+            cwd=scratch,
+            env=os.environ | settings,
+            # transformers asks at a terminal before it runs remote code; there is nobody to answer.
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        what = f"the exported folder did not load and write within {TIMEOUT_S} s"
+        raise HeddleError("export-mismatch", what, hint="try again on an idle machine") from error
