@@ -2,19 +2,21 @@
 tokens.
 
 The candidate and the reference model take turns (A B B A …), so that clocks, heat and neighbours hit both
-alike and cancel in the ratio. Repeats go on until the bootstrap 95 % interval of the median is narrow, or the
-time is up; the interval is reported either way. CUDA: events around a captured graph (decode) or around the
-launches (prefill). CPU: a wall clock around the same call with all physical cores, so launch overhead is part
-of the figure.
+alike and cancel in the ratio. Where a model's memory lies changes its speed by some percent, as luck has it:
+both are built several times, and intervals draw builds, then turns of a build. Repeats go on until the
+bootstrap 95 % interval of the median is narrow, or the time is up; the interval is reported either way. CUDA:
+events around a captured graph (decode) or around the launches (prefill). CPU: a wall clock around the same call
+with all physical cores, so launch overhead is part of the figure.
 """
 
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -54,13 +56,27 @@ class Place:
 @dataclass(frozen=True, slots=True)
 class Effort:
     """When to stop: at `precision` (width of the interval over the median), or after `seconds`, or at `most`
-    turns."""
+    turns, over all `builds` of the models."""
 
     warmup: int = 3
     least: int = 10
     most: int = 200
     seconds: float = 2.0
     precision: float = 0.02
+    builds: int = 3
+
+    @property
+    def of_one_build(self) -> Effort:
+        """A share of the turns and of the time; an interval may be wider, since several are taken together."""
+        share = 1 / self.builds
+        return replace(
+            self,
+            least=max(1, math.ceil(self.least * share)),
+            most=max(1, math.ceil(self.most * share)),
+            seconds=self.seconds * share,
+            precision=self.precision / math.sqrt(share),
+            builds=1,
+        )
 
 
 def measure(
@@ -84,16 +100,16 @@ def measure(
     specs = [model] if reference is None else [model, reference]
     guard = memory_told(f"no memory to time {place.label}", "a smaller context or batch needs less")
     with _threads(device) as threads, _quiet(), guard:
-        times, methods, foreign = _timed(specs, place, device, dtype, effort=effort)
+        times, method, foreign = _timed(specs, place, device, dtype, effort=effort)
     return Latency(
         label=place.label,
         **asdict(place),
-        **_summary(times),
+        **_summary(np.concatenate(times, axis=1), [build.shape[1] for build in times]),
         reference=reference_name if reference is not None else None,
         device=environment.device_name(device),
         driver=environment.driver_version(),
         dtype=str(dtype).removeprefix("torch."),
-        method=methods[0],
+        method=method,
         threads=threads,
         paths=dict(kernel_paths(model, device, dtype)),
         foreign=foreign,
@@ -115,15 +131,22 @@ def measure_spec(
 
 def _timed(
     specs: Sequence[ModelSpec], place: Place, device: str, dtype: torch.dtype, *, effort: Effort
-) -> tuple[Array, list[str], int | None]:
-    """Times of each of `specs`, how each was timed, and how many processes of others were seen on the
-    device."""
-    steps = [_Step(spec, place, device, dtype) for spec in specs]
-    before = environment.foreign_processes()
-    times = take_turns([step.run for step in steps], effort)
+) -> tuple[list[Array], str, int | None]:
+    """Times of each of `specs` for each build, how the first was timed, and how many processes of others were
+    seen on the device."""
+    before, times, method = environment.foreign_processes(), [], ""
+    for number in range(effort.builds):
+        # Who is built first alternates as well.
+        order = specs if number % 2 == 0 else specs[::-1]
+        steps = [_Step(spec, place, device, dtype) for spec in order]
+        steps = steps if number % 2 == 0 else steps[::-1]
+        times.append(take_turns([step.run for step in steps], effort.of_one_build))
+        method = steps[0].method
+        # The next build finds the memory free; a step holds itself, so only the collector frees it.
+        del steps
+        gc.collect()
     after = environment.foreign_processes()
-    foreign = None if before is None or after is None else max(before, after)
-    return times, [step.method for step in steps], foreign
+    return times, method, None if before is None or after is None else max(before, after)
 
 
 def take_turns(runs: Sequence[Callable[[], float]], effort: Effort) -> Array:
@@ -165,23 +188,34 @@ def _enough(times: Array, effort: Effort, spent: float) -> bool:
     return not few and (width <= effort.precision or (spent > effort.seconds and width <= DISTURBED))
 
 
-def median_interval(times: Array, *, seed: int = 0) -> tuple[float, float]:
-    """The bootstrap 95 % interval of the median of `times`. [turns]"""
-    medians = np.median(times[_resamples(times.shape[-1], seed)], axis=-1)
+def median_interval(
+    times: Array, *, builds: Sequence[int] | None = None, seed: int = 0
+) -> tuple[float, float]:
+    """The bootstrap 95 % interval of the median of `times`, which hold so many turns of each build. [turns]"""
+    medians = np.median(times[_resamples(builds or [times.shape[-1]], seed)], axis=-1)
     low, high = np.percentile(medians, [2.5, 97.5])
     return float(low), float(high)
 
 
-def ratio_interval(times: Array, *, seed: int = 0) -> tuple[float, float]:
+def ratio_interval(
+    times: Array, *, builds: Sequence[int] | None = None, seed: int = 0
+) -> tuple[float, float]:
     """The bootstrap 95 % interval of median(times[0]) / median(times[1]), whole turns drawn together. [2,
     turns]"""
-    medians = np.median(times[:, _resamples(times.shape[-1], seed)], axis=-1)
+    medians = np.median(times[:, _resamples(builds or [times.shape[-1]], seed)], axis=-1)
     low, high = np.percentile(medians[0] / medians[1], [2.5, 97.5])
     return float(low), float(high)
 
 
-def _resamples(count: int, seed: int) -> NDArray[np.int64]:
-    return np.random.default_rng(seed).integers(0, count, size=(RESAMPLES, count))
+def _resamples(builds: Sequence[int], seed: int) -> NDArray[np.int64]:
+    """Indices of turns: as many builds as there are, drawn with replacement, and turns of each drawn likewise."""
+    generator, sizes = np.random.default_rng(seed), np.array(builds)
+    drawn = generator.integers(0, len(sizes), size=(RESAMPLES, len(sizes)))
+    places = generator.random((RESAMPLES, len(sizes), int(sizes.mean())))
+    starts = np.cumsum(sizes) - sizes
+    found = starts[drawn][..., None] + (places * sizes[drawn][..., None]).astype(np.int64)
+    indices: NDArray[np.int64] = found.reshape(RESAMPLES, -1)
+    return indices
 
 
 def _width(times: Array) -> float:
@@ -195,16 +229,16 @@ def _width(times: Array) -> float:
     return max(width, (high - low) / float(np.median(times[0]) / np.median(times[1])))
 
 
-def _summary(times: Array) -> dict[str, Any]:
+def _summary(times: Array, builds: Sequence[int]) -> dict[str, Any]:
     """The figures of a `Latency` that follow from the times."""
-    low, high = median_interval(times[0])
+    low, high = median_interval(times[0], builds=builds)
     p10, median, p90 = (float(value) for value in np.percentile(times[0], [10, 50, 90]))
     row: dict[str, Any] = {"median_ms": median, "low_ms": low, "high_ms": high, "p10_ms": p10, "p90_ms": p90}
     row |= {"n": times.shape[1], "reference_ms": None, "ratio": None, "ratio_low": None, "ratio_high": None}
     if len(times) == 2:
         row["reference_ms"] = float(np.median(times[1]))
         row["ratio"] = median / row["reference_ms"]
-        row["ratio_low"], row["ratio_high"] = ratio_interval(times)
+        row["ratio_low"], row["ratio_high"] = ratio_interval(times, builds=builds)
     return row
 
 

@@ -106,3 +106,25 @@ def test_a_row_says_how_it_was_taken_and_goes_through_json() -> None:
     assert row.low_ms <= row.median_ms <= row.high_ms
     assert torch.get_num_threads() == threads
     assert Latency(**json.loads(json.dumps(asdict(row)))) == row
+
+
+def test_an_interval_covers_builds_that_differ_more_than_their_turns() -> None:
+    rng = np.random.default_rng(0)
+    builds = [
+        offset + rng.normal(0, 0.001, size=size) for offset, size in ((0.97, 20), (1.0, 30), (1.03, 25))
+    ]
+    times = np.concatenate(builds)
+    narrow = median_interval(times)
+    low, high = median_interval(times, builds=[20, 30, 25])
+    assert low < 0.98 < 1.02 < high
+    assert high - low > narrow[1] - narrow[0]
+    both = np.stack([times, np.ones_like(times)])
+    low, high = ratio_interval(both, builds=[20, 30, 25])
+    assert low < 0.98 < 1.02 < high
+
+
+def test_a_build_gets_its_share_of_the_effort() -> None:
+    whole = Effort(least=10, most=200, seconds=3.0, precision=0.02, builds=4)
+    part = whole.of_one_build
+    assert (part.least, part.most, part.seconds, part.builds) == (3, 50, 0.75, 1)
+    assert part.precision == pytest.approx(0.04)

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -333,9 +334,14 @@ def test_more_trials_continue_a_finished_search(tiny_text: str, tmp_path: Path) 
     assert [trial.hash for trial in more.trials] == [trial.hash for trial in whole.trials]
 
 
+def scored_in_a_second(training: Training, task: Task) -> Evaluation:
+    time.sleep(1.0)
+    return scored(training, task)
+
+
 @pytest.mark.usefixtures("workers")
 def test_no_round_is_begun_after_the_time(tiny_text: str, tmp_path: Path) -> None:
-    run = quick(tiny_text, tmp_path / "run", trials=6, time="1s")
+    run = quick(tiny_text, tmp_path / "run", trials=6, time="1s", evaluate=scored_in_a_second)
     assert 2 <= len(run.trials) < 6
     assert run.status == "finished"
 
