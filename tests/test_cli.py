@@ -165,6 +165,17 @@ def test_show_prints_a_table_to_a_person(run: Heddle, spec: Path) -> None:
     assert "gated_deltanet" in out
 
 
+@pytest.mark.usefixtures("spec")
+def test_a_search_without_its_corpus_leaves_no_folder(run: Heddle) -> None:
+    assert run("init", "new.yaml")[0] == 0
+    new = Path("new.yaml")
+    new.write_text(new.read_text().replace("source: python-stdlib", "source: nowhere.txt"))
+    status, _, err = run("search", "new.yaml", "--out", "run")
+    assert status == 2
+    assert "[corpus-missing]" in err
+    assert not Path("run").exists()
+
+
 def test_show_draws_the_graph_as_text_and_as_a_flowchart(run: Heddle, spec: Path) -> None:
     status, text, _ = run("show", spec, "--graph", "text")
     assert status == 0

@@ -71,10 +71,12 @@ def search(
     """
     _check_folder(out, resume=resume)
     given = Given(trials, _seconds(time), resume, storage, ray_address, evaluate, effort)
+    # Before anything is written: a missing corpus leaves no folder behind.
+    tasks = _tasks(file)
     with ExitStack() as stack:
         stack.enter_context(full_disk_told(out))
         stack.enter_context(RunLock(out))
-        driver = _open(stack, file, out, given, progress or Silent())
+        driver = _open(stack, file, out, given, tasks=tasks, progress=progress or Silent())
         driver.progress.started(read_run(out), driver.setting.trials)
         with _interrupts(driver, given.again(file, out)):
             _search(driver)
@@ -105,9 +107,13 @@ class Given:
         return shlex.join(words)
 
 
-def _open(stack: ExitStack, file: SpecFile, out: Path, given: Given, progress: Progress) -> Driver:
+Tasks = list[tuple[Task, Recipe, TaskInfo]]
+
+
+def _open(
+    stack: ExitStack, file: SpecFile, out: Path, given: Given, *, tasks: Tasks, progress: Progress
+) -> Driver:
     """A driver with its workers, its study and its folder, new or as they were left; `stack` closes them."""
-    tasks = _tasks(file)
     workers = stack.enter_context(Workers(address=given.ray_address))
     workers.warm_up()
     objectives = tuple(Objective(task, workers.share(task), recipe, info) for task, recipe, info in tasks)
@@ -205,7 +211,7 @@ def _check_folder(out: Path, *, resume: bool) -> None:
         )
 
 
-def _tasks(file: SpecFile) -> list[tuple[Task, Recipe, TaskInfo]]:
+def _tasks(file: SpecFile) -> Tasks:
     """The tasks of the spec, each with its recipe; a second task of a kind gets a number in its name."""
     spec, names = file.spec, Counter[str]()
     found = []
