@@ -31,6 +31,11 @@ CODES: dict[str, int] = {
     "dims-not-divisible": BAD_INPUT,
     "conflicting-fields": BAD_INPUT,
     "unknown-block": BAD_INPUT,
+    "unknown-layer": BAD_INPUT,
+    "reference-direction": BAD_INPUT,
+    "reference-mismatch": BAD_INPUT,
+    "duplicate-name": BAD_INPUT,
+    "not-causal": BAD_INPUT,
     # A warning: it ends no command.
     "unused-block": 0,
     "bad-placement": BAD_INPUT,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Any, cast
 
 import torch
 
@@ -48,7 +47,7 @@ def kernel_paths(model: ModelSpec, device: str | torch.device, dtype: torch.dtyp
     module = build(model, device="meta", dtype=dtype)
     where = torch.device(device)
     kinds = [layer["mixer"]["kind"] for layer in module.config.layers]
-    mixers = [cast(Any, layer).mixer for layer in module.model.layers]
+    mixers = [module.model.layer_at(index).mixer for index in range(len(kinds))]
     found: dict[str, set[str]] = {}
     for kind, mixer in zip(kinds, mixers, strict=True):
         found.setdefault(kind, set()).add(mixer.kernel_path(where, dtype))

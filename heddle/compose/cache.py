@@ -7,7 +7,7 @@ nothing else of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -154,6 +154,48 @@ class RecurrentLayer(StateLayer):
         self.is_initialized = bool(tensors)
 
 
+class CompositeLayer(StateLayer):
+    """What a mixer made of others keeps: the layers of its parts, and named states of its own.
+
+    The tensors of a part are named by its path: `mixers.0.keys`.
+    """
+
+    def __init__(self, parts: Mapping[str, StateLayer], own: RecurrentLayer | None = None) -> None:
+        super().__init__()
+        self.parts, self.own = dict(parts), own or RecurrentLayer()
+        self.is_croppable = not self.own.states and all(part.is_croppable for part in parts.values())
+
+    def _held(self) -> dict[str, StateLayer]:
+        return {"": self.own, **{f"{path}.": part for path, part in self.parts.items()}}
+
+    def advance(self, tokens: int) -> None:
+        for held in self._held().values():
+            held.advance(tokens)
+        self.tokens = next(iter(self.parts.values())).tokens
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {
+            path + name: tensor
+            for path, held in self._held().items()
+            for name, tensor in held.tensors().items()
+        }
+
+    def replace(self, tensors: dict[str, Tensor]) -> None:
+        for path, held in self._held().items():
+            held.replace({name: tensors[path + name] for name in held.tensors() if path + name in tensors})
+        self.is_initialized = bool(tensors)
+
+    def reset(self) -> None:
+        for held in self._held().values():
+            held.reset()
+        self.tokens, self.is_initialized = 0, False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        for held in self._held().values():
+            held.crop(tokens_to_remove)
+        self.tokens = next(iter(self.parts.values())).tokens
+
+
 class PreallocatedKVLayer(KVLayer):
     """A KV layer at a fixed length: every step writes the same slot in place.
 
@@ -208,10 +250,35 @@ class Call:
     cache: StateLayer | None = None
     # Tables that layers of one forward share: rotations by (size, theta), masks by (keys, window).
     memo: dict[Any, Any] = field(default_factory=dict)
+    # What layers hand on to later ones, by (what, layer): the streams, keys, values and indices of this forward.
+    handed: dict[tuple[str, int], Any] = field(default_factory=dict)
+    # Auxiliary losses of this forward: name, value, and the factor with which it joins the training loss.
+    losses: list[tuple[str, Tensor, float]] = field(default_factory=list)
+    # [B, T, H], or None: factors of the heads of the mixer that is called, before its output projection.
+    head_gates: Tensor | None = None
+    # [B, T] of 0 and 1, or None for 1: which of these tokens the mixer remembers. Every token is answered.
+    written: Tensor | None = None
 
     def at(self, cache: StateLayer | None) -> Call:
         """The same call at another layer."""
-        return Call(self.positions, self.padding, self.key_padding, cache, self.memo)
+        return Call(
+            self.positions, self.padding, self.key_padding, cache, self.memo, self.handed, self.losses
+        )
+
+    def part(self, path: str, *, head_gates: Tensor | None = None, written: Tensor | None = None) -> Call:
+        """The same call for a part of a composite mixer, with the part's own cache."""
+        inner = self.at(self.cache.parts[path] if isinstance(self.cache, CompositeLayer) else None)
+        inner.head_gates = self.head_gates if head_gates is None else head_gates
+        inner.written = self.written if written is None else written
+        return inner
+
+    def gated(self, heads: Tensor) -> Tensor:
+        """The outputs of heads [B, T, H, V], each times its factor."""
+        return heads if self.head_gates is None else heads * self.head_gates[..., None].to(heads.dtype)
+
+    def add_loss(self, name: str, value: Tensor, factor: float) -> None:
+        """Adds an auxiliary loss (a scalar) to those of this forward; only training asks for them."""
+        self.losses.append((name, value, factor))
 
     def hide_padding(self, x: Tensor) -> Tensor:
         """`x` [B, T, ...] with zeros where there is no token, so that a recurrence starts from nothing."""
@@ -219,12 +286,14 @@ class Call:
 
     def state(self, name: str) -> Tensor | None:
         """A recurrent state after the earlier tokens, or None at the start."""
-        return self.cache.states.get(name) if isinstance(self.cache, RecurrentLayer) else None
+        held = self.cache.own if isinstance(self.cache, CompositeLayer) else self.cache
+        return held.states.get(name) if isinstance(held, RecurrentLayer) else None
 
     def keep(self, **states: Tensor) -> None:
         """Remembers recurrent states for the next call, if there will be one."""
-        if isinstance(self.cache, RecurrentLayer):
-            self.cache.keep(states)
+        held = self.cache.own if isinstance(self.cache, CompositeLayer) else self.cache
+        if isinstance(held, RecurrentLayer):
+            held.keep(states)
 
     def rotary_tables(self, size: int, theta: float) -> Tables:
         """Cosines and sines at this call's positions."""

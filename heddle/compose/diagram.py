@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from heddle.compose.passes.graph import ChannelBlock, Edge, MixerBlock, Node, nodes_of
+from heddle.compose.passes.graph import ChannelBlock, Edge, MixerBlock, Node, edges_of, nodes_of
 from heddle.compose.plan import Plan
 
 
@@ -11,8 +11,8 @@ def mermaid(plan: Plan) -> str:
     names = {name: f"n{index}" for index, (name, _) in enumerate(nodes_of(plan.graph))}
     lines = ["flowchart TD"]
     lines += [f'    {names[name]}["{_label(name, node)}"]' for name, node in nodes_of(plan.graph)]
-    for first, second, data in plan.graph.edges(data=True):
-        lines.append(f"    {names[first]} {_arrow(data['edge'])} {names[second]}")
+    for first, second, edge in edges_of(plan.graph):
+        lines.append(f"    {names[first]} {_arrow(edge)} {names[second]}")
     return "\n".join(lines) + "\n"
 
 
@@ -26,4 +26,6 @@ def _label(name: str, node: Node) -> str:
 
 
 def _arrow(edge: Edge) -> str:
-    return "-. weight .->" if edge.kind == "share" else "-->"
+    if edge.kind == "stream":
+        return "-->"
+    return f"-. {'weight' if edge.kind == 'share' else edge.kind} .->"

@@ -8,6 +8,7 @@ from typing import Any
 
 from heddle.compose.passes.assign_caches import assign_caches
 from heddle.compose.passes.check_shapes import check_shapes
+from heddle.compose.passes.choose_kernels import choose_kernels
 from heddle.compose.passes.count_costs import count_costs
 from heddle.compose.passes.graph import (
     ChannelBlock,
@@ -16,17 +17,29 @@ from heddle.compose.passes.graph import (
     Locate,
     MixerBlock,
     Node,
+    edges_of,
     empty_graph,
     model_of,
     nodes_of,
 )
+from heddle.compose.passes.link_references import link_references
+from heddle.compose.passes.plan_sharing import plan_sharing
 from heddle.compose.passes.resolve_dims import resolve_dims
 from heddle.compose.passes.resolve_layers import resolve_layers
 from heddle.errors import Where
 from heddle.specs.model import ModelSpec
 
 Pass = Callable[[Graph, Locate], Graph]
-PASSES: tuple[Pass, ...] = (resolve_layers, resolve_dims, check_shapes, assign_caches, count_costs)
+PASSES: tuple[Pass, ...] = (
+    resolve_layers,
+    resolve_dims,
+    link_references,
+    plan_sharing,
+    check_shapes,
+    assign_caches,
+    choose_kernels,
+    count_costs,
+)
 
 # What models compute in on a GPU, and what a cache is counted in unless told otherwise.
 BFLOAT16_BYTES = 2
@@ -44,6 +57,26 @@ class LayerPlan:
     parameters: int
     _mixer: MixerBlock
     _channel: ChannelBlock | None
+
+    def runtime(self) -> dict[str, Any]:
+        """Plain data for its modules; what is as in a plain pre-norm layer is left out."""
+        mixer, channel = self._mixer, self._channel
+        data: dict[str, Any] = {
+            "mixer": dict(self.mixer),
+            "channel": dict(self.channel),
+            "norm": self.norm,
+        }
+        if mixer.norm_placement != "pre":
+            data["norm_placement"] = mixer.norm_placement
+        if mixer.residual is not None:
+            data["residual"] = dict(mixer.residual)
+        if channel is not None and channel.residual is not None:
+            data["channel_residual"] = dict(channel.residual)
+        if mixer.skip is not None:
+            data["skip"] = dict(mixer.skip)
+        if mixer.weights_of is not None:
+            data["weights_of"] = mixer.weights_of
+        return data
 
     def cost(self, context: int, batch: int = 1, *, element: int = BFLOAT16_BYTES) -> dict[str, float]:
         """As `Plan.cost`, of this layer alone."""
@@ -106,11 +139,9 @@ class Plan:
         """Plain data for HeddleConfig."""
         model = self.model
         names = ("vocab_size", "hidden_size", "context_length", "norm_eps", "tie_embeddings")
-        layers = [
-            {"mixer": dict(layer.mixer), "channel": dict(layer.channel), "norm": layer.norm}
-            for layer in self.layers
-        ]
-        return {**{name: getattr(model, name) for name in names}, "layers": layers}
+        factors = ("embedding_multiplier", "logit_multiplier", "logit_softcap")
+        data = {name: getattr(model, name) for name in (*names, *factors)}
+        return {**data, "layers": [layer.runtime() for layer in self.layers]}
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Plan):
@@ -155,9 +186,8 @@ def _layer(mixer: MixerBlock, channel: Node | None) -> LayerPlan:
     return LayerPlan(index, mixer.block, mixer.data, data, mixer.norm, parameters, mixer, channel)
 
 
-def _content(graph: Graph) -> tuple[dict[str, Node], dict[tuple[str, str], Edge]]:
-    edges = {(first, second): data["edge"] for first, second, data in graph.edges(data=True)}
-    return dict(nodes_of(graph)), edges
+def _content(graph: Graph) -> tuple[dict[str, Node], list[tuple[str, str, Edge]]]:
+    return dict(nodes_of(graph)), sorted(edges_of(graph), key=repr)
 
 
 def graph_lines(graph: Graph) -> list[str]:
@@ -165,15 +195,21 @@ def graph_lines(graph: Graph) -> list[str]:
     lines = []
     for name, node in nodes_of(graph):
         cells = [f"{name:<18}", _told(node)]
-        cells += [f"uses {other}'s weight" for other in _shared(graph, name)]
+        cells += _taken(graph, name)
         if node.parameters is not None:
             cells.append(f"{node.parameters:,} parameters")
         lines.append("  ".join(cells))
     return lines
 
 
-def _shared(graph: Graph, name: str) -> list[str]:
-    return [first for first, _, data in graph.in_edges(name, data=True) if data["edge"].kind == "share"]
+def _taken(graph: Graph, name: str) -> list[str]:
+    """What a node takes from others, beside the stream."""
+    told = {"share": "uses {}'s weight", "skip": "adds the stream of {}"}
+    return [
+        told.get(edge.kind, f"takes {edge.kind} of {{}}").format(first)
+        for first, second, edge in edges_of(graph)
+        if second == name and edge.kind != "stream"
+    ]
 
 
 def _told(node: Node) -> str:

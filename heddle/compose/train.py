@@ -1,7 +1,7 @@
 """One training loop for every model and every task: batches in, a trained model and its loss curve out.
 
-It knows no task and no spec. A model is anything with `.model(input_ids=...)` that gives `last_hidden_state`,
-and `.lm_head`.
+It knows no task and no spec. A model is anything with `.model(input_ids=...)` that gives `last_hidden_state`
+(and `aux_loss`, if its layers add something to the loss), and `.logits(hidden)`.
 """
 
 from __future__ import annotations
@@ -148,10 +148,17 @@ def labelled_logits(model: nn.Module, inputs: Tensor, positions: Tensor | None) 
 
     At a large vocabulary the head would otherwise cost more than the layers.
     """
-    backbone, head = cast(Callable[..., Any], model.model), cast(Callable[[Tensor], Tensor], model.lm_head)
-    hidden: Tensor = backbone(input_ids=inputs, use_cache=False).last_hidden_state
+    return _forward(model, inputs, positions)[0]
+
+
+def _forward(model: nn.Module, inputs: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The labelled logits, and what the layers add to the loss."""
+    backbone, head = cast(Callable[..., Any], model.model), cast(Callable[[Tensor], Tensor], model.logits)
+    found = backbone(input_ids=inputs, use_cache=False)
+    hidden: Tensor = found.last_hidden_state
     flat = hidden.reshape(-1, hidden.shape[-1])
-    return head(flat if positions is None else flat.index_select(0, positions))
+    logits = head(flat if positions is None else flat.index_select(0, positions))
+    return logits, getattr(found, "aux_loss", None)
 
 
 def labelled_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -174,7 +181,9 @@ def _labels(targets: Tensor, positions: Tensor | None) -> Tensor:
 
 
 def _loss(model: nn.Module, inputs: Tensor, positions: Tensor | None, labels: Tensor) -> Tensor:
-    return F.cross_entropy(labelled_logits(model, inputs, positions).float(), labels)
+    logits, added = _forward(model, inputs, positions)
+    loss = F.cross_entropy(logits.float(), labels)
+    return loss if added is None else loss + added
 
 
 class _Run:

@@ -16,6 +16,23 @@ class Schema(BaseModel):
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
 
+    def written(self) -> dict[str, Any]:
+        """Plain data that makes the same piece again: what is at its default is left out, a `kind` never."""
+        found = {}
+        for name, info in type(self).model_fields.items():
+            value = getattr(self, name)
+            if name == "kind" or value != info.get_default(call_default_factory=True):
+                found[name] = _written(value)
+        return found
+
+
+def _written(value: Any) -> Any:
+    if isinstance(value, Schema):
+        return value.written()
+    if isinstance(value, dict):
+        return {key: _written(one) for key, one in value.items()}
+    return [_written(one) for one in value] if isinstance(value, (list, tuple)) else value
+
 
 NAME_PATTERN = r"^[A-Za-z_][A-Za-z0-9_-]{0,63}$"
 NAME_HINT = "letters, digits, '_' and '-', at most 64; a letter or '_' first"

@@ -14,6 +14,7 @@ from heddle.specs.layer import MAX_LAYERS, Site
 from heddle.specs.model import BlockSpec
 from heddle.specs.open_values import RESERVED
 from heddle.specs.reader import MAX_ERRORS, Path_
+from heddle.specs.references import EMBEDDING
 from heddle.specs.search import MqarTask
 
 # Token ids of the bytes tokenizer.
@@ -23,8 +24,15 @@ BYTES = 256
 def block_problems(block: BlockSpec, hidden_size: int) -> list[tuple[str, Problem]]:
     """What cannot be built of a block, beside the part it is in: mixer or channel."""
     site = Site(hidden_size)
-    mixer = [("mixer", problem) for problem in block.mixer.problems(site)]
-    return mixer + [("channel", problem) for problem in block.channel.problems(site)]
+    found = [("mixer", problem) for problem in block.mixer.problems(site)]
+    found += [("channel", problem) for problem in block.channel.problems(site)]
+    for part in ("residual", "channel_residual"):
+        residual = getattr(block, part)
+        if residual is not None and residual.of == "normed" and block.norm_placement == "post":
+            what = "there is no norm before the part when norms stand after it"
+            problem = Problem("of", what, "norm_placement: pre, or of: stream", "conflicting-fields")
+            found.append((part, problem))
+    return found
 
 
 def block_findings(block: BlockSpec, hidden_size: int) -> list[Finding]:
@@ -39,7 +47,7 @@ def name_findings(names: Iterable[str]) -> list[Finding]:
     """Names that blocks cannot have, by path below `blocks`."""
     found = []
     for name in islice(names, MAX_ERRORS):
-        if name in RESERVED:
+        if name in (*RESERVED, EMBEDDING):
             what = f"{name} is a word of the language, not a block's name"
             found.append(Finding("out-of-range", what, (name,), "give the block another name", key=True))
         elif not re.fullmatch(NAME_PATTERN, name):
@@ -51,15 +59,16 @@ def name_findings(names: Iterable[str]) -> list[Finding]:
 
 def layer_findings(layers: Sequence[Any], blocks: Mapping[str, Any]) -> list[Finding]:
     """Layers that name no block, and too many layers, by path below `layers`; what is no layer at all is passed over."""
-    found: list[Finding] = []
+    found = list(_name_findings(layers, blocks))
     count = 0
     for index, item in enumerate(layers):
-        if isinstance(item, Mapping):
+        if isinstance(item, Mapping) and "block" in item:
+            named: list[tuple[Path_, Any]] = [((index, "block"), item["block"])]
+            count += 1
+        elif isinstance(item, Mapping):
             pattern, repeat = item.get("pattern"), item.get("repeat")
             names = pattern if isinstance(pattern, list) else []
-            named: list[tuple[Path_, Any]] = [
-                ((index, "pattern", place), name) for place, name in enumerate(names)
-            ]
+            named = [((index, "pattern", place), name) for place, name in enumerate(names)]
             count += len(named) * (repeat if type(repeat) is int else 1)
         else:
             named, count = [((index,), item)], count + 1
@@ -70,6 +79,20 @@ def layer_findings(layers: Sequence[Any], blocks: Mapping[str, Any]) -> list[Fin
     if count > MAX_LAYERS:
         found.append(Finding("out-of-range", f"{count:,} layers; at most {MAX_LAYERS:,}", ()))
     return found
+
+
+def _name_findings(layers: Sequence[Any], blocks: Mapping[str, Any]) -> Iterator[Finding]:
+    """Names of layers that are a block's already, or another layer's."""
+    first: dict[str, int] = {}
+    for index, item in enumerate(layers):
+        name = item.get("name") if isinstance(item, Mapping) else None
+        if not isinstance(name, str):
+            continue
+        owner = f"layers.{first[name]}" if name in first else "a block" if name in blocks else None
+        if owner is not None or name == EMBEDDING:
+            what = f"{shown(name)} is the name of {owner or 'the embedded tokens'} already"
+            yield Finding("duplicate-name", what, (index, "name"), "give the layer another name")
+        first.setdefault(name, index)
 
 
 def unknown_block(name: str, blocks: Sequence[str] | Mapping[str, Any]) -> tuple[str, str]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 from heddle.specs.base import Schema
 from heddle.specs.cost import State
 from heddle.specs.layer import Site
+
+# What a layer may take from an earlier one. `stream`: what it gave to the residual stream.
+Handed = Literal["keys", "values", "indices", "stream"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,13 +24,64 @@ class Problem:
     code: str = "dims-not-divisible"
 
 
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """An edge by name: `what` is taken from the nearest earlier layer called `name`, or made of the block `name`.
+
+    `field` is its dotted path inside the mixer, or inside the block for `stream`.
+    """
+
+    field: str
+    name: str
+    what: Handed
+
+
 class MixerSpec(Schema):
     """A block that mixes along time. All costs are of one sequence; `element` is the bytes of a number."""
 
+    # "package.module:Class" of the torch module of a kind that lives in another package; ours are found by their kind.
+    module: ClassVar[str | None] = None
+    # The ops of `heddle.kernels` that it calls.
+    ops: ClassVar[tuple[str, ...]] = ()
     kind: str
-    # Set by `resolved`; the layer's own count may be derived from hidden_size.
-    heads: int
-    head_dim: int | None = None
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether no output depends on later tokens."""
+        return all(part.is_causal for part in self.parts().values())
+
+    def parts(self) -> Mapping[str, MixerSpec]:
+        """The mixers it is made of, by their dotted path inside it; none for a plain mixer."""
+        return {}
+
+    def kernels(self) -> tuple[str, ...]:
+        """The ops that it and its parts call, each once."""
+        inner = [name for part in self.parts().values() for name in part.kernels()]
+        return tuple(dict.fromkeys([*self.ops, *inner]))
+
+    def references(self) -> tuple[Reference, ...]:
+        """What it takes from earlier layers."""
+        return tuple(
+            Reference(f"{path}.{one.field}", one.name, one.what)
+            for path, part in self.parts().items()
+            for one in part.references()
+        )
+
+    def offers(self, site: Site) -> Mapping[Handed, tuple[int, ...]]:  # noqa: ARG002
+        """What later layers may take of it, with the shape of one token's part."""
+        return {}
+
+    def misfit(self, reference: Reference, source: MixerSpec, site: Site) -> str | None:
+        """Why `reference`, one of its own, cannot take what `source` offers; None if it can."""
+        path, part = next(
+            ((path, one) for path, one in self.parts().items() if reference.field.startswith(f"{path}.")),
+            (None, None),
+        )
+        if part is None:
+            return misfit_of(self.offers(site), reference, source, site)
+        assert path is not None
+        inner = Reference(reference.field.removeprefix(f"{path}."), reference.name, reference.what)
+        return part.misfit(inner, source, site)
 
     def resolved(self, site: Site) -> Self:
         """The same mixer with every size filled in."""
@@ -69,11 +124,34 @@ class MixerSpec(Schema):
         return sum(state.bytes_per_token(element) for state in self.states(site) if state.grows)
 
 
+class HeadedMixer(MixerSpec):
+    """A mixer with heads of its own, whose output before the output projection is handed out head by head."""
+
+    # `resolved` fills the size in; it may be derived from hidden_size.
+    heads: int
+    head_dim: int | None = None
+
+
+def misfit_of(
+    own: Mapping[Handed, tuple[int, ...]], reference: Reference, source: MixerSpec, site: Site
+) -> str | None:
+    """Why a mixer with shapes `own` cannot take what `source` offers: it offers no such thing, or in another shape."""
+    given = source.offers(site).get(reference.what)
+    if given is None:
+        return f"{reference.name} is {source.kind}, which has no {reference.what} to hand on"
+    wanted = own.get(reference.what)
+    if wanted is not None and wanted != given:
+        sizes = [" x ".join(map(str, shape)) for shape in (given, wanted)]
+        return f"the {reference.what} of {reference.name} are {sizes[0]} a token, and {sizes[1]} are needed"
+    return None
+
+
 class ChannelSpec(Schema):
     """A block that mixes the features of one token."""
 
     # Whether there is a block at all, and so a norm before it.
     is_empty: ClassVar[bool] = False
+    module: ClassVar[str | None] = None
     kind: str
 
     def resolved(self, site: Site) -> Self:
@@ -101,12 +179,12 @@ class ChannelSpec(Schema):
         raise NotImplementedError
 
 
-def head_dim_of(mixer: MixerSpec, site: Site) -> int:
+def head_dim_of(mixer: HeadedMixer, site: Site) -> int:
     """`head_dim`, or its share of the hidden size."""
     return mixer.head_dim or max(1, site.hidden_size // mixer.heads)
 
 
-def heads_problems(mixer: MixerSpec, site: Site) -> list[Problem]:
+def heads_problems(mixer: HeadedMixer, site: Site) -> list[Problem]:
     """That heads divides hidden_size where it must."""
     if mixer.head_dim is not None or site.hidden_size % mixer.heads == 0:
         return []

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import Discriminator, Field, Tag
 
-from heddle.specs.base import Schema
+from heddle.specs.base import Name, Schema
 
 MAX_LAYERS = 4096
 
@@ -37,12 +37,30 @@ class Repeat(Schema):
     ]
 
 
+class OneLayer(Schema):
+    """One layer that has a name of its own, or differs from its block."""
+
+    block: Annotated[Reference, Field(description="Name of the block.")]
+    name: Annotated[
+        Name | None, Field(description="A name of the layer's own, for others to take from; null: none.")
+    ] = None
+    override: Annotated[
+        dict[str, Any],
+        Field(
+            description="Fields of the block that are different here, nested as in the block; a mixer or channel of "
+            "another kind takes the place of the whole one."
+        ),
+    ] = Field(default_factory=dict)
+
+
 def _form(item: Any) -> str:
-    return "repeat" if isinstance(item, (dict, Repeat)) else "name"
+    if isinstance(item, Repeat) or (isinstance(item, dict) and ("repeat" in item or "pattern" in item)):
+        return "repeat"
+    return "layer" if isinstance(item, (dict, OneLayer)) else "name"
 
 
-# One layer by its block's name, or a repeated pattern of them.
+# One layer by its block's name or in full, or a repeated pattern of names.
 LayerItem = Annotated[
-    Annotated[Reference, Tag("name")] | Annotated[Repeat, Tag("repeat")],
+    Annotated[Reference, Tag("name")] | Annotated[Repeat, Tag("repeat")] | Annotated[OneLayer, Tag("layer")],
     Discriminator(_form),
 ]

@@ -12,7 +12,7 @@ from heddle.specs.base import nearest
 from heddle.specs.check_file import Checked, check_file, check_model
 from heddle.specs.model import ModelSpec
 from heddle.specs.open_values import OpenValues
-from heddle.specs.pattern import expand_layers, layer_paths
+from heddle.specs.pattern import definition_of, expand_layers, layer_paths
 from heddle.specs.places import Places
 from heddle.specs.reader import Path_, parse, read
 from heddle.specs.space import Placement, Space
@@ -152,7 +152,8 @@ def _definition(steps: Path_, model: ModelSpec) -> Path_:
     layer = steps[1] if len(steps) > 1 else None
     if steps[0] != "layers" or not isinstance(layer, int):
         return steps
-    names = expand_layers(model)
-    if layer >= len(names):
+    if layer >= len(expand_layers(model)):
         return ("layers",)
-    return ("blocks", names[layer], *steps[2:]) if len(steps) > 2 else ("layers", *layer_paths(model)[layer])
+    return (
+        definition_of(model, layer, steps[2:]) if len(steps) > 2 else ("layers", *layer_paths(model)[layer])
+    )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from heddle.specs.checks import block_findings, layer_findings, name_findings
 from heddle.specs.explain import HOLE, Finding, check_field, check_fields, check_schema, missing, shown
-from heddle.specs.layer import Repeat
+from heddle.specs.layer import OneLayer, Repeat
 from heddle.specs.model import MAX_BLOCKS, BlockSpec, ModelSpec
+from heddle.specs.pattern import overridden
 from heddle.specs.reader import MAX_ERRORS, Path_
 
 PARTS = ("blocks", "layers")
@@ -21,7 +22,7 @@ class ModelParts:
 
     fields: Mapping[str, Any]
     blocks: Mapping[str, BlockSpec | None]
-    layers: list[str | Repeat] | None
+    layers: list[str | Repeat | OneLayer] | None
     findings: list[Finding]
 
 
@@ -42,6 +43,7 @@ def check_parts(model: Any, *, has_layers: bool) -> ModelParts:
     if has_layers and "layers" in model:
         layers, wrong = check_layers(model["layers"], blocks)
         found += wrong
+        found += override_findings(model["layers"], model.get("blocks"), blocks, fields.get("hidden_size"))
     return ModelParts(fields, blocks, layers, found)
 
 
@@ -76,7 +78,43 @@ def check_block(data: Any, hidden_size: int | None) -> tuple[BlockSpec | None, l
     return block, [] if hidden_size is None else block_findings(block, hidden_size)
 
 
-def check_layers(data: Any, blocks: Mapping[str, Any]) -> tuple[list[str | Repeat] | None, list[Finding]]:
+def override_findings(
+    layers: Any, data: Any, blocks: Mapping[str, BlockSpec | None], hidden_size: int | None
+) -> list[Finding]:
+    """What is wrong with the overrides of single layers, by path below `model`; `data` is that of the blocks."""
+    found: list[Finding] = []
+    for index, item in enumerate(layers if isinstance(layers, list) else []):
+        override = item.get("override") if isinstance(item, Mapping) else None
+        name = item.get("block") if isinstance(item, Mapping) else None
+        # What is wrong with the block itself is told there.
+        if not isinstance(override, Mapping) or not override or blocks.get(str(name)) is None:
+            continue
+        at: Path_ = ("layers", index, "override")
+        block, wrong = check_block(overridden(data[name], override), hidden_size)
+        found += [replace(one, path=(*at, *_told_in(override, one.path))) for one in wrong]
+        if block is not None and block.shared:
+            what = "layers of a shared block have one set of weights, so none of them can differ"
+            found.append(
+                Finding("conflicting-fields", what, at, "a block of its own for this layer", key=True)
+            )
+        if len(found) > MAX_ERRORS:
+            break
+    return found
+
+
+def _told_in(override: Mapping[str, Any], path: Path_) -> Path_:
+    """As much of the path as stands in the override."""
+    held: Any = override
+    for size, step in enumerate(path):
+        if not isinstance(held, Mapping) or step not in held:
+            return path[:size]
+        held = held[step]
+    return path
+
+
+def check_layers(
+    data: Any, blocks: Mapping[str, Any]
+) -> tuple[list[str | Repeat | OneLayer] | None, list[Finding]]:
     """The list of layers; findings by path below `model`."""
     if isinstance(data, Mapping):
         what, hint = (

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from heddle.specs.layer import Repeat
-from heddle.specs.model import ModelSpec
+from heddle.specs.layer import OneLayer, Repeat
+from heddle.specs.model import BlockSpec, ModelSpec
 from heddle.specs.reader import Path_
 
 # Longest pattern that folding looks for.
@@ -15,21 +17,81 @@ MAX_FOLD = 32
 
 def expand_layers(model: ModelSpec) -> list[str]:
     """The block name of every layer."""
-    names: list[str] = []
+    return [name for item in model.layers for name in _names(item)]
+
+
+def _names(item: str | Repeat | OneLayer) -> list[str]:
+    if isinstance(item, Repeat):
+        return item.pattern * item.repeat
+    return [item.block if isinstance(item, OneLayer) else item]
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One layer: the name of its block, its own name if it has one, and what it is, overrides included."""
+
+    index: int
+    block: str
+    name: str | None
+    spec: BlockSpec
+    is_overridden: bool = False
+
+
+def layers_of(model: ModelSpec) -> list[Layer]:
+    """Every layer of a model whose layers name blocks that are there."""
+    made: list[Layer] = []
+    known: dict[str, BlockSpec] = {}
     for item in model.layers:
-        names += item.pattern * item.repeat if isinstance(item, Repeat) else [item]
-    return names
+        if not isinstance(item, OneLayer):
+            made += [
+                Layer(len(made) + i, name, None, model.blocks[name]) for i, name in enumerate(_names(item))
+            ]
+            continue
+        spec = model.blocks[item.block]
+        if item.override:
+            key = f"{item.block} {json.dumps(item.override, sort_keys=True)}"
+            if key not in known:
+                known[key] = BlockSpec.model_validate(overridden(spec.written(), item.override))
+            spec = known[key]
+        made.append(Layer(len(made), item.block, item.name, spec, bool(item.override)))
+    return made
+
+
+def overridden(data: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, Any]:
+    """`data` with the fields of `override` in their place; what is of another kind is not merged but replaced."""
+    made = dict(data)
+    for key, value in override.items():
+        old = made.get(key)
+        if isinstance(old, Mapping) and isinstance(value, Mapping):
+            is_same_kind = value.get("kind", old.get("kind")) == old.get("kind")
+            made[key] = overridden(old, value) if is_same_kind else value
+        else:
+            made[key] = value
+    return made
 
 
 def layer_paths(model: ModelSpec) -> list[Path_]:
-    """Where the name of every layer stands, as a path below `layers`."""
+    """Where the name of the block of every layer stands, as a path below `layers`."""
     paths: list[Path_] = []
     for index, item in enumerate(model.layers):
         if isinstance(item, Repeat):
             paths += [(index, "pattern", place) for place in range(len(item.pattern))] * item.repeat
         else:
-            paths.append((index,))
+            paths.append((index, "block") if isinstance(item, OneLayer) else (index,))
     return paths
+
+
+def definition_of(model: ModelSpec, layer: int, steps: Path_) -> Path_:
+    """Where the field `steps` of a layer is said, as a path below the model: in its override, or in its block."""
+    place = layer_paths(model)[layer]
+    item = model.layers[place[0]] if isinstance(place[0], int) else None
+    if isinstance(item, OneLayer):
+        held: Any = item.override
+        for step in steps:
+            held = held.get(step) if isinstance(held, Mapping) else None
+        if held is not None:
+            return ("layers", place[0], "override", *steps)
+    return ("blocks", expand_layers(model)[layer], *steps)
 
 
 def uniform_layers(length: int, rest: str, counts: Mapping[str, int]) -> list[str]:
@@ -49,6 +111,19 @@ def uniform_layers(length: int, rest: str, counts: Mapping[str, int]) -> list[st
     for index, name in enumerate(names):
         layers[(index + 1) * length // total - 1] = name
     return layers
+
+
+def fold_items(items: Sequence[str | Repeat | OneLayer]) -> list[Any]:
+    """A list of layers written short: runs of plain names folded, layers in full as they are."""
+    folded: list[Any] = []
+    run: list[str] = []
+    for item in items:
+        if isinstance(item, OneLayer):
+            folded += [*fold_layers(run), item.written()]
+            run = []
+        else:
+            run += _names(item)
+    return [*folded, *fold_layers(run)]
 
 
 def fold_layers(names: Sequence[str]) -> list[Any]:

@@ -12,7 +12,7 @@ from heddle.specs.spec import Spec
 Schema = dict[str, Any]
 
 # The parts of a spec in which a value may be left open, besides mixers and channel blocks.
-OPEN = ("ModelSpec", "BlockSpec", "Repeat", "Rope")
+OPEN = ("ModelSpec", "BlockSpec", "OneLayer", "Repeat", "Residual", "Rope", "Skip")
 _NOTES = ("description", "default", "examples")
 
 

@@ -7,8 +7,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from heddle.specs.model import BlockSpec, ModelSpec
-from heddle.specs.pattern import expand_layers, fold_layers
+from heddle.specs.model import ModelSpec
+from heddle.specs.pattern import expand_layers, fold_items
 from heddle.specs.spec import VERSION, Spec
 
 # A mapping or list that fits on a line of this length stands on it.
@@ -23,10 +23,11 @@ def to_yaml(spec: Spec) -> str:
     It loads again to the same hash.
     """
     model: dict[str, Any] = {"vocab_size": spec.model.vocab_size, "hidden_size": spec.model.hidden_size}
-    model |= spec.model.model_dump(exclude={"blocks", "layers"}, exclude_defaults=True)
+    written = spec.model.written()
+    model |= {name: value for name, value in written.items() if name not in ("blocks", "layers")}
     names = expand_layers(spec.model)
-    model["blocks"] = {name: _block(spec.model.blocks[name]) for name in _in_order(spec.model, names)}
-    model["layers"] = fold_layers(names)
+    model["blocks"] = {name: written["blocks"][name] for name in _in_order(spec.model, names)}
+    model["layers"] = fold_items(spec.model.layers)
     rest = spec.model_dump(exclude={"version", "name", "model", "search"}, exclude_defaults=True)
     whole = {"version": VERSION, "name": spec.name, "model": model, **rest}
     return "".join(f"{line}\n" for key, value in whole.items() for line in _lines(key, value, 0))
@@ -35,14 +36,6 @@ def to_yaml(spec: Spec) -> str:
 def _in_order(model: ModelSpec, names: Sequence[str]) -> list[str]:
     used = set(names)
     return [name for name in model.blocks if name in used]
-
-
-def _block(block: BlockSpec) -> dict[str, Any]:
-    made: dict[str, Any] = {}
-    for part in ("mixer", "channel"):
-        one = getattr(block, part)
-        made[part] = {"kind": one.kind, **one.model_dump(exclude={"kind"}, exclude_defaults=True)}
-    return made if block.norm == "rmsnorm" else {**made, "norm": block.norm}
 
 
 def _lines(key: str, value: Any, depth: int) -> list[str]:

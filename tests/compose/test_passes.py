@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import networkx as nx
@@ -10,6 +11,7 @@ import pytest
 
 from heddle.compose.passes.assign_caches import assign_caches
 from heddle.compose.passes.check_shapes import check_shapes
+from heddle.compose.passes.choose_kernels import choose_kernels
 from heddle.compose.passes.count_costs import count_costs
 from heddle.compose.passes.graph import (
     ChannelBlock,
@@ -19,9 +21,13 @@ from heddle.compose.passes.graph import (
     Graph,
     Head,
     MixerBlock,
+    add_edge,
+    edges_of,
     empty_graph,
     nodes_of,
 )
+from heddle.compose.passes.link_references import link_references
+from heddle.compose.passes.plan_sharing import plan_sharing
 from heddle.compose.passes.resolve_dims import resolve_dims
 from heddle.compose.passes.resolve_layers import resolve_layers
 from heddle.compose.plan import PASSES, graph_lines
@@ -53,16 +59,16 @@ def graph_of(nodes: dict[str, Any], *, tied: bool = True) -> Graph:
     graph = empty_graph(MODEL)
     for name, node in nodes.items():
         graph.add_node(name, node=node)
-    nx.add_path(graph, nodes, edge=Edge("stream", 8))
+    for first, second in pairwise(nodes):
+        add_edge(graph, first, second, Edge("stream", 8))
     if tied:
-        graph.add_edge("embedding", "head", edge=Edge("share", 8))
+        add_edge(graph, "embedding", "head", Edge("share", 8))
     return graph
 
 
 def content(graph: Graph) -> tuple[Any, ...]:
     """All that is in a graph, to compare."""
-    edges = {(first, second): data["edge"] for first, second, data in graph.edges(data=True)}
-    return graph.graph["model"], dict(nodes_of(graph)), edges
+    return graph.graph["model"], dict(nodes_of(graph)), sorted(edges_of(graph), key=repr)
 
 
 def after(count: int) -> Graph:
@@ -103,6 +109,10 @@ CACHES = DIMS | {
     "layers.0.mixer": replace(DIMS["layers.0.mixer"], states=GROWING),
     "layers.1.mixer": replace(DIMS["layers.1.mixer"], states=(State("memory", (2, 4, 4), element=4),)),
 }
+KERNELS = CACHES | {
+    "layers.0.mixer": replace(CACHES["layers.0.mixer"], kernels=()),
+    "layers.1.mixer": replace(CACHES["layers.1.mixer"], kernels=("decay_attention",)),
+}
 COSTS = {
     "embedding": 80,
     "layers.0.mixer": 264,
@@ -115,11 +125,14 @@ COSTS = {
 EXPECTED = {
     resolve_layers: (empty_graph(MODEL), graph_of(LAYERS)),
     resolve_dims: (graph_of(LAYERS), graph_of(DIMS)),
+    link_references: (graph_of(DIMS), graph_of(DIMS)),
+    plan_sharing: (graph_of(DIMS), graph_of(DIMS)),
     check_shapes: (graph_of(DIMS), graph_of(DIMS)),
     assign_caches: (graph_of(DIMS), graph_of(CACHES)),
+    choose_kernels: (graph_of(CACHES), graph_of(KERNELS)),
     count_costs: (
-        graph_of(CACHES),
-        graph_of({name: replace(node, parameters=COSTS[name]) for name, node in CACHES.items()}),
+        graph_of(KERNELS),
+        graph_of({name: replace(node, parameters=COSTS[name]) for name, node in KERNELS.items()}),
     ),
 }
 every_pass = pytest.mark.parametrize("one", PASSES, ids=lambda one: one.__name__)
@@ -150,10 +163,8 @@ def test_a_pass_keeps_the_plan_legal(one: Any) -> None:
     made = one(after(PASSES.index(one)), here)
     assert nx.is_directed_acyclic_graph(made)
     assert nx.is_weakly_connected(made)
-    streams = [
-        (first, second) for first, second, data in made.edges(data=True) if data["edge"].kind == "stream"
-    ]
-    assert [first for first, _ in streams] == list(made)[:-1]
+    streams = [first for first, _, edge in edges_of(made) if edge.kind == "stream"]
+    assert streams == list(made)[:-1]
     assert made.graph["model"] is MODEL
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from heddle.compose.diagram import mermaid
+from heddle.compose.passes.graph import edges_of
 from heddle.compose.plan import PASSES, Plan, plan
 from heddle.errors import HeddleErrors
 from heddle.specs import ModelSpec, loads
@@ -81,6 +82,9 @@ def test_the_runtime_form_holds_nothing_but_plain_data() -> None:
         "context_length": 128,
         "norm_eps": 1e-6,
         "tie_embeddings": True,
+        "embedding_multiplier": 1.0,
+        "logit_multiplier": 1.0,
+        "logit_softcap": None,
     }
     assert [layer["mixer"]["kind"] for layer in runtime["layers"]] == [
         "gated_deltanet",
@@ -126,7 +130,7 @@ def test_a_summary_names_the_layer_and_its_costs() -> None:
 def test_an_untied_head_has_its_own_weight() -> None:
     untied = planned(TEXT.replace("context_length: 128", "tie_embeddings: false"))
     assert untied.parameters == planned().parameters + 256 * 32
-    assert "share" not in {data["edge"].kind for *_, data in untied.graph.edges(data=True)}
+    assert "share" not in {edge.kind for *_, edge in edges_of(untied.graph)}
 
 
 def test_plans_are_equal_when_their_graphs_are() -> None:
@@ -140,8 +144,11 @@ def test_the_passes_stand_in_one_visible_list() -> None:
     assert [one.__name__ for one in PASSES] == [
         "resolve_layers",
         "resolve_dims",
+        "link_references",
+        "plan_sharing",
         "check_shapes",
         "assign_caches",
+        "choose_kernels",
         "count_costs",
     ]
 

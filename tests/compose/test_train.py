@@ -56,6 +56,10 @@ class Tiny(nn.Module):
         if tied:
             self.lm_head.weight = self.model.embedding.weight
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        found: Tensor = self.lm_head(hidden)
+        return found
+
 
 def echoes(step: int) -> tuple[Tensor, Tensor]:
     """Each target is the token before; every other position is asked."""

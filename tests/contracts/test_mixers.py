@@ -45,6 +45,23 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"heads": 4, "head_dim": 8, "form": "retnet"},
         {"heads": 2, "short_conv": 4},
     ],
+    "parallel": [
+        {"mixers": [{"kind": "attention", "heads": 4, "window": 7}, {"kind": "gated_deltanet", "heads": 2}]},
+        {
+            "mixers": [{"kind": "attention", "heads": 2}, {"kind": "decay_attention", "heads": 4}],
+            "merge": "gate",
+            "norm": True,
+            "weights": [0.5, 2.0],
+        },
+        {
+            "mixers": [
+                {"kind": "decay_attention", "heads": 2, "short_conv": 3},
+                {"kind": "attention", "heads": 4, "kv_heads": 2},
+                {"kind": "gated_deltanet", "heads": 2},
+            ],
+            "merge": "concat",
+        },
+    ],
 }
 CHANNEL_VARIANTS: dict[str, list[dict[str, Any]]] = {
     "swiglu": [{}, {"width": 24}],
@@ -55,7 +72,14 @@ CHANNEL_VARIANTS: dict[str, list[dict[str, Any]]] = {
 
 def variants(catalogue: Any, table: dict[str, list[dict[str, Any]]], usual: dict[str, Any]) -> list[Any]:
     cases = [{"kind": kind, **fields} for kind in catalogue for fields in table.get(kind, [usual])]
-    return [pytest.param(case, id="-".join(str(value) for value in case.values())) for case in cases]
+    return [pytest.param(case, id="-".join(_named(value) for value in case.values())) for case in cases]
+
+
+def _named(value: Any) -> str:
+    """A value in the name of a test; of mixers inside a mixer the kinds."""
+    if isinstance(value, dict) and "kind" in value:
+        return str(value["kind"])
+    return "+".join(map(_named, value)) if isinstance(value, list) else str(value)
 
 
 every_mixer = pytest.mark.parametrize("fields", variants(MIXERS, VARIANTS, {"heads": 4}))
@@ -235,6 +259,7 @@ def test_a_filled_cache_repeats_its_step_at_the_size_of_a_grown_one(fields: dict
     assert cache.get_seq_length() == 40
     # A window that is full drops the oldest token, which a filled cache still holds beside its free slot.
     for filled, real in zip(cache.layers, grown.layers, strict=True):
+        assert set(filled.tensors()) == set(real.tensors())
         shapes = {name: held.shape for name, held in real.tensors().items()}
         for name, held in filled.tensors().items():
             assert held.shape[:2] == shapes[name][:2]
@@ -247,11 +272,15 @@ def test_a_filled_cache_repeats_its_step_at_the_size_of_a_grown_one(fields: dict
 def test_heads_are_handed_out_before_the_output_projection(fields: dict[str, Any]) -> None:
     mixer = mixer_of(fields)
     seen: list[Tensor] = []
-    mixer.get_submodule("heads_out").register_forward_hook(lambda _, __, out: seen.append(out))
+    # A composite mixer hands out those of its parts.
+    points = [one for name, one in mixer.named_modules() if name.rpartition(".")[2] == "heads_out"]
+    for point in points:
+        point.register_forward_hook(lambda _, __, out: seen.append(out))
     mixer(noise(2, 9, HIDDEN), call_at(0, 9))
-    assert len(seen) == 1
-    assert seen[0].shape[:2] == (2, 9)
-    assert seen[0].ndim == 4
+    assert len(seen) == len(points) > 0
+    for heads in seen:
+        assert heads.shape[:2] == (2, 9)
+        assert heads.ndim == 4
 
 
 @every_mixer
@@ -285,7 +314,10 @@ def test_a_model_survives_saving_and_loading(fields: dict[str, Any], tmp_path: P
 def test_the_code_that_mixes_is_named(fields: dict[str, Any]) -> None:
     paths = kernel_paths(spec_of(fields), "cpu", torch.float32)
     assert set(paths) == {fields["kind"]}
-    assert set(paths.values()) <= {"torch", "sdpa"}
+    assert {path for paths_of_kind in paths.values() for path in paths_of_kind.split(" and ")} <= {
+        "torch",
+        "sdpa",
+    }
 
 
 @every_channel
@@ -298,9 +330,9 @@ def test_a_channel_block_mixes_no_tokens_and_has_the_parameters_the_spec_counts(
     site = SpecSite(hidden_size=HIDDEN, layer_index=0, layer_count=2, norm_eps=1e-6, context_length=256)
     assert model.blocks["it"].channel.params(site) == sum(p.numel() for p in channel.parameters())
     x = noise(2, 9, HIDDEN).requires_grad_()
-    y = channel(x)
+    y = channel(x, call_at(0, 9))
     assert y.shape == x.shape
-    assert torch.allclose(channel(x[:, 4:5]), y[:, 4:5], rtol=0, atol=EXACT)
+    assert torch.allclose(channel(x[:, 4:5], call_at(4, 1)), y[:, 4:5], rtol=0, atol=EXACT)
 
 
 @every_channel

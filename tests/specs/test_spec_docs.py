@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
+from heddle.compose.plan import plan
 from heddle.errors import CODES, HeddleErrors
 from heddle.specs import CHANNELS, MIXERS, ModelSpec, Spec, SpecFile, loads
 
@@ -61,7 +62,8 @@ def parsed(text: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("text", fenced(SPEC_PAGE, "yaml"))
 def test_every_example_of_the_spec_page_is_a_spec(text: str) -> None:
-    loads(whole(parsed(text)))
+    file = loads(whole(parsed(text)))
+    plan(file.spec.model, file.where)
 
 
 def test_the_first_example_stands_alone() -> None:
@@ -115,6 +117,7 @@ def test_the_example_of_an_error_gives_that_error(code: str, text: str) -> None:
 def _codes(text: str) -> set[str]:
     try:
         file: SpecFile = loads(text)
+        plan(file.spec.model, file.where)
     except HeddleErrors as errors:
         return {error.code for error in errors.errors}
     return {warning.code for warning in file.warnings}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from heddle.errors import HeddleErrors
-from heddle.specs import loads
+from heddle.specs import MIXERS, loads
 
 GOOD = """\
 version: 1
@@ -116,7 +116,7 @@ ONE: list[tuple[str, str, str]] = [
         "        kind: attention\n",
         "",
         "a.yaml:11:7: blocks.full.mixer.kind: 'kind' is missing   [missing-field]"
-        "  | one of attention, gated_deltanet, decay_attention",
+        f"  | one of {', '.join(MIXERS)}",
     ),
     (
         "{kind: gelu}",

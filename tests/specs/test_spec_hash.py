@@ -169,13 +169,40 @@ BASE: dict[str, Any] = {
     },
     "layers": ["a", "g", "d", "a"],
 }
+SOFTMAX, DECAY = {"kind": "attention", "heads": 2}, {"kind": "decay_attention", "heads": 2}
 CHANGES: list[tuple[str, Any]] = [
     ("vocab_size", 257),
     ("hidden_size", 96),
     ("context_length", 100),
     ("tie_embeddings", False),
     ("norm_eps", 1e-5),
+    ("embedding_multiplier", 2.0),
+    ("logit_multiplier", 0.5),
+    ("logit_softcap", 30.0),
     ("layers", ["a", "g", "d"]),
+    ("layers", ["a", "g", "d", {"block": "a", "override": {"mixer": {"window": 9}}}]),
+    ("blocks.a.norm_placement", "post"),
+    ("blocks.a.norm_placement", "sandwich"),
+    ("blocks.a.residual", {"branch": 0.5}),
+    ("blocks.a.residual", {"of": "normed"}),
+    ("blocks.a.channel_residual", {"stream": 2.0}),
+    ("blocks.g.skip", {"source": "a"}),
+    ("blocks.g.skip", {"source": "embedding"}),
+    ("blocks.a.shared", True),
+    (
+        "blocks.d.mixer",
+        {
+            "kind": "parallel",
+            "mixers": [{"kind": "attention", "heads": 2}, {"kind": "decay_attention", "heads": 2}],
+        },
+    ),
+    (
+        "blocks.d.mixer",
+        {
+            "kind": "parallel",
+            "mixers": [{"kind": "decay_attention", "heads": 2}, {"kind": "attention", "heads": 2}],
+        },
+    ),
     ("layers", ["a", "d", "g", "a"]),
     ("blocks.a.norm", "layernorm"),
     ("blocks.a.channel", {"kind": "gelu", "width": 40}),
@@ -232,6 +259,12 @@ SAME: list[tuple[str, Any]] = [
     ("context_length", 32_768),
     ("norm_eps", 0.000001),
     ("layers", ["a", {"repeat": 1, "pattern": ["g", "d"]}, "a"]),
+    (
+        "layers",
+        ["a", "g", {"block": "d", "name": "third"}, {"block": "a", "override": {"mixer": {"kv_heads": 2}}}],
+    ),
+    ("blocks.a.residual", {"of": "stream", "branch": 1.0}),
+    ("blocks.g.shared", True),
     ("blocks.a.mixer.head_dim", 12),
     ("blocks.a.mixer.rope", {"theta": 10_000, "fraction": 1}),
     ("blocks.a.mixer.window", None),

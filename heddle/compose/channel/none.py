@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from heddle.compose.cache import Call
 from heddle.compose.modules.site import Site
 
 
@@ -13,5 +14,5 @@ class NoChannelModule(nn.Module):
     def __init__(self, site: Site) -> None:  # noqa: ARG002 - every channel block is built the same way
         super().__init__()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, call: Call) -> Tensor:  # noqa: ARG002 - a token needs no others
         return x.new_zeros(()).expand_as(x)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from heddle.compose.cache import Call
 from heddle.compose.modules.site import Site
 
 
@@ -20,6 +21,6 @@ class SwiGLUModule(nn.Module):
         self.up_proj = nn.Linear(site.hidden_size, width, bias=False)
         self.down_proj = nn.Linear(width, site.hidden_size, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, call: Call) -> Tensor:  # noqa: ARG002 - a token needs no others
         y: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
         return y

@@ -11,10 +11,10 @@ from transformers import PreTrainedConfig
 class HeddleConfig(PreTrainedConfig):  # type: ignore[misc]
     """A stack of layers, each with its own mixer and channel block.
 
-    `layers` holds, for each layer, `{"mixer": {"kind", …}, "channel": {"kind", …}, "norm": …}`: the plain
-    data of a resolved spec. There is no `layer_types`: transformers would build caches from it, and its
-    vocabulary has neither per-layer windows nor a state that counts tokens. The model brings its own
-    (`compose/cache.py`).
+    `layers` holds, for each layer, `{"mixer": {"kind", …}, "channel": {"kind", …}, "norm": …}` and what is
+    not as in a plain pre-norm layer: the plain data of a resolved spec. There is no `layer_types`:
+    transformers would build caches from it, and its vocabulary has neither per-layer windows nor a state that
+    counts tokens. The model brings its own (`compose/cache.py`).
     """
 
     model_type = "heddle"
@@ -27,6 +27,9 @@ class HeddleConfig(PreTrainedConfig):  # type: ignore[misc]
     context_length: int = 32768
     norm_eps: float = 1e-6
     initializer_range: float = 0.02
+    embedding_multiplier: float = 1.0
+    logit_multiplier: float = 1.0
+    logit_softcap: float | None = None
     layers: list[dict[str, Any]] = field(default_factory=list)
     tie_word_embeddings: bool = True
     use_cache: bool = True

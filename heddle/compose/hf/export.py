@@ -7,7 +7,7 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,9 +143,17 @@ def _weights(model: HeddleForCausalLM) -> dict[str, Tensor]:
 def _kinds(model: HeddleForCausalLM) -> dict[str, set[str]]:
     layers = model.config.layers
     return {
-        "mixers": {layer["mixer"]["kind"] for layer in layers},
+        "mixers": {kind for layer in layers for kind in _kinds_in(layer["mixer"])},
         "channels": {layer["channel"]["kind"] for layer in layers},
     }
+
+
+def _kinds_in(mixer: Mapping[str, Any]) -> Iterator[str]:
+    """The kind of a mixer, and those of the mixers that it is made of."""
+    yield mixer["kind"]
+    inner = mixer.get("mixer")
+    for one in [*([inner] if isinstance(inner, Mapping) else []), *mixer.get("mixers", [])]:
+        yield from _kinds_in(one)
 
 
 def _checked(model: HeddleForCausalLM, found: Verification) -> Checked:

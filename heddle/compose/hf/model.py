@@ -7,51 +7,33 @@ training need not compute the rest.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from heddle.compose.blocks import channel_module, mixer_module
 from heddle.compose.cache import Call, StateLayer, adopt
 from heddle.compose.hf.config import HeddleConfig
 from heddle.compose.init import initialise
+from heddle.compose.modules.layer import STREAM, Again, HeddleLayer
 from heddle.compose.modules.norm import norm_module
 from heddle.compose.modules.site import Site
 from heddle.errors import HeddleError
 
 
-class HeddleLayer(GradientCheckpointingLayer):  # type: ignore[misc]
-    """One layer, pre-norm:  x += mixer(norm(x));  x += channel(norm(x)).
+@dataclass
+class HeddleModelOutput(BaseModelOutputWithPast):  # type: ignore[misc]
+    """`aux_loss` is what the layers add to the loss in training, each times its factor; `aux_losses` the mean of each
+    kind over the layers, as it is. None where there is none."""
 
-    Shapes:  x: [B, T, D]
-    """
-
-    def __init__(self, config: HeddleConfig, index: int) -> None:
-        super().__init__()
-        layer = config.layers[index]
-        mixer, channel = dict(layer["mixer"]), dict(layer["channel"])
-        mixer_kind, self.channel_kind = mixer.pop("kind"), channel.pop("kind")
-        site = Site(
-            config.hidden_size, index, config.num_hidden_layers, config.norm_eps, config.context_length
-        )
-        self.mixer_norm = norm_module(layer["norm"], config.hidden_size, config.norm_eps)
-        self.mixer = mixer_module(mixer_kind)(site, **mixer)
-        self.channel_norm = None
-        self.channel = channel_module(self.channel_kind)(site, **channel)
-        if self.channel_kind != "none":
-            self.channel_norm = norm_module(layer["norm"], config.hidden_size, config.norm_eps)
-
-    def forward(self, x: Tensor, call: Call) -> Tensor:
-        x = x + self.mixer(self.mixer_norm(x), call)
-        if self.channel_norm is not None:
-            x = x + self.channel(self.channel_norm(x))
-        return x
+    aux_loss: Tensor | None = None
+    aux_losses: dict[str, Tensor] | None = None
 
 
 class HeddlePreTrainedModel(PreTrainedModel):  # type: ignore[misc]
@@ -79,10 +61,26 @@ class HeddleModel(HeddlePreTrainedModel):
     def __init__(self, config: HeddleConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(HeddleLayer(config, index) for index in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(self._layer(index) for index in range(config.num_hidden_layers))
+        # Streams that a later layer takes up again.
+        self.handed_on = {layer["skip"]["source"] for layer in config.layers if layer.get("skip")}
         self.norm = norm_module("rmsnorm", config.hidden_size, config.norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
+
+    def _layer(self, index: int) -> nn.Module:
+        config, layer = self.config, self.config.layers[index]
+        if layer.get("weights_of") is not None:
+            return Again(layer["weights_of"])
+        site = Site(
+            config.hidden_size, index, config.num_hidden_layers, config.norm_eps, config.context_length
+        )
+        return HeddleLayer(site, layer)
+
+    def layer_at(self, index: int) -> Any:
+        """The layer that runs at `index`: of a shared block, its first one."""
+        layer = self.layers[index]
+        return self.layers[layer.layer] if isinstance(layer, Again) else layer
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embed_tokens
@@ -101,7 +99,7 @@ class HeddleModel(HeddlePreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         **kwargs: Any,  # noqa: ARG002 - transformers passes more than a model reads
-    ) -> BaseModelOutputWithPast:
+    ) -> HeddleModelOutput:
         """The hidden states after the last norm.
 
         `attention_mask` [B, earlier tokens + T] is 0 at padding, which may stand on the left only. Positions
@@ -115,24 +113,33 @@ class HeddleModel(HeddlePreTrainedModel):
         call = self._call(x, attention_mask, position_ids, 0 if cache is None else cache.get_seq_length())
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         seen: list[Tensor] = []
-        for index, layer in enumerate(self.layers):
+        if -1 in self.handed_on:
+            call.handed[STREAM, -1] = x
+        for index in range(len(self.layers)):
             seen.append(x)
-            x = layer(x, call.at(None if cache is None else cache.layers[index]))
+            x = self.layer_at(index)(x, call.at(None if cache is None else cache.layers[index]))
+            if index in self.handed_on:
+                call.handed[STREAM, index] = x
         for held in () if cache is None else cache.layers:
             held.advance(x.shape[1])
         x = self.norm(x)
-        return BaseModelOutputWithPast(
-            last_hidden_state=x, past_key_values=cache, hidden_states=(*seen, x) if wanted else None
+        return HeddleModelOutput(
+            last_hidden_state=x,
+            past_key_values=cache,
+            hidden_states=(*seen, x) if wanted else None,
+            **_told(call.losses if self.training else []),
         )
 
     def new_cache_layers(self) -> list[StateLayer]:
         """An empty cache layer for each layer of the model."""
-        return [cast(Any, layer).mixer.new_cache() for layer in self.layers]
+        return [self.layer_at(index).mixer.new_cache() for index in range(len(self.layers))]
 
     def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         if (input_ids is None) == (inputs_embeds is None):
             raise HeddleError("bad-argument", "give either input_ids or inputs_embeds")
-        return cast(Tensor, self.embed_tokens(input_ids)) if inputs_embeds is None else inputs_embeds
+        x = cast(Tensor, self.embed_tokens(input_ids)) if inputs_embeds is None else inputs_embeds
+        factor = self.config.embedding_multiplier
+        return x if factor == 1.0 else x * factor
 
     def _cache(self, given: Cache | None, use_cache: bool | None) -> Cache | None:
         """The cache to write to: the one given, a new one, or none."""
@@ -168,6 +175,18 @@ class HeddleModel(HeddlePreTrainedModel):
         real = mask.bool()
         # Asking waits for the device, and a traced graph cannot ask; the masked path gives the same numbers.
         return None if not torch.compiler.is_compiling() and bool(real.all()) else real
+
+
+def _told(losses: Sequence[tuple[str, Tensor, float]]) -> dict[str, Any]:
+    """The auxiliary losses of a forward, as the fields of its output."""
+    if not losses:
+        return {}
+    kinds = dict.fromkeys(name for name, _, _ in losses)
+    by_kind = {
+        kind: torch.stack([value for name, value, _ in losses if name == kind]).mean() for kind in kinds
+    }
+    total = torch.stack([factor * value for _, value, factor in losses]).sum()
+    return {"aux_loss": total, "aux_losses": {name: value.detach() for name, value in by_kind.items()}}
 
 
 class HeddleForCausalLM(HeddlePreTrainedModel, GenerationMixin):  # type: ignore[misc]
@@ -221,18 +240,26 @@ class HeddleForCausalLM(HeddlePreTrainedModel, GenerationMixin):  # type: ignore
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        logits = self.logits(outputs.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
             )
+            loss = loss if outputs.aux_loss is None else loss + outputs.aux_loss
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
         )
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The logits of hidden states after the last norm.  Shapes:  hidden: [..., D];  out: [..., vocab]"""
+        y = cast(Tensor, self.lm_head(hidden))
+        factor, cap = self.config.logit_multiplier, self.config.logit_softcap
+        y = y if factor == 1.0 else y * factor
+        return y if cap is None else cap * torch.tanh(y / cap)
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """What `generate` feeds to the next forward.
@@ -251,5 +278,8 @@ class HeddleForCausalLM(HeddlePreTrainedModel, GenerationMixin):  # type: ignore
         """
         like = self.model.embed_tokens.weight
         return Cache(
-            layers=[cast(Any, layer).mixer.filled_cache(batch, context, like) for layer in self.model.layers]
+            layers=[
+                self.model.layer_at(index).mixer.filled_cache(batch, context, like)
+                for index in range(len(self.model.layers))
+            ]
         )

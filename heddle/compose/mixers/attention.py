@@ -69,7 +69,7 @@ class AttentionModule(nn.Module):
         o = self._attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), call).transpose(1, 2)
         if gate:
             o = o * torch.sigmoid(gate[0])
-        y: Tensor = self.o_proj(self.heads_out(o).flatten(2))
+        y: Tensor = self.o_proj(self.heads_out(call.gated(o)).flatten(2))
         return y
 
     def _place(self, x: Tensor, norm: nn.Module | None, call: Call) -> Tensor:

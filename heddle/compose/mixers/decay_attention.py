@@ -64,7 +64,7 @@ class DecayAttentionModule(Initialised, Float32Kept):
             tables = call.rotary_tables(self.head_dim // 2 * 2, ROPE_THETA)
             q, k = rotate(wide(q), tables).to(v.dtype), rotate(wide(k), tables).to(v.dtype)
         o = self._gated(self._remember(q, k, v, call), self.gate_proj(x))
-        y: Tensor = self.o_proj(self.heads_out(o).flatten(2))
+        y: Tensor = self.o_proj(self.heads_out(call.gated(o)).flatten(2))
         return y
 
     def _remember(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:

@@ -69,7 +69,7 @@ class GatedDeltaNetModule(Initialised, Float32Kept):
         q, k = (l2_norm(side.unflatten(-1, (self.heads, -1))) for side in (q, k))
         o = self._remember(q, k, v.unflatten(-1, (self.value_heads, -1)), *self._gates(x), call=call)
         z = self.z_proj(x).unflatten(-1, (self.value_heads, -1))
-        y: Tensor = self.o_proj(self.heads_out(self.norm(o) * F.silu(z)).flatten(2))
+        y: Tensor = self.o_proj(self.heads_out(call.gated(self.norm(o) * F.silu(z))).flatten(2))
         return y
 
     def _gates(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -37,13 +37,20 @@ def count_costs(graph: Graph, locate: Locate) -> Graph:  # noqa: ARG001
 
 def _parameters(node: Node, width: int, *, tied: bool) -> int:
     if isinstance(node, (MixerBlock, ChannelBlock)):
-        return node.spec.params(node.site) + norm_parameters(node.norm, width)
+        return 0 if node.weights_of is not None else _block_parameters(node, width)
     if isinstance(node, Embedding):
         return node.vocab_size * width
     if isinstance(node, Head):
         return 0 if tied else node.vocab_size * width
     assert isinstance(node, FinalNorm)
     return norm_parameters("rmsnorm", width)
+
+
+def _block_parameters(node: MixerBlock | ChannelBlock, width: int) -> int:
+    norms = 2 if node.norm_placement == "sandwich" else 1
+    # A skip has two factors, of the stream and of what joins it.
+    skip = 2 if isinstance(node, MixerBlock) and node.skip is not None else 0
+    return node.spec.params(node.site) + norms * norm_parameters(node.norm, width) + skip
 
 
 def norm_parameters(norm: str, width: int) -> int:

@@ -1,8 +1,8 @@
 """The intermediate representation: a networkx DiGraph of typed nodes and edges.
 
 A node is named by its place in the model (`embedding`, `layers.3.mixer`, `layers.3.channel`, `norm`, `head`) and carries
-a `Node` under "node"; an edge carries an `Edge` under "edge". The graph itself carries the spec under "model". Passes
-fill in the fields that are None; nothing here is ever changed in place.
+a `Node` under "node"; what goes from one node to another is a tuple of `Edge` under "edges". The graph itself carries the
+spec under "model". Passes fill in the fields that are None; nothing here is ever changed in place.
 """
 
 from __future__ import annotations
@@ -41,20 +41,29 @@ class Embedding(Node):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Block(Node):
-    """One half of a layer, with the norm before it: x + part(norm(x))."""
+    """One half of a layer, with its norms and its way into the stream: by default x + part(norm(x)).
+
+    `layer` is the layer's own name, if it has one. `weights_of` is the layer whose weights it has, if not its own.
+    """
 
     block: str
     site: Site
     norm: str
+    norm_placement: str = "pre"
+    residual: Mapping[str, Any] | None = None
+    layer: str | None = None
     data: Mapping[str, Any] | None = None
+    weights_of: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MixerBlock(Block):
-    """The half that mixes along time."""
+    """The half that mixes along time. `skip` says what joins the stream before it: a layer (-1: the embedding)."""
 
     spec: MixerSpec
     states: tuple[State, ...] | None = None
+    kernels: tuple[str, ...] | None = None
+    skip: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,9 +87,13 @@ class Head(Node):
 
 @dataclass(frozen=True, slots=True)
 class Edge:
-    """`stream`: activations of `width` features. `share`: the head uses the embedding's weight."""
+    """What goes along: activations of `width` features.
 
-    kind: Literal["stream", "share"]
+    `stream`: from each node to the next. `skip`: what an earlier layer gave to the stream. `keys`, `values`, `indices`:
+    what a mixer takes from that of an earlier layer. `share`: weights, of a layer or (by the head) of the embedding.
+    """
+
+    kind: Literal["stream", "skip", "keys", "values", "indices", "share"]
     width: int
 
 
@@ -106,9 +119,22 @@ def with_nodes(graph: Graph, changed: Mapping[str, Node]) -> Graph:
     made = nx.DiGraph(**graph.graph)
     for name, data in graph.nodes(data=True):
         made.add_node(name, node=changed.get(name, data["node"]))
-    for first, second, data in graph.edges(data=True):
-        made.add_edge(first, second, edge=data["edge"])
+    for first, second, edge in edges_of(graph):
+        add_edge(made, first, second, edge)
     return made
+
+
+def add_edge(graph: Graph, first: str, second: str, edge: Edge) -> None:
+    """Adds an edge to a graph in the making; two nodes may have several, each once."""
+    known = graph.edges[first, second]["edges"] if graph.has_edge(first, second) else ()
+    graph.add_edge(first, second, edges=known if edge in known else (*known, edge))
+
+
+def edges_of(graph: Graph) -> Iterator[tuple[str, str, Edge]]:
+    """Every edge between two nodes."""
+    for first, second, data in graph.edges(data=True):
+        for edge in data["edges"]:
+            yield first, second, edge
 
 
 class Failures:

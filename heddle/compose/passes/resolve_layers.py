@@ -6,7 +6,9 @@ Gives: embedding → each layer's mixer and channel → norm → head, linked by
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import pairwise
+from typing import Any
 
 from heddle.compose.passes.graph import (
     ChannelBlock,
@@ -19,13 +21,14 @@ from heddle.compose.passes.graph import (
     Locate,
     MixerBlock,
     Node,
+    add_edge,
     empty_graph,
     model_of,
 )
 from heddle.specs.base import nearest
 from heddle.specs.layer import Site
-from heddle.specs.model import BlockSpec, ModelSpec
-from heddle.specs.pattern import expand_layers
+from heddle.specs.model import ModelSpec, Residual
+from heddle.specs.pattern import Layer, expand_layers, layers_of
 
 
 def resolve_layers(graph: Graph, locate: Locate) -> Graph:
@@ -45,33 +48,46 @@ def resolve_layers(graph: Graph, locate: Locate) -> Graph:
     for name, node in chain:
         made.add_node(name, node=node)
     for (first, _), (second, _) in pairwise(chain):
-        made.add_edge(first, second, edge=Edge("stream", model.hidden_size))
+        add_edge(made, first, second, Edge("stream", model.hidden_size))
     if model.tie_embeddings:
-        made.add_edge("embedding", "head", edge=Edge("share", model.hidden_size))
+        add_edge(made, "embedding", "head", Edge("share", model.hidden_size))
     return made
 
 
 def _layers(model: ModelSpec, locate: Locate) -> list[tuple[str, Node]]:
     names, failures = expand_layers(model), Failures("resolve_layers", locate)
-    made: list[tuple[str, Node]] = []
     for index, name in enumerate(names):
         if name not in model.blocks:
             close = nearest(name, model.blocks)
             hint = f"did you mean {close}?" if close else f"the blocks are {', '.join(model.blocks)}"
             failures.add("unknown-block", f"there is no block {name!r}", f"layers.{index}", hint)
-            continue
-        site = Site(model.hidden_size, index, len(names), model.norm_eps, model.context_length)
-        made += _layer(name, model.blocks[name], site)
     failures.check()
+    made: list[tuple[str, Node]] = []
+    for layer in layers_of(model):
+        site = Site(model.hidden_size, layer.index, len(names), model.norm_eps, model.context_length)
+        made += _layer(layer, site)
     return made
 
 
-def _layer(name: str, block: BlockSpec, site: Site) -> list[tuple[str, Node]]:
-    width, place = site.hidden_size, f"layers.{site.layer_index}"
-    mixer = MixerBlock(spec=block.mixer, block=name, site=site, norm=block.norm, takes=width, gives=width)
+def _layer(layer: Layer, site: Site) -> list[tuple[str, Node]]:
+    block, width, place = layer.spec, site.hidden_size, f"layers.{site.layer_index}"
+    common: dict[str, Any] = {
+        "block": layer.block,
+        "layer": layer.name,
+        "site": site,
+        "norm": block.norm,
+        "norm_placement": block.norm_placement,
+        "takes": width,
+        "gives": width,
+    }
+    mixer = MixerBlock(spec=block.mixer, residual=_residual(block.residual), **common)
     if block.channel.is_empty:
         return [(f"{place}.mixer", mixer)]
-    channel = ChannelBlock(
-        spec=block.channel, block=name, site=site, norm=block.norm, takes=width, gives=width
-    )
+    residual = _residual(block.channel_residual or block.residual)
+    channel = ChannelBlock(spec=block.channel, residual=residual, **common)
     return [(f"{place}.mixer", mixer), (f"{place}.channel", channel)]
+
+
+def _residual(residual: Residual | None) -> Mapping[str, Any] | None:
+    """None for what is nothing but an addition, however it was spelled."""
+    return None if residual is None or residual == Residual() else residual.model_dump()

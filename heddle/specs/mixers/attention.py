@@ -8,7 +8,7 @@ from pydantic import Field
 
 from heddle.specs.base import Schema
 from heddle.specs.cost import State
-from heddle.specs.kinds import MixerSpec, Problem, divisors_near, head_dim_of, heads_problems
+from heddle.specs.kinds import HeadedMixer, Problem, divisors_near, head_dim_of, heads_problems
 from heddle.specs.layer import Site
 
 
@@ -23,7 +23,7 @@ class Rope(Schema):
     ] = 1.0
 
 
-class Attention(MixerSpec):
+class Attention(HeadedMixer):
     """Causal softmax attention.
 
         o_i = sum_j softmax_j(q_i · k_j / sqrt(head_dim)) v_j,   j <= i,   i - j < window

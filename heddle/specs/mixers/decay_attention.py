@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from heddle.specs.cost import CHUNK, FLOAT32_BYTES, State
-from heddle.specs.kinds import MixerSpec, Problem, head_dim_of, heads_problems
+from heddle.specs.kinds import HeadedMixer, Problem, head_dim_of, heads_problems
 from heddle.specs.layer import Site
 
 
-class DecayAttention(MixerSpec):
+class DecayAttention(HeadedMixer):
     """A matrix state that fades at a fixed rate: no gate to compute, the cheapest of its family.
 
         S_t = exp(log_decay) S_{t-1} + k_t v_tᵀ,   o_t = scale · S_tᵀ q_t
@@ -20,6 +20,7 @@ class DecayAttention(MixerSpec):
     retnet: RoPE on q, k; scale head_dim^-0.5; rates by head; a norm for each head; SiLU gate (arXiv 2307.08621).
     """
 
+    ops: ClassVar[tuple[str, ...]] = ("decay_attention",)
     kind: Literal["decay_attention"] = "decay_attention"
     heads: Annotated[int, Field(ge=1, le=4096, description="Heads (a count).")]
     head_dim: Annotated[
@@ -45,6 +46,9 @@ class DecayAttention(MixerSpec):
             what = f"head_dim is {dim}, and RoPE turns pairs of dimensions"
             found.append(Problem(field, what, "an even head_dim, or form: lightning"))
         return found
+
+    def kernels(self) -> tuple[str, ...]:
+        return self.ops if self.short_conv is None else (*self.ops, "causal_conv1d")
 
     def params(self, site: Site) -> int:
         width = self._width(site)

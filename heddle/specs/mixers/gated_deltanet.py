@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from heddle.specs.cost import CHUNK, FLOAT32_BYTES, State
-from heddle.specs.kinds import MixerSpec, Problem, head_dim_of, heads_problems
+from heddle.specs.kinds import HeadedMixer, Problem, head_dim_of, heads_problems
 from heddle.specs.layer import Site
 
 
-class GatedDeltaNet(MixerSpec):
+class GatedDeltaNet(HeadedMixer):
     """The gated delta rule (arXiv 2412.06464).
 
         S_t = exp(g_t) S_{t-1} + beta_t k_t (v_t - exp(g_t) S_{t-1}ᵀ k_t)ᵀ,   o_t = S_tᵀ q_t / sqrt(K)
@@ -19,6 +19,7 @@ class GatedDeltaNet(MixerSpec):
     q and k have length 1 and come, as v, from a short convolution. K is head_dim, V is value_dim. No biases.
     """
 
+    ops: ClassVar[tuple[str, ...]] = ("gated_delta_rule", "causal_conv1d")
     kind: Literal["gated_deltanet"] = "gated_deltanet"
     heads: Annotated[int, Field(ge=1, le=4096, description="Query and key heads (a count).")]
     value_heads: Annotated[
