@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import heddle
+from heddle.specs.mixers import BROKEN
 
 # What a search rests on, each imported for real: a version on disk says nothing about a broken library.
 PACKAGES = (
@@ -66,6 +67,7 @@ def diagnose() -> Diagnosis:
         "platform": platform.platform(),
     }
     checks = [_import(name, versions) for name in PACKAGES]
+    checks += [Check(f"mixer {one.kind}", False, f"of {one.package}: {one.why}") for one in BROKEN]
     broken = any(check.name == "torch" and not check.ok for check in checks)
     if broken:
         return Diagnosis(versions, [_cpu()], checks)

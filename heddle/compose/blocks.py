@@ -10,15 +10,25 @@ import inspect
 
 from torch import nn
 
+from heddle.specs.model import MIXERS
+
 
 def mixer_module(kind: str) -> type[nn.Module]:
-    """The mixer module of `kind`."""
-    return module_in(f"heddle.compose.mixers.{kind}")
+    """The mixer module of `kind`; one of another package stands where its spec says."""
+    named = MIXERS[kind].module if kind in MIXERS else None
+    return module_in(f"heddle.compose.mixers.{kind}") if named is None else _named(named)
 
 
 def channel_module(kind: str) -> type[nn.Module]:
     """The channel module of `kind`."""
     return module_in(f"heddle.compose.channel.{kind}")
+
+
+def _named(where: str) -> type[nn.Module]:
+    """The class at "package.module:Class"."""
+    module, _, name = where.partition(":")
+    found: type[nn.Module] = getattr(importlib.import_module(module), name)
+    return found
 
 
 def module_in(name: str) -> type[nn.Module]:

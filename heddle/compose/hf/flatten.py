@@ -37,9 +37,13 @@ class _Import:
 
 @dataclass(slots=True)
 class _Closure:
-    """Every file the model needs: its source, and whether it is needed or optional."""
+    """Every file the model needs: its source, and whether it is needed or optional.
+
+    `roots` are the packages that are copied: heddle, and those that offer a kind of mixer that is in use.
+    """
 
     blocks: str
+    roots: frozenset[str]
     sources: dict[str, str] = field(default_factory=dict)
     needed: set[str] = field(default_factory=set)
 
@@ -50,20 +54,22 @@ class _Closure:
             self.needed.add(module)
         source = self.blocks if module == BLOCKS else _source_file(module).read_text(encoding="utf-8")
         self.sources[module] = source
-        for found in _imports(source):
+        for found in _imports(source, self.roots):
             self.visit(found.module, needed=needed and not found.optional)
 
 
 def flatten(mixers: Collection[str], channels: Collection[str]) -> dict[str, str]:
     """File name → source, for a model of these kinds of blocks. Equal input gives equal text."""
-    closure = _Closure(_blocks_source(sorted(mixers), sorted(channels)))
+    modules = [mixer_module(kind) for kind in mixers] + [channel_module(kind) for kind in channels]
+    roots = frozenset({"heddle", *(module.__module__.partition(".")[0] for module in modules)})
+    closure = _Closure(_blocks_source(sorted(mixers), sorted(channels)), roots)
     closure.visit(MODEL, needed=True)
     digest = hashlib.sha256(
         "".join(f"{name}\n{text}" for name, text in sorted(closure.sources.items())).encode()
     ).hexdigest()[:12]
     files = {}
     for module, source in sorted(closure.sources.items()):
-        text = LIBRARY.sub(rf'\1 = "heddle_{digest}"', _guard_optional(_relative(source)))
+        text = LIBRARY.sub(rf'\1 = "heddle_{digest}"', _guard_optional(_relative(source, roots)))
         if module == MODEL:
             text += _fetch_list(closure)
         files[f"{flat_name(module)}.py"] = f"# Written by heddle {__version__} from {module}.\n{text}"
@@ -72,7 +78,7 @@ def flatten(mixers: Collection[str], channels: Collection[str]) -> dict[str, str
 
 
 def flat_name(module: str) -> str:
-    """heddle.compose.cache → compose_cache"""
+    """heddle.compose.cache → compose_cache; a module of another package keeps its package's name"""
     return ENTRIES.get(module) or module.removeprefix("heddle.").replace(".", "_")
 
 
@@ -83,26 +89,26 @@ def _source_file(module: str) -> Path:
     return Path(found.origin)
 
 
-def _imports(source: str) -> list[_Import]:
-    """Imports of our own modules; those inside a `try` are optional."""
+def _imports(source: str, roots: Collection[str]) -> list[_Import]:
+    """Imports of modules of `roots`; those inside a `try` are optional."""
     tree = ast.parse(source)
     tried = {id(node) for block in ast.walk(tree) if isinstance(block, ast.Try) for node in ast.walk(block)}
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            assert not any(alias.name.split(".")[0] == "heddle" for alias in node.names), (
-                "write `from heddle.x import y`"
+            assert not any(alias.name.split(".")[0] in roots for alias in node.names), (
+                "write `from package.x import y`"
             )
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "heddle":
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in roots:
             assert node.module is not None
             found.append(_Import(node.module, node.lineno, id(node) in tried))
     return found
 
 
-def _relative(source: str) -> str:
+def _relative(source: str, roots: Collection[str]) -> str:
     """The source with our imports made relative to the flat folder."""
     lines = source.splitlines(keepends=True)
-    for found in _imports(source):
+    for found in _imports(source, roots):
         head = f"from {found.module} import"
         assert head in lines[found.line - 1], f"expected {head!r} on line {found.line}"
         lines[found.line - 1] = lines[found.line - 1].replace(

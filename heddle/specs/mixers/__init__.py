@@ -10,13 +10,18 @@ from heddle.specs.mixers.attention import Attention
 from heddle.specs.mixers.decay_attention import DecayAttention
 from heddle.specs.mixers.gated_deltanet import GatedDeltaNet
 from heddle.specs.mixers.parallel import Parallel
+from heddle.specs.plugins import load_plugins
 
-KINDS: tuple[type[MixerSpec], ...] = (
+BUILT_IN: tuple[type[MixerSpec], ...] = (
     Attention,
     GatedDeltaNet,
     DecayAttention,
     Parallel,
 )
+
+# Kinds that other installed packages offer, and those of them that cannot be used.
+_offered, BROKEN = load_plugins({one.model_fields["kind"].default for one in BUILT_IN})
+KINDS = (*BUILT_IN, *_offered)
 
 if TYPE_CHECKING:
     Mixer = MixerSpec
@@ -28,4 +33,4 @@ for _kind in KINDS:
     if issubclass(_kind, CompositeMixer):
         _kind.model_rebuild(_types_namespace={"Mixer": Mixer})
 
-__all__ = ["KINDS", "Attention", "DecayAttention", "GatedDeltaNet", "Mixer", "MixerSpec", "Parallel"]
+__all__ = ["BROKEN", "BUILT_IN", "KINDS", "Attention", "DecayAttention", "GatedDeltaNet", "Mixer", "MixerSpec", "Parallel"]

@@ -1,0 +1,64 @@
+"""Mixers of other packages, found through the entry point group `heddle.mixers`.
+
+A package offers a kind by a line in its pyproject.toml, the name being the kind:
+
+    [project.entry-points."heddle.mixers"]
+    token_shift = "heddle_example.spec:TokenShift"
+
+The class is a `MixerSpec` that imports no torch and names its module in `module`, as "package.module:Class".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+
+from heddle.specs.kinds import MixerSpec
+
+GROUP = "heddle.mixers"
+
+
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """A kind that a package offers and that cannot be used, and why."""
+
+    kind: str
+    package: str
+    why: str
+
+
+def load_plugins(taken: Collection[str]) -> tuple[list[type[MixerSpec]], list[Broken]]:
+    """The kinds that installed packages offer, and those of them that cannot be used; `taken` are kinds of our own.
+
+    A broken package must not take heddle down with it, so nothing is raised: `heddle doctor` and the error for an unknown
+    kind tell what is wrong.
+    """
+    kinds: list[type[MixerSpec]] = []
+    broken: list[Broken] = []
+    known = set(taken)
+    for point in sorted(entry_points(group=GROUP), key=lambda one: one.name):
+        made, why = _load(point, known)
+        if made is None:
+            broken.append(Broken(point.name, point.dist.name if point.dist else "?", why))
+        else:
+            known.add(point.name)
+            kinds.append(made)
+    return kinds, broken
+
+
+def _load(point: EntryPoint, known: Collection[str]) -> tuple[type[MixerSpec] | None, str]:
+    if point.name in known:
+        return None, "there is a mixer of that kind already"
+    try:
+        made = point.load()
+    except Exception as error:
+        return None, f"{point.value} does not import: {type(error).__name__}: {error}"
+    if not (isinstance(made, type) and issubclass(made, MixerSpec)):
+        return None, f"{point.value} is no MixerSpec"
+    kind = made.model_fields["kind"].default
+    if kind != point.name:
+        return None, f"its kind is {kind!r}, and the entry point is called {point.name!r}"
+    if made.module is None or ":" not in made.module:
+        return None, 'its module must be named as "package.module:Class"'
+    return made, ""
