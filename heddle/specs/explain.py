@@ -14,6 +14,7 @@ from pydantic_core import ErrorDetails
 
 from heddle.specs.base import NAME_HINT, Schema, nearest
 from heddle.specs.kinds import ChannelSpec, MixerSpec
+from heddle.specs.mixers import BROKEN
 from heddle.specs.model import CHANNELS, MIXERS
 from heddle.specs.reader import MAX_ERRORS, Path_, printable
 
@@ -149,12 +150,20 @@ class _Walk:
         if kind == "union_tag_invalid":
             tag, tags = detail["ctx"]["tag"], _tags(spot.annotation)
             return Finding(
-                "unknown-kind", f"there is no {name} kind {tag!r}", (*spot.path, "kind"), meant(tag, tags)
+                "unknown-kind", f"there is no {name} kind {tag!r}", (*spot.path, "kind"), _kind_hint(tag, tags)
             )
         if spot.is_key:
             return Finding("out-of-range", f"{shown(value)} is not a name", spot.path, NAME_HINT, key=True)
         code, what, hint = _told(detail, spot.annotation)
         return Finding(code, what, spot.path, hint)
+
+
+def _kind_hint(tag: str, tags: list[str]) -> str:
+    """What was meant, or why a package that offers this kind does not."""
+    for one in BROKEN:
+        if one.kind == tag:
+            return f"the package {one.package} offers it, but {one.why}"
+    return meant(tag, tags)
 
 
 def _unknown(name: str, owner: type[BaseModel], path: Path_) -> Finding:
