@@ -284,6 +284,12 @@ class Call:
         """`x` [B, T, ...] with zeros where there is no token, so that a recurrence starts from nothing."""
         return x if self.padding is None else x * self.padding[..., None].to(x.dtype)
 
+    def hide_unwritten(self, x: Tensor) -> Tensor:
+        """`x` [B, T, ...] with zeros at the tokens that are not to be remembered."""
+        if self.written is None:
+            return x
+        return x * self.written.reshape(*self.written.shape, *[1] * (x.dim() - 2)).to(x.dtype)
+
     def state(self, name: str) -> Tensor | None:
         """A recurrent state after the earlier tokens, or None at the start."""
         held = self.cache.own if isinstance(self.cache, CompositeLayer) else self.cache

@@ -9,9 +9,13 @@ from typing import Any, ClassVar, Literal, Self
 from heddle.specs.base import Schema
 from heddle.specs.cost import State
 from heddle.specs.layer import Site
+from heddle.specs.sight import Sight
 
 # What a layer may take from an earlier one. `stream`: what it gave to the residual stream.
 Handed = Literal["keys", "values", "indices", "stream"]
+# What every mixer keeps unless its kind says otherwise: earlier outputs do not depend on later tokens; decoding equals
+# one pass; a prompt in pieces equals a whole one; `Call.written` decides what is remembered.
+Contract = Literal["causality", "step", "chunks", "written"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +47,8 @@ class MixerSpec(Schema):
     module: ClassVar[str | None] = None
     # The ops of `heddle.kernels` that it calls.
     ops: ClassVar[tuple[str, ...]] = ()
+    # Contracts that it cannot keep, each with the reason and what holds instead.
+    exempt: ClassVar[Mapping[Contract, str]] = {}
     kind: str
 
     @property
@@ -53,6 +59,11 @@ class MixerSpec(Schema):
     def parts(self) -> Mapping[str, MixerSpec]:
         """The mixers it is made of, by their dotted path inside it; none for a plain mixer."""
         return {}
+
+    def exemptions(self) -> Mapping[Contract, str]:
+        """The contracts that it, or a part of it, cannot keep."""
+        inner = {name: why for part in self.parts().values() for name, why in part.exemptions().items()}
+        return {**inner, **self.exempt}
 
     def kernels(self) -> tuple[str, ...]:
         """The ops that it and its parts call, each once."""
@@ -82,6 +93,11 @@ class MixerSpec(Schema):
         assert path is not None
         inner = Reference(reference.field.removeprefix(f"{path}."), reference.name, reference.what)
         return part.misfit(inner, source, site)
+
+    def sights(self, site: Site) -> tuple[Sight, ...]:
+        """What a token sees: one or more for all heads together. A plain mixer that says nothing else sees all before it."""
+        found = tuple(one for part in self.parts().values() for one in part.sights(site))
+        return found or (Sight(),)
 
     def resolved(self, site: Site) -> Self:
         """The same mixer with every size filled in."""

@@ -63,7 +63,8 @@ class DecayAttentionModule(Initialised, Float32Kept):
         if self.form == "retnet":
             tables = call.rotary_tables(self.head_dim // 2 * 2, ROPE_THETA)
             q, k = rotate(wide(q), tables).to(v.dtype), rotate(wide(k), tables).to(v.dtype)
-        o = self._gated(self._remember(q, k, v, call), self.gate_proj(x))
+        # A token that is not written adds nothing; the memory decays all the same.
+        o = self._gated(self._remember(q, k, call.hide_unwritten(v), call), self.gate_proj(x))
         y: Tensor = self.o_proj(self.heads_out(call.gated(o)).flatten(2))
         return y
 

@@ -67,15 +67,18 @@ class GatedDeltaNetModule(Initialised, Float32Kept):
         x = call.hide_padding(x)
         q, k, v = self.conv(self.qkv_proj(x), call).split(self.sizes, dim=-1)
         q, k = (l2_norm(side.unflatten(-1, (self.heads, -1))) for side in (q, k))
-        o = self._remember(q, k, v.unflatten(-1, (self.value_heads, -1)), *self._gates(x), call=call)
+        o = self._remember(q, k, v.unflatten(-1, (self.value_heads, -1)), *self._gates(x, call), call=call)
         z = self.z_proj(x).unflatten(-1, (self.value_heads, -1))
         y: Tensor = self.o_proj(self.heads_out(call.gated(self.norm(o) * F.silu(z))).flatten(2))
         return y
 
-    def _gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Shapes:  log_decay, beta: [B, T, HV], float32"""
+    def _gates(self, x: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+        """A token that is not written neither erases nor writes; the memory decays all the same.
+
+        Shapes:  log_decay, beta: [B, T, HV], float32
+        """
         log_decay = -torch.exp(wide(self.A_log)) * F.softplus(wide(self.a_proj(x)) + self.dt_bias)
-        return log_decay, torch.sigmoid(wide(self.b_proj(x))) * self.beta_max
+        return log_decay, call.hide_unwritten(torch.sigmoid(wide(self.b_proj(x))) * self.beta_max)
 
     def _remember(
         self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, *, call: Call
