@@ -98,6 +98,23 @@ def graph(path: Path | str, *, form: Literal["text", "mermaid"] = "text") -> str
     return mermaid(planned) if form == "mermaid" else f"{planned}\n"
 
 
+def position_bias(path: Path | str, *, length: int | None = None) -> dict[str, Any]:
+    """Which tokens the masks of a spec favour before any training, at sequences of `length` tokens (128 if not given).
+
+    Raises:
+        HeddleErrors: as `check`; "bad-argument" for a length it cannot look at token by token.
+    """
+    from heddle.compose.position_bias import MAX_LENGTH, POSITIONS
+    from heddle.compose.position_bias import position_bias as analyse
+
+    file = check(path)
+    length = min(POSITIONS, file.spec.model.context_length) if length is None else length
+    if not 1 <= length <= MAX_LENGTH:
+        raise HeddleError("bad-argument", f"position bias is for 1 to {MAX_LENGTH} tokens, not {length}")
+    found = analyse(plan(file.spec.model, where=file.where), length)
+    return {"name": file.spec.name, **found.data()}
+
+
 def diff(left: Path | str, right: Path | str) -> list[Difference]:
     """What differs between two specs, layer by layer; nothing for two spellings of one.
 

@@ -127,11 +127,19 @@ def show(
     graph: Annotated[
         GraphForm | None, typer.Option(help="Show the compiled graph instead, as text or a flowchart.")
     ] = None,
+    position_bias: Annotated[
+        bool,
+        typer.Option("--position-bias", help="Show which tokens the masks favour instead, before any training."),
+    ] = False,
     json: Json = False,
 ) -> None:
     """Show what a spec builds: parameters, FLOPs, cache and state bytes, per layer and in total."""
     from heddle import api, terminal
 
+    if position_bias:
+        bias = api.position_bias(file, length=context)
+        terminal.show_json(bias) if json else terminal.show_position_bias(bias)
+        return
     if graph is not None:
         text = api.graph(file, form=graph.value)
         terminal.show_json({"graph": text}) if json else typer.echo(text, nl=False)

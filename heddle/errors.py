@@ -38,6 +38,7 @@ CODES: dict[str, int] = {
     "not-causal": BAD_INPUT,
     # A warning: it ends no command.
     "unused-block": 0,
+    "reach-too-short": 0,
     "bad-placement": BAD_INPUT,
     "bad-space": BAD_INPUT,
     "version-not-supported": BAD_INPUT,

@@ -134,6 +134,27 @@ def show_summary(summary: Mapping[str, Any]) -> None:
     )
 
 
+def show_position_bias(bias: Mapping[str, Any]) -> None:
+    """What the analysis found, a line each, in words."""
+    screen = console()
+    needed, centre = bias["layers_to_reach_all"], bias["centre"]
+    rows = {
+        "a token hears back to": "all before it" if bias["reach"] is None else f"{bias['reach']} tokens",
+        "all is heard after": "no layer"
+        if needed is None
+        else f"{needed} layer{'' if needed == 1 else 's'}, through {bias["most_hops"]} mixers at most",
+        "with depth, weight gathers at": f"token {centre[0]}" if len(centre) == 1 else f"{len(centre)} tokens",
+        "weight of the first token": f"{bias['primacy']:.3f} (evenly spread: {bias['uniform']:.3f})",
+        "weight of the last 8 tokens": f"{bias['recency']:.3f}",
+        "weight of one in the middle": f"{bias['middle']:.4f}",
+        "mean distance": f"{bias['mean_distance']:.1f} tokens",
+        "entropy": f"{bias['entropy']:.2f} nats",
+    }
+    screen.print(f"{bias['name']}   at {bias['length']} tokens, from the masks alone\n", style="bold")
+    for name, value in rows.items():
+        screen.print(f"{name:<30} {value}")
+
+
 _COST_HEADS = ("params", "prefill", "decode", "KV cache", "state")
 
 

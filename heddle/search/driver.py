@@ -45,6 +45,8 @@ class Driver:
     def __init__(self, setting: Setting, study: Study, log: EventLog, progress: Progress) -> None:
         self.setting, self.study, self.log, self.progress = setting, study, log, progress
         self.stopping = False
+        search = setting.file.spec.search
+        self._least_reach = None if search is None else search.min_reach
         self.trials: dict[int, Trial] = read_trials(setting.folder, log.events)
         self._asked = {e["number"]: e for e in log.events if e["event"] == "trial_started"}
         self._ended = {e["number"]: e for e in log.events if e["event"] == "trial_finished"}
@@ -180,6 +182,7 @@ class Driver:
         try:
             one = space.candidate(file, values, layers) if layers else self._place(number, values)
             parameters = plan(one.model).parameters
+            space.check_reach(one.model, self._least_reach)
         except HeddleError as error:
             # A combination that the space allows and the model does not, such as heads that do not divide.
             self._illegal[number] = f"{error.code}: {error.what}"

@@ -10,9 +10,12 @@ from typing import Any
 
 import optuna
 
+from heddle.errors import HeddleError
 from heddle.search.placement import Question, Seen, propose
 from heddle.search.study import Study
-from heddle.specs import ModelSpec, Parameter, Spec, SpecFile, expand_layers, spec_hash, uniform_layers
+from heddle.specs import ModelSpec, Parameter, Site, Spec, SpecFile, expand_layers, spec_hash, uniform_layers
+from heddle.specs.pattern import layers_of
+from heddle.specs.sight import reach
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +115,16 @@ def outer(file: SpecFile, values: Mapping[str, Any]) -> dict[str, str]:
         set() if placement is None else {name for name in placement.counts.values() if isinstance(name, str)}
     )
     return {name: label_of(value) for name, value in values.items() if name not in counted}
+
+
+def check_reach(model: ModelSpec, least: int | None) -> None:
+    """Raises HeddleError "reach-too-short" for a model whose windows carry content less than `least` tokens."""
+    site = Site(model.hidden_size, 0, 1, model.norm_eps, model.context_length)
+    seen = None if least is None else reach(layers_of(model), site)
+    if least is not None and seen is not None and seen < least:
+        raise HeddleError(
+            "reach-too-short", f"the layers together see {seen} tokens back, and {least} are asked for"
+        )
 
 
 def reference(file: SpecFile, name: str) -> Candidate:

@@ -9,7 +9,7 @@ from typing import Any
 from heddle.errors import HeddleError, HeddleErrors
 from heddle.specs.base import Schema
 from heddle.specs.check_options import Context, option_findings
-from heddle.specs.checks import search_findings, vocabulary_findings
+from heddle.specs.checks import reach_problems, search_findings, vocabulary_findings
 from heddle.specs.explain import Finding, check_fields, shown, without_echoes
 from heddle.specs.model import ModelSpec
 from heddle.specs.model_parts import ModelParts, check_parts
@@ -151,6 +151,8 @@ def _warnings(found: OpenValues, spec: Spec, places: Places) -> Iterator[HeddleE
         # A choice inside the layers may bring any block in.
         if parameter.name.startswith("layers."):
             used.update(str(choice) for choice in parameter.choices)
+    for path, what, hint in reach_problems(spec):
+        yield HeddleError("reach-too-short", what, where=places.where(path), hint=hint)
     for name in spec.model.blocks:
         if name not in used:
             where = places.where((*MODEL, "blocks", name), key=True)

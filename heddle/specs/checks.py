@@ -13,9 +13,12 @@ from heddle.specs.kinds import Problem
 from heddle.specs.layer import MAX_LAYERS, Site
 from heddle.specs.model import BlockSpec
 from heddle.specs.open_values import RESERVED
+from heddle.specs.pattern import layers_of
 from heddle.specs.reader import MAX_ERRORS, Path_
 from heddle.specs.references import EMBEDDING
 from heddle.specs.search import MqarTask
+from heddle.specs.sight import reach
+from heddle.specs.spec import Spec
 
 # Token ids of the bytes tokenizer.
 BYTES = 256
@@ -135,6 +138,19 @@ def search_findings(search: Any, blocks: Mapping[str, Any], *, is_open: bool) ->
         hint = "put a choice, int, float or placement inside model; heddle train takes a plain model"
         found.append(Finding("bad-space", what, (), hint, key=True))
     return found
+
+
+def reach_problems(spec: Spec) -> Iterator[tuple[Path_, str, str]]:
+    """Tasks that ask for what stands further back than any layer carries it: path in the file, words and hint."""
+    if spec.search is None:
+        return
+    model = spec.model
+    site = Site(model.hidden_size, 0, 1, model.norm_eps, model.context_length)
+    seen = reach(layers_of(model), site)
+    for index, task in enumerate(spec.search.tasks):
+        if seen is not None and isinstance(task, MqarTask) and seen < task.length - 1:
+            what = f"the layers together see {seen} tokens back, and mqar asks for what stood up to {task.length - 1} back"
+            yield ("search", "tasks", index), what, "a wider window, one layer without, or more layers"
 
 
 def _items(search: Any, key: str) -> Iterator[tuple[Path_, Mapping[str, Any]]]:

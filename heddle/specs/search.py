@@ -100,6 +100,14 @@ class SearchSpec(Schema):
     budgets: list[Budget] = Field(
         default_factory=list, max_length=16, description="Limits that a winner keeps."
     )
+    min_reach: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            le=10**8,
+            description="Specs whose windows carry a token's content less far, in tokens, are not tried; null: all are.",
+        ),
+    ] = None
     confirm_seeds: Annotated[
         int,
         Field(

@@ -10,6 +10,7 @@ from heddle.specs.base import Schema
 from heddle.specs.cost import State
 from heddle.specs.kinds import HeadedMixer, Problem, divisors_near, head_dim_of, heads_problems
 from heddle.specs.layer import Site
+from heddle.specs.sight import Sight
 
 
 class Rope(Schema):
@@ -52,6 +53,9 @@ class Attention(HeadedMixer):
         return self.model_copy(
             update={"kv_heads": self.kv_heads or self.heads, "head_dim": head_dim_of(self, site)}
         )
+
+    def sights(self, site: Site) -> tuple[Sight, ...]:  # noqa: ARG002
+        return (Sight(self.window),)
 
     def canonical(self, site: Site) -> dict[str, Any]:
         data = self.runtime(site)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
@@ -9,6 +10,7 @@ from pydantic import Field
 from heddle.specs.cost import CHUNK, FLOAT32_BYTES, State
 from heddle.specs.kinds import HeadedMixer, Problem, head_dim_of, heads_problems
 from heddle.specs.layer import Site
+from heddle.specs.sight import Sight
 
 
 class DecayAttention(HeadedMixer):
@@ -62,6 +64,12 @@ class DecayAttention(HeadedMixer):
         K, C = head_dim_of(self, site), min(CHUNK, length)
         # q kᵀ and P v: C K each; q S and kᵀ v: K² each.
         return self._outside(site) + self.heads * 2 * (2 * C * K + 2 * K * K)
+
+    def sights(self, site: Site) -> tuple[Sight, ...]:
+        if self.form == "retnet":
+            return tuple(Sight(log_decay=math.log1p(-(2.0 ** (-5 - h)))) for h in range(self.heads))
+        depth = 1.0 - site.layer_index / (site.layer_count - 1 + 1e-5) + 1e-5
+        return tuple(Sight(log_decay=-(2.0 ** (-8 * (h + 1) / self.heads)) * depth) for h in range(self.heads))
 
     def states(self, site: Site) -> tuple[State, ...]:
         K = head_dim_of(self, site)

@@ -9,6 +9,11 @@ from pydantic import Field
 from heddle.specs.cost import CHUNK, FLOAT32_BYTES, State
 from heddle.specs.kinds import HeadedMixer, Problem, head_dim_of, heads_problems
 from heddle.specs.layer import Site
+from heddle.specs.sight import Sight
+
+
+# exp(A_log) and softplus(dt) in the middle of the ranges in which training begins: 8 and 1e-2.
+GATE = 8.0 * 1e-2
 
 
 class GatedDeltaNet(HeadedMixer):
@@ -69,6 +74,9 @@ class GatedDeltaNet(HeadedMixer):
         C = min(CHUNK, length)
         # k kᵀ, q kᵀ: C K each; T x, P v: C V each; the inverse: C²; k S, q S, kᵀ v: K V each.
         return self._outside(site) + HV * 2 * (2 * C * (K + V) + C * C + 3 * K * V)
+
+    def sights(self, site: Site) -> tuple[Sight, ...]:  # noqa: ARG002
+        return (Sight(log_decay=-GATE),)
 
     def states(self, site: Site) -> tuple[State, ...]:
         _, HV, K, V = self._sizes(site)

@@ -1,0 +1,41 @@
+"""How far layers see, whatever their weights: of one mixer, and of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from heddle.specs.layer import Site
+
+if TYPE_CHECKING:
+    from heddle.specs.pattern import Layer
+
+
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """What a token sees through some of a mixer's heads.
+
+    `window` is how many tokens back, its own included; None: all. `log_decay` is how a token's weight changes with each
+    later one, 0 for softmax; where a gate decides, that of its middle when training begins. Without `is_certain` a token
+    in the window may also be hidden, by a selection or a router. `is_causal`: none after it.
+    """
+
+    window: int | None = None
+    log_decay: float = 0.0
+    is_causal: bool = True
+    is_certain: bool = True
+
+
+def reach(layers: Sequence[Layer], site: Site) -> int | None:
+    """How many tokens before a token can have a say in its output, whatever is selected; None: all of them.
+
+    Each layer carries on by its widest window: reach = sum over layers of (window - 1).        (arXiv 2502.01951)
+    """
+    total = 0
+    for layer in layers:
+        windows = [one.window for one in layer.spec.mixer.sights(site) if one.is_certain]
+        if None in windows:
+            return None
+        total += max((window - 1 for window in windows if window is not None), default=0)
+    return total
