@@ -142,7 +142,7 @@ def show_position_bias(bias: Mapping[str, Any]) -> None:
         "a token hears back to": "all before it" if bias["reach"] is None else f"{bias['reach']} tokens",
         "all is heard after": "no layer"
         if needed is None
-        else f"{needed} layer{'' if needed == 1 else 's'}, through {bias["most_hops"]} mixers at most",
+        else f"{needed} layer{'' if needed == 1 else 's'}, through {bias['most_hops']} mixers at most",
         "with depth, weight gathers at": f"token {centre[0]}" if len(centre) == 1 else f"{len(centre)} tokens",
         "weight of the first token": f"{bias['primacy']:.3f} (evenly spread: {bias['uniform']:.3f})",
         "weight of the last 8 tokens": f"{bias['recency']:.3f}",

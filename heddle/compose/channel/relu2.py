@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from heddle.compose.cache import Call
-from heddle.compose.modules.site import Site
+from heddle.compose.modules.feed_forward import FeedForward
 
 
-class ReLU2Module(nn.Module):
-    """y = W_down relu(W_up x)²        (arXiv 2109.08668)
+class ReLU2Module(FeedForward):
+    """y = W_down relu(W_up x)²        (arXiv 2109.08668)"""
 
-    Shapes:  x, y: [B, T, D]
-    """
+    IS_GATED = False
 
-    def __init__(self, site: Site, *, width: int) -> None:
-        super().__init__()
-        self.up_proj = nn.Linear(site.hidden_size, width, bias=False)
-        self.down_proj = nn.Linear(width, site.hidden_size, bias=False)
-
-    def forward(self, x: Tensor, call: Call) -> Tensor:  # noqa: ARG002 - a token needs no others
-        y: Tensor = self.down_proj(F.relu(self.up_proj(x)).square())
-        return y
+    def activation(self, x: Tensor) -> Tensor:
+        return F.relu(x).square()

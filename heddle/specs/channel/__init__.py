@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from heddle.specs.channel.geglu import GeGLU
 from heddle.specs.channel.gelu import GELU
 from heddle.specs.channel.none import NoChannel
 from heddle.specs.channel.relu2 import ReLU2
 from heddle.specs.channel.swiglu import SwiGLU
 from heddle.specs.kinds import ChannelSpec
 
-Channel = SwiGLU | GELU | ReLU2 | NoChannel
+Channel = SwiGLU | GeGLU | GELU | ReLU2 | NoChannel
 
-__all__ = ["GELU", "Channel", "ChannelSpec", "NoChannel", "ReLU2", "SwiGLU"]
+__all__ = ["GELU", "Channel", "ChannelSpec", "GeGLU", "NoChannel", "ReLU2", "SwiGLU"]

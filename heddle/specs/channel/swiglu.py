@@ -2,31 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
-from heddle.specs.kinds import ChannelSpec, Problem
-from heddle.specs.layer import Site
-from heddle.specs.width import Ratio, Width, width_of, width_problems
+from heddle.specs.feed_forward import FeedForward
+from heddle.specs.width import Ratio
 
 
-class SwiGLU(ChannelSpec):
-    """Gated SiLU: down(silu(gate x) · up x) (arXiv 2002.05202). No biases."""
+class SwiGLU(FeedForward):
+    """Gated SiLU: down(silu(gate x) · up x) (arXiv 2002.05202)."""
 
+    matrices: ClassVar[int] = 3
     kind: Literal["swiglu"] = "swiglu"
     ratio: Ratio = 2.67
-    width: Width = None
-
-    def resolved(self, site: Site) -> SwiGLU:
-        return self.model_copy(update={"width": width_of(self.ratio, self.width, site)})
-
-    def problems(self, site: Site) -> list[Problem]:  # noqa: ARG002
-        return width_problems(self, self.ratio, self.width)
-
-    def runtime(self, site: Site) -> dict[str, Any]:
-        return {"kind": self.kind, "width": width_of(self.ratio, self.width, site)}
-
-    def params(self, site: Site) -> int:
-        return 3 * site.hidden_size * width_of(self.ratio, self.width, site)
-
-    def flops(self, site: Site) -> int:
-        return 2 * self.params(site)

@@ -1,0 +1,15 @@
+"""Gated feed-forward with GELU in its tanh form."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from heddle.compose.modules.feed_forward import FeedForward
+
+
+class GeGLUModule(FeedForward):
+    """y = W_down (gelu(W_gate x) * W_up x)        (arXiv 2002.05202)"""
+
+    def activation(self, x: Tensor) -> Tensor:
+        return F.gelu(x, approximate="tanh")
