@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,13 +23,13 @@ from heddle.compose.passes.graph import (
     nodes_of,
 )
 from heddle.compose.passes.link_references import link_references
+from heddle.compose.passes.manager import Pass, run_passes
 from heddle.compose.passes.plan_sharing import plan_sharing
 from heddle.compose.passes.resolve_dims import resolve_dims
 from heddle.compose.passes.resolve_layers import resolve_layers
 from heddle.errors import Where
 from heddle.specs.model import ModelSpec
 
-Pass = Callable[[Graph, Locate], Graph]
 PASSES: tuple[Pass, ...] = (
     resolve_layers,
     resolve_dims,
@@ -164,9 +164,7 @@ def plan(model: ModelSpec, where: Locate | None = None) -> Plan:
         HeddleErrors: of the first pass that finds something wrong; each names the pass, the node and the spec's line.
     """
     locate = where or (lambda path: Where(path=path))
-    graph = empty_graph(model)
-    for one in PASSES:
-        graph = one(graph, locate)
+    graph = run_passes(empty_graph(model), PASSES, locate)
     return Plan(graph, _layers(graph))
 
 

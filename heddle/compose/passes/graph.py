@@ -143,11 +143,20 @@ class Failures:
     def __init__(self, name: str, locate: Locate) -> None:
         self._pass, self._locate = name, locate
         self._errors: list[HeddleError] = []
+        self._told: set[tuple[str | None, int, int | None, str]] = set()
 
     def add(self, code: str, what: str, path: str, hint: str | None = None) -> None:
-        """Note an error at a path of the resolved model, such as `layers.3.mixer.heads`."""
-        told = f"{what} (pass {self._pass})"
-        self._errors.append(HeddleError(code, told, where=self._locate(path), hint=hint))
+        """Note an error at a path of the resolved model, such as `layers.3.mixer.heads`.
+
+        A mistake of a block that stands in many layers is told once, at the first of them.
+        """
+        where = self._locate(path)
+        if where.line is not None:
+            place = (where.file, where.line, where.column, code)
+            if place in self._told:
+                return
+            self._told.add(place)
+        self._errors.append(HeddleError(code, f"{what} (pass {self._pass})", where=where, hint=hint))
 
     def check(self) -> None:
         """Raise HeddleErrors if anything was noted."""

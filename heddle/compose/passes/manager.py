@@ -1,0 +1,70 @@
+"""Runs the passes one after another, and holds what is between them to what makes a plan legal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from heddle.compose.passes.graph import Graph, Locate, edges_of
+from heddle.errors import HeddleError
+
+Pass = Callable[[Graph, Locate], Graph]
+# What these carry is as wide as the stream of the model at both ends.
+STREAMS = ("stream", "skip", "share")
+
+
+def run_passes(graph: Graph, passes: Sequence[Pass], locate: Locate) -> Graph:
+    """The graph after `passes`, in their order.
+
+    An error that is not the user's goes on as it is, its traceback whole, with a note that says which pass it comes from and
+    which ran before it.
+
+    Raises:
+        HeddleErrors: of the first pass that finds something wrong with the spec.
+    """
+    for count, one in enumerate(passes):
+        try:
+            graph = one(graph, locate)
+            wrong = illegal(graph)
+            assert wrong is None, wrong
+        except HeddleError:
+            raise
+        except Exception as error:
+            before = ", ".join(earlier.__name__ for earlier in passes[:count]) or "none"
+            error.add_note(f"while running pass {one.__name__}; passes before it: {before}")
+            raise
+    return graph
+
+
+def illegal(graph: Graph) -> str | None:
+    """What makes a graph no plan; None if nothing does.
+
+    The streams must lead once through every node, from the first to the last, and every other edge must point the same way:
+    then nothing goes in a circle, and the order in which the layers run is the only one.
+    """
+    after: dict[str, str] = {}
+    for first, second, edge in edges_of(graph):
+        if edge.kind == "stream":
+            if first in after:
+                return f"two streams leave {first}, to {after[first]} and {second}"
+            after[first] = second
+    later = set(after.values())
+    starts = [name for name in graph if name not in later]
+    if len(starts) != 1:
+        return f"a stream must begin at one node, and begins at {len(starts)}"
+    order = [starts[0]]
+    while order[-1] in after and len(order) <= len(graph):
+        order.append(after[order[-1]])
+    if len(order) != len(graph):
+        return f"the stream from {order[0]} passes {len(order)} nodes, and there are {len(graph)}"
+    return _wrong_edge(graph, {name: place for place, name in enumerate(order)})
+
+
+def _wrong_edge(graph: Graph, place: Mapping[str, int]) -> str | None:
+    """The first edge that does not point forward, or fits not both its ends."""
+    for first, second, edge in edges_of(graph):
+        if place[first] >= place[second]:
+            return f"{second} takes {edge.kind} of {first}, which does not stand before it"
+        gives, takes = graph.nodes[first]["node"].gives, graph.nodes[second]["node"].takes
+        if edge.kind in STREAMS and not gives == takes == edge.width:
+            return f"{first} gives {gives}, {second} takes {takes}, the {edge.kind} has {edge.width}"
+    return None
