@@ -254,6 +254,8 @@ class Call:
     handed: dict[tuple[str, int], Any] = field(default_factory=dict)
     # Auxiliary losses of this forward: name, value, and the factor with which it joins the training loss.
     losses: list[tuple[str, Tensor, float]] = field(default_factory=list)
+    # Shares with one target for their mean over the layers: name, share, target, and the factor of the loss.
+    targets: list[tuple[str, Tensor, float, float]] = field(default_factory=list)
     # [B, T, H], or None: factors of the heads of the mixer that is called, before its output projection.
     head_gates: Tensor | None = None
     # [B, T] of 0 and 1, or None for 1: which of these tokens the mixer remembers. Every token is answered.
@@ -262,7 +264,14 @@ class Call:
     def at(self, cache: StateLayer | None) -> Call:
         """The same call at another layer."""
         return Call(
-            self.positions, self.padding, self.key_padding, cache, self.memo, self.handed, self.losses
+            self.positions,
+            self.padding,
+            self.key_padding,
+            cache,
+            self.memo,
+            self.handed,
+            self.losses,
+            self.targets,
         )
 
     def part(self, path: str, *, head_gates: Tensor | None = None, written: Tensor | None = None) -> Call:
@@ -279,6 +288,10 @@ class Call:
     def add_loss(self, name: str, value: Tensor, factor: float) -> None:
         """Adds an auxiliary loss (a scalar) to those of this forward; only training asks for them."""
         self.losses.append((name, value, factor))
+
+    def add_target(self, name: str, share: Tensor, target: float, factor: float) -> None:
+        """Adds the loss (mean share - target)², the mean over all layers that name this target; as `add_loss` else."""
+        self.targets.append((name, share, target, factor))
 
     def hide_padding(self, x: Tensor) -> Tensor:
         """`x` [B, T, ...] with zeros where there is no token, so that a recurrence starts from nothing."""

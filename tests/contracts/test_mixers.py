@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from heddle.compose.cache import Call, StateLayer, cache_bytes
 from heddle.compose.hf.model import HeddleForCausalLM
 from heddle.compose.plan import plan
 from heddle.specs import CHANNELS, MIXERS, ModelSpec
+from heddle.specs.kinds import Contract
 from heddle.specs.layer import Site as SpecSite
 
 HIDDEN, LENGTH = 48, 150
@@ -60,6 +62,37 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
                 {"kind": "gated_deltanet", "heads": 2},
             ],
             "merge": "concat",
+        },
+    ],
+    "token_router": [
+        {
+            "mixers": [{"kind": "gated_deltanet", "heads": 2}, {"kind": "decay_attention", "heads": 4}],
+            "budget": 0.25,
+        },
+        {
+            "mixers": [
+                {"kind": "decay_attention", "heads": 2, "form": "retnet"},
+                {"kind": "gated_deltanet", "heads": 2, "value_heads": 4},
+            ],
+            "chunk": 7,
+            "merge": "gate",
+            "norm": True,
+        },
+    ],
+    "layer_router": [
+        {
+            "mixers": [
+                {"kind": "attention", "heads": 4, "kv_heads": 2},
+                {"kind": "attention", "heads": 2, "window": 7},
+            ],
+            "router_dim": 8,
+        },
+        {
+            "mixers": [{"kind": "attention", "heads": 4}, {"kind": "gated_deltanet", "heads": 2}],
+            "router_dim": 4,
+            "pool": 10,
+            "temperature": 2.0,
+            "target": 0.5,
         },
     ],
 }
@@ -121,6 +154,26 @@ def mixer_of(fields: dict[str, Any], dtype: torch.dtype = torch.float64) -> nn.M
     return mixer
 
 
+def keepers(fields: dict[str, Any], contract: Contract, dtype: torch.dtype = torch.float64) -> list[nn.Module]:
+    """The mixers that must keep `contract`: this one or, where its schema says that it cannot, each with its decision given."""
+    exempt = contract in spec_of(fields).blocks["it"].mixer.exemptions()
+    return WEAKER[fields["kind"]](fields, dtype) if exempt else [mixer_of(fields, dtype)]
+
+
+def decided(fields: dict[str, Any], dtype: torch.dtype) -> list[nn.Module]:
+    """The mixer with every prompt sent to the first, and with every prompt sent to the second."""
+    mixers = [mixer_of(fields, dtype) for _ in range(2)]
+    for choice, mixer in enumerate(mixers):
+        with torch.no_grad():
+            mixer.router.last_weight.zero_()
+            mixer.router.last_bias.copy_(torch.tensor([1.0 - choice, float(choice)]))
+    return mixers
+
+
+# What is held of a kind in the place of the contracts from which it is exempt.
+WEAKER: dict[str, Callable[[dict[str, Any], torch.dtype], list[nn.Module]]] = {"layer_router": decided}
+
+
 def noise(*shape: int, seed: int = 2, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
@@ -153,27 +206,30 @@ def test_output_has_the_shape_and_type_of_the_input(fields: dict[str, Any], dtyp
 @every_mixer
 @pytest.mark.parametrize("changed", [1, 64, 149])
 def test_a_changed_token_leaves_earlier_outputs_bit_equal(fields: dict[str, Any], changed: int) -> None:
-    mixer, x = mixer_of(fields, torch.float32), noise(2, LENGTH, HIDDEN, dtype=torch.float32)
+    x = noise(2, LENGTH, HIDDEN, dtype=torch.float32)
     other = x.clone()
     other[:, changed] = -x[:, changed]
-    before, after = mixer(x, call_at(0, LENGTH)), mixer(other, call_at(0, LENGTH))
-    assert torch.equal(before[:, :changed], after[:, :changed])
-    assert not torch.equal(before[:, changed], after[:, changed])
+    for mixer in keepers(fields, "causality", torch.float32):
+        before, after = mixer(x, call_at(0, LENGTH)), mixer(other, call_at(0, LENGTH))
+        assert torch.equal(before[:, :changed], after[:, :changed])
+        assert not torch.equal(before[:, changed], after[:, changed])
 
 
 @every_mixer
 def test_step_by_step_equals_forward(fields: dict[str, Any]) -> None:
-    mixer, x = mixer_of(fields), noise(2, 70, HIDDEN)
-    whole = mixer(x, call_at(0, 70))
-    assert (in_pieces(mixer, x, list(range(1, 71))) - whole).abs().max() < EXACT
+    x = noise(2, 70, HIDDEN)
+    for mixer in keepers(fields, "step"):
+        whole = mixer(x, call_at(0, 70))
+        assert (in_pieces(mixer, x, list(range(1, 71))) - whole).abs().max() < EXACT
 
 
 @every_mixer
 def test_chunked_prefill_equals_whole(fields: dict[str, Any]) -> None:
-    mixer, x = mixer_of(fields), noise(2, LENGTH, HIDDEN)
-    whole = mixer(x, call_at(0, LENGTH))
+    x = noise(2, LENGTH, HIDDEN)
     # The first piece is shorter than a convolution, one is a single token, one longer than a kernel's chunk.
-    assert (in_pieces(mixer, x, [2, 3, 70, 149, LENGTH]) - whole).abs().max() < EXACT
+    for mixer in keepers(fields, "chunks"):
+        whole = mixer(x, call_at(0, LENGTH))
+        assert (in_pieces(mixer, x, [2, 3, 70, 149, LENGTH]) - whole).abs().max() < EXACT
 
 
 @every_mixer
@@ -197,8 +253,8 @@ def test_rows_of_a_batch_are_independent(fields: dict[str, Any]) -> None:
 
 
 @every_mixer
-def test_gradients_are_finite_and_everywhere(fields: dict[str, Any]) -> None:
-    mixer, x = mixer_of(fields), noise(2, LENGTH, HIDDEN).requires_grad_()
+def test_gradients_are_finite_and_everywhere_in_training(fields: dict[str, Any]) -> None:
+    mixer, x = mixer_of(fields).train(), noise(2, LENGTH, HIDDEN).requires_grad_()
     (mixer(x, call_at(0, LENGTH)) * noise(2, LENGTH, HIDDEN, seed=5)).sum().backward()
     for name, tensor in [("x", x), *mixer.named_parameters()]:
         assert tensor.grad is not None, name
@@ -232,7 +288,7 @@ def test_cache_bytes_are_those_the_spec_counts(
 
 @every_mixer
 def test_a_cache_can_be_reordered_repeated_and_forgotten(fields: dict[str, Any]) -> None:
-    mixer, x = mixer_of(fields), noise(2, 20, HIDDEN)
+    mixer, x = keepers(fields, "step")[0], noise(2, 20, HIDDEN)
     cache = mixer.new_cache()
     mixer(x[:, :19], call_at(0, 19, cache))
     cache.advance(19)
@@ -389,3 +445,9 @@ def test_the_seed_alone_decides_the_weights() -> None:
     for name, weight in first.state_dict().items():
         assert torch.equal(weight, again.state_dict()[name]), name
     assert not torch.equal(first.lm_head.weight, other.lm_head.weight)
+
+
+def test_no_kind_is_exempt_but_these() -> None:
+    exempt = {kind: set(found.exempt) for kind, found in MIXERS.items() if found.exempt}
+    assert exempt == {"layer_router": {"causality", "step", "chunks"}}
+    assert set(WEAKER) == set(exempt)

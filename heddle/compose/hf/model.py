@@ -127,7 +127,7 @@ class HeddleModel(HeddlePreTrainedModel):
             last_hidden_state=x,
             past_key_values=cache,
             hidden_states=(*seen, x) if wanted else None,
-            **_told(call.losses if self.training else []),
+            **_told([*call.losses, *_missed(call.targets)] if self.training else []),
         )
 
     def new_cache_layers(self) -> list[StateLayer]:
@@ -175,6 +175,17 @@ class HeddleModel(HeddlePreTrainedModel):
         real = mask.bool()
         # Asking waits for the device, and a traced graph cannot ask; the masked path gives the same numbers.
         return None if not torch.compiler.is_compiling() and bool(real.all()) else real
+
+
+def _missed(targets: Sequence[tuple[str, Tensor, float, float]]) -> list[tuple[str, Tensor, float]]:
+    """The losses of targets that hold for all layers together, one for each of equal name, target and factor."""
+    shares: dict[tuple[str, float, float], list[Tensor]] = {}
+    for name, share, target, factor in targets:
+        shares.setdefault((name, target, factor), []).append(share)
+    return [
+        (name, (torch.stack(found).mean() - target).square(), factor)
+        for (name, target, factor), found in shares.items()
+    ]
 
 
 def _told(losses: Sequence[tuple[str, Tensor, float]]) -> dict[str, Any]:

@@ -2,56 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from heddle.compose.cache import Call
-from heddle.compose.modules.composite import CompositeMixer
-from heddle.compose.modules.norm import RMSNorm
-from heddle.compose.modules.precision import wide
-from heddle.compose.modules.site import Site
+from heddle.compose.modules.merge import MergingMixer
 
 
-class ParallelModule(CompositeMixer):
+class ParallelModule(MergingMixer):
     """y = merge_i(weight_i · norm_i(mixer_i(x)))        (arXiv 2411.13676, 2507.22448)
 
     Shapes:  x, y: [B, T, D]
     """
 
-    def __init__(
-        self,
-        site: Site,
-        *,
-        mixers: Sequence[nn.Module],
-        merge: str,
-        norm: bool,
-        weights: Sequence[float] | None,
-    ) -> None:
-        super().__init__()
-        self.mixers, self.merge = nn.ModuleList(mixers), merge
-        self.weights = list(weights or [1.0] * len(mixers))
-        width, count = site.hidden_size, len(mixers)
-        self.norms = nn.ModuleList(RMSNorm(width, site.norm_eps) for _ in mixers) if norm else None
-        self.gate_proj = nn.Linear(width, count, bias=False) if merge == "gate" else None
-        self.merge_proj = nn.Linear(count * width, width, bias=False) if merge == "concat" else None
-
     def forward(self, x: Tensor, call: Call) -> Tensor:
-        outputs = [mixer(x, call.part(path)) for path, mixer in self.parts().items()]
-        if self.norms is not None:
-            outputs = [norm(y) for norm, y in zip(self.norms, outputs, strict=True)]
-        outputs = [y if w == 1.0 else y * w for w, y in zip(self.weights, outputs, strict=True)]
-        return self._merged(x, outputs)
-
-    def _merged(self, x: Tensor, outputs: list[Tensor]) -> Tensor:
-        if self.merge_proj is not None:
-            joined: Tensor = self.merge_proj(torch.cat(outputs, dim=-1))
-            return joined
-        if self.gate_proj is not None:
-            shares = torch.softmax(wide(self.gate_proj(x)), dim=-1).to(x.dtype)
-            outputs = [y * shares[..., index, None] for index, y in enumerate(outputs)]
-        total = outputs[0]
-        for y in outputs[1:]:
-            total = total + y
-        return total / len(outputs) if self.merge == "mean" else total
+        return self.merged(x, [mixer(x, call.part(path)) for path, mixer in self.parts().items()])

@@ -9,7 +9,9 @@ from heddle.specs.kinds import MixerSpec
 from heddle.specs.mixers.attention import Attention
 from heddle.specs.mixers.decay_attention import DecayAttention
 from heddle.specs.mixers.gated_deltanet import GatedDeltaNet
+from heddle.specs.mixers.layer_router import LayerRouter
 from heddle.specs.mixers.parallel import Parallel
+from heddle.specs.mixers.token_router import TokenRouter
 from heddle.specs.plugins import load_plugins
 
 BUILT_IN: tuple[type[MixerSpec], ...] = (
@@ -17,6 +19,8 @@ BUILT_IN: tuple[type[MixerSpec], ...] = (
     GatedDeltaNet,
     DecayAttention,
     Parallel,
+    TokenRouter,
+    LayerRouter,
 )
 
 # Kinds that other installed packages offer, and those of them that cannot be used.
@@ -33,4 +37,4 @@ for _kind in KINDS:
     if issubclass(_kind, CompositeMixer):
         _kind.model_rebuild(_types_namespace={"Mixer": Mixer})
 
-__all__ = ["BROKEN", "BUILT_IN", "KINDS", "Attention", "DecayAttention", "GatedDeltaNet", "Mixer", "MixerSpec", "Parallel"]
+__all__ = ["BROKEN", "BUILT_IN", "KINDS", "Attention", "DecayAttention", "GatedDeltaNet", "LayerRouter", "Mixer", "MixerSpec", "Parallel", "TokenRouter"]
