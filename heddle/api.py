@@ -27,6 +27,7 @@ from heddle.search.durable import write_whole
 from heddle.search.record import RUN_FILE, Latency, Run, read_run
 from heddle.specs import Difference, SpecFile, differences
 from heddle.specs.base import Duration
+from heddle.specs.zoo_files import zoo_text
 
 if TYPE_CHECKING:
     from heddle.compose.hf.export import ExportResult
@@ -37,16 +38,17 @@ RUNS = Path("runs")
 PHASES = ("prefill", "decode")
 
 
-def init(path: Path | str = "spec.yaml", *, force: bool = False) -> Path:
-    """Write a commented starter spec to `path`.
+def init(path: Path | str = "spec.yaml", *, of: str | None = None, force: bool = False) -> Path:
+    """Write a commented starter spec to `path`, or the spec of the zoo that is called `of`.
 
     Raises:
-        HeddleError: "file-exists" unless `force`.
+        HeddleError: "file-exists" unless `force`; "bad-argument" for a name that the zoo has not.
     """
     target = Path(path)
     if target.exists() and not force:
         raise HeddleError("file-exists", f"{target} is there already", hint="--force overwrites it")
-    write_whole(target, resources.files("heddle").joinpath("starter.yaml").read_bytes())
+    starter = resources.files("heddle").joinpath("starter.yaml")
+    write_whole(target, starter.read_bytes() if of is None else zoo_text(of).encode())
     return target
 
 

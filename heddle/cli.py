@@ -83,15 +83,19 @@ def _main(
     """Design, search and export hybrid language models under a measured latency budget."""
 
 
-@app.command(epilog=_example("heddle init", "heddle init my-spec.yaml --force"))
+@app.command(epilog=_example("heddle init", "heddle init my-spec.yaml --from qwen3-0.6b"))
 def init(
     path: Annotated[Path, typer.Argument(metavar="[FILE]", help="File to write.")] = Path("spec.yaml"),
+    of: Annotated[
+        str | None,
+        typer.Option("--from", help="A known architecture to begin with: docs/zoo.md lists them.", show_default=False),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
 ) -> None:
-    """Write a commented starter spec."""
+    """Write a commented starter spec, or the spec of a known architecture."""
     from heddle import api, terminal
 
-    written = api.init(path, force=force)
+    written = api.init(path, of=of, force=force)
     terminal.next_steps(f"wrote {written}", [f"heddle check {written}", f"heddle search {written}"])
 
 
