@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from heddle.compose.passes.graph import ChannelBlock, Edge, MixerBlock, Node, edges_of, nodes_of
+from heddle.compose.passes.graph import ChannelBlock, Edge, MixerBlock, Node, Readout, edges_of, nodes_of
 from heddle.compose.plan import Plan
 
 
@@ -20,6 +20,8 @@ def _label(name: str, node: Node) -> str:
     told = [name]
     if isinstance(node, MixerBlock | ChannelBlock):
         told.append(f"{node.block}: {node.spec.kind}")
+    elif isinstance(node, Readout):
+        told.append(node.spec.kind)
     if node.parameters:
         told.append(f"{node.parameters:,} parameters")
     return "<br/>".join(told)

@@ -7,16 +7,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from heddle.compose.passes.assign_caches import assign_caches
+from heddle.compose.passes.check_kind import check_kind
 from heddle.compose.passes.check_shapes import check_shapes
 from heddle.compose.passes.choose_kernels import choose_kernels
 from heddle.compose.passes.count_costs import count_costs
 from heddle.compose.passes.graph import (
     ChannelBlock,
+    Classifier,
     Edge,
     Graph,
     Locate,
     MixerBlock,
     Node,
+    Readout,
     edges_of,
     empty_graph,
     model_of,
@@ -35,6 +38,7 @@ PASSES: tuple[Pass, ...] = (
     resolve_dims,
     link_references,
     plan_sharing,
+    check_kind,
     check_shapes,
     assign_caches,
     choose_kernels,
@@ -57,6 +61,7 @@ class LayerPlan:
     parameters: int
     _mixer: MixerBlock
     _channel: ChannelBlock | None
+    _decodes: bool
 
     def runtime(self) -> dict[str, Any]:
         """Plain data for its modules; what is as in a plain pre-norm layer is left out."""
@@ -87,9 +92,9 @@ class LayerPlan:
             held[state.grows] += state.bytes(context, element)
         return {
             "prefill_flops_per_token": spec.prefill_flops(site, context) + channel,
-            "decode_flops_per_token": spec.flops(site, context) + channel,
+            "decode_flops_per_token": spec.flops(site, context) + channel if self._decodes else 0,
             "cache_bytes": batch * held[True],
-            "cache_bytes_per_token": spec.cache_bytes_per_token(site, element),
+            "cache_bytes_per_token": spec.cache_bytes_per_token(site, element) if self._decodes else 0,
             "state_bytes": batch * held[False],
         }
 
@@ -126,21 +131,36 @@ class Plan:
         `prefill_flops_per_token` is the mean over a pass of `context` tokens, `decode_flops_per_token` that of one token
         after them. `cache_bytes` (growing with the context) and `state_bytes` (not) are of the whole batch,
         `cache_bytes_per_token` is of one sequence, before any window is full.
+
+        An encoder has all tokens at once: whatever is about decoding and about caches is 0. A readout, which works once for
+        a sequence, is spread over its tokens.
         """
-        head = 2 * self.model.hidden_size * self.model.vocab_size
-        totals: dict[str, float] = dict.fromkeys(("prefill_flops_per_token", "decode_flops_per_token"), head)
+        head = self._head_flops(context)
+        decoding = head if self.model.kind == "causal_lm" else 0
+        totals: dict[str, float] = {"prefill_flops_per_token": head, "decode_flops_per_token": decoding}
         totals |= dict.fromkeys(("cache_bytes", "cache_bytes_per_token", "state_bytes"), 0)
         for layer in self.layers:
             for name, value in layer.cost(context, batch, element=element).items():
                 totals[name] += value
         return totals
 
+    def _head_flops(self, context: int) -> float:
+        """FLOPs a token of what makes logits."""
+        model = self.model
+        if model.readout is None:
+            return 2 * model.hidden_size * model.vocab_size
+        return model.readout.flops(model.hidden_size, context) / max(context, 1)
+
     def runtime(self) -> dict[str, Any]:
-        """Plain data for HeddleConfig."""
+        """Plain data for HeddleConfig; the kind of a causal language model is left out."""
         model = self.model
         names = ("vocab_size", "hidden_size", "context_length", "norm_eps", "tie_embeddings")
         factors = ("embedding_multiplier", "logit_multiplier", "logit_softcap")
         data = {name: getattr(model, name) for name in (*names, *factors)}
+        if model.kind != "causal_lm":
+            data["kind"] = model.kind
+        if model.readout is not None:
+            data |= {"readout": model.readout.runtime(), "tie_embeddings": False}
         return {**data, "layers": [layer.runtime() for layer in self.layers]}
 
     def __eq__(self, other: object) -> bool:
@@ -171,17 +191,21 @@ def plan(model: ModelSpec, where: Locate | None = None) -> Plan:
 def _layers(graph: Graph) -> tuple[LayerPlan, ...]:
     nodes = dict(nodes_of(graph))
     mixers = [node for node in nodes.values() if isinstance(node, MixerBlock)]
-    return tuple(_layer(mixer, nodes.get(f"layers.{mixer.site.layer_index}.channel")) for mixer in mixers)
+    decodes = model_of(graph).kind == "causal_lm"
+    return tuple(
+        _layer(mixer, nodes.get(f"layers.{mixer.site.layer_index}.channel"), decodes=decodes)
+        for mixer in mixers
+    )
 
 
-def _layer(mixer: MixerBlock, channel: Node | None) -> LayerPlan:
+def _layer(mixer: MixerBlock, channel: Node | None, *, decodes: bool) -> LayerPlan:
     assert channel is None or isinstance(channel, ChannelBlock)
     assert mixer.data is not None
     data = {"kind": "none"} if channel is None else channel.data
     assert data is not None
     parameters = (mixer.parameters or 0) + (channel.parameters or 0 if channel else 0)
     index = mixer.site.layer_index
-    return LayerPlan(index, mixer.block, mixer.data, data, mixer.norm, parameters, mixer, channel)
+    return LayerPlan(index, mixer.block, mixer.data, data, mixer.norm, parameters, mixer, channel, decodes)
 
 
 def _content(graph: Graph) -> tuple[dict[str, Node], list[tuple[str, str, Edge]]]:
@@ -211,12 +235,21 @@ def _taken(graph: Graph, name: str) -> list[str]:
 
 
 def _told(node: Node) -> str:
+    if isinstance(node, Readout):
+        return f"{_fields(node.spec.runtime())}  {node.takes} -> {node.gives}"
+    if isinstance(node, Classifier):
+        return f"{node.takes} -> {node.classes} classes"
     if not isinstance(node, (MixerBlock, ChannelBlock)):
         return f"{node.takes or 'ids'} -> {node.gives or 'logits'}"
     data = node.data or {"kind": node.spec.kind}
-    fields = ", ".join(f"{key}={value}" for key, value in data.items() if key != "kind")
     states = (node.states or ()) if isinstance(node, MixerBlock) else ()
     held = "".join(
         f"  {state.name}{list(state.shape)}{' per token' if state.grows else ''}" for state in states
     )
-    return f"{node.block}: {node.norm}, {data['kind']}({fields}){held}"
+    return f"{node.block}: {node.norm}, {_fields(data)}{held}"
+
+
+def _fields(data: Mapping[str, Any]) -> str:
+    """`attention(heads=4, window=8)`"""
+    fields = ", ".join(f"{key}={value}" for key, value in data.items() if key != "kind")
+    return f"{data['kind']}({fields})"

@@ -30,6 +30,7 @@ def canonical(model: ModelSpec) -> str:
         "format": FORMAT,
         **{name: getattr(model, name) for name in SCALARS},
         **{name: getattr(model, name) for name in LATER if getattr(model, name) != _default(model, name)},
+        **_kind(model),
         "layers": [_layer(model, layer, made) for layer in layers],
     }
     _resolve_names(data["layers"], layers)
@@ -64,6 +65,16 @@ def _block(model: ModelSpec, block: BlockSpec) -> dict[str, Any]:
         else _residual(block.channel_residual or block.residual),
         "skip": None if block.skip is None else block.skip.model_dump(),
     }
+
+
+def _kind(model: ModelSpec) -> dict[str, Any]:
+    """Nothing for a causal language model. With a readout there is no head that could be tied."""
+    data: dict[str, Any] = {} if model.kind == "causal_lm" else {"kind": model.kind}
+    return (
+        data
+        if model.readout is None
+        else {**data, "readout": model.readout.runtime(), "tie_embeddings": False}
+    )
 
 
 def _default(owner: ModelSpec, name: str) -> Any:

@@ -130,6 +130,12 @@ def _across(found: OpenValues, parts: ModelParts, context: Context) -> Iterator[
     if "vocab_size" in parts.fields:
         for one in vocabulary_findings(parts.fields["vocab_size"], context.tokenizer, context.search):
             yield one.below((*MODEL, "vocab_size"))
+    if (*MODEL, "kind") in found.parameters:
+        what = "the kind of a model cannot be left open: its tasks and its head depend on it"
+        yield Finding("bad-space", what, (*MODEL, "kind"), "causal_lm or encoder")
+    if parts.kind == "encoder" and context.search is not None:
+        what = "the tasks of a search are those of causal language models, and model.kind is encoder"
+        yield Finding("conflicting-fields", what, ("search",), "no search, or kind: causal_lm", key=True)
     is_open = bool(found.parameters or found.findings or found.has_placement)
     for one in search_findings(context.search, parts.blocks, is_open=is_open):
         yield one.below(("search",))

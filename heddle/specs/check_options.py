@@ -10,6 +10,7 @@ from heddle.specs.checks import block_problems, vocabulary_findings
 from heddle.specs.explain import HOLE, Finding, check_field
 from heddle.specs.kinds import Problem
 from heddle.specs.model import BlockSpec, ModelSpec
+from heddle.specs.model_kind import readout_problems
 from heddle.specs.model_parts import ModelParts, check_block, check_layers
 from heddle.specs.open_values import MODEL, OpenValues
 from heddle.specs.reader import MAX_ERRORS, Path_
@@ -108,15 +109,16 @@ class _Check:
     def _block(self, option: _Option, name: str) -> list[Finding]:
         path = (*MODEL, "blocks", name)
         data, moves = self._filled(path, option)
-        block, wrong = check_block(data, None)
+        block, wrong = check_block(data, {})
         if block is None:
             return self._own([one.below(path) for one in wrong], option, moves)
         hidden_size = self.parts.fields.get("hidden_size")
         if hidden_size is None or option.parameter.kind != "choice":
             return []
         default = self.parts.blocks.get(name)
-        old = [] if default is None else block_problems(default, hidden_size)
-        new = [one for one in block_problems(block, hidden_size) if one not in old]
+        kind = self.parts.kind
+        old = [] if default is None else block_problems(default, hidden_size, kind)
+        new = [one for one in block_problems(block, hidden_size, kind) if one not in old]
         if not new or self._can_be_built(option, name):
             return []
         return [self._told(part, problem, path, option, moves) for part, problem in new]
@@ -138,9 +140,11 @@ class _Check:
                 return True
             self.left -= 1
             values = {**option.values, **setting}
-            block = check_block(self.found.fill(path, values, {}), None)[0]
+            block = check_block(self.found.fill(path, values, {}), {})[0]
             hidden_size = values.get("hidden_size", self.parts.fields["hidden_size"])
-            if block is not None and isinstance(hidden_size, int) and not block_problems(block, hidden_size):
+            if block is None or not isinstance(hidden_size, int):
+                continue
+            if not block_problems(block, hidden_size, self.parts.kind):
                 return True
         return False
 
@@ -173,6 +177,9 @@ class _Check:
         value, wrong = check_field(ModelSpec, name, data)
         if value is HOLE:
             return self._own([one.below(path) for one in wrong], option, moves)
+        if name == "readout":
+            wrong_sizes = readout_problems({**self.parts.fields, "kind": self.parts.kind, name: value})
+            return [Finding(one.code, one.what, option.source, one.hint) for one in wrong_sizes]
         if name == "vocab_size":
             told = vocabulary_findings(value, self.context.tokenizer, self.context.search)
             return [one.below(option.source) for one in told]
@@ -184,10 +191,11 @@ class _Check:
         """What a block cannot do at another hidden size."""
         if block is None:
             return []
-        old = block_problems(block, self.parts.fields.get("hidden_size", value))
+        kind = self.parts.kind
+        old = block_problems(block, self.parts.fields.get("hidden_size", value), kind)
         new = [
             one
-            for one in block_problems(block, value)
+            for one in block_problems(block, value, kind)
             if one[1].field not in {problem.field for _, problem in old}
         ]
         if not new or self._can_be_built(option, name):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -12,6 +13,7 @@ from heddle.specs.explain import Finding, shown
 from heddle.specs.kinds import Problem
 from heddle.specs.layer import MAX_LAYERS, Site
 from heddle.specs.model import BlockSpec
+from heddle.specs.model_kind import causality_problems
 from heddle.specs.open_values import RESERVED
 from heddle.specs.pattern import layers_of
 from heddle.specs.reader import MAX_ERRORS, Path_
@@ -24,10 +26,15 @@ from heddle.specs.spec import Spec
 BYTES = 256
 
 
-def block_problems(block: BlockSpec, hidden_size: int) -> list[tuple[str, Problem]]:
-    """What cannot be built of a block, beside the part it is in: mixer or channel."""
+def block_problems(block: BlockSpec, hidden_size: int, kind: str | None) -> list[tuple[str, Problem]]:
+    """What cannot be built of a block in a model of `kind`, beside the part it is in: mixer or channel."""
     site = Site(hidden_size)
     found = [("mixer", problem) for problem in block.mixer.problems(site)]
+    if kind == "causal_lm":
+        found += [
+            ("mixer", replace(one, field=one.field.removeprefix("mixer.")))
+            for one in causality_problems(block.mixer)
+        ]
     found += [("channel", problem) for problem in block.channel.problems(site)]
     for part in ("residual", "channel_residual"):
         residual = getattr(block, part)
@@ -38,11 +45,11 @@ def block_problems(block: BlockSpec, hidden_size: int) -> list[tuple[str, Proble
     return found
 
 
-def block_findings(block: BlockSpec, hidden_size: int) -> list[Finding]:
+def block_findings(block: BlockSpec, hidden_size: int, kind: str | None) -> list[Finding]:
     """The same as findings, by path below the block."""
     return [
         Finding(problem.code, problem.what, (part, *problem.field.split(".")), problem.hint)
-        for part, problem in block_problems(block, hidden_size)
+        for part, problem in block_problems(block, hidden_size, kind)
     ]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field
 
@@ -11,6 +11,7 @@ from heddle.specs.channel import Channel
 from heddle.specs.kinds import ChannelSpec, MixerSpec
 from heddle.specs.layer import MAX_LAYERS, LayerItem, Reference
 from heddle.specs.mixers import KINDS, Mixer
+from heddle.specs.readout import Readout
 
 MAX_BLOCKS = 256
 
@@ -78,8 +79,20 @@ class BlockSpec(Schema):
 
 
 class ModelSpec(Schema):
-    """A causal language model. Only this part of a spec is hashed."""
+    """A causal language model, or a bidirectional encoder. Only this part of a spec is hashed."""
 
+    kind: Annotated[
+        Literal["causal_lm", "encoder"],
+        Field(
+            description="causal_lm: logits of the next token; encoder: all tokens at once, where mixers may see later ones."
+        ),
+    ] = "causal_lm"
+    readout: Annotated[
+        Readout | None,
+        Field(
+            description="Of an encoder: how a sequence becomes scores of classes; null: logits for every token instead."
+        ),
+    ] = None
     vocab_size: Annotated[int, Field(ge=2, le=2**22, description="Tokens the model knows (a count).")]
     hidden_size: Annotated[
         int, Field(ge=1, le=65_536, description="Width of the residual stream, in features.")
@@ -107,3 +120,6 @@ class ModelSpec(Schema):
         list[LayerItem],
         Field(min_length=1, max_length=MAX_LAYERS, description="Block names and repeats, first layer first."),
     ]
+
+    def written(self) -> dict[str, Any]:
+        return {name: one for name, one in super().written().items() if (name, one) != ("kind", "causal_lm")}

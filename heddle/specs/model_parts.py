@@ -10,6 +10,7 @@ from heddle.specs.checks import block_findings, layer_findings, name_findings
 from heddle.specs.explain import HOLE, Finding, check_field, check_fields, check_schema, missing, shown
 from heddle.specs.layer import OneLayer, Repeat
 from heddle.specs.model import MAX_BLOCKS, BlockSpec, ModelSpec
+from heddle.specs.model_kind import readout_problems
 from heddle.specs.pattern import overridden
 from heddle.specs.reader import MAX_ERRORS, Path_
 
@@ -18,12 +19,16 @@ PARTS = ("blocks", "layers")
 
 @dataclass(frozen=True, slots=True)
 class ModelParts:
-    """The valid parts of a model (of an invalid block the name alone), and what is wrong, by path below `model`."""
+    """The valid parts of a model (of an invalid block the name alone), and what is wrong, by path below `model`.
+
+    `kind` is that of the model, None if it is not known.
+    """
 
     fields: Mapping[str, Any]
     blocks: Mapping[str, BlockSpec | None]
     layers: list[str | Repeat | OneLayer] | None
     findings: list[Finding]
+    kind: str | None = None
 
 
 def check_parts(model: Any, *, has_layers: bool) -> ModelParts:
@@ -37,18 +42,22 @@ def check_parts(model: Any, *, has_layers: bool) -> ModelParts:
     for name in PARTS:
         if name not in model and (name != "layers" or has_layers):
             found.append(missing(name, ModelSpec))
-    blocks, wrong = check_blocks(model.get("blocks", HOLE), fields.get("hidden_size"))
+    known = fields if "kind" in model else {**fields, "kind": ModelSpec.model_fields["kind"].default}
+    blocks, wrong = check_blocks(model.get("blocks", HOLE), known)
     found += wrong
+    found += [
+        Finding(one.code, one.what, tuple(one.field.split(".")), one.hint) for one in readout_problems(known)
+    ]
     layers = None
     if has_layers and "layers" in model:
         layers, wrong = check_layers(model["layers"], blocks)
         found += wrong
-        found += override_findings(model["layers"], model.get("blocks"), blocks, fields.get("hidden_size"))
-    return ModelParts(fields, blocks, layers, found)
+        found += override_findings(model["layers"], model.get("blocks"), blocks, known)
+    return ModelParts(fields, blocks, layers, found, known.get("kind"))
 
 
-def check_blocks(data: Any, hidden_size: int | None) -> tuple[dict[str, BlockSpec | None], list[Finding]]:
-    """Each block by itself; findings by path below `model`."""
+def check_blocks(data: Any, fields: Mapping[str, Any]) -> tuple[dict[str, BlockSpec | None], list[Finding]]:
+    """Each block by itself, in a model of these fields; findings by path below `model`."""
     at: Path_ = ("blocks",)
     if data is HOLE:
         return {}, []
@@ -65,21 +74,22 @@ def check_blocks(data: Any, hidden_size: int | None) -> tuple[dict[str, BlockSpe
     for name, value in data.items():
         if len(found) > MAX_ERRORS:
             return {**dict.fromkeys(data), **blocks}, found
-        blocks[name], wrong = check_block(value, hidden_size)
+        blocks[name], wrong = check_block(value, fields)
         found += [one.below((*at, name)) for one in wrong]
     return blocks, found
 
 
-def check_block(data: Any, hidden_size: int | None) -> tuple[BlockSpec | None, list[Finding]]:
-    """One block; findings by path below it. Without a hidden size, sizes are not compared."""
+def check_block(data: Any, fields: Mapping[str, Any]) -> tuple[BlockSpec | None, list[Finding]]:
+    """One block of a model of these fields; findings by path below it. Without a hidden size, sizes are not compared."""
     block, found = check_schema(BlockSpec, data, "block")
     if block is HOLE:
         return None, found
-    return block, [] if hidden_size is None else block_findings(block, hidden_size)
+    hidden_size = fields.get("hidden_size")
+    return block, [] if hidden_size is None else block_findings(block, hidden_size, fields.get("kind"))
 
 
 def override_findings(
-    layers: Any, data: Any, blocks: Mapping[str, BlockSpec | None], hidden_size: int | None
+    layers: Any, data: Any, blocks: Mapping[str, BlockSpec | None], fields: Mapping[str, Any]
 ) -> list[Finding]:
     """What is wrong with the overrides of single layers, by path below `model`; `data` is that of the blocks."""
     found: list[Finding] = []
@@ -90,7 +100,7 @@ def override_findings(
         if not isinstance(override, Mapping) or not override or blocks.get(str(name)) is None:
             continue
         at: Path_ = ("layers", index, "override")
-        block, wrong = check_block(overridden(data[name], override), hidden_size)
+        block, wrong = check_block(overridden(data[name], override), fields)
         found += [replace(one, path=(*at, *_told_in(override, one.path))) for one in wrong]
         if block is not None and block.shared:
             what = "layers of a shared block have one set of weights, so none of them can differ"

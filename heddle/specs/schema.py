@@ -13,6 +13,7 @@ Schema = dict[str, Any]
 
 # The parts of a spec in which a value may be left open, besides mixers and channel blocks.
 OPEN = ("ModelSpec", "BlockSpec", "OneLayer", "Repeat", "Residual", "Rope", "Skip")
+READOUTS = ("LastReadout", "MeanReadout", "ClsReadout", "EpReadout")
 _NOTES = ("description", "default", "examples")
 
 
@@ -21,7 +22,7 @@ def json_schema() -> Schema:
     schema = _without_titles(Spec.model_json_schema())
     definitions = schema.pop("$defs")
     block = definitions["BlockSpec"]["properties"]
-    opened = [*OPEN, *(name for part in ("mixer", "channel") for name in _referred(block[part]))]
+    opened = [*OPEN, *READOUTS, *(name for part in ("mixer", "channel") for name in _referred(block[part]))]
     for name in opened:
         definitions[name] = _open_fields(definitions[name])
     model = definitions["ModelSpec"]["properties"]

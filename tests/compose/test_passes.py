@@ -10,6 +10,7 @@ import networkx as nx
 import pytest
 
 from heddle.compose.passes.assign_caches import assign_caches
+from heddle.compose.passes.check_kind import check_kind
 from heddle.compose.passes.check_shapes import check_shapes
 from heddle.compose.passes.choose_kernels import choose_kernels
 from heddle.compose.passes.count_costs import count_costs
@@ -127,6 +128,7 @@ EXPECTED = {
     resolve_dims: (graph_of(LAYERS), graph_of(DIMS)),
     link_references: (graph_of(DIMS), graph_of(DIMS)),
     plan_sharing: (graph_of(DIMS), graph_of(DIMS)),
+    check_kind: (graph_of(DIMS), graph_of(DIMS)),
     check_shapes: (graph_of(DIMS), graph_of(DIMS)),
     assign_caches: (graph_of(DIMS), graph_of(CACHES)),
     choose_kernels: (graph_of(CACHES), graph_of(KERNELS)),

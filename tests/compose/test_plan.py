@@ -146,6 +146,7 @@ def test_the_passes_stand_in_one_visible_list() -> None:
         "resolve_dims",
         "link_references",
         "plan_sharing",
+        "check_kind",
         "check_shapes",
         "assign_caches",
         "choose_kernels",

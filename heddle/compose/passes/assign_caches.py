@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from heddle.compose.passes.graph import Graph, Locate, MixerBlock, nodes_of, with_nodes
+from heddle.compose.passes.graph import Graph, Locate, MixerBlock, model_of, nodes_of, with_nodes
 
 
 def assign_caches(graph: Graph, locate: Locate) -> Graph:  # noqa: ARG001
-    """The graph with the cache of each mixer."""
+    """The graph with the cache of each mixer; an encoder sees all tokens at once and keeps none."""
+    keeps = model_of(graph).kind == "causal_lm"
     mixers = [(name, node) for name, node in nodes_of(graph) if isinstance(node, MixerBlock)]
     return with_nodes(
-        graph, {name: replace(node, states=node.spec.states(node.site)) for name, node in mixers}
+        graph,
+        {name: replace(node, states=node.spec.states(node.site) if keeps else ()) for name, node in mixers},
     )

@@ -13,6 +13,7 @@ from heddle.compose.passes.graph import (
     Graph,
     Locate,
     MixerBlock,
+    Readout,
     nodes_of,
 )
 
@@ -26,6 +27,9 @@ def check_shapes(graph: Graph, locate: Locate) -> Graph:
     failures = Failures("check_shapes", locate)
     told: set[tuple[str, str, str]] = set()
     for name, node in nodes_of(graph):
+        if isinstance(node, Readout):
+            for problem in node.spec.problems(node.takes or 0):
+                failures.add(problem.code, problem.what, f"{name}.{problem.field}", problem.hint)
         if not isinstance(node, (MixerBlock, ChannelBlock)):
             continue
         for problem in node.spec.problems(node.site):

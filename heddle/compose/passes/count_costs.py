@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from heddle.compose.passes.graph import (
     ChannelBlock,
+    Classifier,
     Embedding,
     FinalNorm,
     Graph,
@@ -18,6 +19,7 @@ from heddle.compose.passes.graph import (
     Locate,
     MixerBlock,
     Node,
+    Readout,
     model_of,
     nodes_of,
     with_nodes,
@@ -42,6 +44,10 @@ def _parameters(node: Node, width: int, *, tied: bool) -> int:
         return node.vocab_size * width
     if isinstance(node, Head):
         return 0 if tied else node.vocab_size * width
+    if isinstance(node, Readout):
+        return node.spec.params(width)
+    if isinstance(node, Classifier):
+        return ((node.takes or 0) + 1) * node.classes
     assert isinstance(node, FinalNorm)
     return norm_parameters("rmsnorm", width)
 

@@ -1,8 +1,9 @@
 """The intermediate representation: a networkx DiGraph of typed nodes and edges.
 
-A node is named by its place in the model (`embedding`, `layers.3.mixer`, `layers.3.channel`, `norm`, `head`) and carries
-a `Node` under "node"; what goes from one node to another is a tuple of `Edge` under "edges". The graph itself carries the
-spec under "model". Passes fill in the fields that are None; nothing here is ever changed in place.
+A node is named by its place in the model (`embedding`, `layers.3.mixer`, `layers.3.channel`, `norm`, and `head`, or
+`readout` and `classifier`) and carries a `Node` under "node"; what goes from one node to another is a tuple of `Edge` under
+"edges". The graph itself carries the spec under "model". Passes fill in the fields that are None; nothing here
+is ever changed in place.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from heddle.specs.cost import State
 from heddle.specs.kinds import ChannelSpec, MixerSpec
 from heddle.specs.layer import Site
 from heddle.specs.model import ModelSpec
+from heddle.specs.readout import ReadoutSpec
 
 Graph: TypeAlias = nx.DiGraph
 Locate = Callable[[str], Where]
@@ -83,6 +85,20 @@ class Head(Node):
     """The residual stream into logits."""
 
     vocab_size: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Readout(Node):
+    """The hidden states of a sequence into one vector, of an encoder."""
+
+    spec: ReadoutSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Classifier(Node):
+    """That vector into the scores of classes."""
+
+    classes: int
 
 
 @dataclass(frozen=True, slots=True)

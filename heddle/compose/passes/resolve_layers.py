@@ -1,7 +1,8 @@
 """Pass: patterns and names into a chain of nodes.
 
 Needs: the spec in `graph.graph["model"]`.
-Gives: embedding → each layer's mixer and channel → norm → head, linked by streams; a tied head also by a share.
+Gives: embedding → each layer's mixer and channel → norm → head, linked by streams; a tied head also by a share. In the
+place of the head an encoder may have a readout → classifier.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 from heddle.compose.passes.graph import (
     ChannelBlock,
+    Classifier,
     Edge,
     Embedding,
     Failures,
@@ -21,6 +23,7 @@ from heddle.compose.passes.graph import (
     Locate,
     MixerBlock,
     Node,
+    Readout,
     add_edge,
     empty_graph,
     model_of,
@@ -42,16 +45,27 @@ def resolve_layers(graph: Graph, locate: Locate) -> Graph:
         ("embedding", Embedding(vocab_size=model.vocab_size, gives=model.hidden_size)),
         *_layers(model, locate),
         ("norm", FinalNorm(takes=model.hidden_size, gives=model.hidden_size)),
-        ("head", Head(vocab_size=model.vocab_size, takes=model.hidden_size)),
+        *_ends(model),
     ]
     made = empty_graph(model)
     for name, node in chain:
         made.add_node(name, node=node)
-    for (first, _), (second, _) in pairwise(chain):
-        add_edge(made, first, second, Edge("stream", model.hidden_size))
-    if model.tie_embeddings:
+    for (first, node), (second, _) in pairwise(chain):
+        add_edge(made, first, second, Edge("stream", node.gives or 0))
+    if model.tie_embeddings and model.readout is None:
         add_edge(made, "embedding", "head", Edge("share", model.hidden_size))
     return made
+
+
+def _ends(model: ModelSpec) -> list[tuple[str, Node]]:
+    """What makes logits of the last hidden states."""
+    if model.readout is None:
+        return [("head", Head(vocab_size=model.vocab_size, takes=model.hidden_size))]
+    width = model.readout.width(model.hidden_size)
+    return [
+        ("readout", Readout(spec=model.readout, takes=model.hidden_size, gives=width)),
+        ("classifier", Classifier(classes=model.readout.classes, takes=width)),
+    ]
 
 
 def _layers(model: ModelSpec, locate: Locate) -> list[tuple[str, Node]]:
