@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from heddle.specs.layer import Site
@@ -25,6 +26,18 @@ class Sight:
     log_decay: float = 0.0
     is_causal: bool = True
     is_certain: bool = True
+
+
+def of_either(parts: Sequence[Sequence[Sight]]) -> tuple[Sight, ...]:
+    """What a token sees through one of several mixers, when a router says which: for certain what the narrowest sees."""
+
+    def width(one: Sight) -> float:
+        return math.inf if one.window is None else one.window
+
+    narrowest = min(max((width(one) for one in part if one.is_certain), default=0.0) for part in parts)
+    return tuple(
+        replace(one, is_certain=one.is_certain and width(one) <= narrowest) for part in parts for one in part
+    )
 
 
 def reach(layers: Sequence[Layer], site: Site) -> int | None:

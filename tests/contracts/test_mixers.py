@@ -154,8 +154,10 @@ def mixer_of(fields: dict[str, Any], dtype: torch.dtype = torch.float64) -> nn.M
     return mixer
 
 
-def keepers(fields: dict[str, Any], contract: Contract, dtype: torch.dtype = torch.float64) -> list[nn.Module]:
-    """The mixers that must keep `contract`: this one or, where its schema says that it cannot, each with its decision given."""
+def keepers(
+    fields: dict[str, Any], contract: Contract, dtype: torch.dtype = torch.float64
+) -> list[nn.Module]:
+    """The mixers that must keep `contract`: this one, or what stands for it where its schema says that it cannot."""
     exempt = contract in spec_of(fields).blocks["it"].mixer.exemptions()
     return WEAKER[fields["kind"]](fields, dtype) if exempt else [mixer_of(fields, dtype)]
 

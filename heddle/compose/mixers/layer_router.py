@@ -68,7 +68,8 @@ class LayerRouterModule(CompositeMixer):
         first, second = (mixer(x, call.part(path)) for path, mixer in self.parts().items())
         if self.training:
             share = route.to(x.dtype)
-            return share[..., :1] * first + share[..., 1:] * second
+            mixed: Tensor = share[..., :1] * first + share[..., 1:] * second
+            return mixed
         return torch.where(route[..., :1] >= route[..., 1:], first, second)
 
     def new_cache(self) -> StateLayer:

@@ -37,4 +37,16 @@ for _kind in KINDS:
     if issubclass(_kind, CompositeMixer):
         _kind.model_rebuild(_types_namespace={"Mixer": Mixer})
 
-__all__ = ["BROKEN", "BUILT_IN", "KINDS", "Attention", "DecayAttention", "GatedDeltaNet", "LayerRouter", "Mixer", "MixerSpec", "Parallel", "TokenRouter"]
+__all__ = [
+    "BROKEN",
+    "BUILT_IN",
+    "KINDS",
+    "Attention",
+    "DecayAttention",
+    "GatedDeltaNet",
+    "LayerRouter",
+    "Mixer",
+    "MixerSpec",
+    "Parallel",
+    "TokenRouter",
+]

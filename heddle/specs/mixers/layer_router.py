@@ -11,6 +11,7 @@ from heddle.specs.composite import CompositeMixer
 from heddle.specs.cost import FLOAT32_BYTES, State
 from heddle.specs.kinds import Contract
 from heddle.specs.layer import Site
+from heddle.specs.sight import Sight, of_either
 
 if TYPE_CHECKING:
     # The union of all kinds, this one among them; the catalogue fills it in.
@@ -65,6 +66,9 @@ class LayerRouter(CompositeMixer):
     target_factor: Annotated[
         float, Field(ge=0, le=1e6, description="Factor of that loss in the training loss.")
     ] = 0.25
+
+    def sights(self, site: Site) -> tuple[Sight, ...]:
+        return of_either([part.sights(site) for part in self.parts().values()])
 
     def canonical(self, site: Site) -> dict[str, Any]:
         return super().canonical(site) | ({"target_factor": None} if self.target is None else {})

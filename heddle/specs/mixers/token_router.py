@@ -11,6 +11,7 @@ from heddle.specs.composite import CompositeMixer
 from heddle.specs.cost import FLOAT32_BYTES, State
 from heddle.specs.kinds import Problem
 from heddle.specs.layer import Site
+from heddle.specs.sight import Sight, of_either
 
 if TYPE_CHECKING:
     # The union of all kinds, this one among them; the catalogue fills it in.
@@ -56,10 +57,17 @@ class TokenRouter(CompositeMixer):
 
     def problems(self, site: Site) -> list[Problem]:
         return super().problems(site) + [
-            Problem(path, f"{part.kind} remembers every token, so none can be sent past it", code="conflicting-fields")
+            Problem(
+                path,
+                f"{part.kind} remembers every token, so none can be sent past it",
+                code="conflicting-fields",
+            )
             for path, part in self.parts().items()
             if "written" in part.exemptions()
         ]
+
+    def sights(self, site: Site) -> tuple[Sight, ...]:
+        return of_either([part.sights(site) for part in self.parts().values()])
 
     def canonical(self, site: Site) -> dict[str, Any]:
         return super().canonical(site) | ({"budget_factor": None} if self.budget is None else {})
