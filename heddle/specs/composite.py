@@ -51,10 +51,10 @@ class CompositeMixer(MixerSpec):
         ]
 
     def runtime(self, site: Site) -> dict[str, Any]:
-        return self._data({path: part.runtime(site) for path, part in self.parts().items()}, site)
+        return self._data({path: part.runtime(site) for path, part in self.parts_at(site).items()}, site)
 
     def canonical(self, site: Site) -> dict[str, Any]:
-        return self._data({path: part.canonical(site) for path, part in self.parts().items()}, site)
+        return self._data({path: part.canonical(site) for path, part in self.parts_at(site).items()}, site)
 
     def _data(self, parts: Mapping[str, Any], site: Site) -> dict[str, Any]:
         """The resolved fields, those that hold mixers in the form of `parts`."""
@@ -80,18 +80,18 @@ class CompositeMixer(MixerSpec):
         return ()
 
     def params(self, site: Site) -> int:
-        return self.own_params(site) + sum(part.params(site) for part in self.parts().values())
+        return self.own_params(site) + sum(part.params(site) for part in self.parts_at(site).values())
 
     def flops(self, site: Site, context: int) -> int:
-        return self.own_flops(site) + sum(part.flops(site, context) for part in self.parts().values())
+        return self.own_flops(site) + sum(part.flops(site, context) for part in self.parts_at(site).values())
 
     def prefill_flops(self, site: Site, length: int) -> float:
-        return self.own_flops(site) + sum(part.prefill_flops(site, length) for part in self.parts().values())
+        return self.own_flops(site) + sum(part.prefill_flops(site, length) for part in self.parts_at(site).values())
 
     def states(self, site: Site) -> tuple[State, ...]:
         inner = [
             replace(state, name=f"{path}.{state.name}")
-            for path, part in self.parts().items()
+            for path, part in self.parts_at(site).items()
             for state in part.states(site)
         ]
         return (*self.own_states(site), *inner)

@@ -60,6 +60,10 @@ class MixerSpec(Schema):
         """The mixers it is made of, by their dotted path inside it; none for a plain mixer."""
         return {}
 
+    def parts_at(self, site: Site) -> Mapping[str, MixerSpec]:  # noqa: ARG002
+        """The same as they are built at `site`, which may be smaller than they are written."""
+        return self.parts()
+
     def exemptions(self) -> Mapping[Contract, str]:
         """The contracts that it, or a part of it, cannot keep."""
         inner = {name: why for part in self.parts().values() for name, why in part.exemptions().items()}
@@ -85,7 +89,11 @@ class MixerSpec(Schema):
     def misfit(self, reference: Reference, source: MixerSpec, site: Site) -> str | None:
         """Why `reference`, one of its own, cannot take what `source` offers; None if it can."""
         path, part = next(
-            ((path, one) for path, one in self.parts().items() if reference.field.startswith(f"{path}.")),
+            (
+                (path, one)
+                for path, one in self.parts_at(site).items()
+                if reference.field.startswith(f"{path}.")
+            ),
             (None, None),
         )
         if part is None:
@@ -96,7 +104,7 @@ class MixerSpec(Schema):
 
     def sights(self, site: Site) -> tuple[Sight, ...]:
         """What a token sees: one or more for all heads together. A plain mixer that says nothing else sees all before it."""
-        found = tuple(one for part in self.parts().values() for one in part.sights(site))
+        found = tuple(one for part in self.parts_at(site).values() for one in part.sights(site))
         return found or (Sight(),)
 
     def resolved(self, site: Site) -> Self:
@@ -146,6 +154,25 @@ class HeadedMixer(MixerSpec):
     # `resolved` fills the size in; it may be derived from hidden_size.
     heads: int
     head_dim: int | None = None
+
+    def head_counts(self) -> dict[str, int]:
+        """The fields that count heads, all in one ratio whatever the number of heads; of a resolved mixer."""
+        names = [name for name in ("heads", "kv_heads", "value_heads") if name in type(self).model_fields]
+        return {name: getattr(self, name) for name in names}
+
+    def output_heads(self) -> int:
+        """The heads before the output projection; of a resolved mixer."""
+        return self.head_counts().get("value_heads", self.heads)
+
+    def takes_heads(self, count: int) -> bool:
+        """Whether `with_heads(count)` keeps every group of heads whole; of a resolved mixer."""
+        return all(held * count % self.heads == 0 for held in self.head_counts().values())
+
+    def with_heads(self, count: int) -> Self:
+        """A resolved mixer with `count` heads in the place of all: each as large as it was, groups in proportion."""
+        assert self.takes_heads(count), f"{count} heads would tear the groups of {self.kind}"
+        sizes = {name: held * count // self.heads for name, held in self.head_counts().items()}
+        return self.model_copy(update=sizes)
 
 
 def misfit_of(

@@ -9,8 +9,11 @@ from heddle.specs.kinds import MixerSpec
 from heddle.specs.mixers.attention import Attention
 from heddle.specs.mixers.decay_attention import DecayAttention
 from heddle.specs.mixers.gated_deltanet import GatedDeltaNet
+from heddle.specs.mixers.head_split import HeadSplit
 from heddle.specs.mixers.layer_router import LayerRouter
+from heddle.specs.mixers.moh import Moh
 from heddle.specs.mixers.parallel import Parallel
+from heddle.specs.mixers.sequential import Sequential
 from heddle.specs.mixers.token_router import TokenRouter
 from heddle.specs.plugins import load_plugins
 
@@ -21,6 +24,9 @@ BUILT_IN: tuple[type[MixerSpec], ...] = (
     Parallel,
     TokenRouter,
     LayerRouter,
+    Sequential,
+    HeadSplit,
+    Moh,
 )
 
 # Kinds that other installed packages offer, and those of them that cannot be used.
@@ -44,9 +50,12 @@ __all__ = [
     "Attention",
     "DecayAttention",
     "GatedDeltaNet",
+    "HeadSplit",
     "LayerRouter",
     "Mixer",
     "MixerSpec",
+    "Moh",
     "Parallel",
+    "Sequential",
     "TokenRouter",
 ]

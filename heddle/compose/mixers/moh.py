@@ -1,0 +1,84 @@
+"""Mixture-of-Head: a router weighs the heads of a mixer, and turns some of them off, for each token."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from heddle.compose.cache import Call
+from heddle.compose.modules.composite import CompositeMixer
+from heddle.compose.modules.precision import wide, wide_dtype
+from heddle.compose.modules.site import Site
+
+
+class MohModule(CompositeMixer):
+    """The heads of a mixer, each times a factor before the output projection.        (arXiv 2410.11842)
+
+        p   = softmax(W_g x)  over the Hr routed heads,  M = 1 for the K largest of p (the first of equal ones)
+        g_r = K p M / sum(p M)
+        g_s = Hs softmax(W_s x)  of the Hs shared heads, which stand first
+        a   = 2 softmax(W_h x)
+        y   = mixer(x) with head factors (a_0 g_s, a_1 g_r)
+
+    These are the factors of the released code: K, Hs and 2 make all of them 1 for a router that knows nothing. Keys and
+    values are those of all heads. In training the layer adds  Hr sum_i mean_t(p_i) mean_t(M_i)  over the tokens that are no
+    padding, as `moh_balance`. All heads are computed; factors of 0 save no work.
+
+    Shapes:  x, y: [B, T, D];  what `gates_out` sees: [B, T, H], at least float32
+    """
+
+    def __init__(
+        self,
+        site: Site,
+        *,
+        mixer: nn.Module,
+        shared_heads: int,
+        routed_heads: int,
+        active: int,
+        balance: float,
+    ) -> None:
+        super().__init__()
+        self.mixer, self.shared_heads, self.routed_heads = mixer, shared_heads, routed_heads
+        self.active, self.balance = active, balance
+
+        def router(size: int, wanted: bool) -> nn.Linear | None:
+            return nn.Linear(site.hidden_size, size, bias=False) if wanted else None
+
+        self.routed_proj = router(routed_heads, routed_heads > 0)
+        self.split_proj = router(2, routed_heads > 0)
+        self.shared_proj = router(shared_heads, shared_heads > 1)
+        self.gates_out = nn.Identity()
+
+    def forward(self, x: Tensor, call: Call) -> Tensor:
+        gates = self.gates_out(self.gates(x, call))
+        y: Tensor = self.mixer(x, call.part("mixer", head_gates=gates))
+        return y
+
+    def gates(self, x: Tensor, call: Call) -> Tensor:
+        """The factor of each head."""
+        if self.shared_proj is None:
+            shared = x.new_ones(*x.shape[:2], self.shared_heads, dtype=wide_dtype(x.dtype))
+        else:
+            shared = self.shared_heads * torch.softmax(wide(self.shared_proj(x)), dim=-1)
+        if self.routed_proj is None or self.split_proj is None:
+            return shared
+        a = 2.0 * torch.softmax(wide(self.split_proj(x)), dim=-1)
+        routed = self._routed(torch.softmax(wide(self.routed_proj(x)), dim=-1), call)
+        return torch.cat((a[..., :1] * shared, a[..., 1:] * routed), dim=-1)
+
+    def _routed(self, p: Tensor, call: Call) -> Tensor:
+        """Factors of the routed heads, K of them above 0.  Shapes:  p, out: [B, T, Hr]"""
+        # Not topk, which may take any of equal ones.
+        first = p.argsort(dim=-1, descending=True, stable=True)[..., : self.active]
+        chosen = torch.zeros_like(p).scatter(-1, first, 1.0)
+        if self.training:
+            self._account(p, chosen, call)
+        kept = p * chosen
+        return self.active * kept / kept.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(p.dtype).eps)
+
+    def _account(self, p: Tensor, chosen: Tensor, call: Call) -> None:
+        """Asks for all routed heads alike. Only the mean of p has a gradient.  Shapes:  p, chosen: [B, T, Hr]"""
+        real = torch.ones_like(p[..., :1]) if call.padding is None else call.padding[..., None].to(p.dtype)
+        count = real.sum().clamp(min=1.0)
+        wanted, load = ((side * real).sum(dim=(0, 1)) / count for side in (p, chosen))
+        call.add_loss("moh_balance", self.routed_heads * (wanted * load).sum(), self.balance)
