@@ -24,6 +24,7 @@ from heddle.compose.plan import plan
 from heddle.dashboards import report as _report
 from heddle.errors import HeddleError
 from heddle.search.durable import write_whole
+from heddle.search.model_kinds import require_causal_lm
 from heddle.search.record import RUN_FILE, Latency, Run, read_run
 from heddle.specs import Difference, SpecFile, differences
 from heddle.specs.base import Duration
@@ -160,7 +161,9 @@ def bench(
     """
     from heddle.search.latency import measure_spec
 
-    model = check(path).spec.model
+    file = check(path)
+    require_causal_lm(file, "bench")
+    model = file.spec.model
     return measure_spec(model, batch=batch, context=context or model.context_length, phases=phases)
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from typing import TypeVar
 
 import torch
 
 from heddle.compose.hf.config import HeddleConfig
-from heddle.compose.hf.model import HeddleForCausalLM
+from heddle.compose.hf.encoder import Encoder, HeddleForMaskedLM, HeddleForSequenceClassification
+from heddle.compose.hf.model import HeddleForCausalLM, HeddlePreTrainedModel
 from heddle.compose.plan import plan
+from heddle.errors import HeddleError
 from heddle.specs import ModelSpec
 
 
@@ -16,6 +19,10 @@ def config_for(model: ModelSpec, *, name: str | None = None) -> HeddleConfig:
     """The configuration of a resolved model spec."""
     data = plan(model).runtime()
     data["tie_word_embeddings"] = data.pop("tie_embeddings")
+    if model.kind == "encoder":
+        data |= {"model_kind": data.pop("kind"), "use_cache": False}
+    if model.readout is not None:
+        data["num_labels"] = data["readout"].pop("classes")
     return HeddleConfig(**data, **({} if name is None else {"name_or_path": name}))
 
 
@@ -26,25 +33,57 @@ def build(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> HeddleForCausalLM:
-    """The model of a resolved spec, with random weights that depend on `seed` alone.
+    """The causal language model of a resolved spec, with random weights that depend on `seed` alone.
 
     Weights are drawn on the CPU in float32, then moved: the same model on every device. "meta" draws nothing.
 
     Raises:
-        HeddleError: what planning the spec raises.
+        HeddleError: "bad-argument" for an encoder, and what planning the spec raises.
     """
+    if model.kind == "encoder":
+        raise HeddleError("bad-argument", "this spec is of an encoder", hint="build_encoder(model)")
+    return _made(HeddleForCausalLM, config_for(model), seed, device, dtype)
+
+
+def build_encoder(
+    model: ModelSpec,
+    *,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Encoder:
+    """The encoder of a resolved spec: one that classifies sequences if it has a readout, else one with logits for every
+    token. Else as `build`.
+
+    Raises:
+        HeddleError: "bad-argument" for a causal language model, and what planning the spec raises.
+    """
+    if model.kind != "encoder":
+        raise HeddleError("bad-argument", "this spec is of a causal language model", hint="build(model)")
     config = config_for(model)
+    if model.readout is None:
+        return _made(HeddleForMaskedLM, config, seed, device, dtype)
+    return _made(HeddleForSequenceClassification, config, seed, device, dtype)
+
+
+M = TypeVar("M", bound=HeddlePreTrainedModel)
+
+
+def _made(
+    kind: type[M], config: HeddleConfig, seed: int, device: str | torch.device, dtype: torch.dtype
+) -> M:
     on_meta = torch.device(device).type == "meta"
     with torch.random.fork_rng(devices=[]), torch.device("meta") if on_meta else nullcontext():
         torch.manual_seed(seed)
-        module = HeddleForCausalLM(config)
-    moved: HeddleForCausalLM = module.to(device=device, dtype=dtype)
+        module = kind(config)
+    moved: M = module.to(device=device, dtype=dtype)
     return moved
 
 
 def kernel_paths(model: ModelSpec, device: str | torch.device, dtype: torch.dtype) -> dict[str, str]:
     """Which code runs each kind of mixer: "triton", "torch" or "sdpa"; two of them where layers of a kind differ."""
-    module = build(model, device="meta", dtype=dtype)
+    made = build if model.kind == "causal_lm" else build_encoder
+    module = made(model, device="meta", dtype=dtype)
     where = torch.device(device)
     kinds = [layer["mixer"]["kind"] for layer in module.config.layers]
     mixers = [module.model.layer_at(index).mixer for index in range(len(kinds))]

@@ -29,6 +29,7 @@ from heddle.search.evaluations import Evaluations
 from heddle.search.events import EventLog
 from heddle.search.latency import Effort, Place
 from heddle.search.ledger import key_of
+from heddle.search.model_kinds import require_causal_lm
 from heddle.search.progress import Progress, Silent
 from heddle.search.record import RUN_FILE, BudgetInfo, Run, TaskInfo, read_meta, read_run
 from heddle.search.setting import Objective, Setting
@@ -69,6 +70,7 @@ def search(
             "interrupted", and what the corpus of the tasks raises. A trial that fails, or a budget that
             nothing keeps, is no error: the run says so.
     """
+    require_causal_lm(file, "search")
     _check_folder(out, resume=resume)
     given = Given(trials, _seconds(time), resume, storage, ray_address, evaluate, effort)
     # Before anything is written: a missing corpus leaves no folder behind.

@@ -28,6 +28,7 @@ from heddle.compose.train import MEMORY_HINT, Fit, OnStep, Recipe, fit
 from heddle.errors import HeddleError
 from heddle.search import environment
 from heddle.search.durable import write_json, write_whole
+from heddle.search.model_kinds import require_causal_lm
 from heddle.search.tasks import Score, Task, batches, make_task, recipe_for
 from heddle.specs import Spec, SpecFile, TextTask, load, spec_hash, to_yaml
 
@@ -94,8 +95,9 @@ def train(
     `train.seed` and decides weights and batches; `device` is CUDA where there is one. `on_step` is as for
     `heddle.compose.train.fit`.
 
-    Raises `run-exists`, `disk-full`, and what the task, the build and the training raise.
+    Raises `conflicting-fields` for an encoder, `run-exists`, `disk-full`, and what the task, the build and the training raise.
     """
+    require_causal_lm(file, "train")
     device = device or environment.pick_device()
     spec = file.spec
     _open_folder(out, spec)

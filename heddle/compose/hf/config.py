@@ -15,6 +15,9 @@ class HeddleConfig(PreTrainedConfig):  # type: ignore[misc]
     not as in a plain pre-norm layer: the plain data of a resolved spec. There is no `layer_types`:
     transformers would build caches from it, and its vocabulary has neither per-layer windows nor a state that
     counts tokens. The model brings its own (`compose/cache.py`).
+
+    `model_kind` is causal_lm or encoder; `readout` holds, for an encoder that classifies sequences, `{"kind", …}`, and
+    `num_labels` the number of classes.
     """
 
     model_type = "heddle"
@@ -30,6 +33,8 @@ class HeddleConfig(PreTrainedConfig):  # type: ignore[misc]
     embedding_multiplier: float = 1.0
     logit_multiplier: float = 1.0
     logit_softcap: float | None = None
+    model_kind: str = "causal_lm"
+    readout: dict[str, Any] | None = None
     layers: list[dict[str, Any]] = field(default_factory=list)
     tie_word_embeddings: bool = True
     use_cache: bool = True

@@ -37,7 +37,7 @@ class HeddleModelOutput(BaseModelOutputWithPast):  # type: ignore[misc]
 
 
 class HeddlePreTrainedModel(PreTrainedModel):  # type: ignore[misc]
-    """What both model classes share."""
+    """What all model classes share."""
 
     config: HeddleConfig
     config_class = HeddleConfig
@@ -102,13 +102,14 @@ class HeddleModel(HeddlePreTrainedModel):
     ) -> HeddleModelOutput:
         """The hidden states after the last norm.
 
-        `attention_mask` [B, earlier tokens + T] is 0 at padding, which may stand on the left only. Positions
-        count real tokens from 0 unless `position_ids` [B, T] are given.
+        `attention_mask` [B, earlier tokens + T] is 0 at padding, which may stand on the left and, where no cache is used, on
+        the right. Positions count real tokens from 0 unless `position_ids` [B, T] are given.
 
         Raises:
             HeddleError: "bad-argument".
         """
-        x = self._embed(input_ids, inputs_embeds)
+        x = self.embedded(input_ids, inputs_embeds)
+        x = x if self.config.embedding_multiplier == 1.0 else x * self.config.embedding_multiplier
         cache = self._cache(past_key_values, use_cache)
         call = self._call(x, attention_mask, position_ids, 0 if cache is None else cache.get_seq_length())
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
@@ -134,12 +135,11 @@ class HeddleModel(HeddlePreTrainedModel):
         """An empty cache layer for each layer of the model."""
         return [self.layer_at(index).mixer.new_cache() for index in range(len(self.layers))]
 
-    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+    def embedded(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """The embedded tokens, before their factor: one of both as it is given.  Shapes:  out: [B, T, D]"""
         if (input_ids is None) == (inputs_embeds is None):
             raise HeddleError("bad-argument", "give either input_ids or inputs_embeds")
-        x = cast(Tensor, self.embed_tokens(input_ids)) if inputs_embeds is None else inputs_embeds
-        factor = self.config.embedding_multiplier
-        return x if factor == 1.0 else x * factor
+        return cast(Tensor, self.embed_tokens(input_ids)) if inputs_embeds is None else inputs_embeds
 
     def _cache(self, given: Cache | None, use_cache: bool | None) -> Cache | None:
         """The cache to write to: the one given, a new one, or none."""
@@ -156,25 +156,29 @@ class HeddleModel(HeddlePreTrainedModel):
 
     def _call(self, x: Tensor, mask: Tensor | None, positions: Tensor | None, past: int) -> Call:
         length = x.shape[1]
-        real = None if mask is None else self._real(mask, past + length)
+        real = None if mask is None else real_tokens(mask, past + length)
         if positions is None and real is not None:
             positions = (real.long().cumsum(dim=-1) - 1).clamp(min=0)[:, past:]
         elif positions is None:
             positions = torch.arange(past, past + length, device=x.device)[None].expand(x.shape[0], length)
         return Call(positions, None if real is None else real[:, past:], real)
 
-    @staticmethod
-    def _real(mask: Tensor, length: int) -> Tensor | None:
-        """Where there is a token [B, length], or None if everywhere."""
-        if mask.dim() != 2 or mask.shape[1] != length:
-            raise HeddleError(
-                "bad-argument",
-                f"attention_mask is {tuple(mask.shape)}, but must be (batch, {length})",
-                hint="one column for each token so far, those in the cache included",
-            )
-        real = mask.bool()
-        # Asking waits for the device, and a traced graph cannot ask; the masked path gives the same numbers.
-        return None if not torch.compiler.is_compiling() and bool(real.all()) else real
+
+def real_tokens(mask: Tensor, length: int) -> Tensor | None:
+    """Where there is a token [B, length], or None if everywhere.
+
+    Raises:
+        HeddleError: "bad-argument" for a mask of another shape.
+    """
+    if mask.dim() != 2 or mask.shape[1] != length:
+        raise HeddleError(
+            "bad-argument",
+            f"attention_mask is {tuple(mask.shape)}, but must be (batch, {length})",
+            hint="one column for each token so far, those in the cache included",
+        )
+    real = mask.bool()
+    # Asking waits for the device, and a traced graph cannot ask; the masked path gives the same numbers.
+    return None if not torch.compiler.is_compiling() and bool(real.all()) else real
 
 
 def _missed(targets: Sequence[tuple[str, Tensor, float, float]]) -> list[tuple[str, Tensor, float]]:
@@ -198,6 +202,12 @@ def _told(losses: Sequence[tuple[str, Tensor, float]]) -> dict[str, Any]:
     }
     total = torch.stack([factor * value for _, value, factor in losses]).sum()
     return {"aux_loss": total, "aux_losses": {name: value.detach() for name, value in by_kind.items()}}
+
+
+def scaled_logits(config: HeddleConfig, logits: Tensor) -> Tensor:
+    """y = factor · logits, and then cap · tanh(y / cap) where the configuration has a soft cap."""
+    y = logits if config.logit_multiplier == 1.0 else logits * config.logit_multiplier
+    return y if config.logit_softcap is None else config.logit_softcap * torch.tanh(y / config.logit_softcap)
 
 
 class HeddleForCausalLM(HeddlePreTrainedModel, GenerationMixin):  # type: ignore[misc]
@@ -267,10 +277,7 @@ class HeddleForCausalLM(HeddlePreTrainedModel, GenerationMixin):  # type: ignore
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The logits of hidden states after the last norm.  Shapes:  hidden: [..., D];  out: [..., vocab]"""
-        y = cast(Tensor, self.lm_head(hidden))
-        factor, cap = self.config.logit_multiplier, self.config.logit_softcap
-        y = y if factor == 1.0 else y * factor
-        return y if cap is None else cap * torch.tanh(y / cap)
+        return scaled_logits(self.config, self.lm_head(hidden))
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """What `generate` feeds to the next forward.

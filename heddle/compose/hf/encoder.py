@@ -1,0 +1,127 @@
+"""Bidirectional encoders: logits for every token, or the scores of classes for a sequence. Neither has a cache."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.modeling_outputs import MaskedLMOutput, SequenceClassifierOutput
+from transformers.utils.generic import can_return_tuple
+
+from heddle.compose.hf.config import HeddleConfig
+from heddle.compose.hf.model import HeddleModel, HeddlePreTrainedModel, real_tokens, scaled_logits
+from heddle.compose.modules.precision import wide
+from heddle.compose.modules.readout import readout_module
+from heddle.errors import HeddleError
+
+
+class HeddleForMaskedLM(HeddlePreTrainedModel):
+    """An encoder with an output head: what stands at each place, from the tokens on both sides."""
+
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: HeddleConfig) -> None:
+        super().__init__(config)
+        self.model = HeddleModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.model.embed_tokens = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Linear) -> None:
+        self.lm_head = value
+
+    @can_return_tuple  # type: ignore[untyped-decorator]
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,  # noqa: ARG002 - transformers passes more than a model reads
+    ) -> MaskedLMOutput:
+        """Logits [B, T, vocab].
+
+        `attention_mask` [B, T] is 0 at padding, on the left or on the right. With `labels` [B, T] also the mean loss of the
+        tokens at their own places; -100 is ignored, as is usual where nothing was masked.
+
+        Raises:
+            HeddleError: "bad-argument".
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            use_cache=False,
+            output_hidden_states=output_hidden_states,
+        )
+        logits = scaled_logits(self.config, self.lm_head(outputs.last_hidden_state))
+        loss = None if labels is None else _loss(logits.flatten(0, 1), labels.flatten(), outputs.aux_loss)
+        return MaskedLMOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+
+
+class HeddleForSequenceClassification(HeddlePreTrainedModel):
+    """An encoder with a readout: which of `config.num_labels` classes a sequence is of."""
+
+    def __init__(self, config: HeddleConfig) -> None:
+        super().__init__(config)
+        if config.readout is None:
+            raise HeddleError(
+                "bad-argument", "this configuration has no readout", hint="HeddleForMaskedLM has its classes"
+            )
+        self.model = HeddleModel(config)
+        self.readout = readout_module(config.hidden_size, config.readout)
+        self.classifier = nn.Linear(self.readout.width, config.num_labels)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.model.embed_tokens = value
+
+    @can_return_tuple  # type: ignore[untyped-decorator]
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,  # noqa: ARG002 - transformers passes more than a model reads
+    ) -> SequenceClassifierOutput:
+        """Logits [B, classes]; with `labels` [B] also the mean cross-entropy.
+
+        `attention_mask` [B, T] is 0 at padding, on the left or on the right. With a `cls` readout, hidden states have one
+        token more.
+
+        Raises:
+            HeddleError: "bad-argument".
+        """
+        x = self.model.embedded(input_ids, inputs_embeds)
+        real = None if attention_mask is None else real_tokens(attention_mask, x.shape[1])
+        x, real = self.readout.opened(x, real)
+        outputs = self.model(
+            inputs_embeds=x, attention_mask=real, use_cache=False, output_hidden_states=output_hidden_states
+        )
+        logits = scaled_logits(self.config, self.classifier(self.readout(outputs.last_hidden_state, real)))
+        loss = None if labels is None else _loss(logits, labels, outputs.aux_loss)
+        return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+
+
+Encoder = HeddleForMaskedLM | HeddleForSequenceClassification
+
+
+def _loss(logits: Tensor, labels: Tensor, aux_loss: Tensor | None) -> Tensor:
+    """The mean cross-entropy, in float32.  Shapes:  logits: [N, classes];  labels: [N]"""
+    loss = F.cross_entropy(wide(logits), labels)
+    return loss if aux_loss is None else loss + aux_loss
