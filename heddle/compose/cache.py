@@ -7,9 +7,9 @@ nothing else of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from heddle.compose.modules.rope import Tables, rotary_tables
 from heddle.errors import HeddleError
+
+T = TypeVar("T")
 
 
 class StateLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -169,9 +171,10 @@ class CompositeLayer(StateLayer):
         return {"": self.own, **{f"{path}.": part for path, part in self.parts.items()}}
 
     def advance(self, tokens: int) -> None:
-        for held in self._held().values():
-            held.advance(tokens)
-        self.tokens = next(iter(self.parts.values())).tokens
+        for part in self.parts.values():
+            part.advance(tokens)
+        # Parts whose step repeats stay where they are, and so does the whole.
+        self.tokens = self.own.tokens = next(iter(self.parts.values())).tokens
 
     def tensors(self) -> dict[str, Tensor]:
         return {
@@ -191,9 +194,12 @@ class CompositeLayer(StateLayer):
         self.tokens, self.is_initialized = 0, False
 
     def crop(self, tokens_to_remove: int) -> None:
-        for held in self._held().values():
-            held.crop(tokens_to_remove)
-        self.tokens = next(iter(self.parts.values())).tokens
+        if self.own.states:
+            self.own.crop(tokens_to_remove)
+        # First those that refuse, so that nothing is cropped by half.
+        for part in sorted(self.parts.values(), key=lambda part: part.is_croppable):
+            part.crop(tokens_to_remove)
+        self.tokens = self.own.tokens = next(iter(self.parts.values())).tokens
 
 
 class PreallocatedKVLayer(KVLayer):
@@ -316,10 +322,18 @@ class Call:
 
     def rotary_tables(self, size: int, theta: float) -> Tables:
         """Cosines and sines at this call's positions."""
-        key = ("rotary", size, theta)
+        return self.once(("rotary", size, theta), lambda: rotary_tables(self.positions, size, theta))
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` gives, made once in a forward for all layers that ask for `key`.
+
+        A compiler joins equal computations by itself, and lets a layer that will be run again write nothing outside of it.
+        """
+        if torch.compiler.is_compiling():
+            return make()
         if key not in self.memo:
-            self.memo[key] = rotary_tables(self.positions, size, theta)
-        return cast(Tables, self.memo[key])
+            self.memo[key] = make()
+        return cast(T, self.memo[key])
 
 
 def adopt(cache: Cache, layers: Sequence[StateLayer]) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -121,11 +119,7 @@ def attention_mask(call: Call, queries: int, keys: int, window: int | None) -> T
     sees_all = queries == 1 or queries == keys
     if call.key_padding is None and sees_all and (window is None or keys <= window):
         return None
-    key: Any = ("mask", queries, keys, window)
-    if key not in call.memo:
-        call.memo[key] = _mask(call, queries, keys, window)
-    mask: Tensor = call.memo[key]
-    return mask
+    return call.once(("mask", queries, keys, window), lambda: _mask(call, queries, keys, window))
 
 
 def _mask(call: Call, queries: int, keys: int, window: int | None) -> Tensor:
