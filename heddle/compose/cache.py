@@ -88,15 +88,16 @@ class StateLayer(CacheLayerMixin):  # type: ignore[misc]
 class KVLayer(StateLayer):
     """Keys and values of the tokens so far; with a window w only the last w-1.
 
-    Those are all that the next token can see.
+    Those are all that the next token can see. `written` is there from the first call on that says which tokens are.
 
-    Shapes:  keys: [B, KV heads, tokens held, d];  values likewise
+    Shapes:  keys: [B, KV heads, tokens held, d];  values likewise;  written: [B, 1, tokens held, 1] bool
     """
 
     def __init__(self, window: int | None = None) -> None:
         super().__init__()
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
+        self.written: Tensor | None = None
         self.window = window
         self.is_croppable = window is None
 
@@ -110,6 +111,26 @@ class KVLayer(StateLayer):
         self.is_initialized = True
         return keys, values
 
+    def mark(self, written: Tensor | None, new: int) -> Tensor | None:
+        """Which of the keys that `update` has just given are written, the `new` ones at the end as `written` says.
+
+        None for all of them, as long as no call has said otherwise.
+
+        Shapes:  written: [B, new] of 0 and 1;  out: [B, earlier tokens held + new] likewise
+        """
+        if written is None and self.written is None:
+            return None
+        assert self.keys is not None
+        marks = self.keys.new_ones(self.keys.shape[0], new) if written is None else written
+        if self.written is None:
+            held = self.tokens if self.window is None else min(self.window - 1, self.tokens)
+            past = marks.new_ones(marks.shape[0], held)
+        else:
+            past = self.written[:, 0, :, 0].to(marks.dtype)
+        full = torch.cat((past, marks), dim=-1)
+        self.written = self._held((full > 0.5)[:, None, :, None])
+        return full
+
     def _held(self, full: Tensor) -> Tensor:
         held = full.shape[-2] if self.window is None else min(self.window - 1, full.shape[-2])
         last = full[:, :, full.shape[-2] - held :]
@@ -119,10 +140,12 @@ class KVLayer(StateLayer):
     def tensors(self) -> dict[str, Tensor]:
         if self.keys is None or self.values is None:
             return {}
-        return {"keys": self.keys, "values": self.values}
+        marks = {} if self.written is None else {"written": self.written}
+        return {"keys": self.keys, "values": self.values, **marks}
 
     def replace(self, tensors: dict[str, Tensor]) -> None:
         self.keys, self.values = tensors.get("keys"), tensors.get("values")
+        self.written = tensors.get("written")
         self.is_initialized = self.keys is not None
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -132,8 +155,25 @@ class KVLayer(StateLayer):
             return
         if self.keys is None or self.values is None or self.keys.shape[-2] < self.tokens:
             raise RuntimeError("a sliding window has dropped the tokens that a crop would bring back")
-        self.keys, self.values = self.keys[:, :, :-removed], self.values[:, :, :-removed]
+        self.replace({name: held[:, :, :-removed] for name, held in self.tensors().items()})
         self.tokens -= removed
+
+
+class TokenCount(StateLayer):
+    """What a mixer keeps that has no memory of its own: how many tokens there were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_croppable = True
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {}
+
+    def replace(self, tensors: dict[str, Tensor]) -> None:
+        """There is nothing to replace."""
+
+    def crop(self, tokens_to_remove: int) -> None:
+        self.tokens -= abs(tokens_to_remove)
 
 
 class RecurrentLayer(StateLayer):
@@ -224,6 +264,16 @@ class PreallocatedKVLayer(KVLayer):
         self.keys[:, :, slot : slot + 1] = key_states
         self.values[:, :, slot : slot + 1] = value_states
         return self.keys, self.values
+
+    def mark(self, written: Tensor | None, new: int) -> Tensor | None:
+        assert self.keys is not None
+        if written is None and self.written is None:
+            return None
+        if self.written is None:
+            self.written = self.keys.new_ones(self.keys.shape[0], 1, self.keys.shape[2], 1, dtype=torch.bool)
+        marks = self.written[:, 0, :, 0]
+        marks[:, -new:] = True if written is None else written > 0.5
+        return marks.to(self.keys.dtype)
 
 
 class PreallocatedRecurrentLayer(RecurrentLayer):

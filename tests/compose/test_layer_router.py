@@ -198,7 +198,7 @@ def test_a_target_holds_for_all_its_layers_together() -> None:
     missed = [((cheap[0] + cheap[1]) / 2 - 0.5) ** 2, (cheap[2] - 0.125) ** 2]
     assert found.aux_loss.item() == pytest.approx(2.0 * sum(missed))
     assert found.aux_losses["layer_router"].item() == pytest.approx(sum(missed) / 2)
-    assert found.aux_losses["router_share"].item() == pytest.approx(sum(cheap) / 4)
+    assert found.aux_losses["layer_router_share"].item() == pytest.approx(sum(cheap) / 4)
     found.aux_loss.backward()
     gradients = [layer.mixer.router.last_bias.grad for layer in model.model.layers]
     assert gradients[0].abs().min() > 0
@@ -215,7 +215,7 @@ def test_training_on_the_target_alone_reaches_it() -> None:
         optimizer.zero_grad()
         found.aux_loss.backward()
         optimizer.step()
-    assert found.aux_losses["router_share"].item() == pytest.approx(0.75, abs=0.05)
+    assert found.aux_losses["layer_router_share"].item() == pytest.approx(0.75, abs=0.05)
 
 
 def test_a_factor_without_a_target_computes_nothing() -> None:

@@ -322,3 +322,23 @@ def test_a_token_surely_sees_what_the_narrower_mixer_sees() -> None:
         assert [(one.window, one.is_certain) for one in sights] == [(5, True), (None, False)]
         sights = MIXERS[kind].model_validate({"kind": kind, "mixers": [DECAY, GDN]}).sights(site)
         assert all(one.is_certain for one in sights)
+
+
+@pytest.mark.parametrize("chunk", [1, 4])
+def test_a_cache_of_two_softmax_mixers_is_cropped_unless_a_chunk_is_open(chunk: int) -> None:
+    router, x = router_of([SOFTMAX, {**SOFTMAX, "head_dim": 6}], chunk=chunk), noise(2, LENGTH, HIDDEN)
+    expected, cache = router(x, whole())[:, 12:], router.new_cache()
+    assert cache.is_croppable == (chunk == 1)
+    call = whole(20)
+    call.cache = cache
+    router(x[:, :20], call)
+    cache.advance(20)
+    if chunk > 1:
+        with pytest.raises(RuntimeError, match="cannot forget single tokens"):
+            cache.crop(-8)
+        assert cache.get_seq_length() == 20
+        return
+    cache.crop(-8)
+    call = whole(LENGTH - 12, 12)
+    call.cache = cache
+    assert (router(x[:, 12:], call) - expected).abs().max() < EXACT

@@ -58,7 +58,7 @@ class LayerRouterModule(CompositeMixer):
             return torch.zeros_like(z).scatter(-1, z.argmax(dim=-1, keepdim=True), 1.0)[:, None]
         r = torch.softmax(z / self.temperature, dim=-1)
         cheap = r[:, 1].mean()
-        call.add_loss("router_share", cheap.detach(), 0.0)
+        call.add_loss("layer_router_share", cheap.detach(), 0.0)
         if self.target is not None:
             call.add_target("layer_router", cheap, self.target, self.target_factor)
         return r[:, None]
