@@ -31,6 +31,11 @@ def initialise(module: nn.Module, std: float) -> None:
         initialization.zeros_(module.bias)
 
 
+def normal(tensor: Tensor, std: float) -> None:
+    """Fills `tensor` with N(0, std)."""
+    initialization.normal_(tensor, mean=0.0, std=std)
+
+
 def uniform(tensor: Tensor, low: float, high: float) -> None:
     """Fills `tensor` evenly between `low` and `high`."""
     initialization.uniform_(tensor, low, high)

@@ -45,7 +45,7 @@ class HeddlePreTrainedModel(PreTrainedModel):  # type: ignore[misc]
     supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[list[str]] = ["HeddleLayer"]
     # transformers casts what is named here back to float32 when a checkpoint is loaded in a narrower type.
-    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["A_log", "dt_bias"]
+    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["A_log", "dt_bias", "correction"]
     _supports_sdpa = True
     # A recurrent state cannot be rolled back, which assisted decoding would ask for.
     _is_stateful = True
@@ -64,6 +64,8 @@ class HeddleModel(HeddlePreTrainedModel):
         self.layers = nn.ModuleList(self._layer(index) for index in range(config.num_hidden_layers))
         # Streams that a later layer takes up again.
         self.handed_on = {layer["skip"]["source"] for layer in config.layers if layer.get("skip")}
+        # What mixers take of earlier ones, by (what, layer).
+        self.wanted = frozenset(taken for one in self.layers.modules() for taken in getattr(one, "takes", ()))
         self.norm = norm_module("rmsnorm", config.hidden_size, config.norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
@@ -118,7 +120,7 @@ class HeddleModel(HeddlePreTrainedModel):
             call.handed[STREAM, -1] = x
         for index in range(len(self.layers)):
             seen.append(x)
-            x = self.layer_at(index)(x, call.at(None if cache is None else cache.layers[index]))
+            x = self.layer_at(index)(x, call.at(None if cache is None else cache.layers[index], index))
             if index in self.handed_on:
                 call.handed[STREAM, index] = x
         for held in () if cache is None else cache.layers:
@@ -161,7 +163,7 @@ class HeddleModel(HeddlePreTrainedModel):
             positions = (real.long().cumsum(dim=-1) - 1).clamp(min=0)[:, past:]
         elif positions is None:
             positions = torch.arange(past, past + length, device=x.device)[None].expand(x.shape[0], length)
-        return Call(positions, None if real is None else real[:, past:], real)
+        return Call(positions, None if real is None else real[:, past:], real, wanted=self.wanted)
 
 
 def real_tokens(mask: Tensor, length: int) -> Tensor | None:
