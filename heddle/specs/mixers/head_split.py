@@ -67,9 +67,16 @@ class HeadSplit(CompositeMixer):
             return [Problem("mixers.1.heads", what, f"heads: {first}", "conflicting-fields")]
         if self._count(headed) is not None:
             return []
-        groups = " and ".join(f"{one.kind} in {_groups(one)}" for one in headed)
-        what = f"{first} heads cannot be shared out: at least one to each, {groups}"
-        return [Problem("share", what, "more heads, or more key and value heads", "out-of-range")]
+        (one, own), (other, others) = ((part.kind, _groups(part)) for part in headed)
+        what = f"{first} heads cannot be shared out: {one} has {own} groups of them and {other} {others}"
+        return [
+            Problem(
+                "share",
+                what,
+                "two groups that fit at least: more heads, or more key and value heads",
+                "out-of-range",
+            )
+        ]
 
     def runtime(self, site: Site) -> dict[str, Any]:
         # The mixers have their own counts of heads by then.
@@ -96,8 +103,7 @@ class HeadSplit(CompositeMixer):
         return min(possible, key=lambda count: abs(count - self.share * heads), default=None)
 
 
-def _groups(mixer: HeadedMixer) -> str:
-    """`4 groups` of heads that cannot be torn."""
+def _groups(mixer: HeadedMixer) -> int:
+    """In how many pieces its heads come at most."""
     size = next(count for count in range(1, mixer.heads + 1) if mixer.takes_heads(count))
-    groups = mixer.heads // size
-    return "1 group" if groups == 1 else f"{groups} groups"
+    return mixer.heads // size
