@@ -78,6 +78,15 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
             "merge": "gate",
             "norm": True,
         },
+        {
+            "mixers": [
+                {"kind": "attention", "heads": 4, "kv_heads": 2},
+                {"kind": "attention", "heads": 2, "window": 7},
+            ],
+            "chunk": 3,
+            "merge": "mean",
+        },
+        {"mixers": [{"kind": "attention", "heads": 4, "rope": None}, {"kind": "gated_deltanet", "heads": 2}]},
     ],
     "layer_router": [
         {
@@ -95,10 +104,57 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
             "target": 0.5,
         },
     ],
+    "sequential": [
+        {"mixers": [{"kind": "attention", "heads": 4, "window": 7}, {"kind": "gated_deltanet", "heads": 2}]},
+        {
+            "mixers": [
+                {"kind": "decay_attention", "heads": 2, "form": "retnet", "short_conv": 3},
+                {"kind": "attention", "heads": 4, "kv_heads": 2},
+                {"kind": "gated_deltanet", "heads": 2},
+            ],
+            "residual": False,
+        },
+    ],
+    "head_split": [
+        {
+            "mixers": [
+                {"kind": "attention", "heads": 4},
+                {"kind": "gated_deltanet", "heads": 4, "value_heads": 8},
+            ],
+            "share": 0.3,
+        },
+        {
+            "mixers": [
+                {"kind": "decay_attention", "heads": 6, "form": "retnet"},
+                {"kind": "attention", "heads": 6, "kv_heads": 3, "window": 7},
+            ],
+            "share": 0.5,
+        },
+    ],
+    "moh": [
+        {"mixer": {"kind": "attention", "heads": 8, "kv_heads": 2}, "shared_heads": 3, "active": 2},
+        {"mixer": {"kind": "gated_deltanet", "heads": 2, "value_heads": 6}, "shared_heads": 1, "active": 2},
+        {"mixer": {"kind": "decay_attention", "heads": 4}, "shared_heads": 4, "active": 0},
+    ],
 }
 CHANNEL_VARIANTS: dict[str, list[dict[str, Any]]] = {
     "swiglu": [{}, {"width": 24}],
     "gelu": [{}, {"width": 24}],
+    "moe": [
+        {"experts": 8, "active": 2},
+        {"experts": 4, "active": 1, "width": 24, "normalise": False},
+        {
+            "experts": 6,
+            "active": 3,
+            "width": 16,
+            "shared_width": 20,
+            "shared_gate": True,
+            "score": "sigmoid",
+            "scale": 2.5,
+            "correction_bias": True,
+            "balance": 0.0,
+        },
+    ],
     "none": [{}],
 }
 
@@ -360,6 +416,62 @@ def test_a_model_compiles_without_a_graph_break(fields: dict[str, Any]) -> None:
 
 
 @every_mixer
+def test_a_decode_step_compiles_without_a_graph_break(fields: dict[str, Any]) -> None:
+    model, ids = model_of(fields), torch.tensor([[3], [4]])
+    cache = model.decode_cache(2, 40)
+    step = torch.compile(
+        lambda ids: model(ids, past_key_values=cache).logits, fullgraph=True, backend="aot_eager"
+    )
+    with torch.no_grad():
+        expected = model(ids, past_key_values=cache).logits
+        for _ in range(2):
+            assert (step(ids) - expected).abs().max() < EXACT
+    torch.compiler.reset()
+
+
+@every_mixer
+def test_checkpointing_leaves_gradients_equal(fields: dict[str, Any]) -> None:
+    found = []
+    for is_checkpointed in (False, True):
+        model = model_of(fields).train()
+        if is_checkpointed:
+            # The old name warns in later versions of transformers, the new one is not in earlier ones.
+            (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
+        torch.manual_seed(3)
+        ids = torch.arange(80).view(2, 40) % 50
+        model(ids, labels=ids).loss.backward()
+        found.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, gradient in found[0].items():
+        assert (gradient is None) == (found[1][name] is None), name
+        assert gradient is None or torch.equal(gradient, found[1][name]), name
+
+
+@every_mixer
+def test_a_model_trains_under_autocast(fields: dict[str, Any]) -> None:
+    model, ids = model_of(fields, torch.float32).train(), torch.arange(80).view(2, 40) % 50
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = model(ids, labels=ids)
+    assert out.logits.dtype == torch.bfloat16
+    out.loss.backward()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            assert parameter.grad.dtype == torch.float32, name
+            assert parameter.grad.isfinite().all(), name
+
+
+@every_mixer
+def test_every_cost_is_answered(fields: dict[str, Any]) -> None:
+    spec = spec_of(fields).blocks["it"].mixer
+    site = SpecSite(hidden_size=HIDDEN, layer_index=1, layer_count=2, norm_eps=1e-6, context_length=256)
+    for context in (1, 100, 10_000):
+        assert spec.flops(site, context) > 0
+        assert spec.prefill_flops(site, context) > 0
+        assert 0 <= spec.read_bytes(site, context, 2) <= spec.state_bytes(site, context, 2)
+        assert spec.read_bytes(site, context, 2) <= spec.read_bytes(site, context, 4)
+    assert spec.read_bytes(site, 0, 2) == 0
+
+
+@every_mixer
 def test_a_model_survives_saving_and_loading(fields: dict[str, Any], tmp_path: Path) -> None:
     model = model_of(fields, torch.float32)
     model.save_pretrained(tmp_path)
@@ -391,6 +503,15 @@ def test_a_channel_block_mixes_no_tokens_and_has_the_parameters_the_spec_counts(
     y = channel(x, call_at(0, 9))
     assert y.shape == x.shape
     assert torch.allclose(channel(x[:, 4:5], call_at(4, 1)), y[:, 4:5], rtol=0, atol=EXACT)
+
+
+@every_channel
+def test_a_channel_block_reads_no_more_than_it_has(fields: dict[str, Any]) -> None:
+    spec = spec_of({"kind": "attention", "heads": 4}, fields).blocks["it"].channel
+    site = SpecSite(hidden_size=HIDDEN, layer_index=0, layer_count=2, norm_eps=1e-6, context_length=256)
+    read = [spec.params_read(site, tokens) for tokens in (1, 8, 10**6)]
+    assert read == sorted(read)
+    assert read[-1] <= spec.params(site)
 
 
 @every_channel

@@ -170,6 +170,7 @@ BASE: dict[str, Any] = {
     "layers": ["a", "g", "d", "a"],
 }
 SOFTMAX, DECAY = {"kind": "attention", "heads": 2}, {"kind": "decay_attention", "heads": 2}
+FOUR = {"kind": "attention", "heads": 4}
 CHANGES: list[tuple[str, Any]] = [
     ("vocab_size", 257),
     ("hidden_size", 96),
@@ -226,6 +227,18 @@ CHANGES: list[tuple[str, Any]] = [
     ("blocks.d.mixer", {"kind": "layer_router", "mixers": [SOFTMAX, DECAY], "temperature": 2.0}),
     ("blocks.d.mixer", {"kind": "layer_router", "mixers": [SOFTMAX, DECAY], "target": 0.0}),
     ("blocks.d.mixer", {"kind": "layer_router", "mixers": [SOFTMAX, DECAY], "target": 0.0, "target_factor": 0.5}),
+    ("blocks.d.mixer", {"kind": "sequential", "mixers": [SOFTMAX, DECAY]}),
+    ("blocks.d.mixer", {"kind": "sequential", "mixers": [DECAY, SOFTMAX]}),
+    ("blocks.d.mixer", {"kind": "sequential", "mixers": [SOFTMAX, DECAY], "residual": False}),
+    ("blocks.d.mixer", {"kind": "head_split", "mixers": [SOFTMAX, DECAY], "share": 0.5}),
+    ("blocks.d.mixer", {"kind": "head_split", "mixers": [DECAY, SOFTMAX], "share": 0.5}),
+    ("blocks.d.mixer", {"kind": "head_split", "mixers": [FOUR, FOUR | {"window": 9}], "share": 0.25}),
+    ("blocks.d.mixer", {"kind": "head_split", "mixers": [FOUR, FOUR | {"window": 9}], "share": 0.75}),
+    ("blocks.d.mixer", {"kind": "moh", "mixer": FOUR, "shared_heads": 1, "active": 2}),
+    ("blocks.d.mixer", {"kind": "moh", "mixer": FOUR | {"window": 9}, "shared_heads": 1, "active": 2}),
+    ("blocks.d.mixer", {"kind": "moh", "mixer": FOUR, "shared_heads": 2, "active": 2}),
+    ("blocks.d.mixer", {"kind": "moh", "mixer": FOUR, "shared_heads": 1, "active": 1}),
+    ("blocks.d.mixer", {"kind": "moh", "mixer": FOUR, "shared_heads": 1, "active": 2, "balance": 0.0}),
     ("layers", ["a", "d", "g", "a"]),
     ("blocks.a.norm", "layernorm"),
     ("blocks.a.channel", {"kind": "gelu", "width": 40}),
@@ -304,6 +317,31 @@ SAME: list[tuple[str, Any]] = [
 @pytest.mark.parametrize(("path", "value"), SAME)
 def test_another_spelling_of_the_same_model_has_the_same_hash(path: str, value: Any) -> None:
     assert hash_of(changed(path, value)) == hash_of(BASE)
+
+
+SPLIT = {"kind": "head_split", "mixers": [FOUR, {"kind": "decay_attention", "heads": 4}], "share": 0.5}
+ROUTED = {"kind": "moh", "mixer": FOUR, "shared_heads": 1, "active": 2}
+ALIKE: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    (SPLIT, SPLIT | {"share": 0.4}),
+    (
+        SPLIT,
+        {
+            "kind": "parallel",
+            "mixers": [
+                {"kind": "attention", "heads": 2, "head_dim": 12},
+                {"kind": "decay_attention", "heads": 2, "head_dim": 12},
+            ],
+        },
+    ),
+    (ROUTED, ROUTED | {"balance": 0.01}),
+    (ROUTED, ROUTED | {"mixer": FOUR | {"kv_heads": 4}}),
+    ({"kind": "sequential", "mixers": [FOUR, FOUR]}, {"kind": "sequential", "mixers": [FOUR, FOUR], "residual": True}),
+]
+
+
+@pytest.mark.parametrize(("one", "other"), ALIKE)
+def test_two_spellings_of_a_composite_mixer_have_one_hash(one: dict[str, Any], other: dict[str, Any]) -> None:
+    assert hash_of(changed("blocks.d.mixer", one)) == hash_of(changed("blocks.d.mixer", other))
 
 
 def test_fractions_that_turn_the_same_dimensions_are_one_model() -> None:
