@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from heddle.compose.modules.rope import Tables, rotary_tables
+from heddle.compose.modules.rope import Scaling, Tables, rotary_tables
 from heddle.errors import HeddleError
 
 T = TypeVar("T")
@@ -111,23 +111,14 @@ class KVLayer(StateLayer):
         self.is_initialized = True
         return keys, values
 
-    def mark(self, written: Tensor | None, new: int) -> Tensor | None:
-        """Which of the keys that `update` has just given are written, the `new` ones at the end as `written` says.
+    def mark(self, written: Tensor, earlier: int) -> Tensor:
+        """Adds which new tokens are `written`; tells it of all keys that `update` gave, the new ones after `earlier` others.
 
-        None for all of them, as long as no call has said otherwise.
-
-        Shapes:  written: [B, new] of 0 and 1;  out: [B, earlier tokens held + new] likewise
+        Shapes:  written: [B, T] of 0 and 1;  out: [B, earlier + T] likewise
         """
-        if written is None and self.written is None:
-            return None
-        assert self.keys is not None
-        marks = self.keys.new_ones(self.keys.shape[0], new) if written is None else written
-        if self.written is None:
-            held = self.tokens if self.window is None else min(self.window - 1, self.tokens)
-            past = marks.new_ones(marks.shape[0], held)
-        else:
-            past = self.written[:, 0, :, 0].to(marks.dtype)
-        full = torch.cat((past, marks), dim=-1)
+        past = None if self.written is None else self.written[:, 0, :, 0].to(written.dtype)
+        past = written.new_ones(written.shape[0], earlier) if past is None else past
+        full = torch.cat((past, written), dim=-1)
         self.written = self._held((full > 0.5)[:, None, :, None])
         return full
 
@@ -162,9 +153,7 @@ class KVLayer(StateLayer):
 class TokenCount(StateLayer):
     """What a mixer keeps that has no memory of its own: how many tokens there were."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.is_croppable = True
+    is_croppable = True
 
     def tensors(self) -> dict[str, Tensor]:
         return {}
@@ -265,15 +254,11 @@ class PreallocatedKVLayer(KVLayer):
         self.values[:, :, slot : slot + 1] = value_states
         return self.keys, self.values
 
-    def mark(self, written: Tensor | None, new: int) -> Tensor | None:
-        assert self.keys is not None
-        if written is None and self.written is None:
-            return None
+    def mark(self, written: Tensor, earlier: int) -> Tensor:
         if self.written is None:
-            self.written = self.keys.new_ones(self.keys.shape[0], 1, self.keys.shape[2], 1, dtype=torch.bool)
-        marks = self.written[:, 0, :, 0]
-        marks[:, -new:] = True if written is None else written > 0.5
-        return marks.to(self.keys.dtype)
+            self.written = written.new_ones(written.shape[0], 1, earlier + 1, 1, dtype=torch.bool)
+        self.written[:, 0, earlier:, 0] = written > 0.5
+        return self.written[:, 0, :, 0].to(written.dtype)
 
 
 class PreallocatedRecurrentLayer(RecurrentLayer):
@@ -304,7 +289,7 @@ class Call:
     padding: Tensor | None = None
     key_padding: Tensor | None = None
     cache: StateLayer | None = None
-    # Tables that layers of one forward share: rotations by (size, theta), masks by (keys, window).
+    # Tables that layers of one forward share: rotations by (size, theta, scaling), masks by (keys, view).
     memo: dict[Any, Any] = field(default_factory=dict)
     # What layers hand on to later ones, by (what, layer): the streams, keys, values and indices of this forward.
     handed: dict[tuple[str, int], Any] = field(default_factory=dict)
@@ -316,19 +301,17 @@ class Call:
     head_gates: Tensor | None = None
     # [B, T] of 0 and 1, or None for 1: which of these tokens the mixer remembers. Every token is answered.
     written: Tensor | None = None
+    # The layer that is called, what later ones will ask for of it and others (keys of `handed`), and what it has given so far.
+    layer: int = 0
+    wanted: frozenset[tuple[str, int]] = frozenset()
+    given: dict[str, Tensor] = field(default_factory=dict)
 
-    def at(self, cache: StateLayer | None) -> Call:
-        """The same call at another layer."""
-        return Call(
-            self.positions,
-            self.padding,
-            self.key_padding,
-            cache,
-            self.memo,
-            self.handed,
-            self.losses,
-            self.targets,
-        )
+    def at(self, cache: StateLayer | None, layer: int | None = None) -> Call:
+        """The same call at another layer; None: at the same."""
+        made = Call(self.positions, self.padding, self.key_padding, cache)
+        made.memo, made.handed, made.losses, made.targets = self.memo, self.handed, self.losses, self.targets
+        made.layer, made.wanted, made.given = self.layer if layer is None else layer, self.wanted, self.given
+        return made
 
     def part(self, path: str, *, head_gates: Tensor | None = None, written: Tensor | None = None) -> Call:
         """The same call for a part of a composite mixer, with the part's own cache."""
@@ -348,6 +331,10 @@ class Call:
     def add_target(self, name: str, share: Tensor, target: float, factor: float) -> None:
         """Adds the loss (mean share - target)², the mean over all layers that name this target; as `add_loss` else."""
         self.targets.append((name, share, target, factor))
+
+    def hand(self, **values: Tensor) -> None:
+        """Hands on to later layers what one of them asks for; nothing else would let go of the rest."""
+        self.given |= {what: value for what, value in values.items() if (what, self.layer) in self.wanted}
 
     def hide_padding(self, x: Tensor) -> Tensor:
         """`x` [B, T, ...] with zeros where there is no token, so that a recurrence starts from nothing."""
@@ -370,9 +357,10 @@ class Call:
         if isinstance(held, RecurrentLayer):
             held.keep(states)
 
-    def rotary_tables(self, size: int, theta: float) -> Tables:
+    def rotary_tables(self, size: int, theta: float, scaling: Scaling | None = None) -> Tables:
         """Cosines and sines at this call's positions."""
-        return self.once(("rotary", size, theta), lambda: rotary_tables(self.positions, size, theta))
+        key = (size, theta, scaling)
+        return self.once(("rotary", *key), lambda: rotary_tables(self.positions, *key))
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
         """What `make` gives, made once in a forward for all layers that ask for `key`.

@@ -12,7 +12,8 @@ from heddle.specs.spec import Spec
 Schema = dict[str, Any]
 
 # The parts of a spec in which a value may be left open, besides mixers and channel blocks.
-OPEN = ("ModelSpec", "BlockSpec", "OneLayer", "Repeat", "Residual", "Rope", "Skip")
+OPEN = ("ModelSpec", "BlockSpec", "OneLayer", "Repeat", "Residual", "Rope", "Selection", "Skip")
+SCALINGS = ("LinearScaling", "Llama3Scaling", "YarnScaling")
 READOUTS = ("LastReadout", "MeanReadout", "ClsReadout", "EpReadout")
 _NOTES = ("description", "default", "examples")
 
@@ -22,7 +23,7 @@ def json_schema() -> Schema:
     schema = _without_titles(Spec.model_json_schema())
     definitions = schema.pop("$defs")
     block = definitions["BlockSpec"]["properties"]
-    opened = [*OPEN, *READOUTS, *(name for part in ("mixer", "channel") for name in _referred(block[part]))]
+    opened = [*OPEN, *READOUTS, *SCALINGS, *(name for part in ("mixer", "channel") for name in _referred(block[part]))]
     for name in opened:
         definitions[name] = _open_fields(definitions[name])
     model = definitions["ModelSpec"]["properties"]

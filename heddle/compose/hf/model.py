@@ -120,7 +120,10 @@ class HeddleModel(HeddlePreTrainedModel):
             call.handed[STREAM, -1] = x
         for index in range(len(self.layers)):
             seen.append(x)
-            x = self.layer_at(index)(x, call.at(None if cache is None else cache.layers[index], index))
+            out = self.layer_at(index)(x, call.at(None if cache is None else cache.layers[index], index))
+            x, *given = (out,) if isinstance(out, Tensor) else out
+            names = sorted(what for what, layer in self.wanted if layer == index)
+            call.handed.update({(what, index): value for what, value in zip(names, given, strict=True)})
             if index in self.handed_on:
                 call.handed[STREAM, index] = x
         for held in () if cache is None else cache.layers:

@@ -2,29 +2,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from heddle.compose.cache import Call, KVLayer, PreallocatedKVLayer, StateLayer
+from heddle.compose.cache import (
+    Call,
+    KVLayer,
+    PreallocatedKVLayer,
+    PreallocatedRecurrentLayer,
+    StateLayer,
+    TokenCount,
+)
+from heddle.compose.init import Initialised, fill
 from heddle.compose.modules.band import banded_attention, block_length
+from heddle.compose.modules.masks import View, attention_mask, distances, key_mask, real_keys
 from heddle.compose.modules.norm import RMSNorm
 from heddle.compose.modules.precision import wide
-from heddle.compose.modules.rope import rotate
+from heddle.compose.modules.rope import rotate, scaling_key
+from heddle.compose.modules.selection import Places, choose_blocks
 from heddle.compose.modules.site import Site
+from heddle.compose.modules.softmax import softmax_attention
+from heddle.errors import HeddleError
 
 
-class AttentionModule(nn.Module):
-    """Causal softmax attention.        (GQA: arXiv 2305.13245; RoPE: 2104.09864; output gate: 2505.06708)
+class AttentionModule(Initialised):
+    """Softmax attention.        (GQA: arXiv 2305.13245; RoPE: 2104.09864; output gate: 2505.06708)
 
-        o_i = sum_j softmax_j(q_i · k_j / sqrt(d)) v_j,  j <= i,  i - j < window
+        o_i = sum_j softmax_j(scale · q_i · k_j) v_j,  j <= i,  i - j < window
         y   = W_o (o * sigmoid(gate))
 
-    `qk_norm` norms each head of q and k before the rotation. `rope` is `{"theta", "fraction"}`, or None for
-    no positions. With `gate`, each head of `q_proj` holds d query rows, then d gate rows. A window counts the
-    current token.
+    `qk_norm` norms each head of q and k before the rotation, "full" all heads together. `rope` is `{"theta", "fraction"}` and
+    perhaps "scaling", or None for no positions. With `gate`, each head of `q_proj` holds d query rows, then d gate rows. A
+    window counts the current token. Without `causal` a query also sees later tokens, those less than a window ahead; there
+    is nothing to decode then, and no cache. `softcap` and `sinks` are those of `softmax_attention`.
 
-    Shapes:  x, y: [B, T, D];  `heads_out` sees [B, T, H, d]
+    `keys_from`: the keys and values are those of an earlier layer, and so is their cache (arXiv 2405.12981, 2405.05254).
+    `values_from`: v = (1 - l) v + l v', v' those of an earlier layer, l learned from 1/2 on (arXiv 2410.17897).
+    `selection`: blocks of keys that a query reads; see `choose_blocks`. It masks T x S weights and saves no work here.
+
+    Shapes:  x, y: [B, T, D];  `heads_out` sees [B, T, H, d];  handed on: keys, values: [B, KV heads, S, d];
+             indices: [B, KV heads, T, blocks] bool
+
+    Raises:
+        HeddleError: "bad-argument" for a cache of earlier tokens without `causal`.
     """
 
     def __init__(
@@ -34,102 +58,173 @@ class AttentionModule(nn.Module):
         heads: int,
         kv_heads: int,
         head_dim: int,
-        rope: dict[str, float] | None,
-        qk_norm: bool,
+        rope: Mapping[str, Any] | None,
+        qk_norm: bool | str,
         gate: bool,
         window: int | None,
+        causal: bool = True,
+        scale: float | None = None,
+        key_multiplier: float = 1.0,
+        softcap: float | None = None,
+        sinks: bool = False,
+        bias: str = "none",
+        keys_from: int | None = None,
+        values_from: int | None = None,
+        selection: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.heads, self.kv_heads, self.head_dim, self.window, self.gate = (
-            heads,
-            kv_heads,
-            head_dim,
-            window,
-            gate,
+        self.heads, self.kv_heads, self.head_dim, self.gate = heads, kv_heads, head_dim, gate
+        self.view, self.scale, self.key_multiplier, self.softcap = (
+            View(window, causal),
+            scale,
+            key_multiplier,
+            softcap,
         )
-        # Features turn in pairs.
-        turned = 0 if rope is None else int(rope["fraction"] * head_dim) // 2 * 2
-        self.rotary = None if rope is None or turned == 0 else (turned, float(rope["theta"]))
-        self.q_proj = nn.Linear(site.hidden_size, heads * head_dim * (2 if gate else 1), bias=False)
-        self.k_proj = nn.Linear(site.hidden_size, kv_heads * head_dim, bias=False)
-        self.v_proj = nn.Linear(site.hidden_size, kv_heads * head_dim, bias=False)
-        self.q_norm = RMSNorm(head_dim, site.norm_eps) if qk_norm else None
-        self.k_norm = RMSNorm(head_dim, site.norm_eps) if qk_norm else None
+        self.keys_from, self.values_from, self.selection = keys_from, values_from, dict(selection or {})
+        self.takes = _taken(keys_from, values_from, self.selection.get("source"))
+        self.rotary, self.norms_jointly = _rotary(rope, head_dim), qk_norm == "full"
+        self._make(site, queries=heads * (2 if gate else 1), bias=bias, norm=qk_norm is not False)
+        self.sinks = nn.Parameter(torch.empty(heads)) if sinks else None
+        self.value_share = nn.Parameter(torch.empty(1)) if values_from is not None else None
         self.heads_out = nn.Identity()
-        self.o_proj = nn.Linear(heads * head_dim, site.hidden_size, bias=False)
+
+    def _make(self, site: Site, *, queries: int, bias: str, norm: bool) -> None:
+        """Projections and norms; those of keys and values only where they are its own."""
+
+        def projection(heads: int) -> nn.Linear:
+            return nn.Linear(site.hidden_size, heads * self.head_dim, bias=bias != "none")
+
+        def head_norm(heads: int) -> RMSNorm | None:
+            size = self.head_dim * (heads if self.norms_jointly else 1)
+            return RMSNorm(size, site.norm_eps) if norm else None
+
+        own = self.keys_from is None
+        self.q_proj = projection(queries)
+        self.k_proj = projection(self.kv_heads) if own else None
+        self.v_proj = projection(self.kv_heads) if own else None
+        self.q_norm = head_norm(self.heads)
+        self.k_norm = head_norm(self.kv_heads) if own else None
+        self.o_proj = nn.Linear(self.heads * self.head_dim, site.hidden_size, bias=bias == "all")
+
+    def initialise(self, std: float) -> None:  # noqa: ARG002 - a sink begins as a key whose logit is 0
+        if self.sinks is not None:
+            fill(self.sinks, torch.zeros(self.heads))
+        if self.value_share is not None:
+            fill(self.value_share, torch.tensor([0.5]))
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
         q = self.q_proj(x).unflatten(-1, (self.heads, -1))
-        k = self.k_proj(x).unflatten(-1, (self.kv_heads, -1))
-        v = self.v_proj(x).unflatten(-1, (self.kv_heads, -1))
         q, *gate = q.chunk(2, dim=-1) if self.gate else (q,)
-        q, k = self._place(q, self.q_norm, call), self._place(k, self.k_norm, call)
-        o = self._attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), call).transpose(1, 2)
+        q = self._place(q, self.q_norm, call).transpose(1, 2)
+        if self.keys_from is None:
+            k, v, written = self._remember(x, call)
+        else:
+            k, v, written = call.handed["keys", self.keys_from], call.handed["values", self.keys_from], None
+        o = self._attend(q, k, v, written, call).transpose(1, 2)
         if gate:
             o = o * torch.sigmoid(gate[0])
         y: Tensor = self.o_proj(self.heads_out(call.gated(o)).flatten(2))
         return y
 
-    def _place(self, x: Tensor, norm: nn.Module | None, call: Call) -> Tensor:
-        """QK-norm and rotation, both in float32, rounded once."""
-        if norm is None and self.rotary is None:
+    def _place(self, x: Tensor, norm: nn.Module | None, call: Call, factor: float = 1.0) -> Tensor:
+        """QK-norm, factor and rotation, all in float32, rounded once."""
+        if norm is None and self.rotary is None and factor == 1.0:
             return x
         y = wide(x)
-        y = y if norm is None else norm(y)
+        if norm is not None:
+            y = norm(y.flatten(2)).view_as(y) if self.norms_jointly else norm(y)
+        y = y if factor == 1.0 else y * factor
         y = y if self.rotary is None else rotate(y, call.rotary_tables(*self.rotary))
         return y.to(x.dtype)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
-        """Shapes:  q, out: [B, H, T, d];  k, v: [B, KV heads, T, d]"""
-        if call.cache is not None:
+    def _remember(self, x: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys and values of these and the earlier tokens, and which of them are written.
+
+        Shapes:  out: twice [B, KV heads, S, d], and [B, S] of 0 and 1, or None for all
+        """
+        assert self.k_proj is not None
+        assert self.v_proj is not None
+        k = self.k_proj(x).unflatten(-1, (self.kv_heads, -1))
+        k = self._place(k, self.k_norm, call, self.key_multiplier).transpose(1, 2)
+        v = self.v_proj(x).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2)
+        if self.values_from is not None and self.value_share is not None:
+            others = call.handed["values", self.values_from][:, :, -v.shape[2] :]
+            v = torch.lerp(v, others, self.value_share.to(v.dtype))
+        written = call.written
+        if not self.view.causal:
+            if call.cache is not None and call.cache.get_seq_length() > 0:
+                raise HeddleError(
+                    "bad-argument", "attention that sees later tokens cannot go on from a cache"
+                )
+        elif isinstance(call.cache, KVLayer):
             k, v = call.cache.update(k, v)
-        if self.window is not None and q.shape[2] > 2 * block_length(self.window):
-            real = None if call.key_padding is None else call.key_padding[:, -k.shape[2] :]
-            return banded_attention(q, k, v, window=self.window, real=real)
-        mask = attention_mask(call, q.shape[2], k.shape[2], self.window)
-        grouped = self.heads != self.kv_heads
-        # A branch, not an argument: under a compiler with dynamic shapes the condition is symbolic.
-        if mask is None and q.shape[2] > 1:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+            if written is not None or call.cache.written is not None:
+                written = x.new_ones(x.shape[:2]) if written is None else written
+                written = call.cache.mark(written, k.shape[2] - x.shape[1])
+        call.hand(keys=k, values=v)
+        return k, v, written
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, written: Tensor | None, call: Call) -> Tensor:
+        """Shapes:  q, out: [B, H, T, d];  k, v: [B, KV heads, S, d];  written: [B, S] or None"""
+        queries, keys, window = q.shape[2], k.shape[2], self.view.window
+        attend = partial(softmax_attention, scale=self.scale, softcap=self.softcap, sinks=self.sinks)
+        if window is not None and queries > 2 * block_length(window):
+            real = None if call.key_padding is None else call.key_padding[:, -keys:]
+            return banded_attention(q, k, v, view=self.view, real=real, written=written, attend=attend)
+        if not self.selection and written is None:
+            mask = attention_mask(call, queries, keys, self.view)
+            return attend(q, k, v, mask, is_causal=self.view.causal and queries > 1)
+        chosen = self._chosen_keys(q, k, written, call) if self.selection else None
+        marks = None if written is None else written[:, None, None]
+        mask = key_mask(
+            distances(queries, keys, q.device), self.view, real_keys(call, keys), chosen, written=marks
+        )
+        return attend(q, k, v, mask)
+
+    def _chosen_keys(self, q: Tensor, k: Tensor, written: Tensor | None, call: Call) -> Tensor:
+        """The keys of the blocks that each query reads.  Shapes:  out: [B, KV heads, T, S] bool"""
+        real = None if call.key_padding is None else call.key_padding[:, -k.shape[2] :]
+        places = Places(self.selection["block"], k.shape[2], real, q.device)
+        source = self.selection.get("source")
+        if source is None:
+            how = {name: self.selection[name] for name in ("count", "sink", "recent")}
+            chosen = choose_blocks(q, k, places, weights=written, **how)
+            call.hand(indices=chosen)
+        else:
+            chosen = call.handed["indices", source]
+        return places.keys_of(chosen)
 
     def new_cache(self) -> StateLayer:
-        return KVLayer(self.window)
+        return KVLayer(self.view.window) if self._keeps_keys() else TokenCount()
 
     def filled_cache(self, batch: int, context: int, like: Tensor) -> StateLayer:
         """A cache of random keys and values after `context` tokens, whose step repeats in place."""
-        held = context if self.window is None else min(context, self.window - 1)
+        if not self._keeps_keys():
+            return PreallocatedRecurrentLayer({}, context=context)
+        window = self.view.window
+        held = context if window is None else min(context, window - 1)
         shape = (batch, self.kv_heads, held + 1, self.head_dim)
         keys, values = like.new_empty(shape).normal_(), like.new_empty(shape).normal_()
-        return PreallocatedKVLayer(keys, values, context=context, window=self.window)
+        return PreallocatedKVLayer(keys, values, context=context, window=window)
+
+    def _keeps_keys(self) -> bool:
+        return self.view.causal and self.keys_from is None
 
     def kernel_path(self, device: torch.device, dtype: torch.dtype) -> str:  # noqa: ARG002
         """The name of the code that does the mixing."""
-        return "sdpa"
+        return "sdpa" if self.softcap is None and self.sinks is None else "torch"
 
 
-def attention_mask(call: Call, queries: int, keys: int, window: int | None) -> Tensor | None:
-    """Which of the last `keys` tokens each of the last `queries` may see.
+def _taken(keys: int | None, values: int | None, indices: int | None) -> tuple[tuple[str, int], ...]:
+    """What is taken of which earlier layers, as the keys of `Call.handed`."""
+    taken = [("keys", keys), ("values", keys), ("values", values), ("indices", indices)]
+    return tuple((what, layer) for what, layer in taken if layer is not None)
 
-    None if a plain causal mask says it all. A query always sees itself, padding or not: a row that sees
-    nothing has no softmax.
 
-    Shapes:  out: [1 or B, 1, queries, keys] bool
-    """
-    sees_all = queries == 1 or queries == keys
-    if call.key_padding is None and sees_all and (window is None or keys <= window):
+def _rotary(rope: Mapping[str, Any] | None, head_dim: int) -> tuple[Any, ...] | None:
+    """The arguments of `Call.rotary_tables`, None if nothing turns."""
+    # Features turn in pairs.
+    turned = 0 if rope is None else int(rope["fraction"] * head_dim) // 2 * 2
+    if rope is None or turned == 0:
         return None
-    return call.once(("mask", queries, keys, window), lambda: _mask(call, queries, keys, window))
-
-
-def _mask(call: Call, queries: int, keys: int, window: int | None) -> Tensor:
-    device = call.positions.device
-    query = torch.arange(keys - queries, keys, device=device)[:, None]
-    key = torch.arange(keys, device=device)[None]
-    seen = key <= query
-    if window is not None:
-        seen = seen & (query - key < window)
-    if call.key_padding is None:
-        return seen[None, None]
-    real = call.key_padding[:, -keys:]
-    return ((seen & real[:, None]) | (key == query))[:, None]
+    return turned, float(rope["theta"]), scaling_key(rope.get("scaling"))

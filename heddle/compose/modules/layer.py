@@ -81,7 +81,18 @@ class HeddleLayer(GradientCheckpointingLayer):  # type: ignore[misc]
         self.channel = channel_module(self.channel_kind)(site, **fields)
         self.channel_post_norm = norm(has_channel and placement != "pre")
 
-    def forward(self, x: Tensor, call: Call) -> Tensor:
+    def forward(self, x: Tensor, call: Call) -> Tensor | tuple[Tensor, ...]:
+        """The stream after the layer; after it what the mixer hands on to later layers, in the order of their names.
+
+        That is an output, because a layer that is run again by a checkpoint may write nothing outside of it.
+        """
+        call = call.at(call.cache)
+        call.given = {}
+        x = self.stream(x, call)
+        return (x, *(call.given[what] for what in sorted(call.given))) if call.given else x
+
+    def stream(self, x: Tensor, call: Call) -> Tensor:
+        """The stream after the layer."""
         if self.skip is not None:
             x = self.skip(x, call)
         normed = x if self.mixer_norm is None else self.mixer_norm(x)

@@ -2,34 +2,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from heddle.specs.base import Schema
 from heddle.specs.cost import State
-from heddle.specs.kinds import HeadedMixer, Problem, divisors_near, head_dim_of, heads_problems
+from heddle.specs.kinds import (
+    Contract,
+    Handed,
+    HeadedMixer,
+    MixerSpec,
+    Problem,
+    Reference,
+    divisors_near,
+    head_dim_of,
+    heads_problems,
+    misfit_of,
+)
+from heddle.specs.layer import Reference as LayerName
 from heddle.specs.layer import Site
+from heddle.specs.rope import Rope
+from heddle.specs.selection import Selection
 from heddle.specs.sight import Sight
 
-
-class Rope(Schema):
-    """Rotary position embedding, half-split ("NeoX") rotation (arXiv 2104.09864)."""
-
-    theta: Annotated[float, Field(gt=1, le=1e12, description="Base of the wavelengths, in tokens.")] = (
-        10_000.0
-    )
-    fraction: Annotated[
-        float, Field(gt=0, le=1, description="Share of each head's dimensions that turn, 0 to 1.")
-    ] = 1.0
+# Fields of the language that came later: at their defaults they are left out of the data, as if they did not exist.
+LATER = (
+    "causal",
+    "scale",
+    "key_multiplier",
+    "softcap",
+    "sinks",
+    "bias",
+    "keys_from",
+    "values_from",
+    "selection",
+)
+_BOTH_SIDES = "its queries read later keys: every output depends on every token, and nothing can be decoded"
 
 
 class Attention(HeadedMixer):
-    """Causal softmax attention.
+    """Softmax attention.
 
-        o_i = sum_j softmax_j(q_i · k_j / sqrt(head_dim)) v_j,   j <= i,   i - j < window
+        o_i = sum_j softmax_j(scale · q_i · k_j) v_j,   j <= i,   i - j < window
 
-    Grouped heads: arXiv 2305.13245; output gate: arXiv 2505.06708. No biases.
+    Grouped heads: arXiv 2305.13245; output gate: 2505.06708; norm of q and k over all heads: OLMo 2, 2501.00656; soft-cap:
+    Gemma 2, 2408.00118; keys and values of an earlier layer: CLA, 2405.12981, and YOCO, 2405.05254; value residual: 2410.17897.
     """
 
     kind: Literal["attention"] = "attention"
@@ -42,35 +60,208 @@ class Attention(HeadedMixer):
     ] = None
     rope: Annotated[Rope | None, Field(description="Rotary positions; null: none (NoPE).")] = Rope()
     qk_norm: Annotated[
-        bool, Field(description="RMSNorm of each head's query and key, before the rotation.")
+        bool | Literal["full"],
+        Field(
+            description="RMSNorm of each head's query and key, before the rotation; full: over all heads together (OLMo 2)."
+        ),
     ] = False
     gate: Annotated[bool, Field(description="Sigmoid gate on each head's output.")] = False
     window: Annotated[
-        int | None, Field(ge=1, le=10**8, description="Tokens a query sees, its own included; null: all.")
+        int | None,
+        Field(ge=1, le=10**8, description="Tokens a query sees (on each side), its own included; null: all."),
+    ] = None
+    causal: Annotated[
+        bool, Field(description="false: queries see later tokens, too; for encoders, without a cache.")
+    ] = True
+    scale: Annotated[
+        float | None, Field(gt=0, le=1e6, description="Factor of q · k; null: 1 / sqrt(head_dim).")
+    ] = None
+    key_multiplier: Annotated[
+        float, Field(gt=0, le=1e6, description="Factor of the keys, before they turn (Falcon-H1).")
+    ] = 1.0
+    softcap: Annotated[
+        float | None,
+        Field(gt=0, le=1e6, description="c: attention logits become c · tanh(logits / c) (Gemma 2)."),
+    ] = None
+    sinks: Annotated[
+        bool, Field(description="A learned logit for each head, in the softmax's denominator only (GPT-OSS).")
+    ] = False
+    bias: Annotated[
+        Literal["none", "qkv", "all"],
+        Field(
+            description="Which projections have a bias: none, those of q, k and v (Qwen2), or the output's, too."
+        ),
+    ] = "none"
+    keys_from: Annotated[
+        LayerName | None,
+        Field(
+            description="The nearest earlier layer of this name or block, whose keys and values are read; null: own ones."
+        ),
+    ] = None
+    values_from: Annotated[
+        LayerName | None,
+        Field(
+            description="The nearest earlier layer of this name or block, whose values are mixed into the own ones by a "
+            "learned share; null: none."
+        ),
+    ] = None
+    selection: Annotated[
+        Selection | None, Field(description="The blocks of keys that a query reads; null: all.")
     ] = None
 
-    def resolved(self, site: Site) -> Attention:
-        return self.model_copy(
-            update={"kv_heads": self.kv_heads or self.heads, "head_dim": head_dim_of(self, site)}
+    @property
+    def is_causal(self) -> bool:
+        return self.causal
+
+    def exemptions(self) -> Mapping[Contract, str]:
+        found = dict(super().exemptions())
+        if not self.causal:
+            found |= {"causality": _BOTH_SIDES, "step": _BOTH_SIDES, "chunks": _BOTH_SIDES}
+        if self.keys_from is not None:
+            found["written"] = "it reads the memory of another layer and has none of its own"
+        return found
+
+    def references(self) -> tuple[Reference, ...]:
+        found = []
+        if self.keys_from is not None:
+            found.append(Reference("keys_from", self.keys_from, "keys"))
+        if self.values_from is not None:
+            found.append(Reference("values_from", self.values_from, "values"))
+        if self.selection is not None and self.selection.source is not None:
+            found.append(Reference("selection.source", self.selection.source, "indices"))
+        return tuple(found)
+
+    def offers(self, site: Site) -> Mapping[Handed, tuple[int, ...]]:
+        """Keys and values that it caches, turned; the chosen blocks of each KV head. What it takes itself it does not offer."""
+        shapes, found = self._handed(site), dict[Handed, tuple[int, ...]]()
+        if self.keys_from is None:
+            found |= {"keys": shapes["keys"], "values": shapes["values"]}
+        if self.selection is not None and self.selection.source is None:
+            found["indices"] = shapes["indices"]
+        return found
+
+    def _handed(self, site: Site) -> dict[Handed, tuple[int, ...]]:
+        heads = self.kv_heads or self.heads
+        count = 0 if self.selection is None else self.selection.count
+        shape = (heads, head_dim_of(self, site))
+        return {"keys": shape, "values": shape, "indices": (heads, count)}
+
+    def misfit(self, reference: Reference, source: MixerSpec, site: Site) -> str | None:
+        if isinstance(source, Attention):
+            chain = self._chain(reference, source)
+            if chain is not None:
+                return chain
+        wrong = misfit_of(self._handed(site), reference, source, site)
+        if wrong is None and isinstance(source, Attention):
+            if reference.what == "keys":
+                wrong = self._keys_misfit(reference, source, site)
+            elif reference.what == "indices":
+                wrong = self._blocks_misfit(reference, source)
+        return wrong
+
+    @staticmethod
+    def _chain(reference: Reference, source: Attention) -> str | None:
+        """A source that takes what is asked of it from a third layer."""
+        if reference.what != "indices":
+            taken, given = source.keys_from, "keys and values"
+        else:
+            taken, given = None if source.selection is None else source.selection.source, "blocks"
+        if taken is None:
+            return None
+        return f"{reference.name} takes its own {given} from {taken}; name the layer that made them"
+
+    def _keys_misfit(self, reference: Reference, source: Attention, site: Site) -> str | None:
+        if self._rotation(site) != source._rotation(site):
+            return f"the keys of {reference.name} are turned otherwise; both need the same rope"
+        if source.window is not None and (self.window is None or self.window > source.window):
+            wanted = "all tokens" if self.window is None else f"{self.window}"
+            return f"{reference.name} keeps a window of {source.window}, and {wanted} are to be seen"
+        return None
+
+    def _blocks_misfit(self, reference: Reference, source: Attention) -> str | None:
+        assert self.selection is not None
+        assert source.selection is not None
+        own, given = self.selection.block, source.selection.block
+        return (
+            None if own == given else f"the blocks of {reference.name} are of {given} keys, and here of {own}"
         )
 
+    def resolved(self, site: Site) -> Attention:
+        dim = head_dim_of(self, site)
+        sizes = {"kv_heads": self.kv_heads or self.heads, "head_dim": dim, "scale": self.scale or dim**-0.5}
+        return self.model_copy(update=sizes)
+
     def sights(self, site: Site) -> tuple[Sight, ...]:  # noqa: ARG002
-        return (Sight(self.window),)
+        if self.selection is None:
+            return (Sight(self.window, is_causal=self.causal),)
+        # A source's choice is not known here, but that its own block is in it.
+        recent = self.selection.recent if self.selection.source is None else 1
+        return (Sight((recent - 1) * self.selection.block + 1), Sight(is_certain=False))
+
+    def runtime(self, site: Site) -> dict[str, Any]:
+        data = self.resolved(site).model_dump()
+        data["rope"] = None if self.rope is None else self.rope.runtime()
+        data["selection"] = None if self.selection is None else self.selection.runtime()
+        defaults = {name: type(self).model_fields[name].default for name in LATER}
+        defaults["scale"] = data["head_dim"] ** -0.5
+        return {name: value for name, value in data.items() if name not in LATER or value != defaults[name]}
 
     def canonical(self, site: Site) -> dict[str, Any]:
-        data = self.runtime(site)
-        if self.rope is not None:
-            data["rope"] = {"theta": self.rope.theta, "dims": self._turned(site)}
-        return data
+        return {**self.runtime(site), "rope": self._rotation(site)}
+
+    def _rotation(self, site: Site) -> dict[str, Any] | None:
+        """How keys turn, in one spelling."""
+        if self.rope is None:
+            return None
+        data = self.rope.runtime()
+        del data["fraction"]
+        return {**data, "dims": self._turned(site)}
 
     def problems(self, site: Site) -> list[Problem]:
         found = heads_problems(self, site)
         if self.kv_heads is not None and self.heads % self.kv_heads:
             what = f"{self.kv_heads} does not divide heads {self.heads}"
             found.append(Problem("kv_heads", what, divisors_near(self.kv_heads, self.heads)))
-        return found if found or self.rope is None else self._rope_problems(self.rope, site)
+        if not found and self.rope is not None:
+            found += self._rope_problems(self.rope, site)
+        return found + self._conflicts()
+
+    def _conflicts(self) -> list[Problem]:
+        """Fields that ask for what another one rules out."""
+        takes, selects, one = self.keys_from is not None, self.selection, "leave one of them out"
+        rules = [
+            (
+                takes and self.values_from is not None,
+                "values_from",
+                "with keys_from there are no own values to mix",
+                one,
+            ),
+            (
+                takes and self.key_multiplier != 1,
+                "key_multiplier",
+                "with keys_from there are no own keys",
+                "use scale",
+            ),
+            (selects and self.window, "selection", "a window drops keys that could be selected", one),
+            (
+                selects and not self.causal,
+                "selection",
+                "blocks are selected among those before a query",
+                "causal: true",
+            ),
+        ]
+        found = [
+            Problem(field, what, hint, "conflicting-fields") for wrong, field, what, hint in rules if wrong
+        ]
+        if selects is not None and selects.source is None and selects.count < selects.sink + selects.recent:
+            what = f"{selects.count} blocks, and {selects.sink + selects.recent} are always read"
+            found.append(Problem("selection.count", what, "at least sink + recent", "out-of-range"))
+        return found
 
     def _rope_problems(self, rope: Rope, site: Site) -> list[Problem]:
+        wrong = rope.problem()
+        if wrong is not None:
+            return [Problem(f"rope.{wrong[0]}", wrong[1], code="out-of-range")]
         dim, turned = head_dim_of(self, site), self._turned(site)
         if turned > 0 and turned % 2 == 0:
             return []
@@ -88,30 +279,57 @@ class Attention(HeadedMixer):
         return int(self.rope.fraction * head_dim_of(self, site)) if self.rope is not None else 0
 
     def params(self, site: Site) -> int:
-        return self._weights(site) + (2 * head_dim_of(self, site) if self.qk_norm else 0)
+        dim, queries, keys, values = head_dim_of(self, site), *self._projected()
+        normed = {False: 0, True: 1 + (keys > 0), "full": self.heads + keys}[self.qk_norm]
+        biases = 0 if self.bias == "none" else dim * (queries + keys + values)
+        biases += site.hidden_size if self.bias == "all" else 0
+        single = (self.heads if self.sinks else 0) + (self.values_from is not None)
+        return self._weights(site) + dim * normed + biases + single
 
     def flops(self, site: Site, context: int) -> int:
-        return 2 * self._weights(site) + self._core(site) * self._visible(context + 1)
+        """FLOPs of decoding a token; without `causal`, which cannot decode, of a token in a pass over as many."""
+        if not self.causal:
+            return round(self.prefill_flops(site, context + 1))
+        tokens = context + 1
+        if self.selection is None:
+            seen, before = self._visible(tokens), 0
+        else:
+            seen, before = self.selection.keys_read(tokens), self.selection.blocks_before(tokens)
+        return 2 * self._weights(site) + self._core(site) * seen + self._scoring(site) * before
 
     def prefill_flops(self, site: Site, length: int) -> float:
+        if self.selection is not None:
+            mean, before = self.selection.mean_keys_read(length), self.selection.mean_blocks_before(length)
+            return 2 * self._weights(site) + self._core(site) * mean + self._scoring(site) * before
         seen = self._visible(length)
-        # The sum of min(t, window) over t = 1 … length, over length.
+        # The sum of min(t, window) over t = 1 … length, over length; from both sides, a token's own counted once.
         mean = (seen * (seen + 1) / 2 + (length - seen) * seen) / max(length, 1)
-        return 2 * self._weights(site) + self._core(site) * mean
+        return 2 * self._weights(site) + self._core(site) * (mean if self.causal else 2 * mean - 1)
 
     def states(self, site: Site) -> tuple[State, ...]:
+        if not self.causal or self.keys_from is not None:
+            return ()
         shape = (self.kv_heads or self.heads, head_dim_of(self, site))
         # The next token sees itself and what is held.
         limit = None if self.window is None else self.window - 1
         return tuple(State(name, shape, grows=True, limit=limit) for name in ("keys", "values"))
 
+    def _projected(self) -> tuple[int, int, int]:
+        """Heads that the projections of q (with its gate), k and v give."""
+        own = 0 if self.keys_from is not None else self.kv_heads or self.heads
+        return self.heads * (2 if self.gate else 1), own, own
+
     def _weights(self, site: Site) -> int:
-        queries, keys = self.heads * (2 if self.gate else 1), self.kv_heads or self.heads
-        return site.hidden_size * head_dim_of(self, site) * (queries + 2 * keys + self.heads)
+        return site.hidden_size * head_dim_of(self, site) * (sum(self._projected()) + self.heads)
 
     def _core(self, site: Site) -> int:
         """FLOPs of one query against one key, and of that weight on its value."""
         return 4 * self.heads * head_dim_of(self, site)
+
+    def _scoring(self, site: Site) -> int:
+        """FLOPs of one query against one block's mean, where this layer chooses."""
+        chooses = self.selection is not None and self.selection.source is None
+        return 2 * (self.kv_heads or self.heads) * head_dim_of(self, site) if chooses else 0
 
     def _visible(self, tokens: int) -> int:
         return tokens if self.window is None else min(tokens, self.window)

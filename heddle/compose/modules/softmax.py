@@ -1,0 +1,70 @@
+"""Softmax attention of given queries over given keys: fused, unless its logits are changed on the way."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from heddle.compose.modules.masks import View, distances
+from heddle.compose.modules.precision import wide
+
+
+def softmax_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """o_i = sum_j p_ij v_j,   p_ij = e^l_ij / (sum_j e^l_ij + e^sink),   l_ij = cap · tanh(scale · q_i · k_j / cap)
+
+    Without a cap l = scale · q_i · k_j (arXiv 2408.00118); without sinks there is no such term (GPT-OSS). `scale` None is
+    1 / sqrt(d). `mask` is bool, or a bias of the logits; None lets all through, or with `is_causal` (S = T) all before. A cap
+    or sinks take the explicit path, whose logits [B, H, T, S] stand in memory in at least float32.
+
+    Shapes:  q, out: [B, H, T, d];  k, v: [B, KV heads, S, d];  mask: [1 or B, 1 or KV heads, T, S];  sinks: [H]
+    """
+    if softcap is not None or sinks is not None:
+        if mask is None and is_causal:
+            mask = View().of(distances(q.shape[2], k.shape[2], q.device))[None, None]
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        return _explicit(q, k, v, mask, scale=scale, softcap=softcap, sinks=sinks)
+    group = q.shape[1] // k.shape[1]
+    # A branch, not an argument: under a compiler with dynamic shapes the condition is symbolic.
+    if mask is None and is_causal:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=group > 1)
+    if mask is not None:
+        mask = mask if mask.dtype == torch.bool else mask.to(q.dtype)
+        mask = mask if mask.shape[1] == 1 else mask.repeat_interleave(group, dim=1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=group > 1)
+
+
+def _explicit(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    *,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """In groups of query heads, so that no key is repeated.  Shapes:  logits: [B, KV heads, group, T, S]"""
+    q = q.unflatten(1, (k.shape[1], -1))
+    logits = wide(q @ k[:, :, None].mT) * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    if mask is not None and mask.dtype == torch.bool:
+        logits = logits.masked_fill(~mask[:, :, None], -torch.inf)
+    elif mask is not None:
+        logits = logits + mask[:, :, None].to(logits.dtype)
+    if sinks is not None:
+        sink = sinks.to(logits.dtype).view(1, q.shape[1], q.shape[2], 1, 1)
+        logits = torch.cat((logits, sink.expand(*logits.shape[:-1], 1)), dim=-1)
+    p = torch.softmax(logits, dim=-1)[..., : k.shape[2]].to(v.dtype)
+    return (p @ v[:, :, None]).flatten(1, 2)
