@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModel, AutoTokenizer
 
 from heddle import api
 from heddle.compose.build import build, build_encoder, config_for, kernel_paths
 from heddle.compose.diagram import mermaid
+from heddle.compose.hf.card import Card
 from heddle.compose.hf.config import HeddleConfig
 from heddle.compose.hf.encoder import Encoder, HeddleForMaskedLM, HeddleForSequenceClassification
+from heddle.compose.hf.export import export, is_export
 from heddle.compose.modules.readout import EfficientProbing, readout_module
 from heddle.compose.plan import plan
 from heddle.errors import HeddleError
@@ -318,10 +323,13 @@ def test_an_encoder_is_built_and_run_on_the_meta_device(name: str) -> None:
     assert logits.shape == ((2, 9, 50) if name == "masked" else (2, CLASSES))
 
 
-@every_encoder
-@pytest.mark.parametrize("is_padded", [False, True])
-def test_an_encoder_compiles_without_a_graph_break(name: str, is_padded: bool) -> None:
-    model, ids = encoder_of(name, torch.float32), tokens()
+COMPILED = [("masked", True, ["linear", "both"]), ("cls", False, ["linear", "both"])]
+COMPILED += [(name, True, ["both"]) for name in READOUTS if name != "masked"]
+
+
+@pytest.mark.parametrize(("name", "is_padded", "layers"), COMPILED)
+def test_an_encoder_compiles_without_a_graph_break(name: str, is_padded: bool, layers: list[str]) -> None:
+    model, ids = encoder_of(name, torch.float32, layers=layers), tokens()
     mask = torch.arange(30)[None] >= torch.tensor([[11], [0]]) if is_padded else None
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
@@ -368,6 +376,38 @@ def test_each_kind_of_model_has_its_own_builder() -> None:
     config = config_for(spec_of("ep"))
     assert config.use_cache is False
     assert HeddleConfig.from_dict(config.to_dict()).readout == {"kind": "ep", "queries": 8, "reduction": 1}
+
+
+@pytest.mark.parametrize("name", ["masked", "ep"])
+def test_an_exported_encoder_is_loaded_without_heddle(name: str, tmp_path: Path) -> None:
+    # The bytes tokenizer has 256 tokens.
+    model = build_encoder(spec_of(name, vocab_size=256, context_length=64)).eval()
+    result = export(model, tmp_path / "it", card=Card("an encoder", "version: 1\nname: an encoder\n"))
+    assert result.max_difference <= 1e-5
+    assert result.generated_text == ""
+    config = json.loads((result.path / "config.json").read_text())
+    kind = "MaskedLM" if name == "masked" else "SequenceClassification"
+    assert config["architectures"] == [f"HeddleFor{kind}"]
+    assert config["auto_map"] == {
+        "AutoConfig": "configuration_heddle.HeddleConfig",
+        "AutoModel": "modeling_heddle_encoder.HeddleModel",
+        f"AutoModelFor{kind}": f"modeling_heddle_encoder.HeddleFor{kind}",
+    }
+    assert is_export(result.path)
+    assert not (result.path / "generation_config.json").exists()
+    page = (result.path / "README.md").read_text()
+    assert "An encoder " in page
+    assert f"AutoModelFor{kind}.from_pretrained" in page
+    assert "generate(" not in page
+    base = AutoModel.from_pretrained(result.path, trust_remote_code=True).eval()
+    hidden = base(tokens(), use_cache=False).last_hidden_state
+    assert torch.allclose(hidden, model.model(tokens(), use_cache=False).last_hidden_state, atol=1e-5)
+    loaded = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(result.path, trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained(result.path, trust_remote_code=True)
+    # The snippet of the card, by its last two lines.
+    inputs = tokenizer("def main():", return_tensors="pt")
+    code = page.split("```python\n")[1].split("```")[0].splitlines()[-2:]
+    exec("\n".join(code), {"model": loaded, "tokenizer": tokenizer, "inputs": inputs})
 
 
 @pytest.mark.parametrize("name", ["encoder", "encoder_masked"])

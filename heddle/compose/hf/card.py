@@ -49,7 +49,7 @@ class Card:
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """What the export found out about itself."""
+    """What the export found out about itself; `auto_class` is the class of transformers that loads it."""
 
     parameters: int
     dtype: str
@@ -57,16 +57,50 @@ class Checked:
     max_difference: float
     transformers: str
     torch: str
+    auto_class: str = "AutoModelForCausalLM"
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """What a card says of one kind of model."""
+
+    what: str
+    pipeline: str
+    call: str
+    padding: str
+
+
+_EITHER_SIDE = "Padding may stand on either side, with its `attention_mask`."
+KINDS = {
+    "AutoModelForCausalLM": _Kind(
+        "A causal language model",
+        "text-generation",
+        "outputs = model.generate(**inputs, max_new_tokens=64)\nprint(tokenizer.decode(outputs[0]))",
+        "Pad on the left, as the tokenizer does: recurrent layers cannot skip padding that follows text.",
+    ),
+    "AutoModelForMaskedLM": _Kind(
+        "An encoder with a language modelling head",
+        "fill-mask",
+        "logits = model(**inputs).logits\nprint(tokenizer.decode(logits[0].argmax(-1)))",
+        _EITHER_SIDE,
+    ),
+    "AutoModelForSequenceClassification": _Kind(
+        "An encoder that classifies sequences",
+        "text-classification",
+        "logits = model(**inputs).logits\nprint(model.config.id2label[int(logits[0].argmax())])",
+        _EITHER_SIDE,
+    ),
+}
 
 
 def render(card: Card, checked: Checked) -> str:
     """README.md: front matter, how to load, spec, scores, latency, parity."""
     parts = [
-        _front_matter(card),
+        _front_matter(card, KINDS[checked.auto_class]),
         f"# {card.name}",
-        f"A causal language model of {checked.parameters:,} parameters ({checked.dtype}), mixing with "
+        f"{KINDS[checked.auto_class].what} of {checked.parameters:,} parameters ({checked.dtype}), mixing with "
         f"{_and(checked.kinds)}. Designed, trained and exported with Heddle.",
-        _usage(),
+        _usage(checked.auto_class),
         _section("Facts", _table(("", ""), card.facts.items())),
         _section("Scores", _scores(card.scores)),
         _section("Latency", _latency(card.latency)),
@@ -76,13 +110,13 @@ def render(card: Card, checked: Checked) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _front_matter(card: Card) -> str:
+def _front_matter(card: Card, kind: _Kind) -> str:
     tags = ["heddle", "custom_code", *card.tags]
     lines = [
         "---",
         f"license: {json.dumps(card.license)}",
         "library_name: transformers",
-        "pipeline_tag: text-generation",
+        f"pipeline_tag: {kind.pipeline}",
         "tags:",
         *(f"- {json.dumps(tag)}" for tag in dict.fromkeys(tags)),
         "---",
@@ -90,25 +124,25 @@ def _front_matter(card: Card) -> str:
     return "\n".join(lines)
 
 
-def _usage() -> str:
-    return """## Use
+def _usage(auto_class: str) -> str:
+    kind = KINDS[auto_class]
+    return f"""## Use
 
 The folder holds its own model code: `trust_remote_code=True` is needed, the heddle package is not. (The
 tokenizer is plain data and loads without it, but transformers asks before it reads the config.) Put this
 folder's path in place of `PATH`:
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto_class}, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("PATH", trust_remote_code=True)
-model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)
+model = {auto_class}.from_pretrained("PATH", trust_remote_code=True)
 
 inputs = tokenizer("def main():", return_tensors="pt")
-outputs = model.generate(**inputs, max_new_tokens=64)
-print(tokenizer.decode(outputs[0]))
+{kind.call}
 ```
 
-Pad on the left, as the tokenizer does: recurrent layers cannot skip padding that follows text."""
+{kind.padding}"""
 
 
 def _scores(rows: Sequence[ScoreRow]) -> str:

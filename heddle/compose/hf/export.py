@@ -18,17 +18,11 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from heddle.compose.hf.card import Card, Checked, render
-from heddle.compose.hf.flatten import flatten
-from heddle.compose.hf.model import HeddleForCausalLM
+from heddle.compose.hf.flatten import CONFIG, ENCODER, ENTRIES, MODEL, flatten
+from heddle.compose.hf.model import HeddlePreTrainedModel
 from heddle.compose.hf.tokenizer import BYTES, tokenizer_for
-from heddle.compose.hf.verify import Verification, verify
+from heddle.compose.hf.verify import Verification, auto_class, verify
 from heddle.errors import HeddleError
-
-AUTO_MAP = {
-    "AutoConfig": "configuration_heddle.HeddleConfig",
-    "AutoModel": "modeling_heddle.HeddleModel",
-    "AutoModelForCausalLM": "modeling_heddle.HeddleForCausalLM",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,14 +36,14 @@ class ExportResult:
 
 
 def export(
-    model: HeddleForCausalLM,
+    model: HeddlePreTrainedModel,
     out_dir: Path | str,
     *,
     card: Card,
     tokenizer: str = BYTES,
     overwrite: bool = False,
 ) -> ExportResult:
-    """Writes config, weights, code, tokenizer and card to `out_dir`, all or nothing.
+    """Writes config, weights, code, tokenizer and card to `out_dir`, all or nothing; `model` is of any kind that has a head.
 
     The folder is written beside `out_dir`, loaded in a process without heddle, compared, and only then given
     its name. `overwrite` replaces an earlier export, and nothing else.
@@ -112,27 +106,45 @@ def _give_name(folder: Path, out: Path) -> None:
         folder.replace(out)
 
 
-def _write_tokenizer(model: HeddleForCausalLM, folder: Path, tokenizer: str) -> Any:
+def _write_tokenizer(model: HeddlePreTrainedModel, folder: Path, tokenizer: str) -> Any:
     config = model.config
     made = tokenizer_for(tokenizer, vocab_size=config.vocab_size, context_length=config.context_length)
     made.save_pretrained(folder)
     return made
 
 
-def _write_model(model: HeddleForCausalLM, folder: Path, tokenizer: Any) -> None:
+def _write_model(model: HeddlePreTrainedModel, folder: Path, tokenizer: Any) -> None:
     ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     config = copy.deepcopy(model.config)
-    config.update({**ids, "architectures": ["HeddleForCausalLM"], "auto_map": AUTO_MAP, "dtype": model.dtype})
+    names = {"architectures": [type(model).__name__], "auto_map": _auto_map(model)}
+    config.update({**ids, **names, "dtype": model.dtype})
     config.save_pretrained(folder)
-    GenerationConfig(**ids).save_pretrained(folder)
+    if model.can_generate():
+        GenerationConfig(**ids).save_pretrained(folder)
     save_file(_weights(model), folder / "model.safetensors", metadata={"format": "pt"})
-    for name, source in flatten(**_kinds(model)).items():
+    kinds = _kinds(model)
+    for name, source in flatten(kinds["mixers"], kinds["channels"], _entry(model)).items():
         (folder / name).write_text(source, encoding="utf-8")
 
 
-def _weights(model: HeddleForCausalLM) -> dict[str, Tensor]:
+def _entry(model: HeddlePreTrainedModel) -> str:
+    """The module whose file brings the model's class."""
+    return MODEL if model.can_generate() else ENCODER
+
+
+def _auto_map(model: HeddlePreTrainedModel) -> dict[str, str]:
+    """Which class of ours each of transformers' automatic classes loads."""
+    file = ENTRIES[_entry(model)]
+    return {
+        "AutoConfig": f"{ENTRIES[CONFIG]}.HeddleConfig",
+        "AutoModel": f"{file}.HeddleModel",
+        auto_class(model): f"{file}.{type(model).__name__}",
+    }
+
+
+def _weights(model: HeddlePreTrainedModel) -> dict[str, Tensor]:
     """Every tensor to store; a tied head is its embedding and stored once."""
-    tied = set(model._tied_weights_keys) if model.config.tie_word_embeddings else set()
+    tied = set(model._tied_weights_keys or ()) if model.config.tie_word_embeddings else set()
     return {
         name: held.detach().cpu().contiguous()
         for name, held in model.state_dict().items()
@@ -140,7 +152,7 @@ def _weights(model: HeddleForCausalLM) -> dict[str, Tensor]:
     }
 
 
-def _kinds(model: HeddleForCausalLM) -> dict[str, set[str]]:
+def _kinds(model: HeddlePreTrainedModel) -> dict[str, set[str]]:
     layers = model.config.layers
     return {
         "mixers": {kind for layer in layers for kind in _kinds_in(layer["mixer"])},
@@ -156,7 +168,7 @@ def _kinds_in(mixer: Mapping[str, Any]) -> Iterator[str]:
         yield from _kinds_in(one)
 
 
-def _checked(model: HeddleForCausalLM, found: Verification) -> Checked:
+def _checked(model: HeddlePreTrainedModel, found: Verification) -> Checked:
     return Checked(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         dtype=str(model.dtype).removeprefix("torch."),
@@ -164,6 +176,7 @@ def _checked(model: HeddleForCausalLM, found: Verification) -> Checked:
         max_difference=found.max_difference,
         transformers=found.transformers,
         torch=found.torch,
+        auto_class=auto_class(model),
     )
 
 

@@ -1,6 +1,6 @@
 """The model's source as one flat folder, which transformers can load without heddle.
 
-Starting at the model file, every `from heddle.a.b import c` is followed, the file copied as `a_b.py`, and the
+Starting at the file of the model's class, every `from heddle.a.b import c` is followed, the file copied as `a_b.py`, and the
 import rewritten to `from .a_b import c`. The look-up of mixers by kind is replaced by a list of those in use,
 so nothing else is copied.
 """
@@ -18,9 +18,14 @@ from pathlib import Path
 from heddle import __version__
 from heddle.compose.blocks import channel_module, mixer_module
 
-MODEL, CONFIG, BLOCKS = "heddle.compose.hf.model", "heddle.compose.hf.config", "heddle.compose.blocks"
-# transformers wants the two entry files named like this.
-ENTRIES = {MODEL: "modeling_heddle", CONFIG: "configuration_heddle"}
+MODEL, ENCODER = "heddle.compose.hf.model", "heddle.compose.hf.encoder"
+CONFIG, BLOCKS = "heddle.compose.hf.config", "heddle.compose.blocks"
+# transformers wants files of classes that it loads named like this.
+ENTRIES = {
+    MODEL: "modeling_heddle",
+    ENCODER: "modeling_heddle_encoder",
+    CONFIG: "configuration_heddle",
+}
 OPTIONAL_PACKAGE = "triton"
 # Op names are global in a process; two exports of different code must not meet there.
 LIBRARY = re.compile(r'^(LIBRARY(?:: [\w.\[\]]+)?) = "heddle"$', flags=re.MULTILINE)
@@ -58,20 +63,20 @@ class _Closure:
             self.visit(found.module, needed=needed and not found.optional)
 
 
-def flatten(mixers: Collection[str], channels: Collection[str]) -> dict[str, str]:
-    """File name → source, for a model of these kinds of blocks. Equal input gives equal text."""
+def flatten(mixers: Collection[str], channels: Collection[str], entry: str = MODEL) -> dict[str, str]:
+    """File name → source, for a model of these kinds of blocks, its class in module `entry`. Equal input gives equal text."""
     modules = [mixer_module(kind) for kind in mixers] + [channel_module(kind) for kind in channels]
     roots = frozenset({"heddle", *(module.__module__.partition(".")[0] for module in modules)})
     closure = _Closure(_blocks_source(sorted(mixers), sorted(channels)), roots)
-    closure.visit(MODEL, needed=True)
+    closure.visit(entry, needed=True)
     digest = hashlib.sha256(
         "".join(f"{name}\n{text}" for name, text in sorted(closure.sources.items())).encode()
     ).hexdigest()[:12]
     files = {}
     for module, source in sorted(closure.sources.items()):
         text = LIBRARY.sub(rf'\1 = "heddle_{digest}"', _guard_optional(_relative(source, roots)))
-        if module == MODEL:
-            text += _fetch_list(closure)
+        if module == entry:
+            text += _fetch_list(closure, entry)
         files[f"{flat_name(module)}.py"] = f"# Written by heddle {__version__} from {module}.\n{text}"
     assert len(files) == len(closure.sources), "two modules share a flat name"
     return files
@@ -162,9 +167,9 @@ def _blocks_source(mixers: list[str], channels: list[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _fetch_list(closure: _Closure) -> str:
+def _fetch_list(closure: _Closure, entry: str) -> str:
     """Lines that import every other file from the entry file, so that transformers fetches them all."""
-    helpers = [module for module in sorted(closure.sources) if module != MODEL]
+    helpers = [module for module in sorted(closure.sources) if module != entry]
     needed = [flat_name(module) for module in helpers if module in closure.needed]
     optional = [flat_name(module) for module in helpers if module not in closure.needed]
     lines = ["", "", "# transformers fetches the files that this one names."]

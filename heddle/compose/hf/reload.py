@@ -41,24 +41,23 @@ def main(task: dict[str, Any]) -> None:
     import transformers
     from safetensors.torch import load_file, save_file
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        task["folder"], trust_remote_code=True, dtype=torch.float32
-    ).eval()
+    auto_class = getattr(transformers, task["auto_class"])
+    model = auto_class.from_pretrained(task["folder"], trust_remote_code=True, dtype=torch.float32).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(task["folder"])
     inputs = load_file(task["inputs"])
     with torch.no_grad():
         logits = {name: model(input_ids=ids, use_cache=False).logits for name, ids in inputs.items()}
         prompt = tokenizer(task["prompt"], return_tensors="pt")
-        tokens = model.generate(**prompt, max_new_tokens=task["new_tokens"], do_sample=False)
+        can_generate = model.can_generate()
+        options = {"max_new_tokens": task["new_tokens"], "do_sample": False}
+        tokens = model.generate(**prompt, **options) if can_generate else prompt["input_ids"]
     save_file(logits, task["logits"])
     model.save_pretrained(task["again"])
-    reloaded = transformers.AutoModelForCausalLM.from_pretrained(
-        task["again"], trust_remote_code=True, dtype=torch.float32
-    )
+    reloaded = auto_class.from_pretrained(task["again"], trust_remote_code=True, dtype=torch.float32)
     with torch.no_grad():
         again = {name: reloaded.eval()(input_ids=ids, use_cache=False).logits for name, ids in inputs.items()}
     found = {
-        "text": tokenizer.decode(tokens[0]),
+        "text": tokenizer.decode(tokens[0]) if can_generate else "",
         "saved_again": max(float((again[name] - logits[name]).abs().max()) for name in logits),
         "imported": sorted(set(task["hidden"]) & set(sys.modules)),
         "transformers": transformers.__version__,

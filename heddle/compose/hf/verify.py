@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from heddle.compose.hf.model import HeddleForCausalLM
+from heddle.compose.hf.model import HeddlePreTrainedModel
 from heddle.errors import HeddleError
 
 # What an exported folder must do without.
@@ -37,12 +37,14 @@ class Verification:
     torch: str
 
 
-def verify(model: HeddleForCausalLM, folder: Path | str, *, hidden: Sequence[str] = HIDDEN) -> Verification:
+def verify(
+    model: HeddlePreTrainedModel, folder: Path | str, *, hidden: Sequence[str] = HIDDEN
+) -> Verification:
     """Loads `folder` in a process where `hidden` packages cannot be imported, and compares logits.
 
     Both sides compute in float32 on the CPU.
 
-    That process also generates from text, saves the model again and loads what it saved.
+    That process also generates from text (an encoder does not), saves the model again and loads what it saved.
 
     Raises:
         HeddleError: "export-mismatch" if it does not load or differs by more than 1e-5.
@@ -50,7 +52,8 @@ def verify(model: HeddleForCausalLM, folder: Path | str, *, hidden: Sequence[str
     inputs = fixed_inputs(model.config.vocab_size)
     expected = logits_of(model, inputs)
     with tempfile.TemporaryDirectory(prefix="heddle-verify-") as scratch:
-        found, logits = _reload(Path(folder).resolve(), inputs, hidden, Path(scratch))
+        task = {"auto_class": auto_class(model), "folder": str(Path(folder).resolve()), "hidden": [*hidden]}
+        found, logits = _reload(task, inputs, Path(scratch))
     if found["imported"]:
         raise HeddleError("export-mismatch", f"the exported code imported {', '.join(found['imported'])}")
     difference = max(float((logits[name] - expected[name]).abs().max()) for name in expected)
@@ -72,9 +75,9 @@ def fixed_inputs(vocab_size: int) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def logits_of(model: HeddleForCausalLM, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+def logits_of(model: HeddlePreTrainedModel, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """The model's logits in float32 on the CPU, wherever it lives."""
-    first = model.lm_head.weight
+    first = next(model.parameters())
     plain = first.device.type == "cpu" and first.dtype == torch.float32
     twin = model if plain else copy.deepcopy(model).to("cpu", torch.float32)
     training = twin.training
@@ -84,13 +87,18 @@ def logits_of(model: HeddleForCausalLM, inputs: dict[str, Tensor]) -> dict[str, 
     return logits
 
 
+def auto_class(model: HeddlePreTrainedModel) -> str:
+    """The automatic class of transformers for a model with a head: AutoModelForCausalLM, …"""
+    return type(model).__name__.replace("Heddle", "AutoModel", 1)
+
+
 def _reload(
-    folder: Path, inputs: dict[str, Tensor], hidden: Sequence[str], scratch: Path
+    told: dict[str, Any], inputs: dict[str, Tensor], scratch: Path
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     names = ("task", "inputs", "logits", "found", "again")
     files = {name: str(scratch / name) for name in names}
     save_file(inputs, files["inputs"])
-    task = {**files, "folder": str(folder), "hidden": [*hidden], "prompt": PROMPT, "new_tokens": NEW_TOKENS}
+    task: dict[str, Any] = {**told, **files, "prompt": PROMPT, "new_tokens": NEW_TOKENS}
     # Modules that this process has copied from other exports must not stand in for those of this one.
     task["path"] = [entry for entry in sys.path if entry and not Path(entry, "transformers_modules").exists()]
     Path(files["task"]).write_text(json.dumps(task), encoding="utf-8")
