@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from heddle.compose.costs import Setting, ends_cost, layer_cost
 from heddle.compose.passes.assign_caches import assign_caches
 from heddle.compose.passes.check_kind import check_kind
 from heddle.compose.passes.check_shapes import check_shapes
@@ -31,6 +32,7 @@ from heddle.compose.passes.plan_sharing import plan_sharing
 from heddle.compose.passes.resolve_dims import resolve_dims
 from heddle.compose.passes.resolve_layers import resolve_layers
 from heddle.errors import Where
+from heddle.specs.cost import State
 from heddle.specs.model import ModelSpec
 
 PASSES: tuple[Pass, ...] = (
@@ -59,8 +61,11 @@ class LayerPlan:
     channel: Mapping[str, Any]
     norm: str
     parameters: int
+    active_parameters: int
     _mixer: MixerBlock
     _channel: ChannelBlock | None
+    # States of earlier layers that its mixer reads.
+    _taken: tuple[State, ...]
     _decodes: bool
 
     def runtime(self) -> dict[str, Any]:
@@ -85,18 +90,8 @@ class LayerPlan:
 
     def cost(self, context: int, batch: int = 1, *, element: int = BFLOAT16_BYTES) -> dict[str, float]:
         """As `Plan.cost`, of this layer alone."""
-        spec, site = self._mixer.spec, self._mixer.site
-        channel = 0 if self._channel is None else self._channel.spec.flops(site)
-        held = {True: 0, False: 0}
-        for state in self._mixer.states or ():
-            held[state.grows] += state.bytes(context, element)
-        return {
-            "prefill_flops_per_token": spec.prefill_flops(site, context) + channel,
-            "decode_flops_per_token": spec.flops(site, context) + channel if self._decodes else 0,
-            "cache_bytes": batch * held[True],
-            "cache_bytes_per_token": spec.cache_bytes_per_token(site, element) if self._decodes else 0,
-            "state_bytes": batch * held[False],
-        }
+        setting = Setting(context=context, batch=batch, element=element, decodes=self._decodes)
+        return layer_cost(self._mixer, self._channel, self._taken, setting)
 
     def summary(self, context: int, batch: int = 1) -> dict[str, Any]:
         """Names and costs, for `heddle show`."""
@@ -106,7 +101,8 @@ class LayerPlan:
             "mixer": self.mixer["kind"],
             "channel": self.channel["kind"],
         }
-        return {**names, "norm": self.norm, "parameters": self.parameters, **self.cost(context, batch)}
+        counts = {"parameters": self.parameters, "active_parameters": self.active_parameters}
+        return {**names, "norm": self.norm, **counts, **self.cost(context, batch)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,31 +121,31 @@ class Plan:
         """Parameters of the whole model; a tied head has none of its own."""
         return sum(node.parameters or 0 for _, node in nodes_of(self.graph))
 
+    @property
+    def active_parameters(self) -> int:
+        """Parameters that one token meets: all but those of the experts that it is not sent to."""
+        return self.parameters - sum(layer.parameters - layer.active_parameters for layer in self.layers)
+
     def cost(self, context: int, batch: int = 1, *, element: int = BFLOAT16_BYTES) -> dict[str, float]:
-        """Costs at `context` tokens; `element` is the bytes of a number in a cache.
+        """Costs at `context` tokens; `element` is the bytes of a number.
 
         `prefill_flops_per_token` is the mean over a pass of `context` tokens, `decode_flops_per_token` that of one token
-        after them. `cache_bytes` (growing with the context) and `state_bytes` (not) are of the whole batch,
-        `cache_bytes_per_token` is of one sequence, before any window is full.
+        after them; `train_flops_per_token` is of a forward and a backward pass. `cache_bytes` (growing with the context) and
+        `state_bytes` (not) are of the whole batch, `cache_bytes_per_token` is of one sequence, before any window is full.
+        `decode_bytes` and `prefill_bytes` are what a step of the whole batch and a pass over it must move; what is counted
+        says `heddle.compose.costs`.
 
         An encoder has all tokens at once: whatever is about decoding and about caches is 0. A readout, which works once for
         a sequence, is spread over its tokens.
         """
-        head = self._head_flops(context)
-        decoding = head if self.model.kind == "causal_lm" else 0
-        totals: dict[str, float] = {"prefill_flops_per_token": head, "decode_flops_per_token": decoding}
-        totals |= dict.fromkeys(("cache_bytes", "cache_bytes_per_token", "state_bytes"), 0)
+        decodes = self.model.kind == "causal_lm"
+        totals = ends_cost(
+            self.model, Setting(context=context, batch=batch, element=element, decodes=decodes)
+        )
         for layer in self.layers:
             for name, value in layer.cost(context, batch, element=element).items():
                 totals[name] += value
         return totals
-
-    def _head_flops(self, context: int) -> float:
-        """FLOPs a token of what makes logits."""
-        model = self.model
-        if model.readout is None:
-            return 2 * model.hidden_size * model.vocab_size
-        return model.readout.flops(model.hidden_size, context) / max(context, 1)
 
     def runtime(self) -> dict[str, Any]:
         """Plain data for HeddleConfig; the kind of a causal language model is left out."""
@@ -189,23 +185,49 @@ def plan(model: ModelSpec, where: Locate | None = None) -> Plan:
 
 
 def _layers(graph: Graph) -> tuple[LayerPlan, ...]:
-    nodes = dict(nodes_of(graph))
-    mixers = [node for node in nodes.values() if isinstance(node, MixerBlock)]
-    decodes = model_of(graph).kind == "causal_lm"
-    return tuple(
-        _layer(mixer, nodes.get(f"layers.{mixer.site.layer_index}.channel"), decodes=decodes)
-        for mixer in mixers
-    )
+    return tuple(_layer(graph, node) for _, node in nodes_of(graph) if isinstance(node, MixerBlock))
 
 
-def _layer(mixer: MixerBlock, channel: Node | None, *, decodes: bool) -> LayerPlan:
+def _layer(graph: Graph, mixer: MixerBlock) -> LayerPlan:
+    index, channel = mixer.site.layer_index, None
+    if f"layers.{index}.channel" in graph:
+        channel = graph.nodes[f"layers.{index}.channel"]["node"]
     assert channel is None or isinstance(channel, ChannelBlock)
     assert mixer.data is not None
     data = {"kind": "none"} if channel is None else channel.data
     assert data is not None
     parameters = (mixer.parameters or 0) + (channel.parameters or 0 if channel else 0)
-    index = mixer.site.layer_index
-    return LayerPlan(index, mixer.block, mixer.data, data, mixer.norm, parameters, mixer, channel, decodes)
+    decodes = model_of(graph).kind == "causal_lm"
+    return LayerPlan(
+        index,
+        mixer.block,
+        mixer.data,
+        data,
+        mixer.norm,
+        parameters,
+        parameters - _idle_parameters(channel),
+        mixer,
+        channel,
+        _states_taken(graph, f"layers.{index}.mixer"),
+        decodes,
+    )
+
+
+def _idle_parameters(channel: ChannelBlock | None) -> int:
+    """Parameters of a channel block that a token does not meet; those of another layer are not counted here."""
+    if channel is None or channel.weights_of is not None:
+        return 0
+    return channel.spec.params(channel.site) - channel.spec.active_params(channel.site)
+
+
+def _states_taken(graph: Graph, name: str) -> tuple[State, ...]:
+    """The states of earlier mixers that a mixer reads: their keys, their values, their indices."""
+    found: list[State] = []
+    for source, _, data in graph.in_edges(name, data=True):
+        kinds = {edge.kind for edge in data["edges"]}
+        states = getattr(graph.nodes[source]["node"], "states", None) or ()
+        found += [state for state in states if state.name.rpartition(".")[2] in kinds]
+    return tuple(found)
 
 
 def _content(graph: Graph) -> tuple[dict[str, Node], list[tuple[str, str, Edge]]]:

@@ -88,6 +88,10 @@ class CompositeMixer(MixerSpec):
     def prefill_flops(self, site: Site, length: int) -> float:
         return self.own_flops(site) + sum(part.prefill_flops(site, length) for part in self.parts_at(site).values())
 
+    def read_bytes(self, site: Site, context: int, element: int) -> int:
+        own = sum(state.bytes(context, element) for state in self.own_states(site))
+        return own + sum(part.read_bytes(site, context, element) for part in self.parts_at(site).values())
+
     def states(self, site: Site) -> tuple[State, ...]:
         inner = [
             replace(state, name=f"{path}.{state.name}")

@@ -1,7 +1,8 @@
 """What a cache holds, and the constants of the cost formulas.
 
 Costs are closed forms: parameters, FLOPs (a multiply-add counts 2; norms, activations and the softmax are left out) and
-cache bytes. Tests hold them to the built modules.
+cache bytes. Tests hold them to the built modules. What a whole model costs, and which bytes it moves, is in
+`heddle.compose.costs`.
 """
 
 from __future__ import annotations

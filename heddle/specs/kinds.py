@@ -143,6 +143,10 @@ class MixerSpec(Schema):
         """Bytes its cache holds after `context` tokens."""
         return sum(state.bytes(context, element) for state in self.states(site))
 
+    def read_bytes(self, site: Site, context: int, element: int) -> int:
+        """Bytes of its cache that decoding one token after `context` others reads: all, where a kind says nothing else."""
+        return self.state_bytes(site, context, element)
+
     def cache_bytes_per_token(self, site: Site, element: int) -> int:
         """Bytes by which its cache grows with a token, before any window is full."""
         return sum(state.bytes_per_token(element) for state in self.states(site) if state.grows)
@@ -216,6 +220,14 @@ class ChannelSpec(Schema):
     def params(self, site: Site) -> int:
         """Parameters."""
         raise NotImplementedError
+
+    def params_read(self, site: Site, tokens: int) -> int:  # noqa: ARG002
+        """Parameters that a pass over `tokens` tokens reads: all, where a kind says nothing else."""
+        return self.params(site)
+
+    def active_params(self, site: Site) -> int:
+        """Parameters that one token meets."""
+        return self.params(site)
 
     def flops(self, site: Site) -> int:
         """FLOPs per token, in prefill and in decode."""

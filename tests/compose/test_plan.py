@@ -102,7 +102,14 @@ def test_costs_add_up_and_split_into_what_grows_and_what_does_not() -> None:
         cost, layers = made.cost(context, batch), [layer.cost(context, batch) for layer in made.layers]
         head = 2 * 32 * 256
         for name in cost:
-            extra = head if name.endswith("flops_per_token") else 0
+            # Weight and norm of the head, and one row of the embedding each; or the stream there, and at the end.
+            extra = {
+                "prefill_flops_per_token": head,
+                "decode_flops_per_token": head,
+                "train_flops_per_token": 3 * head,
+                "decode_bytes": 2 * (32 * 256 + 32 + batch * 32),
+                "prefill_bytes": 2 * (32 * 256 + 32 + 3 * batch * context * 32),
+            }.get(name, 0)
             assert cost[name] == pytest.approx(extra + sum(layer[name] for layer in layers))
     # Two windowed layers keep 15 of 100 tokens: keys and values of two heads with 8 dimensions, in 2 bytes.
     assert made.cost(100, 3)["cache_bytes"] == 3 * 2 * 15 * 2 * 2 * 8 * 2

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from heddle.compose.passes.assign_caches import assign_caches
+from heddle.compose.passes.check_kind import check_kind
 from heddle.compose.passes.check_shapes import check_shapes
 from heddle.compose.passes.choose_kernels import choose_kernels
 from heddle.compose.passes.count_costs import count_costs
@@ -189,6 +190,7 @@ EXPECTED: dict[Pass, tuple[Graph, Graph]] = {
     resolve_dims: (graph_of(LAYERS), graph_of(DIMS)),
     link_references: (graph_of(DIMS), graph_of(LINKED, LINKS)),
     plan_sharing: (graph_of(LINKED, LINKS), graph_of(SHARED, LINKS, SHARES)),
+    check_kind: (graph_of(SHARED, LINKS, SHARES), graph_of(SHARED, LINKS, SHARES)),
     check_shapes: (graph_of(SHARED, LINKS, SHARES), graph_of(SHARED, LINKS, SHARES)),
     assign_caches: (graph_of(SHARED, LINKS, SHARES), graph_of(CACHED, LINKS, SHARES)),
     choose_kernels: (graph_of(CACHED, LINKS, SHARES), graph_of(CHOSEN, LINKS, SHARES)),

@@ -240,12 +240,14 @@ def call_at(start: int, length: int, cache: StateLayer | None = None) -> Call:
     return Call(torch.arange(start, start + length)[None].expand(2, length), cache=cache)
 
 
-def in_pieces(mixer: nn.Module, x: Tensor, cuts: list[int]) -> Tensor:
+def in_pieces(mixer: nn.Module, x: Tensor, cuts: list[int], written: Tensor | None = None) -> Tensor:
     """What the mixer gives when `x` comes in pieces that end at `cuts`."""
     cache = mixer.new_cache()
     pieces, start = [], 0
     for end in cuts:
-        pieces.append(mixer(x[:, start:end], call_at(start, end - start, cache)))
+        call = call_at(start, end - start, cache)
+        call.written = None if written is None else written[:, start:end]
+        pieces.append(mixer(x[:, start:end], call))
         cache.advance(end - start)
         start = end
     return torch.cat(pieces, dim=1)
@@ -288,6 +290,34 @@ def test_chunked_prefill_equals_whole(fields: dict[str, Any]) -> None:
     for mixer in keepers(fields, "chunks"):
         whole = mixer(x, call_at(0, LENGTH))
         assert (in_pieces(mixer, x, [2, 3, 70, 149, LENGTH]) - whole).abs().max() < EXACT
+
+
+@every_mixer
+def test_a_token_that_is_not_written_is_answered_and_not_remembered(fields: dict[str, Any]) -> None:
+    x, gap = noise(2, 40, HIDDEN), 20
+    everything = torch.ones(2, 40, dtype=torch.float64)
+    with_gap = everything.clone()
+    with_gap[:, gap] = 0.0
+    for mixer in keepers(fields, "chunks"):
+        whole, got = mixer(x, call_at(0, 40)), in_pieces(mixer, x, [40], with_gap)
+        assert (in_pieces(mixer, x, [40], everything) - whole).abs().max() < EXACT
+        assert (got[:, :gap] - whole[:, :gap]).abs().max() < EXACT
+        assert (got[:, gap + 1] - whole[:, gap + 1]).abs().max() > 1e-6
+        assert (in_pieces(mixer, x, [2, 3, 25, 26, 40], with_gap) - got).abs().max() < EXACT
+
+
+@every_mixer
+def test_what_is_written_has_a_gradient(fields: dict[str, Any]) -> None:
+    mixer, x = mixer_of(fields).train(), noise(2, 40, HIDDEN)
+    written = torch.ones(2, 40, dtype=torch.float64)
+    written[:, 20:25] = 0.0
+    call = call_at(0, 40)
+    call.written = written.requires_grad_()
+    (mixer(x, call) * noise(2, 40, HIDDEN, seed=5)).sum().backward()
+    assert written.grad is not None
+    assert written.grad.isfinite().all()
+    # What is not written may have none: it has no say in the loss of a softmax.
+    assert (written.grad[:, :20].abs() > 0).all()
 
 
 @every_mixer
@@ -415,6 +445,7 @@ def test_a_model_compiles_without_a_graph_break(fields: dict[str, Any]) -> None:
     torch.compiler.reset()
 
 
+@pytest.mark.slow
 @every_mixer
 def test_a_decode_step_compiles_without_a_graph_break(fields: dict[str, Any]) -> None:
     model, ids = model_of(fields), torch.tensor([[3], [4]])

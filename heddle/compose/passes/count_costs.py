@@ -1,8 +1,8 @@
 """Pass: the parameters of every node.
 
 Needs: `check_shapes`.
-Gives: `parameters`, the norm before a block counted with the block. FLOPs and bytes depend on context and batch and are
-answered by `Plan.cost`.
+Gives: `parameters`, the norms of a block counted with the block; FLOPs and bytes depend on context and batch and are
+answered by `heddle.compose.costs`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def count_costs(graph: Graph, locate: Locate) -> Graph:  # noqa: ARG001
 
 def _parameters(node: Node, width: int, *, tied: bool) -> int:
     if isinstance(node, (MixerBlock, ChannelBlock)):
-        return 0 if node.weights_of is not None else _block_parameters(node, width)
+        return 0 if node.weights_of is not None else own_parameters(node)
     if isinstance(node, Embedding):
         return node.vocab_size * width
     if isinstance(node, Head):
@@ -52,7 +52,9 @@ def _parameters(node: Node, width: int, *, tied: bool) -> int:
     return norm_parameters("rmsnorm", width)
 
 
-def _block_parameters(node: MixerBlock | ChannelBlock, width: int) -> int:
+def own_parameters(node: MixerBlock | ChannelBlock) -> int:
+    """The parameters that a block runs with, whether they are its own or an earlier layer's."""
+    width = node.site.hidden_size
     norms = 2 if node.norm_placement == "sandwich" else 1
     # A skip has two factors, of the stream and of what joins it.
     skip = 2 if isinstance(node, MixerBlock) and node.skip is not None else 0
