@@ -177,7 +177,7 @@ class Driver:
     def _settle(self, number: int) -> None:
         """Give trial `number` its values and its layers, and store both before anything is evaluated."""
         file, study = self.setting.file, self.study
-        values = space.suggest_all(study, number, file.space.parameters)
+        values = space.suggest_all(study, number, file.space)
         layers = study.trials[number].user_attrs.get("layers")
         try:
             one = space.candidate(file, values, layers) if layers else self._place(number, values)

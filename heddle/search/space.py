@@ -13,7 +13,17 @@ import optuna
 from heddle.errors import HeddleError
 from heddle.search.placement import Question, Seen, propose
 from heddle.search.study import Study
-from heddle.specs import ModelSpec, Parameter, Site, Spec, SpecFile, expand_layers, spec_hash, uniform_layers
+from heddle.specs import (
+    ModelSpec,
+    Parameter,
+    Site,
+    Space,
+    Spec,
+    SpecFile,
+    expand_layers,
+    spec_hash,
+    uniform_layers,
+)
 from heddle.specs.pattern import layers_of
 from heddle.specs.sight import reach
 
@@ -32,19 +42,13 @@ class Candidate:
         return self.spec.model
 
 
-def suggest_all(study: Study, number: int, parameters: Sequence[Parameter]) -> dict[str, Any]:
-    """The values of trial `number`, as the spec file spells them; what stands in an option that was not
-    chosen has none."""
-    values: dict[str, Any] = {}
-    choices = {parameter.name: parameter.choices for parameter in parameters}
-    for parameter in parameters:
-        if parameter.condition is not None:
-            parent, option = parameter.condition
-            if parent not in values or choices[parent].index(values[parent]) != option:
-                continue
-        draw = partial(suggest, parameter=parameter)
-        values[parameter.name] = study.suggest(number, parameter.name, draw)
-    return values
+def suggest_all(study: Study, number: int, space: Space) -> dict[str, Any]:
+    """The values of trial `number`, as the spec file spells them; what is not open beside them has none."""
+
+    def draw(parameter: Parameter) -> Any:
+        return study.suggest(number, parameter.name, partial(suggest, parameter=parameter))
+
+    return space.settle(draw)[0]
 
 
 def suggest(trial: optuna.Trial, parameter: Parameter) -> Any:
@@ -90,7 +94,7 @@ def place(
     placement = file.space.placement
     if placement is None:
         return candidate(file, values, expand_layers(file.resolve(values).model))
-    counts = placement.count(values)
+    counts = placement.count(file.space.held(values))
 
     def is_seen(layers: tuple[str, ...]) -> bool:
         return is_asked(candidate(file, values, layers).hash)
@@ -103,7 +107,7 @@ def uniform(file: SpecFile, values: Mapping[str, Any]) -> tuple[str, ...]:
     """The evenly spread placement with the counts of `values`."""
     placement = file.space.placement
     assert placement is not None
-    counts = dict(placement.count(values))
+    counts = dict(placement.count(file.space.held(values)))
     counts.pop(placement.rest)
     return tuple(uniform_layers(placement.length, placement.rest, counts))
 

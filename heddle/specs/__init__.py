@@ -7,11 +7,12 @@ from heddle.specs.diff import Difference, differences
 from heddle.specs.layer import Repeat, Site
 from heddle.specs.load import SpecFile, load, loads
 from heddle.specs.model import CHANNELS, MIXERS, BlockSpec, ModelSpec
+from heddle.specs.parameter import Parameter
 from heddle.specs.pattern import expand_layers, uniform_layers
 from heddle.specs.recipe import DataSpec, TrainSpec
 from heddle.specs.schema import json_schema
 from heddle.specs.search import Budget, MqarTask, PerDevice, SearchSpec, TextTask
-from heddle.specs.space import Parameter, Placement, Space
+from heddle.specs.space import Placement, Space
 from heddle.specs.spec import Spec
 
 __all__ = [

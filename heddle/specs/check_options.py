@@ -11,10 +11,10 @@ from heddle.specs.explain import HOLE, Finding, check_field
 from heddle.specs.kinds import Problem
 from heddle.specs.model import BlockSpec, ModelSpec
 from heddle.specs.model_kind import readout_problems
-from heddle.specs.model_parts import ModelParts, check_block, check_layers
+from heddle.specs.model_parts import ModelParts, check_block, check_layers, override_findings
 from heddle.specs.open_values import MODEL, OpenValues
+from heddle.specs.parameter import Parameter, settings
 from heddle.specs.reader import MAX_ERRORS, Path_
-from heddle.specs.space import Parameter, settings
 
 # Other settings that are tried before an option is called impossible, and for all options of a file together.
 TRIES = 200
@@ -37,6 +37,8 @@ class _Option:
     source: Path_
     path: Path_
     values: Mapping[str, Any]
+    # The parameters that must keep their values for the option to be there.
+    fixed: frozenset[str] = frozenset()
 
 
 def option_findings(found: OpenValues, parts: ModelParts, context: Context) -> list[Finding]:
@@ -52,24 +54,33 @@ def option_findings(found: OpenValues, parts: ModelParts, context: Context) -> l
 
 def _options(found: OpenValues) -> Iterator[_Option]:
     paths = {parameter.name: path for path, parameter in found.parameters.items()}
-    by_name = {parameter.name: parameter for parameter in found.parameters.values()}
+    space = found.space
+    at_defaults = {parameter.name for parameter in space.active({})}
     for path, parameter in found.parameters.items():
-        base = found.space.defaults()
-        one = parameter
-        while one.condition is not None:
-            parent = by_name[one.condition[0]]
-            base[parent.name] = parent.choices[one.condition[1]]
-            one = parent
-        # Defaults were checked with the file, but not those inside an option that is no default.
-        first = 1 if parameter.condition is None else 0
         target = _target(path, paths)
-        if parameter.kind == "choice":
-            for index, choice in enumerate(parameter.choices[first:], start=first):
-                yield _Option(parameter, (*path, "choice", index), target, base | {parameter.name: choice})
-        else:
-            yield _Option(
-                parameter, (*path, parameter.kind, 1), target, base | {parameter.name: parameter.high}
-            )
+        opening = space.opening(parameter.name)
+        if opening is not None:
+            # Defaults were checked with the file, but only of what is open there.
+            is_new = parameter.name not in at_defaults
+            for source, value in _values(parameter, path, is_new=is_new):
+                values = {**opening, parameter.name: value}
+                yield _Option(parameter, source, target, values, frozenset(values))
+        form_path = (*path, "otherwise")
+        closing = space.closing(parameter.name) if form_path in found.document.values else None
+        if closing is not None and parameter.name in at_defaults:
+            yield _Option(parameter, form_path, target, closing, frozenset(closing))
+
+
+def _values(parameter: Parameter, path: Path_, *, is_new: bool) -> Iterator[tuple[Path_, Any]]:
+    """The values to try, each with its place: options, or the ends of a range. The default only if it `is_new`."""
+    if parameter.kind == "choice":
+        for index, choice in enumerate(parameter.choices):
+            if index or is_new:
+                yield (*path, "choice", index), choice
+        return
+    if is_new:
+        yield (*path, parameter.kind, 0), parameter.low
+    yield (*path, parameter.kind, 1), parameter.high
 
 
 def _target(path: Path_, paths: Mapping[str, Path_]) -> Path_:
@@ -102,6 +113,11 @@ class _Check:
             return self._layers(option)
         return self._scalar(option, name) if name in ModelSpec.model_fields else []
 
+    def _hidden_size(self, values: Mapping[str, Any]) -> Any:
+        """The width at `values`; None if it is not known."""
+        default = self.parts.fields.get("hidden_size")
+        return self.found.space.held(values).get("hidden_size", default) if default is not None else None
+
     def _filled(self, path: Path_, option: _Option) -> tuple[Any, dict[Path_, Path_]]:
         moves: dict[Path_, Path_] = {}
         return self.found.fill(path, option.values, moves), moves
@@ -112,7 +128,7 @@ class _Check:
         block, wrong = check_block(data, {})
         if block is None:
             return self._own([one.below(path) for one in wrong], option, moves)
-        hidden_size = self.parts.fields.get("hidden_size")
+        hidden_size = self._hidden_size(option.values)
         if hidden_size is None or option.parameter.kind != "choice":
             return []
         default = self.parts.blocks.get(name)
@@ -129,8 +145,7 @@ class _Check:
         near = [
             parameter
             for place, parameter in self.found.parameters.items()
-            if (place[:3] == path or parameter.name == "hidden_size")
-            and parameter.name not in _fixed(option, self.found)
+            if (place[:3] == path or parameter.name == "hidden_size") and parameter.name not in option.fixed
         ]
         if not near:
             return False
@@ -141,7 +156,7 @@ class _Check:
             self.left -= 1
             values = {**option.values, **setting}
             block = check_block(self.found.fill(path, values, {}), {})[0]
-            hidden_size = values.get("hidden_size", self.parts.fields["hidden_size"])
+            hidden_size = self._hidden_size(values)
             if block is None or not isinstance(hidden_size, int):
                 continue
             if not block_problems(block, hidden_size, self.parts.kind):
@@ -169,6 +184,11 @@ class _Check:
             return []
         data, moves = self._filled((*MODEL, "layers"), option)
         wrong = check_layers(data, self.parts.blocks)[1]
+        if "override" in option.path:
+            blocks = self._filled((*MODEL, "blocks"), option)[0]
+            # Sizes may fit at other settings of the file; an unknown field, kind or value never does.
+            fields = {**self.parts.fields, "hidden_size": None}
+            wrong += override_findings(data, blocks, self.parts.blocks, fields)
         return self._own([one.below(MODEL) for one in wrong], option, moves)
 
     def _scalar(self, option: _Option, name: str) -> list[Finding]:
@@ -219,13 +239,3 @@ class _Check:
             if source[: len(option.source)] == option.source:
                 own.append(Finding(one.code, one.what, source, one.hint, one.key))
         return own
-
-
-def _fixed(option: _Option, found: OpenValues) -> set[str]:
-    """The parameters that must keep their values for the option to be there."""
-    by_name = {parameter.name: parameter for parameter in found.parameters.values()}
-    names, one = {option.parameter.name}, option.parameter
-    while one.condition is not None:
-        one = by_name[one.condition[0]]
-        names.add(one.name)
-    return names

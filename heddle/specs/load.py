@@ -116,7 +116,7 @@ class SpecFile:
         return model, places
 
     def _check_room(self, placement: Placement, values: Mapping[str, Any]) -> None:
-        over = -placement.count(values)[placement.rest]
+        over = -placement.count(self.space.held(values))[placement.rest]
         if over > 0:
             what = f"the counts take {placement.length + over} of {placement.length} layers"
             raise _error("bad-placement", what, self._places)

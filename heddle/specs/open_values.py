@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from heddle.specs.conditions import Conditions
 from heddle.specs.explain import HOLE, Finding, meant, shown
+from heddle.specs.parameter import Parameter, same
 from heddle.specs.places import Places
 from heddle.specs.reader import MAX_ERRORS, Document, Path_, dotted
-from heddle.specs.space import Parameter, Placement, Space, same
+from heddle.specs.space import Placement, Space
 
 FORMS: dict[str, tuple[str, ...]] = {
-    "choice": ("choice",),
-    "int": ("int", "step", "log"),
-    "float": ("float", "log"),
+    "choice": ("choice", "when", "otherwise"),
+    "int": ("int", "step", "log", "when", "otherwise"),
+    "float": ("float", "log", "when", "otherwise"),
 }
 # Words that cannot name a block.
 RESERVED = (*FORMS, "placement")
@@ -35,11 +37,13 @@ class OpenValues:
     placement: Placement | None = None
     findings: list[Finding] = field(default_factory=list)
     broken: set[Path_] = field(default_factory=set)
+    # The same parameters, each after those it needs.
+    ordered: tuple[Parameter, ...] = ()
     _above: set[Path_] = field(default_factory=set)
 
     @property
     def space(self) -> Space:
-        return Space(tuple(self.parameters.values()), self.placement)
+        return Space(self.ordered, self.placement)
 
     @property
     def has_placement(self) -> bool:
@@ -55,7 +59,7 @@ class OpenValues:
         filled = self.fill(MODEL, values, moves)
         if self.placement is None or not isinstance(filled, dict):
             return filled
-        names = list(layers) if layers is not None else self.placement.uniform(values)
+        names = list(layers) if layers is not None else self.placement.uniform(self.space.held(values))
         for index, name in enumerate(names):
             if name in self.placement.of:
                 moves[*MODEL, "layers", index] = (*PLACEMENT, "of", self.placement.of.index(name))
@@ -66,16 +70,21 @@ class OpenValues:
         data: Any = self.document.data
         for step in path:
             data = data[step]
-        return self._fill(data, path, path, values, moves)
+        opened, _ = self.space.at(values)
+        return self._fill(data, path, path, opened, moves)
 
     def _fill(
-        self, data: Any, source: Path_, target: Path_, values: Mapping[str, Any], moves: dict[Path_, Path_]
+        self, data: Any, source: Path_, target: Path_, opened: Mapping[str, Any], moves: dict[Path_, Path_]
     ) -> Any:
         if source in self.broken:
             return HOLE
         parameter = self.parameters.get(source)
         if parameter is not None:
-            value = values.get(parameter.name, parameter.default)
+            if parameter.name not in opened and parameter.when and "otherwise" in data:
+                moves[target] = (*source, "otherwise")
+                return data["otherwise"]
+            # One that is not open has the value of a `when` without `otherwise`: its default.
+            value = opened.get(parameter.name, parameter.default)
             if parameter.kind != "choice":
                 moves[target] = (*source, parameter.kind, *_end(parameter, value))
                 return value
@@ -83,16 +92,16 @@ class OpenValues:
             assert index is not None, f"{value!r} is no option of {parameter.name}"
             source = (*source, "choice", index)
             moves[target] = source
-            return self._fill(parameter.choices[index], source, target, values, moves)
+            return self._fill(parameter.choices[index], source, target, opened, moves)
         # Most of a file has no open value below it and is taken as it is.
         if source not in self._above:
             return data
         if isinstance(data, dict):
             return {
-                key: self._fill(one, (*source, key), (*target, key), values, moves)
+                key: self._fill(one, (*source, key), (*target, key), opened, moves)
                 for key, one in data.items()
             }
-        return [self._fill(one, (*source, i), (*target, i), values, moves) for i, one in enumerate(data)]
+        return [self._fill(one, (*source, i), (*target, i), opened, moves) for i, one in enumerate(data)]
 
     def places(self, moves: Mapping[Path_, Path_]) -> Places:
         return Places(self.document, moves)
@@ -118,6 +127,11 @@ def find_open_values(document: Document) -> OpenValues:
     ):
         what = f"more than {MAX_PARAMETERS} open values, or more than {MAX_OPTIONS:,} options"
         found.fail("bad-space", what, MODEL, key=True)
+        return found
+    conditions = Conditions(document.data, found.parameters, found.broken)
+    conditions.read()
+    found.ordered = conditions.ordered()
+    found.findings += conditions.findings
     return found
 
 
@@ -160,6 +174,9 @@ def _parameter(
     if strange:
         return None
     name = dotted(path)
+    if (inner := next(_forms_in(data.get("otherwise"), (*path, "otherwise")), None)) is not None:
+        found.fail("bad-space", "otherwise is a plain value, and this leaves one open", inner, "one value")
+        return None
     if form == "choice":
         choices = _choices(found, data["choice"], (*path, "choice"))
         return None if choices is None else Parameter(name, "choice", choices, condition=condition)
@@ -171,6 +188,15 @@ def _parameter(
     return _logged(
         found, data, path, Parameter(name, "float", (), float(ends[0]), float(ends[1]), condition=condition)
     )
+
+
+def _forms_in(data: Any, path: Path_) -> Iterator[Path_]:
+    """Where open values stand in the data."""
+    if _form(data, path) is not None:
+        yield path
+    items = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
+    for key, value in items:
+        yield from _forms_in(value, (*path, key))
 
 
 def _choices(found: OpenValues, options: Any, path: Path_) -> tuple[Any, ...] | None:
@@ -215,7 +241,7 @@ def _int(found: OpenValues, data: dict[str, Any], path: Path_, parameter: Parame
     if data.get("log") is True:
         found.fail("bad-space", "step and log exclude each other", (*path, "log"), "remove one")
         return None
-    return _with(parameter, step=step)
+    return replace(parameter, step=step)
 
 
 def _logged(found: OpenValues, data: dict[str, Any], path: Path_, parameter: Parameter) -> Parameter | None:
@@ -227,9 +253,4 @@ def _logged(found: OpenValues, data: dict[str, Any], path: Path_, parameter: Par
     if log and parameter.low <= 0:
         found.fail("bad-space", "log needs a low end above 0", (*path, "log"))
         return None
-    return _with(parameter, log=log)
-
-
-def _with(parameter: Parameter, *, step: float | None = None, log: bool = False) -> Parameter:
-    ends = (parameter.low, parameter.high)
-    return Parameter(parameter.name, parameter.kind, (), *ends, step, log, parameter.condition)
+    return replace(parameter, log=log)

@@ -109,7 +109,8 @@ def _count(found: OpenValues, name: str, value: Any, of: list[str]) -> int | str
     if path in found.broken:
         return None
     parameter = found.parameters.get(path)
-    ends = [value] if parameter is None else parameter.choices or (parameter.low, parameter.high)
+    ends = [value] if parameter is None else list(parameter.choices or (parameter.low, parameter.high))
+    ends += [parameter.otherwise] if parameter is not None and parameter.when else []
     is_float = parameter is not None and parameter.kind == "float"
     if is_float or any(type(end) is not int or end < 0 for end in ends):
         what = "a count is a whole number of at least 0, or a range of them"
@@ -123,7 +124,7 @@ def _check_room(found: OpenValues, length: int, counts: Mapping[str, int | str])
     by_name = {parameter.name: parameter for parameter in found.parameters.values()}
     least, most = {}, {}
     for name, count in counts.items():
-        values = by_name[count].values() if isinstance(count, str) else [count]
+        values = [count] if not isinstance(count, str) else [*by_name[count].values(), by_name[count].closed]
         least[name], most[name] = min(values), max(values)
     if sum(least.values()) > length:
         what = f"the counts are at least {sum(least.values())} together, and there are {length} layers"

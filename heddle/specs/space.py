@@ -2,76 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
+from heddle.specs.parameter import Parameter, Term, Way
 from heddle.specs.pattern import uniform_layers
-
-# Sizes beyond this are called infinite: nobody counts them, and exact ones would take long.
-COUNTABLE = 10**100
-
-
-@dataclass(frozen=True, slots=True)
-class Parameter:
-    """One open value. `name` is its dotted path in the file, `blocks.linear.mixer` or `layers.placement.count.full`.
-
-    `choices` are as the file spells them, whole mappings too. A parameter inside an option of a choice has a `condition`:
-    the name of the choice and the number of the option, from 0. Its own name goes through both, as in
-    `blocks.linear.mixer.choice.2.window`.
-    """
-
-    name: str
-    kind: Literal["choice", "int", "float"]
-    choices: tuple[Any, ...] = ()
-    low: float | None = None
-    high: float | None = None
-    step: float | None = None
-    log: bool = False
-    condition: tuple[str, int] | None = None
-
-    @property
-    def default(self) -> Any:
-        """The first choice, or the low end."""
-        return self.choices[0] if self.kind == "choice" else self.low
-
-    def option(self, value: object) -> int | None:
-        """The number of the option that `value` is; None if it is none of them."""
-        return next((index for index, one in enumerate(self.choices) if same(one, value)), None)
-
-    def allows(self, value: object) -> bool:
-        """Whether `value` lies in the range."""
-        if self.kind == "choice":
-            return self.option(value) is not None
-        kinds = (int,) if self.kind == "int" else (int, float)
-        if type(value) not in kinds:
-            return False
-        assert self.low is not None
-        assert self.high is not None
-        assert isinstance(value, (int, float))
-        inside = self.low <= value <= self.high
-        return inside and (self.step is None or (value - self.low) % self.step == 0)
-
-    def values(self) -> Sequence[Any]:
-        """Every value of a choice or of an int."""
-        if self.kind == "choice":
-            return self.choices
-        assert self.kind == "int", f"{self.name} has no end of values"
-        assert self.low is not None
-        assert self.high is not None
-        return range(int(self.low), int(self.high) + 1, int(self.step or 1))
-
-    def size(self) -> float:
-        """How many values there are; infinite for a float."""
-        if self.kind == "float":
-            return 1 if self.low == self.high else math.inf
-        return len(self.values())
-
-
-def same(one: object, other: object) -> bool:
-    """Equality that tells true from 1."""
-    return one == other and isinstance(one, bool) == isinstance(other, bool)
+from heddle.specs.space_size import count_settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +21,10 @@ class Placement:
     counts: Mapping[str, int | str]
 
     def count(self, values: Mapping[str, Any]) -> dict[str, int]:
-        """How many layers each block gets, `rest` included, in the order of `of`. `rest` may come out below 0."""
+        """How many layers each block gets, `rest` included, in the order of `of`. `rest` may come out below 0.
+
+        `values` must have every count that is a parameter, as `Space.held` does.
+        """
         counted = {
             name: int(values[count]) if isinstance(count, str) else count
             for name, count in self.counts.items()
@@ -99,104 +39,100 @@ class Placement:
         return uniform_layers(self.length, self.rest, counts)
 
 
+class _Numbers(dict[str, int | None]):
+    """The numbers of parameters at the values in `held`; most are never asked for."""
+
+    def __init__(self, parameters: Mapping[str, Parameter], held: Mapping[str, Any]) -> None:
+        super().__init__()
+        self._parameters, self._held = parameters, held
+
+    def __missing__(self, name: str) -> int | None:
+        self[name] = number = self._parameters[name].number(self._held[name])
+        return number
+
+
 @dataclass(frozen=True, slots=True)
 class Space:
-    """Every open value of a spec; a choice stands before the parameters inside its options."""
+    """Every open value of a spec; each stands after those that decide whether it is open."""
 
     parameters: tuple[Parameter, ...] = ()
     placement: Placement | None = None
 
     def defaults(self) -> dict[str, Any]:
-        """The value of each parameter in `SpecFile.spec`."""
+        """The value of each parameter in `SpecFile.spec`, if it is open there."""
         return {parameter.name: parameter.default for parameter in self.parameters}
 
-    def active(self, values: Mapping[str, Any]) -> list[Parameter]:
-        """The parameters that mean something at `values`: those inside an option that is not chosen do not."""
-        found: list[Parameter] = []
-        active: dict[str, Parameter] = {}
+    def settle(self, choose: Callable[[Parameter], Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The values of the open parameters, and those of all; `choose` is asked for the open ones alone, in their order."""
+        opened: dict[str, Any] = {}
+        held: dict[str, Any] = {}
+        numbers = _Numbers({parameter.name: parameter for parameter in self.parameters}, held)
         for parameter in self.parameters:
-            if parameter.condition is not None:
-                parent = active.get(parameter.condition[0])
-                if (
-                    parent is None
-                    or parent.option(values.get(parent.name, parent.default)) != parameter.condition[1]
-                ):
-                    continue
-            active[parameter.name] = parameter
-            found.append(parameter)
-        return found
+            if parameter.is_open(numbers, opened):
+                opened[parameter.name] = held[parameter.name] = choose(parameter)
+            else:
+                held[parameter.name] = parameter.closed
+        return opened, held
+
+    def at(self, values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As `settle`, at `values`; what they do not name is at its default."""
+        return self.settle(lambda one: values.get(one.name, one.default))
+
+    def active(self, values: Mapping[str, Any]) -> list[Parameter]:
+        """The parameters that mean something at `values`: not those in an option that is not chosen, nor those whose `when`
+        does not hold."""
+        opened, _ = self.at(values)
+        return [parameter for parameter in self.parameters if parameter.name in opened]
+
+    def held(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The value of every parameter at `values`, of those that are not open too."""
+        return self.at(values)[1]
 
     def size(self) -> float:
-        """How many settings there are, whether or not each is a legal model; infinite with a float or beyond 10^100."""
-        counted = set() if self.placement is None else set(self.placement.counts.values())
-        free = [parameter for parameter in self.parameters if parameter.name not in counted]
-        total = _settings(free, None)
-        if self.placement is not None:
-            total *= _placements(self.placement, {parameter.name: parameter for parameter in self.parameters})
-        return total if total <= COUNTABLE else math.inf
+        """How many settings there are, whether or not each is a legal model; what is not open counts once.
 
+        Infinite with an open float, beyond 10^100, or where too many conditions cross for counting.
+        """
+        placement = self.placement
+        length, counts = (0, {}) if placement is None else (placement.length, placement.counts)
+        return count_settings(self.parameters, length, counts)
 
-def _settings(parameters: Sequence[Parameter], condition: tuple[str, int] | None) -> float:
-    total: float = 1
-    for parameter in parameters:
-        if parameter.condition != condition:
-            continue
-        if parameter.kind == "choice":
-            options = range(len(parameter.choices))
-            total *= sum(_settings(parameters, (parameter.name, index)) for index in options)
-        else:
-            total *= parameter.size()
-        if total > COUNTABLE:
-            return math.inf
-    return total
+    def opening(self, name: str) -> dict[str, Any] | None:
+        """Values at which the parameter `name` is open, the others at their defaults; None if none are found."""
+        for way in self._named(name).when or ((),):
+            values: dict[str, Any] = {}
+            self._require(name, way, values)
+            if name in self.at(values)[0]:
+                return values
+        return None
 
+    def closing(self, name: str) -> dict[str, Any] | None:
+        """Values at which the `when` of parameter `name` does not hold though it could be open there; None if none are found."""
+        parameter = self._named(name)
+        for term in (term for way in parameter.when for term in way):
+            other = self._named(term.name)
+            numbers = [other.number(value) for value in other.values()[:1000]]
+            values: dict[str, Any] = {}
+            self._require(name, (), values)
+            for number in [number for number in numbers if number not in term.numbers][:1]:
+                values[term.name] = other.numbered(number)
+            opened, held = self.at(values)
+            above = parameter.condition
+            is_there = above is None or self._named(above[0]).number(held[above[0]]) == above[1]
+            if name not in opened and is_there:
+                return values
+        return None
 
-def _placements(placement: Placement, parameters: Mapping[str, Parameter]) -> float:
-    """Ways to place the blocks, over every setting of their counts.
+    def _named(self, name: str) -> Parameter:
+        return next(parameter for parameter in self.parameters if parameter.name == name)
 
-    Block by block: of the layers still free, any `count` may be taken.
-    """
-    ranges = [_counts(count, parameters) for count in placement.counts.values()]
-    # Ways to have used so many layers. What later blocks need at least is kept free, so no way is a dead end.
-    ways = {0: 1}
-    for index, counts in enumerate(ranges):
-        free = placement.length - sum(min(later) for later in ranges[index + 1 :])
-        grown: dict[int, int] = {}
-        for used, number in ways.items():
-            for count in counts:
-                if used + count <= free:
-                    more = number * math.comb(placement.length - used, count)
-                    grown[used + count] = grown.get(used + count, 0) + more
-                    if more > COUNTABLE:
-                        return math.inf
-        ways = grown
-    return sum(ways.values())
-
-
-def _counts(count: int | str, parameters: Mapping[str, Parameter]) -> Sequence[int]:
-    return [count] if isinstance(count, int) else parameters[count].values()
-
-
-def settings(parameters: Sequence[Parameter], most: int) -> Iterator[dict[str, Any]]:
-    """Up to `most` settings of `parameters`, spread over all of them; ranges at their ends and in between."""
-    values = [_sample(parameter) for parameter in parameters]
-    total = math.prod(len(one) for one in values)
-    stride = max(1, total // most)
-    # A stride that shares a factor with a parameter's count would leave some of its values out.
-    while stride > 1 and any(math.gcd(stride, len(one)) > 1 for one in values):
-        stride += 1
-    for number in range(min(total, most)):
-        rest, setting = number * stride % total, {}
-        for parameter, options in zip(parameters, values, strict=True):
-            rest, index = divmod(rest, len(options))
-            setting[parameter.name] = options[index]
-        yield setting
-
-
-def _sample(parameter: Parameter) -> Sequence[Any]:
-    if parameter.kind == "float":
-        return [parameter.low, parameter.high]
-    values = parameter.values()
-    if len(values) <= 64:
-        return values
-    return [values[index * (len(values) - 1) // 63] for index in range(64)]
+    def _require(self, name: str, way: Way, values: dict[str, Any]) -> None:
+        """Adds the values at which `way` holds and the option around the parameter `name` is chosen."""
+        above = self._named(name).condition
+        for term in (*way, *(() if above is None else (Term(above[0], frozenset({above[1]})),))):
+            if term.name not in values:
+                parent = self._named(term.name)
+                default = parent.number(parent.default)
+                number = default if default in term.numbers else next(iter(term.numbers))
+                values[term.name] = parent.numbered(number)
+                self._require(term.name, parent.when[0] if parent.when else (), values)

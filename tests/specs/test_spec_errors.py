@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from heddle.errors import HeddleErrors
-from heddle.specs import MIXERS, loads
+from heddle.specs import CHANNELS, MIXERS, loads
 
 GOOD = """\
 version: 1
@@ -108,9 +108,9 @@ ONE: list[tuple[str, str, str]] = [
     ),
     (
         "kind: gelu",
-        "kind: moe",
-        "a.yaml:14:23: blocks.full.channel.kind: there is no channel kind 'moe'   [unknown-kind]"
-        "  | known here: swiglu, gelu, relu2, none",
+        "kind: mlp",
+        "a.yaml:14:23: blocks.full.channel.kind: there is no channel kind 'mlp'   [unknown-kind]"
+        f"  | known here: {', '.join(CHANNELS)}",
     ),
     (
         "        kind: attention\n",
