@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from heddle.compose.build import build
 from heddle.compose.cache import Call
+from heddle.compose.hf.card import Card
+from heddle.compose.hf.export import export
 from heddle.compose.init import initialise
 from heddle.compose.mixers.layer_router import LayerRouterModule
 from heddle.compose.modules.layer import make_mixer
@@ -257,3 +259,10 @@ def test_the_example_is_built_trained_and_decoded(choice: int) -> None:
     texts = [model.generate(ids, use_cache=cached, **options) for cached in (True, False)]
     assert texts[0].shape == (2, 170)
     assert torch.equal(*texts)
+
+
+def test_the_example_is_exported(tmp_path: Path) -> None:
+    model = build(load(ROOT / "examples/specs/layer_router.yaml").spec.model).eval()
+    # The export is loaded in a clean process, and its logits compared.
+    found = export(model, tmp_path / "out", card=Card("router", "version: 1\n", license="apache-2.0"))
+    assert found.max_difference == 0.0

@@ -12,6 +12,8 @@ from torch.nn import functional as F
 
 from heddle.compose.build import build
 from heddle.compose.cache import Call
+from heddle.compose.hf.card import Card
+from heddle.compose.hf.export import export
 from heddle.compose.init import initialise
 from heddle.compose.mixers.parallel import ParallelModule
 from heddle.compose.mixers.token_router import TokenRouterModule
@@ -28,7 +30,15 @@ GDN: dict[str, Any] = {"kind": "gated_deltanet", "heads": HEADS}
 DECAY: dict[str, Any] = {"kind": "decay_attention", "heads": HEADS}
 SOFTMAX: dict[str, Any] = {"kind": "attention", "heads": HEADS, "rope": None}
 PAIRS = [[GDN, DECAY], [DECAY, GDN]]
-every_pair = pytest.mark.parametrize("mixers", PAIRS, ids=lambda pair: "+".join(one["kind"] for one in pair))
+WITH_SOFTMAX = [[SOFTMAX, GDN], [DECAY, SOFTMAX], [SOFTMAX, SOFTMAX]]
+
+
+def _named(pair: list[dict[str, Any]]) -> str:
+    return "+".join(one["kind"] for one in pair)
+
+
+every_pair = pytest.mark.parametrize("mixers", PAIRS + WITH_SOFTMAX, ids=_named)
+every_linear_pair = pytest.mark.parametrize("mixers", PAIRS, ids=_named)
 
 
 def router_of(mixers: list[dict[str, Any]], **fields: Any) -> Any:
@@ -98,7 +108,23 @@ def deltanet_oracle(mixer: Any, x: Tensor, written: Tensor) -> Tensor:
     return F.linear(torch.stack(outputs).view(*x.shape[:2], -1), mixer.o_proj.weight)
 
 
-ORACLES = {"gated_deltanet": deltanet_oracle, "decay_attention": decay_oracle}
+def softmax_oracle(mixer: Any, x: Tensor, written: Tensor) -> Tensor:
+    q, k, v = (
+        F.linear(x, one.weight).unflatten(-1, (HEADS, DIM))
+        for one in (mixer.q_proj, mixer.k_proj, mixer.v_proj)
+    )
+    outputs = []
+    for b in range(x.shape[0]):
+        for t in range(x.shape[1]):
+            scores = torch.exp(torch.einsum("jhd,hd->jh", k[b, : t + 1], q[b, t]) * DIM**-0.5)
+            # Its own key a token sees in any case.
+            kept = torch.cat((written[b, :t], torch.ones(1)))
+            p = scores * kept[:, None] / (scores * kept[:, None]).sum(0)
+            outputs.append(torch.einsum("jh,jhd->hd", p, v[b, : t + 1]).flatten())
+    return F.linear(torch.stack(outputs).view(*x.shape[:2], -1), mixer.o_proj.weight)
+
+
+ORACLES = {"gated_deltanet": deltanet_oracle, "decay_attention": decay_oracle, "attention": softmax_oracle}
 
 
 @every_pair
@@ -141,11 +167,29 @@ def test_all_tokens_to_the_first_mixer_is_parallel_with_the_second_never_written
         outputs = [parallel.mixers[0](x, whole()), parallel.mixers[1](x, never)]
         m = torch.tensor([1.0, 0.0], dtype=torch.float64).expand(2, LENGTH, 2)
         assert (router.answer(x, whole(), m) - parallel.merged(x, outputs)).abs().max() < EXACT
-    # What a linear memory never wrote it does not answer.
-    assert outputs[1].abs().max() < EXACT
+    # What a linear memory never wrote it does not answer; a softmax sees its own token.
+    assert (outputs[1].abs().max() < EXACT) == (mixers[1]["kind"] != "attention")
 
 
-@every_pair
+def test_the_gradient_of_a_softmax_is_that_of_weights_of_keys_and_hidden_ones_have_none() -> None:
+    router, x, aim = router_of([SOFTMAX, GDN]), noise(2, LENGTH, HIDDEN), noise(2, LENGTH, HIDDEN, seed=7)
+    m = fixed_routes().requires_grad_()
+    softmax, first = router.mixers[0], m[..., 0].detach()
+    call = Call(whole().positions, written=m[..., 0])
+    (gradient,) = torch.autograd.grad((softmax(x, call) * aim).sum(), m)
+    step = 1e-5
+    for place in [(0, 0), (0, 3), (0, 15), (1, 1), (1, 10), (1, 22)]:
+        offset = torch.zeros_like(first)
+        offset[place] = step
+        with torch.no_grad():
+            up, down = ((softmax_oracle(softmax, x, first + sign * offset) * aim).sum() for sign in (1, -1))
+        assert gradient[..., 0][place].item() == pytest.approx(
+            (up - down).item() / (2 * step), rel=1e-6, abs=1e-8
+        )
+    assert gradient[..., 0][first == 0].abs().max() == 0
+
+
+@every_linear_pair
 def test_the_gradient_of_the_routes_is_that_of_real_valued_ones(mixers: list[dict[str, Any]]) -> None:
     router, x, aim = router_of(mixers), noise(2, LENGTH, HIDDEN), noise(2, LENGTH, HIDDEN, seed=7)
     m = torch.rand(2, LENGTH, 2, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
@@ -342,3 +386,10 @@ def test_a_cache_of_two_softmax_mixers_is_cropped_unless_a_chunk_is_open(chunk: 
     call = whole(LENGTH - 12, 12)
     call.cache = cache
     assert (router(x[:, 12:], call) - expected).abs().max() < EXACT
+
+
+def test_the_example_is_exported(tmp_path: Path) -> None:
+    model = build(load(ROOT / "examples/specs/token_router.yaml").spec.model).eval()
+    # The export is loaded in a clean process, and its logits compared.
+    found = export(model, tmp_path / "out", card=Card("router", "version: 1\n", license="apache-2.0"))
+    assert found.max_difference == 0.0
