@@ -73,9 +73,9 @@ class _Steps:
     ) -> None:
         self.parameter, self.free, self.length = parameter, free, length
         name = parameter.name
-        self.tested = [{one.condition[1]} for one in parameters if one.condition and one.condition[0] == name]
-        terms = [term for one in parameters for way in one.when for term in way if term.name == name]
-        self.tested += [term.numbers for term in terms]
+        terms = [term.numbers for one in parameters for way in one.when for term in way if term.name == name]
+        inside = [one.condition[1] for one in parameters if one.condition and one.condition[0] == name]
+        self.tested = [*terms, *(frozenset[int | None]({option}) for option in inside)]
         self.classes = self._classes()
 
     def after(self, state: _State) -> Iterator[tuple[_State, float]]:
