@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,7 @@ from heddle.compose.mixers.head_split import HeadSplitModule
 from heddle.compose.plan import plan
 from heddle.errors import HeddleErrors
 from heddle.specs import MIXERS, ModelSpec, load, loads, spec_hash
-from heddle.specs.kinds import Handed, Reference
 from heddle.specs.layer import Site as SpecSite
-from heddle.specs.mixers.attention import Attention
-from heddle.specs.mixers.gated_deltanet import GatedDeltaNet
-from heddle.specs.mixers.head_split import HeadSplit
 
 ROOT = Path(__file__).parents[2]
 HIDDEN, LENGTH = 48, 21
@@ -180,20 +175,34 @@ def test_costs_are_those_of_the_two_at_their_sizes() -> None:
     assert len(split_of([DECAY | {"form": "retnet"}, DECAY], 0.5).sights(SITE)) == 8
 
 
-def test_what_is_taken_from_an_earlier_layer_has_the_shape_of_the_heads_that_are_left() -> None:
-    class Giving(Attention):
-        def offers(self, site: SpecSite) -> Mapping[Handed, tuple[int, ...]]:
-            sized = self.resolved(site)
-            assert sized.kv_heads is not None
-            assert sized.head_dim is not None
-            return {"keys": (sized.kv_heads, sized.head_dim)}
+def taking(kv_heads: int) -> ModelSpec:
+    """A layer of whole attention, and a split one whose attention reads the keys of the first."""
+    pair = [SOFTMAX | {"keys_from": "full"}, GDN]
+    blocks = {
+        "full": {
+            "mixer": {"kind": "attention", "heads": 4, "kv_heads": kv_heads, "head_dim": 6},
+            "channel": {"kind": "none"},
+        },
+        "split": {"mixer": {"kind": "head_split", "mixers": pair, "share": 0.5}, "channel": {"kind": "none"}},
+    }
+    sizes = {"vocab_size": 9, "hidden_size": HIDDEN, "blocks": blocks, "layers": ["full", "split"]}
+    return ModelSpec.model_validate(sizes)
 
-    pair = [Giving(heads=8, kv_heads=4), GatedDeltaNet(heads=8)]
-    spec = HeadSplit.model_construct(kind="head_split", mixers=pair, share=0.5)
-    reference = Reference("mixers.0.from", "earlier", "keys")
-    assert spec.misfit(reference, Giving(heads=4, kv_heads=2, head_dim=6), SITE) is None
-    wrong = spec.misfit(reference, Giving(heads=8, kv_heads=4), SITE)
-    assert wrong == "the keys of earlier are 4 x 6 a token, and 2 x 6 are needed"
+
+def test_keys_of_an_earlier_layer_have_the_shape_of_the_heads_that_are_left() -> None:
+    model = build(taking(kv_heads=2), dtype=torch.float64).eval()
+    ids = torch.arange(40).view(2, 20) % 9
+    pieces, cache = [], None
+    for start, end in ((0, 11), (11, 12), (12, 20)):
+        out = model(ids[:, start:end], past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        pieces.append(out.logits)
+    assert (torch.cat(pieces, dim=1) - model(ids, use_cache=False).logits).abs().max() < EXACT
+    with pytest.raises(HeddleErrors) as caught:
+        plan(taking(kv_heads=4))
+    (error,) = caught.value.errors
+    assert (error.code, error.where.path) == ("reference-mismatch", "layers.1.mixer.mixers.0.keys_from")
+    assert "the keys of full are 4 x 6 a token, and 2 x 6 are needed" in error.what
 
 
 TEXT = (ROOT / "examples/specs/head_split.yaml").read_text()
