@@ -69,14 +69,12 @@ class HeadSplit(CompositeMixer):
             return []
         (one, own), (other, others) = ((part.kind, _groups(part)) for part in headed)
         what = f"{first} heads cannot be shared out: {one} has {own} groups of them and {other} {others}"
-        return [
-            Problem(
-                "share",
-                what,
-                "two groups that fit at least: more heads, or more key and value heads",
-                "out-of-range",
-            )
-        ]
+        hint = (
+            "more kv_heads: a group, the heads of one of them, is not torn"
+            if first > 1
+            else "at least 2 heads"
+        )
+        return [Problem("share", what, hint, "out-of-range")]
 
     def runtime(self, site: Site) -> dict[str, Any]:
         # The mixers have their own counts of heads by then.
