@@ -11,16 +11,17 @@ from heddle.specs.base import Schema
 from heddle.specs.check_options import Context, option_findings
 from heddle.specs.checks import reach_problems, search_findings, vocabulary_findings
 from heddle.specs.explain import Finding, check_fields, shown, without_echoes
+from heddle.specs.migrate import migrated
 from heddle.specs.model import ModelSpec
 from heddle.specs.model_parts import ModelParts, check_parts
 from heddle.specs.open_values import MODEL, OpenValues, find_open_values
 from heddle.specs.pattern import expand_layers
 from heddle.specs.placement import find_placement
 from heddle.specs.places import Places
-from heddle.specs.reader import MAX_ERRORS, Document, Path_
+from heddle.specs.reader import HOLE, MAX_ERRORS, Document, Path_
 from heddle.specs.recipe import DataSpec, TrainSpec
 from heddle.specs.short_forms import full_search
-from heddle.specs.spec import VERSION, Spec
+from heddle.specs.spec import Spec
 
 SECTIONS: tuple[tuple[str, type[Schema]], ...] = (
     ("model", ModelSpec),
@@ -45,13 +46,14 @@ def check_file(document: Document) -> Checked:
     Raises:
         HeddleErrors: all there are, sorted by place.
     """
-    _check_version(document)
+    _check_mapping(document)
+    document, wrong_version = migrated(document)
     found = find_open_values(document)
     found.placement = find_placement(found)
     moves: dict[Path_, Path_] = {}
     data = document.data
     search, findings, search_moves = full_search(data.get("search"))
-    findings = [one.below(("search",)) for one in findings]
+    findings = [*wrong_version, *(one.below(("search",)) for one in findings)]
     moves |= {("search", *path): ("search", *source) for path, source in search_moves.items()}
     fields, wrong = check_fields(
         Spec, data if search is None else {**data, "search": search}, leave=("model",)
@@ -71,9 +73,9 @@ def check_file(document: Document) -> Checked:
     places = found.places(moves)
     # These speak of the file as it is, the others of the data that was made of it.
     in_file = without_echoes(found.findings) + option_findings(found, parts, context)
-    if findings or in_file:
+    if findings or in_file or document.errors:
         errors = [*map(places.error, without_echoes(findings)), *map(found.places({}).error, in_file)]
-        raise HeddleErrors(_sorted(errors))
+        raise HeddleErrors(_sorted([*document.errors, *errors]))
     spec = Spec.model_validate({**fields, "model": ModelSpec.model_validate(model)})
     return Checked(spec, tuple(_warnings(found, spec, places)), found, places)
 
@@ -92,25 +94,20 @@ def check_model(model: Any, places: Places) -> ModelSpec:
     return ModelSpec.model_construct(**parts.fields, blocks=blocks, layers=parts.layers)
 
 
-def _check_version(document: Document) -> None:
-    """Nothing else can be said of a file in a language that is not known."""
-    data, where = document.data, document.where
-    if not isinstance(data, dict):
-        got = "the file is empty" if data is None else f"this is {shown(data)}"
-        error = HeddleError(
-            "wrong-type", f"a spec is a mapping, and {got}", where=where(()), hint="heddle init writes one"
-        )
-    elif "version" not in data:
-        hint = f"begin the file with version: {VERSION}"
-        error = HeddleError("missing-field", "'version' is missing", where=where(("version",)), hint=hint)
-    elif data["version"] != VERSION or type(data["version"]) is not int:
-        what = f"version {shown(data['version'])} is not known; this heddle reads version {VERSION}"
-        error = HeddleError(
-            "version-not-supported", what, where=where(("version",)), hint=f"version: {VERSION}"
-        )
-    else:
+def _check_mapping(document: Document) -> None:
+    """Of what is no mapping nothing else can be said."""
+    data = document.data
+    if isinstance(data, dict):
         return
-    raise HeddleErrors([error])
+    errors = list(document.errors)
+    if data is not HOLE:
+        got = "the file is empty" if data is None else f"this is {shown(data)}"
+        where = document.where(())
+        told = HeddleError(
+            "wrong-type", f"a spec is a mapping, and {got}", where=where, hint="heddle init writes one"
+        )
+        errors.append(told)
+    raise HeddleErrors(errors)
 
 
 def _with_home(finding: Finding) -> Finding:

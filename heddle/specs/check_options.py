@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from heddle.specs.checks import block_problems, vocabulary_findings
-from heddle.specs.explain import HOLE, Finding, check_field
+from heddle.specs.explain import Finding, check_field
 from heddle.specs.kinds import Problem
 from heddle.specs.model import BlockSpec, ModelSpec
 from heddle.specs.model_kind import readout_problems
 from heddle.specs.model_parts import ModelParts, check_block, check_layers, override_findings
 from heddle.specs.open_values import MODEL, OpenValues
 from heddle.specs.parameter import Parameter, settings
-from heddle.specs.reader import MAX_ERRORS, Path_
+from heddle.specs.reader import HOLE, MAX_ERRORS, Path_
 
 # Other settings that are tried before an option is called impossible, and for all options of a file together.
 TRIES = 200

@@ -10,7 +10,7 @@ from typing import Any
 from heddle.specs.base import nearest
 from heddle.specs.explain import Finding, shown
 from heddle.specs.parameter import Parameter, Term, Way, same
-from heddle.specs.reader import MAX_ERRORS, Path_, printable
+from heddle.specs.reader import HOLE, MAX_ERRORS, Path_, printable
 
 EXAMPLE = "when: {blocks.linear.mixer.kind: attention}"
 # More ways of being open than a file has reason for.
@@ -85,6 +85,8 @@ class Conditions:
         made.setdefault(name, self.parameters[path])
 
     def _ways(self, when: Any, path: Path_, parameter: Parameter) -> tuple[Way, ...] | None:
+        if when is HOLE or (isinstance(when, dict) and HOLE in when.values()):
+            return None
         if not isinstance(when, dict) or not when:
             what = f"when is a mapping of open values to what they must be, got {shown(when)}"
             self._fail(what, path, EXAMPLE)
@@ -133,6 +135,8 @@ class Conditions:
             self._fail(what, path, "a choice or an int", key=True)
             return None
         options = wanted if isinstance(wanted, list) else [wanted]
+        if HOLE in options:
+            return None
         if not options:
             self._fail("there is no value in this list", path, EXAMPLE)
         found: list[Way] = []

@@ -16,16 +16,9 @@ from heddle.specs.base import NAME_HINT, Schema, nearest
 from heddle.specs.kinds import ChannelSpec, MixerSpec
 from heddle.specs.mixers import BROKEN
 from heddle.specs.model import CHANNELS, MIXERS
-from heddle.specs.reader import MAX_ERRORS, Path_, printable
+from heddle.specs.reader import HOLE, MAX_ERRORS, Path_, printable
 
 FORM_KEYS = ("choice", "int", "float", "placement")
-
-
-class Hole:
-    """Stands where a value is missing because of an error that is told already; nothing more is said about it."""
-
-
-HOLE = Hole()
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +143,10 @@ class _Walk:
         if kind == "union_tag_invalid":
             tag, tags = detail["ctx"]["tag"], _tags(spot.annotation)
             return Finding(
-                "unknown-kind", f"there is no {name} kind {tag!r}", (*spot.path, "kind"), _kind_hint(tag, tags)
+                "unknown-kind",
+                f"there is no {name} kind {tag!r}",
+                (*spot.path, "kind"),
+                _kind_hint(tag, tags),
             )
         if spot.is_key:
             return Finding("out-of-range", f"{shown(value)} is not a name", spot.path, NAME_HINT, key=True)
@@ -276,6 +272,7 @@ def _type_hint(kind: str, value: Any, annotation: Any) -> str | None:
 
 def shown(value: Any) -> str:
     """A value as an error quotes it: short, and safe to print."""
+    assert value is not HOLE
     if value is None:
         return "null"
     if isinstance(value, bool):

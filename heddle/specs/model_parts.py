@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from heddle.specs.checks import block_findings, layer_findings, name_findings
-from heddle.specs.explain import HOLE, Finding, check_field, check_fields, check_schema, missing, shown
+from heddle.specs.explain import Finding, check_field, check_fields, check_schema, missing, shown
 from heddle.specs.layer import OneLayer, Repeat
 from heddle.specs.model import MAX_BLOCKS, BlockSpec, ModelSpec
 from heddle.specs.model_kind import readout_problems
 from heddle.specs.pattern import overridden
-from heddle.specs.reader import MAX_ERRORS, Path_
+from heddle.specs.reader import HOLE, MAX_ERRORS, Path_
 
 PARTS = ("blocks", "layers")
 

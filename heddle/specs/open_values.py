@@ -7,10 +7,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from heddle.specs.conditions import Conditions
-from heddle.specs.explain import HOLE, Finding, meant, shown
+from heddle.specs.explain import Finding, meant, shown
 from heddle.specs.parameter import Parameter, same
 from heddle.specs.places import Places
-from heddle.specs.reader import MAX_ERRORS, Document, Path_, dotted
+from heddle.specs.reader import HOLE, MAX_ERRORS, Document, Path_, dotted
 from heddle.specs.space import Placement, Space
 
 FORMS: dict[str, tuple[str, ...]] = {
@@ -200,6 +200,8 @@ def _forms_in(data: Any, path: Path_) -> Iterator[Path_]:
 
 
 def _choices(found: OpenValues, options: Any, path: Path_) -> tuple[Any, ...] | None:
+    if options is HOLE:
+        return None
     if not isinstance(options, list) or not options:
         found.fail(
             "bad-space", f"a choice is a list of options, got {shown(options)}", path, "{choice: [1, 2]}"
@@ -216,6 +218,8 @@ def _choices(found: OpenValues, options: Any, path: Path_) -> tuple[Any, ...] | 
 
 
 def _ends(found: OpenValues, form: str, ends: Any, path: Path_) -> tuple[float, float] | None:
+    if ends is HOLE or (isinstance(ends, list) and HOLE in ends):
+        return None
     kinds, numbers = ((int,), "whole numbers") if form == "int" else ((int, float), "numbers")
     if not isinstance(ends, list) or len(ends) != 2 or any(type(end) not in kinds for end in ends):
         example = "{int: [1, 8]}" if form == "int" else "{float: [0.1, 0.9]}"
@@ -233,6 +237,8 @@ def _ends(found: OpenValues, form: str, ends: Any, path: Path_) -> tuple[float, 
 
 def _int(found: OpenValues, data: dict[str, Any], path: Path_, parameter: Parameter) -> Parameter | None:
     step = data.get("step")
+    if HOLE in (step, data.get("log")):
+        return None
     if step is None:
         return _logged(found, data, path, parameter)
     if type(step) is not int or step < 1:
@@ -246,6 +252,8 @@ def _int(found: OpenValues, data: dict[str, Any], path: Path_, parameter: Parame
 
 def _logged(found: OpenValues, data: dict[str, Any], path: Path_, parameter: Parameter) -> Parameter | None:
     log = data.get("log", False)
+    if log is HOLE:
+        return None
     if not isinstance(log, bool):
         found.fail("wrong-type", f"expected true or false, got {shown(log)}", (*path, "log"))
         return None

@@ -11,7 +11,7 @@ from heddle.specs.checks import unknown_block
 from heddle.specs.explain import meant, shown
 from heddle.specs.layer import MAX_LAYERS
 from heddle.specs.open_values import PLACEMENT, OpenValues
-from heddle.specs.reader import MAX_ERRORS, Path_
+from heddle.specs.reader import HOLE, MAX_ERRORS, Path_
 from heddle.specs.space import Placement
 
 MAX_BLOCKS_PLACED = 16
@@ -30,6 +30,8 @@ def find_placement(found: OpenValues) -> Placement | None:
     length = _length(found, data["length"]) if "length" in data else None
     of = _names(found, data["of"], model.get("blocks")) if "of" in data else None
     count = data.get("count", {})
+    if count is HOLE:
+        return None
     if not isinstance(count, dict):
         what = f"expected a mapping of blocks to counts, got {shown(count)}"
         found.fail("wrong-type", what, (*PLACEMENT, "count"), "count: {full: {int: [1, 4]}}")
@@ -56,6 +58,8 @@ def _fields(found: OpenValues, layers: dict[str, Any]) -> dict[str, Any] | None:
             what = f"there is no field {shown(key)} beside placement"
             found.fail("unknown-field", what, (*PLACEMENT[:-1], key), EXAMPLE, key=True)
     data = layers["placement"]
+    if data is HOLE:
+        return None
     if not isinstance(data, dict):
         found.fail("wrong-type", f"expected a mapping, got {shown(data)}", PLACEMENT, EXAMPLE)
         return None
@@ -72,6 +76,8 @@ def _fields(found: OpenValues, layers: dict[str, Any]) -> dict[str, Any] | None:
 def _length(found: OpenValues, length: Any) -> int | None:
     if type(length) is int and 1 <= length <= MAX_LAYERS:
         return length
+    if length is HOLE:
+        return None
     hint = "search each depth by a file of its own" if isinstance(length, dict) else None
     what = f"length is a whole number from 1 to {MAX_LAYERS:,}, got {shown(length)}"
     found.fail("bad-placement", what, (*PLACEMENT, "length"), hint)
@@ -80,6 +86,8 @@ def _length(found: OpenValues, length: Any) -> int | None:
 
 def _names(found: OpenValues, of: Any, blocks: Any) -> list[str] | None:
     path: Path_ = (*PLACEMENT, "of")
+    if of is HOLE or (isinstance(of, list) and HOLE in of):
+        return None
     if not isinstance(of, list) or not all(isinstance(name, str) for name in of):
         found.fail(
             "bad-placement", f"`of` is a list of block names, got {shown(of)}", path, "of: [linear, full]"
@@ -106,7 +114,7 @@ def _count(found: OpenValues, name: str, value: Any, of: list[str]) -> int | str
         hint = f"did you mean {close}?" if close else f"`of` has {', '.join(of)}"
         found.fail("bad-placement", f"{shown(name)} is not in `of`", path, hint, key=True)
         return None
-    if path in found.broken:
+    if path in found.broken or value is HOLE:
         return None
     parameter = found.parameters.get(path)
     ends = [value] if parameter is None else list(parameter.choices or (parameter.low, parameter.high))

@@ -44,6 +44,13 @@ Path_ = tuple[str | int, ...]
 Mark = tuple[int, int]
 
 
+class Hole:
+    """Stands where a value is missing because of an error that is told already; nothing more is said about it."""
+
+
+HOLE = Hole()
+
+
 @dataclass(frozen=True)
 class Source:
     """A text and its name."""
@@ -76,12 +83,17 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """Plain data, and the place of each key and value by path."""
+    """Plain data, and the place of each key and value by path.
+
+    `errors` are those of single keys and values, which hide none of the others: data has the first of two equal keys, and
+    a hole for a value that is none.
+    """
 
     data: Any
     source: Source
     keys: dict[Path_, Mark] = field(repr=False)
     values: dict[Path_, Mark] = field(repr=False)
+    errors: tuple[HeddleError, ...] = ()
 
     def where(self, path: Path_, *, key: bool = False) -> Where:
         """The place of the value at `path` (of its key with `key`), or of the nearest thing around it."""
@@ -132,10 +144,10 @@ def read(source: Path) -> Document:
 
 
 def parse(text: str, *, file: str = "<string>") -> Document:
-    """The document in a string of YAML 1.2 or JSON.
+    """The document in a string of YAML 1.2 or JSON; duplicate-key, out-of-range and the like are among its `errors`.
 
     Raises:
-        HeddleErrors: syntax, too-deep, tag-not-allowed, duplicate-key, out-of-range, file-too-large.
+        HeddleErrors: syntax, too-deep, tag-not-allowed, file-too-large.
     """
     if len(text) > MAX_BYTES:
         raise _failure("file-too-large", f"more than {MAX_BYTES:,} characters", Where(file=file))
@@ -225,7 +237,7 @@ _FLOAT = re.compile(
 
 
 class _Builder:
-    """Parser events into plain data; the errors of values and keys are told in one go."""
+    """Parser events into plain data; the errors of values and keys are collected."""
 
     def __init__(self, source: Source) -> None:
         self.source = source
@@ -243,9 +255,7 @@ class _Builder:
                     raise _failure("syntax", "a second document; a spec is one", self._at(event))
             elif isinstance(event, (ScalarEvent, CollectionStartEvent)):
                 data = self._value(event, ())
-        if self.errors:
-            raise HeddleErrors(self.errors[:MAX_ERRORS])
-        return Document(data, self.source, self.keys, self.values)
+        return Document(data, self.source, self.keys, self.values, tuple(self.errors[:MAX_ERRORS]))
 
     def _guarded(self) -> Iterator[Any]:
         depth = 0
@@ -317,14 +327,14 @@ class _Builder:
             number = float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
             if not math.isfinite(number):
                 self._fail("out-of-range", f"{text} is not a finite number", event, path)
-                return 0.0
+                return HOLE
             return number
         return self._text(event, path)
 
-    def _int(self, text: str, event: Any, path: Path_) -> int:
+    def _int(self, text: str, event: Any, path: Path_) -> int | Hole:
         if len(text) > MAX_DIGITS:
             self._fail("out-of-range", f"a number of {len(text.lstrip('+-'))} digits", event, path)
-            return 0
+            return HOLE
         return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
 
     def _text(self, event: Any, path: Path_) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from heddle.specs.explain import HOLE, Finding, meant, shown
-from heddle.specs.reader import Path_
+from heddle.specs.explain import Finding, meant, shown
+from heddle.specs.reader import HOLE, Path_
 from heddle.specs.search import PHASES, TASKS
 
 
@@ -24,6 +24,9 @@ def full_search(search: Any) -> tuple[Any, list[Finding], dict[Path_, Path_]]:
         if isinstance(search.get(key), list):
             made[key] = []
             for index, item in enumerate(search[key]):
+                if item is HOLE or (isinstance(item, dict) and HOLE in item.values()):
+                    made[key].append(HOLE)
+                    continue
                 full = _full(item, tag, names)
                 path = (key, index)
                 if isinstance(full, Finding):

@@ -572,25 +572,102 @@ def test_the_ends_of_a_range_are_checked() -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("", "a.yaml:1:1: a spec is a mapping, and the file is empty   [wrong-type]"),
-        ("- a", "a.yaml:1:1: a spec is a mapping, and this is a list   [wrong-type]"),
-        ("name: a", "a.yaml:1:1: version: 'version' is missing   [missing-field]"),
         (
-            "version: 2",
-            "a.yaml:1:10: version: version 2 is not known; this heddle reads version 1   [version-not-supported]",
+            "",
+            "a.yaml:1:1: a spec is a mapping, and the file is empty   [wrong-type]  | heddle init writes one",
         ),
         (
-            "version: '1'",
-            "a.yaml:1:10: version: version '1' is not known; this heddle reads version 1   [version-not-supported]",
+            "- a",
+            "a.yaml:1:1: a spec is a mapping, and this is a list   [wrong-type]  | heddle init writes one",
         ),
-        (
-            "version: true",
-            "a.yaml:1:10: version: version true is not known; this heddle reads version 1   [version-not-supported]",
-        ),
+        (".inf", "a.yaml:1:1: .inf is not a finite number   [out-of-range]"),
     ],
 )
-def test_a_file_in_an_unknown_language_is_told_that_and_no_more(text: str, expected: str) -> None:
-    assert [one.split("  | ")[0] for one in heads(text)] == [expected]
+def test_what_is_no_mapping_is_told_that_and_no_more(text: str, expected: str) -> None:
+    assert heads(text) == [expected]
+
+
+@pytest.mark.parametrize(
+    ("version", "expected"),
+    [
+        ("", "a.yaml:1:1: version: 'version' is missing   [missing-field]  | begin the file with version: 1"),
+        (
+            "version: 2\n",
+            "a.yaml:1:10: version: version 2 is newer than this heddle; this heddle reads version 1"
+            "   [version-not-supported]  | pip install --upgrade heddle-lm, or version: 1",
+        ),
+        (
+            "version: 0\n",
+            "a.yaml:1:10: version: version 0 is not known; this heddle reads version 1   [version-not-supported]"
+            "  | version: 1",
+        ),
+        (
+            "version: '1'\n",
+            "a.yaml:1:10: version: version '1' is not known; this heddle reads version 1   [version-not-supported]"
+            "  | version: 1",
+        ),
+        (
+            "version: true\n",
+            "a.yaml:1:10: version: version true is not known; this heddle reads version 1   [version-not-supported]"
+            "  | version: 1",
+        ),
+        ("version: .nan\n", "a.yaml:1:10: version: .nan is not a finite number   [out-of-range]"),
+    ],
+)
+def test_an_unknown_version_hides_no_other_error(version: str, expected: str) -> None:
+    text = GOOD.replace("version: 1\n", version).replace("[linear, full]", "[linear, ful]")
+    line = 15 if version else 14
+    other = f"a.yaml:{line}:20: layers.1: there is no block 'ful'   [unknown-block]  | did you mean full?"
+    assert heads(text) == [expected, other]
+
+
+def test_a_key_that_stands_twice_and_an_impossible_number_hide_no_other_error() -> None:
+    text = GOOD.replace("name: good", "name: good\nname: g/ood").replace("heads: 4\n", "heads: .inf\n")
+    text = text.replace("tokens: 20M", "tokens: 123456789012345678901234").replace(
+        "[linear, full]", "[linear, ful]"
+    )
+    assert heads(text) == [
+        "a.yaml:3:1: name: 'name' stands here twice, first in line 2   [duplicate-key]",
+        "a.yaml:14:16: blocks.full.mixer.heads: .inf is not a finite number   [out-of-range]",
+        "a.yaml:16:20: layers.1: there is no block 'ful'   [unknown-block]  | did you mean full?",
+        "a.yaml:19:17: train.tokens: a number of 24 digits   [out-of-range]",
+    ]
+
+
+HOLES = [
+    ("[linear, full]", "[linear, .inf]", "layers.1"),
+    ("[linear, full]", "{placement: .nan}", "layers.placement"),
+    (
+        "[linear, full]",
+        "{placement: {length: .nan, of: [linear, full], count: {full: 1}}}",
+        "layers.placement.length",
+    ),
+    (
+        "[linear, full]",
+        "{placement: {length: 4, of: [linear, .nan], count: {full: 1}}}",
+        "layers.placement.of.1",
+    ),
+    ("[linear, full]", "{placement: {length: 4, of: [linear, full], count: .nan}}", "layers.placement.count"),
+    (
+        "[linear, full]",
+        "{placement: {length: 4, of: [linear, full], count: {full: .nan}}}",
+        "layers.placement.count.full",
+    ),
+    ("hidden_size: 256", "hidden_size: {choice: [256, .inf]}", "hidden_size.choice.1"),
+    ("hidden_size: 256", "hidden_size: {int: [256, .inf]}", "hidden_size.int.1"),
+    ("hidden_size: 256", "hidden_size: {int: [256, 512], step: .inf}", "hidden_size.step"),
+    ("hidden_size: 256", "hidden_size: {int: [256, 512], log: .inf}", "hidden_size.log"),
+    ("hidden_size: 256", "hidden_size: {choice: .inf}", "hidden_size.choice"),
+    ("train: {tokens: 20M}", "search: {tasks: [text, .inf], trials: 1}", "search.tasks.1"),
+    ("train: {tokens: 20M}", "search: {tasks: [text, mqar: .inf], trials: 1}", "search.tasks.1.mqar"),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "path"), HOLES, ids=[new for _, new, _ in HOLES])
+def test_an_impossible_number_is_told_once_wherever_it_stands(old: str, new: str, path: str) -> None:
+    with pytest.raises(HeddleErrors) as errors:
+        loads(GOOD.replace(old, new), file="a.yaml")
+    assert [(error.code, error.where.path) for error in errors.value.errors] == [("out-of-range", path)]
 
 
 def test_an_unused_block_is_a_warning() -> None:
