@@ -17,7 +17,12 @@ from heddle.specs.search import TASKS, Budget, PerDevice, SearchSpec
 from heddle.specs.spec import Spec
 
 ROOT = Path(__file__).parents[2]
-EXAMPLES = [*sorted((ROOT / "examples").rglob("*.yaml")), ROOT / "heddle/starter.yaml"]
+# The example of a plugin needs the plugin: tests/test_plugin.py.
+EXAMPLES = [
+    *sorted((ROOT / "examples").glob("*.yaml")),
+    *sorted((ROOT / "examples/specs").glob("*.yaml")),
+    ROOT / "heddle/starter.yaml",
+]
 every_example = pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 SCHEMAS = [Spec, ModelSpec, BlockSpec, DataSpec, TrainSpec, SearchSpec, Budget, PerDevice, *TASKS.values()]
 
