@@ -121,9 +121,10 @@ class HeddleModel(HeddlePreTrainedModel):
         for index in range(len(self.layers)):
             seen.append(x)
             out = self.layer_at(index)(x, call.at(None if cache is None else cache.layers[index], index))
-            x, *given = (out,) if isinstance(out, Tensor) else out
-            names = sorted(what for what, layer in self.wanted if layer == index)
-            call.handed.update({(what, index): value for what, value in zip(names, given, strict=True)})
+            x, given, losses, targets = (out, {}, [], []) if isinstance(out, Tensor) else out
+            call.handed.update({(what, index): value for what, value in given.items()})
+            call.losses += losses
+            call.targets += targets
             if index in self.handed_on:
                 call.handed[STREAM, index] = x
         for held in () if cache is None else cache.layers:

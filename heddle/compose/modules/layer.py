@@ -81,15 +81,17 @@ class HeddleLayer(GradientCheckpointingLayer):  # type: ignore[misc]
         self.channel = channel_module(self.channel_kind)(site, **fields)
         self.channel_post_norm = norm(has_channel and placement != "pre")
 
-    def forward(self, x: Tensor, call: Call) -> Tensor | tuple[Tensor, ...]:
-        """The stream after the layer; after it what the mixer hands on to later layers, in the order of their names.
+    def forward(self, x: Tensor, call: Call) -> Tensor | tuple[Tensor, dict[str, Any], list[Any], list[Any]]:
+        """The stream after the layer; with it, if there is any, what the mixer hands on to later layers, the auxiliary losses
+        and the shares with a target.
 
-        That is an output, because a layer that is run again by a checkpoint may write nothing outside of it.
+        They are outputs, because a layer that is run again by a checkpoint may write nothing outside of it.
         """
         call = call.at(call.cache)
-        call.given = {}
+        call.given, call.losses, call.targets = {}, [], []
         x = self.stream(x, call)
-        return (x, *(call.given[what] for what in sorted(call.given))) if call.given else x
+        told = (call.given, call.losses, call.targets)
+        return (x, *told) if any(told) else x
 
     def stream(self, x: Tensor, call: Call) -> Tensor:
         """The stream after the layer."""
