@@ -54,6 +54,7 @@ CODES: dict[str, int] = {
     "run-mismatch": BAD_INPUT,
     "run-locked": FAILED,
     "disk-full": FAILED,
+    "system-error": FAILED,
     "loss-not-finite": FAILED,
     "out-of-memory": FAILED,
     "worker-died": FAILED,
