@@ -16,6 +16,9 @@ MIXER_CASES: list[dict[str, Any]] = [
     {"kind": "attention", "heads": 4},
     {"kind": "attention", "heads": 8, "kv_heads": 2, "qk_norm": True, "gate": True, "window": 9},
     {"kind": "attention", "heads": 4, "window": 1},
+    {"kind": "attention", "heads": 4, "kv_heads": 2, "selection": {"block": 8, "count": 4}},
+    {"kind": "attention", "heads": 4, "selection": {"block": 4, "count": 5, "source": "pick"}},
+    {"kind": "attention", "heads": 4, "kv_heads": 2, "keys_from": "full", "bias": "all"},
     {"kind": "gated_deltanet", "heads": 2},
     {"kind": "gated_deltanet", "heads": 2, "value_heads": 6, "head_dim": 8, "value_dim": 16, "short_conv": 2},
     {"kind": "decay_attention", "heads": 4},
@@ -109,7 +112,9 @@ def test_resolving_changes_no_cost_and_leaves_nothing_open(fields: dict[str, Any
         assert of.flops(site, 100) == spec.flops(site, 100)
         assert of.prefill_flops(site, 100) == spec.prefill_flops(site, 100)
     open_still = [name for name, value in resolved.model_dump().items() if value is None]
-    assert set(open_still) <= {"rope", "window", "short_conv"}
+    assert set(open_still) <= {
+        *("rope", "window", "short_conv", "softcap", "keys_from", "values_from", "selection")
+    }
 
 
 @pytest.mark.parametrize(

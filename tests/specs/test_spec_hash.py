@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import pytest
@@ -253,6 +254,36 @@ CHANGES: list[tuple[str, Any]] = [
     ("blocks.a.mixer.qk_norm", True),
     ("blocks.a.mixer.gate", True),
     ("blocks.a.mixer.window", 8),
+    ("blocks.a.mixer.qk_norm", "full"),
+    ("blocks.a.mixer.causal", False),
+    ("blocks.a.mixer.scale", 0.1),
+    ("blocks.a.mixer.key_multiplier", 2.0),
+    ("blocks.a.mixer.softcap", 50.0),
+    ("blocks.a.mixer.sinks", True),
+    ("blocks.a.mixer.bias", "qkv"),
+    ("blocks.a.mixer.bias", "all"),
+    ("blocks.a.mixer.keys_from", "a"),
+    ("blocks.a.mixer.values_from", "a"),
+    ("blocks.a.mixer.selection", {}),
+    ("blocks.a.mixer.selection", {"block": 32}),
+    ("blocks.a.mixer.selection", {"count": 8}),
+    ("blocks.a.mixer.selection", {"sink": 2}),
+    ("blocks.a.mixer.selection", {"recent": 3}),
+    ("blocks.a.mixer.selection", {"source": "a"}),
+    ("blocks.a.mixer.rope", {"scaling": {"kind": "linear", "factor": 2.0}}),
+    ("blocks.a.mixer.rope", {"scaling": {"kind": "linear", "factor": 3.0}}),
+    ("blocks.a.mixer.rope", {"scaling": {"kind": "llama3", "factor": 2.0}}),
+    ("blocks.a.mixer.rope", {"scaling": {"kind": "llama3", "factor": 2.0, "low_frequency_factor": 2.0}}),
+    ("blocks.a.mixer.rope", {"scaling": {"kind": "llama3", "factor": 2.0, "high_frequency_factor": 8.0}}),
+    ("blocks.a.mixer.rope", {"scaling": {"kind": "llama3", "factor": 2.0, "original_length": 4096}}),
+    ("blocks.a.mixer.rope", {"scaling": {"kind": "yarn", "factor": 2.0, "original_length": 4096}}),
+    ("blocks.a.mixer.rope", {"scaling": {"kind": "yarn", "factor": 2.0, "original_length": 64}}),
+    ("blocks.a.mixer.rope", {"scaling": {"kind": "yarn", "factor": 2.0, "original_length": 64, "beta_fast": 16.0}}),
+    ("blocks.a.mixer.rope", {"scaling": {"kind": "yarn", "factor": 2.0, "original_length": 64, "beta_slow": 2.0}}),
+    (
+        "blocks.a.mixer.rope",
+        {"scaling": {"kind": "yarn", "factor": 2.0, "original_length": 64, "attention_factor": 1.0}},
+    ),
     ("blocks.g.mixer.heads", 4),
     ("blocks.g.mixer.value_heads", 4),
     ("blocks.g.mixer.head_dim", 16),
@@ -306,6 +337,9 @@ SAME: list[tuple[str, Any]] = [
     ("blocks.a.mixer.head_dim", 12),
     ("blocks.a.mixer.rope", {"theta": 10_000, "fraction": 1}),
     ("blocks.a.mixer.window", None),
+    ("blocks.a.mixer.scale", 12**-0.5),
+    ("blocks.a.mixer.bias", "none"),
+    ("blocks.a.mixer.rope", {"scaling": {"kind": "linear", "factor": 1.0}}),
     ("blocks.g.mixer.value_heads", 2),
     ("blocks.g.mixer.head_dim", 24),
     ("blocks.g.mixer.value_dim", 24),
@@ -347,6 +381,18 @@ def test_two_spellings_of_a_composite_mixer_have_one_hash(one: dict[str, Any], o
 def test_fractions_that_turn_the_same_dimensions_are_one_model() -> None:
     halves = [changed("blocks.a.mixer.rope", {"fraction": fraction}) for fraction in (0.5, 0.501)]
     assert hash_of(halves[0]) == hash_of(halves[1])
+
+
+def test_a_factor_of_yarn_written_out_is_the_one_that_follows() -> None:
+    scaling = {"kind": "yarn", "factor": 4.0, "original_length": 64}
+    written = scaling | {"attention_factor": 0.1 * math.log(4.0) + 1.0}
+    one, other = (hash_of(changed("blocks.a.mixer.rope", {"scaling": way})) for way in (scaling, written))
+    assert one == other
+
+
+def test_who_takes_blocks_chooses_none() -> None:
+    ways = ({"source": "a"}, {"source": "a", "sink": 3, "recent": 4})
+    assert len({hash_of(changed("blocks.a.mixer.selection", way)) for way in ways}) == 1
 
 
 def test_yaml_json_and_three_spellings_of_a_number_are_one_model() -> None:

@@ -32,12 +32,14 @@ def link_references(graph: Graph, locate: Locate) -> Graph:
 
     Raises:
         HeddleErrors: unknown-layer for a name that nothing has; reference-direction for one that stands only later;
-        reference-mismatch for a layer that has no such thing, or has it in another shape.
+        reference-mismatch for a layer that has no such thing, or has it in another shape, and for layers of a shared block
+        that would take from different ones.
     """
     layers, failures = layers_of(model_of(graph)), Failures("link_references", locate)
     found = links(layers)
     for link in found:
         _check(graph, link, layers, failures)
+    _check_shared(found, layers, failures)
     failures.check()
     made = with_nodes(graph, _resolved(graph, found, layers))
     for link in found:
@@ -66,6 +68,23 @@ def _check(graph: Graph, link: Link, layers: list[Layer], failures: Failures) ->
         wrong = node.spec.misfit(inner, source.spec, source.site)
         if wrong is not None:
             failures.add("reference-mismatch", wrong, path)
+
+
+def _check_shared(found: list[Link], layers: list[Layer], failures: Failures) -> None:
+    """One module runs at all layers of a shared block, and takes from one layer."""
+    first: dict[tuple[str, str], Link] = {}
+    for link in found:
+        layer = layers[link.layer]
+        if not layer.spec.shared or link.source is None:
+            continue
+        one = first.setdefault((layer.block, link.reference.field), link)
+        if one.source != link.source:
+            what = (
+                f"layers {one.layer} and {link.layer} share their weights, and would take {link.reference.what} "
+                f"from layers {one.source} and {link.source}"
+            )
+            path, hint = f"layers.{link.layer}.{link.reference.field}", "give one layer a name, and take from that"
+            failures.add("reference-mismatch", what, path, hint)
 
 
 def _resolved(graph: Graph, found: list[Link], layers: list[Layer]) -> dict[str, MixerBlock]:

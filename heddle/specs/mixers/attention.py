@@ -207,7 +207,9 @@ class Attention(HeadedMixer):
         return {name: value for name, value in data.items() if name not in LATER or value != defaults[name]}
 
     def canonical(self, site: Site) -> dict[str, Any]:
-        return {**self.runtime(site), "rope": self._rotation(site)}
+        data = {**self.runtime(site), "rope": self._rotation(site)}
+        # What is false counts as absent, and this is no absence.
+        return data if self.causal else {**data, "causal": "no"}
 
     def _rotation(self, site: Site) -> dict[str, Any] | None:
         """How keys turn, in one spelling."""
