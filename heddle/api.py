@@ -10,6 +10,7 @@ Heavy packages (torch, ray, transformers) are imported by the functions that nee
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
@@ -20,6 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 from heddle import doctor as _doctor
 from heddle import specs
 from heddle.compose.diagram import mermaid
+from heddle.compose.picture import svg
 from heddle.compose.plan import plan
 from heddle.dashboards import report as _report
 from heddle.errors import HeddleError
@@ -84,21 +86,36 @@ def show(path: Path | str, *, context: int | None = None, batch: int = 1) -> dic
         "hash": specs.spec_hash(model),
         "context": context,
         "batch": batch,
+        "space": _space(file),
         "parameters": planned.parameters,
+        "active_parameters": planned.active_parameters,
         "layers": [layer.summary(context, batch) for layer in planned.layers],
         "cost": planned.cost(context, batch),
     }
 
 
-def graph(path: Path | str, *, form: Literal["text", "mermaid"] = "text") -> str:
-    """The graph that a spec is compiled to: a line for each node, or a Mermaid flowchart.
+def _space(file: SpecFile) -> dict[str, Any]:
+    """How many values are open, the placement among them, and how many settings they have; null if nobody can count them."""
+    size = file.space.size()
+    count = len(file.space.parameters) + (file.space.placement is not None)
+    return {"open": count, "size": None if math.isinf(size) else int(size)}
+
+
+def graph(
+    path: Path | str, out: Path | str | None = None, *, form: Literal["text", "mermaid", "svg"] = "text"
+) -> str:
+    """The graph that a spec is compiled to: a line for each node, a Mermaid flowchart, or an SVG picture; written to `out`.
 
     Raises:
-        HeddleErrors: as `check`.
+        HeddleErrors: as `check`; "disk-full".
     """
     file = check(path)
     planned = plan(file.spec.model, where=file.where)
-    return mermaid(planned) if form == "mermaid" else f"{planned}\n"
+    drawn = {"mermaid": mermaid, "svg": svg}.get(form)
+    text = f"{planned}\n" if drawn is None else drawn(planned)
+    if out is not None:
+        write_whole(Path(out), text.encode())
+    return text
 
 
 def position_bias(path: Path | str, *, length: int | None = None) -> dict[str, Any]:

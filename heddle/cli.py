@@ -49,6 +49,7 @@ class GraphForm(StrEnum):
 
     text = "text"
     mermaid = "mermaid"
+    svg = "svg"
 
 
 SpecPath = Annotated[
@@ -121,7 +122,7 @@ def check(file: SpecPath, json: Json = False) -> None:
 
 @app.command(
     epilog=_example(
-        "heddle show spec.yaml --context 32768 --batch 8 --json", "heddle show spec.yaml --graph mermaid"
+        "heddle show spec.yaml --context 32768 --batch 8 --json", "heddle show spec.yaml --graph svg --out model.svg"
     )
 )
 def show(
@@ -129,12 +130,15 @@ def show(
     context: Context = None,
     batch: Batch = 1,
     graph: Annotated[
-        GraphForm | None, typer.Option(help="Show the compiled graph instead, as text or a flowchart.")
+        GraphForm | None, typer.Option(help="Show the compiled graph instead: as text, a flowchart or a picture.")
     ] = None,
     position_bias: Annotated[
         bool,
         typer.Option("--position-bias", help="Show which tokens the masks favour instead, before any training."),
     ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="File to write the graph to; the terminal if not given.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Show what a spec builds: parameters, FLOPs, cache and state bytes, per layer and in total."""
@@ -145,9 +149,14 @@ def show(
         terminal.show_json(bias) if json else terminal.show_position_bias(bias)
         return
     if graph is not None:
-        text = api.graph(file, form=graph.value)
-        terminal.show_json({"graph": text}) if json else typer.echo(text, nl=False)
+        text = api.graph(file, out, form=graph.value)
+        if out is not None:
+            terminal.next_steps(f"wrote {out}", [])
+        else:
+            terminal.show_json({"graph": text}) if json else typer.echo(text, nl=False)
         return
+    if out is not None:
+        raise HeddleError("bad-argument", "--out takes a graph", hint="--graph svg --out model.svg")
     summary = api.show(file, context=context, batch=batch)
     terminal.show_json(summary) if json else terminal.show_summary(summary)
 
@@ -303,12 +312,10 @@ def _tell(error: Exception, *, as_json: bool) -> int:
     """Say what went wrong, and give the exit status for it."""
     from heddle import terminal
 
-    if isinstance(error, HeddleError):
-        terminal.show_error(error, as_json=as_json)
-        return error.exit_status
-    if isinstance(error, OSError):
-        terminal.show_os_error(error)
-        return FAILED
+    known = terminal.os_error(error) if isinstance(error, OSError) else error
+    if isinstance(known, HeddleError):
+        terminal.show_error(known, as_json=as_json)
+        return known.exit_status
     if os.environ.get("HEDDLE_TRACEBACK"):
         raise error
     terminal.show_bug(error)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,7 +21,7 @@ from rich.table import Table
 from heddle.api import errors_as_data
 from heddle.dashboards import data, words
 from heddle.doctor import Diagnosis
-from heddle.errors import HeddleError
+from heddle.errors import NOWHERE, HeddleError, Where
 from heddle.search.record import Latency, Run, Trial
 from heddle.specs import Difference, SpecFile, expand_layers
 
@@ -67,11 +68,12 @@ def show_error(error: HeddleError, *, as_json: bool) -> None:
         console(stderr=True).print(str(error), soft_wrap=True)
 
 
-def show_os_error(error: OSError) -> None:
-    """A file or folder that cannot be read or written."""
-    named = f"{error.filename}: " if error.filename else ""
-    reason = "no space left on the disk" if error.errno == errno.ENOSPC else error.strerror or str(error)
-    console(stderr=True).print(f"{named}{reason}", soft_wrap=True)
+def os_error(error: OSError) -> HeddleError:
+    """A file or folder that cannot be read or written, as an error of ours."""
+    where = Where(file=str(error.filename)) if error.filename else NOWHERE
+    if error.errno == errno.ENOSPC:
+        return HeddleError("disk-full", "no space left on the disk", where=where, hint="free some, or name another disk")
+    return HeddleError("system-error", error.strerror or str(error), where=where)
 
 
 def show_bug(error: Exception) -> None:
@@ -106,7 +108,7 @@ def show_checked(file: SpecFile) -> None:
     """One line: the file is good, and how large its space is."""
     spec, size = file.spec, file.space.size()
     layers = len(expand_layers(spec.model))
-    space = "no search space" if size == 1 else f"a space of {words.count_text(size)} specs"
+    space = "no search space" if size == 1 else f"a space of {_size_text(size)}"
     console().print(f"{file.file}: ok – {spec.name}, {layers} layers, {space}")
 
 
@@ -115,7 +117,12 @@ def show_summary(summary: Mapping[str, Any]) -> None:
     screen = console()
     cost = summary["cost"]
     screen.print(f"{summary['name']}   hash {summary['hash']}", style="bold")
-    screen.print(f"context {summary['context']}, batch {summary['batch']}\n")
+    screen.print(f"context {summary['context']}, batch {summary['batch']}")
+    if summary["space"]["open"]:
+        size = summary["space"]["size"]
+        told = _size_text(math.inf if size is None else size)
+        screen.print(f"open values: {summary['space']['open']}, a space of {told}; shown at its defaults")
+    screen.print()
     # Eighty columns hold a row; a block with a long name is what folds in a narrower terminal.
     heads = ("#", "block", "mixer", "channel", *_COST_HEADS)
     table = _table(*heads, numeric=range(4, len(heads)), whole=(0, 2, 3))
@@ -128,10 +135,22 @@ def show_summary(summary: Mapping[str, Any]) -> None:
         "", "total", "", "", *_cost_cells({**cost, "parameters": summary["parameters"]}), style="bold"
     )
     screen.print(table)
+    if summary["active_parameters"] < summary["parameters"]:
+        active = words.count_text(summary["active_parameters"])
+        screen.print(f"a token meets {active} of the parameters: of routed experts those that it is sent to")
+    moved = [words.bytes_text(cost[key]) for key in ("decode_bytes", "prefill_bytes")]
+    screen.print(
+        f"training: {words.count_text(cost['train_flops_per_token'])} FLOPs per token; "
+        f"bytes moved: {moved[0]} a decode step, {moved[1]} a prefill"
+    )
     screen.print(
         "prefill, decode: FLOPs per token; total counts embeddings, the last norm and the head as well",
         style="dim",
     )
+
+
+def _size_text(size: float) -> str:
+    return "countless specs" if math.isinf(size) else f"{words.count_text(size)} specs"
 
 
 def show_position_bias(bias: Mapping[str, Any]) -> None:
@@ -235,7 +254,10 @@ def show_trained(run: TrainRun) -> None:
     """Where a trained model lies, its score, and how to export it."""
     name, score, metric = run.record["task"]["name"], run.score, run.record["task"]["metric"]
     loss = f"training loss {run.losses[-1]:.4f} nats at the end"
-    console().print(f"{name} {words.value_text(metric, score.value)} (standard error {score.se:.2g}); {loss}")
+    screen = console()
+    screen.print(f"{name} {words.value_text(metric, score.value)} (standard error {score.se:.2g}); {loss}")
+    for warning in run.warnings:
+        screen.print(f"warning: {warning}", style="yellow", soft_wrap=True)
     next_steps(f"wrote {run.path}", [f"heddle export {run.path} --out {run.path.name}-hf"])
 
 

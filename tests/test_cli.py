@@ -151,6 +151,9 @@ def test_show_prints_the_form_of_house(run: Heddle, spec: Path) -> None:
         "cache_bytes",
         "cache_bytes_per_token",
         "state_bytes",
+        "train_flops_per_token",
+        "decode_bytes",
+        "prefill_bytes",
     )
     assert set(cost) <= set(shown["cost"])
     assert shown["parameters"] > sum(layer["parameters"] for layer in shown["layers"]) > 0
@@ -162,6 +165,7 @@ def test_show_prints_a_table_to_a_person(run: Heddle, spec: Path) -> None:
     status, out, _ = run("show", spec)
     assert status == 0
     assert "total" in out
+    assert "a decode step" in out
     assert "gated_deltanet" in out
 
 
@@ -184,6 +188,21 @@ def test_show_draws_the_graph_as_text_and_as_a_flowchart(run: Heddle, spec: Path
     assert status == 0
     assert chart.startswith("flowchart TD")
     assert json.loads(run("show", spec, "--graph", "mermaid", "--json")[1]) == {"graph": chart}
+
+
+def test_show_draws_the_graph_as_a_picture_into_a_file(run: Heddle, spec: Path, tmp_path: Path) -> None:
+    status, drawn, _ = run("show", spec, "--graph", "svg")
+    assert status == 0
+    assert drawn.startswith("<svg ")
+    assert drawn.endswith("</svg>\n")
+    file = tmp_path / "drawn" / "model.svg"
+    status, out, _ = run("show", spec, "--graph", "svg", "--out", file)
+    assert status == 0
+    assert "wrote" in out
+    assert file.read_text() == drawn
+    status, _, err = run("show", spec, "--out", file)
+    assert status == 2
+    assert "--out takes a graph" in err
 
 
 def test_diff_tells_what_differs_and_that_nothing_does(run: Heddle, spec: Path) -> None:
@@ -331,3 +350,28 @@ def test_report_and_export_read_a_run(run: Heddle, search_run: Path, tmp_path: P
     status, _, err = run("export", search_run, "--trial", "first", "--out", tmp_path / "other")
     assert status == 2
     assert "[bad-argument]" in err
+
+
+def test_what_the_system_refuses_is_told_as_json_to_a_program(spec: Path, run: Heddle) -> None:
+    (spec.parent / "corpus.txt").write_text("words of a corpus " * 500)
+    status, out, err = run("train", spec, "--out", "/proc/no/such/folder", "--json")
+    assert (status, err) == (1, "")
+    (error,) = json.loads(out)["errors"]
+    assert json.loads(out)["ok"] is False
+    assert error["code"] == "system-error"
+    assert error["file"].startswith("/proc/no")
+    status, out, err = run("schema", "--out", "/proc/no/such/file")
+    assert (status, out) == (1, "")
+    assert err == "/proc/no/such/file: No such file or directory   [system-error]\n"
+
+
+def test_show_tells_how_much_is_open(spec: Path, run: Heddle) -> None:
+    assert json.loads(run("show", spec, "--json")[1])["space"] == {"open": 0, "size": 1}
+    assert "open values" not in run("show", spec)[1]
+    spec.write_text(PLAIN.replace("window: 16", "window: {int: [8, 16]}"))
+    assert json.loads(run("show", spec, "--json")[1])["space"] == {"open": 1, "size": 9}
+    assert "open values: 1, a space of 9 specs" in run("show", spec)[1]
+    spec.write_text(PLAIN.replace("hidden_size: 32", "hidden_size: 32\n  norm_eps: {float: [1.0e-6, 1.0e-5]}"))
+    assert json.loads(run("show", spec, "--json")[1])["space"] == {"open": 1, "size": None}
+    assert "a space of countless specs" in run("show", spec)[1]
+    assert "a space of countless specs" in run("check", spec)[1]

@@ -251,8 +251,9 @@ def _taken(graph: Graph, name: str) -> list[str]:
     told = {"share": "uses {}'s weight", "skip": "adds the stream of {}"}
     return [
         told.get(edge.kind, f"takes {edge.kind} of {{}}").format(first)
-        for first, second, edge in edges_of(graph)
-        if second == name and edge.kind != "stream"
+        for first, _, data in graph.in_edges(name, data=True)
+        for edge in data["edges"]
+        if edge.kind != "stream"
     ]
 
 
