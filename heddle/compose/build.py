@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 
 from heddle.compose.hf.config import HeddleConfig
-from heddle.compose.hf.encoder import Encoder, HeddleForMaskedLM, HeddleForSequenceClassification
+from heddle.compose.hf.encoder import HeddleForMaskedLM, HeddleForSequenceClassification
 from heddle.compose.hf.model import HeddleForCausalLM, HeddlePreTrainedModel
 from heddle.compose.plan import plan
 from heddle.errors import HeddleError
@@ -32,38 +32,38 @@ def build(
     seed: int = 0,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
-) -> HeddleForCausalLM:
-    """The causal language model of a resolved spec, with random weights that depend on `seed` alone.
+) -> HeddlePreTrainedModel:
+    """The model of a resolved spec, with random weights that depend on `seed` alone: a `HeddleForCausalLM`, or of an encoder a
+    `HeddleForSequenceClassification` if it has a readout and else a `HeddleForMaskedLM`.
 
     Weights are drawn on the CPU in float32, then moved: the same model on every device. "meta" draws nothing.
 
     Raises:
-        HeddleError: "bad-argument" for an encoder, and what planning the spec raises.
+        HeddleError: what planning the spec raises.
     """
+    kind: type[HeddlePreTrainedModel] = HeddleForCausalLM
     if model.kind == "encoder":
-        raise HeddleError("bad-argument", "this spec is of an encoder", hint="build_encoder(model)")
-    return _made(HeddleForCausalLM, config_for(model), seed, device, dtype)
+        kind = HeddleForMaskedLM if model.readout is None else HeddleForSequenceClassification
+    return _made(kind, config_for(model), seed, device, dtype)
 
 
-def build_encoder(
+def build_causal_lm(
     model: ModelSpec,
     *,
     seed: int = 0,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
-) -> Encoder:
-    """The encoder of a resolved spec: one that classifies sequences if it has a readout, else one with logits for every
-    token. Else as `build`.
+) -> HeddleForCausalLM:
+    """As `build`, for what works with causal language models alone.
 
     Raises:
-        HeddleError: "bad-argument" for a causal language model, and what planning the spec raises.
+        HeddleError: "bad-argument" for an encoder, and what planning the spec raises.
     """
-    if model.kind != "encoder":
-        raise HeddleError("bad-argument", "this spec is of a causal language model", hint="build(model)")
-    config = config_for(model)
-    if model.readout is None:
-        return _made(HeddleForMaskedLM, config, seed, device, dtype)
-    return _made(HeddleForSequenceClassification, config, seed, device, dtype)
+    if model.kind == "encoder":
+        raise HeddleError(
+            "bad-argument", "a causal language model is needed here, and this spec is of an encoder"
+        )
+    return _made(HeddleForCausalLM, config_for(model), seed, device, dtype)
 
 
 M = TypeVar("M", bound=HeddlePreTrainedModel)
@@ -82,8 +82,7 @@ def _made(
 
 def kernel_paths(model: ModelSpec, device: str | torch.device, dtype: torch.dtype) -> dict[str, str]:
     """Which code runs each kind of mixer: "triton", "torch" or "sdpa"; two of them where layers of a kind differ."""
-    made = build if model.kind == "causal_lm" else build_encoder
-    module = made(model, device="meta", dtype=dtype)
+    module = build(model, device="meta", dtype=dtype)
     where = torch.device(device)
     kinds = [layer["mixer"]["kind"] for layer in module.config.layers]
     mixers = [module.model.layer_at(index).mixer for index in range(len(kinds))]

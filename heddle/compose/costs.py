@@ -102,7 +102,7 @@ def ends_cost(model: ModelSpec, setting: Setting) -> dict[str, float]:
     else:
         # It works once for a sequence, and is spread over its tokens.
         flops = model.readout.flops(width, setting.context) / max(setting.context, 1)
-        head = model.readout.params(width)
+        head = model.readout.params(width) + (model.readout.width(width) + 1) * model.readout.classes
     weights = head + norm_parameters("rmsnorm", width)
     cost: dict[str, float] = {
         "prefill_flops_per_token": flops,

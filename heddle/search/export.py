@@ -7,7 +7,7 @@ from pathlib import Path
 
 from safetensors.torch import load_model
 
-from heddle.compose.build import build
+from heddle.compose.build import build_causal_lm
 from heddle.compose.hf.card import Card, LatencyRow, ScoreRow
 from heddle.compose.hf.export import ExportResult, export
 from heddle.compose.hf.model import HeddleForCausalLM
@@ -97,7 +97,7 @@ def _model(run: Run, trial: Trial, spec: Spec) -> HeddleForCausalLM:
             f" ({', '.join(str(number) for number in run.front) or 'empty'})",
             hint=f"train it again: {retrain_command(run, trial)}",
         )
-    model = build(spec.model)
+    model = build_causal_lm(spec.model)
     load_model(model, path)
     model.eval()
     return model

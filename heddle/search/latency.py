@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from heddle.compose.build import build, kernel_paths
+from heddle.compose.build import build_causal_lm, kernel_paths
 from heddle.compose.memory import memory_told
 from heddle.search import environment
 from heddle.search.record import Latency
@@ -246,7 +246,7 @@ class _Step:
     """One model ready to be timed: `run()` does the work once and gives the milliseconds it took."""
 
     def __init__(self, spec: ModelSpec, place: Place, device: str, dtype: torch.dtype) -> None:
-        self._model = build(spec, seed=0, device=device, dtype=dtype).eval()
+        self._model = build_causal_lm(spec, seed=0, device=device, dtype=dtype).eval()
         length = 1 if place.phase == "decode" else place.context
         generator = torch.Generator().manual_seed(0)
         shape = (place.batch, length)

@@ -15,12 +15,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, AutoTokenizer
 
 from heddle import api
-from heddle.compose.build import build, build_encoder, config_for, kernel_paths
+from heddle.compose.build import build, build_causal_lm, config_for, kernel_paths
 from heddle.compose.diagram import mermaid
 from heddle.compose.hf.card import Card
 from heddle.compose.hf.config import HeddleConfig
-from heddle.compose.hf.encoder import Encoder, HeddleForMaskedLM, HeddleForSequenceClassification
+from heddle.compose.hf.encoder import HeddleForMaskedLM, HeddleForSequenceClassification
 from heddle.compose.hf.export import export, is_export
+from heddle.compose.hf.model import HeddleForCausalLM
 from heddle.compose.modules.readout import EfficientProbing, readout_module
 from heddle.compose.plan import plan
 from heddle.errors import HeddleError
@@ -55,9 +56,9 @@ def spec_of(name: str, **fields: Any) -> ModelSpec:
     return ModelSpec.model_validate(sizes | layers | fields)
 
 
-def encoder_of(name: str, dtype: torch.dtype = torch.float64, **fields: Any) -> Encoder:
+def encoder_of(name: str, dtype: torch.dtype = torch.float64, **fields: Any) -> Any:
     """An encoder whose weights are large enough for every part to count."""
-    model = build_encoder(spec_of(name, **fields), dtype=torch.float64).eval()
+    model = build(spec_of(name, **fields), dtype=torch.float64).eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for path, parameter in model.named_parameters():
@@ -262,7 +263,7 @@ def test_auxiliary_losses_join_the_loss_of_an_encoder() -> None:
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_plan_counts_every_parameter(name: str, tied: bool) -> None:
     spec = spec_of(name, tie_embeddings=tied)
-    built = build_encoder(spec, device="meta")
+    built = build(spec, device="meta")
     assert plan(spec).parameters == sum(parameter.numel() for parameter in built.parameters())
     ends = 0 if name == "masked" else CLASSES * (built.classifier.in_features + 1)
     nodes = {path: data["node"] for path, data in plan(spec).graph.nodes(data=True)}
@@ -319,7 +320,7 @@ def test_an_encoder_survives_saving_and_loading(name: str, tmp_path: Path) -> No
 
 @every_encoder
 def test_an_encoder_is_built_and_run_on_the_meta_device(name: str) -> None:
-    model = build_encoder(spec_of(name), device="meta", dtype=torch.bfloat16)
+    model = build(spec_of(name), device="meta", dtype=torch.bfloat16)
     ids = torch.zeros(2, 9, dtype=torch.int64, device="meta")
     logits = model(ids).logits
     assert logits.is_meta
@@ -358,21 +359,23 @@ def test_an_encoder_runs_in_bfloat16_and_under_autocast(name: str) -> None:
 
 
 def test_the_weights_depend_on_the_seed_alone() -> None:
-    first, again, other = (build_encoder(spec_of("ep"), seed=seed) for seed in (1, 1, 2))
+    first, again, other = (build(spec_of("ep"), seed=seed) for seed in (1, 1, 2))
     for path, weight in first.state_dict().items():
         assert torch.equal(weight, again.state_dict()[path]), path
     assert not torch.equal(first.readout.queries, other.readout.queries)
     assert first.readout.queries.std().item() == pytest.approx(0.02, rel=0.2)
-    assert build_encoder(spec_of("cls")).readout.token.std().item() == pytest.approx(0.02, rel=0.5)
+    assert build(spec_of("cls")).readout.token.std().item() == pytest.approx(0.02, rel=0.5)
 
 
-def test_each_kind_of_model_has_its_own_builder() -> None:
+def test_each_kind_of_model_has_its_own_class() -> None:
+    assert isinstance(build(spec_of("masked")), HeddleForMaskedLM)
+    assert isinstance(build(spec_of("ep")), HeddleForSequenceClassification)
+    causal = spec_of("masked", kind="causal_lm", layers=["linear"], blocks={"linear": LINEAR})
+    assert isinstance(build(causal), HeddleForCausalLM)
+    assert isinstance(build_causal_lm(causal), HeddleForCausalLM)
     with pytest.raises(HeddleError, match="encoder") as told:
-        build(spec_of("ep"))
+        build_causal_lm(spec_of("ep"))
     assert told.value.code == "bad-argument"
-    with pytest.raises(HeddleError, match="causal"):
-        build_encoder(spec_of("masked", kind="causal_lm", layers=["linear"]))
-    assert isinstance(build_encoder(spec_of("masked")), HeddleForMaskedLM)
     with pytest.raises(HeddleError, match="no readout"):
         HeddleForSequenceClassification(config_for(spec_of("masked")))
     assert set(kernel_paths(spec_of("ep"), "cpu", torch.float32)) == {"attention", "gated_deltanet"}
@@ -384,7 +387,7 @@ def test_each_kind_of_model_has_its_own_builder() -> None:
 @pytest.mark.parametrize("name", ["masked", "ep"])
 def test_an_exported_encoder_is_loaded_without_heddle(name: str, tmp_path: Path) -> None:
     # The bytes tokenizer has 256 tokens.
-    model = build_encoder(spec_of(name, vocab_size=256, context_length=64)).eval()
+    model = build(spec_of(name, vocab_size=256, context_length=64)).eval()
     result = export(model, tmp_path / "it", card=Card("an encoder", "version: 1\nname: an encoder\n"))
     assert result.max_difference <= 1e-5
     assert result.generated_text == ""
@@ -416,7 +419,7 @@ def test_an_exported_encoder_is_loaded_without_heddle(name: str, tmp_path: Path)
 @pytest.mark.parametrize("name", ["encoder", "encoder_masked"])
 def test_an_example_is_built_run_and_differentiated(name: str) -> None:
     spec = load(EXAMPLES / f"{name}.yaml").spec.model
-    model, ids = build_encoder(spec), torch.arange(80).view(2, 40)
+    model, ids = build(spec), torch.arange(80).view(2, 40)
     assert plan(spec).parameters == sum(parameter.numel() for parameter in model.parameters())
     labels = torch.tensor([0, 1]) if spec.readout is not None else ids
     outputs = model.train()(ids, labels=labels)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from heddle.compose.blocks import channel_module, mixer_module
-from heddle.compose.build import build, build_encoder, config_for, kernel_paths
+from heddle.compose.build import build, config_for, kernel_paths
 from heddle.compose.cache import Call, StateLayer, cache_bytes
 from heddle.compose.plan import plan
 from heddle.specs import CHANNELS, MIXERS, ModelSpec
@@ -220,14 +220,9 @@ every_decoder = pytest.mark.parametrize(
 )
 
 
-def built_of(spec: ModelSpec, **options: Any) -> Any:
-    """The model of a spec, a causal language model or an encoder."""
-    return (build if spec.kind == "causal_lm" else build_encoder)(spec, **options)
-
-
 def model_of(fields: dict[str, Any], dtype: torch.dtype = torch.float64) -> Any:
     """A model whose weights are large enough for every part to count."""
-    model = built_of(spec_of(fields), dtype=torch.float64).eval()
+    model = build(spec_of(fields), dtype=torch.float64).eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -476,7 +471,7 @@ def test_heads_are_handed_out_before_the_output_projection(fields: dict[str, Any
 
 @every_mixer
 def test_a_model_is_built_and_run_on_the_meta_device(fields: dict[str, Any]) -> None:
-    model = built_of(spec_of(fields), device="meta", dtype=torch.bfloat16)
+    model = build(spec_of(fields), device="meta", dtype=torch.bfloat16)
     logits = model(torch.zeros(2, 9, dtype=torch.int64, device="meta")).logits
     assert logits.is_meta
     assert logits.shape == (2, 9, 50)

@@ -118,9 +118,6 @@ class HeddleForSequenceClassification(HeddlePreTrainedModel):
         return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
 
 
-Encoder = HeddleForMaskedLM | HeddleForSequenceClassification
-
-
 def _loss(logits: Tensor, labels: Tensor, aux_loss: Tensor | None) -> Tensor:
     """The mean cross-entropy, in float32.  Shapes:  logits: [N, classes];  labels: [N]"""
     loss = F.cross_entropy(wide(logits), labels)
