@@ -1,7 +1,8 @@
 """One training loop for every model and every task: batches in, a trained model and its loss curve out.
 
 It knows no task and no spec. A model is anything with `.model(input_ids=...)` that gives `last_hidden_state`
-(and `aux_loss`, if its layers add something to the loss), and `.logits(hidden)`.
+(and `aux_loss` and `aux_losses`, if its layers add something to the loss), and `.logits(hidden)`. A module with a method
+`after_step` has it called after each step of the optimizer.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 import torch
@@ -58,13 +59,17 @@ class Recipe:
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """What a training did: `losses` holds the loss (in nats a label) of each step."""
+    """What a training did: `losses` holds the loss of the task (in nats a label) of each step.
+
+    What the layers add to it in training is not in there: `aux` holds that for each step by its names, without its factors.
+    """
 
     steps: int
     tokens: int
     losses: tuple[float, ...]
     wall_s: float
     launch: Literal["eager", "graph"]
+    aux: dict[str, tuple[float, ...]] = field(default_factory=dict)
 
 
 def fit(
@@ -80,6 +85,8 @@ def fit(
     `batches(step)` gives inputs and targets, int64 [B, T], -100 where nothing is asked. The number of steps
     follows from the first batch: `recipe.tokens` over its size. On a CPU two runs from equal weights and
     batches are bit-equal.
+
+    The loss that is told is that of the task; what is trained is that and the `aux_loss` of the model.
 
     `on_step(done, steps, loss)` is called after each step, on CUDA after every 25th and the last; what it
     raises stops the run. `launch="graph"` replays each step as one CUDA graph (CUDA only; the model must not
@@ -105,8 +112,8 @@ def fit(
             if on_step is not None:
                 on_step(step + 1, steps, loss)
     model.eval()
-    losses = tuple(run.losses.tolist())
-    return Fit(steps, tokens, losses, time.perf_counter() - started, launch)
+    losses, aux = tuple(run.losses.tolist()), {name: tuple(held.tolist()) for name, held in run.aux.items()}
+    return Fit(steps, tokens, losses, time.perf_counter() - started, launch, aux)
 
 
 def learning_rate_at(step: int, steps: int, recipe: Recipe) -> float:
@@ -151,20 +158,23 @@ def labelled_logits(model: nn.Module, inputs: Tensor, positions: Tensor | None) 
     return _forward(model, inputs, positions)[0]
 
 
-def _forward(model: nn.Module, inputs: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The labelled logits, and what the layers add to the loss."""
+def _forward(model: nn.Module, inputs: Tensor, positions: Tensor | None) -> tuple[Tensor, Any]:
+    """The labelled logits, and the output of the model behind them."""
     backbone, head = cast(Callable[..., Any], model.model), cast(Callable[[Tensor], Tensor], model.logits)
     found = backbone(input_ids=inputs, use_cache=False)
     hidden: Tensor = found.last_hidden_state
     flat = hidden.reshape(-1, hidden.shape[-1])
     logits = head(flat if positions is None else flat.index_select(0, positions))
-    return logits, getattr(found, "aux_loss", None)
+    return logits, found
 
 
 def labelled_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy in nats over the labelled positions; float32, whatever the model computes in."""
+    """Mean cross-entropy in nats over the labelled positions; float32, whatever the model computes in.
+
+    What the layers add to the loss in training is not in it.
+    """
     positions = labelled_positions(targets)
-    return _loss(model, inputs, positions, _labels(targets, positions))
+    return _losses(model, inputs, positions, _labels(targets, positions)).task
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
@@ -180,10 +190,28 @@ def _labels(targets: Tensor, positions: Tensor | None) -> Tensor:
     return flat if positions is None else flat.index_select(0, positions)
 
 
-def _loss(model: nn.Module, inputs: Tensor, positions: Tensor | None, labels: Tensor) -> Tensor:
-    logits, added = _forward(model, inputs, positions)
-    loss = F.cross_entropy(logits.float(), labels)
-    return loss if added is None else loss + added
+@dataclass(frozen=True, slots=True)
+class _Losses:
+    """Of one batch: the loss of the task, what the layers add to it, and what that is made of, by name."""
+
+    task: Tensor
+    added: Tensor | None
+    aux: dict[str, Tensor]
+
+
+def _losses(model: nn.Module, inputs: Tensor, positions: Tensor | None, labels: Tensor) -> _Losses:
+    logits, found = _forward(model, inputs, positions)
+    aux = getattr(found, "aux_losses", None) or {}
+    return _Losses(F.cross_entropy(logits.float(), labels), getattr(found, "aux_loss", None), aux)
+
+
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """What one step leaves on the device: its loss, the gradient's norm before clipping, the auxiliary losses."""
+
+    loss: Tensor
+    norm: Tensor
+    aux: dict[str, Tensor]
 
 
 class _Run:
@@ -204,6 +232,9 @@ class _Run:
         )
         self.losses = torch.zeros(steps, device=device)
         self.norms = torch.zeros(steps, device=device)
+        self.aux: dict[str, Tensor] = {}
+        acts = (getattr(module, "after_step", None) for module in model.modules())
+        self.after_step: list[Callable[[], None]] = [act for act in acts if callable(act)]
         self.checked = 0
         self.captured: _Captured | None = None
 
@@ -214,22 +245,30 @@ class _Run:
         if graph and step == GRAPH_WARMUP:
             self.captured = _Captured(self, inputs, positions, labels)
         if self.captured is not None and self.captured.fits(inputs, positions):
-            loss, norm = self.captured.replay(inputs, positions, labels)
+            told = self.captured.replay(inputs, positions, labels)
         elif graph and step < GRAPH_WARMUP:
-            loss, norm = _on_side_stream(lambda: self.update(inputs, positions, labels))
+            told = _on_side_stream(lambda: self.update(inputs, positions, labels))
         else:
-            loss, norm = self.update(inputs, positions, labels)
-        self.losses[step], self.norms[step] = loss, norm
+            told = self.update(inputs, positions, labels)
+        self.losses[step], self.norms[step] = told.loss, told.norm
+        if step == 0:
+            self.aux = {name: torch.zeros_like(self.losses) for name in told.aux}
+        assert told.aux.keys() == self.aux.keys(), "a model tells the same auxiliary losses at every step"
+        for name, value in told.aux.items():
+            self.aux[name][step] = value
 
-    def update(self, inputs: Tensor, positions: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """One forward, backward and optimizer step; gives loss and gradient norm before clipping."""
+    def update(self, inputs: Tensor, positions: Tensor | None, labels: Tensor) -> _Told:
+        """One forward, backward and optimizer step."""
         self.optimizer.zero_grad(set_to_none=True)
         with autocast(self.device, self.recipe.precision):
-            loss = _loss(self.model, inputs, positions, labels)
+            found = _losses(self.model, inputs, positions, labels)
+        loss = found.task if found.added is None else found.task + found.added
         loss.backward()  # type: ignore[no-untyped-call]
         norm = nn.utils.clip_grad_norm_(self.parameters, self.recipe.grad_clip)
         self.optimizer.step()
-        return loss.detach(), norm
+        for act in self.after_step:
+            act()
+        return _Told(found.task.detach(), norm, found.aux)
 
     def check(self, step: int) -> float:
         """The loss of `step`, after making sure that it and all before it are finite."""
@@ -260,23 +299,23 @@ class _Captured:
         self.graph = torch.cuda.CUDAGraph()
         run.optimizer.zero_grad(set_to_none=True)
         with torch.cuda.graph(self.graph):
-            self.loss, self.norm = run.update(self.inputs, self.positions, self.labels)
+            self.told = run.update(self.inputs, self.positions, self.labels)
 
     def fits(self, inputs: Tensor, positions: Tensor | None) -> bool:
         if inputs.shape != self.inputs.shape or (positions is None) != (self.positions is None):
             return False
         return positions is None or self.positions is None or positions.shape == self.positions.shape
 
-    def replay(self, inputs: Tensor, positions: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def replay(self, inputs: Tensor, positions: Tensor | None, labels: Tensor) -> _Told:
         self.inputs.copy_(inputs)
         self.labels.copy_(labels)
         if positions is not None and self.positions is not None:
             self.positions.copy_(positions)
         self.graph.replay()
-        return self.loss, self.norm
+        return self.told
 
 
-def _on_side_stream(update: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def _on_side_stream(update: Callable[[], _Told]) -> _Told:
     # torch asks that what is captured later runs a few times on a stream of its own first:
     # https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
     side, current = torch.cuda.Stream(), torch.cuda.current_stream()  # type: ignore[no-untyped-call]

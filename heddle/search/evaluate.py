@@ -9,7 +9,7 @@ from typing import Any
 
 from safetensors.torch import save
 
-from heddle.compose.build import build
+from heddle.compose.build import build_causal_lm
 from heddle.compose.memory import memory_told
 from heddle.compose.train import MEMORY_HINT, Recipe, fit
 from heddle.search.tasks import Task, batches
@@ -50,7 +50,7 @@ def train_and_score(training: Training, task: Task) -> Evaluation:
     """
     recipe, started = training.recipe, time.perf_counter()
     with memory_told("no memory for the model and its evaluation", MEMORY_HINT):
-        model = build(training.model, seed=recipe.seed, device=training.device)
+        model = build_causal_lm(training.model, seed=recipe.seed, device=training.device)
         fitted = fit(model, batches(task, recipe, training.device), recipe)
         score = task.evaluate(model, device=training.device)
     result = {
@@ -65,6 +65,7 @@ def train_and_score(training: Training, task: Task) -> Evaluation:
         "tokens": fitted.tokens,
         "wall_s": time.perf_counter() - started,
         "losses": thinned(fitted.losses),
+        "aux": {name: thinned(values) for name, values in fitted.aux.items()},
         "extras": dict(score.extras),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }

@@ -2,8 +2,8 @@
 
     <run>/spec.yaml            the spec as trained, spaces resolved; loads again to the same hash
     <run>/model.safetensors    the weights, float32; a tied head is stored once
-    <run>/train.json           recipe, loss curve, score, corpus, environment; written last, so that it
-                               marks a whole run
+    <run>/train.json           recipe, loss curve, auxiliary losses, score, corpus, environment; written
+                               last, so that it marks a whole run
 
 Each file is written whole or not at all. A training that was stopped leaves no train.json and starts anew.
 """
@@ -11,7 +11,7 @@ Each file is written whole or not at all. A training that was stopped leaves no 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model, save
 from torch import nn
 
-from heddle.compose.build import build
+from heddle.compose.build import build_causal_lm
 from heddle.compose.hf.model import HeddleForCausalLM
 from heddle.compose.memory import memory_told
 from heddle.compose.train import MEMORY_HINT, Fit, OnStep, Recipe, fit
@@ -36,6 +36,8 @@ SPEC_FILE = "spec.yaml"
 WEIGHTS_FILE = "model.safetensors"
 TRAIN_FILE = "train.json"
 FORMAT = 1
+# A router that sends more than this share to one side has stopped to choose.
+COLLAPSED = 0.95
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +63,16 @@ class TrainRun:
     def losses(self) -> tuple[float, ...]:
         return tuple(self.record["losses"])
 
+    @property
+    def aux(self) -> dict[str, tuple[float, ...]]:
+        """The auxiliary losses of each step by name, without their factors; none in a run of an older version."""
+        return {name: tuple(values) for name, values in self.record.get("aux", {}).items()}
+
+    @property
+    def warnings(self) -> list[str]:
+        """What a user should know of the training: routers that have collapsed."""
+        return collapsed_routers(self.aux)
+
     def spec_file(self) -> SpecFile:
         return load(self.path / SPEC_FILE)
 
@@ -69,7 +81,7 @@ class TrainRun:
 
         Raises `no-weights` if the weights are gone, damaged or of another spec.
         """
-        model = build(self.spec_file().spec.model, device=device)
+        model = build_causal_lm(self.spec_file().spec.model, device=device)
         path = self.path / WEIGHTS_FILE
         try:
             load_model(model, path, device=device)
@@ -104,7 +116,7 @@ def train(
     task = make_task(TextTask(), spec.data, vocab_size=spec.model.vocab_size, tokenizer=spec.tokenizer)
     recipe = recipe_for(TextTask(), spec.train, seed=seed)
     with memory_told("no memory for the model and its evaluation", MEMORY_HINT):
-        model = build(spec.model, seed=recipe.seed, device=device)
+        model = build_causal_lm(spec.model, seed=recipe.seed, device=device)
         result = fit(model, batches(task, recipe, device), recipe, on_step=on_step)
         score = task.evaluate(model, device=device)
     write_whole(out / WEIGHTS_FILE, save(weights_of(model), metadata={"format": "pt"}))
@@ -144,6 +156,24 @@ def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
     return weights
 
 
+def collapsed_routers(aux: Mapping[str, Sequence[float]]) -> list[str]:
+    """A line for each kind of router that had stopped to choose in the last tenth of a training."""
+    tails = {name: held[len(held) * 9 // 10 :] for name, held in aux.items()}
+    last = {name: sum(tail) / len(tail) for name, tail in tails.items()}
+    found = []
+    experts = last.get("busiest_experts", 0.0)
+    if experts > COLLAPSED:
+        told = f"{experts:.0%} of the choices fall on as many experts as one token is sent to"
+        found.append(f"the experts' router has collapsed: {told}; a larger channel.balance evens the load")
+    # With a budget the share is what was asked for.
+    share = last.get("router_share", 0.5) if "router_budget" not in aux else 0.5
+    if not 1.0 - COLLAPSED <= share <= COLLAPSED:
+        side = "first" if share > COLLAPSED else "second"
+        told = f"{max(share, 1.0 - share):.0%} of the tokens go to the {side} mixer"
+        found.append(f"a token router has collapsed: {told}; mixer.budget asks for a share")
+    return found
+
+
 def _open_folder(out: Path, spec: Spec) -> None:
     """Makes the folder and writes the spec: a disk that is full says so before the training, not after."""
     if out.exists() and not out.is_dir():
@@ -169,5 +199,6 @@ def _record(
         "tokens": result.tokens,
         "wall_s": result.wall_s,
         "losses": list(result.losses),
+        "aux": {name: list(values) for name, values in result.aux.items()},
         "environment": environment.describe(device),
     }

@@ -63,8 +63,9 @@ def decays(draw: Any) -> dict[str, Any]:
     return made
 
 
+EXPERTS = {"kind": "moe", "experts": 4, "active": 2, "shared_width": 8, "scale": 2}
 channels = st.sampled_from(
-    [{"kind": "swiglu"}, {"kind": "swiglu", "ratio": 1.5}, {"kind": "gelu", "width": 20}, {"kind": "none"}]
+    [{"kind": "swiglu"}, {"kind": "swiglu", "ratio": 1.5}, {"kind": "gelu", "width": 20}, {"kind": "none"}, EXPERTS]
 )
 
 
@@ -245,6 +246,17 @@ CHANGES: list[tuple[str, Any]] = [
     ("blocks.a.channel", {"kind": "gelu", "width": 40}),
     ("blocks.a.channel.width", 41),
     ("blocks.d.channel", {"kind": "gelu"}),
+    ("blocks.d.channel", {"kind": "moe", "experts": 4, "active": 2}),
+    ("blocks.d.channel", {"kind": "moe", "experts": 4, "active": 2, "width": 40}),
+    ("blocks.d.channel", {"kind": "moe", "experts": 4, "active": 2, "shared_width": 40}),
+    ("blocks.d.channel", {"kind": "moe", "experts": 4, "active": 2, "shared_width": 40, "shared_gate": True}),
+    ("blocks.d.channel", {"kind": "moe", "experts": 4, "active": 2, "normalise": False}),
+    ("blocks.d.channel", {"kind": "moe", "experts": 4, "active": 2, "score": "sigmoid"}),
+    ("blocks.d.channel", {"kind": "moe", "experts": 4, "active": 2, "scale": 2.0}),
+    ("blocks.d.channel", {"kind": "moe", "experts": 4, "active": 2, "correction_bias": True}),
+    ("blocks.d.channel", {"kind": "moe", "experts": 4, "active": 2, "balance": 0.02}),
+    ("blocks.d.channel", {"kind": "moe", "experts": 5, "active": 2}),
+    ("blocks.d.channel", {"kind": "moe", "experts": 4, "active": 3}),
     ("blocks.a.mixer.heads", 2),
     ("blocks.a.mixer.kv_heads", 4),
     ("blocks.a.mixer.head_dim", 10),

@@ -63,7 +63,7 @@ class MoEModule(nn.Module):
         y: Tensor = self.experts(flat, chosen, self.weights(scores, chosen)).reshape(x.shape)
         if self.shared_expert is None:
             return y
-        shared = self.shared_expert(x, call)
+        shared: Tensor = self.shared_expert(x, call)
         if self.shared_expert_gate is not None:
             shared = torch.sigmoid(self.shared_expert_gate(x)) * shared
         return y + shared
@@ -91,11 +91,11 @@ class MoEModule(nn.Module):
         load = load_of(chosen, scores.shape[-1], real)
         if self.correction is not None:
             self.correction.count(load)
-        shares = load / load.sum().clamp(min=1)
+        shares = load.to(scores.dtype) / load.sum().clamp(min=1)
         p = scores / (scores.sum(dim=-1, keepdim=True) + TINY)
         if real is not None:
-            p = p * (real / real.sum().clamp(min=1))[:, None] * len(p)
-        even = scores.shape[-1] * (shares.to(p.dtype) * p.mean(dim=0)).sum()
+            p = p * real[:, None] * (len(p) / real.sum().clamp(min=1))
+        even = scores.shape[-1] * (shares * p.mean(dim=0)).sum()
         call.add_loss("load_balance", even if self.balance else even.detach(), self.balance)
         if self.active < scores.shape[-1]:
-            call.add_loss("busiest_experts", shares.topk(self.active).values.sum().to(p.dtype), 0.0)
+            call.add_loss("busiest_experts", shares.topk(self.active).values.sum(), 0.0)

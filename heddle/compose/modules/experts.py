@@ -92,7 +92,7 @@ class Experts(Initialised):
         sizes = even(len(rows), self.count) if load.is_meta else load.tolist()
         # Unbound and not indexed: the gradient of an index is as large as all experts, once for each expert.
         matrices = zip(self.gate_up_proj.unbind(), self.down_proj.unbind(), strict=True)
-        parts = zip(rows.split(sizes), matrices, strict=True)
+        parts = zip(torch.split(rows, sizes), matrices, strict=True)
         return torch.cat([F.linear(activated(F.linear(part, up)), down) for part, (up, down) in parts])
 
     def _dense(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
