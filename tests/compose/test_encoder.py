@@ -331,6 +331,7 @@ COMPILED = [("masked", True, ["linear", "both"]), ("cls", False, ["linear", "bot
 COMPILED += [(name, True, ["both"]) for name in READOUTS if name != "masked"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "is_padded", "layers"), COMPILED)
 def test_an_encoder_compiles_without_a_graph_break(name: str, is_padded: bool, layers: list[str]) -> None:
     model, ids = encoder_of(name, torch.float32, layers=layers), tokens()
@@ -384,6 +385,7 @@ def test_each_kind_of_model_has_its_own_class() -> None:
     assert HeddleConfig.from_dict(config.to_dict()).readout == {"kind": "ep", "queries": 8, "reduction": 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["masked", "ep"])
 def test_an_exported_encoder_is_loaded_without_heddle(name: str, tmp_path: Path) -> None:
     # The bytes tokenizer has 256 tokens.
