@@ -14,7 +14,7 @@ from heddle.specs.model_kind import readout_problems
 from heddle.specs.model_parts import ModelParts, check_block, check_layers, override_findings
 from heddle.specs.open_values import MODEL, OpenValues
 from heddle.specs.parameter import Parameter, settings
-from heddle.specs.reader import HOLE, MAX_ERRORS, Path_
+from heddle.specs.reader import HOLE, MAX_ERRORS, Path_, steps_of
 
 # Other settings that are tried before an option is called impossible, and for all options of a file together.
 TRIES = 200
@@ -167,7 +167,7 @@ class _Check:
         self, part: str, problem: Problem, path: Path_, option: _Option, moves: dict[Path_, Path_]
     ) -> Finding:
         """The problem at the option that brings it, if need be away from the field that does not fit."""
-        field = (*path, part, *problem.field.split("."))
+        field = (*path, part, *steps_of(problem.field))
         source = self.found.places(moves).source(field)
         if source[: len(option.source)] == option.source:
             return Finding(problem.code, problem.what, source, problem.hint)

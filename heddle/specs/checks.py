@@ -10,13 +10,13 @@ from typing import Any
 
 from heddle.specs.base import NAME_HINT, NAME_PATTERN, nearest
 from heddle.specs.explain import Finding, shown
-from heddle.specs.kinds import Problem
+from heddle.specs.kinds import MixerSpec, Problem
 from heddle.specs.layer import MAX_LAYERS, Site
 from heddle.specs.model import BlockSpec
 from heddle.specs.model_kind import causality_problems
 from heddle.specs.open_values import RESERVED
 from heddle.specs.pattern import layers_of
-from heddle.specs.reader import MAX_ERRORS, Path_
+from heddle.specs.reader import MAX_ERRORS, Path_, steps_of
 from heddle.specs.references import EMBEDDING
 from heddle.specs.search import MqarTask
 from heddle.specs.sight import reach
@@ -24,10 +24,15 @@ from heddle.specs.spec import Spec
 
 # Token ids of the bytes tokenizer.
 BYTES = 256
+# Levels of mixers in a layer: one that holds one that holds one that holds plain ones.
+MAX_NESTING = 4
 
 
 def block_problems(block: BlockSpec, hidden_size: int, kind: str | None) -> list[tuple[str, Problem]]:
     """What cannot be built of a block in a model of `kind`, beside the part it is in: mixer or channel."""
+    too_deep = next(nesting_problems(block.mixer), None)
+    if too_deep is not None:
+        return [("mixer", too_deep)]
     site = Site(hidden_size)
     found = [("mixer", problem) for problem in block.mixer.problems(site)]
     if kind == "causal_lm":
@@ -45,10 +50,20 @@ def block_problems(block: BlockSpec, hidden_size: int, kind: str | None) -> list
     return found
 
 
+def nesting_problems(mixer: MixerSpec, path: str = "", depth: int = 1) -> Iterator[Problem]:
+    """Mixers inside mixers inside mixers, more levels than a layer has use for."""
+    for name, part in mixer.parts().items():
+        if depth == MAX_NESTING:
+            what = f"mixers nested deeper than {MAX_NESTING} levels"
+            yield Problem(f"{path}{name}", what, "several layers, or one mixer with more parts", "too-deep")
+            return
+        yield from nesting_problems(part, f"{path}{name}.", depth + 1)
+
+
 def block_findings(block: BlockSpec, hidden_size: int, kind: str | None) -> list[Finding]:
     """The same as findings, by path below the block."""
     return [
-        Finding(problem.code, problem.what, (part, *problem.field.split(".")), problem.hint)
+        Finding(problem.code, problem.what, (part, *steps_of(problem.field)), problem.hint)
         for part, problem in block_problems(block, hidden_size, kind)
     ]
 

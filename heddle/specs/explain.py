@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import BaseModel, Tag, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
-from heddle.specs.base import NAME_HINT, Schema, nearest
+from heddle.specs.base import NAME_HINT, NAME_PATTERN, Schema, nearest
 from heddle.specs.kinds import ChannelSpec, MixerSpec
 from heddle.specs.mixers import BROKEN
 from heddle.specs.model import CHANNELS, MIXERS
@@ -144,12 +144,15 @@ class _Walk:
             tag, tags = detail["ctx"]["tag"], _tags(spot.annotation)
             return Finding(
                 "unknown-kind",
-                f"there is no {name} kind {tag!r}",
+                f"there is no {'mixer' if name == 'mixers' else name} kind {tag!r}",
                 (*spot.path, "kind"),
                 _kind_hint(tag, tags),
             )
         if spot.is_key:
             return Finding("out-of-range", f"{shown(value)} is not a name", spot.path, NAME_HINT, key=True)
+        if self.name == "layers" and len(spot.path) == 1 and kind in _EXPECTED:
+            what = f"a layer is a block's name, {{block: …}} or {{repeat: …, pattern: […]}}; this is {shown(value)}"
+            return Finding("wrong-type", what, spot.path)
         code, what, hint = _told(detail, spot.annotation)
         return Finding(code, what, spot.path, hint)
 
@@ -238,13 +241,19 @@ def _told(detail: ErrorDetails, annotation: Any) -> tuple[str, str, str | None]:
         unit = "characters" if kind == "string_too_long" else "items"
         return "out-of-range", f"more than {context['max_length']:,} {unit}", None
     if kind in ("too_short", "string_too_short"):
-        return "out-of-range", "is empty", None
-    if kind == "string_pattern_mismatch":
+        items = "1 item" if len(value) == 1 else f"{len(value)} items"
         return (
             "out-of-range",
-            f"{shown(value)} is not a name",
-            "letters, digits, '.', '_' and '-', at most 64",
+            f"{items}; at least {context['min_length']} are needed" if value else "is empty",
+            None,
         )
+    if kind == "string_pattern_mismatch":
+        hint = (
+            NAME_HINT
+            if context["pattern"] == NAME_PATTERN
+            else "letters, digits, '.', '_' and '-', at most 64"
+        )
+        return "out-of-range", f"{shown(value)} is not a name", hint
     if kind == "value_error":
         return "wrong-type", str(context["error"]), None
     return "wrong-type", f"{shown(value)}: {_lower(detail['msg'])}", None
@@ -255,6 +264,8 @@ def _mapping_told(value: Mapping[str, Any], expected: str) -> tuple[str, str, st
     forms = [key for key in value if key in FORM_KEYS]
     if forms:
         return "bad-space", f"a value may be left open ({forms[0]}) inside model only", f"write {expected}"
+    if expected == _EXPECTED["list_type"]:
+        return "wrong-type", f"expected {expected}, got a mapping", "put it in a list, between [ and ]"
     close = next((form for key in value if (form := nearest(key, FORM_KEYS[:3])) is not None), None)
     return "wrong-type", f"expected {expected}, got a mapping", f"did you mean {close}?" if close else None
 
@@ -265,9 +276,20 @@ def _type_hint(kind: str, value: Any, annotation: Any) -> str | None:
     if kind in ("int_type", "float_type") and isinstance(value, str) and value[:1].isdigit():
         return "a plain number, without quotes or units"
     tags = _tags(annotation)
-    if kind == "model_attributes_type" and isinstance(value, str) and value in tags:
+    if kind not in ("model_type", "model_attributes_type") or not isinstance(value, str):
+        return None
+    if value in tags:
         return f"{{kind: {value}, …}}"
-    return None
+    needed = [name for name in _required(annotation) if name != "kind"]
+    return f"{{{needed[0]}: {printable(value)}}}" if len(needed) == 1 and value.isidentifier() else None
+
+
+def _required(annotation: Any) -> list[str]:
+    """The fields that a value of this type must have, where it can be of one type alone."""
+    members = [kind for _, kind in _members(annotation)]
+    if len(members) != 1 or not (isinstance(members[0], type) and issubclass(members[0], BaseModel)):
+        return []
+    return [name for name, info in members[0].model_fields.items() if info.is_required()]
 
 
 def shown(value: Any) -> str:

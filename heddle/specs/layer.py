@@ -54,7 +54,8 @@ class OneLayer(Schema):
 
 
 def _form(item: Any) -> str:
-    if isinstance(item, Repeat) or (isinstance(item, dict) and ("repeat" in item or "pattern" in item)):
+    is_repeat = isinstance(item, dict) and "block" not in item and ("repeat" in item or "pattern" in item)
+    if is_repeat or isinstance(item, Repeat):
         return "repeat"
     return "layer" if isinstance(item, (dict, OneLayer)) else "name"
 

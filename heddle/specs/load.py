@@ -14,7 +14,7 @@ from heddle.specs.model import ModelSpec
 from heddle.specs.open_values import OpenValues
 from heddle.specs.pattern import definition_of, expand_layers, layer_paths
 from heddle.specs.places import Places
-from heddle.specs.reader import Path_, parse, read
+from heddle.specs.reader import Path_, parse, read, steps_of
 from heddle.specs.space import Placement, Space
 from heddle.specs.spec import Spec
 
@@ -82,7 +82,7 @@ class SpecFile:
 
         A field of a layer leads to the definition of its block. `values` and `layers` are those it was resolved with.
         """
-        steps: Path_ = tuple(int(step) if step.isdecimal() else step for step in path.split(".") if step)
+        steps = steps_of(path)
         steps = steps[1:] if steps[:1] == ("model",) and len(steps) > 1 else steps
         if not steps or steps[0] not in ModelSpec.model_fields:
             return self._places.named(steps, path)

@@ -101,7 +101,7 @@ def override_findings(
             continue
         at: Path_ = ("layers", index, "override")
         block, wrong = check_block(overridden(data[name], override), fields)
-        found += [replace(one, path=(*at, *_told_in(override, one.path))) for one in wrong]
+        found += [replace(one, path=(*at, *_told_in(override, one))) for one in wrong]
         if block is not None and block.shared:
             what = "layers of a shared block have one set of weights, so none of them can differ"
             found.append(
@@ -112,14 +112,14 @@ def override_findings(
     return found
 
 
-def _told_in(override: Mapping[str, Any], path: Path_) -> Path_:
-    """As much of the path as stands in the override."""
+def _told_in(override: Mapping[str, Any], finding: Finding) -> Path_:
+    """As much of its path as stands in the override, and the field that is missing there."""
     held: Any = override
-    for size, step in enumerate(path):
+    for size, step in enumerate(finding.path):
         if not isinstance(held, Mapping) or step not in held:
-            return path[:size]
+            return finding.path if finding.code == "missing-field" else finding.path[:size]
         held = held[step]
-    return path
+    return finding.path
 
 
 def check_layers(

@@ -110,6 +110,11 @@ def dotted(path: Path_) -> str:
     return ".".join(printable(str(part)[:80]) for part in shown)
 
 
+def steps_of(path: str) -> Path_:
+    """The steps of a dotted path; those that are numbers lead into lists."""
+    return tuple(int(step) if step.isdecimal() else step for step in path.split(".") if step)
+
+
 def printable(text: str) -> str:
     """The text with each character that does not show, or that turns the line around, as one mark."""
     return "".join(

@@ -6,15 +6,10 @@ from typing import Any
 
 from heddle.specs.layer import MAX_LAYERS
 from heddle.specs.open_values import RESERVED
+from heddle.specs.schema_parts import REF, Schema, add_notes, add_partials, name_unions, reachable
 from heddle.specs.search import PHASES, TASKS
 from heddle.specs.spec import Spec
 
-Schema = dict[str, Any]
-
-# The parts of a spec in which a value may be left open, besides mixers and channel blocks.
-OPEN = ("ModelSpec", "BlockSpec", "OneLayer", "Repeat", "Residual", "Rope", "Selection", "Skip")
-SCALINGS = ("LinearScaling", "Llama3Scaling", "YarnScaling")
-READOUTS = ("LastReadout", "MeanReadout", "ClsReadout", "EpReadout")
 _NOTES = ("description", "default", "examples")
 
 
@@ -22,15 +17,22 @@ def json_schema() -> Schema:
     """Draft 2020-12. What it cannot say (sizes that must fit each other, names that must exist) `load` checks."""
     schema = _without_titles(Spec.model_json_schema())
     definitions = schema.pop("$defs")
-    block = definitions["BlockSpec"]["properties"]
-    opened = [*OPEN, *READOUTS, *SCALINGS, *(name for part in ("mixer", "channel") for name in _referred(block[part]))]
-    for name in opened:
+    for part in (schema, *definitions.values()):
+        add_notes(part)
+    for name in reachable(definitions, "ModelSpec"):
         definitions[name] = _open_fields(definitions[name])
     model = definitions["ModelSpec"]["properties"]
-    model["layers"]["anyOf"].append({"$ref": "#/$defs/Placement"})
-    definitions["Placement"] = _placement()
+    model["layers"]["anyOf"].append({"$ref": f"{REF}Placement"})
+    definitions["Placement"], definitions["When"] = _placement(), WHEN
     _name_blocks(model["blocks"]["anyOf"][0])
     _short_forms(definitions)
+    name_unions(definitions)
+    override = definitions["OneLayer"]["properties"]["override"]["anyOf"]
+    override[0] = add_partials(definitions, "BlockSpec")
+    override[1]["properties"] |= {
+        "choice": {"type": "array", "minItems": 1, "items": override[0]},
+        "otherwise": override[0],
+    }
     schema["required"] = ["version", "name", "model"]
     head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "Heddle spec"}
     return {**head, **schema, "$defs": dict(sorted(definitions.items()))}
@@ -47,12 +49,11 @@ def _without_titles(value: Any) -> Any:
     return [_without_titles(one) for one in value] if isinstance(value, list) else value
 
 
-def _referred(schema: Schema) -> list[str]:
-    return [one["$ref"].rpartition("/")[2] for one in schema["oneOf"]]
-
-
 def _open_fields(schema: Schema) -> Schema:
-    properties = {name: one if name == "kind" else _open(one) for name, one in schema["properties"].items()}
+    properties = {
+        name: one if name == "kind" or "const" in one else _open(one)
+        for name, one in schema["properties"].items()
+    }
     return {**schema, "properties": properties}
 
 
@@ -60,26 +61,37 @@ def _open(schema: Schema) -> Schema:
     """`schema`, or a choice among such values, or a range if they are numbers."""
     notes = {key: schema[key] for key in _NOTES if key in schema}
     plain = _open_inside({key: value for key, value in schema.items() if key not in _NOTES})
-    forms = [_form("choice", {"type": "array", "minItems": 1, "items": plain})]
+    closed = {"when": {"$ref": f"{REF}When"}, "otherwise": plain}
+    forms = [_form("choice", {"type": "array", "minItems": 1, "items": plain}, **closed)]
     types = {one.get("type") for one in [plain, *plain.get("anyOf", [])]}
     if types & {"integer", "number"}:
-        ends = {"type": "array", "minItems": 2, "maxItems": 2, "items": {"type": "integer"}}
-        step = {"type": "integer", "minimum": 1, "description": "Distance of the values."}
-        forms.append(_form("int", ends, step=step, log=_LOG))
+        forms.append(_form("int", _ends("integer"), step=_STEP, log=_LOG, **closed))
     if "number" in types:
-        ends = {"type": "array", "minItems": 2, "maxItems": 2, "items": {"type": "number"}}
-        forms.append(_form("float", ends, log=_LOG))
+        forms.append(_form("float", _ends("number"), log=_LOG, **closed))
     if "discriminator" in plain:
         kinds = list(plain["discriminator"]["mapping"])
         kind = _form("choice", {"type": "array", "minItems": 1, "items": {"enum": kinds}})
+        kind["properties"] |= {"when": closed["when"], "otherwise": {"enum": kinds}}
         forms.append({"type": "object", "properties": {"kind": kind}, "required": ["kind"]})
     return {**notes, "anyOf": [plain, *forms]}
 
 
+def _ends(kind: str) -> Schema:
+    return {"type": "array", "minItems": 2, "maxItems": 2, "items": {"type": kind}}
+
+
+_STEP: Schema = {"type": "integer", "minimum": 1, "description": "Distance of the values."}
 _LOG: Schema = {
     "type": "boolean",
     "default": False,
     "description": "Whether values are drawn on a logarithmic scale.",
+}
+WHEN: Schema = {
+    "type": "object",
+    "minProperties": 1,
+    "description": "Fields that are left open, by dotted path, each with the value or the list of values at which this one "
+    "is open; {option: N} is an option by its number, from 0. Elsewhere the field is `otherwise`, or its first value.",
+    "examples": [{"blocks.linear.mixer.kind": "attention"}, {"hidden_size": [512, 1024]}],
 }
 
 
