@@ -168,3 +168,29 @@ def test_generation_on_the_device_agrees_with_and_without_cache() -> None:
         model.generate(ids.cuda(), attention_mask=mask, use_cache=cache, **options) for cache in (True, False)
     ]
     assert torch.equal(*found)
+
+
+# The compiler warns of its own imports and of what it could do faster.
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("names", [*((name,) for name in MIXERS), tuple(MIXERS)], ids="+".join)
+@torch.no_grad()
+def test_prefill_and_decode_step_compile_with_inductor(names: tuple[str, ...]) -> None:
+    model, ids = model_of(*names).to(torch.bfloat16).eval(), tokens()
+    exact = copy.deepcopy(model).double()(ids).logits
+    model, ids = model.cuda(), ids.cuda()
+    torch.compiler.reset()
+    prefill = torch.compile(lambda ids: model(ids, use_cache=False).logits, fullgraph=True)
+    limit = 2 * error(model(ids).logits, exact) + EPSILON[torch.bfloat16]
+    assert error(prefill(ids), exact) <= limit
+
+    cache = model.decode_cache(2, 1000)
+    wide = copy.deepcopy(model).double()
+    wide_cache = copy.deepcopy(cache)
+    for layer in wide_cache.layers:
+        layer.replace({name: held.double() for name, held in layer.tensors().items()})
+    step = torch.compile(lambda ids: model(ids, past_key_values=cache, use_cache=True).logits, fullgraph=True)
+    expected = wide(ids[:, :1], past_key_values=wide_cache).logits.cpu()
+    eager = error(model(ids[:, :1], past_key_values=cache).logits, expected)
+    for _ in range(3):
+        assert error(step(ids[:, :1]), expected) <= 2 * eager + EPSILON[torch.bfloat16]
+    torch.compiler.reset()
