@@ -53,7 +53,7 @@ class Places:
             k = k.gather(2, place[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3]))
             kept = kept.expand(k.shape[0], -1).gather(1, place) * inside
         kept = kept.view(-1, 1, self.blocks, self.block, 1)
-        total = (k.unflatten(2, (self.blocks, self.block)) * kept).sum(dim=3)
+        total = (k.view(*k.shape[:2], self.blocks, self.block, -1) * kept).sum(dim=3)
         return total / kept.sum(dim=3).clamp(min=1)
 
     def keys_of(self, chosen: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ def choose_blocks(
              out: [B, KV heads, T, blocks] bool
     """
     means = places.means(wide(k), weights)
-    score = wide(q).unflatten(1, (k.shape[1], -1)).mean(dim=2) @ means.mT
+    score = wide(q).view(q.shape[0], k.shape[1], -1, *q.shape[2:]).mean(dim=2) @ means.mT
     own = places.of_keys()[:, None, -q.shape[2] :, None]
     block = torch.arange(places.blocks, device=q.device)
     always = (block <= own) & ((block < sink) | (block > own - recent))

@@ -55,7 +55,7 @@ def _explicit(
     sinks: Tensor | None,
 ) -> Tensor:
     """In groups of query heads, so that no key is repeated.  Shapes:  logits: [B, KV heads, group, T, S]"""
-    q = q.unflatten(1, (k.shape[1], -1))
+    q = q.view(q.shape[0], k.shape[1], -1, *q.shape[2:])
     logits = wide(q @ k[:, :, None].mT) * scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)

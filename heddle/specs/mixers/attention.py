@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from heddle.specs.cost import State
 from heddle.specs.kinds import (
@@ -41,6 +41,13 @@ LATER = (
 _BOTH_SIDES = "its queries read later keys: every output depends on every token, and nothing can be decoded"
 
 
+def _no_number(value: Any) -> Any:
+    """1 and 0 equal true and false in Python, and are neither in YAML."""
+    if value is True or value is False or value == "full":
+        return value
+    raise ValueError("expected true, false or full")
+
+
 class Attention(HeadedMixer):
     """Softmax attention.
 
@@ -60,7 +67,8 @@ class Attention(HeadedMixer):
     ] = None
     rope: Annotated[Rope | None, Field(description="Rotary positions; null: none (NoPE).")] = Rope()
     qk_norm: Annotated[
-        bool | Literal["full"],
+        Literal[False, True, "full"],
+        BeforeValidator(_no_number),
         Field(
             description="RMSNorm of each head's query and key, before the rotation; full: over all heads together (OLMo 2)."
         ),
