@@ -208,6 +208,21 @@ def test_the_gathered_road_has_the_gradients_of_the_sorted_one(fields: dict[str,
         assert (one - other).abs().max() < EXACT
 
 
+@every_kind
+def test_the_grouped_road_has_the_numbers_and_gradients_of_the_sorted_one(fields: dict[str, Any]) -> None:
+    # PyTorch has grouped products of float32 on a CPU; in a model they are used on CUDA alone.
+    moe, x = moe_of(fields, torch.float32), noise(60, HIDDEN, dtype=torch.float32)
+    # Some experts have no token.
+    chosen = torch.randint(0, EXPERTS - 3, (60, 3), generator=torch.Generator().manual_seed(4))
+    weight = noise(60, 3, HIDDEN, seed=3, dtype=torch.float32)
+    found = []
+    for road in ("grouped", "sorted"):
+        y = moe.experts._by_expert(x, chosen, road)
+        found.append([y, *torch.autograd.grad((y * weight).sum(), list(moe.experts.parameters()))])
+    for one, other in zip(*found, strict=True):
+        assert (one - other).abs().max() < SINGLE
+
+
 @torch.no_grad()
 @every_kind
 def test_a_token_does_not_hear_the_others(fields: dict[str, Any]) -> None:

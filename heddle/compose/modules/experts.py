@@ -17,7 +17,7 @@ BIAS_RATE = 1e-3
 # A grouped product on CUDA asks for bfloat16 and for rows of whole 16 bytes.
 GROUPED_MULTIPLE = 8
 
-Road = Literal["gathered", "grouped", "sorted", "dense"]
+Road = Literal["grouped", "gathered", "sorted", "dense"]
 
 
 class Experts(Initialised):
@@ -25,8 +25,8 @@ class Experts(Initialised):
 
     Four roads give the same numbers up to rounding, and none drops a token:
 
-        gathered   the matrices of each choice, where there are at most as many choices as experts: decoding
         grouped    choices sorted by expert, one grouped product: bfloat16 on CUDA, waits for nothing
+        gathered   the matrices of each choice, where there are at most as many choices as experts: decoding
         sorted     choices sorted by expert, a product for each; waits for the device to learn how many each has
         dense      every expert on every token, E / k times the work: where a graph is traced or captured that can neither
                    wait nor group
@@ -53,12 +53,12 @@ class Experts(Initialised):
 
     def road(self, x: Tensor, choices: int) -> Road:
         """The road of this call."""
-        if choices <= self.count:
-            return "gathered"
         sizes = (x.shape[-1], self.width)
         whole = all(size % GROUPED_MULTIPLE == 0 for size in sizes)
         if x.is_cuda and whole and compute_dtype(x) == torch.bfloat16:
             return "grouped"
+        if choices <= self.count:
+            return "gathered"
         if torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
             return "dense"
         return "sorted"

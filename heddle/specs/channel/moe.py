@@ -26,7 +26,11 @@ class MoE(ChannelSpec):
     width: Width = None
     shared_width: Annotated[
         int | None,
-        Field(ge=1, le=10**6, description="Inner width of the expert that every token sees; null: there is none."),
+        Field(
+            ge=1,
+            le=10**6,
+            description="Inner width of the expert that every token sees; null: there is none.",
+        ),
     ] = None
     shared_gate: Annotated[
         bool, Field(description="A sigmoid gate, one number a token, on the shared expert's output.")
