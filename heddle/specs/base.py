@@ -82,12 +82,24 @@ def duration_of(value: Any) -> Any:
 Count = Annotated[
     int,
     Field(ge=1, le=10**15),
-    BeforeValidator(count_of, json_schema_input_type=Annotated[int | str, Field(examples=["400k", "20M"])]),
+    BeforeValidator(
+        count_of,
+        json_schema_input_type=Annotated[
+            Annotated[int, Field(ge=1, le=10**15)]
+            | Annotated[str, Field(pattern=f"^\\s*{_COUNT.pattern}\\s*$")],
+            Field(examples=["400k", "20M"]),
+        ],
+    ),
 ]
 Duration = Annotated[
     float,
     Field(gt=0, le=10**8),
     BeforeValidator(
-        duration_of, json_schema_input_type=Annotated[float | str, Field(examples=["90s", "5m"])]
+        duration_of,
+        json_schema_input_type=Annotated[
+            Annotated[float, Field(gt=0, le=10**8)]
+            | Annotated[str, Field(pattern=f"^\\s*{_DURATION.pattern}\\s*$")],
+            Field(examples=["90s", "5m"]),
+        ],
     ),
 ]

@@ -45,7 +45,7 @@ def option_findings(found: OpenValues, parts: ModelParts, context: Context) -> l
     """What is wrong with the options. Their paths are those of the file."""
     check = _Check(found, parts, context)
     findings: list[Finding] = []
-    for option in _options(found):
+    for option in () if found.is_too_large else _options(found):
         findings += check.option(option)
         if len(findings) > MAX_ERRORS:
             break

@@ -88,8 +88,14 @@ def _checked(validate: Callable[[], Any], walk: _Walk) -> tuple[Any, list[Findin
         return validate(), []
     except ValidationError as failure:
         # Those about a hole are no news, and nobody reads more than the first hundred.
-        details = [one for one in failure.errors(include_url=False) if one["input"] is not HOLE]
+        details = [one for one in failure.errors(include_url=False) if not _is_about_hole(one)]
         return HOLE, [walk.explain(one) for one in details[:MAX_ERRORS]]
+
+
+def _is_about_hole(detail: ErrorDetails) -> bool:
+    value = detail["input"]
+    has_no_kind = detail["type"] == "union_tag_invalid" and isinstance(value, Mapping)
+    return value is HOLE or (has_no_kind and value.get("kind") is HOLE)
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,6 +46,12 @@ class OpenValues:
         return Space(self.ordered, self.placement)
 
     @property
+    def is_too_large(self) -> bool:
+        """Whether there are more open values or options than are looked at one by one."""
+        options = sum(len(one.choices) for one in self.parameters.values())
+        return len(self.parameters) > MAX_PARAMETERS or options > MAX_OPTIONS
+
+    @property
     def has_placement(self) -> bool:
         """Whether the layers are a placement, a broken one too."""
         model = self.document.data.get("model")
@@ -121,12 +127,10 @@ def find_open_values(document: Document) -> OpenValues:
     model = document.data.get("model")
     if isinstance(model, dict):
         _find(found, model, MODEL, None)
-    if (
-        sum(len(one.choices) for one in found.parameters.values()) > MAX_OPTIONS
-        or len(found.parameters) > MAX_PARAMETERS
-    ):
+    if found.is_too_large:
         what = f"more than {MAX_PARAMETERS} open values, or more than {MAX_OPTIONS:,} options"
         found.fail("bad-space", what, MODEL, key=True)
+        found.ordered = tuple(found.parameters.values())
         return found
     conditions = Conditions(document.data, found.parameters, found.broken)
     conditions.read()

@@ -134,7 +134,9 @@ def read(source: Path) -> Document:
             # Not by the size in the directory: a pipe has none.
             content = stream.read(MAX_BYTES + 1)
         if len(content) > MAX_BYTES:
-            raise _failure("file-too-large", f"more than {MAX_BYTES:,} bytes", Where(file=file))
+            raise _failure(
+                "file-too-large", f"more than {MAX_BYTES:,} bytes", Where(file=file, line=1, column=1)
+            )
         text = content.decode("utf-8")
     except FileNotFoundError:
         hint = "heddle init writes a starter spec"
@@ -155,7 +157,9 @@ def parse(text: str, *, file: str = "<string>") -> Document:
         HeddleErrors: syntax, too-deep, tag-not-allowed, file-too-large.
     """
     if len(text) > MAX_BYTES:
-        raise _failure("file-too-large", f"more than {MAX_BYTES:,} characters", Where(file=file))
+        raise _failure(
+            "file-too-large", f"more than {MAX_BYTES:,} characters", Where(file=file, line=1, column=1)
+        )
     source = Source(text.removeprefix("\ufeff"), file)
     try:
         return _Builder(source).document()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from heddle.specs.layer import MAX_LAYERS
-from heddle.specs.open_values import RESERVED
+from heddle.specs.open_values import FORMS, RESERVED
 from heddle.specs.schema_parts import REF, Schema, add_notes, add_partials, name_unions, reachable
 from heddle.specs.search import PHASES, TASKS
 from heddle.specs.spec import Spec
@@ -23,16 +23,15 @@ def json_schema() -> Schema:
         definitions[name] = _open_fields(definitions[name])
     model = definitions["ModelSpec"]["properties"]
     model["layers"]["anyOf"].append({"$ref": f"{REF}Placement"})
-    definitions["Placement"], definitions["When"] = _placement(), WHEN
+    definitions |= {"Placement": _placement(), "When": WHEN, "Open": OPEN}
     _name_blocks(model["blocks"]["anyOf"][0])
     _short_forms(definitions)
     name_unions(definitions)
     override = definitions["OneLayer"]["properties"]["override"]["anyOf"]
     override[0] = add_partials(definitions, "BlockSpec")
-    override[1]["properties"] |= {
-        "choice": {"type": "array", "minItems": 1, "items": override[0]},
-        "otherwise": override[0],
-    }
+    options = {"anyOf": [override[0], {"$ref": f"{REF}Open"}]}
+    override[1]["properties"]["choice"]["items"] = options
+    override[1]["properties"]["otherwise"] = override[0]
     schema["required"] = ["version", "name", "model"]
     head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "Heddle spec"}
     return {**head, **schema, "$defs": dict(sorted(definitions.items()))}
@@ -62,7 +61,8 @@ def _open(schema: Schema) -> Schema:
     notes = {key: schema[key] for key in _NOTES if key in schema}
     plain = _open_inside({key: value for key, value in schema.items() if key not in _NOTES})
     closed = {"when": {"$ref": f"{REF}When"}, "otherwise": plain}
-    forms = [_form("choice", {"type": "array", "minItems": 1, "items": plain}, **closed)]
+    options = {"type": "array", "minItems": 1, "items": {"anyOf": [plain, {"$ref": f"{REF}Open"}]}}
+    forms = [_form("choice", options, **closed)]
     types = {one.get("type") for one in [plain, *plain.get("anyOf", [])]}
     if types & {"integer", "number"}:
         forms.append(_form("int", _ends("integer"), step=_STEP, log=_LOG, **closed))
@@ -92,6 +92,14 @@ WHEN: Schema = {
     "description": "Fields that are left open, by dotted path, each with the value or the list of values at which this one "
     "is open; {option: N} is an option by its number, from 0. Elsewhere the field is `otherwise`, or its first value.",
     "examples": [{"blocks.linear.mixer.kind": "attention"}, {"hidden_size": [512, 1024]}],
+}
+
+
+# An option that is left open again; what stands in it is checked by `load`.
+OPEN: Schema = {
+    "type": "object",
+    "anyOf": [{"required": [form]} for form in FORMS],
+    "description": "A value that is left open inside an option of another.",
 }
 
 

@@ -128,10 +128,10 @@ _KEYWORDS = {
 }
 
 
-def _subclasses(base: type) -> Iterator[type]:
-    for one in base.__subclasses__():
-        yield one
-        yield from _subclasses(one)
+def _subclasses(base: type[Any]) -> Iterator[type[Any]]:
+    for kind in base.__subclasses__():
+        yield kind
+        yield from _subclasses(kind)
 
 
 def add_partials(definitions: dict[str, Schema], name: str) -> Schema:
@@ -151,7 +151,7 @@ def _partial(definitions: dict[str, Schema], schema: Any) -> Any:
         return schema
     if isinstance(schema.get("$ref"), str):
         name = schema["$ref"].removeprefix(REF)
-        return schema if name == "When" else add_partials(definitions, name)
+        return schema if name in ("When", "Open") else add_partials(definitions, name)
     made: Schema = {}
     for key, one in schema.items():
         if key == "examples" or key == "default":

@@ -26,14 +26,17 @@ tokenizer: own
 """
 
 
+def planned(text: str) -> None:
+    file = loads(text, file="a.yaml")
+    plan(file.spec.model, file.where)
+
+
 def told(text: str) -> list[str]:
     """The first line and the hint of each error, of the file or of its plan."""
     with pytest.raises(HeddleErrors) as errors:
-        file = loads(text, file="a.yaml")
-        plan(file.spec.model, file.where)
-    return [
-        f"{str(one).splitlines()[0]}" + (f"  | {one.hint}" if one.hint else "") for one in errors.value.errors
-    ]
+        planned(text)
+    firsts = ((str(one).splitlines()[0], one.hint) for one in errors.value.errors)
+    return [f"{first}  | {hint}" if hint else first for first, hint in firsts]
 
 
 def test_the_good_one_is_good() -> None:
