@@ -629,7 +629,7 @@ def test_taken_keys_and_values_are_those_of_the_source() -> None:
 def test_mixed_values_are_shares_of_both_and_begin_at_a_half() -> None:
     spec = load(EXAMPLES / "value_residual.yaml").spec.model
     shares = [layer.mixer.value_share for layer in build(spec).model.layers[1:]]
-    assert [float(share) for share in shares] == [0.5] * 5
+    assert [share.item() for share in shares] == [0.5] * 5
     model, cache = model_of("values of values"), None
     out = model(tokens(7), past_key_values=cache, use_cache=True)
     seen, layers = dict[Any, Tensor](), model.model.layers
