@@ -204,11 +204,11 @@ class Sweep:
         return self.processors * self.table.resident
 
     def _launch(self, kernel: str, roles: Roles) -> Launch:
-        full = _block(roles.K) == roles.K and _block(roles.V) == roles.V
-        launch = self.table.launch(kernel, self.inputs[0].element_size(), _block(roles.K), full=full)
+        rows, columns = _block(roles.K), _block(roles.V)
+        launch = self.table.launch(kernel, self.inputs[0].element_size(), rows, columns)
         tuned = _tuned[-1] if _tuned else Tuning()
         launch = (tuned.output if kernel == "output" else tuned.state) or launch
-        return replace(launch, columns=min(launch.columns, _block(roles.V)))
+        return replace(launch, columns=min(launch.columns, columns))
 
 
 def _block(size: int) -> int:

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.functional import pad
 
 from heddle.errors import HeddleError
 from heddle.kernels import decay_attention, decay_attention_step, force_path
 from heddle.kernels._decay_attention_fwd import cut, lay_out, tuning
-from heddle.kernels.accuracy import Sample, compare, draw, results
+from heddle.kernels.accuracy import Sample, _measure, compare, draw, oracle, results
 from heddle.kernels.configs.decay_attention import HOPPER, OTHER, Launch
 from heddle.kernels.op import INTERPRETED
 
@@ -70,6 +71,27 @@ def test_heads_that_leave_tiles_partly_empty_are_right(dtype: torch.dtype, sizes
     K, V = sizes
     sample = draw(decay_attention, {"B": 1, "H": 2, "K": K, "V": V, "T": 200}, dtype)
     _assert_right(sample, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("sizes", [(64, 32), (32, 64), (64, 16), (64, 64), (40, 24), (128, 32), (128, 128)])
+def test_heads_that_lie_apart_are_right(dtype: torch.dtype, sizes: tuple[int, int]) -> None:
+    def with_gaps(**arguments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        # A head stride that is no multiple of 16 takes another way through the compiler.
+        views = {
+            name: pad(arguments[name], (0, 8))[..., : arguments[name].shape[-1]] for name in ("q", "k", "v")
+        }
+        return decay_attention(**{**arguments, **views})
+
+    K, V = sizes
+    sample = draw(decay_attention, {"B": 1, "H": 16, "K": K, "V": V, "T": 200}, dtype).to("cuda")
+    found, exact = results(with_gaps, sample), oracle(decay_attention, sample)
+    with force_path("torch"):
+        baseline = results(decay_attention, sample)
+    measured = [_measure(name, "triton", found[name], baseline[name], exact[name], dtype) for name in found]
+    wrong = [str(one) for one in measured if not one.ok]
+    assert not wrong, "\n".join(wrong)
 
 
 @pytest.mark.parametrize("device", DEVICES)
