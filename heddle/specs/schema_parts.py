@@ -55,9 +55,15 @@ def add_notes(part: Schema) -> None:
         if name not in required and "default" not in field:
             field["default"] = [] if field.get("type") == "array" else {}
         if not any(key in field for key in _TELLING) and field.get("type") != "boolean":
-            examples = EXAMPLES.get(name) or _examples(field)
+            examples = [one for one in EXAMPLES.get(name, []) if _may_be(one, field)] or _examples(field)
             if examples:
                 field["examples"] = examples
+
+
+def _may_be(example: Any, field: Schema) -> bool:
+    types = {one.get("type") for one in [field, *field.get("anyOf", [])]}
+    names = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array", dict: "object"}
+    return names[type(example)] in types or (type(example) is int and "number" in types) or types <= {None, "null"}
 
 
 def _examples(field: Schema) -> list[Any]:
@@ -65,7 +71,9 @@ def _examples(field: Schema) -> list[Any]:
         return [field["default"]]
     for one in [field, *field.get("anyOf", [])]:
         if one.get("type") in ("integer", "number"):
-            return [one.get("minimum", one.get("exclusiveMinimum", 0) + 1)]
+            low = one.get("minimum", one.get("exclusiveMinimum", 0))
+            high = one.get("maximum", one.get("exclusiveMaximum", low + 2))
+            return [low if "minimum" in one else (low + min(high, low + 2)) / 2]
     return []
 
 
