@@ -147,13 +147,8 @@ class _Walk:
                 "missing-field", "'kind' is missing", (*spot.path, "kind"), f"one of {kinds}", key=True
             )
         if kind == "union_tag_invalid":
-            tag, tags = detail["ctx"]["tag"], _tags(spot.annotation)
-            return Finding(
-                "unknown-kind",
-                f"there is no {'mixer' if name == 'mixers' else name} kind {tag!r}",
-                (*spot.path, "kind"),
-                _kind_hint(tag, tags),
-            )
+            part = "mixer" if name == "mixers" else name
+            return _unknown_kind(part, value, _tags(spot.annotation)).below(spot.path)
         if spot.is_key:
             return Finding("out-of-range", f"{shown(value)} is not a name", spot.path, NAME_HINT, key=True)
         if self.name == "layers" and len(spot.path) == 1 and kind in _EXPECTED:
@@ -161,6 +156,18 @@ class _Walk:
             return Finding("wrong-type", what, spot.path)
         code, what, hint = _told(detail, spot.annotation)
         return Finding(code, what, spot.path, hint)
+
+
+def _unknown_kind(part: str, value: Any, tags: list[str]) -> Finding:
+    """Of a mapping `value` in the place of a mixer, say, whose kind is none."""
+    kind = value.get("kind") if isinstance(value, Mapping) else value
+    if not isinstance(kind, str):
+        return Finding(
+            "wrong-type", f"expected a kind, got {shown(kind)}", ("kind",), f"one of {', '.join(tags)}"
+        )
+    return Finding(
+        "unknown-kind", f"there is no {part} kind {shown(kind)}", ("kind",), _kind_hint(kind, tags)
+    )
 
 
 def _kind_hint(tag: str, tags: list[str]) -> str:

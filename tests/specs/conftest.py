@@ -6,6 +6,7 @@ import copy
 import json
 import random
 from collections.abc import Callable
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -188,9 +189,14 @@ def parts(data: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return [path, *(found for key, value in items for found in parts(value, (*path, key)))]
 
 
+@cache
+def data_of(text: str) -> Any:
+    return parse(text).data
+
+
 def graft(text: str, rng: random.Random) -> str:
     """A few values replaced, moved, removed or renamed; written as JSON."""
-    data = parse(text).data
+    data = copy.deepcopy(data_of(text))
     for _ in range(rng.choice([1, 1, 2, 4])):
         path = rng.choice(parts(data)[1:] or [()])
         if not path:
