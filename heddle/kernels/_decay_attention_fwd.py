@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 import triton
 from torch import Tensor
+from torch.nn.functional import pad
 
 from heddle.kernels._decay_attention_sweep import (
     _decay_attention_sweep_carry_kernel,
@@ -22,6 +23,9 @@ from heddle.kernels._decay_attention_sweep import (
 from heddle.kernels.configs.decay_attention import INTERPRETER, Family, Launch, family
 
 CARRY_BLOCK = 256
+# Head sizes, strides and pointers are multiples of this, or made so: Triton then loads 16 bytes at a time, and ahead.
+# Where it cannot, ptxas 12.8 gets kernels wrong: docs/decisions/0005-ragged-heads.md.
+ALIGNMENT = 16
 _tuned: list[Tuning] = []
 
 
@@ -108,7 +112,7 @@ class Roles:
 
 
 class Sweep:
-    """One forward (`d_out` None) or backward sweep over given tensors.
+    """One forward (`d_out` None) or backward sweep over given tensors; K and V are multiples of ALIGNMENT.
 
     Shapes:  q, k: [B, T, H, K];  v, d_out: [B, T, H, V], the last axis dense;  states: [N, H, K, V], float32, dense
     """
@@ -116,7 +120,7 @@ class Sweep:
     def __init__(
         self, q: Tensor, k: Tensor, v: Tensor, d_out: Tensor | None, log_decay: Tensor, scale: float
     ) -> None:
-        self.inputs = [_dense(x) for x in (q, k, v, q if d_out is None else d_out)]
+        self.inputs = [_aligned(x) for x in (q, k, v, q if d_out is None else d_out)]
         self.backward = d_out is not None
         self.log_decay, self.scale = log_decay.to(torch.float32), scale
         self.B, self.T, self.H, self.K = q.shape
@@ -204,11 +208,10 @@ class Sweep:
         return self.processors * self.table.resident
 
     def _launch(self, kernel: str, roles: Roles) -> Launch:
-        rows, columns = _block(roles.K), _block(roles.V)
-        launch = self.table.launch(kernel, self.inputs[0].element_size(), rows, columns)
+        launch = self.table.launch(kernel, self.inputs[0].element_size(), _block(roles.K))
         tuned = _tuned[-1] if _tuned else Tuning()
         launch = (tuned.output if kernel == "output" else tuned.state) or launch
-        return replace(launch, columns=min(launch.columns, columns))
+        return replace(launch, columns=min(launch.columns, _block(roles.V)))
 
 
 def _block(size: int) -> int:
@@ -216,8 +219,18 @@ def _block(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
-def _dense(x: Tensor) -> Tensor:
-    return x if x.stride(3) == 1 else x.contiguous()
+def _aligned(x: Tensor) -> Tensor:
+    """The same with all strides and the beginning multiples of ALIGNMENT, as a copy if need be."""
+    *outer, last = x.stride()
+    if last == 1 and not any(stride % ALIGNMENT for stride in outer) and x.data_ptr() % ALIGNMENT == 0:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def padded(x: Tensor, *axes: int) -> Tensor:
+    """Zeros after the last `axes`, up to a multiple of ALIGNMENT each."""
+    spare = [(-x.shape[axis]) % ALIGNMENT for axis in axes]
+    return pad(x, [length for extra in spare for length in (0, extra)]) if any(spare) else x
 
 
 def _dense_state(state: Tensor | None) -> Tensor | None:
@@ -234,8 +247,14 @@ def launch_forward(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Output and final state; arguments as those of the registered op."""
+    K, V = q.shape[3], v.shape[3]
+    if K % ALIGNMENT or V % ALIGNMENT:
+        q, k, v = (padded(x, -1) for x in (q, k, v))
+        before = None if initial_state is None else padded(initial_state, -1, -2)
+        out, final = launch_forward(q, k, v, log_decay, scale, before, cu_seqlens)
+        return out[..., :V].contiguous(), final[..., :K, :V].contiguous()
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    final = torch.empty(sequences, q.shape[2], q.shape[3], v.shape[3], dtype=torch.float32, device=v.device)
+    final = torch.empty(sequences, q.shape[2], K, V, dtype=torch.float32, device=v.device)
     Sweep(q, k, v, None, log_decay, scale).run((out, out, out), final, initial_state, None, cu_seqlens)
     return out, final

@@ -26,9 +26,6 @@ class Launch:
 class Family:
     """What a device family runs: for two- and four-byte elements, and for states taller than `TALL`, which need room.
 
-    `narrow` is for states of `LOW` rows and fewer columns. Chunks of `LOW` make ptxas 12.8, which Triton 3.6 and 3.7 bring
-    along, leave out a copy there, so that the product of the state reads anywhere: docs/decisions/0005-ragged-heads.md.
-
     `resident` programs share a multiprocessor. A sequence is cut into segments of at least `segment` tokens when there
     are fewer programs than places for them.
     """
@@ -38,30 +35,25 @@ class Family:
     tall: Launch
     wide: Launch
     wide_tall: Launch
-    narrow: Launch
     resident: int = 2
     segment: int = 256
 
-    def launch(self, kernel: str, element: int, rows: int, columns: int) -> Launch:
-        """The configuration of kernel "output" or "state" for an element size and a state of `rows` by `columns`."""
+    def launch(self, kernel: str, element: int, rows: int) -> Launch:
+        """The configuration of kernel "output" or "state" for an element size and a state of `rows` rows."""
         if element > 2:
             return self.wide_tall if rows > TALL else self.wide
-        if rows == LOW > columns:
-            return self.narrow
         if rows > TALL:
             return self.tall
         return self.output if kernel == "output" else self.state
 
 
 TALL = 128
-LOW = 64
 HOPPER = Family(
     output=Launch(chunk=64, columns=64, warps=4, stages=2),
     state=Launch(chunk=64, columns=128, warps=8, stages=3),
     tall=Launch(chunk=64, columns=32, warps=4, stages=2),
     wide=Launch(chunk=16, columns=32, warps=8, stages=2),
     wide_tall=Launch(chunk=16, columns=32, warps=8, stages=1),
-    narrow=Launch(chunk=32, columns=64, warps=4, stages=2),
 )
 # Fits the 99 KiB of shared memory that every device since Ampere has.
 OTHER = Family(
@@ -70,14 +62,11 @@ OTHER = Family(
     tall=Launch(chunk=32, columns=32, warps=4, stages=1),
     wide=Launch(chunk=16, columns=32, warps=4, stages=2),
     wide_tall=Launch(chunk=16, columns=16, warps=4, stages=1),
-    narrow=Launch(chunk=32, columns=64, warps=4, stages=2),
 )
 
 # The interpreter pays by the operation, whatever the size of the tiles.
 _LARGE = Launch(chunk=64, columns=32, warps=4, stages=1)
-INTERPRETER = Family(
-    output=_LARGE, state=_LARGE, tall=_LARGE, wide=_LARGE, wide_tall=_LARGE, narrow=_LARGE, resident=1
-)
+INTERPRETER = Family(output=_LARGE, state=_LARGE, tall=_LARGE, wide=_LARGE, wide_tall=_LARGE, resident=1)
 
 
 def family(capability: tuple[int, int]) -> Family:
