@@ -113,10 +113,12 @@ class _Check:
             return self._layers(option)
         return self._scalar(option, name) if name in ModelSpec.model_fields else []
 
-    def _hidden_size(self, values: Mapping[str, Any]) -> Any:
+    def _hidden_size(self, values: Mapping[str, Any]) -> int | None:
         """The width at `values`; None if it is not known."""
-        default = self.parts.fields.get("hidden_size")
-        return self.found.space.held(values).get("hidden_size", default) if default is not None else None
+        if "hidden_size" not in self.parts.fields:
+            return None
+        value = self.found.fill((*MODEL, "hidden_size"), values, {})
+        return value if type(value) is int and value > 0 else None
 
     def _filled(self, path: Path_, option: _Option) -> tuple[Any, dict[Path_, Path_]]:
         moves: dict[Path_, Path_] = {}
@@ -157,7 +159,7 @@ class _Check:
             values = {**option.values, **setting}
             block = check_block(self.found.fill(path, values, {}), {})[0]
             hidden_size = self._hidden_size(values)
-            if block is None or not isinstance(hidden_size, int):
+            if block is None or hidden_size is None:
                 continue
             if not block_problems(block, hidden_size, self.parts.kind):
                 return True

@@ -43,6 +43,9 @@ def _adapter(owner: type[Schema], field: str) -> TypeAdapter[Any]:
 
 
 def _annotation(owner: type[BaseModel], field: str) -> Any:
+    if not owner.__pydantic_fields_complete__:
+        # What a composite mixer holds is known when the catalogue is.
+        owner.model_rebuild()
     info = owner.model_fields[field]
     return typing.Annotated[info.annotation, info]
 

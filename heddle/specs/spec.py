@@ -32,6 +32,7 @@ class Spec(Schema):
         str,
         Field(min_length=1, max_length=4096, description="bytes, or the path of a Hugging Face tokenizer."),
     ] = "bytes"
-    data: Annotated[DataSpec, Field(description="The text to train on.")] = DataSpec()
-    train: Annotated[TrainSpec, Field(description="How models are trained.")] = TrainSpec()
+    # By a factory, so that no validator is built while heddle.specs is imported.
+    data: Annotated[DataSpec, Field(description="The text to train on.")] = Field(default_factory=DataSpec)
+    train: Annotated[TrainSpec, Field(description="How models are trained.")] = Field(default_factory=TrainSpec)
     search: Annotated[SearchSpec | None, Field(description="What to search for; null: nothing.")] = None

@@ -131,12 +131,10 @@ def nodes_of(graph: Graph) -> Iterator[tuple[str, Node]]:
 
 
 def with_nodes(graph: Graph, changed: Mapping[str, Node]) -> Graph:
-    """The same graph with other nodes under some of its names."""
+    """A graph of its own, with other nodes under some of the names."""
     made = nx.DiGraph(**graph.graph)
-    for name, data in graph.nodes(data=True):
-        made.add_node(name, node=changed.get(name, data["node"]))
-    for first, second, edge in edges_of(graph):
-        add_edge(made, first, second, edge)
+    made.add_nodes_from((name, {"node": changed.get(name, node)}) for name, node in graph.nodes(data="node"))
+    made.add_edges_from(graph.edges(data=True))
     return made
 
 
@@ -148,9 +146,11 @@ def add_edge(graph: Graph, first: str, second: str, edge: Edge) -> None:
 
 def edges_of(graph: Graph) -> Iterator[tuple[str, str, Edge]]:
     """Every edge between two nodes."""
-    for first, second, data in graph.edges(data=True):
-        for edge in data["edges"]:
-            yield first, second, edge
+    # The plain mappings behind the views: a plan of a thousand layers is walked some dozen times.
+    for first, following in graph.adjacency():
+        for second, data in following.items():
+            for edge in data["edges"]:
+                yield first, second, edge
 
 
 class Failures:

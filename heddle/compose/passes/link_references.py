@@ -50,8 +50,8 @@ def link_references(graph: Graph, locate: Locate) -> Graph:
 
 def _check(graph: Graph, link: Link, layers: list[Layer], failures: Failures) -> None:
     one, path = link.reference, f"layers.{link.layer}.{link.reference.field}"
-    names = list(dict.fromkeys(name for layer in layers for name in (layer.block, layer.name) if name))
     if not link.is_known:
+        names = list(dict.fromkeys(name for layer in layers for name in (layer.block, layer.name) if name))
         close = nearest(one.name, names)
         hint = f"did you mean {close}?" if close else f"the layers are {', '.join(names[:20])}"
         failures.add("unknown-layer", f"no layer and no block is called {one.name!r}", path, hint)

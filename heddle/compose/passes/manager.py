@@ -61,10 +61,11 @@ def illegal(graph: Graph) -> str | None:
 
 def _wrong_edge(graph: Graph, place: Mapping[str, int]) -> str | None:
     """The first edge that does not point forward, or fits not both its ends."""
+    nodes = dict(graph.nodes(data="node"))
     for first, second, edge in edges_of(graph):
         if place[first] >= place[second]:
             return f"{second} takes {edge.kind} of {first}, which does not stand before it"
-        gives, takes = graph.nodes[first]["node"].gives, graph.nodes[second]["node"].takes
+        gives, takes = nodes[first].gives, nodes[second].takes
         if edge.kind in STREAMS and not gives == takes == edge.width:
             return f"{first} gives {gives}, {second} takes {takes}, the {edge.kind} has {edge.width}"
     return None

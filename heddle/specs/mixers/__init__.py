@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Union
 
 from heddle.specs.composite import CompositeMixer
@@ -38,10 +39,10 @@ if TYPE_CHECKING:
 else:
     Mixer = Union[KINDS]  # noqa: UP007 - made at run time
 
-# The composite kinds hold mixers of any kind, themselves included.
+# The composite kinds hold mixers of any kind, themselves included: their modules learn here what `Mixer` means.
 for _kind in KINDS:
     if issubclass(_kind, CompositeMixer):
-        _kind.model_rebuild(_types_namespace={"Mixer": Mixer})
+        vars(sys.modules[_kind.__module__])["Mixer"] = Mixer
 
 __all__ = [
     "BROKEN",

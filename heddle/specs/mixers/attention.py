@@ -65,7 +65,9 @@ class Attention(HeadedMixer):
     head_dim: Annotated[
         int | None, Field(ge=1, le=65_536, description="Dimensions of a head; null: hidden_size / heads.")
     ] = None
-    rope: Annotated[Rope | None, Field(description="Rotary positions; null: none (NoPE).")] = Rope()
+    rope: Annotated[Rope | None, Field(description="Rotary positions; null: none (NoPE).")] = Field(
+        default_factory=Rope
+    )
     qk_norm: Annotated[
         Literal[False, True, "full"],
         BeforeValidator(_no_number),
