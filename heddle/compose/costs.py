@@ -16,12 +16,10 @@ What happens inside a block is taken to stay on the chip, and logits are left ou
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from heddle.compose.passes.count_costs import norm_parameters, own_parameters
 from heddle.compose.passes.graph import ChannelBlock, MixerBlock
-from heddle.specs.cost import State
 from heddle.specs.model import ModelSpec
 
 # How much a forward and a backward pass cost, in forward passes.
@@ -41,10 +39,8 @@ class Setting:
     decodes: bool
 
 
-def layer_cost(
-    mixer: MixerBlock, channel: ChannelBlock | None, taken: Sequence[State], setting: Setting
-) -> dict[str, float]:
-    """The costs of one layer; `taken` are the states of earlier layers that it reads."""
+def layer_cost(mixer: MixerBlock, channel: ChannelBlock | None, setting: Setting) -> dict[str, float]:
+    """The costs of one layer."""
     spec, site, context, element = mixer.spec, mixer.site, setting.context, setting.element
     halves = 0 if channel is None else channel.spec.flops(site)
     held = {True: 0, False: 0}
@@ -58,18 +54,15 @@ def layer_cost(
         "cache_bytes": setting.batch * held[True],
         "cache_bytes_per_token": spec.cache_bytes_per_token(site, element),
         "state_bytes": setting.batch * held[False],
-        "decode_bytes": _decode_bytes(mixer, channel, taken, setting),
+        "decode_bytes": _decode_bytes(mixer, channel, setting),
         "prefill_bytes": _prefill_bytes(mixer, channel, setting),
     }
     return _as_asked(cost, setting)
 
 
-def _decode_bytes(
-    mixer: MixerBlock, channel: ChannelBlock | None, taken: Sequence[State], setting: Setting
-) -> float:
+def _decode_bytes(mixer: MixerBlock, channel: ChannelBlock | None, setting: Setting) -> float:
     spec, site, element = mixer.spec, mixer.site, setting.element
     read = spec.read_bytes(site, setting.context, element)
-    read += sum(state.bytes(setting.context, element) for state in taken)
     # What a step writes is what a first token leaves: its own part of what grows, and all of what does not.
     written = sum(state.bytes(1, element) for state in mixer.states or ())
     return element * _weights(mixer, channel, setting.batch) + setting.batch * (read + written)

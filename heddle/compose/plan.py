@@ -32,7 +32,6 @@ from heddle.compose.passes.plan_sharing import plan_sharing
 from heddle.compose.passes.resolve_dims import resolve_dims
 from heddle.compose.passes.resolve_layers import resolve_layers
 from heddle.errors import Where
-from heddle.specs.cost import State
 from heddle.specs.model import ModelSpec
 
 PASSES: tuple[Pass, ...] = (
@@ -65,7 +64,6 @@ class LayerPlan:
     _mixer: MixerBlock
     _channel: ChannelBlock | None
     # States of earlier layers that its mixer reads.
-    _taken: tuple[State, ...]
     _decodes: bool
 
     def runtime(self) -> dict[str, Any]:
@@ -91,7 +89,7 @@ class LayerPlan:
     def cost(self, context: int, batch: int = 1, *, element: int = BFLOAT16_BYTES) -> dict[str, float]:
         """As `Plan.cost`, of this layer alone."""
         setting = Setting(context=context, batch=batch, element=element, decodes=self._decodes)
-        return layer_cost(self._mixer, self._channel, self._taken, setting)
+        return layer_cost(self._mixer, self._channel, setting)
 
     def summary(self, context: int, batch: int = 1) -> dict[str, Any]:
         """Names and costs, for `heddle show`."""
@@ -208,7 +206,6 @@ def _layer(graph: Graph, mixer: MixerBlock) -> LayerPlan:
         parameters - _idle_parameters(channel),
         mixer,
         channel,
-        _states_taken(graph, f"layers.{index}.mixer"),
         decodes,
     )
 
@@ -218,16 +215,6 @@ def _idle_parameters(channel: ChannelBlock | None) -> int:
     if channel is None or channel.weights_of is not None:
         return 0
     return channel.spec.params(channel.site) - channel.spec.active_params(channel.site)
-
-
-def _states_taken(graph: Graph, name: str) -> tuple[State, ...]:
-    """The states of earlier mixers that a mixer reads: their keys, their values, their indices."""
-    found: list[State] = []
-    for source, _, data in graph.in_edges(name, data=True):
-        kinds = {edge.kind for edge in data["edges"]}
-        states = getattr(graph.nodes[source]["node"], "states", None) or ()
-        found += [state for state in states if state.name.rpartition(".")[2] in kinds]
-    return tuple(found)
 
 
 def _content(graph: Graph) -> tuple[dict[str, Node], list[tuple[str, str, Edge]]]:

@@ -15,9 +15,9 @@ from heddle.specs.layer import MAX_LAYERS, Site
 from heddle.specs.model import BlockSpec
 from heddle.specs.model_kind import causality_problems
 from heddle.specs.open_values import RESERVED
-from heddle.specs.pattern import layers_of
+from heddle.specs.pattern import Layer, layers_of
 from heddle.specs.reader import MAX_ERRORS, Path_, steps_of
-from heddle.specs.references import EMBEDDING
+from heddle.specs.references import EMBEDDING, references_of
 from heddle.specs.search import MqarTask
 from heddle.specs.sight import reach
 from heddle.specs.spec import Spec
@@ -193,10 +193,21 @@ def _recalls(search: Any) -> Iterator[tuple[Path_, int, int]]:
                 yield path, pairs, length
 
 
+def _lonely_findings(name: str, blocks: Mapping[str, Any]) -> Iterator[Finding]:
+    """What a model of one block alone would take from layers that it has not."""
+    block = blocks[name]
+    if block is None:
+        return
+    for one in references_of(Layer(0, name, None, block)):
+        if one.name != EMBEDDING:
+            what = f"a model of {name!r} alone has no earlier layer to take {one.what} from"
+            yield Finding("reference-direction", what, (), "name a block that stands by itself")
+
+
 def _relative_findings(name: str, blocks: Mapping[str, Any]) -> list[Finding]:
     known = [f"all-{block}" for block in blocks]
     if name in known:
-        return []
+        return list(_lonely_findings(name.removeprefix("all-"), blocks))
     close = f"all-{name}" if name in blocks else nearest(name, known)
     hint = f"did you mean {close}?" if close else f"one of {', '.join(known[:20])}"
     return [Finding("unknown-block", f"{shown(name)} names no model; it is all-, then a block", (), hint)]

@@ -144,7 +144,10 @@ class MixerSpec(Schema):
         return sum(state.bytes(context, element) for state in self.states(site))
 
     def read_bytes(self, site: Site, context: int, element: int) -> int:
-        """Bytes of its cache that decoding one token after `context` others reads: all, where a kind says nothing else."""
+        """Bytes of caches, its own or an earlier layer's, that decoding one token after `context` others reads.
+
+        All of its own, where a kind says nothing else.
+        """
         return self.state_bytes(site, context, element)
 
     def cache_bytes_per_token(self, site: Site, element: int) -> int:

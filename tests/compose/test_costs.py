@@ -14,7 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from heddle.compose.build import build
 from heddle.compose.cache import cache_bytes
 from heddle.compose.plan import plan
-from heddle.specs import ModelSpec, load
+from heddle.specs import ModelSpec, Site, load
+from heddle.specs.mixers import Attention
+from heddle.specs.selection import Selection
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted((ROOT / "examples" / "specs").glob("*.yaml"))
@@ -168,3 +170,28 @@ def test_a_shared_block_is_counted_once_and_read_by_each_of_its_layers() -> None
     assert [layer.parameters for layer in shared.layers] == [plain.layers[0].parameters, 0]
     for name, value in plain.cost(100, 2).items():
         assert shared.cost(100, 2)[name] == value, name
+
+
+def test_a_step_reads_the_keys_that_it_sees_whoever_caches_them() -> None:
+    """In bytes of bfloat16, 4 heads of 16, after 10,000 tokens: keys and values of a token are 256 bytes."""
+    choose = {"block": 8, "count": 4, "sink": 1, "recent": 1}
+    read = {
+        "plain": {},
+        "windowed": {"window": 8},
+        "taken": {"keys_from": "plain"},
+        "taken in a window": {"keys_from": "plain", "window": 8},
+        "mixed": {"values_from": "plain"},
+        "chosen": {"selection": choose},
+    }
+    found = {
+        name: Attention(heads=4, **fields).read_bytes(Site(64), 10_000, 2)  # type: ignore[arg-type]
+        for name, fields in ((name, _selection(fields)) for name, fields in read.items())
+    }
+    assert found["plain"] == found["taken"] == found["mixed"] == 10_000 * 256
+    assert found["windowed"] == found["taken in a window"] == 7 * 256
+    # At most 4 blocks of 8 with the token's own, and the means of the blocks before it.
+    assert 24 * 256 <= found["chosen"] <= 31 * 256 + 1250 * 128
+
+
+def _selection(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: Selection(**one) if name == "selection" else one for name, one in fields.items()}

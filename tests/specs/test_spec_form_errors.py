@@ -353,3 +353,28 @@ def test_an_override_may_nest_no_deeper_either() -> None:
     (error,) = told(GOOD.replace("override: {mixer: {window: 8}}", f"override: {{mixer: {nested}}}"))
     assert "layers.4.override.mixer" in error
     assert "[too-deep]" in error
+
+
+ALONE = """\
+version: 1
+name: alone
+model:
+  vocab_size: 256
+  hidden_size: 16
+  blocks:
+    f: {mixer: {kind: attention, heads: 2}, channel: {kind: none}}
+    a: {mixer: {kind: attention, heads: 2, keys_from: f}, channel: {kind: none}}
+  layers: [f, {choice: [f, a]}]
+search:
+  tasks: [text]
+  budgets: [decode_ms: {at_most: 0.9, relative_to: all-a, context: 128}]
+"""
+
+
+def test_a_budget_relative_to_a_block_that_takes_from_others_is_refused() -> None:
+    with pytest.raises(HeddleErrors) as told:
+        loads(ALONE, file="a.yaml")
+    assert [str(error).splitlines()[0] for error in told.value.errors] == [
+        "a.yaml:12:52: search.budgets.0.decode_ms.relative_to: a model of 'a' alone has no earlier layer to take keys from"
+        "   [reference-direction]"
+    ]

@@ -326,6 +326,18 @@ class Attention(HeadedMixer):
         limit = None if self.window is None else self.window - 1
         return tuple(State(name, shape, grows=True, limit=limit) for name in ("keys", "values"))
 
+    def read_bytes(self, site: Site, context: int, element: int) -> int:
+        """Keys and values that the token sees, its own left out, whoever caches them; to choose blocks also their means."""
+        if not self.causal:
+            return 0
+        if self.selection is None:
+            seen, means = self._visible(context + 1) - 1, 0
+        else:
+            seen = self.selection.keys_read(context + 1) - 1
+            means = self.selection.blocks_before(context + 1) if self.selection.source is None else 0
+        row = (self.kv_heads or self.heads) * head_dim_of(self, site) * element
+        return min(2 * seen + means, 2 * context) * row
+
     def _projected(self) -> tuple[int, int, int]:
         """Heads that the projections of q (with its gate), k and v give."""
         own = 0 if self.keys_from is not None else self.kv_heads or self.heads

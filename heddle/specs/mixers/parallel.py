@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -49,6 +49,10 @@ class Parallel(CompositeMixer):
             what = f"{len(self.weights)} weights for {len(self.mixers)} mixers"
             found.append(Problem("weights", what, "one for each mixer", "out-of-range"))
         return found
+
+    def canonical(self, site: Site) -> dict[str, Any]:
+        data = super().canonical(site)
+        return data if set(self.weights or ()) - {1.0} else {**data, "weights": None}
 
     def own_params(self, site: Site) -> int:
         norms = len(self.mixers) * site.hidden_size if self.norm else 0
