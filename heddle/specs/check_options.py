@@ -186,7 +186,7 @@ class _Check:
             return []
         data, moves = self._filled((*MODEL, "layers"), option)
         wrong = check_layers(data, self.parts.blocks)[1]
-        if "override" in option.path:
+        if "override" in option.path and self.parts.blocks:
             blocks = self._filled((*MODEL, "blocks"), option)[0]
             # Sizes may fit at other settings of the file; an unknown field, kind or value never does.
             fields = {**self.parts.fields, "hidden_size": None}

@@ -92,6 +92,13 @@ class Parameter:
         assert self.high is not None
         return range(int(self.low), int(self.high) + 1, int(self.step or 1))
 
+    def ends(self) -> tuple[int, int]:
+        """The least and the greatest of values that are whole numbers, of the one where it is not open too."""
+        values = self.values()
+        known = values if self.kind == "choice" else (values[0], values[-1])
+        found = [int(value) for value in (*known, self.closed)]
+        return min(found), max(found)
+
     def size(self) -> float:
         """How many values there are; infinite for a float."""
         if self.kind == "float":

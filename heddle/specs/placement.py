@@ -132,8 +132,7 @@ def _check_room(found: OpenValues, length: int, counts: Mapping[str, int | str])
     by_name = {parameter.name: parameter for parameter in found.parameters.values()}
     least, most = {}, {}
     for name, count in counts.items():
-        values = [count] if not isinstance(count, str) else [*by_name[count].values(), by_name[count].closed]
-        least[name], most[name] = min(values), max(values)
+        least[name], most[name] = by_name[count].ends() if isinstance(count, str) else (count, count)
     if sum(least.values()) > length:
         what = f"the counts are at least {sum(least.values())} together, and there are {length} layers"
         found.fail("bad-placement", what, (*PLACEMENT, "count"))

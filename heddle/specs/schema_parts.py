@@ -63,7 +63,11 @@ def add_notes(part: Schema) -> None:
 def _may_be(example: Any, field: Schema) -> bool:
     types = {one.get("type") for one in [field, *field.get("anyOf", [])]}
     names = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array", dict: "object"}
-    return names[type(example)] in types or (type(example) is int and "number" in types) or types <= {None, "null"}
+    return (
+        names[type(example)] in types
+        or (type(example) is int and "number" in types)
+        or types <= {None, "null"}
+    )
 
 
 def _examples(field: Schema) -> list[Any]:

@@ -35,7 +35,7 @@ def count_settings(parameters: Sequence[Parameter], length: int, counts: Mapping
     for index, one in enumerate(parameters):
         # What later blocks need at least is kept free, so that no way is a dead end.
         later = [other for other in parameters[index + 1 :] if other.name in placed]
-        free = length - sum(map(_least, later)) if one.name in placed else None
+        free = length - sum(other.ends()[0] for other in later) if one.name in placed else None
         steps = _Steps(one, parameters, free, length)
         grown: dict[_State, float] = {}
         for state, number in states.items():
@@ -58,11 +58,6 @@ def _fixed(length: int, counts: Sequence[int]) -> tuple[int, int]:
         ways *= math.comb(length - used, count)
         used += count
     return used, ways
-
-
-def _least(count: Parameter) -> int:
-    ends = [*count.values(), count.closed] if count.when else count.values()
-    return min(int(end) for end in ends)
 
 
 class _Steps:

@@ -34,5 +34,7 @@ class Spec(Schema):
     ] = "bytes"
     # By a factory, so that no validator is built while heddle.specs is imported.
     data: Annotated[DataSpec, Field(description="The text to train on.")] = Field(default_factory=DataSpec)
-    train: Annotated[TrainSpec, Field(description="How models are trained.")] = Field(default_factory=TrainSpec)
+    train: Annotated[TrainSpec, Field(description="How models are trained.")] = Field(
+        default_factory=TrainSpec
+    )
     search: Annotated[SearchSpec | None, Field(description="What to search for; null: nothing.")] = None

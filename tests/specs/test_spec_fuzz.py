@@ -137,6 +137,25 @@ HOSTILE: dict[str, tuple[Any, str]] = {
     "a huge placement": (model(layers={"placement": {"length": 10**18, "of": ["full"]}}), "bad-placement"),
     "a huge width": (model(hidden_size=10**18), "out-of-range"),
     "a huge range": (model(hidden_size={"int": [1, 10**18]}), "bad-space"),
+    "a huge range of a count": (
+        model(
+            blocks={name: nested(0)["full"] for name in "ab"},
+            layers={"placement": {"length": 4, "of": ["a", "b"], "count": {"a": {"int": [0, 10**15]}}}},
+        ),
+        "bad-placement",
+    ),
+    "open overrides of blocks that are not there": (
+        model(blocks={}, layers=[{"block": "a", "override": {"choice": [{"norm": "rmsnorm"}, {"norm": 1}]}}]),
+        "wrong-type",
+    ),
+    "a kind that is a mapping with an impossible number": (
+        model(blocks={"full": {"mixer": {"kind": {"a": {"float": 3}}}, "channel": {"kind": "none"}}}),
+        "wrong-type",
+    ),
+    "a width that is open inside an option": (
+        model(hidden_size={"choice": [{"int": [32, 64], "step": 32}, 0]}),
+        "out-of-range",
+    ),
     "mixers nested 20 deep": (model(blocks=nested(20)), "too-deep"),
     "mixers nested 20 deep, in a row": (model(blocks=nested(20, "sequential")), "too-deep"),
     "choices nested 15 deep": (model(hidden_size=choices(15)), "legal"),
