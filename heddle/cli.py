@@ -89,7 +89,9 @@ def init(
     path: Annotated[Path, typer.Argument(metavar="[FILE]", help="File to write.")] = Path("spec.yaml"),
     of: Annotated[
         str | None,
-        typer.Option("--from", help="A known architecture to begin with: docs/zoo.md lists them.", show_default=False),
+        typer.Option(
+            "--from", help="A known architecture to begin with: docs/zoo.md lists them.", show_default=False
+        ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
 ) -> None:
@@ -122,7 +124,8 @@ def check(file: SpecPath, json: Json = False) -> None:
 
 @app.command(
     epilog=_example(
-        "heddle show spec.yaml --context 32768 --batch 8 --json", "heddle show spec.yaml --graph svg --out model.svg"
+        "heddle show spec.yaml --context 32768 --batch 8 --json",
+        "heddle show spec.yaml --graph svg --out model.svg",
     )
 )
 def show(
@@ -130,11 +133,14 @@ def show(
     context: Context = None,
     batch: Batch = 1,
     graph: Annotated[
-        GraphForm | None, typer.Option(help="Show the compiled graph instead: as text, a flowchart or a picture.")
+        GraphForm | None,
+        typer.Option(help="Show the compiled graph instead: as text, a flowchart or a picture."),
     ] = None,
     position_bias: Annotated[
         bool,
-        typer.Option("--position-bias", help="Show which tokens the masks favour instead, before any training."),
+        typer.Option(
+            "--position-bias", help="Show which tokens the masks favour instead, before any training."
+        ),
     ] = False,
     out: Annotated[
         Path | None, typer.Option(help="File to write the graph to; the terminal if not given.")

@@ -72,7 +72,9 @@ def os_error(error: OSError) -> HeddleError:
     """A file or folder that cannot be read or written, as an error of ours."""
     where = Where(file=str(error.filename)) if error.filename else NOWHERE
     if error.errno == errno.ENOSPC:
-        return HeddleError("disk-full", "no space left on the disk", where=where, hint="free some, or name another disk")
+        return HeddleError(
+            "disk-full", "no space left on the disk", where=where, hint="free some, or name another disk"
+        )
     return HeddleError("system-error", error.strerror or str(error), where=where)
 
 
@@ -162,7 +164,9 @@ def show_position_bias(bias: Mapping[str, Any]) -> None:
         "all is heard after": "no layer"
         if needed is None
         else f"{needed} layer{'' if needed == 1 else 's'}, through {bias['most_hops']} mixers at most",
-        "with depth, weight gathers at": f"token {centre[0]}" if len(centre) == 1 else f"{len(centre)} tokens",
+        "with depth, weight gathers at": f"token {centre[0]}"
+        if len(centre) == 1
+        else f"{len(centre)} tokens",
         "weight of the first token": f"{bias['primacy']:.3f} (evenly spread: {bias['uniform']:.3f})",
         "weight of the last 8 tokens": f"{bias['recency']:.3f}",
         "weight of one in the middle": f"{bias['middle']:.4f}",
