@@ -371,7 +371,9 @@ def test_show_tells_how_much_is_open(spec: Path, run: Heddle) -> None:
     spec.write_text(PLAIN.replace("window: 16", "window: {int: [8, 16]}"))
     assert json.loads(run("show", spec, "--json")[1])["space"] == {"open": 1, "size": 9}
     assert "open values: 1, a space of 9 specs" in run("show", spec)[1]
-    spec.write_text(PLAIN.replace("hidden_size: 32", "hidden_size: 32\n  norm_eps: {float: [1.0e-6, 1.0e-5]}"))
+    spec.write_text(
+        PLAIN.replace("hidden_size: 32", "hidden_size: 32\n  norm_eps: {float: [1.0e-6, 1.0e-5]}")
+    )
     assert json.loads(run("show", spec, "--json")[1])["space"] == {"open": 1, "size": None}
     assert "a space of countless specs" in run("show", spec)[1]
     assert "a space of countless specs" in run("check", spec)[1]

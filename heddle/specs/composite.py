@@ -86,7 +86,9 @@ class CompositeMixer(MixerSpec):
         return self.own_flops(site) + sum(part.flops(site, context) for part in self.parts_at(site).values())
 
     def prefill_flops(self, site: Site, length: int) -> float:
-        return self.own_flops(site) + sum(part.prefill_flops(site, length) for part in self.parts_at(site).values())
+        return self.own_flops(site) + sum(
+            part.prefill_flops(site, length) for part in self.parts_at(site).values()
+        )
 
     def read_bytes(self, site: Site, context: int, element: int) -> int:
         own = sum(state.bytes(context, element) for state in self.own_states(site))

@@ -65,7 +65,13 @@ def decays(draw: Any) -> dict[str, Any]:
 
 EXPERTS = {"kind": "moe", "experts": 4, "active": 2, "shared_width": 8, "scale": 2}
 channels = st.sampled_from(
-    [{"kind": "swiglu"}, {"kind": "swiglu", "ratio": 1.5}, {"kind": "gelu", "width": 20}, {"kind": "none"}, EXPERTS]
+    [
+        {"kind": "swiglu"},
+        {"kind": "swiglu", "ratio": 1.5},
+        {"kind": "gelu", "width": 20},
+        {"kind": "none"},
+        EXPERTS,
+    ]
 )
 
 
@@ -221,14 +227,20 @@ CHANGES: list[tuple[str, Any]] = [
     ("blocks.d.mixer", {"kind": "token_router", "mixers": [SOFTMAX, DECAY], "merge": "gate"}),
     ("blocks.d.mixer", {"kind": "token_router", "mixers": [SOFTMAX, DECAY], "norm": True}),
     ("blocks.d.mixer", {"kind": "token_router", "mixers": [SOFTMAX, DECAY], "budget": 0.0}),
-    ("blocks.d.mixer", {"kind": "token_router", "mixers": [SOFTMAX, DECAY], "budget": 0.0, "budget_factor": 0.1}),
+    (
+        "blocks.d.mixer",
+        {"kind": "token_router", "mixers": [SOFTMAX, DECAY], "budget": 0.0, "budget_factor": 0.1},
+    ),
     ("blocks.d.mixer", {"kind": "layer_router", "mixers": [SOFTMAX, DECAY]}),
     ("blocks.d.mixer", {"kind": "layer_router", "mixers": [DECAY, SOFTMAX]}),
     ("blocks.d.mixer", {"kind": "layer_router", "mixers": [SOFTMAX, DECAY], "router_dim": 64}),
     ("blocks.d.mixer", {"kind": "layer_router", "mixers": [SOFTMAX, DECAY], "pool": 10}),
     ("blocks.d.mixer", {"kind": "layer_router", "mixers": [SOFTMAX, DECAY], "temperature": 2.0}),
     ("blocks.d.mixer", {"kind": "layer_router", "mixers": [SOFTMAX, DECAY], "target": 0.0}),
-    ("blocks.d.mixer", {"kind": "layer_router", "mixers": [SOFTMAX, DECAY], "target": 0.0, "target_factor": 0.5}),
+    (
+        "blocks.d.mixer",
+        {"kind": "layer_router", "mixers": [SOFTMAX, DECAY], "target": 0.0, "target_factor": 0.5},
+    ),
     ("blocks.d.mixer", {"kind": "sequential", "mixers": [SOFTMAX, DECAY]}),
     ("blocks.d.mixer", {"kind": "sequential", "mixers": [DECAY, SOFTMAX]}),
     ("blocks.d.mixer", {"kind": "sequential", "mixers": [SOFTMAX, DECAY], "residual": False}),
@@ -290,8 +302,14 @@ CHANGES: list[tuple[str, Any]] = [
     ("blocks.a.mixer.rope", {"scaling": {"kind": "llama3", "factor": 2.0, "original_length": 4096}}),
     ("blocks.a.mixer.rope", {"scaling": {"kind": "yarn", "factor": 2.0, "original_length": 4096}}),
     ("blocks.a.mixer.rope", {"scaling": {"kind": "yarn", "factor": 2.0, "original_length": 64}}),
-    ("blocks.a.mixer.rope", {"scaling": {"kind": "yarn", "factor": 2.0, "original_length": 64, "beta_fast": 16.0}}),
-    ("blocks.a.mixer.rope", {"scaling": {"kind": "yarn", "factor": 2.0, "original_length": 64, "beta_slow": 2.0}}),
+    (
+        "blocks.a.mixer.rope",
+        {"scaling": {"kind": "yarn", "factor": 2.0, "original_length": 64, "beta_fast": 16.0}},
+    ),
+    (
+        "blocks.a.mixer.rope",
+        {"scaling": {"kind": "yarn", "factor": 2.0, "original_length": 64, "beta_slow": 2.0}},
+    ),
     (
         "blocks.a.mixer.rope",
         {"scaling": {"kind": "yarn", "factor": 2.0, "original_length": 64, "attention_factor": 1.0}},
@@ -381,7 +399,10 @@ ALIKE: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ),
     (ROUTED, ROUTED | {"balance": 0.01}),
     (ROUTED, ROUTED | {"mixer": FOUR | {"kv_heads": 4}}),
-    ({"kind": "sequential", "mixers": [FOUR, FOUR]}, {"kind": "sequential", "mixers": [FOUR, FOUR], "residual": True}),
+    (
+        {"kind": "sequential", "mixers": [FOUR, FOUR]},
+        {"kind": "sequential", "mixers": [FOUR, FOUR], "residual": True},
+    ),
 ]
 
 

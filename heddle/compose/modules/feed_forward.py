@@ -28,5 +28,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor, call: Call) -> Tensor:  # noqa: ARG002 - a token needs no others
         up = self.up_proj(x)
-        y: Tensor = self.down_proj(self.activation(self.gate_proj(x)) * up if self.IS_GATED else self.activation(up))
+        y: Tensor = self.down_proj(
+            self.activation(self.gate_proj(x)) * up if self.IS_GATED else self.activation(up)
+        )
         return y

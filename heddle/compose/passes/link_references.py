@@ -83,7 +83,10 @@ def _check_shared(found: list[Link], layers: list[Layer], failures: Failures) ->
                 f"layers {one.layer} and {link.layer} share their weights, and would take {link.reference.what} "
                 f"from layers {one.source} and {link.source}"
             )
-            path, hint = f"layers.{link.layer}.{link.reference.field}", "give one layer a name, and take from that"
+            path, hint = (
+                f"layers.{link.layer}.{link.reference.field}",
+                "give one layer a name, and take from that",
+            )
             failures.add("reference-mismatch", what, path, hint)
 
 

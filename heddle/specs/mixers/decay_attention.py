@@ -69,7 +69,9 @@ class DecayAttention(HeadedMixer):
         if self.form == "retnet":
             return tuple(Sight(log_decay=math.log1p(-(2.0 ** (-5 - h)))) for h in range(self.heads))
         depth = 1.0 - site.layer_index / (site.layer_count - 1 + 1e-5) + 1e-5
-        return tuple(Sight(log_decay=-(2.0 ** (-8 * (h + 1) / self.heads)) * depth) for h in range(self.heads))
+        return tuple(
+            Sight(log_decay=-(2.0 ** (-8 * (h + 1) / self.heads)) * depth) for h in range(self.heads)
+        )
 
     def states(self, site: Site) -> tuple[State, ...]:
         K = head_dim_of(self, site)

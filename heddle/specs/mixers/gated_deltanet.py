@@ -11,7 +11,6 @@ from heddle.specs.kinds import HeadedMixer, Problem, head_dim_of, heads_problems
 from heddle.specs.layer import Site
 from heddle.specs.sight import Sight
 
-
 # exp(A_log) and softplus(dt) in the middle of the ranges in which training begins: 8 and 1e-2.
 GATE = 8.0 * 1e-2
 
