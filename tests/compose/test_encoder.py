@@ -386,6 +386,7 @@ def test_each_kind_of_model_has_its_own_class() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("_own_module_cache")
 @pytest.mark.parametrize("name", ["masked", "ep"])
 def test_an_exported_encoder_is_loaded_without_heddle(name: str, tmp_path: Path) -> None:
     # The bytes tokenizer has 256 tokens.

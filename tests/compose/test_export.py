@@ -7,7 +7,6 @@ import errno
 import json
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedTokenizerFast,
-    dynamic_module_utils,
 )
 from transformers.dynamic_module_utils import get_imports, get_relative_imports
 
@@ -75,15 +73,6 @@ def hybrid(tmp_path_factory: pytest.TempPathFactory) -> tuple[HeddleForCausalLM,
 def softmax(tmp_path_factory: pytest.TempPathFactory) -> tuple[HeddleForCausalLM, ExportResult]:
     model = model_of(ATTENTION, channel="gelu", tied=False).to(torch.bfloat16)
     return model, export(model, tmp_path_factory.mktemp("exports") / "softmax", card=CARD)
-
-
-@pytest.fixture(scope="module")
-def _own_module_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Remote code is copied to a folder of this test, not to the user's."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
-        patch.setattr(sys, "path", [*sys.path])
-        yield
 
 
 def code_of(folder: Path) -> dict[str, ast.Module]:

@@ -55,6 +55,10 @@ class Answering(nn.Module):
         self.lm_head = nn.Linear(VOCAB, VOCAB, bias=False)
         nn.init.eye_(self.lm_head.weight)
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        found: Tensor = self.lm_head(hidden)
+        return found
+
     def model(self, input_ids: Tensor, use_cache: bool) -> SimpleNamespace:
         assert not use_cache
         answers = self.answer(input_ids).clamp(min=0)

@@ -28,8 +28,10 @@ class TokenShiftModule(Initialised):
         v = self.v_proj(call.hide_padding(x)).unflatten(-1, (self.heads, self.head_dim))
         before = call.state("before")
         before = torch.zeros_like(v[:, 0]) if before is None else before
-        shifted = torch.cat((before[:, None], v[:, :-1]), dim=1)
-        call.keep(before=v[:, -1])
+        # What a router sends elsewhere is answered here, and not remembered.
+        kept = call.hide_unwritten(v)
+        shifted = torch.cat((before[:, None], kept[:, :-1]), dim=1)
+        call.keep(before=kept[:, -1])
         o = v + self.mu.to(v.dtype) * (shifted - v)
         y: Tensor = self.o_proj(self.heads_out(call.gated(o)).flatten(2))
         return y
