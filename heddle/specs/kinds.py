@@ -49,6 +49,8 @@ class MixerSpec(Schema):
     ops: ClassVar[tuple[str, ...]] = ()
     # Contracts that it cannot keep, each with the reason and what holds instead.
     exempt: ClassVar[Mapping[Contract, str]] = {}
+    # Fields that make it take each of its roads, in sizes for a hidden size of 48: what the contracts are held over.
+    cases: ClassVar[tuple[Mapping[str, Any], ...]] = ({"heads": 4},)
     kind: str
 
     @property

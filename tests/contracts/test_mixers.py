@@ -22,7 +22,7 @@ HIDDEN, LENGTH = 48, 150
 # Float64 on a CPU: step, chunk and padding may differ from the whole by rounding alone.
 EXACT = 1e-9
 
-# Fields that make each kind take another road; a kind without a line is tested with its heads alone.
+# Fields that make each kind take another road. A kind that is not here says so itself, in the `cases` of its schema.
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "attention": [
         {"heads": 4},
@@ -48,22 +48,6 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
             "selection": {"block": 8, "count": 4},
         },
         {"heads": 4, "kv_heads": 2, "window": 7, "causal": False},
-    ],
-    "gated_deltanet": [
-        {"heads": 2},
-        {
-            "heads": 2,
-            "value_heads": 4,
-            "head_dim": 8,
-            "value_dim": 12,
-            "negative_eigenvalues": True,
-            "short_conv": 3,
-        },
-    ],
-    "decay_attention": [
-        {"heads": 4},
-        {"heads": 4, "head_dim": 8, "form": "retnet"},
-        {"heads": 2, "short_conv": 4},
     ],
     "parallel": [
         {"mixers": [{"kind": "attention", "heads": 4, "window": 7}, {"kind": "gated_deltanet", "heads": 2}]},
@@ -182,6 +166,11 @@ def variants(catalogue: Any, table: dict[str, list[dict[str, Any]]], usual: dict
     return [pytest.param(case, id="-".join(_named(value) for value in case.values())) for case in cases]
 
 
+def mixer_variants() -> list[Any]:
+    written = {kind: [dict(case) for case in schema.cases] for kind, schema in MIXERS.items()}
+    return variants(MIXERS, written | VARIANTS, {})
+
+
 def _named(value: Any) -> str:
     """A value in the name of a test; of mixers inside a mixer the kinds."""
     if isinstance(value, dict) and "kind" in value:
@@ -189,7 +178,7 @@ def _named(value: Any) -> str:
     return "+".join(map(_named, value)) if isinstance(value, list) else str(value)
 
 
-every_mixer = pytest.mark.parametrize("fields", variants(MIXERS, VARIANTS, {"heads": 4}))
+every_mixer = pytest.mark.parametrize("fields", mixer_variants())
 every_channel = pytest.mark.parametrize("fields", variants(CHANNELS, CHANNEL_VARIANTS, {}))
 
 
@@ -214,7 +203,7 @@ every_decoder = pytest.mark.parametrize(
     "fields",
     [
         one
-        for one in variants(MIXERS, VARIANTS, {"heads": 4})
+        for one in mixer_variants()
         if MIXERS[one.values[0]["kind"]].model_validate(one.values[0]).is_causal
     ],
 )

@@ -19,10 +19,15 @@ MIXER_CASES: list[dict[str, Any]] = [
     {"kind": "attention", "heads": 4, "kv_heads": 2, "selection": {"block": 8, "count": 4}},
     {"kind": "attention", "heads": 4, "selection": {"block": 4, "count": 5, "source": "pick"}},
     {"kind": "attention", "heads": 4, "kv_heads": 2, "keys_from": "full", "bias": "all"},
-    {"kind": "gated_deltanet", "heads": 2},
     {"kind": "gated_deltanet", "heads": 2, "value_heads": 6, "head_dim": 8, "value_dim": 16, "short_conv": 2},
-    {"kind": "decay_attention", "heads": 4},
     {"kind": "decay_attention", "heads": 4, "form": "retnet", "short_conv": 3, "head_dim": 6},
+]
+# Kinds that tell their cases themselves.
+MIXER_CASES += [
+    {"kind": kind, **case}
+    for kind, schema in MIXERS.items()
+    if "cases" in vars(schema)
+    for case in schema.cases
 ]
 every_mixer = pytest.mark.parametrize(
     "fields", MIXER_CASES, ids=lambda one: "-".join(str(v) for v in one.values())

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from heddle.compose.plan import plan
-from heddle.specs import ModelSpec, canonical, expand_layers, loads, spec_hash, to_yaml
+from heddle.specs import MIXERS, ModelSpec, canonical, expand_layers, loads, spec_hash, to_yaml
 from heddle.specs.pattern import fold_layers
 
 quick = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -350,6 +350,24 @@ def test_every_field_of_a_model_is_among_the_changes() -> None:
         }
     fields |= {name for name in ModelSpec.model_fields if name != "blocks"}
     assert fields <= {path for path, _ in CHANGES}
+
+
+TOLD = {kind: schema.cases for kind, schema in MIXERS.items() if "cases" in vars(schema)}
+
+
+@pytest.mark.parametrize("kind", TOLD)
+def test_every_field_of_a_kind_that_tells_its_cases_counts(kind: str) -> None:
+    def hash_with(fields: dict[str, Any]) -> str:
+        return hash_of(changed("blocks.d.mixer", {"kind": kind, **fields}))
+
+    cases = [dict(case) for case in TOLD[kind]]
+    assert len({hash_with(case) for case in cases}) == len(cases)
+    assert {name for case in cases for name in case} == set(MIXERS[kind].model_fields) - {"kind"}
+    required = {name for name, info in MIXERS[kind].model_fields.items() if info.is_required()}
+    for case in cases:
+        for name in set(case) - required:
+            without = {field: value for field, value in case.items() if field != name}
+            assert hash_with(without) != hash_with(case), name
 
 
 SAME: list[tuple[str, Any]] = [

@@ -7,27 +7,20 @@ from typing import TYPE_CHECKING, Union
 
 from heddle.specs.composite import CompositeMixer
 from heddle.specs.kinds import MixerSpec
-from heddle.specs.mixers.attention import Attention
-from heddle.specs.mixers.decay_attention import DecayAttention
-from heddle.specs.mixers.gated_deltanet import GatedDeltaNet
-from heddle.specs.mixers.head_split import HeadSplit
-from heddle.specs.mixers.layer_router import LayerRouter
-from heddle.specs.mixers.moh import Moh
-from heddle.specs.mixers.parallel import Parallel
-from heddle.specs.mixers.sequential import Sequential
-from heddle.specs.mixers.token_router import TokenRouter
+from heddle.specs.mixers.attention import Attention as Attention
+from heddle.specs.mixers.decay_attention import DecayAttention as DecayAttention
+from heddle.specs.mixers.gated_deltanet import GatedDeltaNet as GatedDeltaNet
+from heddle.specs.mixers.head_split import HeadSplit as HeadSplit
+from heddle.specs.mixers.layer_router import LayerRouter as LayerRouter
+from heddle.specs.mixers.moh import Moh as Moh
+from heddle.specs.mixers.parallel import Parallel as Parallel
+from heddle.specs.mixers.sequential import Sequential as Sequential
+from heddle.specs.mixers.token_router import TokenRouter as TokenRouter
 from heddle.specs.plugins import load_plugins
 
-BUILT_IN: tuple[type[MixerSpec], ...] = (
-    Attention,
-    GatedDeltaNet,
-    DecayAttention,
-    Parallel,
-    TokenRouter,
-    LayerRouter,
-    Sequential,
-    HeadSplit,
-    Moh,
+# The kinds of the files beside this one, in the order of the lines above.
+BUILT_IN: tuple[type[MixerSpec], ...] = tuple(
+    one for one in list(vars().values()) if getattr(one, "__module__", "").startswith(f"{__name__}.")
 )
 
 # Kinds that other installed packages offer, and those of them that cannot be used.
@@ -43,20 +36,3 @@ else:
 for _kind in KINDS:
     if issubclass(_kind, CompositeMixer):
         vars(sys.modules[_kind.__module__])["Mixer"] = Mixer
-
-__all__ = [
-    "BROKEN",
-    "BUILT_IN",
-    "KINDS",
-    "Attention",
-    "DecayAttention",
-    "GatedDeltaNet",
-    "HeadSplit",
-    "LayerRouter",
-    "Mixer",
-    "MixerSpec",
-    "Moh",
-    "Parallel",
-    "Sequential",
-    "TokenRouter",
-]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -23,6 +24,11 @@ class DecayAttention(HeadedMixer):
     """
 
     ops: ClassVar[tuple[str, ...]] = ("decay_attention",)
+    cases: ClassVar[tuple[Mapping[str, Any], ...]] = (
+        {"heads": 4},
+        {"heads": 4, "head_dim": 8, "form": "retnet"},
+        {"heads": 2, "short_conv": 4},
+    )
     kind: Literal["decay_attention"] = "decay_attention"
     heads: Annotated[int, Field(ge=1, le=4096, description="Heads (a count).")]
     head_dim: Annotated[

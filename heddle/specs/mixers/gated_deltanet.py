@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -24,6 +25,17 @@ class GatedDeltaNet(HeadedMixer):
     """
 
     ops: ClassVar[tuple[str, ...]] = ("gated_delta_rule", "causal_conv1d")
+    cases: ClassVar[tuple[Mapping[str, Any], ...]] = (
+        {"heads": 2},
+        {
+            "heads": 2,
+            "value_heads": 4,
+            "head_dim": 8,
+            "value_dim": 12,
+            "negative_eigenvalues": True,
+            "short_conv": 3,
+        },
+    )
     kind: Literal["gated_deltanet"] = "gated_deltanet"
     heads: Annotated[int, Field(ge=1, le=4096, description="Query and key heads (a count).")]
     value_heads: Annotated[
