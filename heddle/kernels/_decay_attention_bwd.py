@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from heddle.kernels._decay_attention_fwd import ALIGNMENT, Sweep, padded
+from heddle.kernels._decay_attention_fwd import Sweep
+from heddle.kernels.common.layout import ALIGNMENT, padded
 
 
 def launch_backward(

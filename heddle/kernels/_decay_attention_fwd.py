@@ -6,46 +6,24 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 import triton
 from torch import Tensor
-from torch.nn.functional import pad
 
 from heddle.kernels._decay_attention_sweep import (
     _decay_attention_sweep_carry_kernel,
     _decay_attention_sweep_output_kernel,
     _decay_attention_sweep_state_kernel,
 )
-from heddle.kernels.configs.decay_attention import INTERPRETER, Family, Launch, family
+from heddle.kernels.common.layout import ALIGNMENT, aligned, block, dense_state, padded
+from heddle.kernels.common.segments import cut, lay_out
+from heddle.kernels.common.tuning import tuned
+from heddle.kernels.configs.decay_attention import INTERPRETER, Family, family
+from heddle.kernels.configs.launch import Launch
 
 CARRY_BLOCK = 256
-# Head sizes, strides and pointers are multiples of this, or made so: Triton then loads 16 bytes at a time, and ahead.
-# Where it cannot, ptxas 12.8 gets kernels wrong: docs/decisions/0005-ragged-heads.md.
-ALIGNMENT = 16
-_tuned: list[Tuning] = []
-
-
-@dataclass(frozen=True, slots=True)
-class Tuning:
-    """Overrides what the table says: for measurements and tests."""
-
-    output: Launch | None = None
-    state: Launch | None = None
-    segment: int | None = None
-
-
-@contextmanager
-def tuning(**overrides: Launch | int | None) -> Iterator[None]:
-    """Launches inside use these configurations, or this segment length, in place of the table's."""
-    _tuned.append(Tuning(**overrides))
-    try:
-        yield
-    finally:
-        _tuned.pop()
 
 
 @functools.cache
@@ -55,50 +33,6 @@ def _device(device: torch.device) -> tuple[Family, int]:
         return INTERPRETER, 1
     seen = torch.cuda.get_device_properties(device)
     return family((seen.major, seen.minor)), seen.multi_processor_count
-
-
-@dataclass(frozen=True, slots=True)
-class Segments:
-    """Sequences cut into pieces of `size` tokens, `count` in all; `table` and `offsets` say which for packed ones.
-
-    Shapes:  table: [count, 2] int32, sequence (-1: none) and index in it;  offsets: [N + 1] int32
-    """
-
-    size: int
-    count: int
-    per_sequence: int
-    table: Tensor | None = None
-    offsets: Tensor | None = None
-
-    @property
-    def several(self) -> bool:
-        return self.per_sequence > 1
-
-
-def cut(length: int, sequences: int, programs: int, places: int, least: int) -> int:
-    """Tokens in a segment: all of them if a launch of `programs` a sequence fills half of `places`, else fewer."""
-    wanted = places // max(1, sequences * programs)
-    pieces = min(wanted, length // least) if wanted >= 2 else 1
-    return max(1, -(-length // max(1, pieces)))
-
-
-def lay_out(length: int, sequences: int, size: int, cu_seqlens: Tensor | None) -> Segments:
-    """The segments of sequences of `length` tokens, or of those packed into as many."""
-    pieces = -(-length // size)
-    if cu_seqlens is None:
-        return Segments(size, sequences * pieces, pieces)
-    # Any split of `length` tokens into sequences has at most this many segments, so the host need not know it.
-    bound = length // size + sequences
-    lengths = cu_seqlens.diff()
-    counts = ((lengths + size - 1) // size).clamp_min(1)
-    ends = counts.cumsum(0)
-    segment = torch.arange(bound, device=cu_seqlens.device)
-    sequence = torch.searchsorted(ends, segment, right=True)
-    known = sequence < sequences
-    index = segment - (ends - counts)[sequence.clamp_max(sequences - 1)]
-    table = torch.stack((torch.where(known, sequence, -1), index), dim=1).to(torch.int32)
-    offsets = torch.cat((ends.new_zeros(1), ends)).to(torch.int32)
-    return Segments(size, bound, pieces, table, offsets)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +54,7 @@ class Sweep:
     def __init__(
         self, q: Tensor, k: Tensor, v: Tensor, d_out: Tensor | None, log_decay: Tensor, scale: float
     ) -> None:
-        self.inputs = [_aligned(x) for x in (q, k, v, q if d_out is None else d_out)]
+        self.inputs = [aligned(x) for x in (q, k, v, q if d_out is None else d_out)]
         self.backward = d_out is not None
         self.log_decay, self.scale = log_decay.to(torch.float32), scale
         self.B, self.T, self.H, self.K = q.shape
@@ -145,10 +79,10 @@ class Sweep:
         cu_seqlens: Tensor | None,
     ) -> None:
         """Fills the outputs (of the three roles backward, thrice the same forward) and the final state."""
-        before = _dense_state(initial.mT if self.backward and initial is not None else initial)
-        given = {"initial": before, "d_final": _dense_state(d_final), "d_final_t": None}
+        before = dense_state(initial.mT if self.backward and initial is not None else initial)
+        given = {"initial": before, "d_final": dense_state(d_final), "d_final_t": None}
         if d_final is not None:
-            given["d_final_t"] = _dense_state(d_final.mT)
+            given["d_final_t"] = dense_state(d_final.mT)
         cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(torch.int32)
         for roles in self.roles():
             self._run_roles(roles, outputs, final, given, cu_seqlens)
@@ -165,7 +99,7 @@ class Sweep:
         sequences = final.shape[0]
         tiles = triton.cdiv(roles.V, output.columns)
         size = cut(self.T, sequences, tiles * self.H * roles.count, self._places(), self.table.segment)
-        size = _tuned[-1].segment or size if _tuned else size
+        size = tuned("segment", size)
         # The first kernel knows no partial chunks.
         size = triton.cdiv(size, state.chunk) * state.chunk
         segments = lay_out(self.T, sequences, size, cu_seqlens)
@@ -174,7 +108,7 @@ class Sweep:
         packed = cu_seqlens if cu_seqlens is not None else log_decay
         strides = [stride for x in self.inputs for stride in x.stride()[:3]]
         common = {"BACKWARD": self.backward, "VARLEN": cu_seqlens is not None}
-        shapes = {"K": roles.K, "V": roles.V, "ROWS": _block(roles.K), "ROLES": roles.count}
+        shapes = {"K": roles.K, "V": roles.V, "ROWS": block(roles.K), "ROLES": roles.count}
         shapes["PRECISION"] = "tf32x3" if log_decay.device.type == "cuda" else "ieee"
         has = {"HAS_INITIAL": given["initial"] is not None, "HAS_D_FINAL": given["d_final"] is not None}
         states = [
@@ -208,33 +142,9 @@ class Sweep:
         return self.processors * self.table.resident
 
     def _launch(self, kernel: str, roles: Roles) -> Launch:
-        launch = self.table.launch(kernel, self.inputs[0].element_size(), _block(roles.K))
-        tuned = _tuned[-1] if _tuned else Tuning()
-        launch = (tuned.output if kernel == "output" else tuned.state) or launch
-        return replace(launch, columns=min(launch.columns, _block(roles.V)))
-
-
-def _block(size: int) -> int:
-    # Products want at least 16 rows and columns.
-    return max(16, triton.next_power_of_2(size))
-
-
-def _aligned(x: Tensor) -> Tensor:
-    """The same with all strides and the beginning multiples of ALIGNMENT, as a copy if need be."""
-    *outer, last = x.stride()
-    if last == 1 and not any(stride % ALIGNMENT for stride in outer) and x.data_ptr() % ALIGNMENT == 0:
-        return x
-    return x.clone(memory_format=torch.contiguous_format)
-
-
-def padded(x: Tensor, *axes: int) -> Tensor:
-    """Zeros after the last `axes`, up to a multiple of ALIGNMENT each."""
-    spare = [(-x.shape[axis]) % ALIGNMENT for axis in axes]
-    return pad(x, [length for extra in spare for length in (0, extra)]) if any(spare) else x
-
-
-def _dense_state(state: Tensor | None) -> Tensor | None:
-    return None if state is None else state.to(torch.float32).contiguous()
+        launch = self.table.launch(kernel, self.inputs[0].element_size(), block(roles.K))
+        launch = tuned(kernel, launch)
+        return replace(launch, columns=min(launch.columns, block(roles.V)))
 
 
 def launch_forward(

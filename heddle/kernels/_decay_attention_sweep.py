@@ -24,32 +24,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LOG2_E = tl.constexpr(1.4426950408889634)
+from heddle.kernels.common.jit import LOG2_E, by_role, find_sequence
+
 # What has halved this many times counts as nothing: it is far below the precision of float32 sums.
 HALVINGS = tl.constexpr(29.0)
 # Segments whose states are carried in one product.
 CARRIED = tl.constexpr(16)
 # A new length must not mean a new compilation.
 LENGTHS = ("T", "segments", "per_sequence", "segment_size", "first_role")
-
-
-@triton.jit
-def _by_role(role, forward, first, second, third, BACKWARD: tl.constexpr):
-    if BACKWARD:
-        return tl.where(role == 0, first, tl.where(role == 1, second, third))
-    return forward
-
-
-@triton.jit
-def _sequence(segment, table_ptr, cu_seqlens_ptr, T, per_sequence, VARLEN: tl.constexpr):
-    """Sequence, index of the segment in it, first token of the sequence, its length."""
-    if VARLEN:
-        n = tl.load(table_ptr + 2 * segment)
-        j = tl.load(table_ptr + 2 * segment + 1)
-        begin = tl.load(cu_seqlens_ptr + tl.maximum(n, 0)).to(tl.int64)
-        end = tl.load(cu_seqlens_ptr + tl.maximum(n, 0) + 1).to(tl.int64)
-        return n, j, begin, (end - begin).to(tl.int32)
-    return segment // per_sequence, segment % per_sequence, tl.zeros((), tl.int64), T
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -71,7 +53,7 @@ def _decay_attention_sweep_state_kernel(
     role = first_role + (pid // TILES) % ROLES
     head = (pid // (TILES * ROLES)) % H
     segment = pid // (TILES * ROLES * H)
-    n, j, begin, length = _sequence(segment, table_ptr, cu_seqlens_ptr, T, per_sequence, VARLEN)
+    n, j, begin, length = find_sequence(segment, table_ptr, cu_seqlens_ptr, T, per_sequence, VARLEN)
     # Nothing follows the last segment of a sequence.
     if (n < 0) | ((j + 1) * segment_size >= length):
         return
@@ -81,15 +63,15 @@ def _decay_attention_sweep_state_kernel(
     gain = tl.where(mirrored, scale, 1.0)
     first_row = tl.where(mirrored, length - 1 - j * segment_size, j * segment_size)
     sign = tl.where(mirrored, -1, 1)
-    stride_bn = _by_role(role, stride_kn, stride_vn, stride_dn, stride_qn, BACKWARD)
-    stride_bt = _by_role(role, stride_kt, stride_vt, stride_dt, stride_qt, BACKWARD)
-    stride_bh = _by_role(role, stride_kh, stride_vh, stride_dh, stride_qh, BACKWARD)
-    stride_cn = _by_role(role, stride_vn, stride_kn, stride_qn, stride_dn, BACKWARD)
-    stride_ct = _by_role(role, stride_vt, stride_kt, stride_qt, stride_dt, BACKWARD)
-    stride_ch = _by_role(role, stride_vh, stride_kh, stride_qh, stride_dh, BACKWARD)
+    stride_bn = by_role(role, stride_kn, stride_vn, stride_dn, stride_qn, BACKWARD)
+    stride_bt = by_role(role, stride_kt, stride_vt, stride_dt, stride_qt, BACKWARD)
+    stride_bh = by_role(role, stride_kh, stride_vh, stride_dh, stride_qh, BACKWARD)
+    stride_cn = by_role(role, stride_vn, stride_kn, stride_qn, stride_dn, BACKWARD)
+    stride_ct = by_role(role, stride_vt, stride_kt, stride_qt, stride_dt, BACKWARD)
+    stride_ch = by_role(role, stride_vh, stride_kh, stride_qh, stride_dh, BACKWARD)
     row = n.to(tl.int64) if not VARLEN else tl.zeros((), tl.int64)
-    b_ptr = _by_role(role, k_ptr, v_ptr, do_ptr, q_ptr, BACKWARD)
-    c_ptr = _by_role(role, v_ptr, k_ptr, q_ptr, do_ptr, BACKWARD)
+    b_ptr = by_role(role, k_ptr, v_ptr, do_ptr, q_ptr, BACKWARD)
+    c_ptr = by_role(role, v_ptr, k_ptr, q_ptr, do_ptr, BACKWARD)
     b_ptr += row * stride_bn + (begin + first_row) * stride_bt + head.to(tl.int64) * stride_bh
     c_ptr += row * stride_cn + (begin + first_row) * stride_ct + head.to(tl.int64) * stride_ch
 
@@ -191,7 +173,7 @@ def _decay_attention_sweep_output_kernel(
     head = (pid // (TILES * ROLES)) % H
     # Backwards: what the first kernel read last may still be in L2.
     segment = segments - 1 - pid // (TILES * ROLES * H)
-    n, j, begin, length = _sequence(segment, table_ptr, cu_seqlens_ptr, T, per_sequence, VARLEN)
+    n, j, begin, length = find_sequence(segment, table_ptr, cu_seqlens_ptr, T, per_sequence, VARLEN)
     if n < 0:
         return
 
@@ -200,21 +182,21 @@ def _decay_attention_sweep_output_kernel(
     own_length = tl.minimum(segment_size, length - j * segment_size)
     first_row = tl.where(mirrored, length - 1 - j * segment_size, j * segment_size)
     sign = tl.where(mirrored, -1, 1)
-    stride_an = _by_role(role, stride_qn, stride_dn, stride_vn, stride_kn, BACKWARD)
-    stride_at = _by_role(role, stride_qt, stride_dt, stride_vt, stride_kt, BACKWARD)
-    stride_ah = _by_role(role, stride_qh, stride_dh, stride_vh, stride_kh, BACKWARD)
-    stride_bn = _by_role(role, stride_kn, stride_vn, stride_dn, stride_qn, BACKWARD)
-    stride_bt = _by_role(role, stride_kt, stride_vt, stride_dt, stride_qt, BACKWARD)
-    stride_bh = _by_role(role, stride_kh, stride_vh, stride_dh, stride_qh, BACKWARD)
-    stride_cn = _by_role(role, stride_vn, stride_kn, stride_qn, stride_dn, BACKWARD)
-    stride_ct = _by_role(role, stride_vt, stride_kt, stride_qt, stride_dt, BACKWARD)
-    stride_ch = _by_role(role, stride_vh, stride_kh, stride_qh, stride_dh, BACKWARD)
+    stride_an = by_role(role, stride_qn, stride_dn, stride_vn, stride_kn, BACKWARD)
+    stride_at = by_role(role, stride_qt, stride_dt, stride_vt, stride_kt, BACKWARD)
+    stride_ah = by_role(role, stride_qh, stride_dh, stride_vh, stride_kh, BACKWARD)
+    stride_bn = by_role(role, stride_kn, stride_vn, stride_dn, stride_qn, BACKWARD)
+    stride_bt = by_role(role, stride_kt, stride_vt, stride_dt, stride_qt, BACKWARD)
+    stride_bh = by_role(role, stride_kh, stride_vh, stride_dh, stride_qh, BACKWARD)
+    stride_cn = by_role(role, stride_vn, stride_kn, stride_qn, stride_dn, BACKWARD)
+    stride_ct = by_role(role, stride_vt, stride_kt, stride_qt, stride_dt, BACKWARD)
+    stride_ch = by_role(role, stride_vh, stride_kh, stride_qh, stride_dh, BACKWARD)
     row = n.to(tl.int64) if not VARLEN else tl.zeros((), tl.int64)
     token = begin + first_row
-    a_ptr = _by_role(role, q_ptr, do_ptr, v_ptr, k_ptr, BACKWARD)
-    b_ptr = _by_role(role, k_ptr, v_ptr, do_ptr, q_ptr, BACKWARD)
-    c_ptr = _by_role(role, v_ptr, k_ptr, q_ptr, do_ptr, BACKWARD)
-    out_ptr = _by_role(role, first_out_ptr, first_out_ptr, second_out_ptr, third_out_ptr, BACKWARD)
+    a_ptr = by_role(role, q_ptr, do_ptr, v_ptr, k_ptr, BACKWARD)
+    b_ptr = by_role(role, k_ptr, v_ptr, do_ptr, q_ptr, BACKWARD)
+    c_ptr = by_role(role, v_ptr, k_ptr, q_ptr, do_ptr, BACKWARD)
+    out_ptr = by_role(role, first_out_ptr, first_out_ptr, second_out_ptr, third_out_ptr, BACKWARD)
     a_ptr += row * stride_an + token * stride_at + head.to(tl.int64) * stride_ah
     b_ptr += row * stride_bn + token * stride_bt + head.to(tl.int64) * stride_bh
     c_ptr += row * stride_cn + token * stride_ct + head.to(tl.int64) * stride_ch

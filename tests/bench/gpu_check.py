@@ -23,10 +23,11 @@ import torch
 
 from heddle.kernels import decay_attention
 from heddle.kernels._decay_attention_bwd import launch_backward
-from heddle.kernels._decay_attention_fwd import launch_forward, tuning
+from heddle.kernels._decay_attention_fwd import launch_forward
 from heddle.kernels.accuracy import Measured, compare, draw
 from heddle.kernels.bench import bench_ops, table
-from heddle.kernels.configs.decay_attention import Launch
+from heddle.kernels.common.tuning import tuning
+from heddle.kernels.configs.launch import Launch
 
 DEVICE = torch.device("cuda")
 WORKERS = 8

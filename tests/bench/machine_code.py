@@ -28,7 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from heddle.kernels import _decay_attention_sweep as sweep
-from heddle.kernels._decay_attention_fwd import ALIGNMENT
+from heddle.kernels.common.layout import ALIGNMENT
 from heddle.kernels.configs.decay_attention import HOPPER
 
 RESULTS = Path(__file__).parent / "results"

@@ -11,9 +11,11 @@ from torch.nn.functional import pad
 
 from heddle.errors import HeddleError
 from heddle.kernels import decay_attention, decay_attention_step, force_path
-from heddle.kernels._decay_attention_fwd import cut, lay_out, tuning
 from heddle.kernels.accuracy import Sample, _measure, compare, draw, oracle, results
-from heddle.kernels.configs.decay_attention import HOPPER, OTHER, Launch
+from heddle.kernels.common.segments import cut, lay_out
+from heddle.kernels.common.tuning import tuning
+from heddle.kernels.configs.decay_attention import HOPPER, OTHER
+from heddle.kernels.configs.launch import Launch
 from heddle.kernels.op import INTERPRETED
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
