@@ -10,8 +10,9 @@ from heddle.kernels.gated_delta_rule import (
     gated_delta_rule_step,
 )
 from heddle.kernels.op import Op, force_path, watch_paths
+from heddle.kernels.simple_gla import simple_gla, simple_gla_reference, simple_gla_step
 
-OPS: tuple[Op[Any, Any], ...] = (decay_attention, gated_delta_rule, causal_conv1d)
+OPS: tuple[Op[Any, Any], ...] = (decay_attention, simple_gla, gated_delta_rule, causal_conv1d)
 
 __all__ = [
     "OPS",
@@ -25,5 +26,8 @@ __all__ = [
     "gated_delta_rule",
     "gated_delta_rule_reference",
     "gated_delta_rule_step",
+    "simple_gla",
+    "simple_gla_reference",
+    "simple_gla_step",
     "watch_paths",
 ]

@@ -1,0 +1,309 @@
+"""Linear attention with a decay for each token and head (simple GLA, Mamba-2 SSD): the op, its reference, its paths.
+
+Predicted cost for a token and value head (K = V = 128, bfloat16, chunks of 64): 98 kFLOP and 1.0 KB forward.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from heddle.errors import HeddleError
+from heddle.kernels._decay_attention_torch import CHUNK
+from heddle.kernels._simple_gla_torch import run_backward, run_forward, step
+from heddle.kernels.common.varlen import check_packing
+from heddle.kernels.op import (
+    Inputs,
+    Phase,
+    Shape,
+    Traits,
+    Work,
+    check_shapes,
+    normal,
+    op,
+    register,
+    wide_dtype,
+)
+
+
+def simple_gla_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The recurrence of `simple_gla`, token by token in float64; shares nothing with the fast paths."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    group = v.shape[2] // q.shape[2]
+    q, k = (x.double().repeat_interleave(group, dim=2) for x in (q, k))
+    v, decay = v.double(), log_decay.double().exp()
+    ends = [q.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()[1:]
+    rows = q.shape[0] if cu_seqlens is None else 1
+    outputs, states, begin = [], [], 0
+    for index, end in enumerate(ends):
+        if initial_state is None:
+            state = q.new_zeros(rows, v.shape[2], q.shape[3], v.shape[3])
+        else:
+            state = initial_state.double()[index * rows : (index + 1) * rows]
+        for t in range(begin, end):
+            written = torch.einsum("bhk,bhv->bhkv", k[:, t], v[:, t])
+            state = decay[:, t, :, None, None] * state + written
+            outputs.append(scale * torch.einsum("bhk,bhkv->bhv", q[:, t], state))
+        states.append(state)
+        begin = end
+    return torch.stack(outputs, dim=1), torch.cat(states)
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    scale: float,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    simple_gla.choose(q.device, q.dtype, K=q.shape[-1], V=v.shape[-1])
+    return run_forward(q, k, v, log_decay, scale, initial_state, cu_seqlens)
+
+
+def _backward(
+    d_out: Tensor,
+    d_final: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    scale: float,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    simple_gla.choose(q.device, q.dtype, K=q.shape[-1], V=v.shape[-1])
+    return run_backward(d_out, d_final, q, k, v, log_decay, scale, initial_state, cu_seqlens)
+
+
+def _setup_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:  # noqa: ARG001
+    q, k, v, log_decay, scale, initial_state, cu_seqlens = inputs
+    ctx.save_for_backward(q, k, v, log_decay, initial_state, cu_seqlens)
+    ctx.scale = scale
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx: Any, d_out: Tensor | None, d_final: Tensor | None) -> tuple[Tensor | None, ...]:
+    q, k, v, log_decay, initial_state, cu_seqlens = ctx.saved_tensors
+    d_out = torch.zeros_like(v) if d_out is None else d_out
+    gradients = _backward_op(d_out, d_final, q, k, v, log_decay, ctx.scale, initial_state, cu_seqlens)
+    dq, dk, dv, d_gate, d_initial = gradients
+    return dq, dk, dv, d_gate, None, (None if initial_state is None else d_initial), None
+
+
+def _state_like(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    count = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return q.new_empty(count, v.shape[2], q.shape[3], v.shape[3], dtype=wide_dtype(q.dtype))
+
+
+def _forward_fake(
+    q: Tensor,
+    k: Tensor,  # noqa: ARG001
+    v: Tensor,
+    log_decay: Tensor,  # noqa: ARG001
+    scale: float,  # noqa: ARG001
+    initial_state: Tensor | None,  # noqa: ARG001
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    return v.new_empty(v.shape), _state_like(q, v, cu_seqlens)
+
+
+def _backward_fake(
+    d_out: Tensor,  # noqa: ARG001
+    d_final: Tensor | None,  # noqa: ARG001
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    scale: float,  # noqa: ARG001
+    initial_state: Tensor | None,  # noqa: ARG001
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dq, dk, dv, d_gate = (x.new_empty(x.shape) for x in (q, k, v, log_decay))
+    return dq, dk, dv, d_gate, _state_like(q, v, cu_seqlens)
+
+
+def _step(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    simple_gla.choose(q.device, q.dtype, K=q.shape[-1], V=v.shape[-1])
+    return step(q, k, v, log_decay, state, scale)
+
+
+def _setup_step(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, log_decay, state, scale = inputs
+    _setup_forward(ctx, (q, k, v, log_decay, scale, state, None), output)
+
+
+def _step_gradients(ctx: Any, d_out: Tensor | None, d_state: Tensor | None) -> tuple[Tensor | None, ...]:
+    dq, dk, dv, d_gate, _, d_before, _ = _gradients(ctx, d_out, d_state)
+    return dq, dk, dv, d_gate, d_before, None
+
+
+def _step_fake(
+    q: Tensor,
+    k: Tensor,  # noqa: ARG001
+    v: Tensor,
+    log_decay: Tensor,  # noqa: ARG001
+    state: Tensor,  # noqa: ARG001
+    scale: float,  # noqa: ARG001
+) -> tuple[Tensor, Tensor]:
+    return v.new_empty(v.shape), _state_like(q, v, None)
+
+
+_INPUTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor log_decay, float scale, Tensor? initial_state, Tensor? cu_seqlens"
+)
+_backward_op = register(
+    "simple_gla_backward",
+    f"(Tensor d_out, Tensor? d_final, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    fake=_backward_fake,
+)
+_forward_op = register(
+    "simple_gla",
+    f"({_INPUTS}) -> (Tensor, Tensor)",
+    _forward,
+    fake=_forward_fake,
+    setup_context=_setup_forward,
+    backward=_gradients,
+)
+_step_op = register(
+    "simple_gla_step",
+    "(Tensor q, Tensor k, Tensor v, Tensor log_decay, Tensor state, float scale) -> (Tensor, Tensor)",
+    _step,
+    fake=_step_fake,
+    setup_context=_setup_step,
+    backward=_step_gradients,
+)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None, count: int) -> None:
+    if q.dim() != 4 or v.dim() != 4 or q.shape[1] < 1:
+        raise HeddleError(
+            "bad-argument", "simple_gla: q, k, v must be [B, T, heads, *] with at least one token"
+        )
+    B, T, H, K = q.shape
+    HV, V = v.shape[2:]
+    if HV % H:
+        raise HeddleError("bad-argument", f"simple_gla: {H} key heads do not divide {HV} value heads")
+    check_shapes(
+        "simple_gla",
+        {
+            "k": (k, (B, T, H, K)),
+            "v": (v, (B, T, HV, V)),
+            "log_decay": (log_decay, (B, T, HV)),
+            "state": (state, (count, HV, K, V)),
+        },
+    )
+    if not q.dtype == k.dtype == v.dtype:
+        found = f"{q.dtype}, {k.dtype} and {v.dtype}"
+        raise HeddleError("bad-argument", f"simple_gla: q, k and v must share a dtype, got {found}")
+
+
+def simple_gla_step(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, *, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """One token of `simple_gla`: its output, and the state after it.
+
+    Shapes:  q, k: [B, 1, H, K];  v, out: [B, 1, HV, V];  log_decay: [B, 1, HV];  state: [B, HV, K, V], float32
+
+    Raises:
+        HeddleError: "bad-argument" as `simple_gla`, or for more than one token.
+    """
+    if q.dim() == 4 and q.shape[1] != 1:
+        raise HeddleError("bad-argument", f"simple_gla_step takes one token, got {q.shape[1]}")
+    _check(q, k, v, log_decay, state, q.shape[0])
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return _step_op(q, k, v, log_decay, state.to(wide_dtype(q.dtype)), scale)  # type: ignore[no-any-return]
+
+
+def _draw(shape: Shape, generator: torch.Generator) -> Inputs:
+    B, T, H, K, V = (shape[letter] for letter in "BTHKV")
+    HV = shape.get("HV", H)
+    return {
+        "q": normal(generator, B, T, H, K),
+        "k": F.normalize(normal(generator, B, T, H, K), dim=-1),
+        "v": normal(generator, B, T, HV, V),
+        # What an untrained gate gives, up to some hundred tokens of memory.
+        "log_decay": F.logsigmoid(normal(generator, B, T, HV) + 4.0),
+    }
+
+
+def _draw_state(shape: Shape, generator: torch.Generator) -> Tensor:
+    B, H, K, V = (shape[letter] for letter in "BHKV")
+    return normal(generator, B, shape.get("HV", H), K, V)
+
+
+def _work(shape: Shape, phase: Phase, element: int) -> Work:
+    B, T, H, K, V = (shape[letter] for letter in "BTHKV")
+    HV = shape.get("HV", H)
+    if phase == "decode":
+        return Work(5 * B * HV * K * V, B * (HV * 2 * 4 * K * V + 2 * (H * K + HV * V) * element))
+    sweeps = 1 if phase == "fwd" else 4
+    flops = sweeps * 2 * B * T * HV * (CHUNK * (K + V) + 2 * K * V)
+    # Forward q, k, v, o and the gates; backward q, k, v, dO, dq, dk, dv, the gates and their gradient.
+    rows = B * T * (2 * H * K + 2 * HV * V) * element + B * T * HV * 4
+    if phase == "fwd":
+        return Work(flops, rows)
+    return Work(flops, rows + B * T * (4 * H * K + 3 * HV * V) * element + B * T * HV * 8)
+
+
+_LENGTHS = ((8, 4096), (1, 32768), (1, 131072))
+_CASES = Traits(
+    inputs=_draw,
+    initial_state=_draw_state,
+    sequence=("q", "k", "v", "log_decay"),
+    rounded=("q", "k", "v"),
+    differentiable=("q", "k", "v", "log_decay"),
+    output_like="v",
+    test_shapes=({"B": 2, "H": 2, "HV": 4, "K": 16, "V": 16}, {"B": 1, "H": 2, "HV": 2, "K": 24, "V": 40}),
+    bench_shapes=tuple({"B": B, "T": T, "H": 16, "HV": 16, "K": 128, "V": 128} for B, T in _LENGTHS),
+    decode_shapes=tuple({"B": B, "T": 1, "H": 16, "HV": 16, "K": 128, "V": 128} for B in (1, 64)),
+    work=_work,
+)
+
+
+@op(simple_gla_reference, _CASES, step=simple_gla_step)
+def simple_gla(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Causal linear attention whose memory fades by a gate of each token and head, and its state at the end.
+
+        S_t = exp(log_decay_t) S_(t-1) + k_t v_tᵀ,   o_t = scale * S_tᵀ q_t      (arXiv 2312.06635, 2405.21060)
+
+    Value head j reads key head j // (HV / H). `scale` defaults to K^-0.5. With `cu_seqlens` (B = 1) the time axis holds
+    N packed sequences, each on its own.
+
+    Shapes:  q, k: [B, T, H, K];  v, o: [B, T, HV, V], of one dtype;  log_decay: [B, T, HV], at most 0
+             states: [B, HV, K, V] or [N, HV, K, V], float32 (float64 for float64);  cu_seqlens: [N + 1]
+
+    Raises:
+        HeddleError: "bad-argument" for shapes or dtypes that do not fit.
+    """
+    check_packing("simple_gla", q.shape[0], q.shape[1], cu_seqlens)
+    count = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    _check(q, k, v, log_decay, initial_state, count)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    initial_state = None if initial_state is None else initial_state.to(wide_dtype(q.dtype))
+    return _forward_op(q, k, v, log_decay, scale, initial_state, cu_seqlens)  # type: ignore[no-any-return]
