@@ -14,17 +14,21 @@ class RMSNorm(nn.Module):
 
         y = w * x / sqrt(mean(x²) + eps)        (arXiv 1910.07467)
 
+    With `groups` the mean is that of each of so many equal parts (arXiv 2405.21060).
+
     Shapes:  x, y: [..., size]
     """
 
-    def __init__(self, size: int, eps: float) -> None:
+    def __init__(self, size: int, eps: float, *, groups: int = 1) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
+        self.eps, self.groups = eps, groups
 
     def forward(self, x: Tensor) -> Tensor:
         y = wide(x)
+        y = y if self.groups == 1 else y.reshape(*y.shape[:-1], self.groups, -1)
         y = y * torch.rsqrt(y.square().mean(dim=-1, keepdim=True) + self.eps)
+        y = y if self.groups == 1 else y.flatten(-2)
         return (y * self.weight).to(x.dtype)
 
     def extra_repr(self) -> str:

@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from heddle.compose.cache import Call
 from heddle.compose.init import Initialised, uniform
@@ -15,21 +16,27 @@ from heddle.kernels.causal_conv1d import causal_conv1d
 class ShortConv(Initialised):
     """Depthwise causal convolution over time, then the activation. The last tap multiplies the current token.
 
-        y_t = activation(sum_i w_i * x_{t-W+1+i})
+        y_t = activation(sum_i w_i * x_{t-W+1+i} [+ bias])
 
-    Shapes:  x, y: [B, T, C];  weight: [C, W];  cached state: [B, C, W-1]
+    Shapes:  x, y: [B, T, C];  weight: [C, W];  bias: [C];  cached state: [B, C, W-1]
     """
 
-    def __init__(self, channels: int, taps: int, *, activation: str | None = "silu") -> None:
+    def __init__(
+        self, channels: int, taps: int, *, activation: str | None = "silu", bias: bool = False
+    ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(channels, taps))
+        self.bias = nn.Parameter(torch.empty(channels)) if bias else None
         self.activation = activation
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
-        past = call.state("conv")
-        y, state = causal_conv1d(x, self.weight.to(x.dtype), initial_state=past, activation=self.activation)
+        past, inside = call.state("conv"), self.activation if self.bias is None else None
+        y, state = causal_conv1d(x, self.weight.to(x.dtype), initial_state=past, activation=inside)
         call.keep(conv=state)
-        return y
+        if self.bias is None:
+            return y
+        y = y + self.bias.to(x.dtype)
+        return F.silu(y) if self.activation == "silu" else y
 
     def state_shape(self) -> tuple[int, int]:
         """Channels and earlier tokens of one sequence's state."""

@@ -13,6 +13,7 @@ from heddle.specs.mixers.gated_deltanet import GatedDeltaNet as GatedDeltaNet
 from heddle.specs.mixers.head_split import HeadSplit as HeadSplit
 from heddle.specs.mixers.layer_router import LayerRouter as LayerRouter
 from heddle.specs.mixers.lightning import Lightning as Lightning
+from heddle.specs.mixers.mamba2 import Mamba2 as Mamba2
 from heddle.specs.mixers.moh import Moh as Moh
 from heddle.specs.mixers.parallel import Parallel as Parallel
 from heddle.specs.mixers.sequential import Sequential as Sequential
