@@ -1,0 +1,111 @@
+"""RetNet: multi-scale retention, linear attention with rotary positions and a decay fixed for each head."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from heddle.compose.cache import Call, PreallocatedRecurrentLayer, RecurrentLayer, StateLayer
+from heddle.compose.init import Initialised, fill
+from heddle.compose.modules.norm import RMSNorm
+from heddle.compose.modules.precision import Float32Kept, wide, wide_dtype
+from heddle.compose.modules.rope import rotate, scaling_key
+from heddle.compose.modules.short_conv import ShortConv
+from heddle.compose.modules.site import Site
+from heddle.kernels.decay_attention import decay_attention, decay_attention_step
+
+
+class RetNetModule(Initialised, Float32Kept):
+    """Multi-scale retention.        (arXiv 2307.08621)
+
+        q, k turned by RoPE;   S_t = exp(log_decay) S_{t-1} + k_t v_tᵀ,   o_t = S_tᵀ q_t / sqrt(K)
+        y = W_o (rms of each head(o) * silu(W_g x))
+
+    Rows of `qkv_proj` and channels of the convolution, which comes before the rotation, stand in the order q, k, v. `rope` is
+    `{"theta", "fraction"}` and perhaps "scaling", or None.
+
+    Shapes:  x, y: [B, T, D];  state: [B, H, K, V], float32;  `heads_out` sees [B, T, H, V]
+    """
+
+    KEPT: ClassVar[tuple[str, ...]] = ("log_decay",)
+
+    def __init__(
+        self,
+        site: Site,
+        *,
+        heads: int,
+        head_dim: int,
+        value_dim: int,
+        rope: Mapping[str, Any] | None,
+        short_conv: int | None,
+    ) -> None:
+        super().__init__()
+        self.heads, self.head_dim, self.value_dim = heads, head_dim, value_dim
+        self.sizes = (heads * head_dim, heads * head_dim, heads * value_dim)
+        self.rope = None if rope is None else dict(rope)
+        self.qkv_proj = nn.Linear(site.hidden_size, sum(self.sizes), bias=False)
+        self.gate_proj = nn.Linear(site.hidden_size, heads * value_dim, bias=False)
+        self.conv = None if short_conv is None else ShortConv(sum(self.sizes), short_conv)
+        self.norm = RMSNorm(value_dim, site.norm_eps)
+        self.heads_out = nn.Identity()
+        self.o_proj = nn.Linear(heads * value_dim, site.hidden_size, bias=False)
+        # Not persistent: it follows from the config, and `initialise` fills it again after loading.
+        self.register_buffer("log_decay", torch.empty(heads, dtype=torch.float32), persistent=False)
+        self.log_decay: Tensor
+
+    def forward(self, x: Tensor, call: Call) -> Tensor:
+        x = call.hide_padding(x)
+        qkv = self.qkv_proj(x)
+        qkv = qkv if self.conv is None else self.conv(qkv, call)
+        q, k, v = (side.unflatten(-1, (self.heads, -1)) for side in qkv.split(self.sizes, dim=-1))
+        # A token that is not written adds nothing; the memory decays all the same.
+        o = self._remember(self._turned(q, call), self._turned(k, call), call.hide_unwritten(v), call)
+        o = self.norm(o) * F.silu(self.gate_proj(x)).view_as(o)
+        y: Tensor = self.o_proj(self.heads_out(call.gated(o)).flatten(2))
+        return y
+
+    def _turned(self, x: Tensor, call: Call) -> Tensor:
+        if self.rope is None:
+            return x
+        turned = int(self.rope["fraction"] * self.head_dim)
+        tables = call.rotary_tables(turned, self.rope["theta"], scaling_key(self.rope.get("scaling")))
+        return rotate(wide(x), tables).to(x.dtype)
+
+    def _remember(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
+        past = call.state("memory")
+        if past is not None and q.shape[1] == 1:
+            o, state = decay_attention_step(q, k, v, self.log_decay, past)
+        else:
+            o, state = decay_attention(q, k, v, self.log_decay, initial_state=past)
+        call.keep(memory=state)
+        return o
+
+    def initialise(self, std: float) -> None:  # noqa: ARG002 - the decays are fixed
+        fill(self.log_decay, log_decays(self.heads))
+
+    def new_cache(self) -> StateLayer:
+        return RecurrentLayer()
+
+    def filled_cache(self, batch: int, context: int, like: Tensor) -> StateLayer:
+        """A cache of random states after `context` tokens, whose step repeats."""
+        memory = (batch, self.heads, self.head_dim, self.value_dim)
+        states = {"memory": like.new_empty(memory, dtype=wide_dtype(like.dtype)).normal_()}
+        if self.conv is not None:
+            states["conv"] = like.new_empty(batch, *self.conv.state_shape()).normal_()
+        return PreallocatedRecurrentLayer(states, context=context)
+
+    def kernel_path(self, device: torch.device, dtype: torch.dtype) -> str:
+        """The name of the code that does the mixing."""
+        return decay_attention.path(device, dtype, K=self.head_dim, V=self.value_dim)
+
+
+def log_decays(heads: int) -> Tensor:
+    """log(1 - 2^(-5-h)) of each head h from 0, always computed on the CPU.
+
+    Shapes:  out: [H], float64
+    """
+    return torch.log1p(-torch.exp2(-5.0 - torch.arange(heads, dtype=torch.float64, device="cpu")))
