@@ -4,6 +4,7 @@ from typing import Any
 
 from heddle.kernels.causal_conv1d import causal_conv1d, causal_conv1d_reference
 from heddle.kernels.decay_attention import decay_attention, decay_attention_reference, decay_attention_step
+from heddle.kernels.delta_rule import delta_rule, delta_rule_reference, delta_rule_step
 from heddle.kernels.gated_delta_rule import (
     gated_delta_rule,
     gated_delta_rule_reference,
@@ -12,7 +13,7 @@ from heddle.kernels.gated_delta_rule import (
 from heddle.kernels.op import Op, force_path, watch_paths
 from heddle.kernels.simple_gla import simple_gla, simple_gla_reference, simple_gla_step
 
-OPS: tuple[Op[Any, Any], ...] = (decay_attention, simple_gla, gated_delta_rule, causal_conv1d)
+OPS: tuple[Op[Any, Any], ...] = (decay_attention, simple_gla, gated_delta_rule, delta_rule, causal_conv1d)
 
 __all__ = [
     "OPS",
@@ -22,6 +23,9 @@ __all__ = [
     "decay_attention",
     "decay_attention_reference",
     "decay_attention_step",
+    "delta_rule",
+    "delta_rule_reference",
+    "delta_rule_step",
     "force_path",
     "gated_delta_rule",
     "gated_delta_rule_reference",

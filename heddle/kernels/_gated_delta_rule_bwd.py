@@ -1,0 +1,254 @@
+# mypy: ignore-errors
+"""The backward kernels of gated_delta_rule and delta_rule; letters as in `_gated_delta_rule_fwd`.
+
+    state      dn = Pᵀ dO + left (K dS'),   dx = Tᵀ dn,   dS = over dS' + scale (seen Q)ᵀ dO - (beta seen K)ᵀ dx
+    gradient   all else, chunk by chunk, from dx and dS' and from what the forward pass kept: S and n
+
+The first kernel walks over a sequence from its end, with the chain K dS', Tᵀ dn, Kᵀ dx, and holds the gradient of the state
+transposed, as the forward kernel does the state. The second, with R = scale D (dO nᵀ) up to the diagonal and
+M = -beta D (dx nᵀ) below it:
+
+    dq = scale seen (dO Sᵀ) + R K
+    dk = left (n dS'ᵀ) - beta seen (dx Sᵀ) + Rᵀ Q + (M + Mᵀ) K
+    dv = beta dx,   dbeta = Σ dx (v - seen K S) - Σ D (dx nᵀ) (K Kᵀ)
+
+The gradient of a log-decay sums up, from its token to the end of the chunk, what each decay of the forward pass passes back.
+Transposes of products are products of their own: Triton before 3.7.1 gets a transposed accumulator wrong on Hopper.
+
+Bytes for a token and head, K = V = 128, C = 64, bfloat16: state reads q, k, dO, T, P and writes dx, dS (1808); gradient
+reads q, k, v, dO, dx, n, S, dS and writes dq, dk, dv (3328). Products: 2 (3 K V + 2 C V) and 2 (3 K V + C (4 V + 5 K)).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from heddle.kernels._gated_delta_rule_fwd import LENGTHS, decay_between, decays
+from heddle.kernels.common.jit import find_sequence
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def _gated_delta_rule_bwd_state_kernel(
+    q_ptr, k_ptr, do_ptr, pairs_ptr, gates_ptr, d_final_ptr, dx_ptr, d_initial_ptr, d_states_ptr,
+    offsets_ptr, cu_seqlens_ptr,
+    stride_qn, stride_qt, stride_qh,
+    stride_kn, stride_kt, stride_kh,
+    stride_dn, stride_dt, stride_dh,
+    T, H, per_sequence, part, has_d_final, scale,
+    K: tl.constexpr, V: tl.constexpr,
+    C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr,
+    GATED: tl.constexpr, VARLEN: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dx, the gradient of the state after each chunk, and that of the initial state.
+
+    Shapes:  dx: [B, T, HV, V];  d_states: [PARTS, chunks, HV, V, K]
+    """
+    TILES: tl.constexpr = (V + COLUMNS - 1) // COLUMNS
+    HV = H * GROUP
+    tile = tl.program_id(0) % TILES
+    head = (tl.program_id(0) // TILES) % HV
+    n = tl.program_id(0) // (TILES * HV)
+    if VARLEN:
+        begin = tl.load(cu_seqlens_ptr + n).to(tl.int64)
+        length = (tl.load(cu_seqlens_ptr + n + 1).to(tl.int64) - begin).to(tl.int32)
+        place = tl.load(offsets_ptr + n).to(tl.int64) * HV + head
+        row = tl.zeros((), tl.int64)
+    else:
+        begin = tl.zeros((), tl.int64)
+        length = T
+        row = n.to(tl.int64)
+        place = row * per_sequence * HV + head
+
+    chunks = (length + C - 1) // C
+    last = begin + tl.maximum(chunks - 1, 0) * C
+    place += tl.maximum(chunks - 1, 0).to(tl.int64) * HV
+    i = tl.arange(0, C)
+    rows = tl.arange(0, ROWS)
+    columns = tile * COLUMNS + tl.arange(0, COLUMNS)
+    q_ptr += row * stride_qn + last * stride_qt + (head // GROUP).to(tl.int64) * stride_qh
+    k_ptr += row * stride_kn + last * stride_kt + (head // GROUP).to(tl.int64) * stride_kh
+    do_ptr += row * stride_dn + last * stride_dt + head.to(tl.int64) * stride_dh
+    dx_ptr += (row * T + last) * (HV * V) + head.to(tl.int64) * V
+    q_offsets = (i * stride_qt)[:, None] + rows[None, :]
+    k_offsets = (i * stride_kt)[:, None] + rows[None, :]
+    do_offsets = columns[:, None] + (i * stride_dt)[None, :]
+    dx_offsets = columns[:, None] + (i * (HV * V))[None, :]
+    square = i[:, None] * C + i[None, :]
+    in_k = (rows < K)[None, :]
+    in_v = (columns < V)[:, None]
+
+    state_mask = in_v & in_k
+    own_state = (n.to(tl.int64) * HV + head) * (K * V) + columns[:, None] + (rows * V)[None, :]
+    state_offsets = columns[:, None] * K + rows[None, :]
+    d_state = tl.load(d_final_ptr + own_state, mask=state_mask & (has_d_final != 0), other=0.0)
+    over = 1.0
+    if GATED:
+        # One chunk ahead: nothing hides the latency of a scalar.
+        over = tl.load(gates_ptr + place * (3 * C) + 2 * C - 1, mask=chunks > 0, other=1.0)
+    for index in range(0, chunks):
+        present = i < length - (chunks - 1 - index) * C
+        narrow = present[:, None] if K == ROWS else present[:, None] & in_k
+        kept = in_v & present[None, :]
+        q = tl.load(q_ptr + q_offsets, mask=narrow, other=0.0)  # [C, ROWS]
+        k = tl.load(k_ptr + k_offsets, mask=narrow, other=0.0)  # [C, ROWS]
+        do = tl.load(do_ptr + do_offsets, mask=kept, other=0.0)  # [COLUMNS, C]
+        pairs_at = pairs_ptr + place * (2 * C * C) + square
+        solved = tl.load(pairs_at)  # [C, C]
+        attention = tl.load(pairs_at + C * C)  # [C, C]
+        gates_at = gates_ptr + place * (3 * C) + i
+        erasing = tl.load(gates_at)
+        half = d_state.to(k.dtype)
+        states_at = d_states_ptr + place * (K * V) + state_offsets
+        tl.store(states_at, half, mask=state_mask)
+        if PARTS == 2:
+            tl.store(states_at + part, (d_state - half).to(k.dtype), mask=state_mask)
+        d_new = tl.dot(half, tl.trans(k), input_precision=PRECISION)  # [COLUMNS, C]
+        if GATED:
+            d_new *= tl.load(gates_at + 2 * C)[None, :]
+            seen = tl.load(gates_at + C)
+            erasing *= seen
+            read = (do * (seen * scale)[None, :]).to(k.dtype)
+            d_state *= over
+            ahead = gates_ptr + (place - HV) * (3 * C) + 2 * C - 1
+            over = tl.load(ahead, mask=index + 1 < chunks, other=1.0)
+        else:
+            read = (do * scale).to(k.dtype)
+        d_new = tl.dot(do, attention, d_new, input_precision=PRECISION)
+        dx = tl.dot(d_new.to(k.dtype), solved, input_precision=PRECISION)  # [COLUMNS, C]
+        tl.store(dx_ptr + dx_offsets, dx.to(k.dtype), mask=kept)
+        d_state = tl.dot(read, q, d_state, input_precision=PRECISION)
+        d_state = tl.dot((dx * -erasing[None, :]).to(k.dtype), k, d_state, input_precision=PRECISION)
+        q_ptr -= C * stride_qt
+        k_ptr -= C * stride_kt
+        do_ptr -= C * stride_dt
+        dx_ptr -= C * HV * V
+        place -= HV
+    tl.store(d_initial_ptr + own_state, d_state, mask=state_mask)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def _gated_delta_rule_bwd_gradient_kernel(
+    q_ptr, k_ptr, v_ptr, do_ptr, log_decay_ptr, beta_ptr, new_ptr, states_ptr, d_states_ptr,
+    dq_ptr, dk_ptr, dv_ptr, d_log_decay_ptr, d_beta_ptr, table_ptr, cu_seqlens_ptr,
+    stride_qn, stride_qt, stride_qh,
+    stride_kn, stride_kt, stride_kh,
+    stride_vn, stride_vt, stride_vh,
+    stride_dn, stride_dt, stride_dh,
+    T, H, per_sequence, part, scale,
+    K: tl.constexpr, V: tl.constexpr,
+    C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr,
+    GATED: tl.constexpr, VARLEN: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """All gradients of one chunk and key head. `dv` holds dx and gets beta dx."""
+    head = tl.program_id(0) % H
+    chunk = tl.program_id(0) // H
+    n, j, begin, length = find_sequence(chunk, table_ptr, cu_seqlens_ptr, T, per_sequence, VARLEN)
+    # An empty sequence has a chunk as well, without a token.
+    if (n < 0) | (j * C >= length):
+        return
+
+    HV = H * GROUP
+    row = n.to(tl.int64) if not VARLEN else tl.zeros((), tl.int64)
+    first = begin + j * C
+    i = tl.arange(0, C)
+    rows = tl.arange(0, ROWS)
+    present = i < length - j * C
+    mask = present[:, None] & (rows < K)[None, :]
+    q_ptr += row * stride_qn + first * stride_qt + head.to(tl.int64) * stride_qh
+    k_ptr += row * stride_kn + first * stride_kt + head.to(tl.int64) * stride_kh
+    q = tl.load(q_ptr + (i * stride_qt)[:, None] + rows[None, :], mask=mask, other=0.0)  # [C, ROWS]
+    k = tl.load(k_ptr + (i * stride_kt)[:, None] + rows[None, :], mask=mask, other=0.0)  # [C, ROWS]
+    lower = i[:, None] >= i[None, :]
+    upper = i[:, None] <= i[None, :]
+    dq = tl.zeros([C, ROWS], tl.float32)
+    dk = tl.zeros([C, ROWS], tl.float32)
+    for member in range(GROUP):
+        own = head * GROUP + member
+        at = (row * T + first + i) * HV + own
+        place = chunk.to(tl.int64) * HV + own
+        beta = tl.load(beta_ptr + at, mask=present, other=0.0)
+        if GATED:
+            total, seen, left, over = decays(log_decay_ptr, at, present)
+        else:
+            seen = tl.full([C], 1.0, tl.float32)
+        v_at = v_ptr + row * stride_vn + first * stride_vt + own.to(tl.int64) * stride_vh
+        do_at = do_ptr + row * stride_dn + first * stride_dt + own.to(tl.int64) * stride_dh
+        dense = (row * T + first + i).to(tl.int64)[:, None] * (HV * V) + own * V
+        d_beta = tl.zeros([C], tl.float32)
+        d_total = tl.zeros([C], tl.float32)
+        d_whole = 0.0
+        for tile in range(0, V, COLUMNS):
+            columns = tile + tl.arange(0, COLUMNS)
+            in_v = columns < V
+            kept = present[:, None] & in_v[None, :]
+            state_mask = in_v[:, None] & (rows < K)[None, :]
+            state_at = place * (K * V) + columns[:, None] * K + rows[None, :]
+            state = tl.load(states_ptr + state_at, mask=state_mask, other=0.0)  # [COLUMNS, ROWS]
+            d_state = tl.load(d_states_ptr + state_at, mask=state_mask, other=0.0)  # [COLUMNS, ROWS]
+            if GATED:
+                # A product of the state with its gradient, over all the chunk: rounding would show.
+                whole, d_state_whole = state.to(tl.float32), d_state.to(tl.float32)
+                if PARTS == 2:
+                    whole += tl.load(states_ptr + part + state_at, mask=state_mask, other=0.0)
+                    d_state_whole += tl.load(d_states_ptr + part + state_at, mask=state_mask, other=0.0)
+                d_whole += over * tl.sum(tl.sum(whole * d_state_whole, axis=1), axis=0)
+            do = tl.load(do_at + (i * stride_dt)[:, None] + columns[None, :], mask=kept, other=0.0)
+            read = tl.dot(do, state, input_precision=PRECISION) * (scale * seen)[:, None]
+            dq += read
+            dx = tl.load(dv_ptr + dense + columns[None, :], mask=kept, other=0.0)  # [C, COLUMNS]
+            erased = tl.dot(dx, state, input_precision=PRECISION) * seen[:, None]
+            v = tl.load(v_at + (i * stride_vt)[:, None] + columns[None, :], mask=kept, other=0.0)
+            d_beta += tl.sum(dx.to(tl.float32) * v, axis=1) - tl.sum(k * erased, axis=1)
+            erased *= beta[:, None]
+            dk -= erased
+            new = tl.load(new_ptr + dense + columns[None, :], mask=kept, other=0.0)  # [C, COLUMNS]
+            written = tl.dot(new, d_state, input_precision=PRECISION)
+            if GATED:
+                written *= left[:, None]
+                per_token = tl.sum(k * written, axis=1)
+                d_total += tl.sum(q * read, axis=1) - tl.sum(k * erased, axis=1) - per_token
+                d_whole += tl.sum(per_token, axis=0)
+            dk += written
+
+        # A loop of its own: with the accumulators of both, registers would not do.
+        weights = tl.zeros([C, C], tl.float32)
+        weights_t = tl.zeros([C, C], tl.float32)
+        solves = tl.zeros([C, C], tl.float32)
+        solves_t = tl.zeros([C, C], tl.float32)
+        for tile in range(0, V, COLUMNS):
+            columns = tile + tl.arange(0, COLUMNS)
+            kept = present[:, None] & (columns < V)[None, :]
+            do = tl.load(do_at + (i * stride_dt)[:, None] + columns[None, :], mask=kept, other=0.0)
+            dx = tl.load(dv_ptr + dense + columns[None, :], mask=kept, other=0.0)  # [C, COLUMNS]
+            new = tl.load(new_ptr + dense + columns[None, :], mask=kept, other=0.0)  # [C, COLUMNS]
+            weights = tl.dot(do, tl.trans(new), weights, input_precision=PRECISION)
+            weights_t = tl.dot(new, tl.trans(do), weights_t, input_precision=PRECISION)
+            solves = tl.dot(dx, tl.trans(new), solves, input_precision=PRECISION)
+            solves_t = tl.dot(new, tl.trans(dx), solves_t, input_precision=PRECISION)
+            tl.store(dv_ptr + dense + columns[None, :], (beta[:, None] * dx).to(dx.dtype), mask=kept)
+
+        if GATED:
+            within = decay_between(total[None, :], total[:, None], lower)
+            within_t = decay_between(total[:, None], total[None, :], upper)
+        else:
+            within = tl.where(lower, 1.0, 0.0)
+            within_t = tl.where(upper, 1.0, 0.0)
+        weights *= within * scale
+        dq = tl.dot(weights.to(k.dtype), k, dq, input_precision=PRECISION)
+        dk = tl.dot((weights_t * within_t * scale).to(k.dtype), q, dk, input_precision=PRECISION)
+        solves = tl.where(i[:, None] > i[None, :], solves * within, 0.0)
+        solves_t = tl.where(i[:, None] < i[None, :], solves_t * within_t, 0.0)
+        both = solves * beta[:, None] + solves_t * beta[None, :]
+        dk -= tl.dot(both.to(k.dtype), k, input_precision=PRECISION)
+        solves *= tl.dot(k, tl.trans(k), input_precision=PRECISION)
+        d_beta -= tl.sum(solves, axis=1)
+        tl.store(d_beta_ptr + at, d_beta, mask=present)
+        if GATED:
+            passed = weights * tl.dot(q, tl.trans(k), input_precision=PRECISION) - solves * beta[:, None]
+            d_total += tl.sum(passed, axis=1) - tl.sum(passed, axis=0)
+            d_log_decay = tl.cumsum(d_total, axis=0, reverse=True) + d_whole
+            tl.store(d_log_decay_ptr + at, d_log_decay, mask=present)
+    dense = (row * T + first + i).to(tl.int64)[:, None] * (H * K) + head * K + rows[None, :]
+    tl.store(dq_ptr + dense, dq.to(q.dtype), mask=mask)
+    tl.store(dk_ptr + dense, dk.to(k.dtype), mask=mask)

@@ -1,0 +1,231 @@
+# mypy: ignore-errors
+"""The forward kernels of gated_delta_rule and delta_rule.
+
+Within a chunk of C tokens, with S the state before it and D_ij = exp(log-decays after j up to i):
+
+    solve   T = (I + A)^-1,  A_ij = beta_i (k_i · k_j) D_ij below the diagonal;   P_ij = scale (q_i · k_j) D_ij up to it
+    state   x = beta (v - seen K S),   n = T x,   o = scale seen (Q S) + P n,   S' = over S + (left K)ᵀ n
+
+`seen`, `left` and `over` are the decays from the beginning of the chunk to a token, from a token to the end, and of the
+whole chunk. The first kernel treats all chunks at once, the second walks over a sequence: its chain of dependent products
+is K S, T x, Kᵀ n. It holds the state transposed, [V, K], so that each product of the chain takes the one before as its
+left operand, which stays in registers; only inputs pass through shared memory.
+
+Bytes for a token and head, K = V = 128, C = 64, bfloat16: solve reads q, k and writes T, P (784); state reads q, k, v, T, P
+and writes o (1296), and for a backward pass S and n (768). Products: 2 C (2 K + C) + the inverse, and 2 (3 K V + 2 C V).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from heddle.kernels.common.jit import LOG2_E, find_sequence
+
+# A new length must not mean a new compilation, nor must a given state.
+LENGTHS = ("T", "H", "per_sequence", "part", "has_initial", "has_d_final")
+
+
+@triton.jit
+def unit_lower_inverse(strict, C: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
+    """(I + strict)^-1 of a strictly lower triangular [C, C], C = 2^LEVELS.
+
+    Doubles the blocks on the diagonal that are inverted already. Powers of `strict`, as in a Neumann series, would
+    grow to millions where keys repeat.
+    """
+    row = tl.arange(0, C)[:, None]
+    column = tl.arange(0, C)[None, :]
+    pair = (row // 2 == column // 2) & (row != column)
+    inverse = tl.where(row == column, 1.0, 0.0) - tl.where(pair, strict, 0.0)
+    for level in tl.static_range(1, LEVELS):
+        # Of one pair of blocks of 2^level rows, but not of one block.
+        below = (row >> (level + 1) == column >> (level + 1)) & (row >> level != column >> level)
+        product = tl.dot(inverse, tl.where(below, strict, 0.0), input_precision=PRECISION)
+        inverse -= tl.dot(product, inverse, input_precision=PRECISION)
+    return inverse
+
+
+@triton.jit
+def decays(log_decay_ptr, at, present):
+    """Of one chunk: the sums of log-decays up to each token, and what is left of the beginning at each token, of each
+    token at the end, and of the beginning at the end.
+
+    Sums are float64: differences of them count, and a strong decay would swallow a weak one in float32.
+    """
+    rate = tl.load(log_decay_ptr + at, mask=present, other=0.0).to(tl.float64)
+    total = tl.cumsum(rate, axis=0)
+    whole = tl.sum(rate, axis=0)
+    seen = tl.exp2((total * LOG2_E).to(tl.float32))
+    left = tl.exp2(((whole - total) * LOG2_E).to(tl.float32))
+    return total, seen, left, tl.exp2((whole * LOG2_E).to(tl.float32))
+
+
+@triton.jit
+def decay_between(older, newer, causal):
+    """The decay from one token to another, where `causal`; 0 elsewhere."""
+    power = ((newer - older) * LOG2_E).to(tl.float32)
+    # Masked before exp2: elsewhere the power could overflow.
+    return tl.where(causal, tl.exp2(tl.where(causal, power, 0.0)), 0.0)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def _gated_delta_rule_fwd_solve_kernel(
+    q_ptr, k_ptr, log_decay_ptr, beta_ptr, pairs_ptr, gates_ptr, table_ptr, cu_seqlens_ptr,
+    stride_qn, stride_qt, stride_qh,
+    stride_kn, stride_kt, stride_kh,
+    T, H, per_sequence, scale,
+    K: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr,
+    GATED: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr, SOLVE: tl.constexpr,
+):  # fmt: skip
+    """T and P of one chunk, for each value head of a key head; and its gates as the other kernels want them.
+
+    Shapes:  pairs: [chunks, HV, 2, C, C];  gates: [chunks, HV, 3, C] (beta, seen, left), float32
+    """
+    head = tl.program_id(0) % H
+    chunk = tl.program_id(0) // H
+    n, j, begin, length = find_sequence(chunk, table_ptr, cu_seqlens_ptr, T, per_sequence, VARLEN)
+    # An empty sequence has a chunk as well, without a token.
+    if (n < 0) | (j * C >= length):
+        return
+
+    row = n.to(tl.int64) if not VARLEN else tl.zeros((), tl.int64)
+    first = begin + j * C
+    i = tl.arange(0, C)
+    rows = tl.arange(0, ROWS)
+    present = i < length - j * C
+    mask = present[:, None] & (rows < K)[None, :]
+    q_ptr += row * stride_qn + first * stride_qt + head.to(tl.int64) * stride_qh
+    k_ptr += row * stride_kn + first * stride_kt + head.to(tl.int64) * stride_kh
+    q = tl.load(q_ptr + (i * stride_qt)[:, None] + rows[None, :], mask=mask, other=0.0)  # [C, ROWS]
+    k = tl.load(k_ptr + (i * stride_kt)[:, None] + rows[None, :], mask=mask, other=0.0)  # [C, ROWS]
+    keys = tl.dot(k, tl.trans(k), input_precision=PRECISION)  # [C, C]
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale  # [C, C]
+
+    square = i[:, None] * C + i[None, :]
+    for member in range(GROUP):
+        own = head * GROUP + member
+        at = (row * T + first + i) * (H * GROUP) + own
+        place = chunk.to(tl.int64) * (H * GROUP) + own
+        beta = tl.load(beta_ptr + at, mask=present, other=0.0)
+        gates_at = gates_ptr + place * (3 * C) + i
+        if GATED:
+            total, seen, left, _ = decays(log_decay_ptr, at, present)
+            within = decay_between(total[None, :], total[:, None], i[:, None] >= i[None, :])
+            tl.store(gates_at + C, seen)
+            tl.store(gates_at + 2 * C, left)
+        else:
+            within = tl.where(i[:, None] >= i[None, :], 1.0, 0.0)
+        tl.store(gates_at, beta)
+        strict = tl.where(i[:, None] > i[None, :], beta[:, None] * keys * within, 0.0)
+        solved = unit_lower_inverse(strict, C, LEVELS, SOLVE)
+        pairs_at = pairs_ptr + place * (2 * C * C) + square
+        tl.store(pairs_at, solved.to(k.dtype))
+        tl.store(pairs_at + C * C, (scores * within).to(k.dtype))
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def _gated_delta_rule_fwd_state_kernel(
+    q_ptr, k_ptr, v_ptr, pairs_ptr, gates_ptr, initial_ptr, out_ptr, final_ptr, states_ptr, new_ptr,
+    offsets_ptr, cu_seqlens_ptr,
+    stride_qn, stride_qt, stride_qh,
+    stride_kn, stride_kt, stride_kh,
+    stride_vn, stride_vt, stride_vh,
+    T, H, per_sequence, part, has_initial, scale,
+    K: tl.constexpr, V: tl.constexpr,
+    C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr,
+    GATED: tl.constexpr, VARLEN: tl.constexpr, KEEP: tl.constexpr, PARTS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Outputs and final state of one sequence; with KEEP also what the backward pass wants.
+
+    Shapes:  states: [PARTS, chunks, HV, V, K], the state before each chunk, or it rounded and what that leaves out;
+             new: [B, T, HV, V]
+    """
+    TILES: tl.constexpr = (V + COLUMNS - 1) // COLUMNS
+    HV = H * GROUP
+    tile = tl.program_id(0) % TILES
+    head = (tl.program_id(0) // TILES) % HV
+    n = tl.program_id(0) // (TILES * HV)
+    if VARLEN:
+        begin = tl.load(cu_seqlens_ptr + n).to(tl.int64)
+        length = (tl.load(cu_seqlens_ptr + n + 1).to(tl.int64) - begin).to(tl.int32)
+        place = tl.load(offsets_ptr + n).to(tl.int64) * HV + head
+        row = tl.zeros((), tl.int64)
+    else:
+        begin = tl.zeros((), tl.int64)
+        length = T
+        row = n.to(tl.int64)
+        place = row * per_sequence * HV + head
+
+    i = tl.arange(0, C)
+    rows = tl.arange(0, ROWS)
+    columns = tile * COLUMNS + tl.arange(0, COLUMNS)
+    q_ptr += row * stride_qn + begin * stride_qt + (head // GROUP).to(tl.int64) * stride_qh
+    k_ptr += row * stride_kn + begin * stride_kt + (head // GROUP).to(tl.int64) * stride_kh
+    v_ptr += row * stride_vn + begin * stride_vt + head.to(tl.int64) * stride_vh
+    moved = (row * T + begin) * (HV * V) + head.to(tl.int64) * V
+    out_ptr += moved
+    new_ptr += moved
+    q_offsets = (i * stride_qt)[:, None] + rows[None, :]
+    k_offsets = (i * stride_kt)[:, None] + rows[None, :]
+    v_offsets = columns[:, None] + (i * stride_vt)[None, :]
+    out_offsets = columns[:, None] + (i * (HV * V))[None, :]
+    square = i[:, None] * C + i[None, :]
+    in_k = (rows < K)[None, :]
+    in_v = (columns < V)[:, None]
+
+    state_mask = in_v & in_k
+    own_state = (n.to(tl.int64) * HV + head) * (K * V) + columns[:, None] + (rows * V)[None, :]
+    state_offsets = columns[:, None] * K + rows[None, :]
+    state = tl.load(initial_ptr + own_state, mask=state_mask & (has_initial != 0), other=0.0)
+    over = 1.0
+    if GATED:
+        # One chunk ahead: nothing hides the latency of a scalar.
+        over = tl.load(gates_ptr + place * (3 * C) + 2 * C - 1, mask=length > 0, other=1.0)
+    for t in range(0, length, C):
+        present = i < length - t
+        narrow = present[:, None] if K == ROWS else present[:, None] & in_k
+        kept = in_v & present[None, :]
+        q = tl.load(q_ptr + q_offsets, mask=narrow, other=0.0)  # [C, ROWS]
+        k = tl.load(k_ptr + k_offsets, mask=narrow, other=0.0)  # [C, ROWS]
+        v = tl.load(v_ptr + v_offsets, mask=kept, other=0.0)  # [COLUMNS, C]
+        pairs_at = pairs_ptr + place * (2 * C * C) + square
+        solved = tl.load(pairs_at)  # [C, C]
+        attention = tl.load(pairs_at + C * C)  # [C, C]
+        gates_at = gates_ptr + place * (3 * C) + i
+        half = state.to(k.dtype)
+        if KEEP:
+            states_at = states_ptr + place * (K * V) + state_offsets
+            tl.store(states_at, half, mask=state_mask)
+            if PARTS == 2:
+                tl.store(states_at + part, (state - half).to(k.dtype), mask=state_mask)
+        wrong = tl.dot(half, tl.trans(k), input_precision=PRECISION)  # [COLUMNS, C]
+        out = tl.dot(half, tl.trans(q), input_precision=PRECISION)  # [COLUMNS, C]
+        if GATED:
+            seen = tl.load(gates_at + C)
+            wrong *= seen[None, :]
+            out *= (seen * scale)[None, :]
+        else:
+            out *= scale
+        wrong = (v - wrong) * tl.load(gates_at)[None, :]
+        new = tl.dot(wrong.to(k.dtype), tl.trans(solved), input_precision=PRECISION)  # [COLUMNS, C]
+        if GATED:
+            written = (new * tl.load(gates_at + 2 * C)[None, :]).to(k.dtype)
+            state = tl.dot(written, k, state * over, input_precision=PRECISION)
+            ahead = gates_ptr + (place + HV) * (3 * C) + 2 * C - 1
+            over = tl.load(ahead, mask=t + C < length, other=1.0)
+            new = new.to(k.dtype)
+        else:
+            new = new.to(k.dtype)
+            state = tl.dot(new, k, state, input_precision=PRECISION)
+        out = tl.dot(new, tl.trans(attention), out, input_precision=PRECISION)
+        tl.store(out_ptr + out_offsets, out.to(out_ptr.dtype.element_ty), mask=kept)
+        if KEEP:
+            tl.store(new_ptr + out_offsets, new, mask=kept)
+        q_ptr += C * stride_qt
+        k_ptr += C * stride_kt
+        v_ptr += C * stride_vt
+        out_ptr += C * HV * V
+        new_ptr += C * HV * V
+        place += HV
+    tl.store(final_ptr + own_state, state, mask=state_mask)

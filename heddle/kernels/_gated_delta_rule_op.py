@@ -1,0 +1,201 @@
+"""What torch knows of the kernels of gated_delta_rule and delta_rule: opaque ops with gradients. No `log_decay`: no decay.
+
+Outputs after the first two are what the backward pass wants. They are empty unless `keep`; a backward pass that finds
+them empty runs the forward pass again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from heddle.kernels._gated_delta_rule_launch import Kept, kept_like, launch_backward, launch_forward
+from heddle.kernels._gated_delta_rule_step import launch_step
+from heddle.kernels.op import register
+
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    beta: Tensor,
+    scale: float,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    keep: bool,
+) -> Outputs:
+    given = (q, k, v, log_decay, beta, scale, initial_state, cu_seqlens)
+    out, final, kept = launch_forward(*given, keep=keep)
+    return (out, final, *(kept.tensors() if keep else _nothing(q)))
+
+
+def _nothing(like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    first, second, third, fourth = (like.new_empty(0) for _ in range(4))
+    return first, second, third, fourth
+
+
+def _state_like(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    count = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return q.new_empty(count, v.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
+
+
+def _forward_fake(
+    q: Tensor,
+    k: Tensor,  # noqa: ARG001
+    v: Tensor,
+    log_decay: Tensor | None,
+    beta: Tensor,  # noqa: ARG001
+    scale: float,  # noqa: ARG001
+    initial_state: Tensor | None,  # noqa: ARG001
+    cu_seqlens: Tensor | None,
+    keep: bool,
+) -> Outputs:
+    found = v.new_empty(v.shape), _state_like(q, v, cu_seqlens)
+    if not keep:
+        return (*found, *_nothing(q))
+    return (*found, *kept_like(q, v, cu_seqlens, gated=log_decay is not None, keep=True).tensors())
+
+
+def _backward(
+    d_out: Tensor,
+    d_final: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    beta: Tensor,
+    scale: float,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    pairs: Tensor,
+    gates: Tensor,
+    states: Tensor,
+    new: Tensor,
+) -> Outputs:
+    kept = Kept(pairs, gates, states, new)
+    if pairs.numel() == 0:
+        _, _, kept = launch_forward(q, k, v, log_decay, beta, scale, initial_state, cu_seqlens, keep=True)
+    return launch_backward(d_out, d_final, q, k, v, log_decay, beta, scale, cu_seqlens, kept)
+
+
+def _backward_fake(
+    d_out: Tensor,  # noqa: ARG001
+    d_final: Tensor | None,  # noqa: ARG001
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    beta: Tensor,
+    scale: float,  # noqa: ARG001
+    initial_state: Tensor | None,  # noqa: ARG001
+    cu_seqlens: Tensor | None,
+    pairs: Tensor,  # noqa: ARG001
+    gates: Tensor,  # noqa: ARG001
+    states: Tensor,  # noqa: ARG001
+    new: Tensor,  # noqa: ARG001
+) -> Outputs:
+    d_beta = beta.new_empty(beta.shape)
+    d_log_decay = d_beta.new_empty(0) if log_decay is None else d_beta.new_empty(beta.shape)
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    return dq, dk, dv, d_log_decay, d_beta, _state_like(q, v, cu_seqlens)
+
+
+def _setup_forward(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
+    q, k, v, log_decay, beta, scale, initial_state, cu_seqlens, _ = inputs
+    ctx.save_for_backward(q, k, v, log_decay, beta, initial_state, cu_seqlens, *output[2:])
+    ctx.scale = scale
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx: Any, d_out: Tensor | None, d_final: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    q, k, v, log_decay, beta, initial_state, cu_seqlens, *kept = ctx.saved_tensors
+    d_out = torch.zeros_like(v) if d_out is None else d_out
+    given = (q, k, v, log_decay, beta, ctx.scale, initial_state, cu_seqlens)
+    dq, dk, dv, d_log_decay, d_beta, d_initial = _backward_op(d_out, d_final, *given, *kept)
+    d_log_decay = None if log_decay is None else d_log_decay
+    return dq, dk, dv, d_log_decay, d_beta, None, (None if initial_state is None else d_initial), None, None
+
+
+def _step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    beta: Tensor,
+    state: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    return launch_step(q, k, v, log_decay, beta, state, scale)
+
+
+def _step_fake(
+    q: Tensor,
+    k: Tensor,  # noqa: ARG001
+    v: Tensor,
+    log_decay: Tensor | None,  # noqa: ARG001
+    beta: Tensor,  # noqa: ARG001
+    state: Tensor,  # noqa: ARG001
+    scale: float,  # noqa: ARG001
+) -> tuple[Tensor, Tensor]:
+    return v.new_empty(v.shape), _state_like(q, v, None)
+
+
+def _setup_step(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, log_decay, beta, state, scale = inputs
+    _setup_forward(ctx, (q, k, v, log_decay, beta, scale, state, None, False), (*output, *_nothing(q)))
+
+
+def _step_gradients(ctx: Any, d_out: Tensor | None, d_state: Tensor | None) -> tuple[Tensor | None, ...]:
+    dq, dk, dv, d_log_decay, d_beta, _, d_before, *_ = _gradients(ctx, d_out, d_state)
+    return dq, dk, dv, d_log_decay, d_beta, d_before, None
+
+
+_INPUTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor beta, float scale, Tensor? initial_state, "
+    "Tensor? cu_seqlens"
+)
+_SIX = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+_backward_op = register(
+    "gated_delta_rule_kernels_backward",
+    f"(Tensor d_out, Tensor? d_final, {_INPUTS}, Tensor pairs, Tensor gates, Tensor states, Tensor new) -> {_SIX}",
+    _backward,
+    fake=_backward_fake,
+)
+forward_kernels = register(
+    "gated_delta_rule_kernels",
+    f"({_INPUTS}, bool keep) -> {_SIX}",
+    _forward,
+    fake=_forward_fake,
+    setup_context=_setup_forward,
+    backward=_gradients,
+)
+step_kernels = register(
+    "gated_delta_rule_step_kernels",
+    "(Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor beta, Tensor state, float scale) -> (Tensor, Tensor)",
+    _step,
+    fake=_step_fake,
+    setup_context=_setup_step,
+    backward=_step_gradients,
+)
+
+
+def run_kernels(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    beta: Tensor,
+    scale: float,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Output and final state; keeps what a backward pass wants only if there can be one."""
+    sources = (q, k, v, log_decay, beta, initial_state)
+    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in sources)
+    found = forward_kernels(q, k, v, log_decay, beta, scale, initial_state, cu_seqlens, keep)
+    return found[0], found[1]

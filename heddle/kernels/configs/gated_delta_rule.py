@@ -1,0 +1,95 @@
+"""Launch configurations of gated_delta_rule and delta_rule: plain data, measured by tests/bench/gated_delta_check.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from heddle.kernels.configs.launch import Launch
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The launches of one kind of inputs; all share the chunk. `columns` are those of V (the first kernel has none).
+
+    `inverse`: how products of the triangular inverse are computed
+    """
+
+    solve: Launch
+    forward: Launch
+    backward: Launch
+    gradient: Launch
+    inverse: str = "tf32x3"
+
+    @property
+    def chunk(self) -> int:
+        return self.solve.chunk
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """What a device family runs: for two- and four-byte elements, and for states taller than `TALL`, which need room."""
+
+    half: Plan
+    half_tall: Plan
+    wide: Plan
+    wide_tall: Plan
+
+    def plan(self, element: int, rows: int) -> Plan:
+        """The launches for an element size and a state of `rows` rows."""
+        if element > 2:
+            return self.wide_tall if rows > TALL else self.wide
+        return self.half_tall if rows > TALL else self.half
+
+
+TALL = 128
+HOPPER = Family(
+    half=Plan(
+        solve=Launch(chunk=64, columns=64, warps=4, stages=1),
+        forward=Launch(chunk=64, columns=64, warps=4, stages=3),
+        backward=Launch(chunk=64, columns=64, warps=4, stages=3),
+        gradient=Launch(chunk=64, columns=64, warps=8, stages=1),
+        inverse="bf16x3",
+    ),
+    half_tall=Plan(
+        solve=Launch(chunk=64, columns=64, warps=4, stages=1),
+        forward=Launch(chunk=64, columns=64, warps=8, stages=1),
+        backward=Launch(chunk=64, columns=64, warps=8, stages=1),
+        gradient=Launch(chunk=64, columns=32, warps=8, stages=1),
+        inverse="bf16x3",
+    ),
+    wide=Plan(
+        solve=Launch(chunk=32, columns=32, warps=4, stages=1),
+        forward=Launch(chunk=32, columns=32, warps=4, stages=1),
+        backward=Launch(chunk=32, columns=32, warps=4, stages=1),
+        gradient=Launch(chunk=32, columns=32, warps=8, stages=1),
+    ),
+    wide_tall=Plan(
+        solve=Launch(chunk=16, columns=16, warps=4, stages=1),
+        forward=Launch(chunk=16, columns=16, warps=4, stages=1),
+        backward=Launch(chunk=16, columns=16, warps=4, stages=1),
+        gradient=Launch(chunk=16, columns=16, warps=8, stages=1),
+    ),
+)
+# Fits the 99 KiB of shared memory that every device since Ampere has.
+_SMALL = Plan(
+    solve=Launch(chunk=32, columns=32, warps=4, stages=1),
+    forward=Launch(chunk=32, columns=32, warps=4, stages=1),
+    backward=Launch(chunk=32, columns=32, warps=4, stages=1),
+    gradient=Launch(chunk=32, columns=32, warps=4, stages=1),
+)
+OTHER = Family(half=_SMALL, half_tall=HOPPER.wide_tall, wide=HOPPER.wide_tall, wide_tall=HOPPER.wide_tall)
+
+# The interpreter pays by the operation, whatever the size of the tiles.
+_LARGE = Launch(chunk=64, columns=256, warps=4, stages=1)
+_INTERPRETED = Plan(solve=_LARGE, forward=_LARGE, backward=_LARGE, gradient=_LARGE)
+INTERPRETER = Family(half=_INTERPRETED, half_tall=_INTERPRETED, wide=_INTERPRETED, wide_tall=_INTERPRETED)
+
+# One token: the narrow choice spreads few heads over more multiprocessors.
+STEP = Launch(chunk=1, columns=32, warps=4, stages=1)
+STEP_FEW = Launch(chunk=1, columns=16, warps=4, stages=1)
+STEP_MANY_HEADS = 128
+
+
+def family(capability: tuple[int, int]) -> Family:
+    """The configurations for a CUDA compute capability."""
+    return HOPPER if capability[0] == 9 else OTHER

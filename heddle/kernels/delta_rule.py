@@ -1,0 +1,166 @@
+"""The delta rule: the op and its reference. Its kernels and its torch path are those of gated_delta_rule, without the gate.
+
+Predicted cost for a token and value head: as `gated_delta_rule`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from heddle.errors import HeddleError
+from heddle.kernels._gated_delta_rule_torch import chunked, step
+from heddle.kernels.gated_delta_rule import HAS_KERNELS, check_inputs, draw_state, kernels_fit, work
+from heddle.kernels.op import Inputs, Shape, Traits, normal, op, register_composite, wide_dtype
+
+if HAS_KERNELS:
+    from heddle.kernels._gated_delta_rule_op import run_kernels, step_kernels
+
+
+def delta_rule_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The recurrence of `delta_rule`, token by token in float64; shares nothing with the fast path."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    group = v.shape[2] // q.shape[2]
+    q, k = (x.double().repeat_interleave(group, dim=2) for x in (q, k))
+    v, beta = v.double(), beta.double()
+    places = [0, q.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
+    rows = q.shape[0] if cu_seqlens is None else 1
+    identity = torch.eye(q.shape[3], dtype=torch.float64, device=q.device)
+    outputs, states = [], []
+    for index in range(len(places) - 1):
+        state = q.new_zeros(rows, v.shape[2], q.shape[3], v.shape[3])
+        if initial_state is not None:
+            state = initial_state.double()[index * rows : (index + 1) * rows]
+        for t in range(places[index], places[index + 1]):
+            key, rate = k[:, t, :, :, None], beta[:, t, :, None, None]
+            state = (identity - rate * key * key.mT) @ state + rate * key * v[:, t, :, None, :]
+            outputs.append(scale * torch.einsum("bhk,bhkv->bhv", q[:, t], state))
+        states.append(state)
+    return torch.stack(outputs, dim=1), torch.cat(states)
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    scale: float,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    if delta_rule.choose(q.device, q.dtype, K=q.shape[-1], V=v.shape[-1]) == "triton":
+        return run_kernels(q, k, v, None, beta, scale, initial_state, cu_seqlens)
+    still = torch.zeros_like(beta)
+    return chunked(q, k, v, still, beta, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens)
+
+
+def _step(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, state: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    if delta_rule.choose(q.device, q.dtype, K=q.shape[-1], V=v.shape[-1]) == "triton":
+        return step_kernels(q, k, v, None, beta, state, scale)  # type: ignore[no-any-return]
+    return step(q, k, v, torch.zeros_like(beta), beta, state, scale)
+
+
+_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor beta"
+_forward_op = register_composite(
+    "delta_rule",
+    f"({_INPUTS}, float scale, Tensor? initial_state, Tensor? cu_seqlens) -> (Tensor, Tensor)",
+    _forward,
+)
+_step_op = register_composite(
+    "delta_rule_step", f"({_INPUTS}, Tensor state, float scale) -> (Tensor, Tensor)", _step
+)
+
+
+def delta_rule_step(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, state: Tensor, *, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """One token of `delta_rule`: its output, and the state after it.
+
+    Shapes:  q, k: [B, 1, H, K];  v, out: [B, 1, HV, V];  beta: [B, 1, HV];  state: [B, HV, K, V], float32
+
+    Raises:
+        HeddleError: "bad-argument" as `delta_rule`, or for more than one token.
+    """
+    if q.dim() == 4 and q.shape[1] != 1:
+        raise HeddleError("bad-argument", f"delta_rule_step takes one token, got {q.shape[1]}")
+    check_inputs("delta_rule", q, k, v, {"beta": beta}, state=state)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    wide = wide_dtype(v.dtype)
+    return _step_op(q, k, v, beta.to(wide), state.to(wide), scale)  # type: ignore[no-any-return]
+
+
+def _draw(shape: Shape, generator: torch.Generator) -> Inputs:
+    B, T, H, K, V = (shape[letter] for letter in "BTHKV")
+    HV = shape.get("HV", H)
+    return {
+        "q": F.normalize(normal(generator, B, T, H, K), dim=-1),
+        "k": F.normalize(normal(generator, B, T, H, K), dim=-1),
+        "v": normal(generator, B, T, HV, V),
+        "beta": torch.sigmoid(normal(generator, B, T, HV)),
+    }
+
+
+def _draw_timed(shape: Shape, generator: torch.Generator) -> Inputs:
+    """Inputs as flash-linear-attention's benchmark draws them."""
+    size = (shape["B"], shape["T"], shape.get("HV", shape["H"]))
+    uniform = torch.rand(size, generator=generator, device=generator.device, dtype=torch.float64)
+    return {**_draw(shape, generator), "beta": torch.sigmoid(uniform)}
+
+
+_WIDE = {"H": 16, "HV": 16, "K": 128, "V": 128}
+_CASES = Traits(
+    inputs=_draw,
+    timed_inputs=_draw_timed,
+    initial_state=draw_state,
+    sequence=("q", "k", "v", "beta"),
+    rounded=("q", "k", "v"),
+    differentiable=("q", "k", "v", "beta"),
+    output_like="v",
+    test_shapes=({"B": 2, "H": 2, "HV": 4, "K": 16, "V": 16}, {"B": 1, "H": 2, "HV": 2, "K": 24, "V": 40}),
+    bench_shapes=tuple({"B": B, "T": T, **_WIDE} for B, T in ((8, 4096), (1, 32768), (1, 131072))),
+    decode_shapes=tuple({"B": B, "T": 1, **_WIDE} for B in (1, 32, 256)),
+    work=work,
+)
+
+
+@op(delta_rule_reference, _CASES, kernel=kernels_fit, step=delta_rule_step)
+def delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Linear attention that corrects what it has stored, and its state at the end.
+
+        S_t = S_(t-1) + beta_t k_t (v_t - S_(t-1)ᵀ k_t)ᵀ,   o_t = scale * S_tᵀ q_t        (arXiv 2102.11174, 2406.06484)
+
+    q and k have length 1; beta lies between 0 and 2. Value head j reads key head j // (HV / H). `scale` defaults to K^-0.5.
+    With `cu_seqlens` (B = 1) the time axis holds N packed sequences, each on its own.
+
+    Shapes:  q, k: [B, T, H, K];  v, o: [B, T, HV, V], of one dtype;  beta: [B, T, HV]
+             states: [B, HV, K, V] or [N, HV, K, V], float32 (float64 for float64);  cu_seqlens: [N + 1]
+
+    Raises:
+        HeddleError: "bad-argument" for shapes or dtypes that do not fit.
+    """
+    check_inputs("delta_rule", q, k, v, {"beta": beta}, state=initial_state, cu_seqlens=cu_seqlens)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    wide = wide_dtype(v.dtype)
+    initial_state = None if initial_state is None else initial_state.to(wide)
+    return _forward_op(q, k, v, beta.to(wide), scale, initial_state, cu_seqlens)  # type: ignore[no-any-return]
