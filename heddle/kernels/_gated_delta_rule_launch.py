@@ -167,7 +167,7 @@ def launch_forward(
     _gated_delta_rule_fwd_state_kernel[(programs,)](
         q, k, v, kept.pairs, kept.gates, final if before is None else before, out, final,
         kept.states if keep else out, kept.new if keep else out, offsets, packed,
-        *_strides(q, k, v), *layout.numbers, layout.part, before is not None, scale,
+        *_strides(q, k, v), *layout.numbers, layout.part, int(before is not None), scale,
         KEEP=keep, **layout.parts, **layout.constants, **layout.tiles(launch),
     )  # fmt: skip
     return out, final, kept
@@ -222,7 +222,7 @@ def _run_backward_state(
     programs = layout.sequences * layout.HV * triton.cdiv(layout.V, min(launch.columns, block(layout.V)))
     _gated_delta_rule_bwd_state_kernel[(programs,)](
         q, k, d_out, kept.pairs, kept.gates, d_initial if after is None else after, dx, d_initial, d_states,
-        offsets, packed, *_strides(q, k, d_out), *layout.numbers, layout.part, after is not None, scale,
+        offsets, packed, *_strides(q, k, d_out), *layout.numbers, layout.part, int(after is not None), scale,
         **layout.parts, **layout.constants, **layout.tiles(launch),
     )  # fmt: skip
     return dx, d_initial, d_states
