@@ -9,6 +9,7 @@ from heddle.specs.composite import CompositeMixer
 from heddle.specs.kinds import MixerSpec
 from heddle.specs.mixers.attention import Attention as Attention
 from heddle.specs.mixers.decay_attention import DecayAttention as DecayAttention
+from heddle.specs.mixers.deltanet import DeltaNet as DeltaNet
 from heddle.specs.mixers.gated_deltanet import GatedDeltaNet as GatedDeltaNet
 from heddle.specs.mixers.head_split import HeadSplit as HeadSplit
 from heddle.specs.mixers.layer_router import LayerRouter as LayerRouter
