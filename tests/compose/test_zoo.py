@@ -71,6 +71,33 @@ TWINS: dict[str, tuple[str, str, dict[str, Any]]] = {
             "layer_types": (["linear_attention"] * 7 + [FULL]) * 10,
         },
     ),
+    "mamba-2-1.3b": (
+        "Mamba2ForCausalLM",
+        "Mamba2Config",
+        {
+            "vocab_size": 50_288, "hidden_size": 2048, "num_hidden_layers": 48, "num_heads": 64, "head_dim": 64,
+            "state_size": 128, "n_groups": 1, "tie_word_embeddings": True,
+        },
+    ),
+    "granite-4.0-h-micro": (
+        "GraniteMoeHybridForCausalLM",
+        "GraniteMoeHybridConfig",
+        {
+            "vocab_size": 100_352, "hidden_size": 2048, "shared_intermediate_size": 8192, "num_hidden_layers": 40,
+            "num_attention_heads": 32, "num_key_value_heads": 8, "num_local_experts": 0, "mamba_n_heads": 64,
+            "mamba_d_state": 128, "tie_word_embeddings": True,
+            "layer_types": [FULL if layer in (5, 15, 25, 35) else "linear_attention" for layer in range(40)],
+        },
+    ),
+    "falcon-h1-0.5b": (
+        "FalconH1ForCausalLM",
+        "FalconH1Config",
+        {
+            "vocab_size": 32_784, "hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 36,
+            "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64, "mamba_n_heads": 24,
+            "mamba_d_ssm": 1536, "mamba_d_state": 128,
+        },
+    ),
 }  # fmt: skip
 # Published counts where transformers has no such class, to the digits published.
 PUBLISHED = {"gdn-3-1-1.3b": (1.3e9, 0.05e9), "gdn-6-1-1.3b": (1.3e9, 0.05e9)}
