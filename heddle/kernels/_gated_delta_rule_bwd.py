@@ -35,14 +35,14 @@ def _gated_delta_rule_bwd_state_kernel(
     stride_qn, stride_qt, stride_qh,
     stride_kn, stride_kt, stride_kh,
     stride_dn, stride_dt, stride_dh,
-    T, H, per_sequence, part, has_d_final, scale,
+    T, H, per_sequence, has_d_final, scale,
     K: tl.constexpr, V: tl.constexpr,
     C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr,
-    GATED: tl.constexpr, VARLEN: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
+    GATED: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dx, the gradient of the state after each chunk, and that of the initial state.
 
-    Shapes:  dx: [B, T, HV, V];  d_states: [PARTS, chunks, HV, V, K]
+    Shapes:  dx: [B, T, HV, V];  d_states: [chunks, HV, V, K]
     """
     TILES: tl.constexpr = (V + COLUMNS - 1) // COLUMNS
     HV = H * GROUP
@@ -99,10 +99,7 @@ def _gated_delta_rule_bwd_state_kernel(
         gates_at = gates_ptr + place * (3 * C) + i
         erasing = tl.load(gates_at)
         half = d_state.to(k.dtype)
-        states_at = d_states_ptr + place * (K * V) + state_offsets
-        tl.store(states_at, half, mask=state_mask)
-        if PARTS == 2:
-            tl.store(states_at + part, (d_state - half).to(k.dtype), mask=state_mask)
+        tl.store(d_states_ptr + place * (K * V) + state_offsets, half, mask=state_mask)
         d_new = tl.dot(half, tl.trans(k), input_precision=PRECISION)  # [COLUMNS, C]
         if GATED:
             d_new *= tl.load(gates_at + 2 * C)[None, :]
@@ -129,18 +126,21 @@ def _gated_delta_rule_bwd_state_kernel(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _gated_delta_rule_bwd_gradient_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, log_decay_ptr, beta_ptr, new_ptr, states_ptr, d_states_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, log_decay_ptr, beta_ptr, new_ptr, states_ptr, d_states_ptr, initial_ptr, d_final_ptr,
     dq_ptr, dk_ptr, dv_ptr, d_log_decay_ptr, d_beta_ptr, table_ptr, cu_seqlens_ptr,
     stride_qn, stride_qt, stride_qh,
     stride_kn, stride_kt, stride_kh,
     stride_vn, stride_vt, stride_vh,
     stride_dn, stride_dt, stride_dh,
-    T, H, per_sequence, part, scale,
+    T, H, per_sequence, has_initial, has_d_final, scale,
     K: tl.constexpr, V: tl.constexpr,
     C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr,
-    GATED: tl.constexpr, VARLEN: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
+    GATED: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """All gradients of one chunk and key head. `dv` holds dx and gets beta dx."""
+    """All gradients of one chunk and key head: first dq, then the others. `dv` holds dx and gets beta dx.
+
+    Each part has loops of its own over V: with the accumulators of all, registers would not do.
+    """
     head = tl.program_id(0) % H
     chunk = tl.program_id(0) // H
     n, j, begin, length = find_sequence(chunk, table_ptr, cu_seqlens_ptr, T, per_sequence, VARLEN)
@@ -153,102 +153,128 @@ def _gated_delta_rule_bwd_gradient_kernel(
     first = begin + j * C
     i = tl.arange(0, C)
     rows = tl.arange(0, ROWS)
+    in_k = (rows < K)[None, :]
     present = i < length - j * C
-    mask = present[:, None] & (rows < K)[None, :]
-    q_ptr += row * stride_qn + first * stride_qt + head.to(tl.int64) * stride_qh
-    k_ptr += row * stride_kn + first * stride_kt + head.to(tl.int64) * stride_kh
-    q = tl.load(q_ptr + (i * stride_qt)[:, None] + rows[None, :], mask=mask, other=0.0)  # [C, ROWS]
-    k = tl.load(k_ptr + (i * stride_kt)[:, None] + rows[None, :], mask=mask, other=0.0)  # [C, ROWS]
+    mask = present[:, None] & in_k
+    q_at = q_ptr + row * stride_qn + first * stride_qt + head.to(tl.int64) * stride_qh
+    k_at = k_ptr + row * stride_kn + first * stride_kt + head.to(tl.int64) * stride_kh
+    q_at += (i * stride_qt)[:, None] + rows[None, :]
+    k_at += (i * stride_kt)[:, None] + rows[None, :]
+    own_key = (row * T + first + i).to(tl.int64)[:, None] * (H * K) + head * K + rows[None, :]
     lower = i[:, None] >= i[None, :]
     upper = i[:, None] <= i[None, :]
+
+    q = tl.load(q_at, mask=mask, other=0.0)  # [C, ROWS]
+    k = tl.load(k_at, mask=mask, other=0.0)  # [C, ROWS]
     dq = tl.zeros([C, ROWS], tl.float32)
+    for member in range(GROUP):
+        own = head * GROUP + member
+        at = (row * T + first + i) * HV + own
+        place = chunk.to(tl.int64) * HV + own
+        do_at = do_ptr + row * stride_dn + first * stride_dt + own.to(tl.int64) * stride_dh
+        dense = (row * T + first + i).to(tl.int64)[:, None] * (HV * V) + own * V
+        weights = tl.zeros([C, C], tl.float32)
+        read = tl.zeros([C, ROWS], tl.float32)
+        for tile in range(0, V, COLUMNS):
+            columns = tile + tl.arange(0, COLUMNS)
+            kept = present[:, None] & (columns < V)[None, :]
+            state_at = states_ptr + place * (K * V) + columns[:, None] * K + rows[None, :]
+            do = tl.load(do_at + (i * stride_dt)[:, None] + columns[None, :], mask=kept, other=0.0)
+            state = tl.load(state_at, mask=(columns < V)[:, None] & in_k, other=0.0)  # [COLUMNS, ROWS]
+            new = tl.load(new_ptr + dense + columns[None, :], mask=kept, other=0.0)  # [C, COLUMNS]
+            read = tl.dot(do, state, read, input_precision=PRECISION)
+            weights = tl.dot(do, tl.trans(new), weights, input_precision=PRECISION)
+        if GATED:
+            total, seen, _, _ = decays(log_decay_ptr, at, present)
+            read *= (seen * scale)[:, None]
+            weights *= decay_between(total[None, :], total[:, None], lower) * scale
+            passed = weights * tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            d_total = tl.sum(q * read, axis=1) + tl.sum(passed, axis=1) - tl.sum(passed, axis=0)
+            # For the second loop.
+            tl.store(d_log_decay_ptr + at, d_total, mask=present)
+        else:
+            read *= scale
+            weights = tl.where(lower, weights * scale, 0.0)
+        dq = tl.dot(weights.to(k.dtype), k, dq + read, input_precision=PRECISION)
+    tl.store(dq_ptr + own_key, dq.to(q.dtype), mask=mask)
+
+    tl.debug_barrier()
     dk = tl.zeros([C, ROWS], tl.float32)
     for member in range(GROUP):
         own = head * GROUP + member
         at = (row * T + first + i) * HV + own
         place = chunk.to(tl.int64) * HV + own
         beta = tl.load(beta_ptr + at, mask=present, other=0.0)
-        if GATED:
-            total, seen, left, over = decays(log_decay_ptr, at, present)
-        else:
-            seen = tl.full([C], 1.0, tl.float32)
         v_at = v_ptr + row * stride_vn + first * stride_vt + own.to(tl.int64) * stride_vh
         do_at = do_ptr + row * stride_dn + first * stride_dt + own.to(tl.int64) * stride_dh
         dense = (row * T + first + i).to(tl.int64)[:, None] * (HV * V) + own * V
+        solves = tl.zeros([C, C], tl.float32)
+        solves_t = tl.zeros([C, C], tl.float32)
+        erased = tl.zeros([C, ROWS], tl.float32)
         d_beta = tl.zeros([C], tl.float32)
-        d_total = tl.zeros([C], tl.float32)
-        d_whole = 0.0
+        for tile in range(0, V, COLUMNS):
+            columns = tile + tl.arange(0, COLUMNS)
+            kept = present[:, None] & (columns < V)[None, :]
+            state_at = states_ptr + place * (K * V) + columns[:, None] * K + rows[None, :]
+            dx = tl.load(dv_ptr + dense + columns[None, :], mask=kept, other=0.0)  # [C, COLUMNS]
+            state = tl.load(state_at, mask=(columns < V)[:, None] & in_k, other=0.0)  # [COLUMNS, ROWS]
+            new = tl.load(new_ptr + dense + columns[None, :], mask=kept, other=0.0)  # [C, COLUMNS]
+            v = tl.load(v_at + (i * stride_vt)[:, None] + columns[None, :], mask=kept, other=0.0)
+            erased = tl.dot(dx, state, erased, input_precision=PRECISION)
+            solves = tl.dot(dx, tl.trans(new), solves, input_precision=PRECISION)
+            solves_t = tl.dot(new, tl.trans(dx), solves_t, input_precision=PRECISION)
+            d_beta += tl.sum(dx.to(tl.float32) * v, axis=1)
+            tl.store(dv_ptr + dense + columns[None, :], (beta[:, None] * dx).to(dx.dtype), mask=kept)
+        if GATED:
+            total, seen, left, over = decays(log_decay_ptr, at, present)
+            erased *= seen[:, None]
+            solves *= decay_between(total[None, :], total[:, None], lower)
+            solves_t *= decay_between(total[:, None], total[None, :], upper)
+        solves = tl.where(i[:, None] > i[None, :], solves, 0.0)
+        both = solves * beta[:, None] + tl.where(i[:, None] < i[None, :], solves_t, 0.0) * beta[None, :]
+        dk -= erased * beta[:, None]
+        dk -= tl.dot(both.to(k.dtype), k, input_precision=PRECISION)
+        solves *= tl.dot(k, tl.trans(k), input_precision=PRECISION)
+        read_back = tl.sum(k * erased, axis=1)
+        d_beta -= read_back + tl.sum(solves, axis=1)
+        tl.store(d_beta_ptr + at, d_beta, mask=present)
+        if GATED:
+            solves *= beta[:, None]
+            d_total = tl.load(d_log_decay_ptr + at, mask=present, other=0.0)
+            d_total -= read_back * beta + tl.sum(solves, axis=1) - tl.sum(solves, axis=0)
+            d_whole = 0.0
+
+        weights_t = tl.zeros([C, C], tl.float32)
+        written = tl.zeros([C, ROWS], tl.float32)
         for tile in range(0, V, COLUMNS):
             columns = tile + tl.arange(0, COLUMNS)
             in_v = columns < V
             kept = present[:, None] & in_v[None, :]
-            state_mask = in_v[:, None] & (rows < K)[None, :]
+            state_mask = in_v[:, None] & in_k
             state_at = place * (K * V) + columns[:, None] * K + rows[None, :]
-            state = tl.load(states_ptr + state_at, mask=state_mask, other=0.0)  # [COLUMNS, ROWS]
+            new = tl.load(new_ptr + dense + columns[None, :], mask=kept, other=0.0)  # [C, COLUMNS]
             d_state = tl.load(d_states_ptr + state_at, mask=state_mask, other=0.0)  # [COLUMNS, ROWS]
-            if GATED:
-                # A product of the state with its gradient, over all the chunk: rounding would show.
-                whole, d_state_whole = state.to(tl.float32), d_state.to(tl.float32)
-                if PARTS == 2:
-                    whole += tl.load(states_ptr + part + state_at, mask=state_mask, other=0.0)
-                    d_state_whole += tl.load(d_states_ptr + part + state_at, mask=state_mask, other=0.0)
-                d_whole += over * tl.sum(tl.sum(whole * d_state_whole, axis=1), axis=0)
             do = tl.load(do_at + (i * stride_dt)[:, None] + columns[None, :], mask=kept, other=0.0)
-            read = tl.dot(do, state, input_precision=PRECISION) * (scale * seen)[:, None]
-            dq += read
-            dx = tl.load(dv_ptr + dense + columns[None, :], mask=kept, other=0.0)  # [C, COLUMNS]
-            erased = tl.dot(dx, state, input_precision=PRECISION) * seen[:, None]
-            v = tl.load(v_at + (i * stride_vt)[:, None] + columns[None, :], mask=kept, other=0.0)
-            d_beta += tl.sum(dx.to(tl.float32) * v, axis=1) - tl.sum(k * erased, axis=1)
-            erased *= beta[:, None]
-            dk -= erased
-            new = tl.load(new_ptr + dense + columns[None, :], mask=kept, other=0.0)  # [C, COLUMNS]
-            written = tl.dot(new, d_state, input_precision=PRECISION)
-            if GATED:
-                written *= left[:, None]
-                per_token = tl.sum(k * written, axis=1)
-                d_total += tl.sum(q * read, axis=1) - tl.sum(k * erased, axis=1) - per_token
-                d_whole += tl.sum(per_token, axis=0)
-            dk += written
-
-        # A loop of its own: with the accumulators of both, registers would not do.
-        weights = tl.zeros([C, C], tl.float32)
-        weights_t = tl.zeros([C, C], tl.float32)
-        solves = tl.zeros([C, C], tl.float32)
-        solves_t = tl.zeros([C, C], tl.float32)
-        for tile in range(0, V, COLUMNS):
-            columns = tile + tl.arange(0, COLUMNS)
-            kept = present[:, None] & (columns < V)[None, :]
-            do = tl.load(do_at + (i * stride_dt)[:, None] + columns[None, :], mask=kept, other=0.0)
-            dx = tl.load(dv_ptr + dense + columns[None, :], mask=kept, other=0.0)  # [C, COLUMNS]
-            new = tl.load(new_ptr + dense + columns[None, :], mask=kept, other=0.0)  # [C, COLUMNS]
-            weights = tl.dot(do, tl.trans(new), weights, input_precision=PRECISION)
+            written = tl.dot(new, d_state, written, input_precision=PRECISION)
             weights_t = tl.dot(new, tl.trans(do), weights_t, input_precision=PRECISION)
-            solves = tl.dot(dx, tl.trans(new), solves, input_precision=PRECISION)
-            solves_t = tl.dot(new, tl.trans(dx), solves_t, input_precision=PRECISION)
-            tl.store(dv_ptr + dense + columns[None, :], (beta[:, None] * dx).to(dx.dtype), mask=kept)
-
+            if GATED:
+                # What decays over the whole chunk: a product of the state with its gradient, in full where given.
+                before = tl.load(states_ptr + state_at, mask=state_mask, other=0.0).to(tl.float32)
+                after = d_state.to(tl.float32)
+                given_at = (n.to(tl.int64) * HV + own) * (K * V) + columns[:, None] + (rows * V)[None, :]
+                if j == 0:
+                    before = tl.load(initial_ptr + given_at, mask=state_mask & (has_initial != 0), other=0.0)
+                if (j + 1) * C >= length:
+                    after = tl.load(d_final_ptr + given_at, mask=state_mask & (has_d_final != 0), other=0.0)
+                d_whole += tl.sum(tl.sum(before * after, axis=1), axis=0)
         if GATED:
-            within = decay_between(total[None, :], total[:, None], lower)
-            within_t = decay_between(total[:, None], total[None, :], upper)
-        else:
-            within = tl.where(lower, 1.0, 0.0)
-            within_t = tl.where(upper, 1.0, 0.0)
-        weights *= within * scale
-        dq = tl.dot(weights.to(k.dtype), k, dq, input_precision=PRECISION)
-        dk = tl.dot((weights_t * within_t * scale).to(k.dtype), q, dk, input_precision=PRECISION)
-        solves = tl.where(i[:, None] > i[None, :], solves * within, 0.0)
-        solves_t = tl.where(i[:, None] < i[None, :], solves_t * within_t, 0.0)
-        both = solves * beta[:, None] + solves_t * beta[None, :]
-        dk -= tl.dot(both.to(k.dtype), k, input_precision=PRECISION)
-        solves *= tl.dot(k, tl.trans(k), input_precision=PRECISION)
-        d_beta -= tl.sum(solves, axis=1)
-        tl.store(d_beta_ptr + at, d_beta, mask=present)
-        if GATED:
-            passed = weights * tl.dot(q, tl.trans(k), input_precision=PRECISION) - solves * beta[:, None]
-            d_total += tl.sum(passed, axis=1) - tl.sum(passed, axis=0)
-            d_log_decay = tl.cumsum(d_total, axis=0, reverse=True) + d_whole
+            written *= left[:, None]
+            per_token = tl.sum(k * written, axis=1)
+            d_whole = d_whole * over + tl.sum(per_token, axis=0)
+            d_log_decay = tl.cumsum(d_total - per_token, axis=0, reverse=True) + d_whole
             tl.store(d_log_decay_ptr + at, d_log_decay, mask=present)
-    dense = (row * T + first + i).to(tl.int64)[:, None] * (H * K) + head * K + rows[None, :]
-    tl.store(dq_ptr + dense, dq.to(q.dtype), mask=mask)
-    tl.store(dk_ptr + dense, dk.to(k.dtype), mask=mask)
+            weights_t *= decay_between(total[:, None], total[None, :], upper) * scale
+        else:
+            weights_t = tl.where(upper, weights_t * scale, 0.0)
+        dk = tl.dot(weights_t.to(k.dtype), q, dk + written, input_precision=PRECISION)
+    tl.store(dk_ptr + own_key, dk.to(k.dtype), mask=mask)

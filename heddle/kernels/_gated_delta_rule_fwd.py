@@ -23,7 +23,14 @@ import triton.language as tl
 from heddle.kernels.common.jit import LOG2_E, find_sequence
 
 # A new length must not mean a new compilation, nor must a given state.
-LENGTHS = ("T", "H", "per_sequence", "part", "has_initial", "has_d_final")
+LENGTHS = ("T", "H", "per_sequence", "has_initial", "has_d_final")
+
+
+@triton.jit
+def _inverse_product(x, y, PRECISION: tl.constexpr):
+    if PRECISION == "fp16":
+        return tl.dot(x.to(tl.float16), y.to(tl.float16))
+    return tl.dot(x, y, input_precision=PRECISION)
 
 
 @triton.jit
@@ -31,17 +38,19 @@ def unit_lower_inverse(strict, C: tl.constexpr, LEVELS: tl.constexpr, PRECISION:
     """(I + strict)^-1 of a strictly lower triangular [C, C], C = 2^LEVELS.
 
     Doubles the blocks on the diagonal that are inverted already. Powers of `strict`, as in a Neumann series, would
-    grow to millions where keys repeat.
+    grow to millions where keys repeat; here all entries stay within 2 for keys of length 1 and beta up to 2, so that
+    float16 is more exact than bfloat16 or tf32.
     """
     row = tl.arange(0, C)[:, None]
     column = tl.arange(0, C)[None, :]
     pair = (row // 2 == column // 2) & (row != column)
     inverse = tl.where(row == column, 1.0, 0.0) - tl.where(pair, strict, 0.0)
     for level in tl.static_range(1, LEVELS):
+        product = _inverse_product(inverse, strict, PRECISION)
+        product = _inverse_product(product, inverse, PRECISION)
         # Of one pair of blocks of 2^level rows, but not of one block.
-        below = (row >> (level + 1) == column >> (level + 1)) & (row >> level != column >> level)
-        product = tl.dot(inverse, tl.where(below, strict, 0.0), input_precision=PRECISION)
-        inverse -= tl.dot(product, inverse, input_precision=PRECISION)
+        below = (row >> (level + 1) == column >> (level + 1)) & (row >> level > column >> level)
+        inverse -= tl.where(below, product, 0.0)
     return inverse
 
 
@@ -130,16 +139,14 @@ def _gated_delta_rule_fwd_state_kernel(
     stride_qn, stride_qt, stride_qh,
     stride_kn, stride_kt, stride_kh,
     stride_vn, stride_vt, stride_vh,
-    T, H, per_sequence, part, has_initial, scale,
+    T, H, per_sequence, has_initial, scale,
     K: tl.constexpr, V: tl.constexpr,
     C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr,
-    GATED: tl.constexpr, VARLEN: tl.constexpr, KEEP: tl.constexpr, PARTS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    GATED: tl.constexpr, VARLEN: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Outputs and final state of one sequence; with KEEP also what the backward pass wants.
 
-    Shapes:  states: [PARTS, chunks, HV, V, K], the state before each chunk, or it rounded and what that leaves out;
-             new: [B, T, HV, V]
+    Shapes:  states: [chunks, HV, V, K], the state before each chunk;  new: [B, T, HV, V]
     """
     TILES: tl.constexpr = (V + COLUMNS - 1) // COLUMNS
     HV = H * GROUP
@@ -195,10 +202,7 @@ def _gated_delta_rule_fwd_state_kernel(
         gates_at = gates_ptr + place * (3 * C) + i
         half = state.to(k.dtype)
         if KEEP:
-            states_at = states_ptr + place * (K * V) + state_offsets
-            tl.store(states_at, half, mask=state_mask)
-            if PARTS == 2:
-                tl.store(states_at + part, (state - half).to(k.dtype), mask=state_mask)
+            tl.store(states_ptr + place * (K * V) + state_offsets, half, mask=state_mask)
         wrong = tl.dot(half, tl.trans(k), input_precision=PRECISION)  # [COLUMNS, C]
         out = tl.dot(half, tl.trans(q), input_precision=PRECISION)  # [COLUMNS, C]
         if GATED:

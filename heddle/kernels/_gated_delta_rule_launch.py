@@ -45,8 +45,7 @@ def plan(device: torch.device, element: int, rows: int) -> Plan:
 class Kept:
     """What the forward pass leaves for the backward pass, with K and V padded.
 
-    Shapes:  pairs: [chunks, HV, 2, C, C];  gates: [chunks, HV, 3, C];  states: [parts, chunks, HV, V, K];
-             new: [B, T, HV, V]
+    Shapes:  pairs: [chunks, HV, 2, C, C];  gates: [chunks, HV, 3, C];  states: [chunks, HV, V, K];  new: [B, T, HV, V]
     """
 
     pairs: Tensor
@@ -58,12 +57,8 @@ class Kept:
         return self.pairs, self.gates, self.states, self.new
 
 
-def kept_like(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, *, gated: bool, keep: bool) -> Kept:
-    """Memory for what is kept; without `keep` none for `states` and `new`.
-
-    The gradient of a decay over a whole chunk is a product of the state with its gradient. Half precision would show there,
-    so that a state is two halves: itself rounded, and what that leaves out.
-    """
+def kept_like(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, *, keep: bool) -> Kept:
+    """Memory for what is kept; without `keep` none for `states` and `new`."""
     (B, T, _, K), (HV, V) = q.shape, v.shape[2:]
     K, V = K + -K % ALIGNMENT, V + -V % ALIGNMENT
     chunk = plan(q.device, q.element_size(), K).chunk
@@ -73,8 +68,7 @@ def kept_like(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, *, gated: bool, k
     gates = q.new_empty(count, HV, 3, chunk, dtype=torch.float32)
     if not keep:
         return Kept(pairs, gates, q.new_empty(0), q.new_empty(0))
-    states = q.new_empty(2 if gated and q.element_size() == 2 else 1, count, HV, V, K)
-    return Kept(pairs, gates, states, v.new_empty(B, T, HV, V))
+    return Kept(pairs, gates, q.new_empty(count, HV, V, K), v.new_empty(B, T, HV, V))
 
 
 class _Layout:
@@ -94,9 +88,6 @@ class _Layout:
             "PRECISION": "tf32x3" if q.device.type == "cuda" else "ieee",
         }  # fmt: skip
         self.numbers = (self.T, self.H, self.chunks.per_sequence)
-        # What the kernels are told of states that are kept.
-        self.part = self.chunks.count * self.HV * self.V * self.K
-        self.parts = {"PARTS": 2 if gated and q.element_size() == 2 else 1}
 
     def packed(self, otherwise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Table and offsets of the chunks, and `cu_seqlens`; anything where nothing is packed."""
@@ -156,7 +147,7 @@ def launch_forward(
         return out[..., :V].contiguous(), final[..., :K, :V].contiguous(), kept
     q, k, v = (aligned(x) for x in (q, k, v))
     layout = _Layout(q, v, cu_seqlens, gated=log_decay is not None)
-    kept = kept_like(q, v, cu_seqlens, gated=log_decay is not None, keep=keep)
+    kept = kept_like(q, v, cu_seqlens, keep=keep)
     _solve(q, k, log_decay, beta, scale, kept, layout)
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     final = torch.empty(layout.sequences, layout.HV, K, V, dtype=torch.float32, device=v.device)
@@ -167,8 +158,8 @@ def launch_forward(
     _gated_delta_rule_fwd_state_kernel[(programs,)](
         q, k, v, kept.pairs, kept.gates, final if before is None else before, out, final,
         kept.states if keep else out, kept.new if keep else out, offsets, packed,
-        *_strides(q, k, v), *layout.numbers, layout.part, int(before is not None), scale,
-        KEEP=keep, **layout.parts, **layout.constants, **layout.tiles(launch),
+        *_strides(q, k, v), *layout.numbers, int(before is not None), scale,
+        KEEP=keep, **layout.constants, **layout.tiles(launch),
     )  # fmt: skip
     return out, final, kept
 
@@ -182,47 +173,50 @@ def launch_backward(
     log_decay: Tensor | None,
     beta: Tensor,
     scale: float,
+    initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     kept: Kept,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, log_decay (of nothing if there is none), beta and the initial state."""
     K, V = q.shape[3], v.shape[3]
     if K % ALIGNMENT or V % ALIGNMENT:
-        d_out, q, k, v, after = _padded((d_out, q, k, v), (d_final,))
-        found = launch_backward(d_out, after, q, k, v, log_decay, beta, scale, cu_seqlens, kept)
+        d_out, q, k, v, after, before = _padded((d_out, q, k, v), (d_final, initial_state))
+        found = launch_backward(d_out, after, q, k, v, log_decay, beta, scale, before, cu_seqlens, kept)
         dq, dk, dv = (x[..., :size].contiguous() for x, size in zip(found[:3], (K, K, V), strict=True))
         return dq, dk, dv, found[3], found[4], found[5][..., :K, :V].contiguous()
     d_out, q, k, v = (aligned(x) for x in (d_out.to(v.dtype), q, k, v))
     layout = _Layout(q, v, cu_seqlens, gated=log_decay is not None)
-    dv, d_initial, d_states = _run_backward_state(d_out, d_final, q, k, scale, kept, layout)
+    before, after = dense_state(initial_state), dense_state(d_final)
+    dv, d_initial, d_states = _run_backward_state(d_out, after, q, k, scale, kept, layout)
     gate, beta = _gates(log_decay, beta)
     d_beta = torch.empty_like(beta)
     d_gate = d_beta if log_decay is None else torch.empty_like(gate)
     dq, dk = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
     table, _, packed = layout.packed(beta)
     _gated_delta_rule_bwd_gradient_kernel[(layout.chunks.count * layout.H,)](
-        q, k, v, d_out, gate, beta, kept.new, kept.states, d_states, dq, dk, dv, d_gate, d_beta, table, packed,
-        *_strides(q, k, v, d_out), *layout.numbers, layout.part, scale,
-        **layout.parts, **layout.constants, **layout.tiles(layout.plan.gradient),
+        q, k, v, d_out, gate, beta, kept.new, kept.states, d_states,
+        d_initial if before is None else before, d_initial if after is None else after,
+        dq, dk, dv, d_gate, d_beta, table, packed,
+        *_strides(q, k, v, d_out), *layout.numbers, int(before is not None), int(after is not None), scale,
+        **layout.constants, **layout.tiles(layout.plan.gradient),
     )  # fmt: skip
     return dq, dk, dv, (d_beta.new_empty(0) if log_decay is None else d_gate), d_beta, d_initial
 
 
 def _run_backward_state(
-    d_out: Tensor, d_final: Tensor | None, q: Tensor, k: Tensor, scale: float, kept: Kept, layout: _Layout
+    d_out: Tensor, after: Tensor | None, q: Tensor, k: Tensor, scale: float, kept: Kept, layout: _Layout
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, the gradient of the initial state, and those of the states after each chunk."""
     dx = torch.empty(d_out.shape, dtype=d_out.dtype, device=d_out.device)
     shape = (layout.sequences, layout.HV, layout.K, layout.V)
     d_initial = torch.empty(shape, dtype=torch.float32, device=q.device)
     d_states = torch.empty_like(kept.states)
-    after = dense_state(d_final)
     _, offsets, packed = layout.packed(dx)
     launch = layout.plan.backward
     programs = layout.sequences * layout.HV * triton.cdiv(layout.V, min(launch.columns, block(layout.V)))
     _gated_delta_rule_bwd_state_kernel[(programs,)](
         q, k, d_out, kept.pairs, kept.gates, d_initial if after is None else after, dx, d_initial, d_states,
-        offsets, packed, *_strides(q, k, d_out), *layout.numbers, layout.part, int(after is not None), scale,
-        **layout.parts, **layout.constants, **layout.tiles(launch),
+        offsets, packed, *_strides(q, k, d_out), *layout.numbers, int(after is not None), scale,
+        **layout.constants, **layout.tiles(launch),
     )  # fmt: skip
     return dx, d_initial, d_states

@@ -48,7 +48,7 @@ def _forward_fake(
     q: Tensor,
     k: Tensor,  # noqa: ARG001
     v: Tensor,
-    log_decay: Tensor | None,
+    log_decay: Tensor | None,  # noqa: ARG001
     beta: Tensor,  # noqa: ARG001
     scale: float,  # noqa: ARG001
     initial_state: Tensor | None,  # noqa: ARG001
@@ -58,7 +58,7 @@ def _forward_fake(
     found = v.new_empty(v.shape), _state_like(q, v, cu_seqlens)
     if not keep:
         return (*found, *_nothing(q))
-    return (*found, *kept_like(q, v, cu_seqlens, gated=log_decay is not None, keep=True).tensors())
+    return (*found, *kept_like(q, v, cu_seqlens, keep=True).tensors())
 
 
 def _backward(
@@ -80,7 +80,7 @@ def _backward(
     kept = Kept(pairs, gates, states, new)
     if pairs.numel() == 0:
         _, _, kept = launch_forward(q, k, v, log_decay, beta, scale, initial_state, cu_seqlens, keep=True)
-    return launch_backward(d_out, d_final, q, k, v, log_decay, beta, scale, cu_seqlens, kept)
+    return launch_backward(d_out, d_final, q, k, v, log_decay, beta, scale, initial_state, cu_seqlens, kept)
 
 
 def _backward_fake(

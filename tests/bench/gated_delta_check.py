@@ -106,7 +106,7 @@ class Inputs:
         layout = launcher._Layout(self.q, self.v, None, gated=self.gated)
         if inverse:
             layout.plan = replace(layout.plan, inverse=inverse)
-        kept = launcher.kept_like(self.q, self.v, None, gated=self.gated, keep=False)
+        kept = launcher.kept_like(self.q, self.v, None, keep=False)
         return lambda: launcher._solve(self.q, self.k, self.log_decay, self.beta, 0.1, kept, layout)
 
     def backward_state(self) -> Callable[[], Any]:
@@ -116,7 +116,7 @@ class Inputs:
 
     def backward(self) -> Callable[[], Any]:
         kept = self.forward(keep=True)[2]
-        given = (self.q, self.k, self.v, self.log_decay, self.beta, 0.1, None, kept)
+        given = (self.q, self.k, self.v, self.log_decay, self.beta, 0.1, None, None, kept)
         return lambda: launcher.launch_backward(self.d_out, None, *given)
 
 

@@ -48,14 +48,14 @@ HOPPER = Family(
         forward=Launch(chunk=64, columns=64, warps=4, stages=3),
         backward=Launch(chunk=64, columns=64, warps=4, stages=3),
         gradient=Launch(chunk=64, columns=64, warps=8, stages=1),
-        inverse="bf16x3",
+        inverse="fp16",
     ),
     half_tall=Plan(
         solve=Launch(chunk=64, columns=64, warps=4, stages=1),
         forward=Launch(chunk=64, columns=64, warps=8, stages=1),
         backward=Launch(chunk=64, columns=64, warps=8, stages=1),
         gradient=Launch(chunk=64, columns=32, warps=8, stages=1),
-        inverse="bf16x3",
+        inverse="fp16",
     ),
     wide=Plan(
         solve=Launch(chunk=32, columns=32, warps=4, stages=1),
