@@ -31,35 +31,37 @@ from heddle.kernels.common.jit import find_sequence
 @triton.jit(do_not_specialize=LENGTHS)
 def _gated_delta_rule_bwd_state_kernel(
     q_ptr, k_ptr, do_ptr, pairs_ptr, gates_ptr, d_final_ptr, dx_ptr, d_initial_ptr, d_states_ptr,
-    offsets_ptr, cu_seqlens_ptr,
+    summary_ptr, ends_ptr, table_ptr, offsets_ptr, cu_seqlens_ptr,
     stride_qn, stride_qt, stride_qh,
     stride_kn, stride_kt, stride_kh,
     stride_dn, stride_dt, stride_dh,
-    T, H, per_sequence, has_d_final, scale,
+    T, H, per_sequence, segments_per_sequence, segment_size, has_d_final, scale,
     K: tl.constexpr, V: tl.constexpr,
     C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr,
-    GATED: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
+    GATED: tl.constexpr, VARLEN: tl.constexpr, SEGMENTED: tl.constexpr, SUMMARY: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dx, the gradient of the state after each chunk, and that of the initial state.
+    """dx of one segment, the gradient of the state after each chunk, and that of the initial state where a sequence begins.
 
-    Shapes:  dx: [B, T, HV, V];  d_states: [chunks, HV, V, K]
+    With SUMMARY only the gradient of the state before the segment, of its own outputs.
+
+    Shapes:  dx: [B, T, HV, V];  d_states: [chunks, HV, V, K];  ends, summary: [segments, HV, V, K]
     """
     TILES: tl.constexpr = (V + COLUMNS - 1) // COLUMNS
     HV = H * GROUP
     tile = tl.program_id(0) % TILES
     head = (tl.program_id(0) // TILES) % HV
-    n = tl.program_id(0) // (TILES * HV)
-    if VARLEN:
-        begin = tl.load(cu_seqlens_ptr + n).to(tl.int64)
-        length = (tl.load(cu_seqlens_ptr + n + 1).to(tl.int64) - begin).to(tl.int32)
-        place = tl.load(offsets_ptr + n).to(tl.int64) * HV + head
-        row = tl.zeros((), tl.int64)
-    else:
-        begin = tl.zeros((), tl.int64)
-        length = T
-        row = n.to(tl.int64)
-        place = row * per_sequence * HV + head
+    segment = tl.program_id(0) // (TILES * HV)
+    n, j, begin, whole = find_sequence(segment, table_ptr, cu_seqlens_ptr, T, segments_per_sequence, VARLEN)
+    # Nothing comes before the first segment of a sequence.
+    if (n < 0) | (SUMMARY & (j == 0)):
+        return
 
+    row = n.to(tl.int64) if not VARLEN else tl.zeros((), tl.int64)
+    place = tl.load(offsets_ptr + n).to(tl.int64) if VARLEN else row * per_sequence
+    place = (place + j * (segment_size // C)) * HV + head
+    begin += j * segment_size
+    length = tl.minimum(whole - j * segment_size, segment_size)
     chunks = (length + C - 1) // C
     last = begin + tl.maximum(chunks - 1, 0) * C
     place += tl.maximum(chunks - 1, 0).to(tl.int64) * HV
@@ -81,7 +83,13 @@ def _gated_delta_rule_bwd_state_kernel(
     state_mask = in_v & in_k
     own_state = (n.to(tl.int64) * HV + head) * (K * V) + columns[:, None] + (rows * V)[None, :]
     state_offsets = columns[:, None] * K + rows[None, :]
-    d_state = tl.load(d_final_ptr + own_state, mask=state_mask & (has_d_final != 0), other=0.0)
+    own_segment = (segment.to(tl.int64) * HV + head) * (K * V) + state_offsets
+    if SUMMARY:
+        d_state = tl.zeros([COLUMNS, ROWS], tl.float32)
+    elif SEGMENTED:
+        d_state = tl.load(ends_ptr + own_segment, mask=state_mask, other=0.0)
+    else:
+        d_state = tl.load(d_final_ptr + own_state, mask=state_mask & (has_d_final != 0), other=0.0)
     over = 1.0
     if GATED:
         # One chunk ahead: nothing hides the latency of a scalar.
@@ -99,7 +107,8 @@ def _gated_delta_rule_bwd_state_kernel(
         gates_at = gates_ptr + place * (3 * C) + i
         erasing = tl.load(gates_at)
         half = d_state.to(k.dtype)
-        tl.store(d_states_ptr + place * (K * V) + state_offsets, half, mask=state_mask)
+        if not SUMMARY:
+            tl.store(d_states_ptr + place * (K * V) + state_offsets, half, mask=state_mask)
         d_new = tl.dot(half, tl.trans(k), input_precision=PRECISION)  # [COLUMNS, C]
         if GATED:
             d_new *= tl.load(gates_at + 2 * C)[None, :]
@@ -113,7 +122,8 @@ def _gated_delta_rule_bwd_state_kernel(
             read = (do * scale).to(k.dtype)
         d_new = tl.dot(do, attention, d_new, input_precision=PRECISION)
         dx = tl.dot(d_new.to(k.dtype), solved, input_precision=PRECISION)  # [COLUMNS, C]
-        tl.store(dx_ptr + dx_offsets, dx.to(k.dtype), mask=kept)
+        if not SUMMARY:
+            tl.store(dx_ptr + dx_offsets, dx.to(k.dtype), mask=kept)
         d_state = tl.dot(read, q, d_state, input_precision=PRECISION)
         d_state = tl.dot((dx * -erasing[None, :]).to(k.dtype), k, d_state, input_precision=PRECISION)
         q_ptr -= C * stride_qt
@@ -121,7 +131,10 @@ def _gated_delta_rule_bwd_state_kernel(
         do_ptr -= C * stride_dt
         dx_ptr -= C * HV * V
         place -= HV
-    tl.store(d_initial_ptr + own_state, d_state, mask=state_mask)
+    if SUMMARY:
+        tl.store(summary_ptr + own_segment, d_state, mask=state_mask)
+    elif j == 0:
+        tl.store(d_initial_ptr + own_state, d_state, mask=state_mask)
 
 
 @triton.jit(do_not_specialize=LENGTHS)

@@ -23,14 +23,15 @@ import triton.language as tl
 from heddle.kernels.common.jit import LOG2_E, find_sequence
 
 # A new length must not mean a new compilation, nor must a given state.
-LENGTHS = ("T", "H", "per_sequence", "has_initial", "has_d_final")
+LENGTHS = (
+    "T", "H", "HV", "per_sequence", "segments_per_sequence", "segment_size", "has_initial", "has_d_final", "has_given",
+)  # fmt: skip
 
 
 @triton.jit
 def _inverse_product(x, y, PRECISION: tl.constexpr):
-    if PRECISION == "fp16":
-        return tl.dot(x.to(tl.float16), y.to(tl.float16))
-    return tl.dot(x, y, input_precision=PRECISION)
+    half: tl.constexpr = PRECISION == "fp16"
+    return tl.dot(x.to(tl.float16), y.to(tl.float16)) if half else tl.dot(x, y, input_precision=PRECISION)
 
 
 @triton.jit
@@ -135,34 +136,41 @@ def _gated_delta_rule_fwd_solve_kernel(
 @triton.jit(do_not_specialize=LENGTHS)
 def _gated_delta_rule_fwd_state_kernel(
     q_ptr, k_ptr, v_ptr, pairs_ptr, gates_ptr, initial_ptr, out_ptr, final_ptr, states_ptr, new_ptr,
-    offsets_ptr, cu_seqlens_ptr,
+    summary_ptr, starts_ptr, table_ptr, offsets_ptr, cu_seqlens_ptr,
     stride_qn, stride_qt, stride_qh,
     stride_kn, stride_kt, stride_kh,
     stride_vn, stride_vt, stride_vh,
-    T, H, per_sequence, has_initial, scale,
+    T, H, per_sequence, segments_per_sequence, segment_size, has_initial, scale,
     K: tl.constexpr, V: tl.constexpr,
     C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr,
-    GATED: tl.constexpr, VARLEN: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
+    GATED: tl.constexpr, VARLEN: tl.constexpr, KEEP: tl.constexpr,
+    SEGMENTED: tl.constexpr, SUMMARY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Outputs and final state of one sequence; with KEEP also what the backward pass wants.
+    """Outputs of one segment, and the final state where a sequence ends; with KEEP also what the backward pass wants.
 
-    Shapes:  states: [chunks, HV, V, K], the state before each chunk;  new: [B, T, HV, V]
+    With SUMMARY only what the segment does to a state: the state it leaves when begun with zeros, and, without values, what
+    it makes of each unit vector.
+
+    Shapes:  states: [chunks, HV, V, K], the state before each chunk;  new: [B, T, HV, V];  starts: [segments, HV, V, K]
+             summary: [segments, HV, V + K, K]
     """
-    TILES: tl.constexpr = (V + COLUMNS - 1) // COLUMNS
+    VALUES: tl.constexpr = (V + COLUMNS - 1) // COLUMNS
+    TILES: tl.constexpr = VALUES + ((K + COLUMNS - 1) // COLUMNS if SUMMARY else 0)
     HV = H * GROUP
     tile = tl.program_id(0) % TILES
     head = (tl.program_id(0) // TILES) % HV
-    n = tl.program_id(0) // (TILES * HV)
-    if VARLEN:
-        begin = tl.load(cu_seqlens_ptr + n).to(tl.int64)
-        length = (tl.load(cu_seqlens_ptr + n + 1).to(tl.int64) - begin).to(tl.int32)
-        place = tl.load(offsets_ptr + n).to(tl.int64) * HV + head
-        row = tl.zeros((), tl.int64)
-    else:
-        begin = tl.zeros((), tl.int64)
-        length = T
-        row = n.to(tl.int64)
-        place = row * per_sequence * HV + head
+    segment = tl.program_id(0) // (TILES * HV)
+    n, j, begin, whole = find_sequence(segment, table_ptr, cu_seqlens_ptr, T, segments_per_sequence, VARLEN)
+    ends = (j + 1) * segment_size >= whole
+    # Nothing follows the last segment of a sequence; backward it is the first.
+    if (n < 0) | (SUMMARY & ends & ((tile < VALUES) | (j == 0))):
+        return
+
+    row = n.to(tl.int64) if not VARLEN else tl.zeros((), tl.int64)
+    place = tl.load(offsets_ptr + n).to(tl.int64) if VARLEN else row * per_sequence
+    place = (place + j * (segment_size // C)) * HV + head
+    begin += j * segment_size
+    length = tl.minimum(whole - j * segment_size, segment_size)
 
     i = tl.arange(0, C)
     rows = tl.arange(0, ROWS)
@@ -184,7 +192,14 @@ def _gated_delta_rule_fwd_state_kernel(
     state_mask = in_v & in_k
     own_state = (n.to(tl.int64) * HV + head) * (K * V) + columns[:, None] + (rows * V)[None, :]
     state_offsets = columns[:, None] * K + rows[None, :]
-    state = tl.load(initial_ptr + own_state, mask=state_mask & (has_initial != 0), other=0.0)
+    own_segment = segment.to(tl.int64) * HV + head
+    if SUMMARY:
+        unit = columns - VALUES * COLUMNS
+        state = tl.where(unit[:, None] == rows[None, :], 1.0, 0.0)
+    elif SEGMENTED:
+        state = tl.load(starts_ptr + own_segment * (K * V) + state_offsets, mask=state_mask, other=0.0)
+    else:
+        state = tl.load(initial_ptr + own_state, mask=state_mask & (has_initial != 0), other=0.0)
     over = 1.0
     if GATED:
         # One chunk ahead: nothing hides the latency of a scalar.
@@ -193,23 +208,24 @@ def _gated_delta_rule_fwd_state_kernel(
         present = i < length - t
         narrow = present[:, None] if K == ROWS else present[:, None] & in_k
         kept = in_v & present[None, :]
-        q = tl.load(q_ptr + q_offsets, mask=narrow, other=0.0)  # [C, ROWS]
         k = tl.load(k_ptr + k_offsets, mask=narrow, other=0.0)  # [C, ROWS]
         v = tl.load(v_ptr + v_offsets, mask=kept, other=0.0)  # [COLUMNS, C]
         pairs_at = pairs_ptr + place * (2 * C * C) + square
         solved = tl.load(pairs_at)  # [C, C]
-        attention = tl.load(pairs_at + C * C)  # [C, C]
         gates_at = gates_ptr + place * (3 * C) + i
         half = state.to(k.dtype)
         if KEEP:
             tl.store(states_ptr + place * (K * V) + state_offsets, half, mask=state_mask)
         wrong = tl.dot(half, tl.trans(k), input_precision=PRECISION)  # [COLUMNS, C]
-        out = tl.dot(half, tl.trans(q), input_precision=PRECISION)  # [COLUMNS, C]
+        if not SUMMARY:
+            q = tl.load(q_ptr + q_offsets, mask=narrow, other=0.0)  # [C, ROWS]
+            out = tl.dot(half, tl.trans(q), input_precision=PRECISION)  # [COLUMNS, C]
         if GATED:
             seen = tl.load(gates_at + C)
             wrong *= seen[None, :]
-            out *= (seen * scale)[None, :]
-        else:
+            if not SUMMARY:
+                out *= (seen * scale)[None, :]
+        elif not SUMMARY:
             out *= scale
         wrong = (v - wrong) * tl.load(gates_at)[None, :]
         new = tl.dot(wrong.to(k.dtype), tl.trans(solved), input_precision=PRECISION)  # [COLUMNS, C]
@@ -222,8 +238,10 @@ def _gated_delta_rule_fwd_state_kernel(
         else:
             new = new.to(k.dtype)
             state = tl.dot(new, k, state, input_precision=PRECISION)
-        out = tl.dot(new, tl.trans(attention), out, input_precision=PRECISION)
-        tl.store(out_ptr + out_offsets, out.to(out_ptr.dtype.element_ty), mask=kept)
+        if not SUMMARY:
+            attention = tl.load(pairs_at + C * C)  # [C, C]
+            out = tl.dot(new, tl.trans(attention), out, input_precision=PRECISION)
+            tl.store(out_ptr + out_offsets, out.to(out_ptr.dtype.element_ty), mask=kept)
         if KEEP:
             tl.store(new_ptr + out_offsets, new, mask=kept)
         q_ptr += C * stride_qt
@@ -232,4 +250,66 @@ def _gated_delta_rule_fwd_state_kernel(
         out_ptr += C * HV * V
         new_ptr += C * HV * V
         place += HV
-    tl.store(final_ptr + own_state, state, mask=state_mask)
+    if SUMMARY:
+        line = tl.where(unit < 0, columns, V + unit)
+        known = tl.where(unit < 0, columns < V, unit < K)
+        summary_ptr += own_segment * ((V + K) * K)
+        tl.store(summary_ptr + line[:, None] * K + rows[None, :], state, mask=known[:, None] & in_k)
+    elif ends:
+        tl.store(final_ptr + own_state, state, mask=state_mask)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def _gated_delta_rule_carry_kernel(
+    summary_ptr, added_ptr, starts_ptr, given_ptr, offsets_ptr, HV, per_sequence, has_given,
+    K: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+    BACKWARD: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """From what segments do to a state, the state each starts from; backward, the gradient of the state each ends with.
+
+        start_(p+1) = added_p + start_p R_p,   end_(p-1) = added_p + end_p R_pᵀ
+
+    Shapes:  R: summary[..., V:, :];  added: summary forward, [segments, HV, V, K] backward;  starts: [segments, HV, V, K]
+    """
+    sequence = tl.program_id(0) // HV
+    head = tl.program_id(0) % HV
+    if VARLEN:
+        first = tl.load(offsets_ptr + sequence).to(tl.int32)
+        count = tl.load(offsets_ptr + sequence + 1).to(tl.int32) - first
+    else:
+        first = sequence * per_sequence
+        count = per_sequence
+    rows = tl.arange(0, ROWS)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    in_v = (columns < V)[:, None]
+    mask = in_v & (rows < K)[None, :]
+    offsets = columns[:, None] * K + rows[None, :]
+    block = tl.arange(0, BLOCK)
+
+    given_ptr += (sequence.to(tl.int64) * HV + head) * (K * V) + columns[:, None] + (rows * V)[None, :]
+    state = tl.load(given_ptr, mask=mask & (has_given != 0), other=0.0)  # [COLUMNS, ROWS]
+    for p in range(0, count):
+        index = (first + (count - 1 - p if BACKWARD else p)).to(tl.int64) * HV + head
+        starts_at = starts_ptr + index * (K * V)
+        tl.store(starts_at + offsets, state, mask=mask)
+        if p + 1 < count:
+            added_at = added_ptr + index * (K * V if BACKWARD else (V + K) * K)
+            passes_at = summary_ptr + index * ((V + K) * K) + V * K
+            state = tl.load(added_at + offsets, mask=mask, other=0.0)
+            # Parts of what was just stored are operands now; other threads stored them.
+            tl.debug_barrier()
+            for at in range(0, K, BLOCK):
+                part = tl.load(starts_at + columns[:, None] * K + (at + block)[None, :], mask=in_v, other=0.0)
+                if BACKWARD:
+                    passes = tl.load(
+                        passes_at + rows[None, :] * K + (at + block)[:, None],
+                        mask=(rows < K)[None, :],
+                        other=0.0,
+                    )
+                else:
+                    passes = tl.load(
+                        passes_at + (at + block)[:, None] * K + rows[None, :],
+                        mask=(rows < K)[None, :],
+                        other=0.0,
+                    )
+                state = tl.dot(part, passes, state, input_precision=PRECISION)

@@ -16,14 +16,20 @@ from heddle.kernels._gated_delta_rule_bwd import (
     _gated_delta_rule_bwd_state_kernel,
 )
 from heddle.kernels._gated_delta_rule_fwd import (
+    _gated_delta_rule_carry_kernel,
     _gated_delta_rule_fwd_solve_kernel,
     _gated_delta_rule_fwd_state_kernel,
 )
 from heddle.kernels.common.layout import ALIGNMENT, aligned, block, dense_state, padded
-from heddle.kernels.common.segments import Segments, count_segments, lay_out
+from heddle.kernels.common.segments import cut, lay_out
 from heddle.kernels.common.tuning import tuned
 from heddle.kernels.configs.gated_delta_rule import INTERPRETER, Family, Plan, family
 from heddle.kernels.configs.launch import Launch
+
+# Columns of the state that a program carries from segment to segment.
+CARRY_COLUMNS = 32
+# Programs that share a multiprocessor, tokens of a segment at least, and segments of a sequence at least.
+RESIDENT, LEAST_SEGMENT, FEWEST_SEGMENTS = 2, 512, 3
 
 
 @functools.cache
@@ -43,32 +49,64 @@ def plan(device: torch.device, element: int, rows: int) -> Plan:
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """What the forward pass leaves for the backward pass, with K and V padded.
+    """What the forward pass leaves for the backward pass, with K and V padded; `summary` is empty for one segment a sequence.
 
     Shapes:  pairs: [chunks, HV, 2, C, C];  gates: [chunks, HV, 3, C];  states: [chunks, HV, V, K];  new: [B, T, HV, V]
+             summary: [segments, HV, V + K, K]
     """
 
     pairs: Tensor
     gates: Tensor
     states: Tensor
     new: Tensor
+    summary: Tensor
 
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.pairs, self.gates, self.states, self.new
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        return self.pairs, self.gates, self.states, self.new, self.summary
 
 
 def kept_like(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, *, keep: bool) -> Kept:
     """Memory for what is kept; without `keep` none for `states` and `new`."""
     (B, T, _, K), (HV, V) = q.shape, v.shape[2:]
     K, V = K + -K % ALIGNMENT, V + -V % ALIGNMENT
-    chunk = plan(q.device, q.element_size(), K).chunk
     sequences = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    count = count_segments(T, sequences, chunk, packed=cu_seqlens is not None)
-    pairs = q.new_empty(count, HV, 2, chunk, chunk)
-    gates = q.new_empty(count, HV, 3, chunk, dtype=torch.float32)
+    size = segment_size(q.device, q.element_size(), (T, sequences, HV, K, V))
+    chunks, segments = (
+        count(T, sequences, tokens, packed=cu_seqlens is not None)
+        for tokens in (plan(q.device, q.element_size(), K).chunk, size)
+    )
+    chunk = plan(q.device, q.element_size(), K).chunk
+    wide = q.new_empty(0, dtype=torch.float32)
+    pairs, gates = q.new_empty(chunks, HV, 2, chunk, chunk), wide.new_empty(chunks, HV, 3, chunk)
+    summary = wide.new_empty(segments, HV, V + K, K) if size < T else wide
     if not keep:
-        return Kept(pairs, gates, q.new_empty(0), q.new_empty(0))
-    return Kept(pairs, gates, q.new_empty(count, HV, V, K), v.new_empty(B, T, HV, V))
+        return Kept(pairs, gates, q.new_empty(0), q.new_empty(0), summary)
+    return Kept(pairs, gates, q.new_empty(chunks, HV, V, K), v.new_empty(B, T, HV, V), summary)
+
+
+def count(length: int, sequences: int, size: int, *, packed: bool) -> int:
+    """How many segments `lay_out` makes room for."""
+    return length // size + sequences if packed else sequences * -(-length // size)
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def segment_size(device: torch.device, element: int, shape: tuple[int, int, int, int, int]) -> int:
+    """Tokens in a segment, whole chunks: all of a sequence where programs are many, else fewer.
+
+    Segments cost a pass more than they save where they are few.
+
+    Shapes:  shape: (T, sequences, HV, K, V)
+    """
+    length, sequences, heads, K, V = shape
+    launches = plan(device, element, K)
+    programs = heads * triton.cdiv(V, min(launches.forward.columns, block(V)))
+    size = cut(length, sequences, programs, _processors(device) * RESIDENT, LEAST_SEGMENT)
+    size = tuned("segment", size if triton.cdiv(length, size) >= FEWEST_SEGMENTS else length)
+    return int(triton.cdiv(size, launches.chunk) * launches.chunk)
 
 
 class _Layout:
@@ -81,19 +119,42 @@ class _Layout:
         self.chunk = self.plan.chunk
         self.sequences = self.B if cu_seqlens is None else cu_seqlens.shape[0] - 1
         self.cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(torch.int32)
-        self.chunks: Segments = lay_out(self.T, self.sequences, self.chunk, self.cu_seqlens)
+        self.chunks = lay_out(self.T, self.sequences, self.chunk, self.cu_seqlens)
+        shape = (self.T, self.sequences, self.HV, self.K, self.V)
+        size = segment_size(q.device, q.element_size(), shape)
+        self.segments = lay_out(self.T, self.sequences, size, self.cu_seqlens)
         self.constants = {
             "K": self.K, "C": self.chunk, "ROWS": block(self.K), "GROUP": self.HV // self.H,
             "GATED": gated, "VARLEN": cu_seqlens is not None,
             "PRECISION": "tf32x3" if q.device.type == "cuda" else "ieee",
         }  # fmt: skip
         self.numbers = (self.T, self.H, self.chunks.per_sequence)
+        self.along = (*self.numbers, self.segments.per_sequence, size)
 
-    def packed(self, otherwise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Table and offsets of the chunks, and `cu_seqlens`; anything where nothing is packed."""
-        found = (self.chunks.table, self.chunks.offsets, self.cu_seqlens)
+    def chunk_table(self, otherwise: Tensor) -> tuple[Tensor, Tensor]:
+        """Table of the chunks, and `cu_seqlens`; anything where nothing is packed."""
+        found = (self.chunks.table, self.cu_seqlens)
+        first, second = (otherwise if x is None else x for x in found)
+        return first, second
+
+    def segment_table(self, otherwise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Table of the segments, offsets of the chunks, and `cu_seqlens`; anything where nothing is packed."""
+        found = (self.segments.table, self.chunks.offsets, self.cu_seqlens)
         first, second, third = (otherwise if x is None else x for x in found)
         return first, second, third
+
+    def carry(self, kept: Kept, added: Tensor, given: Tensor | None, *, backward: bool) -> Tensor:
+        """The state each segment starts from; backward, the gradient of the state each ends with."""
+        starts = kept.summary.new_empty(self.segments.count, self.HV, self.V, self.K)
+        offsets = starts if self.segments.offsets is None else self.segments.offsets
+        columns = min(CARRY_COLUMNS, block(self.V))
+        _gated_delta_rule_carry_kernel[(self.sequences * self.HV, triton.cdiv(self.V, columns))](
+            kept.summary, added, starts, starts if given is None else given, offsets,
+            self.HV, self.segments.per_sequence, int(given is not None),
+            K=self.K, V=self.V, ROWS=block(self.K), COLUMNS=columns, BLOCK=ALIGNMENT, BACKWARD=backward,
+            VARLEN=self.constants["VARLEN"], PRECISION=self.constants["PRECISION"], num_warps=4, num_stages=1,
+        )  # fmt: skip
+        return starts
 
     def tiles(self, launch: Launch) -> dict[str, Any]:
         return {"V": self.V, "COLUMNS": min(launch.columns, block(self.V)), **launch.options()}
@@ -118,7 +179,7 @@ def _solve(
 ) -> None:
     """T, P and the gates of every chunk."""
     gate, beta = _gates(log_decay, beta)
-    table, _, packed = layout.packed(beta)
+    table, packed = layout.chunk_table(beta)
     exact = q.device.type == "cuda"
     _gated_delta_rule_fwd_solve_kernel[(layout.chunks.count * layout.H,)](
         q, k, gate, beta, kept.pairs, kept.gates, table, packed, *_strides(q, k), *layout.numbers, scale,
@@ -151,17 +212,42 @@ def launch_forward(
     _solve(q, k, log_decay, beta, scale, kept, layout)
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     final = torch.empty(layout.sequences, layout.HV, K, V, dtype=torch.float32, device=v.device)
-    before = dense_state(initial_state)
-    _, offsets, packed = layout.packed(final)
-    launch = layout.plan.forward
-    programs = layout.sequences * layout.HV * triton.cdiv(V, min(launch.columns, block(V)))
-    _gated_delta_rule_fwd_state_kernel[(programs,)](
-        q, k, v, kept.pairs, kept.gates, final if before is None else before, out, final,
-        kept.states if keep else out, kept.new if keep else out, offsets, packed,
-        *_strides(q, k, v), *layout.numbers, int(before is not None), scale,
-        KEEP=keep, **layout.constants, **layout.tiles(launch),
-    )  # fmt: skip
+    _run_forward_state(q, k, v, scale, dense_state(initial_state), kept, (out, final), layout)
     return out, final, kept
+
+
+def _run_forward_state(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    before: Tensor | None,
+    kept: Kept,
+    results: tuple[Tensor, Tensor],
+    layout: _Layout,
+) -> None:
+    """Fills the output and the final state, and what is kept of the states."""
+    out, final = results
+    keep = kept.new.numel() > 0
+    launch = layout.plan.forward
+    options = {**layout.constants, **layout.tiles(launch)}
+    several, columns = layout.segments.several, options["COLUMNS"]
+    programs, tiles = layout.segments.count * layout.HV, triton.cdiv(layout.V, columns)
+
+    def run(starts: Tensor, grid: int, **constants: bool) -> None:
+        _gated_delta_rule_fwd_state_kernel[(grid,)](
+            q, k, v, kept.pairs, kept.gates, final if before is None else before, out, final,
+            kept.states if keep else out, kept.new if keep else out, kept.summary, starts,
+            *layout.segment_table(final), *_strides(q, k, v), *layout.along, int(before is not None), scale,
+            **constants, **options,
+        )  # fmt: skip
+
+    starts = final
+    if several:
+        both = tiles + triton.cdiv(layout.K, columns)
+        run(final, programs * both, KEEP=False, SEGMENTED=True, SUMMARY=True)
+        starts = layout.carry(kept, kept.summary, before, backward=False)
+    run(starts, programs * tiles, KEEP=keep, SEGMENTED=several, SUMMARY=False)
 
 
 def launch_backward(
@@ -192,7 +278,7 @@ def launch_backward(
     d_beta = torch.empty_like(beta)
     d_gate = d_beta if log_decay is None else torch.empty_like(gate)
     dq, dk = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
-    table, _, packed = layout.packed(beta)
+    table, packed = layout.chunk_table(beta)
     _gated_delta_rule_bwd_gradient_kernel[(layout.chunks.count * layout.H,)](
         q, k, v, d_out, gate, beta, kept.new, kept.states, d_states,
         d_initial if before is None else before, d_initial if after is None else after,
@@ -211,12 +297,21 @@ def _run_backward_state(
     shape = (layout.sequences, layout.HV, layout.K, layout.V)
     d_initial = torch.empty(shape, dtype=torch.float32, device=q.device)
     d_states = torch.empty_like(kept.states)
-    _, offsets, packed = layout.packed(dx)
-    launch = layout.plan.backward
-    programs = layout.sequences * layout.HV * triton.cdiv(layout.V, min(launch.columns, block(layout.V)))
-    _gated_delta_rule_bwd_state_kernel[(programs,)](
-        q, k, d_out, kept.pairs, kept.gates, d_initial if after is None else after, dx, d_initial, d_states,
-        offsets, packed, *_strides(q, k, d_out), *layout.numbers, int(after is not None), scale,
-        **layout.constants, **layout.tiles(launch),
-    )  # fmt: skip
+    options = {**layout.constants, **layout.tiles(layout.plan.backward)}
+    several = layout.segments.several
+    grid = (layout.segments.count * layout.HV * triton.cdiv(layout.V, options["COLUMNS"]),)
+
+    def run(ends: Tensor, summary: Tensor, **constants: bool) -> None:
+        _gated_delta_rule_bwd_state_kernel[grid](
+            q, k, d_out, kept.pairs, kept.gates, d_initial if after is None else after, dx, d_initial, d_states,
+            summary, ends, *layout.segment_table(dx), *_strides(q, k, d_out), *layout.along,
+            int(after is not None), scale, **constants, **options,
+        )  # fmt: skip
+
+    ends = d_initial
+    if several:
+        summary = ends.new_empty(layout.segments.count, layout.HV, layout.V, layout.K)
+        run(ends, summary, SEGMENTED=True, SUMMARY=True)
+        ends = layout.carry(kept, summary, after, backward=True)
+    run(ends, ends, SEGMENTED=several, SUMMARY=False)
     return dx, d_initial, d_states

@@ -15,7 +15,8 @@ from heddle.kernels._gated_delta_rule_launch import Kept, kept_like, launch_back
 from heddle.kernels._gated_delta_rule_step import launch_step
 from heddle.kernels.op import register
 
-Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def _forward(
@@ -34,9 +35,9 @@ def _forward(
     return (out, final, *(kept.tensors() if keep else _nothing(q)))
 
 
-def _nothing(like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    first, second, third, fourth = (like.new_empty(0) for _ in range(4))
-    return first, second, third, fourth
+def _nothing(like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    first, second, third, fourth, fifth = (like.new_empty(0) for _ in range(5))
+    return first, second, third, fourth, fifth
 
 
 def _state_like(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
@@ -76,8 +77,9 @@ def _backward(
     gates: Tensor,
     states: Tensor,
     new: Tensor,
-) -> Outputs:
-    kept = Kept(pairs, gates, states, new)
+    summary: Tensor,
+) -> Gradients:
+    kept = Kept(pairs, gates, states, new, summary)
     if pairs.numel() == 0:
         _, _, kept = launch_forward(q, k, v, log_decay, beta, scale, initial_state, cu_seqlens, keep=True)
     return launch_backward(d_out, d_final, q, k, v, log_decay, beta, scale, initial_state, cu_seqlens, kept)
@@ -98,7 +100,8 @@ def _backward_fake(
     gates: Tensor,  # noqa: ARG001
     states: Tensor,  # noqa: ARG001
     new: Tensor,  # noqa: ARG001
-) -> Outputs:
+    summary: Tensor,  # noqa: ARG001
+) -> Gradients:
     d_beta = beta.new_empty(beta.shape)
     d_log_decay = d_beta.new_empty(0) if log_decay is None else d_beta.new_empty(beta.shape)
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
@@ -160,15 +163,17 @@ _INPUTS = (
     "Tensor? cu_seqlens"
 )
 _SIX = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+_SEVEN = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 _backward_op = register(
     "gated_delta_rule_kernels_backward",
-    f"(Tensor d_out, Tensor? d_final, {_INPUTS}, Tensor pairs, Tensor gates, Tensor states, Tensor new) -> {_SIX}",
+    f"(Tensor d_out, Tensor? d_final, {_INPUTS}, Tensor pairs, Tensor gates, Tensor states, Tensor new, "
+    f"Tensor summary) -> {_SIX}",
     _backward,
     fake=_backward_fake,
 )
 forward_kernels = register(
     "gated_delta_rule_kernels",
-    f"({_INPUTS}, bool keep) -> {_SIX}",
+    f"({_INPUTS}, bool keep) -> {_SEVEN}",
     _forward,
     fake=_forward_fake,
     setup_context=_setup_forward,
