@@ -14,8 +14,9 @@ from heddle.compose.blocks import channel_module, mixer_module
 from heddle.compose.build import build, config_for, kernel_paths
 from heddle.compose.cache import Call, StateLayer, cache_bytes
 from heddle.compose.plan import plan
+from heddle.errors import HeddleError
 from heddle.specs import CHANNELS, MIXERS, ModelSpec
-from heddle.specs.kinds import Contract
+from heddle.specs.kinds import Contract, MixerSpec
 from heddle.specs.layer import Site as SpecSite
 
 HIDDEN, LENGTH = 48, 150
@@ -189,7 +190,8 @@ def _named(value: Any) -> str:
     return "+".join(map(_named, value)) if isinstance(value, list) else str(value)
 
 
-every_mixer = pytest.mark.parametrize("fields", variants(MIXERS, VARIANTS, {"heads": 4}))
+EVERY_MIXER = variants(MIXERS, VARIANTS, {"heads": 4})
+every_mixer = pytest.mark.parametrize("fields", EVERY_MIXER)
 every_channel = pytest.mark.parametrize("fields", variants(CHANNELS, CHANNEL_VARIANTS, {}))
 
 
@@ -212,11 +214,11 @@ def spec_of(mixer: dict[str, Any], channel: dict[str, Any] | None = None) -> Mod
 # Mixers of models that decode: an encoder has no next token.
 every_decoder = pytest.mark.parametrize(
     "fields",
-    [
-        one
-        for one in variants(MIXERS, VARIANTS, {"heads": 4})
-        if MIXERS[one.values[0]["kind"]].model_validate(one.values[0]).is_causal
-    ],
+    [one for one in EVERY_MIXER if MIXERS[one.values[0]["kind"]].model_validate(one.values[0]).is_causal],
+)
+every_encoder = pytest.mark.parametrize(
+    "fields",
+    [one for one in EVERY_MIXER if not MIXERS[one.values[0]["kind"]].model_validate(one.values[0]).is_causal],
 )
 
 
@@ -241,16 +243,35 @@ def mixer_of(fields: dict[str, Any], dtype: torch.dtype = torch.float64) -> nn.M
     return mixer
 
 
+def schema_of(fields: dict[str, Any]) -> MixerSpec:
+    """The mixer's schema."""
+    return MIXERS[fields["kind"]].model_validate(fields)
+
+
+def every_keeper_of(*contracts: Contract) -> pytest.MarkDecorator:
+    """The mixers that keep all of `contracts`, themselves or by what stands for them in `WEAKER`.
+
+    What sees both sides has nothing to stand for it: what holds of it instead has a test of its own, below.
+    """
+    return pytest.mark.parametrize(
+        "fields",
+        [
+            one
+            for one in EVERY_MIXER
+            if schema_of(one.values[0]).is_causal
+            or not {*contracts} & {*schema_of(one.values[0]).exemptions()}
+        ],
+    )
+
+
 def keepers(
-    fields: dict[str, Any], contract: Contract, dtype: torch.dtype = torch.float64
+    fields: dict[str, Any], *contracts: Contract, dtype: torch.dtype = torch.float64
 ) -> list[nn.Module]:
-    """The mixers that must keep `contract`: this one, or what stands for it where its schema says that it cannot."""
-    spec = spec_of(fields).blocks["it"].mixer
-    exempt = contract in spec.exemptions()
-    if exempt and not spec.is_causal:
-        # What it keeps in their place has a test of its own: it sees both sides, and refuses a cache of earlier tokens.
-        return []
-    return WEAKER[fields["kind"]](fields, dtype) if exempt else [mixer_of(fields, dtype)]
+    """The mixers that must keep `contracts`: this one, or what stands for it where its schema says that it cannot."""
+    exempt = {*contracts} & {*schema_of(fields).exemptions()}
+    found = WEAKER[fields["kind"]](fields, dtype) if exempt else [mixer_of(fields, dtype)]
+    assert found
+    return found
 
 
 def decided(fields: dict[str, Any], dtype: torch.dtype) -> list[nn.Module]:
@@ -298,19 +319,19 @@ def test_output_has_the_shape_and_type_of_the_input(fields: dict[str, Any], dtyp
     assert y.isfinite().all()
 
 
-@every_mixer
+@every_keeper_of("causality")
 @pytest.mark.parametrize("changed", [1, 64, 149])
 def test_a_changed_token_leaves_earlier_outputs_bit_equal(fields: dict[str, Any], changed: int) -> None:
     x = noise(2, LENGTH, HIDDEN, dtype=torch.float32)
     other = x.clone()
     other[:, changed] = -x[:, changed]
-    for mixer in keepers(fields, "causality", torch.float32):
+    for mixer in keepers(fields, "causality", dtype=torch.float32):
         before, after = mixer(x, call_at(0, LENGTH)), mixer(other, call_at(0, LENGTH))
         assert torch.equal(before[:, :changed], after[:, :changed])
         assert not torch.equal(before[:, changed], after[:, changed])
 
 
-@every_mixer
+@every_keeper_of("step")
 def test_step_by_step_equals_forward(fields: dict[str, Any]) -> None:
     x = noise(2, 70, HIDDEN)
     for mixer in keepers(fields, "step"):
@@ -318,7 +339,7 @@ def test_step_by_step_equals_forward(fields: dict[str, Any]) -> None:
         assert (in_pieces(mixer, x, list(range(1, 71))) - whole).abs().max() < EXACT
 
 
-@every_mixer
+@every_keeper_of("chunks")
 def test_chunked_prefill_equals_whole(fields: dict[str, Any]) -> None:
     x = noise(2, LENGTH, HIDDEN)
     # The first piece is shorter than a convolution, one is a single token, one longer than a kernel's chunk.
@@ -327,13 +348,13 @@ def test_chunked_prefill_equals_whole(fields: dict[str, Any]) -> None:
         assert (in_pieces(mixer, x, [2, 3, 70, 149, LENGTH]) - whole).abs().max() < EXACT
 
 
-@every_mixer
+@every_keeper_of("chunks", "written")
 def test_a_token_that_is_not_written_is_answered_and_not_remembered(fields: dict[str, Any]) -> None:
     x, gap = noise(2, 40, HIDDEN), 20
     everything = torch.ones(2, 40, dtype=torch.float64)
     with_gap = everything.clone()
     with_gap[:, gap] = 0.0
-    for mixer in keepers(fields, "chunks"):
+    for mixer in keepers(fields, "chunks", "written"):
         whole, got = mixer(x, call_at(0, 40)), in_pieces(mixer, x, [40], with_gap)
         assert (in_pieces(mixer, x, [40], everything) - whole).abs().max() < EXACT
         assert (got[:, :gap] - whole[:, :gap]).abs().max() < EXACT
@@ -341,7 +362,30 @@ def test_a_token_that_is_not_written_is_answered_and_not_remembered(fields: dict
         assert (in_pieces(mixer, x, [2, 3, 25, 26, 40], with_gap) - got).abs().max() < EXACT
 
 
-@every_mixer
+@every_encoder
+@pytest.mark.parametrize("changed", [1, 64, 149])
+def test_what_sees_both_sides_hears_later_tokens_and_goes_on_from_nothing(
+    fields: dict[str, Any], changed: int
+) -> None:
+    mixer, x = mixer_of(fields), noise(2, LENGTH, HIDDEN)
+    other = x.clone()
+    other[:, changed] = -x[:, changed]
+    heard = (mixer(x, call_at(0, LENGTH)) != mixer(other, call_at(0, LENGTH))).flatten(2).any(-1).all(0)
+    assert heard[changed - 1]
+    # As far back as forward: it is a window to both sides that a spec writes.
+    window = fields.get("window") or LENGTH
+    assert heard.nonzero().flatten().tolist() == [
+        place for place in range(LENGTH) if abs(place - changed) < window
+    ]
+    cache = mixer.new_cache()
+    mixer(x, call_at(0, LENGTH, cache))
+    cache.advance(LENGTH)
+    assert cache.tensors() == {}
+    with pytest.raises(HeddleError, match="cannot go on from a cache"):
+        mixer(x, call_at(LENGTH, LENGTH, cache))
+
+
+@every_keeper_of("written")
 def test_what_is_written_has_a_gradient(fields: dict[str, Any]) -> None:
     mixer, x = mixer_of(fields).train(), noise(2, 40, HIDDEN)
     written = torch.ones(2, 40, dtype=torch.float64)
@@ -409,13 +453,10 @@ def test_cache_bytes_are_those_the_spec_counts(
     assert counted * 2 == cache_bytes([cache])
 
 
-@every_mixer
+@every_keeper_of("step")
 def test_a_cache_can_be_reordered_repeated_and_forgotten(fields: dict[str, Any]) -> None:
     x = noise(2, 20, HIDDEN)
-    mixer = next(iter(keepers(fields, "step")), None)
-    if mixer is None:
-        assert mixer_of(fields).new_cache().tensors() == {}
-        return
+    mixer = keepers(fields, "step")[0]
     cache = mixer.new_cache()
     mixer(x[:, :19], call_at(0, 19, cache))
     cache.advance(19)
@@ -644,6 +685,24 @@ def test_the_seed_alone_decides_the_weights() -> None:
 
 
 def test_no_kind_is_exempt_but_these() -> None:
-    exempt = {kind: set(found.exempt) for kind, found in MIXERS.items() if found.exempt}
-    assert exempt == {"layer_router": {"causality", "step", "chunks"}}
-    assert set(WEAKER) == set(exempt)
+    """Of a kind that is exempt always, and of one that is where its fields ask for it."""
+    always = {kind: set(found.exempt) for kind, found in MIXERS.items() if found.exempt}
+    assert always == {"layer_router": {"causality", "step", "chunks"}}
+    assert set(WEAKER) == set(always)
+    sometimes: dict[str, set[str]] = {}
+    for one in EVERY_MIXER:
+        spec = schema_of(one.values[0])
+        exempt = {*spec.exemptions()} - {*spec.exempt}
+        if exempt:
+            sometimes.setdefault(spec.kind, set()).update(exempt)
+            # Nothing may stand for it, so a test of its own must hold what it keeps.
+            assert not spec.is_causal
+    assert sometimes == {"attention": {"causality", "step", "chunks"}}
+    # Keys of another layer take two layers to test: tests/compose/test_attention_forms.py holds what it keeps.
+    assert set(MIXERS["attention"](heads=4, keys_from="it").exemptions()) == {"written"}
+
+
+def test_who_says_more_than_its_class_has_said_it_here() -> None:
+    """A kind that works its exemptions out must be known to the test above, which sees only the fields of `VARIANTS`."""
+    own = {kind for kind, found in MIXERS.items() if "exemptions" in vars(found)}
+    assert own == {"attention"}
