@@ -297,6 +297,8 @@ class Call:
     losses: list[tuple[str, Tensor, float]] = field(default_factory=list)
     # Shares with one target for their mean over the layers: name, share, target, and the factor of the loss.
     targets: list[tuple[str, Tensor, float, float]] = field(default_factory=list)
+    # How often each expert was chosen, [E] int64, by the channel block of the layer that is called, which counts it afterwards.
+    loads: list[Tensor] = field(default_factory=list)
     # [B, T, H], or None: factors of the heads of the mixer that is called, before its output projection.
     head_gates: Tensor | None = None
     # [B, T] of 0 and 1, or None for 1: which of these tokens the mixer remembers. Every token is answered.
@@ -310,6 +312,7 @@ class Call:
         """The same call at another layer; None: at the same."""
         made = Call(self.positions, self.padding, self.key_padding, cache)
         made.memo, made.handed, made.losses, made.targets = self.memo, self.handed, self.losses, self.targets
+        made.loads = self.loads
         made.layer, made.wanted, made.given = self.layer if layer is None else layer, self.wanted, self.given
         return made
 

@@ -20,6 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from heddle.compose.build import build
+from heddle.compose.channel.moe import MoEModule
 from heddle.compose.hf.model import HeddleForCausalLM
 from heddle.compose.modules.layer import HeddleLayer
 from heddle.specs import ModelSpec, load
@@ -173,6 +174,36 @@ def test_a_checkpointed_training_step_compiles_with_equal_gradients() -> None:
     exact = gradients(model, loss(ids))
     checkpoint(model)
     assert furthest(gradients(model, compiled(loss, TRAINING)(ids)), exact) < CLOSE
+
+
+@pytest.mark.slow
+@decomposed
+def test_a_checkpointed_step_of_corrected_experts_compiles_and_counts_each_choice_once() -> None:
+    experts = {"kind": "moe", "experts": 4, "active": 2, "width": 16, "correction_bias": True}
+    block = {"mixer": {"kind": "attention", "heads": 4}, "channel": experts}
+    sizes = {"vocab_size": 50, "hidden_size": 32, "layers": ["own", "twice", "twice"]}
+    spec = sizes | {"blocks": {"own": block, "twice": block | {"shared": True}}}
+    model, ids = build(ModelSpec.model_validate(spec), dtype=torch.float64).train(), tokens(24)
+
+    def loss(ids: Tensor) -> Tensor:
+        found: Tensor = model(ids, use_cache=False).logits.square().mean()
+        return found
+
+    def step(function: Any) -> tuple[dict[str, Tensor], list[Tensor]]:
+        counts = [module.correction.load for module in model.modules() if isinstance(module, MoEModule)]
+        for count in counts:
+            count.zero_()
+        found = gradients(model, function(ids))
+        return found, [count.clone() for count in counts]
+
+    exact, counted = step(loss)
+    # Two choices for each of 48 tokens, and in the shared block twice as many.
+    assert [int(count.sum()) for count in counted] == [96, 192]
+    checkpoint(model)
+    for function in (loss, compiled(loss, TRAINING)):
+        found, again = step(function)
+        assert furthest(found, exact) < CLOSE
+        assert [count.tolist() for count in again] == [count.tolist() for count in counted]
 
 
 @pytest.mark.slow

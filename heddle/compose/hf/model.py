@@ -120,8 +120,10 @@ class HeddleModel(HeddlePreTrainedModel):
             call.handed[STREAM, -1] = x
         for index in range(len(self.layers)):
             seen.append(x)
-            out = self.layer_at(index)(x, call.at(None if cache is None else cache.layers[index], index))
-            x, given, losses, targets = (out, {}, [], []) if isinstance(out, Tensor) else out
+            layer = self.layer_at(index)
+            out = layer(x, call.at(None if cache is None else cache.layers[index], index))
+            x, given, losses, targets, loads = (out, {}, [], [], []) if isinstance(out, Tensor) else out
+            layer.count(loads)
             call.handed.update({(what, index): value for what, value in given.items()})
             call.losses += losses
             call.targets += targets
