@@ -1,8 +1,7 @@
 """What a layer remembers between calls, and what a mixer is told about the call it is in.
 
-transformers builds caches from a list of layer kinds that knows neither per-layer windows nor all-linear
-models. So the model replaces the layers of any empty cache it is handed by its own (`adopt`), and reads
-nothing else of it.
+transformers builds caches from a list of layer kinds that knows neither per-layer windows nor all-linear models. So the model
+replaces the layers of any empty cache it is handed by its own (`adopt`), and reads nothing else of it.
 """
 
 from __future__ import annotations
@@ -297,7 +296,7 @@ class Call:
     losses: list[tuple[str, Tensor, float]] = field(default_factory=list)
     # Shares with one target for their mean over the layers: name, share, target, and the factor of the loss.
     targets: list[tuple[str, Tensor, float, float]] = field(default_factory=list)
-    # How often each expert was chosen, [E] int64, by the channel block of the layer that is called, which counts it afterwards.
+    # [E] int64 each: how often every expert was chosen. The layer's channel block counts them afterwards.
     loads: list[Tensor] = field(default_factory=list)
     # [B, T, H], or None: factors of the heads of the mixer that is called, before its output projection.
     head_gates: Tensor | None = None
@@ -311,9 +310,9 @@ class Call:
     def at(self, cache: StateLayer | None, layer: int | None = None) -> Call:
         """The same call at another layer; None: at the same."""
         made = Call(self.positions, self.padding, self.key_padding, cache)
-        made.memo, made.handed, made.losses, made.targets = self.memo, self.handed, self.losses, self.targets
-        made.loads = self.loads
-        made.layer, made.wanted, made.given = self.layer if layer is None else layer, self.wanted, self.given
+        made.losses, made.targets, made.loads, made.given = self.losses, self.targets, self.loads, self.given
+        made.memo, made.handed, made.wanted = self.memo, self.handed, self.wanted
+        made.layer = self.layer if layer is None else layer
         return made
 
     def part(self, path: str, *, head_gates: Tensor | None = None, written: Tensor | None = None) -> Call:

@@ -257,6 +257,86 @@ def test_training_on_the_balance_alone_evens_the_load() -> None:
     assert loads[-1].max() < 0.35
 
 
+def by_norms(shared: int, active: int, **fields: Any) -> Any:
+    return moh_of(SOFTMAX | fields, shared, active, router="norms")
+
+
+@pytest.mark.parametrize("how", [{}, {"qk_norm": True, "gate": True}, {"rope": None, "window": 5}])
+@pytest.mark.parametrize(("shared", "active"), [(0, 2), (1, 3), (3, 1), (5, 1), (2, 4)])
+def test_without_weights_the_longest_queries_turn_their_heads_on(
+    how: dict[str, Any], shared: int, active: int
+) -> None:
+    moh, x = by_norms(shared, active, **how), noise(2, LENGTH, HIDDEN)
+    seen: list[Tensor] = []
+    moh.gates_out.register_forward_hook(lambda _, __, gates: seen.append(gates))
+    moh.mixer.heads_out.register_forward_hook(lambda _, __, heads: seen.append(heads))
+    y = moh(x, whole())
+    gates, heads = seen
+    size, rows = 4, moh.mixer.q_proj.weight.view(6, -1, HIDDEN)
+    assert {name.split(".")[0] for name, _ in moh.named_parameters()} == {"mixer"}
+    plain: list[Tensor] = []
+    hook = moh.mixer.heads_out.register_forward_hook(lambda _, __, out: plain.append(out))
+    moh.mixer(x, whole())
+    hook.remove()
+    for b in range(2):
+        for t in range(LENGTH):
+            lengths = [(rows[h, :size] @ x[b, t]).square().sum().sqrt() for h in range(shared, 6)]
+            on = chosen_of(lengths, active)
+            wanted = [1.0] * shared + [float(index in on) for index in range(6 - shared)]
+            # Exactly 0 and 1: nothing is weighed.
+            assert gates[b, t].tolist() == wanted
+            assert torch.equal(heads[b, t], plain[0][b, t] * torch.tensor(wanted)[:, None])
+            blocks = [moh.mixer.o_proj.weight[:, size * h : size * (h + 1)] for h in range(6)]
+            out = sum(wanted[h] * (blocks[h] @ plain[0][b, t, h]) for h in range(6))
+            assert (y[b, t] - out).abs().max() < EXACT
+
+
+def test_the_gradient_goes_straight_through_to_the_share_of_each_length() -> None:
+    moh, q, aim = by_norms(2, 2), noise(2, LENGTH, 6, 4), noise(2, LENGTH, 6, seed=7)
+    (found,) = torch.autograd.grad((moh.norm_gates(q.requires_grad_(), whole()) * aim).sum(), q)
+
+    def shares(q: Tensor) -> Tensor:
+        lengths = q[..., 2:, :].square().sum(-1).sqrt()
+        mean = lengths.mean(-1, keepdim=True)
+        spread = ((lengths - mean).square().sum(-1, keepdim=True) / 3).sqrt()
+        return torch.softmax(lengths / spread, dim=-1)
+
+    (expected,) = torch.autograd.grad((shares(q) * aim[..., 2:]).sum(), q)
+    assert (found - expected).abs().max() < EXACT
+    assert (found[..., :2, :] == 0).all()
+    assert found[..., 2:, :].abs().max() > 0
+
+
+@pytest.mark.parametrize("shared", [0, 5])
+def test_queries_of_equal_length_turn_the_first_heads_on_and_have_gradients(shared: int) -> None:
+    moh, q = by_norms(shared, 1), torch.zeros(1, 3, 6, 4, dtype=torch.float64)
+    q[:, 1] = 1.0
+    gates = moh.norm_gates(q.requires_grad_(), whole(3))
+    assert (gates[..., shared:] > 0).flatten(0, 1).tolist() == [[True] + [False] * (5 - shared)] * 3
+    gates.square().sum().backward()
+    assert q.grad is not None
+    assert q.grad.isfinite().all()
+
+
+def test_the_balance_of_lengths_is_told_and_all_heads_on_are_the_mixer() -> None:
+    moh, x = by_norms(2, 3).train(), noise(2, LENGTH, HIDDEN)
+    ((name, loss, factor),) = losses_of(moh, x, padded(4))
+    assert (name, factor) == ("moh_balance", 0.01)
+    assert 0 < loss.item() < 4
+    moh = by_norms(2, 4)
+    assert torch.equal(moh(x, whole()), moh.mixer(x, whole()))
+
+
+def test_lengths_cost_nothing_and_are_those_of_attention_alone() -> None:
+    spec, inner = spec_of(SOFTMAX, 2, 3, router="norms"), MIXERS["attention"].model_validate(SOFTMAX)
+    assert spec.params(SITE) == inner.params(SITE)
+    assert spec.flops(SITE, 30) == inner.flops(SITE, 30)
+    for mixer in (GDN, RETNET):
+        (problem,) = spec_of(mixer, 2, 3, router="norms").problems(SITE)
+        assert (problem.field, problem.code) == ("router", "conflicting-fields")
+        assert problem.what == f"{mixer['kind']} has no query of its own for each head"
+
+
 def test_gates_stay_wide_in_a_narrow_model() -> None:
     moh, x = moh_of(SOFTMAX, 2, 3).bfloat16(), noise(2, LENGTH, HIDDEN).bfloat16()
     assert moh.gates(x, whole()).dtype == torch.float32

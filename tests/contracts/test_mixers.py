@@ -154,6 +154,12 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"mixer": {"kind": "attention", "heads": 8, "kv_heads": 2}, "shared_heads": 3, "active": 2},
         {"mixer": {"kind": "gated_deltanet", "heads": 2, "value_heads": 6}, "shared_heads": 1, "active": 2},
         {"mixer": {"kind": "decay_attention", "heads": 4}, "shared_heads": 4, "active": 0},
+        {
+            "mixer": {"kind": "attention", "heads": 8, "kv_heads": 2, "gate": True},
+            "shared_heads": 3,
+            "active": 2,
+            "router": "norms",
+        },
     ],
 }
 CHANNEL_VARIANTS: dict[str, list[dict[str, Any]]] = {

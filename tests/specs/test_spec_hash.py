@@ -254,6 +254,7 @@ CHANGES: list[tuple[str, Any]] = [
     ("blocks.d.mixer", {"kind": "moh", "mixer": FOUR, "shared_heads": 2, "active": 2}),
     ("blocks.d.mixer", {"kind": "moh", "mixer": FOUR, "shared_heads": 1, "active": 1}),
     ("blocks.d.mixer", {"kind": "moh", "mixer": FOUR, "shared_heads": 1, "active": 2, "balance": 0.0}),
+    ("blocks.d.mixer", {"kind": "moh", "mixer": FOUR, "shared_heads": 1, "active": 2, "router": "norms"}),
     ("layers", ["a", "d", "g", "a"]),
     ("blocks.a.norm", "layernorm"),
     ("blocks.a.channel", {"kind": "gelu", "width": 40}),
@@ -399,6 +400,7 @@ ALIKE: list[tuple[dict[str, Any], dict[str, Any]]] = [
         },
     ),
     (ROUTED, ROUTED | {"balance": 0.01}),
+    (ROUTED, ROUTED | {"router": "learned"}),
     (ROUTED, ROUTED | {"mixer": FOUR | {"kv_heads": 4}}),
     (
         {"kind": "sequential", "mixers": [FOUR, FOUR]},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -112,9 +112,12 @@ class AttentionModule(Initialised):
         if self.value_share is not None:
             fill(self.value_share, torch.tensor([0.5]))
 
-    def forward(self, x: Tensor, call: Call) -> Tensor:
+    def forward(self, x: Tensor, call: Call, route: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """`route` makes the factors of heads [B, T, H] of the queries [B, T, H, d] before their norm and rotation."""
         q = self.q_proj(x).unflatten(-1, (self.heads, -1))
         q, *gate = q.chunk(2, dim=-1) if self.gate else (q,)
+        if route is not None:
+            call.head_gates = route(q)
         q = self._place(q, self.q_norm, call).transpose(1, 2)
         if self.keys_from is None:
             k, v, written = self._remember(x, call)

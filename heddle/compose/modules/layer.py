@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -98,7 +98,7 @@ class HeddleLayer(GradientCheckpointingLayer):  # type: ignore[misc]
     def count(self, loads: Sequence[Tensor]) -> None:
         """Tells the channel block the loads that a forward of the layer gave."""
         for load in loads:
-            self.channel.count(load)
+            cast(Any, self.channel).count(load)
 
     def stream(self, x: Tensor, call: Call) -> Tensor:
         """The stream after the layer."""
