@@ -25,7 +25,7 @@ import torch
 from ray.exceptions import LocalRayletDiedError, NodeDiedError, OutOfMemoryError, RayError, WorkerCrashedError
 
 from heddle.errors import HeddleError
-from heddle.search import environment, watch
+from heddle.search import cluster, environment, watch
 
 # A call whose process dies is made again this often.
 RETRIES = 2
@@ -119,14 +119,7 @@ class Workers:
                 **options,
             )
             return
-        try:
-            ray.init(address=self._address, runtime_env={"env_vars": WORKER_ENV}, **options)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise HeddleError(
-                "bad-argument",
-                f"no Ray cluster at {self._address}: {str(error).splitlines()[0]}",
-                hint="`ray status` shows a running cluster; without --ray-address a local one is started",
-            ) from error
+        cluster.join(self._address, WORKER_ENV, **options)
 
     def warm_up(self) -> None:
         """Let every worker process start and import torch and transformers while the caller goes on."""
