@@ -25,7 +25,8 @@ import torch
 from ray.exceptions import LocalRayletDiedError, NodeDiedError, OutOfMemoryError, RayError, WorkerCrashedError
 
 from heddle.errors import HeddleError
-from heddle.search import cluster, environment, watch
+from heddle.search import cluster, watch
+from heddle.search.cores import usable_cores
 
 # A call whose process dies is made again this often.
 RETRIES = 2
@@ -107,7 +108,7 @@ class Workers:
         logging.getLogger("ray").setLevel(logging.ERROR)
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         if self._address is None:
-            cores = environment.physical_cores()
+            cores = usable_cores()
             os.environ |= {name: os.environ.get(name, value) for name, value in WORKER_ENV.items()}
             self._guard = watch.Guard()
             _set_token()
