@@ -6,10 +6,13 @@ A package offers a kind by a line in its pyproject.toml, the name being the kind
     token_shift = "heddle_example.spec:TokenShift"
 
 The class is a `MixerSpec` that imports no torch and names its module in `module`, as "package.module:Class".
+
+Kinds of ours that need a package which is not always there come in the same way, where that package is.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Collection
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
@@ -45,6 +48,33 @@ def load_plugins(taken: Collection[str]) -> tuple[list[type[MixerSpec]], list[Br
             known.add(point.name)
             kinds.append(made)
     return kinds, broken
+
+
+@dataclass(frozen=True, slots=True)
+class Optional:
+    """A kind of ours, the module that it needs, the package that has it, and where its schema is."""
+
+    kind: str
+    needs: str
+    package: str
+    value: str
+
+
+OPTIONAL = (Optional("fla", "fla", "flash-linear-attention", "heddle.specs.optional.fla:Fla"),)
+
+
+def load_optional() -> tuple[list[type[MixerSpec]], list[Broken]]:
+    """The kinds of `OPTIONAL` whose package is installed, and the others. Nothing of a package is imported to look."""
+    kinds: list[type[MixerSpec]] = []
+    absent: list[Broken] = []
+    for one in OPTIONAL:
+        found = importlib.util.find_spec(one.needs)
+        if found is None or found.origin is None:
+            why = f"it is not installed: pip install 'heddle-lm[{one.kind}]'"
+            absent.append(Broken(one.kind, one.package, why))
+        else:
+            kinds.append(EntryPoint(one.kind, one.value, GROUP).load())
+    return kinds, absent
 
 
 def _load(point: EntryPoint, known: Collection[str]) -> tuple[type[MixerSpec] | None, str]:

@@ -18,6 +18,7 @@ from heddle.errors import HeddleError
 from heddle.specs import CHANNELS, MIXERS, ModelSpec
 from heddle.specs.kinds import Contract, MixerSpec
 from heddle.specs.layer import Site as SpecSite
+from heddle.specs.plugins import OPTIONAL
 
 HIDDEN, LENGTH = 48, 150
 # Float64 on a CPU: step, chunk and padding may differ from the whole by rounding alone.
@@ -196,7 +197,10 @@ def _named(value: Any) -> str:
     return "+".join(map(_named, value)) if isinstance(value, list) else str(value)
 
 
-EVERY_MIXER = variants(MIXERS, VARIANTS, {"heads": 4})
+# Layers of another package that run on a GPU alone have tests of their own: tests/compose/test_fla_gpu.py.
+ELSEWHERE = {one.kind for one in OPTIONAL}
+HERE = {kind: found for kind, found in MIXERS.items() if kind not in ELSEWHERE}
+EVERY_MIXER = variants(HERE, VARIANTS, {"heads": 4})
 every_mixer = pytest.mark.parametrize("fields", EVERY_MIXER)
 every_channel = pytest.mark.parametrize("fields", variants(CHANNELS, CHANNEL_VARIANTS, {}))
 
@@ -516,6 +520,57 @@ def test_heads_are_handed_out_before_the_output_projection(fields: dict[str, Any
         assert heads.ndim == 4
 
 
+def rows_of(
+    mixer: nn.Module, queries: tuple[int, ...] | None, x: Tensor, call: Call
+) -> tuple[list[Tensor], Tensor]:
+    """What is handed out of attention rows for `queries`, by the mixer or its parts, and the output."""
+    seen: list[Tensor] = []
+    points: list[Any] = [one for name, one in mixer.named_modules() if name.rpartition(".")[2] == "rows_out"]
+    hooks = [point.register_forward_hook(lambda _, __, rows: seen.append(rows)) for point in points]
+    for point in points:
+        point.queries = queries
+    y: Tensor = mixer(x, call)
+    for point, hook in zip(points, hooks, strict=True):
+        point.queries = None
+        hook.remove()
+    assert len(seen) == (0 if queries is None else len(points))
+    return seen, y
+
+
+@every_mixer
+def test_attention_rows_are_handed_out_for_chosen_queries_alone(fields: dict[str, Any]) -> None:
+    mixer, x = mixer_of(fields), noise(2, 9, HIDDEN)
+    rows, y = rows_of(mixer, (3, -1), x, call_at(0, 9))
+    assert bool(rows) == ("'kind': 'attention'" in str(fields))
+    none, plain = rows_of(mixer, None, x, call_at(0, 9))
+    assert none == []
+    assert torch.equal(y, plain)
+    for one in rows:
+        assert one.ndim == 4
+        assert one.shape[2:] == (2, 9)
+        assert (one >= 0).all()
+        assert (one.sum(dim=-1) <= 1 + EXACT).all()
+        assert not schema_of(fields).is_causal or (one[:, :, 0, 4:] == 0).all()
+    if rows:
+        with pytest.raises(HeddleError, match="no query 9 in a call of 9 tokens"):
+            rows_of(mixer, (9,), x, call_at(0, 9))
+
+
+@every_decoder
+def test_attention_rows_of_a_step_are_those_of_the_whole(fields: dict[str, Any]) -> None:
+    mixer, x = keepers(fields, "step")[0], noise(2, 20, HIDDEN)
+    cache = mixer.new_cache()
+    mixer(x[:, :19], call_at(0, 19, cache))
+    cache.advance(19)
+    step, _ = rows_of(mixer, (0,), x[:, 19:], call_at(19, 1, cache))
+    whole, _ = rows_of(mixer, (19,), x, call_at(0, 20))
+    for one, other in zip(step, whole, strict=True):
+        # A window's cache has dropped keys that the whole gives no weight.
+        held = one.shape[-1]
+        assert (one - other[..., -held:]).abs().max() < EXACT
+        assert (other[..., :-held] == 0).all()
+
+
 @every_mixer
 def test_a_model_is_built_and_run_on_the_meta_device(fields: dict[str, Any]) -> None:
     model = build(spec_of(fields), device="meta", dtype=torch.bfloat16)
@@ -692,7 +747,7 @@ def test_the_seed_alone_decides_the_weights() -> None:
 
 def test_no_kind_is_exempt_but_these() -> None:
     """Of a kind that is exempt always, and of one that is where its fields ask for it."""
-    always = {kind: set(found.exempt) for kind, found in MIXERS.items() if found.exempt}
+    always = {kind: set(found.exempt) for kind, found in HERE.items() if found.exempt}
     assert always == {"layer_router": {"causality", "step", "chunks"}}
     assert set(WEAKER) == set(always)
     sometimes: dict[str, set[str]] = {}
@@ -712,3 +767,7 @@ def test_who_says_more_than_its_class_has_said_it_here() -> None:
     """A kind that works its exemptions out must be known to the test above, which sees only the fields of `VARIANTS`."""
     own = {kind for kind, found in MIXERS.items() if "exemptions" in vars(found)}
     assert own == {"attention"}
+
+
+def test_no_kind_is_tested_elsewhere_but_this() -> None:
+    assert {"fla"} == ELSEWHERE

@@ -16,7 +16,7 @@ from heddle.specs.mixers.moh import Moh
 from heddle.specs.mixers.parallel import Parallel
 from heddle.specs.mixers.sequential import Sequential
 from heddle.specs.mixers.token_router import TokenRouter
-from heddle.specs.plugins import load_plugins
+from heddle.specs.plugins import OPTIONAL, load_optional, load_plugins
 
 BUILT_IN: tuple[type[MixerSpec], ...] = (
     Attention,
@@ -30,9 +30,11 @@ BUILT_IN: tuple[type[MixerSpec], ...] = (
     Moh,
 )
 
-# Kinds that other installed packages offer, and those of them that cannot be used.
-_offered, BROKEN = load_plugins({one.model_fields["kind"].default for one in BUILT_IN})
-KINDS = (*BUILT_IN, *_offered)
+# Kinds of ours that wait for a package, and kinds that other installed packages offer; and those that cannot be used.
+_joined, ABSENT = load_optional()
+_taken = {one.model_fields["kind"].default for one in BUILT_IN} | {one.kind for one in OPTIONAL}
+_offered, BROKEN = load_plugins(_taken)
+KINDS = (*BUILT_IN, *_joined, *_offered)
 
 if TYPE_CHECKING:
     Mixer = MixerSpec
@@ -45,6 +47,7 @@ for _kind in KINDS:
         vars(sys.modules[_kind.__module__])["Mixer"] = Mixer
 
 __all__ = [
+    "ABSENT",
     "BROKEN",
     "BUILT_IN",
     "KINDS",
