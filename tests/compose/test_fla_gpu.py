@@ -139,18 +139,19 @@ def test_a_filled_cache_repeats_its_step(layer: str) -> None:
 @pytest.mark.parametrize("layer", ["GatedLinearAttention", "MultiScaleRetention"])
 def test_it_trains(layer: str) -> None:
     model, ids = model_of(layer).cuda().train(), tokens()
-    with torch.autocast("cuda", dtype=torch.bfloat16):
-        loss = model(ids, labels=ids).loss
-    loss.backward()
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None, name
-        assert parameter.grad.isfinite().all(), name
-        assert parameter.grad.abs().max() > 0, name
-    exact = model_of(layer, mode="fused_recurrent").cuda().train()
-    exact(ids, labels=ids).loss.backward()
-    # A gradient in bfloat16 is near that in float32: their angle, not their size, is what training sees.
-    for (name, one), other in zip(model.named_parameters(), exact.parameters(), strict=True):
-        assert torch.cosine_similarity(one.grad.flatten(), other.grad.flatten(), dim=0) > 0.9, name
+    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-3), []
+    for _ in range(10):
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            loss = model(ids, labels=ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None, name
+            assert parameter.grad.isfinite().all(), name
+            assert parameter.grad.abs().max() > 0, name
+        optimizer.step()
+        losses.append(float(loss))
+    assert losses == sorted(losses, reverse=True)
 
 
 @torch.no_grad()
