@@ -58,7 +58,7 @@ class CompositeMixer(MixerSpec):
 
     def _data(self, parts: Mapping[str, Any], site: Site) -> dict[str, Any]:
         """The resolved fields, those that hold mixers in the form of `parts`."""
-        data = self.resolved(site).model_dump(exclude={"mixer", "mixers"})
+        data = self.resolved(site).plain(leave=("mixer", "mixers"))
         for path, part in parts.items():
             name, _, index = path.partition(".")
             if index:

@@ -117,7 +117,7 @@ class MixerSpec(Schema):
 
     def runtime(self, site: Site) -> dict[str, Any]:
         """Plain data for the torch module: every field, resolved."""
-        return self.resolved(site).model_dump()
+        return self.resolved(site).plain()
 
     def canonical(self, site: Site) -> dict[str, Any]:
         """What decides the computation: as `runtime`, with equal computations spelled in one way."""

@@ -99,7 +99,7 @@ def _resolved(graph: Graph, found: list[Link], layers: list[Layer]) -> dict[str,
         if link.reference.what == "stream":
             skip = layers[link.layer].spec.skip
             assert skip is not None
-            changed[name] = replace(node, skip={**skip.model_dump(), "source": link.source})
+            changed[name] = replace(node, skip={**skip.plain(), "source": link.source})
             continue
         data = copy.deepcopy(dict(node.data or {}))
         part: Any = data

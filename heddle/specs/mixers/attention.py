@@ -209,7 +209,7 @@ class Attention(HeadedMixer):
         return (Sight((recent - 1) * self.selection.block + 1), Sight(is_certain=False))
 
     def runtime(self, site: Site) -> dict[str, Any]:
-        data = self.resolved(site).model_dump()
+        data = self.resolved(site).plain()
         data["rope"] = None if self.rope is None else self.rope.runtime()
         data["selection"] = None if self.selection is None else self.selection.runtime()
         # Of one head, all together are each.
