@@ -9,6 +9,7 @@ from typing import Any
 from heddle.errors import HeddleError, HeddleErrors
 from heddle.specs.base import Schema
 from heddle.specs.check_options import Context, option_findings
+from heddle.specs.check_references import arranged
 from heddle.specs.checks import reach_problems, search_findings, vocabulary_findings
 from heddle.specs.explain import Finding, check_fields, shown, without_echoes
 from heddle.specs.migrate import migrated
@@ -62,7 +63,7 @@ def check_file(document: Document) -> Checked:
     parts = ModelParts({}, {}, None, [])
     context = Context(search, data.get("tokenizer", Spec.model_fields["tokenizer"].default))
     if "model" in data:
-        model = found.fill_model(found.space.defaults(), None, moves)
+        model = found.fill_model(found.space.defaults(), arranged(found, {}), moves)
         parts = check_parts(model, has_layers=not found.has_placement or found.placement is not None)
         findings += [one.below(MODEL) for one in parts.findings]
     else:
