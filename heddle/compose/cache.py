@@ -69,9 +69,7 @@ class StateLayer(CacheLayerMixin):  # type: ignore[misc]
         if tokens_to_remove == 0:
             return
         if abs(tokens_to_remove) != self.tokens:
-            raise RuntimeError(
-                f"a {type(self).__name__} cannot forget single tokens: its state has merged them"
-            )
+            raise RuntimeError(f"a {type(self).__name__} cannot forget single tokens: it has merged them")
         self.reset()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -335,8 +333,9 @@ class Call:
         self.targets.append((name, share, target, factor))
 
     def hand(self, **values: Tensor) -> None:
-        """Hands on to later layers what one of them asks for; nothing else would let go of the rest."""
-        self.given |= {what: value for what, value in values.items() if (what, self.layer) in self.wanted}
+        """Hands on to later layers what one asks for, in training a copy: of a view FSDP2 would lose the hook."""
+        wanted = {what: value for what, value in values.items() if (what, self.layer) in self.wanted}
+        self.given |= {what: one.clone() if one.requires_grad else one for what, one in wanted.items()}
 
     def hide_padding(self, x: Tensor) -> Tensor:
         """`x` [B, T, ...] with zeros where there is no token, so that a recurrence starts from nothing."""
