@@ -95,6 +95,39 @@ def small_example(name: str) -> ModelSpec:
     return model.model_copy(update={"layers": kept})
 
 
+def every_layer() -> ModelSpec:
+    """One model of the layers of all examples that decode, with factors at both of its ends."""
+    blocks: dict[str, Any] = {}
+    layers: list[Any] = []
+    for name in EXAMPLES:
+        model = small_example(name)
+        if model.kind != "causal_lm":
+            continue
+        blocks |= {f"{name}_{key}": _renamed(block.written(), name) for key, block in model.blocks.items()}
+        for item in model.layers:
+            held = {"block": item} if isinstance(item, str) else item.written()
+            layers.append(held | {key: f"{name}_{held[key]}" for key in ("block", "name") if key in held})
+    factors = {"embedding_multiplier": 2.0, "logit_multiplier": 0.5, "logit_softcap": 20.0}
+    sizes = {"vocab_size": 256, "hidden_size": 128, "blocks": blocks, "layers": layers}
+    return ModelSpec.model_validate(sizes | factors)
+
+
+def _renamed(data: Any, example: str) -> Any:
+    """What a block is, with the names of layers that it takes from as they are in the joint model."""
+    if isinstance(data, list):
+        return [_renamed(one, example) for one in data]
+    if not isinstance(data, dict):
+        return data
+    names = {
+        key: data[key]
+        for key in ("keys_from", "values_from", "source")
+        if data.get(key) not in (None, "embedding")
+    }
+    return {key: _renamed(one, example) for key, one in data.items()} | {
+        key: f"{example}_{name}" for key, name in names.items()
+    }
+
+
 def example_of(name: str) -> Any:
     """The small example as a model in float64."""
     return shaken(build(small_example(name)))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from toys import (
     EXACT,
     EXAMPLES,
     checkpoint,
+    every_layer,
     example_of,
     gradients,
     in_pieces,
@@ -26,7 +29,12 @@ from toys import (
 )
 
 from heddle.compose.build import build
+from heddle.compose.hf.card import Card
+from heddle.compose.hf.export import _kinds as kinds_of
+from heddle.compose.hf.export import export
+from heddle.compose.hf.flatten import flatten
 from heddle.compose.modules.layer import HeddleLayer
+from heddle.specs import CHANNELS, MIXERS
 
 DECODERS = [name for name in EXAMPLES if small_example(name).kind == "causal_lm"]
 every_example = pytest.mark.parametrize("name", EXAMPLES)
@@ -170,3 +178,31 @@ def test_an_example_sharded_layer_by_layer_trains_as_the_plain_one(name: str, me
         assert isinstance(shard, DTensor)
         # The gradients of a shared weight are summed in another order.
         assert (shard.full_tensor() - weight).abs().max() < EXACT, key
+
+
+@every_example
+def test_the_files_of_an_exported_example_hold_every_kind_that_it_is_made_of(name: str) -> None:
+    kinds = kinds_of(example_of(name))
+    files = flatten(kinds["mixers"], kinds["channels"])
+    written = re.findall(r"kind: (\w+)", EXAMPLES[name].read_text())
+    mixers = {kind for kind in written if kind in MIXERS}
+    channels = {kind for kind in written if kind in CHANNELS and kind != "none"}
+    assert mixers | channels
+    assert {f"compose_mixers_{kind}.py" for kind in mixers} <= files.keys()
+    assert {f"compose_channel_{kind}.py" for kind in channels} <= files.keys()
+
+
+@pytest.mark.slow
+def test_the_layers_of_all_examples_are_exported_and_found_again_without_heddle(tmp_path: Path) -> None:
+    card = Card("every layer", "version: 1\nname: every-layer\n", license="apache-2.0")
+    # Loaded in a clean process, which computes the logits again.
+    result = export(build(every_layer()).eval(), tmp_path / "out", card=card)
+    assert result.max_difference <= 1e-5
+
+
+@every_example
+def test_an_example_survives_saving_and_loading(name: str, tmp_path: Path) -> None:
+    # What checkpoints are written in; rates of decay are read in float32 whatever they were.
+    model, ids = example_of(name).float(), tokens(40)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(type(model).from_pretrained(tmp_path).eval()(ids).logits, model(ids).logits)
