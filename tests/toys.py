@@ -22,6 +22,23 @@ ROOT = Path(__file__).parents[1]
 EXAMPLES = {path.stem: path for path in sorted((ROOT / "examples" / "specs").glob("*.yaml"))}
 # Float64 on a CPU: sums may be taken in another order, and nothing else.
 EXACT = 1e-9
+# A spec of every form of layer, whose lines and columns errors are told at.
+FORMS = """\
+version: 1
+name: forms
+model:
+  vocab_size: 256
+  hidden_size: 64
+  blocks:
+    full: {mixer: {kind: attention, heads: 4}, channel: {kind: swiglu}}
+    both:
+      mixer: {kind: parallel, mixers: [{kind: attention, heads: 4}, {kind: gated_deltanet, heads: 2}]}
+      channel: {kind: gelu}
+    once: {mixer: {kind: attention, heads: 4}, channel: {kind: none}, shared: true}
+    late: {mixer: {kind: attention, heads: 4}, channel: {kind: none}, skip: {source: first}}
+  layers: [{block: full, name: first}, both, once, late, {block: full, override: {mixer: {window: 8}}}]
+tokenizer: own
+"""
 
 
 def noise(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float64) -> Tensor:

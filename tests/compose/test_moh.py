@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from toys import EXACT, EXAMPLES, call_at, mixer_of, model_with, noise, padded_call, tokens
 
 from heddle.compose.build import build
 from heddle.compose.cache import Call
-from heddle.compose.init import initialise
 from heddle.compose.mixers.moh import MohModule
-from heddle.compose.modules.layer import make_mixer
-from heddle.compose.modules.site import Site
 from heddle.errors import HeddleErrors
-from heddle.specs import MIXERS, ModelSpec, load, loads, spec_hash
+from heddle.specs import MIXERS, load, loads, spec_hash
 from heddle.specs.layer import Site as SpecSite
 
-ROOT = Path(__file__).parents[2]
 HIDDEN, LENGTH = 24, 17
-EXACT = 1e-9
 SITE = SpecSite(HIDDEN, 1, 3)
 SOFTMAX: dict[str, Any] = {"kind": "attention", "heads": 6, "kv_heads": 2}
 GDN: dict[str, Any] = {"kind": "gated_deltanet", "heads": 2, "value_heads": 6, "head_dim": 8}
@@ -37,29 +32,15 @@ def spec_of(mixer: dict[str, Any], shared: int, active: int, **fields: Any) -> A
 
 
 def moh_of(mixer: dict[str, Any], shared: int, active: int, **fields: Any) -> Any:
-    """The module in float64, with weights that make every term count."""
-    torch.manual_seed(3)
-    made = make_mixer(Site(HIDDEN, 1, 3), spec_of(mixer, shared, active, **fields).runtime(SITE))
-    for module in made.modules():
-        initialise(module, std=HIDDEN**-0.5)
-    for name, parameter in made.named_parameters():
-        if "norm" in name:
-            nn.init.uniform_(parameter, 0.5, 1.5)
-    return made.double().eval()
-
-
-def noise(*shape: int, seed: int = 1) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return mixer_of(HIDDEN, "moh", mixer=mixer, shared_heads=shared, active=active, **fields)
 
 
 def whole(length: int = LENGTH) -> Call:
-    return Call(torch.arange(length)[None].expand(2, length))
+    return call_at(0, length)
 
 
 def padded(pad: int) -> Call:
-    real = torch.ones(2, LENGTH, dtype=torch.bool)
-    real[0, :pad] = False
-    return Call((real.long().cumsum(-1) - 1).clamp(min=0), real, real)
+    return padded_call(torch.arange(LENGTH)[None] >= torch.tensor([[pad], [0]]))
 
 
 def probabilities(row: Tensor, weight: Tensor) -> list[Tensor]:
@@ -178,7 +159,7 @@ def test_of_equal_heads_the_first_are_on() -> None:
 
 
 def test_gates_do_not_tie_when_training_begins() -> None:
-    model = build(load(ROOT / "examples/specs/moh.yaml").spec.model, dtype=torch.float64)
+    model = build(load(EXAMPLES["moh"]).spec.model, dtype=torch.float64)
     seen: list[Tensor] = []
     for layer in model.model.layers:
         layer.mixer.gates_out.register_forward_hook(lambda _, __, gates: seen.append(gates))
@@ -368,16 +349,14 @@ def test_costs_are_those_of_the_mixer_and_of_the_router(
 def test_a_balance_that_nothing_is_asked_for_computes_nothing() -> None:
     def hash_of(shared: int, active: int, **fields: Any) -> str:
         mixer = {"kind": "moh", "mixer": SOFTMAX, "shared_heads": shared, "active": active, **fields}
-        block = {"mixer": mixer, "channel": {"kind": "none"}}
-        sizes = {"vocab_size": 9, "hidden_size": HIDDEN, "blocks": {"it": block}, "layers": ["it"]}
-        return spec_hash(ModelSpec.model_validate(sizes))
+        return spec_hash(model_with(mixer, HIDDEN))
 
     assert hash_of(6, 0) == hash_of(6, 0, balance=0.5)
     assert hash_of(2, 2) == hash_of(2, 2, balance=0.01)
     assert len({hash_of(2, 2), hash_of(2, 3), hash_of(3, 2), hash_of(2, 2, balance=0.0)}) == 4
 
 
-TEXT = (ROOT / "examples/specs/moh.yaml").read_text()
+TEXT = EXAMPLES["moh"].read_text()
 FIRST = "        shared_heads: 8\n        active: 4\n"
 
 
@@ -433,27 +412,10 @@ def test_what_cannot_be_routed_is_told_at_its_line(
     assert error.where.line is not None
 
 
-def test_the_example_is_built_trained_and_decoded() -> None:
-    model = build(load(ROOT / "examples/specs/moh.yaml").spec.model)
+def test_the_example_tells_the_mean_balance_of_its_layers() -> None:
+    model = build(load(EXAMPLES["moh"]).spec.model).train()
     assert isinstance(model.model.layers[3].mixer, MohModule)
-    ids = torch.randint(256, (2, 40), generator=torch.Generator().manual_seed(0))
-    plain = model.train()(ids, labels=ids)
-    plain.loss.backward()
-    told = model.model(ids)
+    told = model.model(tokens(40))
     assert set(told.aux_losses) == {"moh_balance"}
     assert told.aux_losses["moh_balance"].item() == pytest.approx(4, rel=0.2)
     assert told.aux_loss.item() == pytest.approx(4 * 0.01 * told.aux_losses["moh_balance"].item())
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None, name
-        assert parameter.grad.isfinite().all(), name
-        assert parameter.grad.abs().max() > 0, name
-    model.double().eval()
-    options: dict[str, Any] = {
-        "max_new_tokens": 30,
-        "do_sample": False,
-        "eos_token_id": None,
-        "pad_token_id": 0,
-    }
-    texts = [model.generate(ids, use_cache=cached, **options) for cached in (True, False)]
-    assert texts[0].shape == (2, 70)
-    assert torch.equal(*texts)
