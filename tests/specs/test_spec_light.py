@@ -15,7 +15,9 @@ from heddle.compose.plan import plan
 from heddle.specs import load, loads
 
 ROOT = Path(__file__).parents[2]
-SECONDS = 0.4
+PYDANTIC = "from pydantic import BaseModel, Discriminator, Field, TypeAdapter"
+# All of heddle.specs takes 1.8 times as long to import as that. Seconds are for tests/bench/spec_speed.py to tell.
+TIMES = 3
 HEAVY = ("torch", "numpy", "transformers", "ray", "optuna", "networkx", "rich", "plotly")
 # Python, pydantic, ruamel.yaml and ours were 271 in November 2026.
 MODULES = 400
@@ -32,16 +34,17 @@ def _seconds(code: str, bytecode: Path) -> float:
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def test_importing_specs_loads_no_torch_and_takes_no_time(tmp_path: Path) -> None:
+def test_importing_specs_loads_no_torch_and_takes_little_more_than_pydantic(tmp_path: Path) -> None:
     code = (
         f"import sys, heddle.specs; assert not [name for name in {HEAVY} if name in sys.modules]; "
         f"assert len(sys.modules) < {MODULES}"
     )
     # The first run leaves bytecode, as an installation does.
     _seconds(code, tmp_path)
-    # What Python itself takes to start is not ours; beside other processes only the best of several is.
-    whole, bare = (min(_seconds(one, tmp_path) for _ in range(7)) for one in (code, "pass"))
-    assert whole - bare < SECONDS
+    # One after the other, so that a busy machine slows all alike; of what each takes the best is nearest to the truth.
+    rounds = [[_seconds(one, tmp_path) for one in (code, PYDANTIC, "pass")] for _ in range(7)]
+    whole, pydantic, bare = map(min, zip(*rounds, strict=True))
+    assert whole - bare < TIMES * (pydantic - bare)
 
 
 def test_checking_a_spec_imports_nothing_to_draw_to_train_or_to_search(tmp_path: Path) -> None:
