@@ -17,7 +17,7 @@ help:
 	@echo 'make search      install, then search examples/quickstart.yaml and export the winner'
 	@echo 'make test        install, then lint, types and every test that needs no GPU (20 minutes at most)'
 	@echo 'make test-fast   the same without the slow tests (2 minutes at most)'
-	@echo 'make test-long   the full counts'
+	@echo 'make test-long   the full counts (about 40 minutes); appends a row to tests/bench/results/evidence-tests-long.jsonl'
 	@echo 'make test-gpu    the GPU tests, with the python3 of this machine; installs nothing, a skip fails'
 	@echo 'make bench       times the kernels and appends rows to tests/bench/results/'
 	@echo 'make clean       removes .venv, caches and build outputs; keeps runs/'
@@ -46,7 +46,7 @@ test-fast: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not gpu and not long and not slow'
 
 test-long: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not gpu' --full-counts
+	$(BIN)/python tests/bench/long_tests.py
 
 test-gpu:
 	PYTHONPATH=.:$$PYTHONPATH $(PYTHON) -m pytest -m gpu --no-skips -p no:cacheprovider $(GPU_TESTS)

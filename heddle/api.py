@@ -5,7 +5,7 @@
     run = api.search("examples/quickstart.yaml", "runs/mine", trials=20)
     api.export(run.path, "my-model")
 
-Heavy packages (torch, ray, transformers) are imported by the functions that need them.
+Heavy packages (torch, ray, transformers), and what only one function needs, are imported by that function.
 """
 
 from __future__ import annotations
@@ -18,23 +18,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from heddle import doctor as _doctor
 from heddle import specs
-from heddle.compose.diagram import mermaid
-from heddle.compose.picture import svg
 from heddle.compose.plan import plan
-from heddle.dashboards import report as _report
 from heddle.errors import HeddleError
-from heddle.search.durable import write_whole
-from heddle.search.model_kinds import require_causal_lm
-from heddle.search.record import RUN_FILE, Latency, Run, read_run
 from heddle.specs import Difference, SpecFile, differences
 from heddle.specs.base import Duration
-from heddle.specs.zoo_files import zoo_text
 
 if TYPE_CHECKING:
     from heddle.compose.hf.export import ExportResult
+    from heddle.doctor import Diagnosis
     from heddle.search.progress import Progress
+    from heddle.search.record import Latency, Run
     from heddle.search.training import TrainRun
 
 RUNS = Path("runs")
@@ -47,6 +41,9 @@ def init(path: Path | str = "spec.yaml", *, of: str | None = None, force: bool =
     Raises:
         HeddleError: "file-exists" unless `force`; "bad-argument" for a name that the zoo has not.
     """
+    from heddle.search.durable import write_whole
+    from heddle.specs.zoo_files import zoo_text
+
     target = Path(path)
     if target.exists() and not force:
         raise HeddleError("file-exists", f"{target} is there already", hint="--force overwrites it")
@@ -55,9 +52,11 @@ def init(path: Path | str = "spec.yaml", *, of: str | None = None, force: bool =
     return target
 
 
-def doctor() -> _doctor.Diagnosis:
+def doctor() -> Diagnosis:
     """Versions, devices, and whether the packages import and the kernels compute right."""
-    return _doctor.diagnose()
+    from heddle.doctor import diagnose
+
+    return diagnose()
 
 
 def check(path: Path | str) -> SpecFile:
@@ -109,6 +108,10 @@ def graph(
     Raises:
         HeddleErrors: as `check`; "disk-full".
     """
+    from heddle.compose.diagram import mermaid
+    from heddle.compose.picture import svg
+    from heddle.search.durable import write_whole
+
     file = check(path)
     planned = plan(file.spec.model, where=file.where)
     drawn = {"mermaid": mermaid, "svg": svg}.get(form)
@@ -177,6 +180,7 @@ def bench(
         HeddleErrors: as `check`; "out-of-memory".
     """
     from heddle.search.latency import measure_spec
+    from heddle.search.model_kinds import require_causal_lm
 
     file = check(path)
     require_causal_lm(file, "bench")
@@ -225,6 +229,7 @@ def search(
     seconds = None if time is None else _seconds(time)
     file = check(path)
     folder = run_folder(path, out, resume=resume)
+    from heddle.search.record import RUN_FILE
     from heddle.search.run import search as search_spec
 
     try:
@@ -271,8 +276,11 @@ def report(run: Path | str, out: Path | str | None = None) -> Path:
     Raises:
         HeddleError: "run-not-found", "disk-full".
     """
+    from heddle.dashboards.report import FILE, write_report
+    from heddle.search.record import read_run
+
     folder = Path(run)
-    return _report.write_report(read_run(folder), folder / _report.FILE if out is None else Path(out))
+    return write_report(read_run(folder), folder / FILE if out is None else Path(out))
 
 
 def fresh_folder(name: str) -> Path:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import heddle
+from heddle.search.cores import usable_cores
 from heddle.specs.mixers import BROKEN
 
 # What a search rests on, each imported for real: a version on disk says nothing about a broken library.
@@ -97,8 +98,7 @@ def _cpu() -> Device:
         ]
         model = names[0] if names else model
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return Device(model, "cpu", memory, f"{usable} cores usable")
+    return Device(model, "cpu", memory, f"{usable_cores()} cores usable")
 
 
 def _gpus() -> list[Device]:

@@ -15,18 +15,18 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from rich.console import Console
-from rich.table import Table
-
 from heddle.api import errors_as_data
-from heddle.dashboards import data, words
-from heddle.doctor import Diagnosis
+from heddle.dashboards import words
 from heddle.errors import NOWHERE, HeddleError, Where
-from heddle.search.record import Latency, Run, Trial
 from heddle.specs import Difference, SpecFile, expand_layers
 
 if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
     from heddle.compose.hf.export import ExportResult
+    from heddle.doctor import Diagnosis
+    from heddle.search.record import Latency, Run, Trial
     from heddle.search.training import TrainRun
 
 # Lines in a log or a pipe need no folding at 80 columns.
@@ -35,6 +35,9 @@ WIDTH_WITHOUT_TERMINAL = 160
 
 def console(*, stderr: bool = False) -> Console:
     """The console to print to, made anew so that a redirected stream is honoured."""
+    # A plain line needs no rich, which takes as long to import as a spec of a hundred layers to check.
+    from rich.console import Console
+
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() or "COLUMNS" in os.environ else WIDTH_WITHOUT_TERMINAL
     return Console(stderr=stderr, markup=False, highlight=False, width=width)
@@ -65,7 +68,7 @@ def show_error(error: HeddleError, *, as_json: bool) -> None:
     if as_json:
         show_json(errors_as_data(error))
     else:
-        console(stderr=True).print(str(error), soft_wrap=True)
+        print(error, file=sys.stderr)
 
 
 def os_error(error: OSError) -> HeddleError:
@@ -111,7 +114,7 @@ def show_checked(file: SpecFile) -> None:
     spec, size = file.spec, file.space.size()
     layers = len(expand_layers(spec.model))
     space = "no search space" if size == 1 else f"a space of {_size_text(size)}"
-    console().print(f"{file.file}: ok – {spec.name}, {layers} layers, {space}")
+    print(f"{file.file}: ok – {spec.name}, {layers} layers, {space}")
 
 
 def show_summary(summary: Mapping[str, Any]) -> None:
@@ -302,6 +305,8 @@ def front_table(run: Run) -> Table:
 
 
 def _run_table(run: Run, trials: Iterable[Trial]) -> Table:
+    from heddle.dashboards.data import name_of
+
     ratios = [budget for budget in run.budgets if budget.relative_to is not None]
     heads = [f"{task.name} {'↑' if task.higher_is_better else '↓'}" for task in run.tasks]
     heads += [f"{words.budget_name(budget)} (≤ {budget.at_most:g})" for budget in run.budgets]
@@ -313,7 +318,7 @@ def _run_table(run: Run, trials: Iterable[Trial]) -> Table:
         times = (trial.latency.get(budget.label) for budget in ratios)
         cells = [*words.score_cells(trial, run), *words.budget_cells(trial, run)]
         cells += ["–" if seen is None else f"{seen.median_ms:.3f}" for seen in times]
-        table.add_row(data.name_of(trial, run) + mark, *cells, words.short_layers(trial.layers), style=style)
+        table.add_row(name_of(trial, run) + mark, *cells, words.short_layers(trial.layers), style=style)
     return table
 
 
@@ -338,6 +343,8 @@ def _next_commands(run: Run, spec_path: Path) -> Iterable[str]:
 
 def _table(*heads: str, numeric: Iterable[int] = (), whole: Iterable[int] = (0,)) -> Table:
     """Columns `numeric` stand to the right; they and the columns `whole` are never folded."""
+    from rich.table import Table
+
     right = set(numeric)
     kept = right | set(whole)
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))

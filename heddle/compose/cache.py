@@ -1,8 +1,7 @@
 """What a layer remembers between calls, and what a mixer is told about the call it is in.
 
-transformers builds caches from a list of layer kinds that knows neither per-layer windows nor all-linear
-models. So the model replaces the layers of any empty cache it is handed by its own (`adopt`), and reads
-nothing else of it.
+transformers builds caches from a list of layer kinds that knows neither per-layer windows nor all-linear models. So the model
+replaces the layers of any empty cache it is handed by its own (`adopt`), and reads nothing else of it.
 """
 
 from __future__ import annotations
@@ -70,9 +69,7 @@ class StateLayer(CacheLayerMixin):  # type: ignore[misc]
         if tokens_to_remove == 0:
             return
         if abs(tokens_to_remove) != self.tokens:
-            raise RuntimeError(
-                f"a {type(self).__name__} cannot forget single tokens: its state has merged them"
-            )
+            raise RuntimeError(f"a {type(self).__name__} cannot forget single tokens: it has merged them")
         self.reset()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -297,6 +294,8 @@ class Call:
     losses: list[tuple[str, Tensor, float]] = field(default_factory=list)
     # Shares with one target for their mean over the layers: name, share, target, and the factor of the loss.
     targets: list[tuple[str, Tensor, float, float]] = field(default_factory=list)
+    # [E] int64 each: how often every expert was chosen. The layer's channel block counts them afterwards.
+    loads: list[Tensor] = field(default_factory=list)
     # [B, T, H], or None: factors of the heads of the mixer that is called, before its output projection.
     head_gates: Tensor | None = None
     # [B, T] of 0 and 1, or None for 1: which of these tokens the mixer remembers. Every token is answered.
@@ -309,8 +308,9 @@ class Call:
     def at(self, cache: StateLayer | None, layer: int | None = None) -> Call:
         """The same call at another layer; None: at the same."""
         made = Call(self.positions, self.padding, self.key_padding, cache)
-        made.memo, made.handed, made.losses, made.targets = self.memo, self.handed, self.losses, self.targets
-        made.layer, made.wanted, made.given = self.layer if layer is None else layer, self.wanted, self.given
+        made.losses, made.targets, made.loads, made.given = self.losses, self.targets, self.loads, self.given
+        made.memo, made.handed, made.wanted = self.memo, self.handed, self.wanted
+        made.layer = self.layer if layer is None else layer
         return made
 
     def part(self, path: str, *, head_gates: Tensor | None = None, written: Tensor | None = None) -> Call:
@@ -333,8 +333,9 @@ class Call:
         self.targets.append((name, share, target, factor))
 
     def hand(self, **values: Tensor) -> None:
-        """Hands on to later layers what one of them asks for; nothing else would let go of the rest."""
-        self.given |= {what: value for what, value in values.items() if (what, self.layer) in self.wanted}
+        """Hands on to later layers what one asks for, in training a copy: of a view FSDP2 would lose the hook."""
+        wanted = {what: value for what, value in values.items() if (what, self.layer) in self.wanted}
+        self.given |= {what: one.clone() if one.requires_grad else one for what, one in wanted.items()}
 
     def hide_padding(self, x: Tensor) -> Tensor:
         """`x` [B, T, ...] with zeros where there is no token, so that a recurrence starts from nothing."""

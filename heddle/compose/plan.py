@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from heddle.compose.passes.graph import (
     empty_graph,
     model_of,
     nodes_of,
+    once_a_block,
 )
 from heddle.compose.passes.link_references import link_references
 from heddle.compose.passes.manager import Pass, run_passes
@@ -183,10 +184,12 @@ def plan(model: ModelSpec, where: Locate | None = None) -> Plan:
 
 
 def _layers(graph: Graph) -> tuple[LayerPlan, ...]:
-    return tuple(_layer(graph, node) for _, node in nodes_of(graph) if isinstance(node, MixerBlock))
+    idle = once_a_block(lambda spec, site: spec.params(site) - spec.active_params(site))
+    return tuple(_layer(graph, node, idle) for _, node in nodes_of(graph) if isinstance(node, MixerBlock))
 
 
-def _layer(graph: Graph, mixer: MixerBlock) -> LayerPlan:
+def _layer(graph: Graph, mixer: MixerBlock, idle: Callable[[ChannelBlock], int]) -> LayerPlan:
+    """`idle` says how many parameters of a channel block a token does not meet."""
     index, channel = mixer.site.layer_index, None
     if f"layers.{index}.channel" in graph:
         channel = graph.nodes[f"layers.{index}.channel"]["node"]
@@ -203,18 +206,12 @@ def _layer(graph: Graph, mixer: MixerBlock) -> LayerPlan:
         data,
         mixer.norm,
         parameters,
-        parameters - _idle_parameters(channel),
+        # Those of another layer are not counted here.
+        parameters - (0 if channel is None or channel.weights_of is not None else idle(channel)),
         mixer,
         channel,
         decodes,
     )
-
-
-def _idle_parameters(channel: ChannelBlock | None) -> int:
-    """Parameters of a channel block that a token does not meet; those of another layer are not counted here."""
-    if channel is None or channel.weights_of is not None:
-        return 0
-    return channel.spec.params(channel.site) - channel.spec.active_params(channel.site)
 
 
 def _content(graph: Graph) -> tuple[dict[str, Node], list[tuple[str, str, Edge]]]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-from heddle.search.record import BudgetInfo, Difference, Latency, Run, Score, TaskInfo, Trial
+if TYPE_CHECKING:
+    from heddle.search.record import BudgetInfo, Difference, Latency, Run, Score, TaskInfo, Trial
 
 PATH_WORDS = {
     "triton": "Triton kernel",

@@ -197,7 +197,7 @@ class Driver:
         self, number: int, values: dict[str, Any], one: space.Candidate | None = None, parameters: int = 0
     ) -> None:
         """Record what is asked in trial `number`; `one` is None where no legal model came of it."""
-        text = to_yaml(one.spec) if one else ""
+        text = to_yaml(self.setting.as_trained(one.spec)) if one else ""
         if number >= 0 and one:
             write_whole(trial_file(self.setting.folder, number), text.encode())
         event = self.log.write(

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from heddle.search.cores import usable_cores
+
 PACKAGES = (
     "torch",
     "triton",
@@ -54,19 +56,6 @@ def device_name(device: str) -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
-
-
-def physical_cores() -> int:
-    """Cores this process may use, two hardware threads of one core counted once."""
-    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
-    siblings = set()
-    for cpu in usable:
-        path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        try:
-            siblings.add(path.read_text().strip())
-        except OSError:
-            siblings.add(str(cpu))
-    return max(1, len(siblings))
 
 
 def driver_version() -> str | None:
@@ -115,7 +104,7 @@ def describe(device: str) -> dict[str, Any]:
         "device_name": device_name(device),
         "driver": driver_version(),
         "cuda": torch.version.cuda,
-        "cores": physical_cores(),
+        "cores": usable_cores(),
     }
 
 

@@ -174,6 +174,9 @@ def keep_best(driver: Driver, number: int, *, export: bool) -> None:
     unchanged = spec.exists() and spec.read_text() == trial.spec
     if exported.exists() and not unchanged:
         shutil.rmtree(exported)
+    # What a driver was writing when it was killed.
+    for half in best.glob(f".{EXPORT_FOLDER}.*"):
+        shutil.rmtree(half)
     write_whole(spec, trial.spec.encode())
     weights = weights_path(folder, trial.hash)
     if not weights.exists():

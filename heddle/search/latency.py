@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from heddle.compose.build import build_causal_lm, kernel_paths
 from heddle.compose.memory import memory_told
 from heddle.search import environment
+from heddle.search.cores import usable_cores
 from heddle.search.record import Latency
 from heddle.specs import ModelSpec
 
@@ -307,7 +308,7 @@ def _threads(device: str) -> Iterator[int]:
     """All physical cores for a timing on the CPU; gives the number of threads."""
     before = torch.get_num_threads()
     if device == "cpu":
-        torch.set_num_threads(environment.physical_cores())
+        torch.set_num_threads(usable_cores())
     try:
         yield torch.get_num_threads()
     finally:

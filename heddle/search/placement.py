@@ -9,25 +9,36 @@ trials' quality is drawn from (Thompson sampling) and the draw is maximised exac
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations, pairwise, product
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from heddle.specs.order import Order
+
 Array = NDArray[np.float64]
 # Draws from the posterior before neighbours of the last draw are walked through instead.
 DRAWS = 16
 
 
-def best_assignment(unary: Array, pair: Array, counts: Sequence[int]) -> list[int]:
+# Whether a kind may follow where so many layers of each kind stand already.
+Allows = Callable[[tuple[int, ...], int], bool]
+
+
+def best_assignment(
+    unary: Array,
+    pair: Array,
+    counts: Sequence[int],
+    allows: Allows = lambda used, kind: True,  # noqa: ARG005
+) -> list[int]:
     """The kinds k_1 … k_L with exactly `counts[k]` layers of each kind k that maximise
 
         Σ_l unary[l, k_l] + Σ_{l>1} pair[k_{l-1}, k_l]
 
-    Exact, by dynamic programming over (layer, counts used, last kind). Ties go to the lowest kind, earliest
-    layer.
+    among those that `allows` lets stand, of which there must be one. Exact, by dynamic programming over (layer, counts used,
+    last kind). Ties go to the lowest kind, earliest layer.
 
     Shapes:  unary: [L, kinds];  pair: [kinds, kinds];  counts: kinds numbers that add up to L.
     """
@@ -37,7 +48,7 @@ def best_assignment(unary: Array, pair: Array, counts: Sequence[int]) -> list[in
     state = tuple[tuple[int, ...], int]
     tail: dict[state, tuple[float, int]] = {}
     for layer in reversed(range(length)):
-        tail.update(_extend(tail, unary, pair, counts, layer))
+        tail.update(_extend(tail, unary, pair, (counts, allows), layer))
     used, last, chosen = (0,) * kinds, -1, []
     for _ in range(length):
         kind = tail[used, last][1]
@@ -50,14 +61,23 @@ def _extend(
     tail: Mapping[tuple[tuple[int, ...], int], tuple[float, int]],
     unary: Array,
     pair: Array,
-    counts: Sequence[int],
+    rules: tuple[Sequence[int], Allows],
     layer: int,
 ) -> dict[tuple[tuple[int, ...], int], tuple[float, int]]:
     """The best value of layers `layer` … L-1, and its first choice, for every way to have come to `layer`."""
-    length, kinds = unary.shape
+    (length, kinds), (counts, allows) = unary.shape, rules
     best: dict[tuple[tuple[int, ...], int], tuple[float, int]] = {}
     for used in _uses(counts, layer):
-        options = [kind for kind in range(kinds) if used[kind] < counts[kind]]
+        # From some places no way leads to an end.
+        options = [
+            kind
+            for kind in range(kinds)
+            if used[kind] < counts[kind]
+            and allows(used, kind)
+            and (layer + 1 == length or (_plus(used, kind), kind) in tail)
+        ]
+        if not options:
+            continue
         rest = {
             kind: float(unary[layer, kind])
             + (tail[_plus(used, kind), kind][0] if layer + 1 < length else 0.0)
@@ -177,13 +197,14 @@ class Question:
     """What Optuna asked for: how many layers of each block, and what else is set in this trial.
 
     `uniform` is the placement tried first. `is_seen` says whether the spec with these layers was asked for
-    before.
+    before. `order` is what the layers take from each other; where no placement keeps it, none is spared.
     """
 
     counts: Mapping[str, int]
     params: Mapping[str, Any]
     uniform: tuple[str, ...]
     is_seen: Callable[[tuple[str, ...]], bool]
+    order: Order = field(default_factory=Order)
 
 
 def propose(question: Question, history: Sequence[Seen], *, seed: int, number: int) -> tuple[str, ...]:
@@ -195,30 +216,40 @@ def propose(question: Question, history: Sequence[Seen], *, seed: int, number: i
         return question.uniform
     kinds = tuple(question.counts)
     counts = [question.counts[kind] for kind in kinds]
+    order = question.order if question.order.keeps(question.uniform) else Order()
+
+    def allows(used: tuple[int, ...], kind: int) -> bool:
+        return order.allows(kinds[kind], dict(zip(kinds, used, strict=True)), question.counts)
+
     rng = np.random.default_rng([seed, number])
     model = QualityModel(kinds, sum(counts), history)
     layers = question.uniform
     unary, pair = np.zeros((sum(counts), len(kinds))), np.zeros((len(kinds), len(kinds)))
     for _ in range(DRAWS):
         unary, pair = model.draw(rng)
-        layers = tuple(kinds[kind] for kind in best_assignment(unary, pair, counts))
+        chosen = best_assignment(unary, pair, counts, allows)
+        layers = tuple(kinds[kind] for kind in chosen)
         if not question.is_seen(layers):
             return layers
-    return _nearest_unseen(layers, question.is_seen, lambda one: _worth(one, kinds, unary, pair)) or layers
+    return (
+        _nearest_unseen(layers, question.is_seen, lambda one: _worth(one, kinds, unary, pair), order)
+        or layers
+    )
 
 
 def _nearest_unseen(
     start: tuple[str, ...],
     is_seen: Callable[[tuple[str, ...]], bool],
     worth: Callable[[tuple[str, ...]], float],
+    order: Order,
 ) -> tuple[str, ...] | None:
-    """The best unseen placement at the fewest swaps from `start`; None when every one was seen.
+    """The best unseen placement at the fewest swaps from `start`, through those that keep the order; None when there is none.
 
     Swaps connect all placements of equal counts, and only seen ones are walked through, so this ends quickly.
     """
     visited, ring = {start}, [start]
     while ring:
-        swapped = sorted({other for one in ring for other in _swaps(one)} - visited)
+        swapped = sorted({other for one in ring for other in _swaps(one) if order.keeps(other)} - visited)
         unseen = [other for other in swapped if not is_seen(other)]
         if unseen:
             return max(unseen, key=worth)

@@ -21,7 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from heddle.compose.train import Recipe
 from heddle.errors import HeddleError
-from heddle.search import environment, finish, space
+from heddle.search import cluster, environment, finish, space
 from heddle.search.driver import Driver
 from heddle.search.durable import full_disk_told, write_json
 from heddle.search.evaluate import Evaluate, train_and_score
@@ -73,8 +73,10 @@ def search(
     require_causal_lm(file, "search")
     _check_folder(out, resume=resume)
     given = Given(trials, _seconds(time), resume, storage, ray_address, evaluate, effort)
-    # Before anything is written: a missing corpus leaves no folder behind.
+    # Before anything is written: a missing corpus or cluster leaves no folder behind.
     tasks = _tasks(file)
+    if ray_address is not None:
+        cluster.check_address(ray_address)
     with ExitStack() as stack:
         stack.enter_context(full_disk_told(out))
         stack.enter_context(RunLock(out))

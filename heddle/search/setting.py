@@ -16,7 +16,7 @@ from heddle.search.latency import Effort, Place, measure
 from heddle.search.record import BudgetInfo, TaskInfo
 from heddle.search.space import Candidate
 from heddle.search.tasks import Task
-from heddle.specs import SpecFile
+from heddle.specs import Spec, SpecFile
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +58,17 @@ class Setting:
     @property
     def infos(self) -> tuple[TaskInfo, ...]:
         return tuple(objective.info for objective in self.objectives)
+
+    def as_trained(self, spec: Spec) -> Spec:
+        """`spec` with the tokens and the learning rate of the kept training as its own: `heddle train` repeats that one.
+
+        `heddle train` knows text alone; a search without a text task leaves `train` as it stands.
+        """
+        (kept,) = (each for each in self.objectives if each.info.name == self.exported)
+        if kept.task.metric != "bits_per_byte":
+            return spec
+        own = {"tokens": kept.recipe.tokens, "learning_rate": kept.recipe.learning_rate}
+        return spec.model_copy(update={"train": spec.train.model_copy(update=own)})
 
     def timing(self, number: int, one: Candidate, budget: BudgetInfo, *, purpose: str = "search") -> Request:
         """A request for the latency of `one` at the budget's place, beside the model the budget is relative

@@ -22,7 +22,6 @@ from heddle.specs import (
     SpecFile,
     expand_layers,
     spec_hash,
-    uniform_layers,
 )
 from heddle.specs.pattern import layers_of
 from heddle.specs.sight import reach
@@ -99,17 +98,15 @@ def place(
     def is_seen(layers: tuple[str, ...]) -> bool:
         return is_asked(candidate(file, values, layers).hash)
 
-    question = Question(counts, outer(file, values), uniform(file, values), is_seen)
+    question = Question(counts, outer(file, values), uniform(file, values), is_seen, order=file.order(values))
     return candidate(file, values, propose(question, history, seed=seed, number=number))
 
 
 def uniform(file: SpecFile, values: Mapping[str, Any]) -> tuple[str, ...]:
-    """The evenly spread placement with the counts of `values`."""
-    placement = file.space.placement
-    assert placement is not None
-    counts = dict(placement.count(file.space.held(values)))
-    counts.pop(placement.rest)
-    return tuple(uniform_layers(placement.length, placement.rest, counts))
+    """The evenly spread placement with the counts of `values`, as far as the layers' order lets it be."""
+    placed = file.placed(values)
+    assert placed is not None
+    return tuple(placed)
 
 
 def outer(file: SpecFile, values: Mapping[str, Any]) -> dict[str, str]:

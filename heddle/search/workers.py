@@ -1,7 +1,8 @@
 """Ray for this search: a local cluster or one by address, and calls that say why they failed.
 
-A timing takes the whole device, so that Ray itself lets no training run beside it. A call whose process dies
-is made again, twice; an error that the call itself raised is final.
+A timing takes the whole device, so that Ray itself lets no training run beside it. A call whose process dies, or whose
+result is lost with its node, is made again, twice; an error that the call itself raised is final. The node of a worker
+keeps a result until the driver has written it (docs/decisions/0007-copies-of-results.md).
 """
 
 from __future__ import annotations
@@ -22,13 +23,23 @@ from typing import Any, Protocol
 
 import ray
 import torch
-from ray.exceptions import LocalRayletDiedError, NodeDiedError, OutOfMemoryError, RayError, WorkerCrashedError
+from ray.exceptions import (
+    LocalRayletDiedError,
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayError,
+    WorkerCrashedError,
+)
 
 from heddle.errors import HeddleError
-from heddle.search import environment, watch
+from heddle.search import cluster, watch
+from heddle.search.cores import usable_cores
 
 # A call whose process dies is made again this often.
 RETRIES = 2
+# Its process or its node is gone, or with the node the result that it had given.
+DIED = (WorkerCrashedError, OutOfMemoryError, NodeDiedError, LocalRayletDiedError, ObjectLostError)
 # How often a waiting driver looks up: for Ctrl-C, for the display.
 TICK_S = 0.5
 # Threads that wait for each other sleep instead of spinning: where anything else runs on the machine, a
@@ -107,7 +118,7 @@ class Workers:
         logging.getLogger("ray").setLevel(logging.ERROR)
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         if self._address is None:
-            cores = environment.physical_cores()
+            cores = usable_cores()
             os.environ |= {name: os.environ.get(name, value) for name, value in WORKER_ENV.items()}
             self._guard = watch.Guard()
             _set_token()
@@ -119,14 +130,7 @@ class Workers:
                 **options,
             )
             return
-        try:
-            ray.init(address=self._address, runtime_env={"env_vars": WORKER_ENV}, **options)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise HeddleError(
-                "bad-argument",
-                f"no Ray cluster at {self._address}: {str(error).splitlines()[0]}",
-                hint="`ray status` shows a running cluster; without --ray-address a local one is started",
-            ) from error
+        cluster.join(self._address, WORKER_ENV, **options)
 
     def warm_up(self) -> None:
         """Let every worker process start and import torch and transformers while the caller goes on."""
@@ -168,6 +172,8 @@ class Workers:
                 if answer.code == "worker-died" and job.attempt <= RETRIES:
                     waiting.appendleft(replace(job, attempt=job.attempt + 1))
                 else:
+                    # The caller writes the answer before it comes back: until then `reference` keeps the copy that lies
+                    # with the worker.
                     yield answer
 
 
@@ -224,7 +230,7 @@ def _portable(error: Exception) -> Exception:
 def _answer(job: Job, reference: Any) -> Answer:
     try:
         outcome: _Outcome = ray.get(reference)
-    except (WorkerCrashedError, OutOfMemoryError, NodeDiedError, LocalRayletDiedError) as error:
+    except DIED as error:
         return Answer(job, code="worker-died", message=_first_line(error))
     except RayError as error:
         return Answer(job, code="evaluation-failed", message=_first_line(error))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from decimal import Decimal
 from typing import Annotated, Any
 
@@ -25,6 +25,18 @@ class Schema(BaseModel):
             if name == "kind" or value != info.get_default(call_default_factory=True):
                 found[name] = _written(value)
         return found
+
+    def plain(self, *, leave: Collection[str] = ()) -> dict[str, Any]:
+        """Every field but `leave` as plain data: what `model_dump` gives, which builds a serializer for each class first."""
+        return {name: _plain(getattr(self, name)) for name in type(self).model_fields if name not in leave}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Schema):
+        return value.plain()
+    if isinstance(value, dict):
+        return {key: _plain(one) for key, one in value.items()}
+    return type(value)(map(_plain, value)) if isinstance(value, (list, tuple)) else value
 
 
 def _written(value: Any) -> Any:

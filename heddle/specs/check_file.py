@@ -9,6 +9,7 @@ from typing import Any
 from heddle.errors import HeddleError, HeddleErrors
 from heddle.specs.base import Schema
 from heddle.specs.check_options import Context, option_findings
+from heddle.specs.check_references import arranged
 from heddle.specs.checks import reach_problems, search_findings, vocabulary_findings
 from heddle.specs.explain import Finding, check_fields, shown, without_echoes
 from heddle.specs.migrate import migrated
@@ -62,7 +63,7 @@ def check_file(document: Document) -> Checked:
     parts = ModelParts({}, {}, None, [])
     context = Context(search, data.get("tokenizer", Spec.model_fields["tokenizer"].default))
     if "model" in data:
-        model = found.fill_model(found.space.defaults(), None, moves)
+        model = found.fill_model(found.space.defaults(), arranged(found, {}), moves)
         parts = check_parts(model, has_layers=not found.has_placement or found.placement is not None)
         findings += [one.below(MODEL) for one in parts.findings]
     else:
@@ -76,7 +77,8 @@ def check_file(document: Document) -> Checked:
     if findings or in_file or document.errors:
         errors = [*map(places.error, without_echoes(findings)), *map(found.places({}).error, in_file)]
         raise HeddleErrors(_sorted([*document.errors, *errors]))
-    spec = Spec.model_validate({**fields, "model": ModelSpec.model_validate(model)})
+    # Each part of it is checked; to check the whole again would take as long.
+    spec = Spec.model_construct(**fields, model=_model(parts))
     return Checked(spec, tuple(_warnings(found, spec, places)), found, places)
 
 
@@ -89,6 +91,11 @@ def check_model(model: Any, places: Places) -> ModelSpec:
     parts = check_parts(model, has_layers=True)
     if parts.findings:
         raise HeddleErrors(_sorted([places.error(one.below(MODEL)) for one in parts.findings]))
+    return _model(parts)
+
+
+def _model(parts: ModelParts) -> ModelSpec:
+    """The model of parts that nothing is wrong with."""
     blocks = {name: block for name, block in parts.blocks.items() if block is not None}
     assert parts.layers is not None
     return ModelSpec.model_construct(**parts.fields, blocks=blocks, layers=parts.layers)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from heddle.specs.check_references import References
 from heddle.specs.checks import block_problems, vocabulary_findings
 from heddle.specs.explain import Finding, check_field
 from heddle.specs.kinds import Problem
@@ -14,7 +15,7 @@ from heddle.specs.model_kind import readout_problems
 from heddle.specs.model_parts import ModelParts, check_block, check_layers, override_findings
 from heddle.specs.open_values import MODEL, OpenValues
 from heddle.specs.parameter import Parameter, settings
-from heddle.specs.reader import HOLE, MAX_ERRORS, Path_, steps_of
+from heddle.specs.reader import HOLE, MAX_ERRORS, Path_, dotted, steps_of
 
 # Other settings that are tried before an option is called impossible, and for all options of a file together.
 TRIES = 200
@@ -103,8 +104,26 @@ class _Check:
     def __init__(self, found: OpenValues, parts: ModelParts, context: Context) -> None:
         self.found, self.parts, self.context = found, parts, context
         self.left = ALL_TRIES
+        self.references = References(found, parts)
 
     def option(self, option: _Option) -> list[Finding]:
+        return self._alone(option) or self._between_layers(option)
+
+    def _between_layers(self, option: _Option) -> list[Finding]:
+        """What layers cannot take from each other with this option."""
+        found = []
+        wrong = self.references.wrong(option.values, option.fixed or frozenset({option.parameter.name}))
+        for block, one in {(block, one.link.reference.field): (block, one) for block, one in wrong}.values():
+            field = (*MODEL, "blocks", block, *steps_of(one.link.reference.field))
+            moves: dict[Path_, Path_] = {}
+            self.found.fill(field[:3], option.values, moves)
+            source = self.found.places(moves).source(field)
+            is_in_it = source[: len(option.source)] == option.source
+            what = one.what if is_in_it else f"with this option {dotted(field[1:])}: {one.what}"
+            found.append(Finding(one.code, what, source if is_in_it else option.source, one.hint))
+        return found
+
+    def _alone(self, option: _Option) -> list[Finding]:
         name = str(option.path[1])
         if name == "blocks":
             block = option.path[2]

@@ -7,17 +7,22 @@ from dataclasses import replace
 from typing import Any, Self
 
 from heddle.specs.cost import State
-from heddle.specs.kinds import MixerSpec, Problem
+from heddle.specs.kinds import Contract, MixerSpec, Problem, Reference
 from heddle.specs.layer import Site
+from heddle.specs.sight import Sight
 
 MAX_PARTS = 8
 
 
 class CompositeMixer(MixerSpec):
-    """A mixer whose fields `mixer` or `mixers` hold others. Costs and states are theirs, and `own_…` beside them.
+    """A mixer whose fields `mixer` or `mixers` hold others. What they take, see, cost and keep is theirs, and `own_…` beside it.
 
     The states of a part are named by its path: `mixers.0.keys`.
     """
+
+    @property
+    def is_causal(self) -> bool:
+        return all(part.is_causal for part in self.parts().values())
 
     def parts(self) -> Mapping[str, MixerSpec]:
         found: dict[str, MixerSpec] = {}
@@ -29,19 +34,38 @@ class CompositeMixer(MixerSpec):
                 found |= {f"{name}.{index}": one for index, one in enumerate(held)}
         return found
 
-    def with_parts(self, parts: Mapping[str, MixerSpec]) -> Self:
-        """The same mixer of other parts, by the paths of `parts()`."""
-        update: dict[str, Any] = {}
-        for path, part in parts.items():
-            name, _, index = path.partition(".")
-            if index:
-                update.setdefault(name, []).append(part)
-            else:
-                update[name] = part
-        return self.model_copy(update=update)
+    def parts_at(self, site: Site) -> Mapping[str, MixerSpec]:  # noqa: ARG002
+        """The parts as they are built at `site`, which may be smaller than they are written."""
+        return self.parts()
+
+    def exemptions(self) -> Mapping[Contract, str]:
+        inner = {name: why for part in self.parts().values() for name, why in part.exemptions().items()}
+        return {**inner, **self.exempt}
+
+    def kernels(self) -> tuple[str, ...]:
+        inner = [name for part in self.parts().values() for name in part.kernels()]
+        return tuple(dict.fromkeys([*self.ops, *inner]))
+
+    def references(self) -> tuple[Reference, ...]:
+        return tuple(
+            replace(one, field=f"{path}.{one.field}")
+            for path, part in self.parts().items()
+            for one in part.references()
+        )
+
+    def misfit(self, reference: Reference, source: MixerSpec, site: Site) -> str | None:
+        for path, part in self.parts_at(site).items():
+            if reference.field.startswith(f"{path}."):
+                inner = replace(reference, field=reference.field.removeprefix(f"{path}."))
+                return part.misfit(inner, source, site)
+        return super().misfit(reference, source, site)
+
+    def sights(self, site: Site) -> tuple[Sight, ...]:
+        return tuple(one for part in self.parts_at(site).values() for one in part.sights(site))
 
     def resolved(self, site: Site) -> Self:
-        return self.with_parts({path: part.resolved(site) for path, part in self.parts().items()})
+        parts = {path: part.resolved(site) for path, part in self.parts().items()}
+        return self.model_copy(update=_by_field(parts))
 
     def problems(self, site: Site) -> list[Problem]:
         return [
@@ -58,14 +82,7 @@ class CompositeMixer(MixerSpec):
 
     def _data(self, parts: Mapping[str, Any], site: Site) -> dict[str, Any]:
         """The resolved fields, those that hold mixers in the form of `parts`."""
-        data = self.resolved(site).model_dump(exclude={"mixer", "mixers"})
-        for path, part in parts.items():
-            name, _, index = path.partition(".")
-            if index:
-                data.setdefault(name, []).append(part)
-            else:
-                data[name] = part
-        return data
+        return self.resolved(site).plain(leave=("mixer", "mixers")) | _by_field(parts)
 
     def own_params(self, site: Site) -> int:  # noqa: ARG002
         """Parameters beside those of the parts."""
@@ -101,3 +118,15 @@ class CompositeMixer(MixerSpec):
             for state in part.states(site)
         ]
         return (*self.own_states(site), *inner)
+
+
+def _by_field(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """What is given by the paths of `parts()`, as the fields `mixer` and `mixers`."""
+    fields: dict[str, Any] = {}
+    for path, part in parts.items():
+        name, _, index = path.partition(".")
+        if index:
+            fields.setdefault(name, []).append(part)
+        else:
+            fields[name] = part
+    return fields

@@ -14,7 +14,7 @@ from pydantic_core import ErrorDetails
 
 from heddle.specs.base import NAME_HINT, NAME_PATTERN, Schema, nearest
 from heddle.specs.kinds import ChannelSpec, MixerSpec
-from heddle.specs.mixers import BROKEN
+from heddle.specs.mixers import ABSENT, BROKEN
 from heddle.specs.model import CHANNELS, MIXERS
 from heddle.specs.reader import HOLE, MAX_ERRORS, Path_, printable
 
@@ -175,7 +175,7 @@ def _unknown_kind(part: str, value: Any, tags: list[str]) -> Finding:
 
 def _kind_hint(tag: str, tags: list[str]) -> str:
     """What was meant, or why a package that offers this kind does not."""
-    for one in BROKEN:
+    for one in (*BROKEN, *ABSENT):
         if one.kind == tag:
             return f"the package {one.package} offers it, but {one.why}"
     return meant(tag, tags)

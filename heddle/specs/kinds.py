@@ -56,33 +56,23 @@ class MixerSpec(Schema):
     @property
     def is_causal(self) -> bool:
         """Whether no output depends on later tokens."""
-        return all(part.is_causal for part in self.parts().values())
+        return True
 
     def parts(self) -> Mapping[str, MixerSpec]:
         """The mixers it is made of, by their dotted path inside it; none for a plain mixer."""
         return {}
 
-    def parts_at(self, site: Site) -> Mapping[str, MixerSpec]:  # noqa: ARG002
-        """The same as they are built at `site`, which may be smaller than they are written."""
-        return self.parts()
-
     def exemptions(self) -> Mapping[Contract, str]:
         """The contracts that it, or a part of it, cannot keep."""
-        inner = {name: why for part in self.parts().values() for name, why in part.exemptions().items()}
-        return {**inner, **self.exempt}
+        return self.exempt
 
     def kernels(self) -> tuple[str, ...]:
         """The ops that it and its parts call, each once."""
-        inner = [name for part in self.parts().values() for name in part.kernels()]
-        return tuple(dict.fromkeys([*self.ops, *inner]))
+        return self.ops
 
     def references(self) -> tuple[Reference, ...]:
         """What it takes from earlier layers."""
-        return tuple(
-            Reference(f"{path}.{one.field}", one.name, one.what)
-            for path, part in self.parts().items()
-            for one in part.references()
-        )
+        return ()
 
     def offers(self, site: Site) -> Mapping[Handed, tuple[int, ...]]:  # noqa: ARG002
         """What later layers may take of it, with the shape of one token's part."""
@@ -90,24 +80,11 @@ class MixerSpec(Schema):
 
     def misfit(self, reference: Reference, source: MixerSpec, site: Site) -> str | None:
         """Why `reference`, one of its own, cannot take what `source` offers; None if it can."""
-        path, part = next(
-            (
-                (path, one)
-                for path, one in self.parts_at(site).items()
-                if reference.field.startswith(f"{path}.")
-            ),
-            (None, None),
-        )
-        if part is None:
-            return misfit_of(self.offers(site), reference, source, site)
-        assert path is not None
-        inner = Reference(reference.field.removeprefix(f"{path}."), reference.name, reference.what)
-        return part.misfit(inner, source, site)
+        return misfit_of(self.offers(site), reference, source, site)
 
-    def sights(self, site: Site) -> tuple[Sight, ...]:
-        """What a token sees: one or more for all heads together. A plain mixer that says nothing else sees all before it."""
-        found = tuple(one for part in self.parts_at(site).values() for one in part.sights(site))
-        return found or (Sight(),)
+    def sights(self, site: Site) -> tuple[Sight, ...]:  # noqa: ARG002
+        """What a token sees: one or more for all heads together. A mixer that says nothing else sees all before it."""
+        return (Sight(),)
 
     def resolved(self, site: Site) -> Self:
         """The same mixer with every size filled in."""
@@ -119,7 +96,7 @@ class MixerSpec(Schema):
 
     def runtime(self, site: Site) -> dict[str, Any]:
         """Plain data for the torch module: every field, resolved."""
-        return self.resolved(site).model_dump()
+        return self.resolved(site).plain()
 
     def canonical(self, site: Site) -> dict[str, Any]:
         """What decides the computation: as `runtime`, with equal computations spelled in one way."""

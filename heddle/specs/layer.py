@@ -14,7 +14,11 @@ MAX_LAYERS = 4096
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """What the model around a block tells it: sizes, and which layer of how many it is (counted from 0)."""
+    """What the model around a block tells it: sizes, and which layer of how many it is (counted from 0).
+
+    What a block is (its sizes, problems, parameters, states) is the same at all layers of a model and is asked of one of
+    them; only what its masks favour may depend on the layer (`sights`).
+    """
 
     hidden_size: int
     layer_index: int = 0

@@ -10,8 +10,10 @@ from typing import Any
 from heddle.errors import HeddleError, HeddleErrors, Where
 from heddle.specs.base import nearest
 from heddle.specs.check_file import Checked, check_file, check_model
+from heddle.specs.check_references import arranged, order_at
 from heddle.specs.model import ModelSpec
 from heddle.specs.open_values import OpenValues
+from heddle.specs.order import Order
 from heddle.specs.pattern import definition_of, expand_layers, layer_paths
 from heddle.specs.places import Places
 from heddle.specs.reader import Path_, parse, read, steps_of
@@ -41,7 +43,7 @@ def _spec_file(checked: Checked) -> SpecFile:
 class SpecFile:
     """A checked file.
 
-    `spec` has every open value at its default: first choice, low end, uniform placement. `warnings` are what is legal and
+    `spec` has every open value at its default: first choice, low end, evenly placed layers. `warnings` are what is legal and
     probably not meant: located like errors, never raised.
     """
 
@@ -66,7 +68,7 @@ class SpecFile:
     ) -> Spec:
         """The plain spec at `values`, by parameter name; a missing one keeps its default.
 
-        `layers` names the block of each layer of a placement; without it the placement is uniform.
+        `layers` names the block of each layer of a placement; without it they are those of `placed`.
 
         Raises:
             HeddleErrors: bad-space or bad-placement for values or layers outside the space, or what makes this one illegal.
@@ -74,6 +76,14 @@ class SpecFile:
         model, places = self._resolve(values or {}, layers)
         checked = check_model(model, places)
         return self.spec.model_copy(update={"model": checked})
+
+    def order(self, values: Mapping[str, object] | None = None) -> Order:
+        """The order that the layers of a placement must keep at `values`, so that each stands after what it takes from."""
+        return order_at(self._open, values or {})
+
+    def placed(self, values: Mapping[str, object] | None = None) -> list[str] | None:
+        """The layers of a placement at `values`: evenly spread, as far as their order lets them; None without a placement."""
+        return arranged(self._open, values or {})
 
     def where(
         self, path: str, values: Mapping[str, object] | None = None, layers: Sequence[str] | None = None
@@ -100,7 +110,8 @@ class SpecFile:
             self._check_room(self.space.placement, chosen)
         # The model's pieces may come from elsewhere than those of the defaults.
         moves = {path: source for path, source in self._places.moves.items() if path[0] != "model"}
-        model = self._open.fill_model(chosen, layers, moves)
+        placed = arranged(self._open, chosen) if layers is None else layers
+        model = self._open.fill_model(chosen, placed, moves)
         places = Places(self._open.document, moves)
         placement = self.space.placement
         if layers is None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
-from heddle.specs.layer import OneLayer, Repeat
+from heddle.specs.layer import MAX_LAYERS, OneLayer, Repeat
 from heddle.specs.model import BlockSpec, ModelSpec
 from heddle.specs.reader import Path_
 
@@ -40,7 +41,7 @@ class Layer:
 def layers_of(model: ModelSpec) -> list[Layer]:
     """Every layer of a model whose layers name blocks that are there."""
     made: list[Layer] = []
-    known: dict[str, BlockSpec] = {}
+    written: dict[str, dict[str, Any]] = {}
     for item in model.layers:
         if not isinstance(item, OneLayer):
             made += [
@@ -49,12 +50,17 @@ def layers_of(model: ModelSpec) -> list[Layer]:
             continue
         spec = model.blocks[item.block]
         if item.override:
-            key = f"{item.block} {json.dumps(item.override, sort_keys=True)}"
-            if key not in known:
-                known[key] = BlockSpec.model_validate(overridden(spec.written(), item.override))
-            spec = known[key]
+            if item.block not in written:
+                written[item.block] = spec.written()
+            spec = _block(json.dumps(overridden(written[item.block], item.override), sort_keys=True))
         made.append(Layer(len(made), item.block, item.name, spec, bool(item.override)))
     return made
+
+
+@lru_cache(maxsize=MAX_LAYERS)
+def _block(text: str) -> BlockSpec:
+    """The block that is written in JSON. A model's layers are asked for several times, and blocks never change."""
+    return BlockSpec.model_validate(json.loads(text))
 
 
 def overridden(data: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,15 +6,25 @@ A package offers a kind by a line in its pyproject.toml, the name being the kind
     token_shift = "heddle_example.spec:TokenShift"
 
 The class is a `MixerSpec` that imports no torch and names its module in `module`, as "package.module:Class".
+
+Kinds of ours that need a package which is not always there come in the same way, where that package is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import importlib.util
+import os
+import sys
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
+from importlib.machinery import PathFinder
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from heddle.specs.kinds import MixerSpec
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 GROUP = "heddle.mixers"
 
@@ -37,7 +47,7 @@ def load_plugins(taken: Collection[str]) -> tuple[list[type[MixerSpec]], list[Br
     kinds: list[type[MixerSpec]] = []
     broken: list[Broken] = []
     known = set(taken)
-    for point in sorted(entry_points(group=GROUP), key=lambda one: one.name):
+    for point in sorted(_points(), key=lambda one: one.name):
         made, why = _load(point, known)
         if made is None:
             broken.append(Broken(point.name, point.dist.name if point.dist else "?", why))
@@ -45,6 +55,62 @@ def load_plugins(taken: Collection[str]) -> tuple[list[type[MixerSpec]], list[Br
             known.add(point.name)
             kinds.append(made)
     return kinds, broken
+
+
+def _points() -> Iterable[EntryPoint]:
+    """The entry points of the group.
+
+    Without a package that offers any, as almost everywhere, importlib.metadata is not asked: it and the twenty modules that
+    it imports are a fifth of all that heddle.specs needs.
+    """
+    others = any(hasattr(one, "find_distributions") and one is not PathFinder for one in sys.meta_path)
+    if not others and not any(_may_offer(place or ".") for place in sys.path):
+        return ()
+    from importlib.metadata import entry_points
+
+    return entry_points(group=GROUP)
+
+
+def _may_offer(place: str) -> bool:
+    """Whether a place where Python looks for packages has one that names the group, or is none that can be looked into."""
+    if not os.path.isdir(place):
+        # A zip file, say.
+        return os.path.exists(place)
+    for name in os.listdir(place):
+        if name.endswith((".dist-info", ".egg-info")):
+            file = os.path.join(place, name, "entry_points.txt")
+            if os.path.exists(file) and GROUP in Path(file).read_text(encoding="utf-8", errors="replace"):
+                return True
+    return place.endswith(".egg")
+
+
+@dataclass(frozen=True, slots=True)
+class Optional:
+    """A kind of ours, the module that it needs, the package that has it, and where its schema is."""
+
+    kind: str
+    needs: str
+    package: str
+    value: str
+
+
+OPTIONAL = (Optional("fla", "fla", "flash-linear-attention", "heddle.specs.optional.fla:Fla"),)
+
+
+def load_optional() -> tuple[list[type[MixerSpec]], list[Broken]]:
+    """The kinds of `OPTIONAL` whose package is installed, and the others. Nothing of a package is imported to look."""
+    kinds: list[type[MixerSpec]] = []
+    absent: list[Broken] = []
+    for one in OPTIONAL:
+        found = importlib.util.find_spec(one.needs)
+        if found is None or found.origin is None:
+            why = f"it is not installed: pip install 'heddle-lm[{one.kind}]'"
+            absent.append(Broken(one.kind, one.package, why))
+        else:
+            from importlib.metadata import EntryPoint
+
+            kinds.append(EntryPoint(one.kind, one.value, GROUP).load())
+    return kinds, absent
 
 
 def _load(point: EntryPoint, known: Collection[str]) -> tuple[type[MixerSpec] | None, str]:

@@ -28,7 +28,7 @@ class ReadoutSpec(Schema):
 
     def runtime(self) -> dict[str, Any]:
         """Plain data for the torch module."""
-        return self.model_dump()
+        return self.plain()
 
     def params(self, hidden_size: int) -> int:  # noqa: ARG002
         """Parameters, those of the classifier left out."""

@@ -81,7 +81,7 @@ class Rope(Schema):
         scaling = self.scaling
         if scaling is None or (isinstance(scaling, LinearScaling) and scaling.factor == 1):
             return data
-        data["scaling"] = scaling.model_dump()
+        data["scaling"] = scaling.plain()
         if isinstance(scaling, YarnScaling) and scaling.attention_factor is None:
             data["scaling"]["attention_factor"] = 0.1 * math.log(scaling.factor) + 1.0
         return data

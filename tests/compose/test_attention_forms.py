@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from toys import (
+    EXACT,
+    EXAMPLES,
+    call_at,
+    checkpoint,
+    gradients,
+    in_pieces,
+    left_padded,
+    noise,
+    shaken,
+    tokens,
+)
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward as gemma2_attention
@@ -16,8 +27,6 @@ from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 
 from heddle.compose.build import build
 from heddle.compose.cache import Call, KVLayer, cache_bytes
-from heddle.compose.hf.card import Card
-from heddle.compose.hf.export import export
 from heddle.compose.mixers.attention import AttentionModule
 from heddle.compose.modules.rope import rotary_tables, scaled_frequencies, scaling_key
 from heddle.compose.modules.selection import Places, choose_blocks
@@ -29,30 +38,9 @@ from heddle.specs import ModelSpec, load
 from heddle.specs import Site as SpecSite
 from heddle.specs.mixers.attention import Attention
 
-EXAMPLES = Path(__file__).parents[2] / "examples" / "specs"
-FILES = ("kv_sharing", "value_residual", "index_reuse", "rope_variants")
 HIDDEN, VOCABULARY = 24, 256
-# Float64: sums may be taken in another order, and nothing else.
-EXACT = 1e-9
 # Rotations are float32.
 TURNED = 1e-5
-
-
-def noise(*shape: int, seed: int = 2) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def shaken(module: Any) -> Any:
-    """The module in float64, its weights large enough for every part to count."""
-    module = module.double().eval()
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            if parameter.ndim == 2:
-                parameter.normal_(std=parameter.shape[1] ** -0.5, generator=generator)
-            else:
-                parameter.uniform_(0.5, 1.5, generator=generator)
-    return module
 
 
 def mixer_of(**fields: Any) -> Any:
@@ -60,10 +48,6 @@ def mixer_of(**fields: Any) -> Any:
     data = spec.runtime(SpecSite(HIDDEN))
     del data["kind"]
     return shaken(AttentionModule(Site(HIDDEN, 0, 1), **data))
-
-
-def call_at(start: int, length: int, cache: Any = None, **fields: Any) -> Call:
-    return Call(torch.arange(start, start + length)[None].expand(2, length), cache=cache, **fields)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, **how: Any) -> Tensor:
@@ -526,19 +510,11 @@ MODELS: dict[str, ModelSpec] = {
         ["a", "b", "c", "c"],
     ),
 }
-every_model = pytest.mark.parametrize("name", [*MODELS, *FILES])
-
-
-def spec_of(name: str) -> ModelSpec:
-    return MODELS[name] if name in MODELS else load(EXAMPLES / f"{name}.yaml").spec.model
+every_model = pytest.mark.parametrize("name", MODELS)
 
 
 def model_of(name: str) -> Any:
-    return shaken(build(spec_of(name)))
-
-
-def tokens(length: int) -> Tensor:
-    return torch.randint(1, VOCABULARY, (2, length), generator=torch.Generator().manual_seed(2))
+    return shaken(build(MODELS[name]))
 
 
 @every_model
@@ -546,57 +522,39 @@ def tokens(length: int) -> Tensor:
 def test_a_model_of_references_decodes_as_it_reads_and_ignores_padding(name: str) -> None:
     model, ids = model_of(name), tokens(80)
     whole = model(ids, use_cache=False).logits
-    pieces, cache, start = [], None, 0
-    for end in (67, 70, *range(71, 81)):
-        out = model(ids[:, start:end], past_key_values=cache, use_cache=True)
-        cache, start = out.past_key_values, end
-        pieces.append(out.logits)
-    assert (torch.cat(pieces, dim=1) - whole).abs().max() < EXACT
-    held = plan(spec_of(name)).cost(80)
+    pieces, cache = in_pieces(model, ids, [67, 70, *range(71, 81)])
+    assert (pieces - whole).abs().max() < EXACT
+    held = plan(MODELS[name]).cost(80)
     assert cache_bytes(cache.layers) == 2 * 4 * (held["cache_bytes"] + held["state_bytes"])
-    padded = torch.cat((torch.zeros(2, 9, dtype=torch.int64), ids), dim=1)
-    mask = torch.ones_like(padded)
-    mask[:, :9] = 0
+    padded, mask = left_padded(ids, 9)
     assert (model(padded, attention_mask=mask).logits[:, 9:] - whole).abs().max() < EXACT
 
 
 @every_model
 def test_its_parameters_are_counted_and_gradients_reach_all_of_them(name: str) -> None:
-    model = model_of(name).train()
-    assert plan(spec_of(name)).parameters == sum(parameter.numel() for parameter in model.parameters())
-    model(tokens(70), labels=tokens(70)).loss.backward()
-    plain = {key: weight.grad.clone() for key, weight in model.named_parameters()}
-    for key, grad in plain.items():
-        assert grad.isfinite().all(), key
-        assert grad.abs().max() > 0, key
-    model.zero_grad()
-    model.activation_checkpointing_enable()
-    model(tokens(70), labels=tokens(70)).loss.backward()
-    for key, weight in model.named_parameters():
-        assert torch.equal(weight.grad, plain[key]), key
-
-
-@every_model
-def test_greedy_generation_is_the_same_with_and_without_a_cache(name: str) -> None:
-    model = model_of(name)
-    options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
-    found = [model.generate(tokens(30), use_cache=cache, **options) for cache in (True, False)]
-    assert torch.equal(*found)
+    model, ids = model_of(name).train(), tokens(70)
+    assert plan(MODELS[name]).parameters == sum(parameter.numel() for parameter in model.parameters())
+    plain = gradients(model, model(ids, labels=ids).loss)
+    assert plain.keys() == {key for key, _ in model.named_parameters()}
+    for key, gradient in plain.items():
+        assert gradient.isfinite().all(), key
+        assert gradient.abs().max() > 0, key
+    checkpoint(model)
+    for key, gradient in gradients(model, model(ids, labels=ids).loss).items():
+        assert torch.equal(gradient, plain[key]), key
 
 
 @pytest.mark.parametrize("name", ["chosen of taken keys", "window in window"])
 def test_a_model_of_references_compiles_with_checkpoints(name: str) -> None:
-    model = model_of(name).train()
-    model(tokens(20), labels=tokens(20)).loss.backward()
-    plain = {key: weight.grad.clone() for key, weight in model.named_parameters()}
-    model.zero_grad()
-    model.activation_checkpointing_enable()
+    model, ids = model_of(name).train(), tokens(20)
+    plain = gradients(model, model(ids, labels=ids).loss)
+    checkpoint(model)
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    compiled(tokens(20), labels=tokens(20)).loss.backward()
+    found = gradients(model, compiled(ids, labels=ids).loss)
     torch.compiler.reset()
-    for key, weight in model.named_parameters():
-        assert (weight.grad - plain[key]).abs().max() < EXACT, key
+    for key, gradient in found.items():
+        assert (gradient - plain[key]).abs().max() < EXACT, key
 
 
 def handed(layer: Any, seen: dict[Any, Tensor], name: str) -> None:
@@ -627,7 +585,7 @@ def test_taken_keys_and_values_are_those_of_the_source() -> None:
 
 
 def test_mixed_values_are_shares_of_both_and_begin_at_a_half() -> None:
-    spec = load(EXAMPLES / "value_residual.yaml").spec.model
+    spec = load(EXAMPLES["value_residual"]).spec.model
     shares = [layer.mixer.value_share for layer in build(spec).model.layers[1:]]
     assert [share.item() for share in shares] == [0.5] * 5
     model, cache = model_of("values of values"), None
@@ -757,11 +715,8 @@ def test_a_composite_hands_nothing_on_and_may_take() -> None:
     assert error.what.startswith("a is parallel, which has no keys to hand on")
     assert error.where.path == "layers.1.mixer.mixers.0.keys_from"
     model, ids = shaken(build(spec(full, takes))), tokens(20)
-    whole, cache = model(ids, use_cache=False).logits, None
-    for end in range(1, 21):
-        out = model(ids[:, end - 1 : end], past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
-    assert (out.logits[:, -1] - whole[:, -1]).abs().max() < EXACT
+    whole = model(ids, use_cache=False).logits
+    assert (in_pieces(model, ids, [*range(1, 21)])[0] - whole).abs().max() < EXACT
 
 
 def test_what_takes_its_keys_cannot_stand_where_a_router_decides_what_is_remembered() -> None:
@@ -820,11 +775,3 @@ def test_flops_from_both_sides_are_counted_key_by_key(window: int | None) -> Non
         pairs = int(in_view(length, window, False).sum())
         weights = 2 * 4 * HIDDEN * HIDDEN
         assert spec.prefill_flops(site, length) == pytest.approx(weights + 4 * HIDDEN * pairs / length)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", FILES)
-def test_an_example_is_exported_and_found_again_without_heddle(name: str, tmp_path: Path) -> None:
-    card = Card(name, f"version: 1\nname: {name}\n", license="apache-2.0")
-    result = export(model_of(name).float(), tmp_path / "out", card=card)
-    assert result.max_difference <= 1e-5

@@ -14,8 +14,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from heddle.compose.build import build
 from heddle.compose.cache import cache_bytes
 from heddle.compose.plan import plan
+from heddle.kernels._decay_attention_torch import sweep
+from heddle.kernels.gated_delta_rule import gated_delta_rule
 from heddle.specs import ModelSpec, Site, load
 from heddle.specs.mixers import Attention
+from heddle.specs.mixers.layer_router import LayerRouter
+from heddle.specs.pattern import layers_of
 from heddle.specs.selection import Selection
 
 ROOT = Path(__file__).parents[2]
@@ -25,28 +29,55 @@ WIDTH, VOCABULARY, LENGTH = 64, 128, 96
 
 ATTENTION: dict[str, Any] = {"kind": "attention", "heads": 4, "kv_heads": 2}
 GATED = {"kind": "attention", "heads": 4, "head_dim": 32, "gate": True, "qk_norm": True}
+PAIR = [ATTENTION, GATED]
 NONE = {"kind": "none"}
-DENSE: dict[str, dict[str, Any]] = {
-    "attention": {"mixer": ATTENTION, "channel": NONE},
-    "gated attention": {"mixer": GATED, "channel": NONE},
-    "swiglu": {"mixer": ATTENTION, "channel": {"kind": "swiglu"}},
-    "gelu": {"mixer": ATTENTION, "channel": {"kind": "gelu"}},
-    "relu2": {"mixer": ATTENTION, "channel": {"kind": "relu2"}},
+MOE = {"kind": "moe", "experts": 8, "active": 2, "width": 48}
+SHARED_EXPERT = {"shared_width": 32, "shared_gate": True}
+
+
+def model_with(*blocks: dict[str, Any], layers: int = 2, **fields: Any) -> ModelSpec:
+    """A model of these blocks, a, b, …: all of them once, or of a single one so many layers."""
+    named = dict(zip("abc", blocks, strict=False))
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "blocks": named}
+    order = list(named) if len(blocks) > 1 else ["a"] * layers
+    return ModelSpec.model_validate(sizes | {"layers": order} | fields)
+
+
+def mixing(mixer: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    return {"mixer": mixer, "channel": NONE, **fields}
+
+
+# What runs in dense products of torch, which its counter sees as they are.
+DENSE: dict[str, ModelSpec] = {
+    "attention": model_with(mixing(ATTENTION)),
+    "gated attention": model_with(mixing(GATED)),
+    "attention with softcap, sinks, bias": model_with(
+        mixing(ATTENTION | {"softcap": 5.0, "sinks": True, "bias": "all"})
+    ),
     **{
-        f"parallel {merge}": {
-            "mixer": {"kind": "parallel", "mixers": [ATTENTION, GATED], "merge": merge},
-            "channel": NONE,
-        }
+        kind: model_with({"mixer": ATTENTION, "channel": {"kind": kind}})
+        for kind in ("swiglu", "gelu", "relu2", "geglu")
+    },
+    # Each token is sent to its experts alone, so no expectation over routes is left in the count.
+    "moe": model_with({"mixer": ATTENTION, "channel": MOE}),
+    "moe with a shared expert": model_with({"mixer": ATTENTION, "channel": MOE | SHARED_EXPERT}),
+    **{
+        f"parallel {merge}": model_with(mixing({"kind": "parallel", "mixers": PAIR, "merge": merge}))
         for merge in ("sum", "gate", "concat")
     },
+    "sequential": model_with(mixing({"kind": "sequential", "mixers": PAIR})),
+    "head_split": model_with(
+        mixing({"kind": "head_split", "mixers": [GATED, ATTENTION | {"kv_heads": 4}], "share": 0.25})
+    ),
+    "moh": model_with(mixing({"kind": "moh", "mixer": ATTENTION, "shared_heads": 2, "active": 1})),
+    "token_router": model_with(mixing({"kind": "token_router", "mixers": PAIR, "merge": "gate"})),
+    "layer_router": model_with(mixing({"kind": "layer_router", "mixers": PAIR, "router_dim": 8})),
+    "shared block": model_with({"mixer": ATTENTION, "channel": {"kind": "gelu"}, "shared": True}, layers=3),
+    "keys_from": model_with(mixing(ATTENTION), mixing(ATTENTION | {"keys_from": "a"})),
+    "values_from": model_with(mixing(ATTENTION), mixing(ATTENTION | {"values_from": "a"})),
+    "skip": model_with(mixing(ATTENTION), mixing(GATED, skip={"source": "a"})),
 }
 every_dense = pytest.mark.parametrize("name", DENSE)
-
-
-def model_with(block: dict[str, Any], *, layers: int = 2) -> ModelSpec:
-    return ModelSpec.model_validate(
-        {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "blocks": {"it": block}, "layers": ["it"] * layers}
-    )
 
 
 def tokens(length: int = LENGTH, batch: int = 2) -> Tensor:
@@ -63,32 +94,37 @@ def counted(run: Any) -> int:
 def unmasked(spec: ModelSpec, length: int) -> float:
     """FLOPs a token of a pass in which every token sees all `length`, as the counter has it."""
     # A token that is decoded after all others sees so many.
-    return plan(spec).cost(length - 1)["decode_flops_per_token"]
+    found = plan(spec).cost(length - 1)["decode_flops_per_token"]
+    # What works once for a prompt is no part of a step.
+    once = [one for layer in layers_of(spec) if isinstance(one := layer.spec.mixer, LayerRouter)]
+    return found + sum(one.prefill_flops(Site(WIDTH), 1) - one.flops(Site(WIDTH), 0) for one in once) / length
 
 
 @every_dense
 def test_flops_of_a_prefill_are_those_that_torch_counts(name: str) -> None:
-    spec, ids = model_with(DENSE[name]), tokens()
+    spec, ids = DENSE[name], tokens()
     model = build(spec).eval()
     with torch.no_grad():
         found = counted(lambda: model(ids, use_cache=False)) / ids.numel()
     assert found == pytest.approx(unmasked(spec, LENGTH), rel=0.02)
-    # The plan reports the causal half of what the counter counts in full.
-    cost, full = plan(spec).cost(LENGTH), unmasked(spec, LENGTH)
-    scores = sum(4 * heads * size * LENGTH for heads, size in _heads(DENSE[name]["mixer"])) * 2
-    assert cost["prefill_flops_per_token"] == pytest.approx(full - scores * (1 - (LENGTH + 1) / (2 * LENGTH)))
 
 
-def _heads(mixer: dict[str, Any]) -> list[tuple[int, int]]:
-    if "mixers" in mixer:
-        return [pair for one in mixer["mixers"] for pair in _heads(one)]
-    return [(mixer["heads"], mixer.get("head_dim", WIDTH // mixer["heads"]))]
+@pytest.mark.parametrize(
+    ("name", "heads"), [("attention", 64), ("gated attention", 128), ("parallel sum", 192)]
+)
+def test_a_causal_prefill_counts_the_half_that_is_seen(name: str, heads: int) -> None:
+    full, scores = unmasked(DENSE[name], LENGTH), 2 * 4 * heads * LENGTH
+    seen = full - scores * (1 - (LENGTH + 1) / (2 * LENGTH))
+    assert plan(DENSE[name]).cost(LENGTH)["prefill_flops_per_token"] == pytest.approx(seen)
 
 
-@every_dense
-@pytest.mark.parametrize("context", [0, 1, 50])
+# A layer router decides when a prompt begins, so it takes no single step after nothing.
+STEPS = [(name, context) for name in DENSE for context in (0, 1, 50) if context or name != "layer_router"]
+
+
+@pytest.mark.parametrize(("name", "context"), STEPS)
 def test_flops_of_a_decoded_token_are_those_that_torch_counts(name: str, context: int) -> None:
-    spec = model_with(DENSE[name])
+    spec = DENSE[name]
     model = build(spec).eval()
     with torch.no_grad():
         cache = model(tokens(context), use_cache=True).past_key_values if context else None
@@ -98,13 +134,89 @@ def test_flops_of_a_decoded_token_are_those_that_torch_counts(name: str, context
 
 @every_dense
 def test_training_counts_a_forward_and_twice_as_much_backward(name: str) -> None:
-    spec, ids = model_with(DENSE[name]), tokens()
+    spec, ids = DENSE[name], tokens()
     model = build(spec).train()
     found = counted(lambda: model(ids).logits.sum().backward()) / ids.numel()
     # The gradient of a sum is an expanded one, and the embedding has none to pass on: nothing else is spared.
     assert found == pytest.approx(3 * unmasked(spec, LENGTH), rel=0.02)
     cost = plan(spec).cost(LENGTH)
     assert cost["train_flops_per_token"] == 3 * cost["prefill_flops_per_token"]
+
+
+BOTH_WAYS = mixing(ATTENTION | {"causal": False})
+READOUTS: dict[str, dict[str, Any] | None] = {
+    "masked": None,
+    **{kind: {"kind": kind, "classes": 5} for kind in ("last", "mean", "cls")},
+    "ep": {"kind": "ep", "classes": 5, "queries": 8},
+}
+
+
+@pytest.mark.parametrize("name", READOUTS)
+def test_flops_of_an_encoder_are_those_that_torch_counts(name: str) -> None:
+    spec, ids = model_with(BOTH_WAYS, kind="encoder", readout=READOUTS[name]), tokens()
+    model = build(spec).eval()
+    with torch.no_grad():
+        found = counted(lambda: model(ids)) / ids.numel()
+    # No half is masked here, so the plan is what torch counts.
+    assert found == pytest.approx(plan(spec).cost(LENGTH)["prefill_flops_per_token"], rel=0.02)
+
+
+# Of a linear mixer torch's counter sees products alone. It cannot see a convolution that is a sum of shifted products, nor in
+# a step a memory that decays, what is added to it and their outer product: 3 K V of a head. Into the op of decay attention,
+# which is one step to it, it does not look at all; its path in torch is counted beside it. Windows and selected blocks are
+# not compared, because torch's path computes the logits that it then masks.
+DECAY = {"kind": "decay_attention", "heads": 4}
+DELTA = {"kind": "gated_deltanet", "heads": 2, "value_heads": 4, "value_dim": 48}
+# The mixer, and FLOPs a token of its convolution and of a step of its memory that are not seen.
+LINEAR: dict[str, tuple[dict[str, Any], int, int]] = {
+    "lightning": (DECAY, 0, 4 * 5 * 16 * 16),
+    "retnet": (DECAY | {"form": "retnet", "short_conv": 4}, 2 * 4 * 3 * 64, 4 * 5 * 16 * 16),
+    "gated_deltanet": (DELTA, 2 * 4 * (2 * 64 + 192), 4 * 3 * 32 * 48),
+}
+every_linear = pytest.mark.parametrize("name", LINEAR)
+
+
+@every_linear
+def test_flops_of_a_step_of_a_linear_mixer_are_those_torch_counts_and_those_it_cannot_see(name: str) -> None:
+    mixer, convolution, memory = LINEAR[name]
+    spec = model_with(mixing(mixer))
+    model, planned = build(spec).eval(), plan(spec).cost(50)["decode_flops_per_token"]
+    with torch.no_grad():
+        cache = model(tokens(50), use_cache=True).past_key_values
+        found = counted(lambda: model(tokens(1), past_key_values=cache, use_cache=True)) / 2
+    assert found + 2 * (convolution + memory) == planned
+
+
+@every_linear
+def test_flops_of_a_prefill_of_a_linear_mixer_are_those_torch_counts_and_those_it_cannot_see(
+    name: str,
+) -> None:
+    mixer, convolution, _ = LINEAR[name]
+    # Two chunks.
+    spec, ids = model_with(mixing(mixer)), tokens(128)
+    model, planned = build(spec).eval(), plan(spec).cost(128)["prefill_flops_per_token"]
+    with torch.no_grad():
+        found = counted(lambda: model(ids, use_cache=False)) / ids.numel()
+        op = _delta_rule_beside_torch() if mixer is DELTA else _decay_in_torch()
+    assert found + 2 * (convolution + op) == pytest.approx(planned, rel=0.02)
+
+
+def _decay_in_torch() -> float:
+    """FLOPs a token of the op at the sizes of `DECAY`, on its path in torch."""
+    q, k, v = (torch.rand(2, 128, 4, 16) for _ in range(3))
+    return counted(lambda: sweep(q, k, v, -torch.rand(4), scale=1.0, state=None, cu_seqlens=None)) / 256
+
+
+def _delta_rule_beside_torch() -> float:
+    """FLOPs a token of the op at the sizes of `DELTA` by its closed form, less those that torch counts on its own path.
+
+    The closed form is that of a kernel, which needs no product of T and beta e^G K.
+    """
+    q, k, v = torch.rand(2, 128, 2, 32), torch.rand(2, 128, 2, 32), torch.rand(2, 128, 4, 48)
+    found = counted(lambda: gated_delta_rule(q, k, v, -torch.rand(2, 128, 4), torch.rand(2, 128, 4))) / 256
+    closed = 4 * 2 * (2 * 64 * (32 + 48) + 64 * 64 + 3 * 32 * 48)
+    assert closed < found < 1.5 * closed
+    return closed - found
 
 
 @every_example
@@ -133,10 +245,11 @@ def test_cache_bytes_of_an_example_are_those_of_the_filled_cache(path: Path) -> 
 # Bytes, by hand: width 64, 4 heads of 16, 2 of them for keys and values; numbers of 2 bytes.
 ROW = 2 * WIDTH
 HEAD = 2 * (VOCABULARY * WIDTH + WIDTH)
+SWIGLU = {"mixer": ATTENTION, "channel": {"kind": "swiglu"}}
 
 
 def test_bytes_of_a_decode_step_are_weights_once_and_caches_for_each_sequence() -> None:
-    spec = model_with(DENSE["swiglu"])
+    spec = model_with(SWIGLU)
     layer = plan(spec).layers[0]
     cache, token = 100 * 2 * 2 * 16 * 2, 2 * 2 * 16 * 2
     for batch in (1, 8):
@@ -144,28 +257,28 @@ def test_bytes_of_a_decode_step_are_weights_once_and_caches_for_each_sequence() 
         assert layer.cost(100, batch)["decode_bytes"] == expected
         assert plan(spec).cost(100, batch)["decode_bytes"] == 2 * expected + HEAD + batch * ROW
     # The sixteenth token of a window of 16 sees the fifteen that are held.
-    windowed = plan(model_with({"mixer": ATTENTION | {"window": 16}, "channel": NONE})).layers[0]
+    windowed = plan(model_with(mixing(ATTENTION | {"window": 16}))).layers[0]
     assert windowed.cost(100)["decode_bytes"] == 2 * windowed.parameters + 16 * token
-    state = plan(model_with({"mixer": {"kind": "decay_attention", "heads": 4}, "channel": NONE})).layers[0]
+    state = plan(model_with(mixing(DECAY))).layers[0]
     # float32 memory, read and written.
     assert state.cost(100)["decode_bytes"] == 2 * state.parameters + 2 * 4 * 4 * 16 * 16
     assert state.cost(0)["decode_bytes"] == 2 * state.parameters + 4 * 4 * 16 * 16
 
 
 def test_bytes_of_a_prefill_are_weights_once_streams_and_caches() -> None:
-    spec = model_with(DENSE["swiglu"])
+    spec = model_with(SWIGLU)
     layer, cache = plan(spec).layers[0], 100 * 2 * 2 * 16 * 2
     for batch in (1, 8):
         expected = 2 * layer.parameters + batch * (100 * 4 * ROW + cache)
         assert layer.cost(100, batch)["prefill_bytes"] == expected
         assert plan(spec).cost(100, batch)["prefill_bytes"] == 2 * expected + HEAD + batch * 100 * 3 * ROW
-    skipping = model_with({"mixer": ATTENTION, "channel": NONE, "skip": {"source": "embedding"}})
+    skipping = model_with(mixing(ATTENTION, skip={"source": "embedding"}))
     layer = plan(skipping).layers[0]
     assert layer.cost(100)["prefill_bytes"] == 2 * layer.parameters + 100 * 3 * ROW + cache
 
 
 def test_a_shared_block_is_counted_once_and_read_by_each_of_its_layers() -> None:
-    block = DENSE["swiglu"]
+    block = SWIGLU
     shared, plain = plan(model_with(block | {"shared": True})), plan(model_with(block))
     assert [layer.parameters for layer in shared.layers] == [plain.layers[0].parameters, 0]
     for name, value in plain.cost(100, 2).items():

@@ -12,6 +12,8 @@ import transformers
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
+from toys import EXACT, EXAMPLES, noise, shaken
+from toys import tokens as ids_of
 from transformers import AutoModel, AutoTokenizer
 
 from heddle import api
@@ -25,11 +27,8 @@ from heddle.compose.hf.model import HeddleForCausalLM
 from heddle.compose.modules.readout import EfficientProbing, readout_module
 from heddle.compose.plan import plan
 from heddle.errors import HeddleError
-from heddle.specs import ModelSpec, load
+from heddle.specs import ModelSpec
 
-EXAMPLES = Path(__file__).parents[2] / "examples" / "specs"
-# Float64: padding and another order of sums may differ by rounding alone.
-EXACT = 1e-9
 HIDDEN, CLASSES = 48, 5
 
 BOTH_WAYS = {
@@ -57,26 +56,11 @@ def spec_of(name: str, **fields: Any) -> ModelSpec:
 
 
 def encoder_of(name: str, dtype: torch.dtype = torch.float64, **fields: Any) -> Any:
-    """An encoder whose weights are large enough for every part to count."""
-    model = build(spec_of(name, **fields), dtype=torch.float64).eval()
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for path, parameter in model.named_parameters():
-            if path.endswith(("A_log", "dt_bias")):
-                continue
-            if parameter.ndim == 2:
-                parameter.normal_(std=parameter.shape[1] ** -0.5, generator=generator)
-            else:
-                parameter.uniform_(0.5, 1.5, generator=generator)
-    return model.to(dtype)
+    return shaken(build(spec_of(name, **fields))).to(dtype)
 
 
-def tokens(length: int = 30, batch: int = 2, seed: int = 1) -> Tensor:
-    return torch.randint(1, 50, (batch, length), generator=torch.Generator().manual_seed(seed))
-
-
-def noise(*shape: int, seed: int = 2) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+def tokens(length: int = 30, batch: int = 2) -> Tensor:
+    return ids_of(length, batch, vocabulary=50)
 
 
 def probe(queries: int = 4, size: int = 24, reduction: int = 1) -> EfficientProbing:
@@ -419,25 +403,11 @@ def test_an_exported_encoder_is_loaded_without_heddle(name: str, tmp_path: Path)
     exec("\n".join(code), {"model": loaded, "tokenizer": tokenizer, "inputs": inputs})
 
 
-@pytest.mark.parametrize("name", ["encoder", "encoder_masked"])
-def test_an_example_is_built_run_and_differentiated(name: str) -> None:
-    spec = load(EXAMPLES / f"{name}.yaml").spec.model
-    model, ids = build(spec), torch.arange(80).view(2, 40)
-    assert plan(spec).parameters == sum(parameter.numel() for parameter in model.parameters())
-    labels = torch.tensor([0, 1]) if spec.readout is not None else ids
-    outputs = model.train()(ids, labels=labels)
-    outputs.loss.backward()
-    assert outputs.logits.shape == ((2, spec.readout.classes) if spec.readout is not None else (2, 40, 256))
-    for path, parameter in model.named_parameters():
-        assert parameter.grad is not None, path
-        assert parameter.grad.isfinite().all(), path
-
-
 @pytest.mark.parametrize("command", ["train", "search", "bench"])
 def test_what_works_with_causal_language_models_refuses_an_encoder_at_its_line(
     command: str, tmp_path: Path
 ) -> None:
-    path = EXAMPLES / "encoder.yaml"
+    path = EXAMPLES["encoder"]
     shown = api.show(path, context=64)
     assert shown["parameters"] > 0
     assert shown["cost"]["decode_flops_per_token"] == 0

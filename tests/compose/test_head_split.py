@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,18 +9,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from toys import EXACT, EXAMPLES, call_at, in_pieces, model_with, noise
 
 from heddle.compose.build import build
-from heddle.compose.cache import Call
 from heddle.compose.mixers.head_split import HeadSplitModule
 from heddle.compose.plan import plan
 from heddle.errors import HeddleErrors
 from heddle.specs import MIXERS, ModelSpec, load, loads, spec_hash
 from heddle.specs.layer import Site as SpecSite
 
-ROOT = Path(__file__).parents[2]
 HIDDEN, LENGTH = 48, 21
-EXACT = 1e-9
 SITE = SpecSite(HIDDEN, 0, 2)
 SOFTMAX: dict[str, Any] = {"kind": "attention", "heads": 8, "kv_heads": 4}
 GDN: dict[str, Any] = {"kind": "gated_deltanet", "heads": 8, "value_heads": 16, "value_dim": 5}
@@ -37,14 +34,8 @@ def split_of(pair: list[dict[str, Any]], share: float) -> Any:
     return MIXERS["head_split"].model_validate({"mixers": pair, "share": share})
 
 
-def model_with(mixer: dict[str, Any]) -> ModelSpec:
-    block = {"mixer": mixer, "channel": {"kind": "none"}}
-    sizes = {"vocab_size": 9, "hidden_size": HIDDEN, "blocks": {"it": block}, "layers": ["it", "it"]}
-    return ModelSpec.model_validate(sizes)
-
-
 def split_model(pair: list[dict[str, Any]], share: float) -> ModelSpec:
-    return model_with({"kind": "head_split", "mixers": pair, "share": share})
+    return model_with({"kind": "head_split", "mixers": pair, "share": share}, HIDDEN, layers=2)
 
 
 def sizes_of(pair: list[dict[str, Any]], share: float) -> list[dict[str, Any]]:
@@ -56,10 +47,6 @@ def counts_of(pair: list[dict[str, Any]], share: float) -> list[int]:
     return [one["heads"] for one in sizes_of(pair, share)]
 
 
-def noise(*shape: int, seed: int = 1) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
 @every_pair
 def test_the_sum_is_one_output_projection_of_the_heads_of_both(pair: list[dict[str, Any]]) -> None:
     split = build(split_model(pair, 0.5), dtype=torch.float64).model.layers[1].mixer
@@ -67,8 +54,7 @@ def test_the_sum_is_one_output_projection_of_the_heads_of_both(pair: list[dict[s
     seen: list[Tensor] = []
     for mixer in split.mixers:
         mixer.heads_out.register_forward_hook(lambda _, __, heads: seen.append(heads))
-    call = Call(torch.arange(LENGTH)[None].expand(2, LENGTH))
-    y = split(noise(2, LENGTH, HIDDEN), call)
+    y = split(noise(2, LENGTH, HIDDEN), call_at(0, LENGTH))
     joint = torch.cat([heads.flatten(2) for heads in seen], dim=-1)
     weight = torch.cat([mixer.o_proj.weight for mixer in split.mixers], dim=-1)
     assert (y - joint @ weight.T).abs().max() < EXACT
@@ -154,7 +140,9 @@ def test_a_split_is_the_parallel_mixer_of_its_sizes() -> None:
                 SOFTMAX | {"heads": 6, "kv_heads": 3, "head_dim": 6},
                 GDN | {"heads": 2, "value_heads": 4, "head_dim": 6},
             ],
-        }
+        },
+        HIDDEN,
+        layers=2,
     )
     assert spec_hash(spec) == spec_hash(parallel)
     one, other = build(spec), build(parallel)
@@ -192,12 +180,8 @@ def taking(kv_heads: int) -> ModelSpec:
 def test_keys_of_an_earlier_layer_have_the_shape_of_the_heads_that_are_left() -> None:
     model = build(taking(kv_heads=2), dtype=torch.float64).eval()
     ids = torch.arange(40).view(2, 20) % 9
-    pieces, cache = [], None
-    for start, end in ((0, 11), (11, 12), (12, 20)):
-        out = model(ids[:, start:end], past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
-        pieces.append(out.logits)
-    assert (torch.cat(pieces, dim=1) - model(ids, use_cache=False).logits).abs().max() < EXACT
+    pieces, _ = in_pieces(model, ids, [11, 12, 20])
+    assert (pieces - model(ids, use_cache=False).logits).abs().max() < EXACT
     with pytest.raises(HeddleErrors) as caught:
         plan(taking(kv_heads=4))
     (error,) = caught.value.errors
@@ -205,7 +189,7 @@ def test_keys_of_an_earlier_layer_have_the_shape_of_the_heads_that_are_left() ->
     assert "the keys of full are 4 x 6 a token, and 2 x 6 are needed" in error.what
 
 
-TEXT = (ROOT / "examples/specs/head_split.yaml").read_text()
+TEXT = EXAMPLES["head_split"].read_text()
 
 
 @pytest.mark.parametrize(
@@ -250,26 +234,6 @@ def test_a_share_may_be_left_open(share: str) -> None:
     assert [one.name for one in file.space.parameters] == ["blocks.split.mixer.share"]
 
 
-def test_the_example_is_built_trained_and_decoded() -> None:
-    model = build(load(ROOT / "examples/specs/head_split.yaml").spec.model)
-    mixers = model.model.layers[3].mixer.mixers
-    assert [(mixers[0].heads, mixers[0].value_heads), (mixers[1].heads, mixers[1].kv_heads)] == [
-        (6, 6),
-        (2, 1),
-    ]
-    ids = torch.randint(256, (2, 40), generator=torch.Generator().manual_seed(0))
-    model.train()(ids, labels=ids).loss.backward()
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None, name
-        assert parameter.grad.isfinite().all(), name
-        assert parameter.grad.abs().max() > 0, name
-    model.double().eval()
-    options: dict[str, Any] = {
-        "max_new_tokens": 30,
-        "do_sample": False,
-        "eos_token_id": None,
-        "pad_token_id": 0,
-    }
-    texts = [model.generate(ids, use_cache=cached, **options) for cached in (True, False)]
-    assert texts[0].shape == (2, 70)
-    assert torch.equal(*texts)
+def test_the_example_has_six_heads_of_the_first_and_two_of_the_second() -> None:
+    first, second = build(load(EXAMPLES["head_split"]).spec.model).model.layers[3].mixer.mixers
+    assert (first.heads, first.value_heads, second.heads, second.kv_heads) == (6, 6, 2, 1)

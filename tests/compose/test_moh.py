@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from toys import EXACT, EXAMPLES, call_at, mixer_of, model_with, noise, padded_call, tokens
 
 from heddle.compose.build import build
 from heddle.compose.cache import Call
-from heddle.compose.init import initialise
 from heddle.compose.mixers.moh import MohModule
-from heddle.compose.modules.layer import make_mixer
-from heddle.compose.modules.site import Site
 from heddle.errors import HeddleErrors
-from heddle.specs import MIXERS, ModelSpec, load, loads, spec_hash
+from heddle.specs import MIXERS, load, loads, spec_hash
 from heddle.specs.layer import Site as SpecSite
 
-ROOT = Path(__file__).parents[2]
 HIDDEN, LENGTH = 24, 17
-EXACT = 1e-9
 SITE = SpecSite(HIDDEN, 1, 3)
 SOFTMAX: dict[str, Any] = {"kind": "attention", "heads": 6, "kv_heads": 2}
 GDN: dict[str, Any] = {"kind": "gated_deltanet", "heads": 2, "value_heads": 6, "head_dim": 8}
@@ -37,29 +32,15 @@ def spec_of(mixer: dict[str, Any], shared: int, active: int, **fields: Any) -> A
 
 
 def moh_of(mixer: dict[str, Any], shared: int, active: int, **fields: Any) -> Any:
-    """The module in float64, with weights that make every term count."""
-    torch.manual_seed(3)
-    made = make_mixer(Site(HIDDEN, 1, 3), spec_of(mixer, shared, active, **fields).runtime(SITE))
-    for module in made.modules():
-        initialise(module, std=HIDDEN**-0.5)
-    for name, parameter in made.named_parameters():
-        if "norm" in name:
-            nn.init.uniform_(parameter, 0.5, 1.5)
-    return made.double().eval()
-
-
-def noise(*shape: int, seed: int = 1) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return mixer_of(HIDDEN, "moh", mixer=mixer, shared_heads=shared, active=active, **fields)
 
 
 def whole(length: int = LENGTH) -> Call:
-    return Call(torch.arange(length)[None].expand(2, length))
+    return call_at(0, length)
 
 
 def padded(pad: int) -> Call:
-    real = torch.ones(2, LENGTH, dtype=torch.bool)
-    real[0, :pad] = False
-    return Call((real.long().cumsum(-1) - 1).clamp(min=0), real, real)
+    return padded_call(torch.arange(LENGTH)[None] >= torch.tensor([[pad], [0]]))
 
 
 def probabilities(row: Tensor, weight: Tensor) -> list[Tensor]:
@@ -178,7 +159,7 @@ def test_of_equal_heads_the_first_are_on() -> None:
 
 
 def test_gates_do_not_tie_when_training_begins() -> None:
-    model = build(load(ROOT / "examples/specs/moh.yaml").spec.model, dtype=torch.float64)
+    model = build(load(EXAMPLES["moh"]).spec.model, dtype=torch.float64)
     seen: list[Tensor] = []
     for layer in model.model.layers:
         layer.mixer.gates_out.register_forward_hook(lambda _, __, gates: seen.append(gates))
@@ -257,6 +238,86 @@ def test_training_on_the_balance_alone_evens_the_load() -> None:
     assert loads[-1].max() < 0.35
 
 
+def by_norms(shared: int, active: int, **fields: Any) -> Any:
+    return moh_of(SOFTMAX | fields, shared, active, router="norms")
+
+
+@pytest.mark.parametrize("how", [{}, {"qk_norm": True, "gate": True}, {"rope": None, "window": 5}])
+@pytest.mark.parametrize(("shared", "active"), [(0, 2), (1, 3), (3, 1), (5, 1), (2, 4)])
+def test_without_weights_the_longest_queries_turn_their_heads_on(
+    how: dict[str, Any], shared: int, active: int
+) -> None:
+    moh, x = by_norms(shared, active, **how), noise(2, LENGTH, HIDDEN)
+    seen: list[Tensor] = []
+    moh.gates_out.register_forward_hook(lambda _, __, gates: seen.append(gates))
+    moh.mixer.heads_out.register_forward_hook(lambda _, __, heads: seen.append(heads))
+    y = moh(x, whole())
+    gates, heads = seen
+    size, rows = 4, moh.mixer.q_proj.weight.view(6, -1, HIDDEN)
+    assert {name.split(".")[0] for name, _ in moh.named_parameters()} == {"mixer"}
+    plain: list[Tensor] = []
+    hook = moh.mixer.heads_out.register_forward_hook(lambda _, __, out: plain.append(out))
+    moh.mixer(x, whole())
+    hook.remove()
+    for b in range(2):
+        for t in range(LENGTH):
+            lengths = [(rows[h, :size] @ x[b, t]).square().sum().sqrt() for h in range(shared, 6)]
+            on = chosen_of(lengths, active)
+            wanted = [1.0] * shared + [float(index in on) for index in range(6 - shared)]
+            # Exactly 0 and 1: nothing is weighed.
+            assert gates[b, t].tolist() == wanted
+            assert torch.equal(heads[b, t], plain[0][b, t] * torch.tensor(wanted)[:, None])
+            blocks = [moh.mixer.o_proj.weight[:, size * h : size * (h + 1)] for h in range(6)]
+            out = sum(wanted[h] * (blocks[h] @ plain[0][b, t, h]) for h in range(6))
+            assert (y[b, t] - out).abs().max() < EXACT
+
+
+def test_the_gradient_goes_straight_through_to_the_share_of_each_length() -> None:
+    moh, q, aim = by_norms(2, 2), noise(2, LENGTH, 6, 4), noise(2, LENGTH, 6, seed=7)
+    (found,) = torch.autograd.grad((moh.norm_gates(q.requires_grad_(), whole()) * aim).sum(), q)
+
+    def shares(q: Tensor) -> Tensor:
+        lengths = q[..., 2:, :].square().sum(-1).sqrt()
+        mean = lengths.mean(-1, keepdim=True)
+        spread = ((lengths - mean).square().sum(-1, keepdim=True) / 3).sqrt()
+        return torch.softmax(lengths / spread, dim=-1)
+
+    (expected,) = torch.autograd.grad((shares(q) * aim[..., 2:]).sum(), q)
+    assert (found - expected).abs().max() < EXACT
+    assert (found[..., :2, :] == 0).all()
+    assert found[..., 2:, :].abs().max() > 0
+
+
+@pytest.mark.parametrize("shared", [0, 5])
+def test_queries_of_equal_length_turn_the_first_heads_on_and_have_gradients(shared: int) -> None:
+    moh, q = by_norms(shared, 1), torch.zeros(1, 3, 6, 4, dtype=torch.float64)
+    q[:, 1] = 1.0
+    gates = moh.norm_gates(q.requires_grad_(), whole(3))
+    assert (gates[..., shared:] > 0).flatten(0, 1).tolist() == [[True] + [False] * (5 - shared)] * 3
+    gates.square().sum().backward()
+    assert q.grad is not None
+    assert q.grad.isfinite().all()
+
+
+def test_the_balance_of_lengths_is_told_and_all_heads_on_are_the_mixer() -> None:
+    moh, x = by_norms(2, 3).train(), noise(2, LENGTH, HIDDEN)
+    ((name, loss, factor),) = losses_of(moh, x, padded(4))
+    assert (name, factor) == ("moh_balance", 0.01)
+    assert 0 < loss.item() < 4
+    moh = by_norms(2, 4)
+    assert torch.equal(moh(x, whole()), moh.mixer(x, whole()))
+
+
+def test_lengths_cost_nothing_and_are_those_of_attention_alone() -> None:
+    spec, inner = spec_of(SOFTMAX, 2, 3, router="norms"), MIXERS["attention"].model_validate(SOFTMAX)
+    assert spec.params(SITE) == inner.params(SITE)
+    assert spec.flops(SITE, 30) == inner.flops(SITE, 30)
+    for mixer in (GDN, RETNET):
+        (problem,) = spec_of(mixer, 2, 3, router="norms").problems(SITE)
+        assert (problem.field, problem.code) == ("router", "conflicting-fields")
+        assert problem.what == f"{mixer['kind']} has no query of its own for each head"
+
+
 def test_gates_stay_wide_in_a_narrow_model() -> None:
     moh, x = moh_of(SOFTMAX, 2, 3).bfloat16(), noise(2, LENGTH, HIDDEN).bfloat16()
     assert moh.gates(x, whole()).dtype == torch.float32
@@ -288,16 +349,14 @@ def test_costs_are_those_of_the_mixer_and_of_the_router(
 def test_a_balance_that_nothing_is_asked_for_computes_nothing() -> None:
     def hash_of(shared: int, active: int, **fields: Any) -> str:
         mixer = {"kind": "moh", "mixer": SOFTMAX, "shared_heads": shared, "active": active, **fields}
-        block = {"mixer": mixer, "channel": {"kind": "none"}}
-        sizes = {"vocab_size": 9, "hidden_size": HIDDEN, "blocks": {"it": block}, "layers": ["it"]}
-        return spec_hash(ModelSpec.model_validate(sizes))
+        return spec_hash(model_with(mixer, HIDDEN))
 
     assert hash_of(6, 0) == hash_of(6, 0, balance=0.5)
     assert hash_of(2, 2) == hash_of(2, 2, balance=0.01)
     assert len({hash_of(2, 2), hash_of(2, 3), hash_of(3, 2), hash_of(2, 2, balance=0.0)}) == 4
 
 
-TEXT = (ROOT / "examples/specs/moh.yaml").read_text()
+TEXT = EXAMPLES["moh"].read_text()
 FIRST = "        shared_heads: 8\n        active: 4\n"
 
 
@@ -353,27 +412,10 @@ def test_what_cannot_be_routed_is_told_at_its_line(
     assert error.where.line is not None
 
 
-def test_the_example_is_built_trained_and_decoded() -> None:
-    model = build(load(ROOT / "examples/specs/moh.yaml").spec.model)
+def test_the_example_tells_the_mean_balance_of_its_layers() -> None:
+    model = build(load(EXAMPLES["moh"]).spec.model).train()
     assert isinstance(model.model.layers[3].mixer, MohModule)
-    ids = torch.randint(256, (2, 40), generator=torch.Generator().manual_seed(0))
-    plain = model.train()(ids, labels=ids)
-    plain.loss.backward()
-    told = model.model(ids)
+    told = model.model(tokens(40))
     assert set(told.aux_losses) == {"moh_balance"}
     assert told.aux_losses["moh_balance"].item() == pytest.approx(4, rel=0.2)
     assert told.aux_loss.item() == pytest.approx(4 * 0.01 * told.aux_losses["moh_balance"].item())
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None, name
-        assert parameter.grad.isfinite().all(), name
-        assert parameter.grad.abs().max() > 0, name
-    model.double().eval()
-    options: dict[str, Any] = {
-        "max_new_tokens": 30,
-        "do_sample": False,
-        "eos_token_id": None,
-        "pad_token_id": 0,
-    }
-    texts = [model.generate(ids, use_cache=cached, **options) for cached in (True, False)]
-    assert texts[0].shape == (2, 70)
-    assert torch.equal(*texts)

@@ -234,29 +234,6 @@ def refused(text: str) -> HeddleErrors:
     return told.value
 
 
-def test_a_name_that_nothing_has_names_pass_node_and_line() -> None:
-    assert str(refused(TEXT.replace("source: anchor", "source: ankor"))).splitlines() == [
-        "a.yaml:12:92: layers.4.skip.source: no layer and no block is called 'ankor' (pass link_references)   [unknown-layer]",
-        "   12 |     back: {mixer: {kind: decay_attention, heads: 2}, channel: {kind: none}, "
-        "skip: {source: ankor, init: 0.5}}",
-        "      | " + " " * 91 + "^",
-        "  hint: did you mean anchor?",
-    ]
-
-
-def test_a_name_of_later_layers_only_names_pass_node_and_line() -> None:
-    (error,) = refused(TEXT.replace("source: embedding", "source: back")).errors
-    assert (error.code, error.where.line, error.where.path) == (
-        "reference-direction",
-        11,
-        "layers.1.skip.source",
-    )
-    assert error.what == (
-        "layer 1 takes stream from 'back', which stands before none of its layers (pass link_references)"
-    )
-    assert error.hint == "a layer takes from earlier ones only; put it first, or name another"
-
-
 def test_a_layer_cannot_take_from_itself_and_the_next_of_its_block_takes_from_it() -> None:
     (error,) = refused(TEXT.replace("source: anchor", "source: back")).errors
     assert (error.code, error.where.line) == ("reference-direction", 12)

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from toys import EXACT, EXAMPLES, call_at, mixer_of, model_with, noise
 
-from heddle.compose.build import build
 from heddle.compose.cache import Call
-from heddle.compose.init import initialise
-from heddle.compose.mixers.sequential import SequentialModule
-from heddle.compose.modules.layer import make_mixer
-from heddle.compose.modules.site import Site
 from heddle.errors import HeddleErrors
-from heddle.specs import MIXERS, ModelSpec, load, loads
+from heddle.specs import MIXERS, loads
 from heddle.specs.layer import Site as SpecSite
 from heddle.specs.pattern import layers_of
 from heddle.specs.sight import Sight, reach
 
-ROOT = Path(__file__).parents[2]
 HIDDEN, LENGTH = 24, 33
-EXACT = 1e-9
 SOFTMAX: dict[str, Any] = {"kind": "attention", "heads": 2}
 GDN: dict[str, Any] = {"kind": "gated_deltanet", "heads": 2}
 DECAY: dict[str, Any] = {"kind": "decay_attention", "heads": 2}
@@ -40,24 +33,11 @@ def windowed(window: int) -> dict[str, Any]:
 
 
 def chain_of(mixers: list[dict[str, Any]], **fields: Any) -> Any:
-    """The module in float64, with weights that make every term count."""
-    torch.manual_seed(3)
-    spec = MIXERS["sequential"].model_validate({"mixers": mixers, **fields})
-    made = make_mixer(Site(HIDDEN, 1, 3), spec.runtime(SpecSite(HIDDEN, 1, 3)))
-    for module in made.modules():
-        initialise(module, std=HIDDEN**-0.5)
-    for name, parameter in made.named_parameters():
-        if "norm" in name:
-            nn.init.uniform_(parameter, 0.5, 1.5)
-    return made.double().eval()
+    return mixer_of(HIDDEN, "sequential", mixers=mixers, **fields)
 
 
-def noise(*shape: int, seed: int = 1) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def whole(length: int = LENGTH) -> Call:
-    return Call(torch.arange(length)[None].expand(2, length))
+def whole() -> Call:
+    return call_at(0, LENGTH)
 
 
 def normed(x: Tensor, weight: Tensor) -> Tensor:
@@ -115,7 +95,7 @@ def test_what_no_mixer_remembers_has_no_say_in_later_outputs(residual: bool) -> 
     written, other = torch.ones(2, LENGTH), x.clone()
     written[:, 9] = 0.0
     other[:, 9] += 1.0
-    before, after = (chain(one, Call(whole().positions, written=written)) for one in (x, other))
+    before, after = (chain(one, call_at(0, LENGTH, written=written)) for one in (x, other))
     assert (before - after).abs().amax((0, 2)).nonzero().flatten().tolist() == [9]
 
 
@@ -127,13 +107,8 @@ def test_windows_of_a_chain_add_up(windows: tuple[int, ...], residual: bool) -> 
     (gradient,) = torch.autograd.grad(chain(x, whole())[:, -1].sum(), x)
     heard = gradient.abs().sum((0, 2)).nonzero().flatten().tolist()
     assert heard == list(range(heard[0], LENGTH))
-    block = {
-        "mixer": {"kind": "sequential", "mixers": [windowed(one) for one in windows]},
-        "channel": {"kind": "none"},
-    }
-    block["mixer"]["residual"] = residual
-    sizes = {"vocab_size": 9, "hidden_size": HIDDEN, "blocks": {"it": block}, "layers": ["it"]}
-    assert reach(layers_of(ModelSpec.model_validate(sizes)), SpecSite(HIDDEN)) == LENGTH - 1 - heard[0]
+    mixer = {"kind": "sequential", "mixers": [windowed(one) for one in windows], "residual": residual}
+    assert reach(layers_of(model_with(mixer, HIDDEN)), SpecSite(HIDDEN)) == LENGTH - 1 - heard[0]
 
 
 def test_the_sight_through_a_chain_is_that_of_its_slowest_part() -> None:
@@ -165,7 +140,7 @@ def test_costs_are_those_of_the_parts_and_of_the_norms_between() -> None:
 
 
 def test_one_mixer_is_no_chain_and_an_error_inside_is_told_at_its_line() -> None:
-    text = (ROOT / "examples/specs/sequential.yaml").read_text()
+    text = EXAMPLES["sequential"].read_text()
     for old, new, path in (
         ("heads: 4, kv_heads: 2", "heads: 4, kv_heads: 3", "blocks.both.mixer.mixers.1.kv_heads"),
         ("          - {kind: gated_deltanet, heads: 2}\n", "", "blocks.both.mixer.mixers"),
@@ -175,24 +150,3 @@ def test_one_mixer_is_no_chain_and_an_error_inside_is_told_at_its_line() -> None
             loads(text.replace(old, new))
         (error,) = caught.value.errors
         assert (error.where.path, error.where.line is None) == (path, False)
-
-
-def test_the_example_is_built_trained_and_decoded() -> None:
-    model = build(load(ROOT / "examples/specs/sequential.yaml").spec.model)
-    assert isinstance(model.model.layers[3].mixer, SequentialModule)
-    ids = torch.randint(256, (2, 40), generator=torch.Generator().manual_seed(0))
-    model.train()(ids, labels=ids).loss.backward()
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None, name
-        assert parameter.grad.isfinite().all(), name
-        assert parameter.grad.abs().max() > 0, name
-    model.double().eval()
-    options: dict[str, Any] = {
-        "max_new_tokens": 30,
-        "do_sample": False,
-        "eos_token_id": None,
-        "pad_token_id": 0,
-    }
-    texts = [model.generate(ids, use_cache=cached, **options) for cached in (True, False)]
-    assert texts[0].shape == (2, 70)
-    assert torch.equal(*texts)

@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
+from toys import EXACT, EXAMPLES, call_at, mixer_of, model_with, noise, padded_call, tokens
 
 from heddle.compose.build import build
 from heddle.compose.cache import Call
-from heddle.compose.hf.card import Card
-from heddle.compose.hf.export import export
-from heddle.compose.init import initialise
 from heddle.compose.mixers.parallel import ParallelModule
 from heddle.compose.mixers.token_router import TokenRouterModule
-from heddle.compose.modules.layer import make_mixer
 from heddle.compose.modules.site import Site
-from heddle.specs import MIXERS, ModelSpec, load, spec_hash
+from heddle.specs import MIXERS, load, spec_hash
 from heddle.specs.layer import Site as SpecSite
 from heddle.specs.mixers.attention import Attention
 
-ROOT = Path(__file__).parents[2]
 HIDDEN, HEADS, DIM, LENGTH = 24, 2, 12, 29
-EXACT = 1e-9
 GDN: dict[str, Any] = {"kind": "gated_deltanet", "heads": HEADS}
 DECAY: dict[str, Any] = {"kind": "decay_attention", "heads": HEADS}
 SOFTMAX: dict[str, Any] = {"kind": "attention", "heads": HEADS, "rope": None}
@@ -42,24 +36,11 @@ every_linear_pair = pytest.mark.parametrize("mixers", PAIRS, ids=_named)
 
 
 def router_of(mixers: list[dict[str, Any]], **fields: Any) -> Any:
-    """A router in float64 whose weights make every term count."""
-    torch.manual_seed(3)
-    spec = MIXERS["token_router"].model_validate({"mixers": mixers, **fields})
-    made = make_mixer(Site(HIDDEN, 1, 3), spec.runtime(SpecSite(HIDDEN, 1, 3)))
-    for module in made.modules():
-        initialise(module, std=HIDDEN**-0.5)
-    for name, parameter in made.named_parameters():
-        if "norm" in name:
-            nn.init.uniform_(parameter, 0.5, 1.5)
-    return made.double().eval()
+    return mixer_of(HIDDEN, "token_router", mixers=mixers, **fields)
 
 
-def noise(*shape: int, seed: int = 1) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def whole(length: int = LENGTH, start: int = 0) -> Call:
-    return Call(torch.arange(start, start + length)[None].expand(2, length))
+def whole(**fields: Any) -> Call:
+    return call_at(0, LENGTH, **fields)
 
 
 def fixed_routes() -> Tensor:
@@ -163,7 +144,7 @@ def test_all_tokens_to_the_first_mixer_is_parallel_with_the_second_never_written
             Site(HIDDEN, 1, 3), mixers=list(other.mixers), merge=merge, norm=True, weights=None
         ).double()
         parallel.load_state_dict(weights)
-        never = Call(whole().positions, written=torch.zeros(2, LENGTH))
+        never = whole(written=torch.zeros(2, LENGTH))
         outputs = [parallel.mixers[0](x, whole()), parallel.mixers[1](x, never)]
         m = torch.tensor([1.0, 0.0], dtype=torch.float64).expand(2, LENGTH, 2)
         assert (router.answer(x, whole(), m) - parallel.merged(x, outputs)).abs().max() < EXACT
@@ -175,7 +156,7 @@ def test_the_gradient_of_a_softmax_is_that_of_weights_of_keys_and_hidden_ones_ha
     router, x, aim = router_of([SOFTMAX, GDN]), noise(2, LENGTH, HIDDEN), noise(2, LENGTH, HIDDEN, seed=7)
     m = fixed_routes().requires_grad_()
     softmax, first = router.mixers[0], m[..., 0].detach()
-    call = Call(whole().positions, written=m[..., 0])
+    call = whole(written=m[..., 0])
     (gradient,) = torch.autograd.grad((softmax(x, call) * aim).sum(), m)
     step = 1e-5
     for place in [(0, 0), (0, 3), (0, 15), (1, 1), (1, 10), (1, 22)]:
@@ -239,9 +220,8 @@ def test_chunks_are_counted_from_each_rows_first_token() -> None:
     x, pad = noise(2, LENGTH, HIDDEN), 8
     real = torch.ones(2, LENGTH, dtype=torch.bool)
     real[0, :pad] = False
-    positions = (real.long().cumsum(-1) - 1).clamp(min=0)
-    m = router.routes(x, Call(positions, real, real))
-    alone = router.routes(x[:1, pad:].expand(2, -1, -1), whole(LENGTH - pad))
+    m = router.routes(x, padded_call(real))
+    alone = router.routes(x[:1, pad:].expand(2, -1, -1), call_at(0, LENGTH - pad))
     assert torch.equal(m[0, pad:], alone[0])
     assert torch.equal(m[1], router.routes(x, whole())[1])
 
@@ -252,9 +232,7 @@ def test_an_open_chunk_stays_where_it_was_sent() -> None:
     assert not cache.is_croppable
     pieces = []
     for start, end in ((0, 4), (4, 5), (5, 20), (20, LENGTH)):
-        call = whole(end - start, start)
-        call.cache = cache
-        pieces.append(router.routes(x[:, start:end], call))
+        pieces.append(router.routes(x[:, start:end], call_at(start, end - start, cache)))
     assert torch.equal(torch.cat(pieces, dim=1), together)
     assert router_of(PAIRS[0]).new_cache().tensors() == {}
 
@@ -263,7 +241,7 @@ def test_a_router_inside_a_router_forgets_what_either_sends_past() -> None:
     inner = {"kind": "token_router", "mixers": [DECAY, GDN]}
     router, x = router_of([inner, GDN]), noise(2, LENGTH, HIDDEN)
     outer, routes = fixed_routes(), router.mixers[0].routes(x, whole())
-    call = Call(whole().positions, written=outer[..., 0])
+    call = whole(written=outer[..., 0])
     expected = sum(
         ORACLES[kind](part, x, outer[..., 0] * routes[..., index])
         for index, (kind, part) in enumerate(
@@ -283,11 +261,10 @@ def test_the_budget_is_a_loss_on_the_share_of_real_tokens() -> None:
     assert losses_of(router, whole()) == {}
     real = torch.ones(2, LENGTH, dtype=torch.bool)
     real[0, :11] = False
-    positions = (real.long().cumsum(-1) - 1).clamp(min=0)
-    found = losses_of(router.train(), Call(positions, real, real))
+    found = losses_of(router.train(), padded_call(real))
     seen: list[Tensor] = []
     router.routes_out.register_forward_hook(lambda _, __, m: seen.append(m.detach()))
-    router(noise(2, LENGTH, HIDDEN), Call(positions, real, real))
+    router(noise(2, LENGTH, HIDDEN), padded_call(real))
     share = sum(float(seen[0][b, t, 0]) for b in range(2) for t in range(LENGTH) if real[b, t]) / (
         2 * LENGTH - 11
     )
@@ -306,7 +283,7 @@ def test_training_on_the_budget_alone_reaches_it(budget: float) -> None:
     x[..., 0] = 2.0
     optimizer = torch.optim.SGD(router.router.parameters(), lr=1.0)
     for _ in range(100):
-        call = whole(400)
+        call = call_at(0, 400)
         router.routes(x, call)
         losses = {name: value for name, value, _ in call.losses}
         optimizer.zero_grad()
@@ -326,37 +303,18 @@ def test_a_kind_that_remembers_all_is_refused() -> None:
 
 def test_a_factor_without_a_budget_computes_nothing() -> None:
     def hash_of(**fields: Any) -> str:
-        mixer = {"kind": "token_router", "mixers": PAIRS[0], **fields}
-        block = {"mixer": mixer, "channel": {"kind": "none"}}
-        sizes = {"vocab_size": 9, "hidden_size": HIDDEN, "blocks": {"it": block}, "layers": ["it"]}
-        return spec_hash(ModelSpec.model_validate(sizes))
+        return spec_hash(model_with({"kind": "token_router", "mixers": PAIRS[0], **fields}, HIDDEN))
 
     assert hash_of() == hash_of(budget_factor=0.5) == hash_of(chunk=1, merge="sum")
     assert len({hash_of(), hash_of(budget=0.5), hash_of(budget=0.5, budget_factor=0.5)}) == 3
 
 
-def test_the_example_is_built_trained_and_decoded() -> None:
-    model = build(load(ROOT / "examples/specs/token_router.yaml").spec.model)
+def test_the_example_tells_its_share_and_misses_its_budget_at_first() -> None:
+    model, ids = build(load(EXAMPLES["token_router"]).spec.model).train(), tokens(40)
     assert isinstance(model.model.layers[3].mixer, TokenRouterModule)
-    ids = torch.randint(256, (2, 40), generator=torch.Generator().manual_seed(0))
-    found = model.train()(ids, labels=ids)
-    found.loss.backward()
-    told = model.model(ids).aux_losses
-    assert set(told) == {"router_share", "router_budget"}
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None, name
-        assert parameter.grad.isfinite().all(), name
+    assert set(model.model(ids).aux_losses) == {"router_share", "router_budget"}
+    model(ids, labels=ids).loss.backward()
     assert model.model.layers[3].mixer.router.weight.grad.abs().min() > 0
-    options: dict[str, Any] = {
-        "max_new_tokens": 30,
-        "do_sample": False,
-        "eos_token_id": None,
-        "pad_token_id": 0,
-    }
-    model.double().eval()
-    texts = [model.generate(ids, use_cache=cached, **options) for cached in (True, False)]
-    assert texts[0].shape == (2, 70)
-    assert torch.equal(*texts)
 
 
 def test_a_token_surely_sees_what_the_narrower_mixer_sees() -> None:
@@ -373,9 +331,7 @@ def test_a_cache_of_two_softmax_mixers_is_cropped_unless_a_chunk_is_open(chunk: 
     router, x = router_of([SOFTMAX, {**SOFTMAX, "head_dim": 6}], chunk=chunk), noise(2, LENGTH, HIDDEN)
     expected, cache = router(x, whole())[:, 12:], router.new_cache()
     assert cache.is_croppable == (chunk == 1)
-    call = whole(20)
-    call.cache = cache
-    router(x[:, :20], call)
+    router(x[:, :20], call_at(0, 20, cache))
     cache.advance(20)
     if chunk > 1:
         with pytest.raises(RuntimeError, match="cannot forget single tokens"):
@@ -383,13 +339,4 @@ def test_a_cache_of_two_softmax_mixers_is_cropped_unless_a_chunk_is_open(chunk: 
         assert cache.get_seq_length() == 20
         return
     cache.crop(-8)
-    call = whole(LENGTH - 12, 12)
-    call.cache = cache
-    assert (router(x[:, 12:], call) - expected).abs().max() < EXACT
-
-
-def test_the_example_is_exported(tmp_path: Path) -> None:
-    model = build(load(ROOT / "examples/specs/token_router.yaml").spec.model).eval()
-    # The export is loaded in a clean process, and its logits compared.
-    found = export(model, tmp_path / "out", card=Card("router", "version: 1\n", license="apache-2.0"))
-    assert found.max_difference == 0.0
+    assert (router(x[:, 12:], call_at(12, LENGTH - 12, cache)) - expected).abs().max() < EXACT

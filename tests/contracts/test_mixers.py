@@ -9,18 +9,19 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from toys import EXACT, call_at, checkpoint, noise, shaken
 
 from heddle.compose.blocks import channel_module, mixer_module
 from heddle.compose.build import build, config_for, kernel_paths
-from heddle.compose.cache import Call, StateLayer, cache_bytes
+from heddle.compose.cache import Call, cache_bytes
 from heddle.compose.plan import plan
+from heddle.errors import HeddleError
 from heddle.specs import CHANNELS, MIXERS, ModelSpec
-from heddle.specs.kinds import Contract
+from heddle.specs.kinds import Contract, MixerSpec
 from heddle.specs.layer import Site as SpecSite
+from heddle.specs.plugins import OPTIONAL
 
 HIDDEN, LENGTH = 48, 150
-# Float64 on a CPU: step, chunk and padding may differ from the whole by rounding alone.
-EXACT = 1e-9
 
 # Fields that make each kind take another road. A kind that is not here says so itself, in the `cases` of its schema.
 VARIANTS: dict[str, list[dict[str, Any]]] = {
@@ -137,6 +138,12 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"mixer": {"kind": "attention", "heads": 8, "kv_heads": 2}, "shared_heads": 3, "active": 2},
         {"mixer": {"kind": "gated_deltanet", "heads": 2, "value_heads": 6}, "shared_heads": 1, "active": 2},
         {"mixer": {"kind": "decay_attention", "heads": 4}, "shared_heads": 4, "active": 0},
+        {
+            "mixer": {"kind": "attention", "heads": 8, "kv_heads": 2, "gate": True},
+            "shared_heads": 3,
+            "active": 2,
+            "router": "norms",
+        },
     ],
 }
 CHANNEL_VARIANTS: dict[str, list[dict[str, Any]]] = {
@@ -166,11 +173,6 @@ def variants(catalogue: Any, table: dict[str, list[dict[str, Any]]], usual: dict
     return [pytest.param(case, id="-".join(_named(value) for value in case.values())) for case in cases]
 
 
-def mixer_variants() -> list[Any]:
-    written = {kind: [dict(case) for case in schema.cases] for kind, schema in MIXERS.items()}
-    return variants(MIXERS, written | VARIANTS, {})
-
-
 def _named(value: Any) -> str:
     """A value in the name of a test; of mixers inside a mixer the kinds."""
     if isinstance(value, dict) and "kind" in value:
@@ -178,12 +180,17 @@ def _named(value: Any) -> str:
     return "+".join(map(_named, value)) if isinstance(value, list) else str(value)
 
 
-every_mixer = pytest.mark.parametrize("fields", mixer_variants())
+# Layers of another package that run on a GPU alone have tests of their own: tests/compose/test_fla_gpu.py.
+ELSEWHERE = {one.kind for one in OPTIONAL}
+HERE = {kind: found for kind, found in MIXERS.items() if kind not in ELSEWHERE}
+CASES = {kind: [dict(case) for case in schema.cases] for kind, schema in HERE.items()} | VARIANTS
+EVERY_MIXER = variants(HERE, CASES, {})
+every_mixer = pytest.mark.parametrize("fields", EVERY_MIXER)
 every_channel = pytest.mark.parametrize("fields", variants(CHANNELS, CHANNEL_VARIANTS, {}))
 
 
-def spec_of(mixer: dict[str, Any], channel: dict[str, Any] | None = None) -> ModelSpec:
-    """A model of two equal layers; an encoder if the mixer sees later tokens."""
+def spec_of(mixer: dict[str, Any], channel: dict[str, Any] | None = None, *, layers: int = 2) -> ModelSpec:
+    """A model of equal layers; an encoder if the mixer sees later tokens."""
     block = {"mixer": mixer, "channel": channel or {"kind": "swiglu", "width": 40}}
     is_causal = MIXERS[mixer["kind"]].model_validate(mixer).is_causal
     return ModelSpec.model_validate(
@@ -193,7 +200,7 @@ def spec_of(mixer: dict[str, Any], channel: dict[str, Any] | None = None) -> Mod
             "hidden_size": HIDDEN,
             "context_length": 256,
             "blocks": {"it": block},
-            "layers": ["it", "it"],
+            "layers": ["it"] * layers,
         }
     )
 
@@ -201,27 +208,16 @@ def spec_of(mixer: dict[str, Any], channel: dict[str, Any] | None = None) -> Mod
 # Mixers of models that decode: an encoder has no next token.
 every_decoder = pytest.mark.parametrize(
     "fields",
-    [
-        one
-        for one in mixer_variants()
-        if MIXERS[one.values[0]["kind"]].model_validate(one.values[0]).is_causal
-    ],
+    [one for one in EVERY_MIXER if MIXERS[one.values[0]["kind"]].model_validate(one.values[0]).is_causal],
+)
+every_encoder = pytest.mark.parametrize(
+    "fields",
+    [one for one in EVERY_MIXER if not MIXERS[one.values[0]["kind"]].model_validate(one.values[0]).is_causal],
 )
 
 
-def model_of(fields: dict[str, Any], dtype: torch.dtype = torch.float64) -> Any:
-    """A model whose weights are large enough for every part to count."""
-    model = build(spec_of(fields), dtype=torch.float64).eval()
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith(("A_log", "dt_bias")):
-                continue
-            if parameter.ndim == 2:
-                parameter.normal_(std=parameter.shape[1] ** -0.5, generator=generator)
-            else:
-                parameter.uniform_(0.5, 1.5, generator=generator)
-    return model.to(dtype)
+def model_of(fields: dict[str, Any], dtype: torch.dtype = torch.float64, *, layers: int = 2) -> Any:
+    return shaken(build(spec_of(fields, layers=layers))).to(dtype)
 
 
 def mixer_of(fields: dict[str, Any], dtype: torch.dtype = torch.float64) -> nn.Module:
@@ -230,16 +226,35 @@ def mixer_of(fields: dict[str, Any], dtype: torch.dtype = torch.float64) -> nn.M
     return mixer
 
 
+def schema_of(fields: dict[str, Any]) -> MixerSpec:
+    """The mixer's schema."""
+    return MIXERS[fields["kind"]].model_validate(fields)
+
+
+def every_keeper_of(*contracts: Contract) -> pytest.MarkDecorator:
+    """The mixers that keep all of `contracts`, themselves or by what stands for them in `WEAKER`.
+
+    What sees both sides has nothing to stand for it: what holds of it instead has a test of its own, below.
+    """
+    return pytest.mark.parametrize(
+        "fields",
+        [
+            one
+            for one in EVERY_MIXER
+            if schema_of(one.values[0]).is_causal
+            or not {*contracts} & {*schema_of(one.values[0]).exemptions()}
+        ],
+    )
+
+
 def keepers(
-    fields: dict[str, Any], contract: Contract, dtype: torch.dtype = torch.float64
+    fields: dict[str, Any], *contracts: Contract, dtype: torch.dtype = torch.float64
 ) -> list[nn.Module]:
-    """The mixers that must keep `contract`: this one, or what stands for it where its schema says that it cannot."""
-    spec = spec_of(fields).blocks["it"].mixer
-    exempt = contract in spec.exemptions()
-    if exempt and not spec.is_causal:
-        # What it keeps in their place has a test of its own: it sees both sides, and refuses a cache of earlier tokens.
-        return []
-    return WEAKER[fields["kind"]](fields, dtype) if exempt else [mixer_of(fields, dtype)]
+    """The mixers that must keep `contracts`: this one, or what stands for it where its schema says that it cannot."""
+    exempt = {*contracts} & {*schema_of(fields).exemptions()}
+    found = WEAKER[fields["kind"]](fields, dtype) if exempt else [mixer_of(fields, dtype)]
+    assert found
+    return found
 
 
 def decided(fields: dict[str, Any], dtype: torch.dtype) -> list[nn.Module]:
@@ -254,14 +269,6 @@ def decided(fields: dict[str, Any], dtype: torch.dtype) -> list[nn.Module]:
 
 # What is held of a kind in the place of the contracts from which it is exempt.
 WEAKER: dict[str, Callable[[dict[str, Any], torch.dtype], list[nn.Module]]] = {"layer_router": decided}
-
-
-def noise(*shape: int, seed: int = 2, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-def call_at(start: int, length: int, cache: StateLayer | None = None) -> Call:
-    return Call(torch.arange(start, start + length)[None].expand(2, length), cache=cache)
 
 
 def in_pieces(mixer: nn.Module, x: Tensor, cuts: list[int], written: Tensor | None = None) -> Tensor:
@@ -287,19 +294,19 @@ def test_output_has_the_shape_and_type_of_the_input(fields: dict[str, Any], dtyp
     assert y.isfinite().all()
 
 
-@every_mixer
+@every_keeper_of("causality")
 @pytest.mark.parametrize("changed", [1, 64, 149])
 def test_a_changed_token_leaves_earlier_outputs_bit_equal(fields: dict[str, Any], changed: int) -> None:
     x = noise(2, LENGTH, HIDDEN, dtype=torch.float32)
     other = x.clone()
     other[:, changed] = -x[:, changed]
-    for mixer in keepers(fields, "causality", torch.float32):
+    for mixer in keepers(fields, "causality", dtype=torch.float32):
         before, after = mixer(x, call_at(0, LENGTH)), mixer(other, call_at(0, LENGTH))
         assert torch.equal(before[:, :changed], after[:, :changed])
         assert not torch.equal(before[:, changed], after[:, changed])
 
 
-@every_mixer
+@every_keeper_of("step")
 def test_step_by_step_equals_forward(fields: dict[str, Any]) -> None:
     x = noise(2, 70, HIDDEN)
     for mixer in keepers(fields, "step"):
@@ -307,7 +314,7 @@ def test_step_by_step_equals_forward(fields: dict[str, Any]) -> None:
         assert (in_pieces(mixer, x, list(range(1, 71))) - whole).abs().max() < EXACT
 
 
-@every_mixer
+@every_keeper_of("chunks")
 def test_chunked_prefill_equals_whole(fields: dict[str, Any]) -> None:
     x = noise(2, LENGTH, HIDDEN)
     # The first piece is shorter than a convolution, one is a single token, one longer than a kernel's chunk.
@@ -316,13 +323,13 @@ def test_chunked_prefill_equals_whole(fields: dict[str, Any]) -> None:
         assert (in_pieces(mixer, x, [2, 3, 70, 149, LENGTH]) - whole).abs().max() < EXACT
 
 
-@every_mixer
+@every_keeper_of("chunks", "written")
 def test_a_token_that_is_not_written_is_answered_and_not_remembered(fields: dict[str, Any]) -> None:
     x, gap = noise(2, 40, HIDDEN), 20
     everything = torch.ones(2, 40, dtype=torch.float64)
     with_gap = everything.clone()
     with_gap[:, gap] = 0.0
-    for mixer in keepers(fields, "chunks"):
+    for mixer in keepers(fields, "chunks", "written"):
         whole, got = mixer(x, call_at(0, 40)), in_pieces(mixer, x, [40], with_gap)
         assert (in_pieces(mixer, x, [40], everything) - whole).abs().max() < EXACT
         assert (got[:, :gap] - whole[:, :gap]).abs().max() < EXACT
@@ -330,7 +337,30 @@ def test_a_token_that_is_not_written_is_answered_and_not_remembered(fields: dict
         assert (in_pieces(mixer, x, [2, 3, 25, 26, 40], with_gap) - got).abs().max() < EXACT
 
 
-@every_mixer
+@every_encoder
+@pytest.mark.parametrize("changed", [1, 64, 149])
+def test_what_sees_both_sides_hears_later_tokens_and_goes_on_from_nothing(
+    fields: dict[str, Any], changed: int
+) -> None:
+    mixer, x = mixer_of(fields), noise(2, LENGTH, HIDDEN)
+    other = x.clone()
+    other[:, changed] = -x[:, changed]
+    heard = (mixer(x, call_at(0, LENGTH)) != mixer(other, call_at(0, LENGTH))).flatten(2).any(-1).all(0)
+    assert heard[changed - 1]
+    # As far back as forward: it is a window to both sides that a spec writes.
+    window = fields.get("window") or LENGTH
+    assert heard.nonzero().flatten().tolist() == [
+        place for place in range(LENGTH) if abs(place - changed) < window
+    ]
+    cache = mixer.new_cache()
+    mixer(x, call_at(0, LENGTH, cache))
+    cache.advance(LENGTH)
+    assert cache.tensors() == {}
+    with pytest.raises(HeddleError, match="cannot go on from a cache"):
+        mixer(x, call_at(LENGTH, LENGTH, cache))
+
+
+@every_keeper_of("written")
 def test_what_is_written_has_a_gradient(fields: dict[str, Any]) -> None:
     mixer, x = mixer_of(fields).train(), noise(2, 40, HIDDEN)
     written = torch.ones(2, 40, dtype=torch.float64)
@@ -383,6 +413,24 @@ def test_parameters_are_those_the_spec_counts(fields: dict[str, Any]) -> None:
     assert counted == sum(parameter.numel() for parameter in mixer_of(fields).parameters())
 
 
+def asked_at(spec: Any, layer: int) -> list[Any]:
+    """What a plan asks of one layer of those that share a block."""
+    site = SpecSite(HIDDEN, layer_index=layer, layer_count=9, norm_eps=1e-6, context_length=256)
+    states = spec.states(site) if isinstance(spec, MixerSpec) else ()
+    return [spec.runtime(site), spec.canonical(site), spec.params(site), spec.problems(site), states]
+
+
+@every_mixer
+def test_a_mixer_is_the_same_block_at_every_layer(fields: dict[str, Any]) -> None:
+    assert asked_at(schema_of(fields), 0) == asked_at(schema_of(fields), 7)
+
+
+@every_channel
+def test_a_channel_is_the_same_block_at_every_layer(fields: dict[str, Any]) -> None:
+    spec = CHANNELS[fields["kind"]].model_validate(fields)
+    assert asked_at(spec, 0) == asked_at(spec, 7)
+
+
 @every_mixer
 @pytest.mark.parametrize("context", [1, 5, 40])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -398,13 +446,10 @@ def test_cache_bytes_are_those_the_spec_counts(
     assert counted * 2 == cache_bytes([cache])
 
 
-@every_mixer
+@every_keeper_of("step")
 def test_a_cache_can_be_reordered_repeated_and_forgotten(fields: dict[str, Any]) -> None:
     x = noise(2, 20, HIDDEN)
-    mixer = next(iter(keepers(fields, "step")), None)
-    if mixer is None:
-        assert mixer_of(fields).new_cache().tensors() == {}
-        return
+    mixer = keepers(fields, "step")[0]
     cache = mixer.new_cache()
     mixer(x[:, :19], call_at(0, 19, cache))
     cache.advance(19)
@@ -458,6 +503,57 @@ def test_heads_are_handed_out_before_the_output_projection(fields: dict[str, Any
         assert heads.ndim == 4
 
 
+def rows_of(
+    mixer: nn.Module, queries: tuple[int, ...] | None, x: Tensor, call: Call
+) -> tuple[list[Tensor], Tensor]:
+    """What is handed out of attention rows for `queries`, by the mixer or its parts, and the output."""
+    seen: list[Tensor] = []
+    points: list[Any] = [one for name, one in mixer.named_modules() if name.rpartition(".")[2] == "rows_out"]
+    hooks = [point.register_forward_hook(lambda _, __, rows: seen.append(rows)) for point in points]
+    for point in points:
+        point.queries = queries
+    y: Tensor = mixer(x, call)
+    for point, hook in zip(points, hooks, strict=True):
+        point.queries = None
+        hook.remove()
+    assert len(seen) == (0 if queries is None else len(points))
+    return seen, y
+
+
+@every_mixer
+def test_attention_rows_are_handed_out_for_chosen_queries_alone(fields: dict[str, Any]) -> None:
+    mixer, x = mixer_of(fields), noise(2, 9, HIDDEN)
+    rows, y = rows_of(mixer, (3, -1), x, call_at(0, 9))
+    assert bool(rows) == ("'kind': 'attention'" in str(fields))
+    none, plain = rows_of(mixer, None, x, call_at(0, 9))
+    assert none == []
+    assert torch.equal(y, plain)
+    for one in rows:
+        assert one.ndim == 4
+        assert one.shape[2:] == (2, 9)
+        assert (one >= 0).all()
+        assert (one.sum(dim=-1) <= 1 + EXACT).all()
+        assert not schema_of(fields).is_causal or (one[:, :, 0, 4:] == 0).all()
+    if rows:
+        with pytest.raises(HeddleError, match="no query 9 in a call of 9 tokens"):
+            rows_of(mixer, (9,), x, call_at(0, 9))
+
+
+@every_decoder
+def test_attention_rows_of_a_step_are_those_of_the_whole(fields: dict[str, Any]) -> None:
+    mixer, x = keepers(fields, "step")[0], noise(2, 20, HIDDEN)
+    cache = mixer.new_cache()
+    mixer(x[:, :19], call_at(0, 19, cache))
+    cache.advance(19)
+    step, _ = rows_of(mixer, (0,), x[:, 19:], call_at(19, 1, cache))
+    whole, _ = rows_of(mixer, (19,), x, call_at(0, 20))
+    for one, other in zip(step, whole, strict=True):
+        # A window's cache has dropped keys that the whole gives no weight.
+        held = one.shape[-1]
+        assert (one - other[..., -held:]).abs().max() < EXACT
+        assert (other[..., :-held] == 0).all()
+
+
 @every_mixer
 def test_a_model_is_built_and_run_on_the_meta_device(fields: dict[str, Any]) -> None:
     model = build(spec_of(fields), device="meta", dtype=torch.bfloat16)
@@ -468,8 +564,9 @@ def test_a_model_is_built_and_run_on_the_meta_device(fields: dict[str, Any]) -> 
 
 @every_mixer
 def test_a_model_compiles_without_a_graph_break(fields: dict[str, Any]) -> None:
-    model = model_of(fields, torch.float32)
-    ids = torch.arange(140).view(2, 70) % 50
+    # Of more than one layer nothing new is traced, and of more tokens longer graphs.
+    model = model_of(fields, torch.float32, layers=1)
+    ids = torch.arange(24).view(2, 12) % 50
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         assert (compiled(ids, use_cache=False).logits - model(ids).logits).abs().max() < 1e-5
@@ -479,7 +576,7 @@ def test_a_model_compiles_without_a_graph_break(fields: dict[str, Any]) -> None:
 @pytest.mark.slow
 @every_decoder
 def test_a_decode_step_compiles_without_a_graph_break(fields: dict[str, Any]) -> None:
-    model, ids = model_of(fields), torch.tensor([[3], [4]])
+    model, ids = model_of(fields, layers=1), torch.tensor([[3], [4]])
     cache = model.decode_cache(2, 40)
     step = torch.compile(
         lambda ids: model(ids, past_key_values=cache).logits, fullgraph=True, backend="aot_eager"
@@ -497,8 +594,7 @@ def test_checkpointing_leaves_gradients_equal(fields: dict[str, Any]) -> None:
     for is_checkpointed in (False, True):
         model = model_of(fields).train()
         if is_checkpointed:
-            # The old name warns in later versions of transformers, the new one is not in earlier ones.
-            (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
+            checkpoint(model)
         torch.manual_seed(3)
         ids = torch.arange(80).view(2, 40) % 50
         model(ids, labels=ids).loss.backward()
@@ -633,6 +729,28 @@ def test_the_seed_alone_decides_the_weights() -> None:
 
 
 def test_no_kind_is_exempt_but_these() -> None:
-    exempt = {kind: set(found.exempt) for kind, found in MIXERS.items() if found.exempt}
-    assert exempt == {"layer_router": {"causality", "step", "chunks"}}
-    assert set(WEAKER) == set(exempt)
+    """Of a kind that is exempt always, and of one that is where its fields ask for it."""
+    always = {kind: set(found.exempt) for kind, found in HERE.items() if found.exempt}
+    assert always == {"layer_router": {"causality", "step", "chunks"}}
+    assert set(WEAKER) == set(always)
+    sometimes: dict[str, set[str]] = {}
+    for one in EVERY_MIXER:
+        spec = schema_of(one.values[0])
+        exempt = {*spec.exemptions()} - {*spec.exempt}
+        if exempt:
+            sometimes.setdefault(spec.kind, set()).update(exempt)
+            # Nothing may stand for it, so a test of its own must hold what it keeps.
+            assert not spec.is_causal
+    assert sometimes == {"attention": {"causality", "step", "chunks"}}
+    # Keys of another layer take two layers to test: tests/compose/test_attention_forms.py holds what it keeps.
+    assert set(MIXERS["attention"](heads=4, keys_from="it").exemptions()) == {"written"}
+
+
+def test_who_says_more_than_its_class_has_said_it_here() -> None:
+    """A kind that works its exemptions out must be known to the test above, which sees only the fields of `VARIANTS`."""
+    own = {kind for kind, found in MIXERS.items() if "exemptions" in vars(found)}
+    assert own == {"attention"}
+
+
+def test_no_kind_is_tested_elsewhere_but_this() -> None:
+    assert {"fla"} == ELSEWHERE

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from heddle.kernels import OPS, causal_conv1d
+from heddle.kernels import OPS, causal_conv1d, decay_attention, decay_attention_step
 from heddle.kernels.bench import bench_ops, table
-from heddle.kernels.selftest import _test, self_test
+from heddle.kernels.selftest import _forms, _test, self_test
 
 ROW = {
     "run", "time", "commit", "device", "driver", "cuda", "torch", "triton", "op", "impl", "phase", "shape", "dtype",
@@ -20,7 +21,9 @@ ROW = {
 
 def test_the_self_test_passes_for_every_op() -> None:
     found = self_test("cpu")
-    assert [one.op for one in found] == [op.name for op in OPS]
+    steps = {f"{op.name}_step" for op in OPS if op.step}
+    assert {one.op for one in found} == {op.name for op in OPS} | steps
+    assert "decay_attention_step" in steps
     assert all(one.ok for one in found), found
 
 
@@ -30,6 +33,23 @@ def test_the_self_test_finds_a_wrong_op() -> None:
         return out * 1.0001, state
 
     assert not _test(replace(causal_conv1d, fast=off), torch.device("cpu"), torch.float32).ok
+
+
+def wrong_in(result: int) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """A decode step that is a little off in its output (0) or in the state it leaves (1)."""
+
+    def off(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        out, state = decay_attention_step(*args, **kwargs)
+        return (out * 1.0001, state) if result == 0 else (out, state * 1.0001)
+
+    return off
+
+
+@pytest.mark.parametrize("result", [0, 1])
+def test_the_self_test_finds_a_wrong_step(result: int) -> None:
+    whole, step = _forms(replace(decay_attention, step=wrong_in(result)))
+    assert (whole.name, step.name) == ("decay_attention", "decay_attention_step")
+    assert not _test(step, torch.device("cpu"), torch.float32).ok
 
 
 def test_a_benchmark_row_has_the_agreed_keys() -> None:
@@ -63,4 +83,4 @@ def test_a_row_is_told_before_the_next_is_timed() -> None:
 def test_on_a_gpu_the_self_test_runs_the_kernels() -> None:
     found = self_test()
     assert all(one.ok for one in found), found
-    assert {one.path for one in found if one.op == "decay_attention"} == {"triton"}
+    assert {one.path for one in found if one.op.startswith("decay_attention")} == {"triton"}

@@ -1,5 +1,5 @@
-"""`kill -9` of a driver at a random moment: the resumed search is the one that would have been, and nothing
-runs on."""
+"""`kill -9` of a driver at random moments, also in its last phases: the resumed search is the one that would have been,
+and nothing runs on."""
 
 from __future__ import annotations
 
@@ -10,66 +10,82 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from heddle import api
 from heddle.search import watch
 from heddle.search.durable import read_lines
 from heddle.search.latency import Effort
 from heddle.search.record import EVENTS_FILE, Run
 from heddle.search.run import search
+from heddle.search.workers import Workers
 from heddle.specs import load
 
 DRIVER = """
 import sys
 from pathlib import Path
+from heddle import api
 from heddle.search.latency import Effort
 from heddle.search.run import search
 from heddle.specs import load
-search(load(sys.argv[1]), Path(sys.argv[2]), effort=Effort(warmup=1, least=3, most=5, seconds=0.2))
+folder = Path(sys.argv[2])
+effort = Effort(warmup=1, least=3, most=5, seconds=0.2)
+search(load(sys.argv[1]), folder, resume=(folder / "run.json").exists(), effort=effort)
+print("now the report", flush=True)
+api.report(folder)
 """
+
+Events = list[dict[str, Any]]
+Moment = Callable[[Events], bool]
+RANDOM = random.SystemRandom()
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """What a killed driver had finished: the entries of the ledger, and how often each had been begun."""
+
+    ledger: dict[Path, bytes]
+    begun: Counter[Path]
 
 
 def ledger(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.glob("ledger/*/*/*.json")}
 
 
-def followed_until(driver: subprocess.Popen[bytes], folder: Path, moment: int) -> watch.Processes:
-    """The driver's processes, gathered until it has written `moment` events."""
+def begun(folder: Path) -> Counter[Path]:
+    """How often each evaluation was begun, by the file of its result."""
+    started = [event for event in read_lines(folder / EVENTS_FILE) if event["event"] == "evaluation_started"]
+    return Counter(folder / "ledger" / e["hash"] / e["stage"] / f"{e['key']}.json" for e in started)
+
+
+def family_of(driver: subprocess.Popen[bytes]) -> watch.Processes:
+    return watch.descendants({driver.pid: watch._table()[driver.pid].began})
+
+
+def followed_until(driver: subprocess.Popen[bytes], folder: Path, moment: Moment) -> watch.Processes:
+    """The driver's processes, gathered until `moment`."""
     family: watch.Processes = {}
-    while len(read_lines(folder / EVENTS_FILE)) < moment:
+    while not moment(read_lines(folder / EVENTS_FILE)):
         assert driver.poll() is None, "the driver ended by itself"
-        family |= watch.descendants({driver.pid: watch._table()[driver.pid].began})
+        family |= family_of(driver)
         time.sleep(0.02)
     return family
 
 
-def nothing_finished_was_evaluated_again(run: Run, finished: dict[Path, bytes]) -> None:
-    assert {path: data for path, data in ledger(run.path).items() if path in finished} == finished
-    begun = Counter(
-        (event["hash"], event["stage"], event["key"] + ".json")
-        for event in run.events
-        if event["event"] == "evaluation_started"
-    )
-    assert all(begun[path.parts[-3], path.parts[-2], path.parts[-1]] == 1 for path in finished)
-    # What was in flight at the kill may have been begun twice.
-    assert set(begun.values()) <= {1, 2}
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("workers")
-def test_a_killed_search_resumes_as_if_nothing_had_happened(
-    tiny_run: Run, tiny_text: str, tmp_path: Path
-) -> None:
-    spec, folder = tmp_path / "tiny.yaml", tmp_path / "run"
-    spec.write_text(tiny_text)
-    # Event 4 is the first timing, event 90 near the end: any of it may be cut, also the middle of a line.
-    moment = random.SystemRandom().randint(4, 70)
-    print(f"killed after event {moment}")
-    driver = subprocess.Popen([sys.executable, "-c", DRIVER, str(spec), str(folder)])
+def killed_at(moment: Moment, spec: Path, folder: Path, *, delay: float = 0.0) -> Left:
+    """What a driver, new or resumed, leaves when it is killed `delay` seconds after `moment`: no process."""
+    with open(folder.parent / "told.txt", "wb") as told:
+        driver = subprocess.Popen([sys.executable, "-c", DRIVER, str(spec), str(folder)], stdout=told)
     try:
         family = followed_until(driver, folder, moment)
+        time.sleep(delay)
+        assert driver.poll() is None, "the driver ended before it was killed"
+        family |= family_of(driver)
     finally:
         os.kill(driver.pid, signal.SIGKILL)
         driver.wait()
@@ -77,10 +93,56 @@ def test_a_killed_search_resumes_as_if_nothing_had_happened(
     while (left := watch.descendants(family)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not left, f"still running after the kill: {left}"
-    finished = ledger(folder)
+    return Left(ledger(folder), begun(folder))
 
-    effort = Effort(warmup=1, least=3, most=5, seconds=0.2)
-    run = search(load(spec), folder, resume=True, effort=effort)
+
+def of_this_session(events: Events) -> Events:
+    return [event for event in events if event["session"] == events[-1]["session"]] if events else []
+
+
+def after(count: int) -> Moment:
+    return lambda events: len(events) >= count
+
+
+def in_phase(name: str, begun: int = 0) -> Moment:
+    """In that phase of the session at hand, when `begun` of its evaluations have been begun."""
+
+    def moment(events: Events) -> bool:
+        events = of_this_session(events)
+        entered = [n for n, event in enumerate(events) if event.get("phase") == name]
+        later = events[entered[-1] :] if entered else []
+        return bool(later) and sum(event["event"] == "evaluation_started" for event in later) >= begun
+
+    return moment
+
+
+@pytest.mark.slow
+def test_a_search_killed_in_every_phase_ends_as_if_nothing_had_happened(
+    workers: Workers, tiny_run: Run, tiny_text: str, tmp_path: Path
+) -> None:
+    spec, folder = tmp_path / "tiny.yaml", tmp_path / "run"
+    spec.write_text(tiny_text)
+    rounds = next(n for n, event in enumerate(tiny_run.events) if event.get("phase") == "remeasure")
+    # Event 4 is the first timing; any of what follows may be cut, also the middle of a line.
+    moment, trainings, delays = (
+        RANDOM.randint(4, rounds),
+        RANDOM.randint(0, 2),
+        (RANDOM.random(), RANDOM.random()),
+    )
+    print(f"killed after event {moment}, after {trainings} trainings of the confirmation, and {delays} s")
+
+    def reports(_: Events) -> bool:
+        return (tmp_path / "told.txt").read_bytes() != b""
+
+    left = [
+        killed_at(after(moment), spec, folder),
+        killed_at(in_phase("confirm", trainings), spec, folder),
+        # A clean process that loads the export takes seconds, and the report at least a third of one.
+        killed_at(in_phase("export"), spec, folder, delay=2.0 * delays[0]),
+        killed_at(reports, spec, folder, delay=0.3 * delays[1]),
+    ]
+
+    run = search(load(spec), folder, resume=True, effort=Effort(warmup=1, least=3, most=5, seconds=0.2))
 
     assert run.status == "finished"
     assert [trial.number for trial in run.trials] == [trial.number for trial in tiny_run.trials]
@@ -88,4 +150,18 @@ def test_a_killed_search_resumes_as_if_nothing_had_happened(
     for ours, theirs in zip(run.trials, tiny_run.trials, strict=True):
         assert (ours.params, ours.layers, ours.hash) == (theirs.params, theirs.layers, theirs.hash)
         assert {t: s.value for t, s in ours.scores.items()} == {t: s.value for t, s in theirs.scores.items()}
-    nothing_finished_was_evaluated_again(run, finished)
+    kept, times = ledger(folder), begun(folder)
+    for each in left:
+        assert {path: data for path, data in kept.items() if path in each.ledger} == each.ledger
+        assert {path: times[path] for path in each.ledger} == {path: each.begun[path] for path in each.ledger}
+    # After the confirmation nothing was left to evaluate.
+    assert left[2].ledger == kept
+    # What was in flight at the first two kills was begun anew, and nothing else: at most one a worker.
+    assert sum(times.values()) <= len(kept) + 2 * workers.parallel
+    assert run.confirm is not None
+    assert sorted(path.name for path in (folder / "best").iterdir()) == [
+        "export",
+        "model.safetensors",
+        "spec.yaml",
+    ]
+    assert api.report(folder).read_text().rstrip().endswith("</html>")

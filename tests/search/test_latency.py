@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from heddle.search import environment
+from heddle.search.cores import usable_cores
 from heddle.search.latency import (
     Effort,
     Place,
@@ -100,7 +100,7 @@ def test_a_row_says_how_it_was_taken_and_goes_through_json() -> None:
     (row,) = measure_spec(model(1), context=32, phases=["decode"], device="cpu", effort=QUICK)
     assert row.label == "decode_ms@1x32"
     assert (row.method, row.dtype, row.ratio) == ("cpu-timer", "float32", None)
-    assert row.threads == environment.physical_cores()
+    assert row.threads == usable_cores()
     assert row.paths == {"attention": "sdpa"}
     assert row.p10_ms <= row.median_ms <= row.p90_ms
     assert row.low_ms <= row.median_ms <= row.high_ms

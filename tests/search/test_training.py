@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import json
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import ray.cloudpickle
 import torch
 
 from heddle.errors import HeddleError
-from heddle.search.tasks import make_task, recipe_for
+from heddle.search.evaluate import Evaluation, Training, train_and_score
+from heddle.search.record import trial_file
+from heddle.search.run import search
+from heddle.search.tasks import Task, make_task, recipe_for
 from heddle.search.training import TrainRun, is_train_run, load_run, train
-from heddle.specs import MqarTask, SpecFile, TextTask, loads, spec_hash
+from heddle.specs import MqarTask, SpecFile, TextTask, load, loads, spec_hash
+
+# The workers cannot import this file.
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 SPEC = """
 version: 1
@@ -150,3 +159,33 @@ def test_a_spec_names_the_tasks(spec_file: SpecFile) -> None:
     assert (text.name, text.sequence_length, text.metric) == ("text", 32, "bits_per_byte")
     inputs, _ = text.sample(2, seed=0, device=torch.device("cpu"))
     assert inputs.shape == (2, 32)
+
+
+def without_weights(training: Training, task: Task) -> Evaluation:
+    """Trained for real; nothing to export."""
+    return train_and_score(replace(training, keep_weights=False), task)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("workers")
+def test_the_file_of_a_trial_trains_as_the_trial_did(tiny_text: str, tmp_path: Path) -> None:
+    own = tiny_text.replace(
+        "length: 16}}, text]", "length: 16}}, {text: {tokens: 4k, learning_rate: 1.0e-3}}]"
+    )
+    assert own != tiny_text
+    own = own.replace("confirm_seeds: 2", "confirm_seeds: 0")
+    text = "".join(line for line in own.splitlines(keepends=True) if "budgets" not in line)
+    found = search(loads(text), tmp_path / "run", trials=1, evaluate=without_weights)
+    (trial,) = found.trials
+    threads = torch.get_num_threads()
+    # As in a worker: the number of threads decides the last bits.
+    torch.set_num_threads(1)
+    try:
+        again = train(load(trial_file(found.path, 0)), tmp_path / "again", device="cpu")
+    finally:
+        torch.set_num_threads(threads)
+    recipe = again.record["recipe"]
+    assert (recipe["tokens"], recipe["learning_rate"]) == (4_000, 1e-3)
+    (path,) = found.path.glob(f"ledger/{trial.hash}/text/*.json")
+    assert json.loads(path.read_bytes())["inputs"]["recipe"] == recipe
+    assert again.score.value == trial.scores["text"].value

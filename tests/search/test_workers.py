@@ -21,6 +21,9 @@ from heddle.search.workers import RETRIES, Answer, Job, Workers
 # The workers cannot import this file.
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
+# Bytes of a result that lies in the object store; smaller ones come with the message that the call has ended.
+LARGE = 1_000_000
+
 
 class Hearing:
     """A watcher that writes down what it hears, and stops when `stop_after` jobs have begun."""
@@ -103,6 +106,25 @@ def test_a_call_whose_process_dies_is_made_again_twice(workers: Workers, tmp_pat
         assert answer.code == "worker-died"
         assert answer.message
     assert hearing.heard == ["mortal"] * min(deaths + 1, RETRIES + 1)
+
+
+def told_to(path: str, size: int) -> bytes:
+    Path(path).write_text(str(os.getpid()))
+    return bytes(size)
+
+
+def killed(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+    while pid in watch._table():
+        time.sleep(0.05)
+
+
+def test_a_result_outlives_the_process_that_made_it(workers: Workers, tmp_path: Path) -> None:
+    """Its copy lies with the node until the driver lets go of it."""
+    reference = workers._one.remote(told_to, "cpu", str(tmp_path / "pid"), LARGE)
+    ray.wait([reference], fetch_local=False)
+    killed(int((tmp_path / "pid").read_text()))
+    assert ray.get(reference).value == bytes(LARGE)
 
 
 def test_nothing_runs_beside_a_call_with_the_whole_device(workers: Workers) -> None:

@@ -3,27 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from toys import FORMS as GOOD
 
 from heddle.compose.plan import plan
 from heddle.errors import HeddleErrors
 from heddle.specs import MIXERS, loads
-
-GOOD = """\
-version: 1
-name: forms
-model:
-  vocab_size: 256
-  hidden_size: 64
-  blocks:
-    full: {mixer: {kind: attention, heads: 4}, channel: {kind: swiglu}}
-    both:
-      mixer: {kind: parallel, mixers: [{kind: attention, heads: 4}, {kind: gated_deltanet, heads: 2}]}
-      channel: {kind: gelu}
-    once: {mixer: {kind: attention, heads: 4}, channel: {kind: none}, shared: true}
-    late: {mixer: {kind: attention, heads: 4}, channel: {kind: none}, skip: {source: first}}
-  layers: [{block: full, name: first}, both, once, late, {block: full, override: {mixer: {window: 8}}}]
-tokenizer: own
-"""
 
 
 def planned(text: str) -> None:

@@ -191,11 +191,27 @@ HOSTILE_TEXTS = {
     "an alias bomb": ("a: &a [x, x]\nb: [*a, *a]\n", "tag-not-allowed"),
     "a merge of an alias": ("version: 1\nmodel: {<<: *a}\n", "tag-not-allowed"),
     "10 MB": ("version: 1\n" + "# x\n" * 2_500_000, "file-too-large"),
-    "a list of 12,000 numbers": ("version: 1\nmodel: [" + "1, " * 13_000 + "]\n", "file-too-large"),
+    "a list of 25,000 numbers": ("version: 1\nmodel: [" + "1, " * 25_000 + "]\n", "file-too-large"),
+    "a list of 23,000 numbers": ("version: 1\nmodel: [" + "1, " * 23_000 + "]\n", "missing-field"),
+    "lists in lists, 60 deep": (
+        "version: 1\nmodel: [" + ("[" * 60 + "]" * 60 + ",") * 190 + "]\n",
+        "missing-field",
+    ),
     "not a number": ("version: 1\nname: a\nmodel: {hidden_size: .nan}\n", "missing-field"),
     "a huge integer": ("version: 1\nname: a\nmodel: {hidden_size: " + "9" * 4000 + "}\n", "missing-field"),
     "brackets": ("version: 1\nmodel: " + "[" * 10_000, "too-deep"),
 }
+
+
+def test_a_thousand_layers_with_an_override_each_are_taken() -> None:
+    layers = [
+        {"block": "full", "name": f"l{n}", "override": {"mixer": {"window": n + 2}, "norm": "layernorm"}}
+        for n in range(1000)
+    ]
+    started, held = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    planned(loads(json.dumps(model(layers=layers))), {})
+    assert time.process_time() - started < SECONDS
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - held < KIBIBYTES
 
 
 @pytest.mark.parametrize("case", HOSTILE_TEXTS)

@@ -31,9 +31,10 @@ def attentions(draw: Any) -> dict[str, Any]:
     rope = st.none() | st.builds(lambda theta: {"theta": theta}, st.sampled_from([500.0, 1e4, 1e6]))
     if draw(maybe):
         made["rope"] = draw(rope)
-    for name in ("qk_norm", "gate"):
-        if draw(maybe):
-            made[name] = draw(maybe)
+    if draw(maybe):
+        made["qk_norm"] = draw(st.sampled_from([False, True, "full"]))
+    if draw(maybe):
+        made["gate"] = draw(maybe)
     if draw(maybe):
         made["window"] = draw(st.none() | st.integers(1, 99))
     return made
@@ -253,6 +254,7 @@ CHANGES: list[tuple[str, Any]] = [
     ("blocks.d.mixer", {"kind": "moh", "mixer": FOUR, "shared_heads": 2, "active": 2}),
     ("blocks.d.mixer", {"kind": "moh", "mixer": FOUR, "shared_heads": 1, "active": 1}),
     ("blocks.d.mixer", {"kind": "moh", "mixer": FOUR, "shared_heads": 1, "active": 2, "balance": 0.0}),
+    ("blocks.d.mixer", {"kind": "moh", "mixer": FOUR, "shared_heads": 1, "active": 2, "router": "norms"}),
     ("layers", ["a", "d", "g", "a"]),
     ("blocks.a.norm", "layernorm"),
     ("blocks.a.channel", {"kind": "gelu", "width": 40}),
@@ -416,6 +418,7 @@ ALIKE: list[tuple[dict[str, Any], dict[str, Any]]] = [
         },
     ),
     (ROUTED, ROUTED | {"balance": 0.01}),
+    (ROUTED, ROUTED | {"router": "learned"}),
     (ROUTED, ROUTED | {"mixer": FOUR | {"kv_heads": 4}}),
     (
         {"kind": "sequential", "mixers": [FOUR, FOUR]},
@@ -432,6 +435,19 @@ def test_two_spellings_of_a_composite_mixer_have_one_hash(one: dict[str, Any], o
 def test_fractions_that_turn_the_same_dimensions_are_one_model() -> None:
     halves = [changed("blocks.a.mixer.rope", {"fraction": fraction}) for fraction in (0.5, 0.501)]
     assert hash_of(halves[0]) == hash_of(halves[1])
+
+
+def test_a_norm_over_all_heads_is_that_of_each_where_there_is_one() -> None:
+    def hash_at(heads: int, norm: bool | str) -> str:
+        mixer = {"kind": "attention", "heads": heads, "head_dim": 12, "qk_norm": norm}
+        return hash_of(changed("blocks.d.mixer", mixer))
+
+    assert hash_at(1, "full") == hash_at(1, True) != hash_at(1, False)
+    assert len({hash_at(2, "full"), hash_at(2, True), hash_at(2, False)}) == 3
+    # A part that is left with one head is one of them.
+    parts = [FOUR | {"qk_norm": norm} for norm in ("full", True)]
+    splits = [SPLIT | {"mixers": [part, SPLIT["mixers"][1]], "share": 0.25} for part in parts]
+    assert len({hash_of(changed("blocks.d.mixer", split)) for split in splits}) == 1
 
 
 def test_a_factor_of_yarn_written_out_is_the_one_that_follows() -> None:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import random
 import time
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from heddle.errors import HeddleError, HeddleErrors
 from heddle.specs.reader import MAX_BYTES, MAX_DEPTH, MAX_NODES, parse, read
+from heddle.specs.yaml_events import events
 
 
 def refused(text: str) -> HeddleError:
@@ -209,3 +215,26 @@ def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
     path.write_bytes("\ufeffversion: 1\n".encode())
     assert read(path).data == {"version": 1}
+
+
+def told_by(events: Iterator[Any]) -> list[tuple[Any, ...]]:
+    """Kinds, texts and places of events, and of the error that ends them."""
+    found: list[tuple[Any, ...]] = []
+    try:
+        for one in events:
+            written = [
+                getattr(one, name, None) for name in ("value", "anchor", "tag", "implicit", "flow_style")
+            ]
+            places = [(mark.line, mark.column) for mark in (one.start_mark, one.end_mark)]
+            found.append((type(one).__name__, *map(str, written), *places))
+    except YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        found.append((type(error).__name__, mark and (mark.line, mark.column), getattr(error, "problem", None)))
+    return found
+
+
+def test_fast_events_are_those_of_ruamel(broken_spec: Callable[[random.Random], str], random_seed: int) -> None:
+    for number in range(150):
+        text = broken_spec(random.Random(f"{random_seed}-{number}"))
+        plain = YAML(typ="safe", pure=True).parse(text)
+        assert told_by(events(text)) == told_by(plain), f"seed {random_seed}, case {number} for\n{text}"

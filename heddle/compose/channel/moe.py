@@ -90,7 +90,7 @@ class MoEModule(nn.Module):
         real = None if call.padding is None else call.padding.reshape(-1)
         load = load_of(chosen, scores.shape[-1], real)
         if self.correction is not None:
-            self.correction.count(load)
+            call.loads.append(load)
         shares = load.to(scores.dtype) / load.sum().clamp(min=1)
         p = scores / (scores.sum(dim=-1, keepdim=True) + TINY)
         if real is not None:
@@ -99,3 +99,9 @@ class MoEModule(nn.Module):
         call.add_loss("load_balance", even if self.balance else even.detach(), self.balance)
         if self.active < scores.shape[-1]:
             call.add_loss("busiest_experts", shares.topk(self.active).values.sum(), 0.0)
+
+    @torch.no_grad()
+    def count(self, load: Tensor) -> None:
+        """Adds the choices of a forward to those that move the bias.  Shapes:  load: [E] int64"""
+        if self.correction is not None:
+            self.correction.load += load

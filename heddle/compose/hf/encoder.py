@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -10,34 +10,20 @@ from transformers.modeling_outputs import MaskedLMOutput, SequenceClassifierOutp
 from transformers.utils.generic import can_return_tuple
 
 from heddle.compose.hf.config import HeddleConfig
-from heddle.compose.hf.model import HeddleModel, HeddlePreTrainedModel, real_tokens, scaled_logits
+from heddle.compose.hf.model import (
+    HeddleModel,
+    HeddlePreTrainedModel,
+    HeddleWithHead,
+    real_tokens,
+    scaled_logits,
+)
 from heddle.compose.modules.precision import wide
 from heddle.compose.modules.readout import readout_module
 from heddle.errors import HeddleError
 
 
-class HeddleForMaskedLM(HeddlePreTrainedModel):
+class HeddleForMaskedLM(HeddleWithHead):
     """An encoder with an output head: what stands at each place, from the tokens on both sides."""
-
-    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
-
-    def __init__(self, config: HeddleConfig) -> None:
-        super().__init__(config)
-        self.model = HeddleModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.model.embed_tokens = value
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
-
-    def set_output_embeddings(self, value: nn.Linear) -> None:
-        self.lm_head = value
 
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
@@ -64,7 +50,7 @@ class HeddleForMaskedLM(HeddlePreTrainedModel):
             use_cache=False,
             output_hidden_states=output_hidden_states,
         )
-        logits = scaled_logits(self.config, self.lm_head(outputs.last_hidden_state))
+        logits = self.logits(outputs.last_hidden_state)
         loss = None if labels is None else _loss(logits.flatten(0, 1), labels.flatten(), outputs.aux_loss)
         return MaskedLMOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
 
@@ -82,12 +68,6 @@ class HeddleForSequenceClassification(HeddlePreTrainedModel):
         self.readout = readout_module(config.hidden_size, config.readout)
         self.classifier = nn.Linear(self.readout.width, config.num_labels)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.model.embed_tokens = value
 
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(

@@ -37,7 +37,7 @@ class HeddleModelOutput(BaseModelOutputWithPast):  # type: ignore[misc]
 
 
 class HeddlePreTrainedModel(PreTrainedModel):  # type: ignore[misc]
-    """What all model classes share."""
+    """What all model classes share. transformers finds embeddings and head by their names, `embed_tokens` and `lm_head`."""
 
     config: HeddleConfig
     config_class = HeddleConfig
@@ -84,12 +84,6 @@ class HeddleModel(HeddlePreTrainedModel):
         layer = self.layers[index]
         return self.layers[layer.layer] if isinstance(layer, Again) else layer
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.embed_tokens = value
-
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
@@ -120,8 +114,10 @@ class HeddleModel(HeddlePreTrainedModel):
             call.handed[STREAM, -1] = x
         for index in range(len(self.layers)):
             seen.append(x)
-            out = self.layer_at(index)(x, call.at(None if cache is None else cache.layers[index], index))
-            x, given, losses, targets = (out, {}, [], []) if isinstance(out, Tensor) else out
+            layer = self.layer_at(index)
+            out = layer(x, call.at(None if cache is None else cache.layers[index], index))
+            x, given, losses, targets, loads = (out, {}, [], [], []) if isinstance(out, Tensor) else out
+            layer.count(loads)
             call.handed.update({(what, index): value for what, value in given.items()})
             call.losses += losses
             call.targets += targets
@@ -216,8 +212,8 @@ def scaled_logits(config: HeddleConfig, logits: Tensor) -> Tensor:
     return y if config.logit_softcap is None else config.logit_softcap * torch.tanh(y / config.logit_softcap)
 
 
-class HeddleForCausalLM(HeddlePreTrainedModel, GenerationMixin):  # type: ignore[misc]
-    """The model with its output head."""
+class HeddleWithHead(HeddlePreTrainedModel):
+    """The model with an output head: a row of logits for each token."""
 
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
 
@@ -227,17 +223,13 @@ class HeddleForCausalLM(HeddlePreTrainedModel, GenerationMixin):  # type: ignore
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.embed_tokens
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The logits of hidden states after the last norm.  Shapes:  hidden: [..., D];  out: [..., vocab]"""
+        return scaled_logits(self.config, self.lm_head(hidden))
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.model.embed_tokens = value
 
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
-
-    def set_output_embeddings(self, value: nn.Linear) -> None:
-        self.lm_head = value
+class HeddleForCausalLM(HeddleWithHead, GenerationMixin):  # type: ignore[misc]
+    """The model with its output head: what comes next."""
 
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
@@ -280,10 +272,6 @@ class HeddleForCausalLM(HeddlePreTrainedModel, GenerationMixin):  # type: ignore
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
         )
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """The logits of hidden states after the last norm.  Shapes:  hidden: [..., D];  out: [..., vocab]"""
-        return scaled_logits(self.config, self.lm_head(hidden))
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """What `generate` feeds to the next forward.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -23,9 +23,10 @@ from heddle.compose.modules.masks import View, attention_mask, distances, key_ma
 from heddle.compose.modules.norm import RMSNorm
 from heddle.compose.modules.precision import wide
 from heddle.compose.modules.rope import rotate, scaling_key
+from heddle.compose.modules.rows import RowsOut
 from heddle.compose.modules.selection import Places, choose_blocks
 from heddle.compose.modules.site import Site
-from heddle.compose.modules.softmax import softmax_attention
+from heddle.compose.modules.softmax import softmax_attention, softmax_weights
 from heddle.errors import HeddleError
 
 
@@ -44,8 +45,8 @@ class AttentionModule(Initialised):
     `values_from`: v = (1 - l) v + l v', v' those of an earlier layer, l learned from 1/2 on (arXiv 2410.17897).
     `selection`: blocks of keys that a query reads; see `choose_blocks`. It masks T x S weights and saves no work here.
 
-    Shapes:  x, y: [B, T, D];  `heads_out` sees [B, T, H, d];  handed on: keys, values: [B, KV heads, S, d];
-             indices: [B, KV heads, T, blocks] bool
+    Shapes:  x, y: [B, T, D];  `heads_out` sees [B, T, H, d], `rows_out` [B, H, queries, S];
+             handed on: keys, values: [B, KV heads, S, d];  indices: [B, KV heads, T, blocks] bool
 
     Raises:
         HeddleError: "bad-argument" for a cache of earlier tokens without `causal`.
@@ -86,7 +87,7 @@ class AttentionModule(Initialised):
         self._make(site, queries=heads * (2 if gate else 1), bias=bias, norm=qk_norm is not False)
         self.sinks = nn.Parameter(torch.empty(heads)) if sinks else None
         self.value_share = nn.Parameter(torch.empty(1)) if values_from is not None else None
-        self.heads_out = nn.Identity()
+        self.heads_out, self.rows_out = nn.Identity(), RowsOut()
 
     def _make(self, site: Site, *, queries: int, bias: str, norm: bool) -> None:
         """Projections and norms; those of keys and values only where they are its own."""
@@ -112,14 +113,19 @@ class AttentionModule(Initialised):
         if self.value_share is not None:
             fill(self.value_share, torch.tensor([0.5]))
 
-    def forward(self, x: Tensor, call: Call) -> Tensor:
+    def forward(self, x: Tensor, call: Call, route: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """`route` makes the factors of heads [B, T, H] of the queries [B, T, H, d] before their norm and rotation."""
         q = self.q_proj(x).unflatten(-1, (self.heads, -1))
         q, *gate = q.chunk(2, dim=-1) if self.gate else (q,)
+        if route is not None:
+            call.head_gates = route(q)
         q = self._place(q, self.q_norm, call).transpose(1, 2)
         if self.keys_from is None:
             k, v, written = self._remember(x, call)
         else:
             k, v, written = call.handed["keys", self.keys_from], call.handed["values", self.keys_from], None
+        if self.rows_out.queries is not None:
+            self.rows_out(self._rows(q, k, written, call))
         o = self._attend(q, k, v, written, call).transpose(1, 2)
         if gate:
             o = o * torch.sigmoid(gate[0])
@@ -180,6 +186,18 @@ class AttentionModule(Initialised):
             distances(queries, keys, q.device), self.view, real_keys(call, keys), chosen, written=marks
         )
         return attend(q, k, v, mask)
+
+    def _rows(self, q: Tensor, k: Tensor, written: Tensor | None, call: Call) -> Tensor:
+        """The weights of the queries that `rows_out` asks for, over all keys.  Shapes:  out: [B, H, queries, S]"""
+        queries, keys = q.shape[2], k.shape[2]
+        rows = self.rows_out.places(queries)
+        distance = distances(queries, keys, q.device)[rows]
+        chosen = self._chosen_keys(q, k, written, call)[:, :, rows] if self.selection else None
+        marks = None if written is None else written[:, None, None]
+        mask = key_mask(distance, self.view, real_keys(call, keys), chosen, written=marks)
+        mask = mask if mask.dim() == 4 else mask[None, None]
+        p = softmax_weights(q[:, :, rows], k, mask, scale=self.scale, softcap=self.softcap, sinks=self.sinks)
+        return p.flatten(1, 2)
 
     def _chosen_keys(self, q: Tensor, k: Tensor, written: Tensor | None, call: Call) -> Tensor:
         """The keys of the blocks that each query reads.  Shapes:  out: [B, KV heads, T, S] bool"""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -24,6 +26,13 @@ class MohModule(CompositeMixer):
     values are those of all heads. In training the layer adds  Hr sum_i mean_t(p_i) mean_t(M_i)  over the tokens that are no
     padding, as `moh_balance`. All heads are computed; factors of 0 save no work.
 
+    With `router` "norms" there are no weights (MoH-LLaMA3-8B):
+
+        p   = softmax(n / std(n)),  n_i = |q_i| of the routed heads, before any norm or rotation; std is the unbiased one
+        g_r = M,  g_s = 1
+
+    Only p has a gradient, which M takes over (straight through).
+
     Shapes:  x, y: [B, T, D];  what `gates_out` sees: [B, T, H], at least float32
     """
 
@@ -36,22 +45,25 @@ class MohModule(CompositeMixer):
         routed_heads: int,
         active: int,
         balance: float,
+        router: str = "learned",
     ) -> None:
         super().__init__()
         self.mixer, self.shared_heads, self.routed_heads = mixer, shared_heads, routed_heads
-        self.active, self.balance = active, balance
+        self.active, self.balance, self.by_norms = active, balance, router == "norms"
 
-        def router(size: int, wanted: bool) -> nn.Linear | None:
-            return nn.Linear(site.hidden_size, size, bias=False) if wanted else None
+        def projection(size: int, wanted: bool) -> nn.Linear | None:
+            return nn.Linear(site.hidden_size, size, bias=False) if wanted and not self.by_norms else None
 
-        self.routed_proj = router(routed_heads, routed_heads > 0)
-        self.split_proj = router(2, routed_heads > 0)
-        self.shared_proj = router(shared_heads, shared_heads > 1)
+        self.routed_proj = projection(routed_heads, routed_heads > 0)
+        self.split_proj = projection(2, routed_heads > 0)
+        self.shared_proj = projection(shared_heads, shared_heads > 1)
         self.gates_out = nn.Identity()
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
-        gates = self.gates_out(self.gates(x, call))
-        y: Tensor = self.mixer(x, call.part("mixer", head_gates=gates))
+        if self.by_norms:
+            y: Tensor = self.mixer(x, call.part("mixer"), route=partial(self.norm_gates, call=call))
+        else:
+            y = self.mixer(x, call.part("mixer", head_gates=self.gates_out(self.gates(x, call))))
         return y
 
     def gates(self, x: Tensor, call: Call) -> Tensor:
@@ -66,14 +78,32 @@ class MohModule(CompositeMixer):
         routed = self._routed(torch.softmax(wide(self.routed_proj(x)), dim=-1), call)
         return torch.cat((a[..., :1] * shared, a[..., 1:] * routed), dim=-1)
 
-    def _routed(self, p: Tensor, call: Call) -> Tensor:
-        """Factors of the routed heads, K of them above 0.  Shapes:  p, out: [B, T, Hr]"""
+    def norm_gates(self, q: Tensor, call: Call) -> Tensor:
+        """The factor of each head by the length of its query.  Shapes:  q: [B, T, H, d];  out: [B, T, H]"""
+        lengths = torch.linalg.vector_norm(wide(q), dim=-1)
+        gates, routed = torch.ones_like(lengths[..., : self.shared_heads]), lengths[..., self.shared_heads :]
+        if self.routed_heads > 1:
+            # As good as the standard deviation, and of equal lengths, as all 0 at padding, with a gradient.
+            variance = routed.var(dim=-1, keepdim=True) + torch.finfo(routed.dtype).eps ** 2
+            routed = routed * variance.rsqrt()
+        if self.routed_heads > 0:
+            p = torch.softmax(routed, dim=-1)
+            gates = torch.cat((gates, self._chosen(p, call) + (p - p.detach())), dim=-1)
+        out: Tensor = self.gates_out(gates)
+        return out
+
+    def _chosen(self, p: Tensor, call: Call) -> Tensor:
+        """1 for the K likeliest routed heads, else 0.  Shapes:  p, out: [B, T, Hr]"""
         # Not topk, which may take any of equal ones.
         first = p.argsort(dim=-1, descending=True, stable=True)[..., : self.active]
         chosen = torch.zeros_like(p).scatter(-1, first, 1.0)
         if self.training:
             self._account(p, chosen, call)
-        kept = p * chosen
+        return chosen
+
+    def _routed(self, p: Tensor, call: Call) -> Tensor:
+        """Factors of the routed heads, K of them above 0.  Shapes:  p, out: [B, T, Hr]"""
+        kept = p * self._chosen(p, call)
         return self.active * kept / kept.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(p.dtype).eps)
 
     def _account(self, p: Tensor, chosen: Tensor, call: Call) -> None:

@@ -107,8 +107,8 @@ class Correction(Float32Kept, Initialised):
 
         b_e <- b_e + rate · sign(mean load - load_e)        after each training step
 
-    Whoever trains the model calls `after_step`, as `heddle.compose.train.fit` does; else b stays as it is. A layer that the
-    backward pass runs again is counted twice, which moves no sign.
+    Whoever trains the model calls `after_step`, as `heddle.compose.train.fit` does; else b stays as it is. The load is an output
+    of the layer, added by the model: a layer that the backward pass runs again is counted once.
 
     Shapes:  bias: [E], float32;  load: [E] int64, the choices since the last step
     """
@@ -126,11 +126,6 @@ class Correction(Float32Kept, Initialised):
     def initialise(self, std: float) -> None:  # noqa: ARG002 - no expert is preferred at first
         for held in (self.bias, self.load):
             fill(held, torch.zeros(held.shape))
-
-    @torch.no_grad()
-    def count(self, load: Tensor) -> None:
-        """Adds the choices of a forward."""
-        self.load += load
 
     @torch.no_grad()
     def after_step(self) -> None:

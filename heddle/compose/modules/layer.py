@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -81,17 +81,24 @@ class HeddleLayer(GradientCheckpointingLayer):  # type: ignore[misc]
         self.channel = channel_module(self.channel_kind)(site, **fields)
         self.channel_post_norm = norm(has_channel and placement != "pre")
 
-    def forward(self, x: Tensor, call: Call) -> Tensor | tuple[Tensor, dict[str, Any], list[Any], list[Any]]:
-        """The stream after the layer; with it, if there is any, what the mixer hands on to later layers, the auxiliary losses
-        and the shares with a target.
+    def forward(
+        self, x: Tensor, call: Call
+    ) -> Tensor | tuple[Tensor, dict[str, Any], list[Any], list[Any], list[Tensor]]:
+        """The stream after the layer; with it, if there is any, what the mixer hands on to later layers, the auxiliary losses,
+        the shares with a target, and the load of experts, which `count` takes.
 
-        They are outputs, because a layer that is run again by a checkpoint may write nothing outside of it.
+        They are outputs, because a layer that is run again by a checkpoint may write nothing outside of it: no buffer either.
         """
         call = call.at(call.cache)
-        call.given, call.losses, call.targets = {}, [], []
+        call.given, call.losses, call.targets, call.loads = {}, [], [], []
         x = self.stream(x, call)
-        told = (call.given, call.losses, call.targets)
+        told = (call.given, call.losses, call.targets, call.loads)
         return (x, *told) if any(told) else x
+
+    def count(self, loads: Sequence[Tensor]) -> None:
+        """Tells the channel block the loads that a forward of the layer gave."""
+        for load in loads:
+            cast(Any, self.channel).count(load)
 
     def stream(self, x: Tensor, call: Call) -> Tensor:
         """The stream after the layer."""

@@ -32,8 +32,8 @@ def softmax_attention(
     if softcap is not None or sinks is not None:
         if mask is None and is_causal:
             mask = View().of(distances(q.shape[2], k.shape[2], q.device))[None, None]
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
-        return _explicit(q, k, v, mask, scale=scale, softcap=softcap, sinks=sinks)
+        p = softmax_weights(q, k, mask, scale=scale, softcap=softcap, sinks=sinks)
+        return (p.to(v.dtype) @ v[:, :, None]).flatten(1, 2)
     group = q.shape[1] // k.shape[1]
     # A branch, not an argument: under a compiler with dynamic shapes the condition is symbolic.
     if mask is None and is_causal:
@@ -44,19 +44,21 @@ def softmax_attention(
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=group > 1)
 
 
-def _explicit(
+def softmax_weights(
     q: Tensor,
     k: Tensor,
-    v: Tensor,
     mask: Tensor | None,
     *,
-    scale: float,
-    softcap: float | None,
-    sinks: Tensor | None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
-    """In groups of query heads, so that no key is repeated.  Shapes:  logits: [B, KV heads, group, T, S]"""
+    """The p_ij of `softmax_attention`, in at least float32. In groups of query heads, so that no key is repeated.
+
+    Shapes:  as there;  out: [B, KV heads, group, T, S]
+    """
     q = q.view(q.shape[0], k.shape[1], -1, *q.shape[2:])
-    logits = wide(q @ k[:, :, None].mT) * scale
+    logits = wide(q @ k[:, :, None].mT) * (q.shape[-1] ** -0.5 if scale is None else scale)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     if mask is not None and mask.dtype == torch.bool:
@@ -66,5 +68,4 @@ def _explicit(
     if sinks is not None:
         sink = sinks.to(logits.dtype).view(1, q.shape[1], q.shape[2], 1, 1)
         logits = torch.cat((logits, sink.expand(*logits.shape[:-1], 1)), dim=-1)
-    p = torch.softmax(logits, dim=-1)[..., : k.shape[2]].to(v.dtype)
-    return (p @ v[:, :, None]).flatten(1, 2)
+    return torch.softmax(logits, dim=-1)[..., : k.shape[2]]

@@ -8,14 +8,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from heddle.compose.passes.graph import Graph, Locate, MixerBlock, model_of, nodes_of, with_nodes
+from heddle.compose.passes.graph import (
+    Graph,
+    Locate,
+    MixerBlock,
+    model_of,
+    nodes_of,
+    once_a_block,
+    with_nodes,
+)
 
 
 def assign_caches(graph: Graph, locate: Locate) -> Graph:  # noqa: ARG001
     """The graph with the cache of each mixer; an encoder sees all tokens at once and keeps none."""
     keeps = model_of(graph).kind == "causal_lm"
+    states = once_a_block(lambda spec, site: spec.states(site) if keeps else ())
     mixers = [(name, node) for name, node in nodes_of(graph) if isinstance(node, MixerBlock)]
-    return with_nodes(
-        graph,
-        {name: replace(node, states=node.spec.states(node.site) if keeps else ()) for name, node in mixers},
-    )
+    return with_nodes(graph, {name: replace(node, states=states(node)) for name, node in mixers})

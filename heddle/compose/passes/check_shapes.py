@@ -15,6 +15,7 @@ from heddle.compose.passes.graph import (
     MixerBlock,
     Readout,
     nodes_of,
+    once_a_block,
 )
 
 
@@ -26,13 +27,14 @@ def check_shapes(graph: Graph, locate: Locate) -> Graph:
     """
     failures = Failures("check_shapes", locate)
     told: set[tuple[str, str, str]] = set()
+    problems = once_a_block(lambda spec, site: spec.problems(site))
     for name, node in nodes_of(graph):
         if isinstance(node, Readout):
             for problem in node.spec.problems(node.takes or 0):
                 failures.add(problem.code, problem.what, f"{name}.{problem.field}", problem.hint)
         if not isinstance(node, (MixerBlock, ChannelBlock)):
             continue
-        for problem in node.spec.problems(node.site):
+        for problem in problems(node):
             mistake = (node.block, problem.field, problem.what)
             if mistake not in told:
                 told.add(mistake)

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from heddle.compose.passes.graph import Graph, Locate, MixerBlock, nodes_of, with_nodes
+from heddle.compose.passes.graph import Graph, Locate, MixerBlock, nodes_of, once_a_block, with_nodes
 
 
 def choose_kernels(graph: Graph, locate: Locate) -> Graph:  # noqa: ARG001
     """The graph with the ops of each mixer."""
+    kernels = once_a_block(lambda spec, _: spec.kernels())
     mixers = [(name, node) for name, node in nodes_of(graph) if isinstance(node, MixerBlock)]
-    return with_nodes(graph, {name: replace(node, kernels=node.spec.kernels()) for name, node in mixers})
+    return with_nodes(graph, {name: replace(node, kernels=kernels(node)) for name, node in mixers})

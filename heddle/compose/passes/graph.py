@@ -2,15 +2,15 @@
 
 A node is named by its place in the model (`embedding`, `layers.3.mixer`, `layers.3.channel`, `norm`, and `head`, or
 `readout` and `classifier`) and carries a `Node` under "node"; what goes from one node to another is a tuple of `Edge` under
-"edges". The graph itself carries the spec under "model". Passes fill in the fields that are None; nothing here
-is ever changed in place.
+"edges". The graph itself carries the spec under "model". Nodes stand in it in the order in which they run. Passes fill in
+the fields that are None; nothing here is ever changed in place.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import networkx as nx
 
@@ -23,6 +23,7 @@ from heddle.specs.readout import ReadoutSpec
 
 Graph: TypeAlias = nx.DiGraph
 Locate = Callable[[str], Where]
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,16 +127,32 @@ def model_of(graph: Graph) -> ModelSpec:
 
 def nodes_of(graph: Graph) -> Iterator[tuple[str, Node]]:
     """Names and nodes in the order in which they run."""
-    for name in nx.topological_sort(graph):
-        yield name, graph.nodes[name]["node"]
+    yield from graph.nodes(data="node")
 
 
 def with_nodes(graph: Graph, changed: Mapping[str, Node]) -> Graph:
     """A graph of its own, with other nodes under some of the names."""
     made = nx.DiGraph(**graph.graph)
-    made.add_nodes_from((name, {"node": changed.get(name, node)}) for name, node in graph.nodes(data="node"))
+    for name, node in graph.nodes(data="node"):
+        made.add_node(name, node=changed.get(name, node))
     made.add_edges_from(graph.edges(data=True))
     return made
+
+
+def once_a_block(ask: Callable[[Any, Site], Answer]) -> Callable[[MixerBlock | ChannelBlock], Answer]:
+    """`ask(spec, site)`, the spec of a mixer or channel block asked at the first of the layers that have it.
+
+    Sizes are the same at all of them (see `Site`), and a thousand layers are made of a few blocks.
+    """
+    told: dict[int, Answer] = {}
+
+    def answer(node: MixerBlock | ChannelBlock) -> Answer:
+        # By identity: the graph keeps every spec alive.
+        if id(node.spec) not in told:
+            told[id(node.spec)] = ask(node.spec, node.site)
+        return told[id(node.spec)]
+
+    return answer
 
 
 def add_edge(graph: Graph, first: str, second: str, edge: Edge) -> None:

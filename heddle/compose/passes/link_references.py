@@ -22,72 +22,30 @@ from heddle.compose.passes.graph import (
     model_of,
     with_nodes,
 )
-from heddle.specs.base import nearest
+from heddle.specs.layer import Site
 from heddle.specs.pattern import Layer, layers_of
-from heddle.specs.references import Link, links
+from heddle.specs.references import Link, bad_links, links
 
 
 def link_references(graph: Graph, locate: Locate) -> Graph:
     """The graph with its references resolved.
 
     Raises:
-        HeddleErrors: unknown-layer for a name that nothing has; reference-direction for one that stands only later;
-        reference-mismatch for a layer that has no such thing, or has it in another shape, and for layers of a shared block
-        that would take from different ones.
+        HeddleErrors: unknown-layer, reference-direction or reference-mismatch, as `bad_links` says.
     """
-    layers, failures = layers_of(model_of(graph)), Failures("link_references", locate)
+    model, failures = model_of(graph), Failures("link_references", locate)
+    layers = layers_of(model)
     found = links(layers)
-    for link in found:
-        _check(graph, link, layers, failures)
-    _check_shared(found, layers, failures)
+    # What layers offer each other is the same wherever they stand.
+    site = Site(model.hidden_size, 0, len(layers), model.norm_eps, model.context_length)
+    for one in bad_links(layers, found, site):
+        failures.add(one.code, one.what, one.path, one.hint)
     failures.check()
     made = with_nodes(graph, _resolved(graph, found, layers))
     for link in found:
         target: MixerBlock = graph.nodes[f"layers.{link.layer}.mixer"]["node"]
         add_edge(made, _source(graph, link), f"layers.{link.layer}.mixer", _edge(graph, link, target))
     return made
-
-
-def _check(graph: Graph, link: Link, layers: list[Layer], failures: Failures) -> None:
-    one, path = link.reference, f"layers.{link.layer}.{link.reference.field}"
-    if not link.is_known:
-        names = list(dict.fromkeys(name for layer in layers for name in (layer.block, layer.name) if name))
-        close = nearest(one.name, names)
-        hint = f"did you mean {close}?" if close else f"the layers are {', '.join(names[:20])}"
-        failures.add("unknown-layer", f"no layer and no block is called {one.name!r}", path, hint)
-    elif link.source is None:
-        what = (
-            f"layer {link.layer} takes {one.what} from {one.name!r}, which stands before none of its layers"
-        )
-        hint = "a layer takes from earlier ones only; put it first, or name another"
-        failures.add("reference-direction", what, path, hint)
-    elif one.what != "stream":
-        node: MixerBlock = graph.nodes[f"layers.{link.layer}.mixer"]["node"]
-        source: MixerBlock = graph.nodes[f"layers.{link.source}.mixer"]["node"]
-        inner = replace(one, field=one.field.removeprefix("mixer."))
-        wrong = node.spec.misfit(inner, source.spec, source.site)
-        if wrong is not None:
-            failures.add("reference-mismatch", wrong, path)
-
-
-def _check_shared(found: list[Link], layers: list[Layer], failures: Failures) -> None:
-    """One module runs at all layers of a shared block, and takes from one layer."""
-    first: dict[tuple[str, str], Link] = {}
-    for link in found:
-        layer = layers[link.layer]
-        if not layer.spec.shared or link.source is None:
-            continue
-        one = first.setdefault((layer.block, link.reference.field), link)
-        if one.source != link.source:
-            what = (
-                f"layers {one.layer} and {link.layer} share their weights, and would take {link.reference.what} "
-                f"from layers {one.source} and {link.source}"
-            )
-            path, hint = (
-                f"layers.{link.layer}.{link.reference.field}",
-                "give one layer a name, and take from that",
-            )
-            failures.add("reference-mismatch", what, path, hint)
 
 
 def _resolved(graph: Graph, found: list[Link], layers: list[Layer]) -> dict[str, MixerBlock]:
@@ -99,7 +57,7 @@ def _resolved(graph: Graph, found: list[Link], layers: list[Layer]) -> dict[str,
         if link.reference.what == "stream":
             skip = layers[link.layer].spec.skip
             assert skip is not None
-            changed[name] = replace(node, skip={**skip.model_dump(), "source": link.source})
+            changed[name] = replace(node, skip={**skip.plain(), "source": link.source})
             continue
         data = copy.deepcopy(dict(node.data or {}))
         part: Any = data

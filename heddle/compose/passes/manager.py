@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
-from heddle.compose.passes.graph import Graph, Locate, edges_of
+from heddle.compose.passes.graph import Edge, Graph, Locate, edges_of
 from heddle.errors import HeddleError
 
 Pass = Callable[[Graph, Locate], Graph]
@@ -23,9 +23,11 @@ def run_passes(graph: Graph, passes: Sequence[Pass], locate: Locate) -> Graph:
     """
     for count, one in enumerate(passes):
         try:
-            graph = one(graph, locate)
-            wrong = illegal(graph)
+            made = one(graph, locate)
+            # The same graph is as legal as it was: nothing changes one in place.
+            wrong = None if made is graph else illegal(made)
             assert wrong is None, wrong
+            graph = made
         except HeddleError:
             raise
         except Exception as error:
@@ -42,7 +44,8 @@ def illegal(graph: Graph) -> str | None:
     then nothing goes in a circle, and the order in which the layers run is the only one.
     """
     after: dict[str, str] = {}
-    for first, second, edge in edges_of(graph):
+    edges = list(edges_of(graph))
+    for first, second, edge in edges:
         if edge.kind == "stream":
             if first in after:
                 return f"two streams leave {first}, to {after[first]} and {second}"
@@ -56,13 +59,16 @@ def illegal(graph: Graph) -> str | None:
         order.append(after[order[-1]])
     if len(order) != len(graph):
         return f"the stream from {order[0]} passes {len(order)} nodes, and there are {len(graph)}"
-    return _wrong_edge(graph, {name: place for place, name in enumerate(order)})
+    if order != list(graph):
+        return "the nodes stand in another order than that in which the stream passes them"
+    return _wrong_edge(graph, edges)
 
 
-def _wrong_edge(graph: Graph, place: Mapping[str, int]) -> str | None:
+def _wrong_edge(graph: Graph, edges: Sequence[tuple[str, str, Edge]]) -> str | None:
     """The first edge that does not point forward, or fits not both its ends."""
     nodes = dict(graph.nodes(data="node"))
-    for first, second, edge in edges_of(graph):
+    place = {name: number for number, name in enumerate(nodes)}
+    for first, second, edge in edges:
         if place[first] >= place[second]:
             return f"{second} takes {edge.kind} of {first}, which does not stand before it"
         gives, takes = nodes[first].gives, nodes[second].takes

@@ -32,6 +32,8 @@ def plan_sharing(graph: Graph, locate: Locate) -> Graph:  # noqa: ARG001
             owner = first.setdefault(node.block, node.site.layer_index)
             if owner != node.site.layer_index:
                 found[name] = replace(node, weights_of=owner)
+    if not found:
+        return graph
     made = with_nodes(graph, found)
     for name, node in found.items():
         source = f"layers.{node.weights_of}.{name.rpartition('.')[2]}"

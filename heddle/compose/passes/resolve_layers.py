@@ -104,4 +104,4 @@ def _layer(layer: Layer, site: Site) -> list[tuple[str, Node]]:
 
 def _residual(residual: Residual | None) -> Mapping[str, Any] | None:
     """None for what is nothing but an addition, however it was spelled."""
-    return None if residual is None or residual == Residual() else residual.model_dump()
+    return None if residual is None or residual == Residual() else residual.plain()

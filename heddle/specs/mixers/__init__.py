@@ -20,16 +20,18 @@ from heddle.specs.mixers.parallel import Parallel as Parallel
 from heddle.specs.mixers.retnet import RetNet as RetNet
 from heddle.specs.mixers.sequential import Sequential as Sequential
 from heddle.specs.mixers.token_router import TokenRouter as TokenRouter
-from heddle.specs.plugins import load_plugins
+from heddle.specs.plugins import OPTIONAL, load_optional, load_plugins
 
 # The kinds of the files beside this one, in the order of the lines above.
 BUILT_IN: tuple[type[MixerSpec], ...] = tuple(
     one for one in list(vars().values()) if getattr(one, "__module__", "").startswith(f"{__name__}.")
 )
 
-# Kinds that other installed packages offer, and those of them that cannot be used.
-_offered, BROKEN = load_plugins({one.model_fields["kind"].default for one in BUILT_IN})
-KINDS = (*BUILT_IN, *_offered)
+# Kinds of ours that wait for a package, and kinds that other installed packages offer; and those that cannot be used.
+_joined, ABSENT = load_optional()
+_taken = {one.model_fields["kind"].default for one in BUILT_IN} | {one.kind for one in OPTIONAL}
+_offered, BROKEN = load_plugins(_taken)
+KINDS = (*BUILT_IN, *_joined, *_offered)
 
 if TYPE_CHECKING:
     Mixer = MixerSpec

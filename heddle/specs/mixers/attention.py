@@ -209,9 +209,11 @@ class Attention(HeadedMixer):
         return (Sight((recent - 1) * self.selection.block + 1), Sight(is_certain=False))
 
     def runtime(self, site: Site) -> dict[str, Any]:
-        data = self.resolved(site).model_dump()
+        data = self.resolved(site).plain()
         data["rope"] = None if self.rope is None else self.rope.runtime()
         data["selection"] = None if self.selection is None else self.selection.runtime()
+        # Of one head, all together are each.
+        data["qk_norm"] = self.qk_norm if self.heads > 1 else self.qk_norm is not False
         defaults = {name: type(self).model_fields[name].default for name in LATER}
         defaults["scale"] = data["head_dim"] ** -0.5
         return {name: value for name, value in data.items() if name not in LATER or value != defaults[name]}

@@ -9,6 +9,7 @@ from pydantic import Field
 from heddle.specs.composite import CompositeMixer
 from heddle.specs.kinds import HeadedMixer, Problem
 from heddle.specs.layer import Site
+from heddle.specs.mixers.attention import Attention
 
 if TYPE_CHECKING:
     # The union of all kinds, this one among them; the catalogue fills it in.
@@ -23,6 +24,9 @@ class Moh(CompositeMixer):
     The first Hs heads are always on, of the others K = `active`. Heads are those before the output projection: of grouped
     ones query heads, of a delta rule value heads. Costs are those of all heads, which all are computed: what is turned off
     is multiplied by 0.
+
+    With `router: norms` there are no weights: g is 1 for the shared heads and for the K longest queries, and else 0. Only
+    softmax attention has a query for each head.
     """
 
     kind: Literal["moh"] = "moh"
@@ -39,6 +43,13 @@ class Moh(CompositeMixer):
             ge=0, le=4096, description="Of the other heads, how many are on for a token; 0 if there are none."
         ),
     ]
+    router: Annotated[
+        Literal["learned", "norms"],
+        Field(
+            description="What picks and weighs heads: learned projections of the input; or norms, the lengths of the queries, "
+            "which turn heads of attention on and off and have no weights."
+        ),
+    ] = "learned"
     balance: Annotated[
         float,
         Field(
@@ -54,6 +65,9 @@ class Moh(CompositeMixer):
             found.append(
                 Problem("mixer.kind", f"{self.mixer.kind} has no heads of its own", code="conflicting-fields")
             )
+        elif self.router == "norms" and not isinstance(self.mixer, Attention):
+            what = f"{self.mixer.kind} has no query of its own for each head"
+            found.append(Problem("router", what, "router: learned, or kind: attention", "conflicting-fields"))
         if found:
             return found
         heads, routed = self._heads(site), self._routed(site)
@@ -67,13 +81,18 @@ class Moh(CompositeMixer):
         return [Problem("active", what, hint, "out-of-range")]
 
     def runtime(self, site: Site) -> dict[str, Any]:
-        return super().runtime(site) | {"routed_heads": self._routed(site)}
+        data = super().runtime(site) | {"routed_heads": self._routed(site)}
+        # A later field of the language: at its default it is left out, as if it did not exist.
+        return data if self.router == "norms" else {name: data[name] for name in data if name != "router"}
 
     def canonical(self, site: Site) -> dict[str, Any]:
-        return super().canonical(site) | ({} if self._routed(site) else {"balance": None})
+        kept = {"router": self.router != "learned", "balance": self._routed(site) > 0}
+        return {name: value for name, value in super().canonical(site).items() if kept.get(name, True)}
 
     def own_params(self, site: Site) -> int:
         routed, shared = self._routed(site), self.shared_heads
+        if self.router == "norms":
+            return 0
         return site.hidden_size * ((routed + 2 if routed > 0 else 0) + (shared if shared > 1 else 0))
 
     def own_flops(self, site: Site) -> int:
