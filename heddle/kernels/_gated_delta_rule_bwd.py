@@ -24,7 +24,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from heddle.kernels._gated_delta_rule_fwd import LENGTHS, decay_between, decays
+from heddle.kernels._gated_delta_rule_fwd import LENGTHS, decay_from_column, decay_from_row, decays
 from heddle.kernels.common.jit import find_sequence
 
 
@@ -152,6 +152,8 @@ def _gated_delta_rule_bwd_gradient_kernel(
 ):  # fmt: skip
     """All gradients of one chunk and key head: first dq, then the others. `dv` holds dx and gets beta dx.
 
+    Shapes:  initial, d_final: [N, HV, V, K]
+
     Each part has loops of its own over V: with the accumulators of all, registers would not do.
     """
     head = tl.program_id(0) % H
@@ -198,9 +200,9 @@ def _gated_delta_rule_bwd_gradient_kernel(
             read = tl.dot(do, state, read, input_precision=PRECISION)
             weights = tl.dot(do, tl.trans(new), weights, input_precision=PRECISION)
         if GATED:
-            total, seen, _, _ = decays(log_decay_ptr, at, present)
+            total, rest, seen, _, _ = decays(log_decay_ptr, at, present)
             read *= (seen * scale)[:, None]
-            weights *= decay_between(total[None, :], total[:, None], lower) * scale
+            weights *= decay_from_column(total, rest, lower) * scale
             passed = weights * tl.dot(q, tl.trans(k), input_precision=PRECISION)
             d_total = tl.sum(q * read, axis=1) + tl.sum(passed, axis=1) - tl.sum(passed, axis=0)
             # For the second loop.
@@ -239,23 +241,22 @@ def _gated_delta_rule_bwd_gradient_kernel(
             d_beta += tl.sum(dx.to(tl.float32) * v, axis=1)
             tl.store(dv_ptr + dense + columns[None, :], (beta[:, None] * dx).to(dx.dtype), mask=kept)
         if GATED:
-            total, seen, left, over = decays(log_decay_ptr, at, present)
+            total, rest, seen, left, over = decays(log_decay_ptr, at, present)
             erased *= seen[:, None]
-            solves *= decay_between(total[None, :], total[:, None], lower)
-            solves_t *= decay_between(total[:, None], total[None, :], upper)
-        solves = tl.where(i[:, None] > i[None, :], solves, 0.0)
-        both = solves * beta[:, None] + tl.where(i[:, None] < i[None, :], solves_t, 0.0) * beta[None, :]
-        dk -= erased * beta[:, None]
-        dk -= tl.dot(both.to(k.dtype), k, input_precision=PRECISION)
-        solves *= tl.dot(k, tl.trans(k), input_precision=PRECISION)
         read_back = tl.sum(k * erased, axis=1)
-        d_beta -= read_back + tl.sum(solves, axis=1)
-        tl.store(d_beta_ptr + at, d_beta, mask=present)
+        dk -= erased * beta[:, None]
+        if GATED:
+            solves *= decay_from_column(total, rest, lower)
+            solves_t *= decay_from_row(total, rest, upper)
+        solves = tl.where(i[:, None] > i[None, :], solves, 0.0)
+        both = solves * -beta[:, None] - tl.where(i[:, None] < i[None, :], solves_t, 0.0) * beta[None, :]
+        dk = tl.dot(both.to(k.dtype), k, dk, input_precision=PRECISION)
+        solves *= tl.dot(k, tl.trans(k), input_precision=PRECISION)
+        tl.store(d_beta_ptr + at, d_beta - read_back - tl.sum(solves, axis=1), mask=present)
         if GATED:
             solves *= beta[:, None]
             d_total = tl.load(d_log_decay_ptr + at, mask=present, other=0.0)
             d_total -= read_back * beta + tl.sum(solves, axis=1) - tl.sum(solves, axis=0)
-            d_whole = 0.0
 
         weights_t = tl.zeros([C, C], tl.float32)
         written = tl.zeros([C, ROWS], tl.float32)
@@ -270,24 +271,37 @@ def _gated_delta_rule_bwd_gradient_kernel(
             do = tl.load(do_at + (i * stride_dt)[:, None] + columns[None, :], mask=kept, other=0.0)
             written = tl.dot(new, d_state, written, input_precision=PRECISION)
             weights_t = tl.dot(new, tl.trans(do), weights_t, input_precision=PRECISION)
-            if GATED:
-                # What decays over the whole chunk: a product of the state with its gradient, in full where given.
-                before = tl.load(states_ptr + state_at, mask=state_mask, other=0.0).to(tl.float32)
-                after = d_state.to(tl.float32)
-                given_at = (n.to(tl.int64) * HV + own) * (K * V) + columns[:, None] + (rows * V)[None, :]
-                if j == 0:
-                    before = tl.load(initial_ptr + given_at, mask=state_mask & (has_initial != 0), other=0.0)
-                if (j + 1) * C >= length:
-                    after = tl.load(d_final_ptr + given_at, mask=state_mask & (has_d_final != 0), other=0.0)
-                d_whole += tl.sum(tl.sum(before * after, axis=1), axis=0)
         if GATED:
             written *= left[:, None]
             per_token = tl.sum(k * written, axis=1)
-            d_whole = d_whole * over + tl.sum(per_token, axis=0)
-            d_log_decay = tl.cumsum(d_total - per_token, axis=0, reverse=True) + d_whole
-            tl.store(d_log_decay_ptr + at, d_log_decay, mask=present)
-            weights_t *= decay_between(total[:, None], total[None, :], upper) * scale
+            d_total = tl.cumsum(d_total - per_token, axis=0, reverse=True) + tl.sum(per_token, axis=0)
+            weights_t *= decay_from_row(total, rest, upper) * scale
         else:
             weights_t = tl.where(upper, weights_t * scale, 0.0)
         dk = tl.dot(weights_t.to(k.dtype), q, dk + written, input_precision=PRECISION)
+        if GATED:
+            # What decays over the whole chunk: a product of the state with its gradient, in full where they are given.
+            product = tl.zeros([COLUMNS, ROWS], tl.float32)
+            given = (n.to(tl.int64) * HV + own) * (K * V)
+            for tile in range(0, V, COLUMNS):
+                columns = tile + tl.arange(0, COLUMNS)
+                state_mask = (columns < V)[:, None] & in_k
+                offsets = columns[:, None] * K + rows[None, :]
+                state = tl.load(states_ptr + place * (K * V) + offsets, mask=state_mask, other=0.0).to(
+                    tl.float32
+                )
+                d_state = tl.load(d_states_ptr + place * (K * V) + offsets, mask=state_mask, other=0.0).to(
+                    tl.float32
+                )
+                if j == 0:
+                    state = tl.load(
+                        initial_ptr + given + offsets, mask=state_mask & (has_initial != 0), other=0.0
+                    )
+                if (j + 1) * C >= length:
+                    d_state = tl.load(
+                        d_final_ptr + given + offsets, mask=state_mask & (has_d_final != 0), other=0.0
+                    )
+                product += state * d_state
+            d_total += over * tl.sum(tl.sum(product, axis=1), axis=0)
+            tl.store(d_log_decay_ptr + at, d_total, mask=present)
     tl.store(dk_ptr + own_key, dk.to(k.dtype), mask=mask)

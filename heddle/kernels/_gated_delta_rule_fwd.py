@@ -57,24 +57,32 @@ def unit_lower_inverse(strict, C: tl.constexpr, LEVELS: tl.constexpr, PRECISION:
 
 @triton.jit
 def decays(log_decay_ptr, at, present):
-    """Of one chunk: the sums of log-decays up to each token, and what is left of the beginning at each token, of each
-    token at the end, and of the beginning at the end.
+    """Of one chunk: the sums of log-decays up to each token (and what their rounding leaves out), and what is left of the
+    beginning at each token, of each token at the end, and of the beginning at the end.
 
     Sums are float64: differences of them count, and a strong decay would swallow a weak one in float32.
     """
     rate = tl.load(log_decay_ptr + at, mask=present, other=0.0).to(tl.float64)
-    total = tl.cumsum(rate, axis=0)
-    whole = tl.sum(rate, axis=0)
-    seen = tl.exp2((total * LOG2_E).to(tl.float32))
-    left = tl.exp2(((whole - total) * LOG2_E).to(tl.float32))
-    return total, seen, left, tl.exp2((whole * LOG2_E).to(tl.float32))
+    exact = tl.cumsum(rate, axis=0) * LOG2_E
+    whole = tl.sum(rate, axis=0) * LOG2_E
+    total = exact.to(tl.float32)
+    rest = (exact - total).to(tl.float32)
+    left = tl.exp2((whole - exact).to(tl.float32))
+    return total, rest, tl.exp2(total), left, tl.exp2(whole.to(tl.float32))
 
 
 @triton.jit
-def decay_between(older, newer, causal):
-    """The decay from one token to another, where `causal`; 0 elsewhere."""
-    power = ((newer - older) * LOG2_E).to(tl.float32)
+def decay_from_column(total, rest, causal):
+    """The decay from the token of a column to that of a row, where `causal`; 0 elsewhere."""
+    power = (total[:, None] - total[None, :]) + (rest[:, None] - rest[None, :])
     # Masked before exp2: elsewhere the power could overflow.
+    return tl.where(causal, tl.exp2(tl.where(causal, power, 0.0)), 0.0)
+
+
+@triton.jit
+def decay_from_row(total, rest, causal):
+    """The decay from the token of a row to that of a column, where `causal`; 0 elsewhere."""
+    power = (total[None, :] - total[:, None]) + (rest[None, :] - rest[:, None])
     return tl.where(causal, tl.exp2(tl.where(causal, power, 0.0)), 0.0)
 
 
@@ -119,8 +127,8 @@ def _gated_delta_rule_fwd_solve_kernel(
         beta = tl.load(beta_ptr + at, mask=present, other=0.0)
         gates_at = gates_ptr + place * (3 * C) + i
         if GATED:
-            total, seen, left, _ = decays(log_decay_ptr, at, present)
-            within = decay_between(total[None, :], total[:, None], i[:, None] >= i[None, :])
+            total, rest, seen, left, _ = decays(log_decay_ptr, at, present)
+            within = decay_from_column(total, rest, i[:, None] >= i[None, :])
             tl.store(gates_at + C, seen)
             tl.store(gates_at + 2 * C, left)
         else:

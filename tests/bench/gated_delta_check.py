@@ -39,20 +39,14 @@ CHECKED = {"B": 1, "H": 2, "HV": 4}
 WIDE = {"H": 16, "HV": 16, "K": 128, "V": 128}
 SHAPES = ({"B": 8, "T": 4096, **WIDE}, {"B": 1, "T": 32768, **WIDE})
 GROUPED = {"B": 1, "T": 32768, **WIDE, "H": 4}
-STATE = (
-    Launch(64, 64, 4, 2),
-    Launch(64, 64, 4, 3),
-    Launch(64, 128, 8, 2),
-    Launch(64, 128, 8, 3),
-    Launch(64, 32, 4, 3),
-)
+STATE = (Launch(64, 64, 4, 2), Launch(64, 64, 4, 3), Launch(64, 128, 8, 2))
 TRIED = {
     "forward": STATE,
     "backward": STATE,
-    "solve": (Launch(64, 64, 4, 1), Launch(64, 64, 8, 1), Launch(64, 64, 4, 1, 168), Launch(64, 64, 4, 1, 128)),
+    "solve": (Launch(64, 64, 4, 1), Launch(64, 64, 4, 1, 128)),
     "gradient": (
-        Launch(64, 64, 8, 1), Launch(64, 32, 8, 1), Launch(64, 64, 8, 2), Launch(64, 32, 8, 2), Launch(64, 64, 4, 1),
-        Launch(64, 128, 8, 1), Launch(64, 64, 8, 1, 128),
+        Launch(64, 64, 8, 1), Launch(64, 64, 8, 2), Launch(64, 32, 8, 2), Launch(64, 64, 16, 1), Launch(64, 64, 16, 2),
+        Launch(64, 128, 16, 1), Launch(64, 128, 8, 1), Launch(64, 64, 8, 1, 128),
     ),
 }  # fmt: skip
 STEPS = tuple(
@@ -165,8 +159,13 @@ def sweep(log: Log, late: Callable[[], bool]) -> None:
                             milliseconds(inputs.backward_state() if name == "backward" else inputs.backward())
                         ]
                 log(f"{told} {name} {launch}: {' '.join(f'{ms:.4f}' for ms in found)} ms")
+        for segment in (1024, 2048, 4096, 8192, shape["T"]) if shape["B"] == 1 else ():
+            with tuning(segment=segment):
+                found = [milliseconds(partial(inputs.forward, keep=keep)) for keep in (False, True)]
+                found.append(milliseconds(inputs.backward_state()))
+            log(f"{told} segment {segment}: {' '.join(f'{ms:.4f}' for ms in found)} ms")
         if gated:
-            for inverse in ("tf32", "tf32x3", "bf16x3"):
+            for inverse in ("fp16", "bf16x3"):
                 log(f"{told} solve {inverse}: {milliseconds(inputs.solve(inverse)):.4f} ms")
 
 

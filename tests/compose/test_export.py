@@ -22,6 +22,7 @@ from transformers import (
 )
 from transformers.dynamic_module_utils import get_imports, get_relative_imports
 
+from heddle.compose.build import build
 from heddle.compose.hf import export as export_file
 from heddle.compose.hf.card import Card
 from heddle.compose.hf.config import HeddleConfig
@@ -30,6 +31,7 @@ from heddle.compose.hf.flatten import flatten
 from heddle.compose.hf.model import HeddleForCausalLM
 from heddle.compose.hf.verify import HIDDEN, verify
 from heddle.errors import HeddleError
+from heddle.specs import MIXERS, ModelSpec
 
 ATTENTION = {
     "kind": "attention",
@@ -95,6 +97,16 @@ def test_a_clean_process_finds_the_same_logits_and_generates_from_text(hybrid: A
 def test_an_export_loads_where_triton_is_not_installed(hybrid: Any) -> None:
     model, result = hybrid
     assert verify(model, result.path, hidden=(*HIDDEN, "triton")).max_difference <= 1e-5
+
+
+@pytest.mark.slow
+def test_every_kind_that_tells_its_cases_travels(tmp_path: Path) -> None:
+    kinds = {kind: schema.cases[-1] for kind, schema in MIXERS.items() if "cases" in vars(schema)}
+    none = {"kind": "none"}
+    blocks = {kind: {"mixer": {"kind": kind, **case}, "channel": none} for kind, case in kinds.items()}
+    sizes = {"vocab_size": 256, "hidden_size": 48, "blocks": blocks, "layers": list(blocks)}
+    model = build(ModelSpec.model_validate(sizes)).eval()
+    assert export(model, tmp_path / "kinds", card=CARD).max_difference <= 1e-5
 
 
 def test_exported_code_needs_torch_and_transformers_alone(hybrid: Any, softmax: Any) -> None:
