@@ -17,7 +17,7 @@ help:
 	@echo 'make search      install, then search examples/quickstart.yaml and export the winner'
 	@echo 'make test        install, then lint, types and every test that needs no GPU (20 minutes at most)'
 	@echo 'make test-fast   the same without the slow tests (2 minutes at most)'
-	@echo 'make test-long   the full counts (about 40 minutes); appends a row to tests/bench/results/evidence-tests-long.jsonl'
+	@echo 'make test-long   the full counts; appends a row to tests/bench/results/evidence-tests-long.jsonl'
 	@echo 'make test-gpu    the GPU tests, with the python3 of this machine; installs nothing, a skip fails'
 	@echo 'make bench       times the kernels and appends rows to tests/bench/results/'
 	@echo 'make clean       removes .venv, caches and build outputs; keeps runs/'

@@ -35,7 +35,7 @@ WIDTH_WITHOUT_TERMINAL = 160
 
 def console(*, stderr: bool = False) -> Console:
     """The console to print to, made anew so that a redirected stream is honoured."""
-    # A plain line needs no rich, which takes as long to import as a spec of a hundred layers to check.
+    # A plain line needs no rich, and `heddle check` prints nothing else.
     from rich.console import Console
 
     stream = sys.stderr if stderr else sys.stdout

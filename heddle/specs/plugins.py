@@ -60,8 +60,8 @@ def load_plugins(taken: Collection[str]) -> tuple[list[type[MixerSpec]], list[Br
 def _points() -> Iterable[EntryPoint]:
     """The entry points of the group.
 
-    Without a package that offers any, as almost everywhere, importlib.metadata is not asked: it and the twenty modules that
-    it imports are a fifth of all that heddle.specs needs.
+    Without a package that offers any, as almost everywhere, importlib.metadata is not asked: with the modules that it
+    imports it takes 8 % of the instructions of importing heddle.specs (cachegrind).
     """
     others = any(hasattr(one, "find_distributions") and one is not PathFinder for one in sys.meta_path)
     if not others and not any(_may_offer(place or ".") for place in sys.path):

@@ -16,7 +16,7 @@ from heddle.specs import load, loads
 
 ROOT = Path(__file__).parents[2]
 PYDANTIC = "from pydantic import BaseModel, Discriminator, Field, TypeAdapter"
-# All of heddle.specs takes 1.8 times as long to import as that. Seconds are for tests/bench/spec_speed.py to tell.
+# Importing heddle.specs takes 1.8 times the instructions of that. Seconds are for tests/bench/spec_speed.py to tell.
 TIMES = 3
 HEAVY = ("torch", "numpy", "transformers", "ray", "optuna", "networkx", "rich", "plotly")
 # Python, pydantic, ruamel.yaml and ours were 271 in November 2026.
