@@ -43,7 +43,7 @@ def _family(device: torch.device) -> Family:
 def plan(device: torch.device, element: int, rows: int) -> Plan:
     """The launches for tensors on `device` with elements of so many bytes and K = `rows`; overrides come first."""
     table = _family(device).plan(element, block(rows))
-    names = ("solve", "forward", "backward", "gradient")
+    names = ("solve", "forward", "keep", "backward", "gradient")
     return replace(table, **{name: tuned(name, getattr(table, name)) for name in names})
 
 
@@ -229,25 +229,25 @@ def _run_forward_state(
     """Fills the output and the final state, and what is kept of the states."""
     out, final = results
     keep = kept.new.numel() > 0
-    launch = layout.plan.forward
-    options = {**layout.constants, **layout.tiles(launch)}
-    several, columns = layout.segments.several, options["COLUMNS"]
-    programs, tiles = layout.segments.count * layout.HV, triton.cdiv(layout.V, columns)
+    several, programs = layout.segments.several, layout.segments.count * layout.HV
 
-    def run(starts: Tensor, grid: int, **constants: bool) -> None:
-        _gated_delta_rule_fwd_state_kernel[(grid,)](
+    def run(starts: Tensor, launch: Launch, **constants: bool) -> None:
+        options = layout.tiles(launch)
+        tiles = triton.cdiv(layout.V, options["COLUMNS"])
+        tiles += triton.cdiv(layout.K, options["COLUMNS"]) if constants["SUMMARY"] else 0
+        _gated_delta_rule_fwd_state_kernel[(programs * tiles,)](
             q, k, v, kept.pairs, kept.gates, final if before is None else before, out, final,
             kept.states if keep else out, kept.new if keep else out, kept.summary, starts,
             *layout.segment_table(final), *_strides(q, k, v), *layout.along, int(before is not None), scale,
-            **constants, **options,
+            **constants, **layout.constants, **options,
         )  # fmt: skip
 
     starts = final
     if several:
-        both = tiles + triton.cdiv(layout.K, columns)
-        run(final, programs * both, KEEP=False, SEGMENTED=True, SUMMARY=True)
+        run(final, layout.plan.forward, KEEP=False, SEGMENTED=True, SUMMARY=True)
         starts = layout.carry(kept, kept.summary, before, backward=False)
-    run(starts, programs * tiles, KEEP=keep, SEGMENTED=several, SUMMARY=False)
+    launch = layout.plan.keep if keep else layout.plan.forward
+    run(starts, launch, KEEP=keep, SEGMENTED=several, SUMMARY=False)
 
 
 def launch_backward(
@@ -261,13 +261,16 @@ def launch_backward(
     scale: float,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
+    final: Tensor,
     kept: Kept,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, log_decay (of nothing if there is none), beta and the initial state."""
     K, V = q.shape[3], v.shape[3]
     if K % ALIGNMENT or V % ALIGNMENT:
-        d_out, q, k, v, after, before = _padded((d_out, q, k, v), (d_final, initial_state))
-        found = launch_backward(d_out, after, q, k, v, log_decay, beta, scale, before, cu_seqlens, kept)
+        d_out, q, k, v, after, before, final = _padded((d_out, q, k, v), (d_final, initial_state, final))
+        found = launch_backward(
+            d_out, after, q, k, v, log_decay, beta, scale, before, cu_seqlens, final, kept
+        )
         dq, dk, dv = (x[..., :size].contiguous() for x, size in zip(found[:3], (K, K, V), strict=True))
         return dq, dk, dv, found[3], found[4], found[5][..., :K, :V].contiguous()
     d_out, q, k, v = (aligned(x) for x in (d_out.to(v.dtype), q, k, v))
@@ -281,7 +284,7 @@ def launch_backward(
     table, packed = layout.chunk_table(beta)
     _gated_delta_rule_bwd_gradient_kernel[(layout.chunks.count * layout.H,)](
         q, k, v, d_out, gate, beta, kept.new, kept.states, d_states,
-        d_initial if before is None else before, d_initial if after is None else after,
+        d_initial if before is None else before, dense_state(final.mT), d_initial if after is None else after,
         dq, dk, dv, d_gate, d_beta, table, packed,
         *_strides(q, k, v, d_out), *layout.numbers, int(before is not None), int(after is not None), scale,
         **layout.constants, **layout.tiles(layout.plan.gradient),

@@ -73,6 +73,7 @@ def _backward(
     scale: float,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
+    final: Tensor,
     pairs: Tensor,
     gates: Tensor,
     states: Tensor,
@@ -81,8 +82,9 @@ def _backward(
 ) -> Gradients:
     kept = Kept(pairs, gates, states, new, summary)
     if pairs.numel() == 0:
-        _, _, kept = launch_forward(q, k, v, log_decay, beta, scale, initial_state, cu_seqlens, keep=True)
-    return launch_backward(d_out, d_final, q, k, v, log_decay, beta, scale, initial_state, cu_seqlens, kept)
+        _, final, kept = launch_forward(q, k, v, log_decay, beta, scale, initial_state, cu_seqlens, keep=True)
+    given = (q, k, v, log_decay, beta, scale, initial_state, cu_seqlens)
+    return launch_backward(d_out, d_final, *given, final, kept)
 
 
 def _backward_fake(
@@ -96,6 +98,7 @@ def _backward_fake(
     scale: float,  # noqa: ARG001
     initial_state: Tensor | None,  # noqa: ARG001
     cu_seqlens: Tensor | None,
+    final: Tensor,  # noqa: ARG001
     pairs: Tensor,  # noqa: ARG001
     gates: Tensor,  # noqa: ARG001
     states: Tensor,  # noqa: ARG001
@@ -110,7 +113,7 @@ def _backward_fake(
 
 def _setup_forward(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
     q, k, v, log_decay, beta, scale, initial_state, cu_seqlens, _ = inputs
-    ctx.save_for_backward(q, k, v, log_decay, beta, initial_state, cu_seqlens, *output[2:])
+    ctx.save_for_backward(q, k, v, log_decay, beta, initial_state, cu_seqlens, *output[1:])
     ctx.scale = scale
     ctx.set_materialize_grads(False)
 
@@ -166,7 +169,7 @@ _SIX = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 _SEVEN = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 _backward_op = register(
     "gated_delta_rule_kernels_backward",
-    f"(Tensor d_out, Tensor? d_final, {_INPUTS}, Tensor pairs, Tensor gates, Tensor states, Tensor new, "
+    f"(Tensor d_out, Tensor? d_final, {_INPUTS}, Tensor final, Tensor pairs, Tensor gates, Tensor states, Tensor new, "
     f"Tensor summary) -> {_SIX}",
     _backward,
     fake=_backward_fake,

@@ -42,6 +42,7 @@ GROUPED = {"B": 1, "T": 32768, **WIDE, "H": 4}
 STATE = (Launch(64, 64, 4, 2), Launch(64, 64, 4, 3), Launch(64, 128, 8, 2))
 TRIED = {
     "forward": STATE,
+    "keep": STATE,
     "backward": STATE,
     "solve": (Launch(64, 64, 4, 1), Launch(64, 64, 4, 1, 128)),
     "gradient": (
@@ -109,8 +110,8 @@ class Inputs:
         return lambda: launcher._run_backward_state(self.d_out, None, self.q, self.k, 0.1, kept, layout)
 
     def backward(self) -> Callable[[], Any]:
-        kept = self.forward(keep=True)[2]
-        given = (self.q, self.k, self.v, self.log_decay, self.beta, 0.1, None, None, kept)
+        _, final, kept = self.forward(keep=True)
+        given = (self.q, self.k, self.v, self.log_decay, self.beta, 0.1, None, None, final, kept)
         return lambda: launcher.launch_backward(self.d_out, None, *given)
 
 
@@ -150,8 +151,8 @@ def sweep(log: Log, late: Callable[[], bool]) -> None:
         for name in TRIED:
             for launch in good.get(name, []):
                 with tuning(**{name: launch}):
-                    if name == "forward":
-                        found = [milliseconds(partial(inputs.forward, keep=keep)) for keep in (False, True)]
+                    if name in ("forward", "keep"):
+                        found = [milliseconds(partial(inputs.forward, keep=name == "keep"))]
                     elif name == "solve":
                         found = [milliseconds(inputs.solve())]
                     else:
