@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from torch.nn.functional import pad
 
 from heddle.kernels._gated_delta_rule_bwd import (
     _gated_delta_rule_bwd_gradient_kernel,
@@ -20,12 +21,15 @@ from heddle.kernels._gated_delta_rule_fwd import (
     _gated_delta_rule_fwd_solve_kernel,
     _gated_delta_rule_fwd_state_kernel,
 )
-from heddle.kernels.common.layout import ALIGNMENT, aligned, block, dense_state, padded
+from heddle.kernels.common.layout import ALIGNMENT, aligned, block, dense_state
 from heddle.kernels.common.segments import cut, lay_out
 from heddle.kernels.common.tuning import tuned
 from heddle.kernels.configs.gated_delta_rule import INTERPRETER, Family, Plan, family
 from heddle.kernels.configs.launch import Launch
 
+# Narrower tiles beside wide ones are two layouts of one address, which ptxas 12.8 gets wrong:
+# docs/decisions/0005-ragged-heads.md.
+LEAST_HEAD = 64
 # Columns of the state that a program carries from segment to segment.
 CARRY_COLUMNS = 32
 # Programs that share a multiprocessor, tokens of a segment at least, and segments of a sequence at least.
@@ -68,7 +72,7 @@ class Kept:
 def kept_like(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, *, keep: bool) -> Kept:
     """Memory for what is kept; without `keep` none for `states` and `new`."""
     (B, T, _, K), (HV, V) = q.shape, v.shape[2:]
-    K, V = K + -K % ALIGNMENT, V + -V % ALIGNMENT
+    K, V = _room(K, q.device), _room(V, q.device)
     sequences = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     size = segment_size(q.device, q.element_size(), (T, sequences, HV, K, V))
     chunks, segments = (
@@ -164,9 +168,21 @@ def _strides(*tensors: Tensor) -> Sequence[int]:
     return [stride for x in tensors for stride in x.stride()[:3]]
 
 
-def _padded(tensors: Sequence[Tensor], states: Sequence[Tensor | None]) -> list[Any]:
-    """Inputs with zeros after K and V up to a multiple of ALIGNMENT, which change nothing."""
-    return [padded(x, -1) for x in tensors] + [None if x is None else padded(x, -1, -2) for x in states]
+def _room(size: int, device: torch.device) -> int:
+    """A head size as the kernels take it: a multiple of ALIGNMENT, on a GPU at least LEAST_HEAD."""
+    return max(size + -size % ALIGNMENT, LEAST_HEAD if device.type == "cuda" else 0)
+
+
+def _padded(
+    keys: Sequence[Tensor], values: Sequence[Tensor], states: Sequence[Tensor | None]
+) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor | None]] | None:
+    """Inputs with zeros after K and V, which change nothing; None if there is room already."""
+    K, V = keys[0].shape[3], values[0].shape[3]
+    more_k, more_v = _room(K, keys[0].device) - K, _room(V, keys[0].device) - V
+    if not more_k and not more_v:
+        return None
+    wider = [None if x is None else pad(x, (0, more_v, 0, more_k)) for x in states]
+    return [pad(x, (0, more_k)) for x in keys], [pad(x, (0, more_v)) for x in values], wider
 
 
 def _gates(log_decay: Tensor | None, beta: Tensor) -> tuple[Tensor, Tensor]:
@@ -202,8 +218,9 @@ def launch_forward(
 ) -> tuple[Tensor, Tensor, Kept]:
     """Output, final state, and with `keep` what `launch_backward` wants; arguments as those of the registered op."""
     K, V = q.shape[3], v.shape[3]
-    if K % ALIGNMENT or V % ALIGNMENT:
-        q, k, v, before = _padded((q, k, v), (initial_state,))
+    found = _padded((q, k), (v,), (initial_state,))
+    if found is not None:
+        (q, k), (v,), (before,) = found
         out, final, kept = launch_forward(q, k, v, log_decay, beta, scale, before, cu_seqlens, keep=keep)
         return out[..., :V].contiguous(), final[..., :K, :V].contiguous(), kept
     q, k, v = (aligned(x) for x in (q, k, v))
@@ -266,13 +283,14 @@ def launch_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, log_decay (of nothing if there is none), beta and the initial state."""
     K, V = q.shape[3], v.shape[3]
-    if K % ALIGNMENT or V % ALIGNMENT:
-        d_out, q, k, v, after, before, final = _padded((d_out, q, k, v), (d_final, initial_state, final))
-        found = launch_backward(
-            d_out, after, q, k, v, log_decay, beta, scale, before, cu_seqlens, final, kept
-        )
-        dq, dk, dv = (x[..., :size].contiguous() for x, size in zip(found[:3], (K, K, V), strict=True))
-        return dq, dk, dv, found[3], found[4], found[5][..., :K, :V].contiguous()
+    found = _padded((q, k), (v, d_out), (d_final, initial_state, final))
+    if found is not None:
+        (q, k), (v, d_out), (after, before, end) = found
+        assert end is not None
+        given = (q, k, v, log_decay, beta, scale, before, cu_seqlens, end, kept)
+        dq, dk, dv, d_log_decay, d_beta, d_initial = launch_backward(d_out, after, *given)
+        dq, dk, dv = (x[..., :size].contiguous() for x, size in ((dq, K), (dk, K), (dv, V)))
+        return dq, dk, dv, d_log_decay, d_beta, d_initial[..., :K, :V].contiguous()
     d_out, q, k, v = (aligned(x) for x in (d_out.to(v.dtype), q, k, v))
     layout = _Layout(q, v, cu_seqlens, gated=log_decay is not None)
     dv, d_initial, d_states = _run_backward_state(d_out, dense_state(d_final), q, k, scale, kept, layout)
