@@ -27,9 +27,6 @@ import triton.language as tl
 from heddle.kernels._gated_delta_rule_fwd import LENGTHS, decay_from_column, decay_from_row, decays
 from heddle.kernels.common.jit import find_sequence
 
-# With more than this left of the state before it, the last chunk takes the final state for the gradient of its decay.
-CLOSES = tl.constexpr(0.5)
-
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _gated_delta_rule_bwd_state_kernel(
@@ -142,7 +139,7 @@ def _gated_delta_rule_bwd_state_kernel(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _gated_delta_rule_bwd_gradient_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, log_decay_ptr, beta_ptr, new_ptr, states_ptr, d_states_ptr, initial_ptr, final_ptr, d_final_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, log_decay_ptr, beta_ptr, new_ptr, states_ptr, d_states_ptr, initial_ptr, last_ptr, d_final_ptr,
     dq_ptr, dk_ptr, dv_ptr, d_log_decay_ptr, d_beta_ptr, table_ptr, cu_seqlens_ptr,
     stride_qn, stride_qt, stride_qh,
     stride_kn, stride_kt, stride_kh,
@@ -155,7 +152,7 @@ def _gated_delta_rule_bwd_gradient_kernel(
 ):  # fmt: skip
     """All gradients of one chunk and key head: first dq, then the others. `dv` holds dx and gets beta dx.
 
-    Shapes:  initial, final, d_final: [N, HV, V, K]
+    Shapes:  initial, last, d_final: [N, HV, V, K]
 
     Each part has loops of its own over V: with the accumulators of all, registers would not do.
     """
@@ -229,7 +226,6 @@ def _gated_delta_rule_bwd_gradient_kernel(
         dense = (row * T + first + i).to(tl.int64)[:, None] * (HV * V) + own * V
         if GATED:
             total, rest, seen, left, over = decays(log_decay_ptr, at, present)
-            closes = ends & (j > 0) & (over > CLOSES) & (states_ptr.dtype.element_ty != tl.float32)
 
         erased = tl.zeros([C, ROWS], tl.float32)
         for tile in range(0, V, COLUMNS):
@@ -285,7 +281,7 @@ def _gated_delta_rule_bwd_gradient_kernel(
             written *= left[:, None]
             per_token = tl.sum(k * written, axis=1)
             d_total = tl.cumsum(d_total - per_token, axis=0, reverse=True)
-            d_total += tl.where(closes, 0.0, tl.sum(per_token, axis=0))
+            d_total += tl.sum(per_token, axis=0)
         dk += written
 
         weights_t = tl.zeros([C, C], tl.float32)
@@ -303,9 +299,7 @@ def _gated_delta_rule_bwd_gradient_kernel(
         dk = tl.dot(weights_t.to(q.dtype), q, dk, input_precision=PRECISION)
 
         if GATED:
-            # What decays over the whole chunk: the product of the state with its gradient, in full where they are given.
-            # The state before the last chunk was rounded, the final state was not: with what the chunk wrote, it serves
-            # as well, unless little is left of the one and much was written.
+            # What decays over the whole chunk: the product of the state with its gradient, in full where that is known.
             product = tl.zeros([COLUMNS, ROWS], tl.float32)
             given = (n.to(tl.int64) * HV + own) * (K * V)
             for tile in range(0, V, COLUMNS):
@@ -313,12 +307,12 @@ def _gated_delta_rule_bwd_gradient_kernel(
                 state_mask = (columns < V)[:, None] & in_k
                 offsets = columns[:, None] * K + rows[None, :]
                 own_state = place * (K * V) + offsets
-                if closes:
-                    state = tl.load(final_ptr + given + offsets, mask=state_mask, other=0.0)
-                elif j == 0:
+                if j == 0:
                     state = tl.load(
                         initial_ptr + given + offsets, mask=state_mask & (has_initial != 0), other=0.0
                     )
+                elif ends:
+                    state = tl.load(last_ptr + given + offsets, mask=state_mask, other=0.0)
                 else:
                     state = tl.load(states_ptr + own_state, mask=state_mask, other=0.0).to(tl.float32)
                 if ends:
@@ -328,6 +322,6 @@ def _gated_delta_rule_bwd_gradient_kernel(
                 else:
                     d_state = tl.load(d_states_ptr + own_state, mask=state_mask, other=0.0).to(tl.float32)
                 product += state * d_state
-            d_total += tl.where(closes, 1.0, over) * tl.sum(tl.sum(product, axis=1), axis=0)
+            d_total += over * tl.sum(tl.sum(product, axis=1), axis=0)
             tl.store(d_log_decay_ptr + at, d_total, mask=present)
     tl.store(dk_ptr + own_key, dk.to(dk_ptr.dtype.element_ty), mask=mask)

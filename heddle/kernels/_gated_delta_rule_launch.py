@@ -56,17 +56,18 @@ class Kept:
     """What the forward pass leaves for the backward pass, with K and V padded; `summary` is empty for one segment a sequence.
 
     Shapes:  pairs: [chunks, HV, 2, C, C];  gates: [chunks, HV, 3, C];  states: [chunks, HV, V, K];  new: [B, T, HV, V]
-             summary: [segments, HV, V + K, K]
+             last: [N, HV, V, K];  summary: [segments, HV, V + K, K]
     """
 
     pairs: Tensor
     gates: Tensor
     states: Tensor
     new: Tensor
+    last: Tensor
     summary: Tensor
 
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        return self.pairs, self.gates, self.states, self.new, self.summary
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        return self.pairs, self.gates, self.states, self.new, self.last, self.summary
 
 
 def kept_like(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, *, keep: bool) -> Kept:
@@ -82,10 +83,11 @@ def kept_like(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, *, keep: bool) ->
     chunk = plan(q.device, q.element_size(), K).chunk
     wide = q.new_empty(0, dtype=torch.float32)
     pairs, gates = q.new_empty(chunks, HV, 2, chunk, chunk), wide.new_empty(chunks, HV, 3, chunk)
-    summary = wide.new_empty(segments, HV, V + K, K) if size < T else wide
+    summary = wide.new_empty(segments, HV, V + K, K) if size < T else wide.new_empty(0)
     if not keep:
-        return Kept(pairs, gates, q.new_empty(0), q.new_empty(0), summary)
-    return Kept(pairs, gates, q.new_empty(chunks, HV, V, K), v.new_empty(B, T, HV, V), summary)
+        return Kept(pairs, gates, q.new_empty(0), q.new_empty(0), wide.new_empty(0), summary)
+    states, last = q.new_empty(chunks, HV, V, K), wide.new_empty(sequences, HV, V, K)
+    return Kept(pairs, gates, states, v.new_empty(B, T, HV, V), last, summary)
 
 
 def count(length: int, sequences: int, size: int, *, packed: bool) -> int:
@@ -254,7 +256,7 @@ def _run_forward_state(
         tiles += triton.cdiv(layout.K, options["COLUMNS"]) if constants["SUMMARY"] else 0
         _gated_delta_rule_fwd_state_kernel[(programs * tiles,)](
             q, k, v, kept.pairs, kept.gates, final if before is None else before, out, final,
-            kept.states if keep else out, kept.new if keep else out, kept.summary, starts,
+            kept.states if keep else out, kept.new if keep else out, kept.last, kept.summary, starts,
             *layout.segment_table(final), *_strides(q, k, v), *layout.along, int(before is not None), scale,
             **constants, **layout.constants, **options,
         )  # fmt: skip
@@ -278,16 +280,14 @@ def launch_backward(
     scale: float,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
-    final: Tensor,
     kept: Kept,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, log_decay (of nothing if there is none), beta and the initial state."""
     K, V = q.shape[3], v.shape[3]
-    found = _padded((q, k), (v, d_out), (d_final, initial_state, final))
+    found = _padded((q, k), (v, d_out), (d_final, initial_state))
     if found is not None:
-        (q, k), (v, d_out), (after, before, end) = found
-        assert end is not None
-        given = (q, k, v, log_decay, beta, scale, before, cu_seqlens, end, kept)
+        (q, k), (v, d_out), (after, before) = found
+        given = (q, k, v, log_decay, beta, scale, before, cu_seqlens, kept)
         dq, dk, dv, d_log_decay, d_beta, d_initial = launch_backward(d_out, after, *given)
         dq, dk, dv = (x[..., :size].contiguous() for x, size in ((dq, K), (dk, K), (dv, V)))
         return dq, dk, dv, d_log_decay, d_beta, d_initial[..., :K, :V].contiguous()
@@ -302,7 +302,7 @@ def launch_backward(
     table, packed = layout.chunk_table(beta)
     _gated_delta_rule_bwd_gradient_kernel[(layout.chunks.count * layout.H,)](
         q, k, v, d_out, gate, beta, kept.new, kept.states, d_states,
-        d_initial if before is None else before, dense_state(final.mT), d_initial if after is None else after,
+        d_initial if before is None else before, kept.last, d_initial if after is None else after,
         dq, dk, dv, d_gate, d_beta, table, packed,
         *_strides(q, k, v, d_out), *layout.numbers, int(before is not None), int(after is not None), scale,
         **layout.constants, **layout.tiles(layout.plan.gradient),

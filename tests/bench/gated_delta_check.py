@@ -123,8 +123,8 @@ class Inputs:
         return lambda: launcher._run_backward_state(self.d_out, None, self.q, self.k, 0.1, kept, layout)
 
     def backward(self) -> Callable[[], Any]:
-        _, final, kept = self.forward(keep=True)
-        given = (self.q, self.k, self.v, self.log_decay, self.beta, 0.1, None, None, final, kept)
+        kept = self.forward(keep=True)[2]
+        given = (self.q, self.k, self.v, self.log_decay, self.beta, 0.1, None, None, kept)
         return lambda: launcher.launch_backward(self.d_out, None, *given)
 
 
