@@ -139,7 +139,7 @@ def _gated_delta_rule_bwd_state_kernel(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _gated_delta_rule_bwd_gradient_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, log_decay_ptr, beta_ptr, new_ptr, states_ptr, d_states_ptr, initial_ptr, d_final_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, log_decay_ptr, beta_ptr, new_ptr, states_ptr, d_states_ptr, initial_ptr, last_ptr, d_final_ptr,
     dq_ptr, dk_ptr, dv_ptr, d_log_decay_ptr, d_beta_ptr, table_ptr, cu_seqlens_ptr,
     stride_qn, stride_qt, stride_qh,
     stride_kn, stride_kt, stride_kh,
@@ -152,7 +152,7 @@ def _gated_delta_rule_bwd_gradient_kernel(
 ):  # fmt: skip
     """All gradients of one chunk and key head: first dq, then the others. `dv` holds dx and gets beta dx.
 
-    Shapes:  initial, d_final: [N, HV, V, K]
+    Shapes:  initial, last, d_final: [N, HV, V, K]
 
     Each part has loops of its own over V: with the accumulators of all, registers would not do.
     """
@@ -214,6 +214,7 @@ def _gated_delta_rule_bwd_gradient_kernel(
     tl.store(dq_ptr + own_key, dq.to(q.dtype), mask=mask)
 
     tl.debug_barrier()
+    ends = (j + 1) * C >= length
     dk = tl.zeros([C, ROWS], tl.float32)
     for member in range(GROUP):
         own = head * GROUP + member
@@ -223,85 +224,104 @@ def _gated_delta_rule_bwd_gradient_kernel(
         v_at = v_ptr + row * stride_vn + first * stride_vt + own.to(tl.int64) * stride_vh
         do_at = do_ptr + row * stride_dn + first * stride_dt + own.to(tl.int64) * stride_dh
         dense = (row * T + first + i).to(tl.int64)[:, None] * (HV * V) + own * V
-        solves = tl.zeros([C, C], tl.float32)
-        solves_t = tl.zeros([C, C], tl.float32)
+        if GATED:
+            total, rest, seen, left, over = decays(log_decay_ptr, at, present)
+
         erased = tl.zeros([C, ROWS], tl.float32)
-        d_beta = tl.zeros([C], tl.float32)
         for tile in range(0, V, COLUMNS):
             columns = tile + tl.arange(0, COLUMNS)
             kept = present[:, None] & (columns < V)[None, :]
             state_at = states_ptr + place * (K * V) + columns[:, None] * K + rows[None, :]
             dx = tl.load(dv_ptr + dense + columns[None, :], mask=kept, other=0.0)  # [C, COLUMNS]
             state = tl.load(state_at, mask=(columns < V)[:, None] & in_k, other=0.0)  # [COLUMNS, ROWS]
+            erased = tl.dot(dx, state, erased, input_precision=PRECISION)
+        k = tl.load(k_at, mask=mask, other=0.0)  # [C, ROWS]
+        if GATED:
+            erased *= seen[:, None]
+        read_back = tl.sum(k * erased, axis=1)
+        dk -= erased * beta[:, None]
+
+        solves = tl.zeros([C, C], tl.float32)
+        solves_t = tl.zeros([C, C], tl.float32)
+        d_beta = -read_back
+        for tile in range(0, V, COLUMNS):
+            columns = tile + tl.arange(0, COLUMNS)
+            kept = present[:, None] & (columns < V)[None, :]
+            dx = tl.load(dv_ptr + dense + columns[None, :], mask=kept, other=0.0)  # [C, COLUMNS]
             new = tl.load(new_ptr + dense + columns[None, :], mask=kept, other=0.0)  # [C, COLUMNS]
             v = tl.load(v_at + (i * stride_vt)[:, None] + columns[None, :], mask=kept, other=0.0)
-            erased = tl.dot(dx, state, erased, input_precision=PRECISION)
             solves = tl.dot(dx, tl.trans(new), solves, input_precision=PRECISION)
             solves_t = tl.dot(new, tl.trans(dx), solves_t, input_precision=PRECISION)
             d_beta += tl.sum(dx.to(tl.float32) * v, axis=1)
             tl.store(dv_ptr + dense + columns[None, :], (beta[:, None] * dx).to(dx.dtype), mask=kept)
         if GATED:
-            total, rest, seen, left, over = decays(log_decay_ptr, at, present)
-            erased *= seen[:, None]
-        read_back = tl.sum(k * erased, axis=1)
-        dk -= erased * beta[:, None]
-        if GATED:
             solves *= decay_from_column(total, rest, lower)
             solves_t *= decay_from_row(total, rest, upper)
         solves = tl.where(i[:, None] > i[None, :], solves, 0.0)
         both = solves * -beta[:, None] - tl.where(i[:, None] < i[None, :], solves_t, 0.0) * beta[None, :]
+        k = tl.load(k_at, mask=mask, other=0.0)  # [C, ROWS]
         dk = tl.dot(both.to(k.dtype), k, dk, input_precision=PRECISION)
         solves *= tl.dot(k, tl.trans(k), input_precision=PRECISION)
-        tl.store(d_beta_ptr + at, d_beta - read_back - tl.sum(solves, axis=1), mask=present)
+        tl.store(d_beta_ptr + at, d_beta - tl.sum(solves, axis=1), mask=present)
         if GATED:
             solves *= beta[:, None]
             d_total = tl.load(d_log_decay_ptr + at, mask=present, other=0.0)
             d_total -= read_back * beta + tl.sum(solves, axis=1) - tl.sum(solves, axis=0)
 
-        weights_t = tl.zeros([C, C], tl.float32)
         written = tl.zeros([C, ROWS], tl.float32)
         for tile in range(0, V, COLUMNS):
             columns = tile + tl.arange(0, COLUMNS)
-            in_v = columns < V
-            kept = present[:, None] & in_v[None, :]
-            state_mask = in_v[:, None] & in_k
-            state_at = place * (K * V) + columns[:, None] * K + rows[None, :]
+            kept = present[:, None] & (columns < V)[None, :]
+            state_at = d_states_ptr + place * (K * V) + columns[:, None] * K + rows[None, :]
             new = tl.load(new_ptr + dense + columns[None, :], mask=kept, other=0.0)  # [C, COLUMNS]
-            d_state = tl.load(d_states_ptr + state_at, mask=state_mask, other=0.0)  # [COLUMNS, ROWS]
-            do = tl.load(do_at + (i * stride_dt)[:, None] + columns[None, :], mask=kept, other=0.0)
+            d_state = tl.load(state_at, mask=(columns < V)[:, None] & in_k, other=0.0)  # [COLUMNS, ROWS]
             written = tl.dot(new, d_state, written, input_precision=PRECISION)
-            weights_t = tl.dot(new, tl.trans(do), weights_t, input_precision=PRECISION)
         if GATED:
+            k = tl.load(k_at, mask=mask, other=0.0)  # [C, ROWS]
             written *= left[:, None]
             per_token = tl.sum(k * written, axis=1)
-            d_total = tl.cumsum(d_total - per_token, axis=0, reverse=True) + tl.sum(per_token, axis=0)
+            d_total = tl.cumsum(d_total - per_token, axis=0, reverse=True)
+            d_total += tl.sum(per_token, axis=0)
+        dk += written
+
+        weights_t = tl.zeros([C, C], tl.float32)
+        for tile in range(0, V, COLUMNS):
+            columns = tile + tl.arange(0, COLUMNS)
+            kept = present[:, None] & (columns < V)[None, :]
+            new = tl.load(new_ptr + dense + columns[None, :], mask=kept, other=0.0)  # [C, COLUMNS]
+            do = tl.load(do_at + (i * stride_dt)[:, None] + columns[None, :], mask=kept, other=0.0)
+            weights_t = tl.dot(new, tl.trans(do), weights_t, input_precision=PRECISION)
+        if GATED:
             weights_t *= decay_from_row(total, rest, upper) * scale
         else:
             weights_t = tl.where(upper, weights_t * scale, 0.0)
-        dk = tl.dot(weights_t.to(k.dtype), q, dk + written, input_precision=PRECISION)
+        q = tl.load(q_at, mask=mask, other=0.0)  # [C, ROWS]
+        dk = tl.dot(weights_t.to(q.dtype), q, dk, input_precision=PRECISION)
+
         if GATED:
-            # What decays over the whole chunk: a product of the state with its gradient, in full where they are given.
+            # What decays over the whole chunk: the product of the state with its gradient, in full where that is known.
             product = tl.zeros([COLUMNS, ROWS], tl.float32)
             given = (n.to(tl.int64) * HV + own) * (K * V)
             for tile in range(0, V, COLUMNS):
                 columns = tile + tl.arange(0, COLUMNS)
                 state_mask = (columns < V)[:, None] & in_k
                 offsets = columns[:, None] * K + rows[None, :]
-                state = tl.load(states_ptr + place * (K * V) + offsets, mask=state_mask, other=0.0).to(
-                    tl.float32
-                )
-                d_state = tl.load(d_states_ptr + place * (K * V) + offsets, mask=state_mask, other=0.0).to(
-                    tl.float32
-                )
+                own_state = place * (K * V) + offsets
                 if j == 0:
                     state = tl.load(
                         initial_ptr + given + offsets, mask=state_mask & (has_initial != 0), other=0.0
                     )
-                if (j + 1) * C >= length:
+                elif ends:
+                    state = tl.load(last_ptr + given + offsets, mask=state_mask, other=0.0)
+                else:
+                    state = tl.load(states_ptr + own_state, mask=state_mask, other=0.0).to(tl.float32)
+                if ends:
                     d_state = tl.load(
                         d_final_ptr + given + offsets, mask=state_mask & (has_d_final != 0), other=0.0
                     )
+                else:
+                    d_state = tl.load(d_states_ptr + own_state, mask=state_mask, other=0.0).to(tl.float32)
                 product += state * d_state
             d_total += over * tl.sum(tl.sum(product, axis=1), axis=0)
             tl.store(d_log_decay_ptr + at, d_total, mask=present)
-    tl.store(dk_ptr + own_key, dk.to(k.dtype), mask=mask)
+    tl.store(dk_ptr + own_key, dk.to(dk_ptr.dtype.element_ty), mask=mask)

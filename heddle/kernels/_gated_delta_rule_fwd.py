@@ -143,7 +143,7 @@ def _gated_delta_rule_fwd_solve_kernel(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _gated_delta_rule_fwd_state_kernel(
-    q_ptr, k_ptr, v_ptr, pairs_ptr, gates_ptr, initial_ptr, out_ptr, final_ptr, states_ptr, new_ptr,
+    q_ptr, k_ptr, v_ptr, pairs_ptr, gates_ptr, initial_ptr, out_ptr, final_ptr, states_ptr, new_ptr, last_ptr,
     summary_ptr, starts_ptr, table_ptr, offsets_ptr, cu_seqlens_ptr,
     stride_qn, stride_qt, stride_qh,
     stride_kn, stride_kt, stride_kh,
@@ -159,8 +159,8 @@ def _gated_delta_rule_fwd_state_kernel(
     With SUMMARY only what the segment does to a state: the state it leaves when begun with zeros, and, without values, what
     it makes of each unit vector.
 
-    Shapes:  states: [chunks, HV, V, K], the state before each chunk;  new: [B, T, HV, V];  starts: [segments, HV, V, K]
-             summary: [segments, HV, V + K, K]
+    Shapes:  states: [chunks, HV, V, K], the state before each chunk;  last: [N, HV, V, K], before the last, float32
+             new: [B, T, HV, V];  starts: [segments, HV, V, K];  summary: [segments, HV, V + K, K]
     """
     VALUES: tl.constexpr = (V + COLUMNS - 1) // COLUMNS
     TILES: tl.constexpr = VALUES + ((K + COLUMNS - 1) // COLUMNS if SUMMARY else 0)
@@ -224,6 +224,9 @@ def _gated_delta_rule_fwd_state_kernel(
         half = state.to(k.dtype)
         if KEEP:
             tl.store(states_ptr + place * (K * V) + state_offsets, half, mask=state_mask)
+            if GATED & ends & (t + C >= length):
+                own_last = (n.to(tl.int64) * HV + head) * (K * V)
+                tl.store(last_ptr + own_last + state_offsets, state, mask=state_mask)
         wrong = tl.dot(half, tl.trans(k), input_precision=PRECISION)  # [COLUMNS, C]
         if not SUMMARY:
             q = tl.load(q_ptr + q_offsets, mask=narrow, other=0.0)  # [C, ROWS]

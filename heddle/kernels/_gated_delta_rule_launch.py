@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from torch.nn.functional import pad
 
 from heddle.kernels._gated_delta_rule_bwd import (
     _gated_delta_rule_bwd_gradient_kernel,
@@ -20,12 +21,15 @@ from heddle.kernels._gated_delta_rule_fwd import (
     _gated_delta_rule_fwd_solve_kernel,
     _gated_delta_rule_fwd_state_kernel,
 )
-from heddle.kernels.common.layout import ALIGNMENT, aligned, block, dense_state, padded
+from heddle.kernels.common.layout import ALIGNMENT, aligned, block, dense_state
 from heddle.kernels.common.segments import cut, lay_out
 from heddle.kernels.common.tuning import tuned
 from heddle.kernels.configs.gated_delta_rule import INTERPRETER, Family, Plan, family
 from heddle.kernels.configs.launch import Launch
 
+# Narrower tiles beside wide ones are two layouts of one address, which ptxas 12.8 gets wrong:
+# docs/decisions/0005-ragged-heads.md.
+LEAST_HEAD = 64
 # Columns of the state that a program carries from segment to segment.
 CARRY_COLUMNS = 32
 # Programs that share a multiprocessor, tokens of a segment at least, and segments of a sequence at least.
@@ -43,7 +47,7 @@ def _family(device: torch.device) -> Family:
 def plan(device: torch.device, element: int, rows: int) -> Plan:
     """The launches for tensors on `device` with elements of so many bytes and K = `rows`; overrides come first."""
     table = _family(device).plan(element, block(rows))
-    names = ("solve", "forward", "backward", "gradient")
+    names = ("solve", "forward", "keep", "backward", "gradient")
     return replace(table, **{name: tuned(name, getattr(table, name)) for name in names})
 
 
@@ -52,23 +56,24 @@ class Kept:
     """What the forward pass leaves for the backward pass, with K and V padded; `summary` is empty for one segment a sequence.
 
     Shapes:  pairs: [chunks, HV, 2, C, C];  gates: [chunks, HV, 3, C];  states: [chunks, HV, V, K];  new: [B, T, HV, V]
-             summary: [segments, HV, V + K, K]
+             last: [N, HV, V, K];  summary: [segments, HV, V + K, K]
     """
 
     pairs: Tensor
     gates: Tensor
     states: Tensor
     new: Tensor
+    last: Tensor
     summary: Tensor
 
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        return self.pairs, self.gates, self.states, self.new, self.summary
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        return self.pairs, self.gates, self.states, self.new, self.last, self.summary
 
 
 def kept_like(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, *, keep: bool) -> Kept:
     """Memory for what is kept; without `keep` none for `states` and `new`."""
     (B, T, _, K), (HV, V) = q.shape, v.shape[2:]
-    K, V = K + -K % ALIGNMENT, V + -V % ALIGNMENT
+    K, V = _room(K, q.device), _room(V, q.device)
     sequences = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     size = segment_size(q.device, q.element_size(), (T, sequences, HV, K, V))
     chunks, segments = (
@@ -78,10 +83,11 @@ def kept_like(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, *, keep: bool) ->
     chunk = plan(q.device, q.element_size(), K).chunk
     wide = q.new_empty(0, dtype=torch.float32)
     pairs, gates = q.new_empty(chunks, HV, 2, chunk, chunk), wide.new_empty(chunks, HV, 3, chunk)
-    summary = wide.new_empty(segments, HV, V + K, K) if size < T else wide
+    summary = wide.new_empty(segments, HV, V + K, K) if size < T else wide.new_empty(0)
     if not keep:
-        return Kept(pairs, gates, q.new_empty(0), q.new_empty(0), summary)
-    return Kept(pairs, gates, q.new_empty(chunks, HV, V, K), v.new_empty(B, T, HV, V), summary)
+        return Kept(pairs, gates, q.new_empty(0), q.new_empty(0), wide.new_empty(0), summary)
+    states, last = q.new_empty(chunks, HV, V, K), wide.new_empty(sequences, HV, V, K)
+    return Kept(pairs, gates, states, v.new_empty(B, T, HV, V), last, summary)
 
 
 def count(length: int, sequences: int, size: int, *, packed: bool) -> int:
@@ -164,9 +170,21 @@ def _strides(*tensors: Tensor) -> Sequence[int]:
     return [stride for x in tensors for stride in x.stride()[:3]]
 
 
-def _padded(tensors: Sequence[Tensor], states: Sequence[Tensor | None]) -> list[Any]:
-    """Inputs with zeros after K and V up to a multiple of ALIGNMENT, which change nothing."""
-    return [padded(x, -1) for x in tensors] + [None if x is None else padded(x, -1, -2) for x in states]
+def _room(size: int, device: torch.device) -> int:
+    """A head size as the kernels take it: a multiple of ALIGNMENT, on a GPU at least LEAST_HEAD."""
+    return max(size + -size % ALIGNMENT, LEAST_HEAD if device.type == "cuda" else 0)
+
+
+def _padded(
+    keys: Sequence[Tensor], values: Sequence[Tensor], states: Sequence[Tensor | None]
+) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor | None]] | None:
+    """Inputs with zeros after K and V, which change nothing; None if there is room already."""
+    K, V = keys[0].shape[3], values[0].shape[3]
+    more_k, more_v = _room(K, keys[0].device) - K, _room(V, keys[0].device) - V
+    if not more_k and not more_v:
+        return None
+    wider = [None if x is None else pad(x, (0, more_v, 0, more_k)) for x in states]
+    return [pad(x, (0, more_k)) for x in keys], [pad(x, (0, more_v)) for x in values], wider
 
 
 def _gates(log_decay: Tensor | None, beta: Tensor) -> tuple[Tensor, Tensor]:
@@ -202,8 +220,9 @@ def launch_forward(
 ) -> tuple[Tensor, Tensor, Kept]:
     """Output, final state, and with `keep` what `launch_backward` wants; arguments as those of the registered op."""
     K, V = q.shape[3], v.shape[3]
-    if K % ALIGNMENT or V % ALIGNMENT:
-        q, k, v, before = _padded((q, k, v), (initial_state,))
+    found = _padded((q, k), (v,), (initial_state,))
+    if found is not None:
+        (q, k), (v,), (before,) = found
         out, final, kept = launch_forward(q, k, v, log_decay, beta, scale, before, cu_seqlens, keep=keep)
         return out[..., :V].contiguous(), final[..., :K, :V].contiguous(), kept
     q, k, v = (aligned(x) for x in (q, k, v))
@@ -229,25 +248,25 @@ def _run_forward_state(
     """Fills the output and the final state, and what is kept of the states."""
     out, final = results
     keep = kept.new.numel() > 0
-    launch = layout.plan.forward
-    options = {**layout.constants, **layout.tiles(launch)}
-    several, columns = layout.segments.several, options["COLUMNS"]
-    programs, tiles = layout.segments.count * layout.HV, triton.cdiv(layout.V, columns)
+    several, programs = layout.segments.several, layout.segments.count * layout.HV
 
-    def run(starts: Tensor, grid: int, **constants: bool) -> None:
-        _gated_delta_rule_fwd_state_kernel[(grid,)](
+    def run(starts: Tensor, launch: Launch, **constants: bool) -> None:
+        options = layout.tiles(launch)
+        tiles = triton.cdiv(layout.V, options["COLUMNS"])
+        tiles += triton.cdiv(layout.K, options["COLUMNS"]) if constants["SUMMARY"] else 0
+        _gated_delta_rule_fwd_state_kernel[(programs * tiles,)](
             q, k, v, kept.pairs, kept.gates, final if before is None else before, out, final,
-            kept.states if keep else out, kept.new if keep else out, kept.summary, starts,
+            kept.states if keep else out, kept.new if keep else out, kept.last, kept.summary, starts,
             *layout.segment_table(final), *_strides(q, k, v), *layout.along, int(before is not None), scale,
-            **constants, **options,
+            **constants, **layout.constants, **options,
         )  # fmt: skip
 
     starts = final
     if several:
-        both = tiles + triton.cdiv(layout.K, columns)
-        run(final, programs * both, KEEP=False, SEGMENTED=True, SUMMARY=True)
+        run(final, layout.plan.forward, KEEP=False, SEGMENTED=True, SUMMARY=True)
         starts = layout.carry(kept, kept.summary, before, backward=False)
-    run(starts, programs * tiles, KEEP=keep, SEGMENTED=several, SUMMARY=False)
+    launch = layout.plan.keep if keep else layout.plan.forward
+    run(starts, launch, KEEP=keep, SEGMENTED=several, SUMMARY=False)
 
 
 def launch_backward(
@@ -265,11 +284,13 @@ def launch_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, log_decay (of nothing if there is none), beta and the initial state."""
     K, V = q.shape[3], v.shape[3]
-    if K % ALIGNMENT or V % ALIGNMENT:
-        d_out, q, k, v, after, before = _padded((d_out, q, k, v), (d_final, initial_state))
-        found = launch_backward(d_out, after, q, k, v, log_decay, beta, scale, before, cu_seqlens, kept)
-        dq, dk, dv = (x[..., :size].contiguous() for x, size in zip(found[:3], (K, K, V), strict=True))
-        return dq, dk, dv, found[3], found[4], found[5][..., :K, :V].contiguous()
+    found = _padded((q, k), (v, d_out), (d_final, initial_state))
+    if found is not None:
+        (q, k), (v, d_out), (after, before) = found
+        given = (q, k, v, log_decay, beta, scale, before, cu_seqlens, kept)
+        dq, dk, dv, d_log_decay, d_beta, d_initial = launch_backward(d_out, after, *given)
+        dq, dk, dv = (x[..., :size].contiguous() for x, size in ((dq, K), (dk, K), (dv, V)))
+        return dq, dk, dv, d_log_decay, d_beta, d_initial[..., :K, :V].contiguous()
     d_out, q, k, v = (aligned(x) for x in (d_out.to(v.dtype), q, k, v))
     layout = _Layout(q, v, cu_seqlens, gated=log_decay is not None)
     dv, d_initial, d_states = _run_backward_state(d_out, dense_state(d_final), q, k, scale, kept, layout)
@@ -281,7 +302,7 @@ def launch_backward(
     table, packed = layout.chunk_table(beta)
     _gated_delta_rule_bwd_gradient_kernel[(layout.chunks.count * layout.H,)](
         q, k, v, d_out, gate, beta, kept.new, kept.states, d_states,
-        d_initial if before is None else before, d_initial if after is None else after,
+        d_initial if before is None else before, kept.last, d_initial if after is None else after,
         dq, dk, dv, d_gate, d_beta, table, packed,
         *_strides(q, k, v, d_out), *layout.numbers, int(before is not None), int(after is not None), scale,
         **layout.constants, **layout.tiles(layout.plan.gradient),

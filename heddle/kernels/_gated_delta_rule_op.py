@@ -15,7 +15,7 @@ from heddle.kernels._gated_delta_rule_launch import Kept, kept_like, launch_back
 from heddle.kernels._gated_delta_rule_step import launch_step
 from heddle.kernels.op import register
 
-Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -35,9 +35,9 @@ def _forward(
     return (out, final, *(kept.tensors() if keep else _nothing(q)))
 
 
-def _nothing(like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    first, second, third, fourth, fifth = (like.new_empty(0) for _ in range(5))
-    return first, second, third, fourth, fifth
+def _nothing(like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    first, second, third, fourth, fifth, sixth = (like.new_empty(0) for _ in range(6))
+    return first, second, third, fourth, fifth, sixth
 
 
 def _state_like(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
@@ -77,12 +77,14 @@ def _backward(
     gates: Tensor,
     states: Tensor,
     new: Tensor,
+    last: Tensor,
     summary: Tensor,
 ) -> Gradients:
-    kept = Kept(pairs, gates, states, new, summary)
+    kept = Kept(pairs, gates, states, new, last, summary)
     if pairs.numel() == 0:
         _, _, kept = launch_forward(q, k, v, log_decay, beta, scale, initial_state, cu_seqlens, keep=True)
-    return launch_backward(d_out, d_final, q, k, v, log_decay, beta, scale, initial_state, cu_seqlens, kept)
+    given = (q, k, v, log_decay, beta, scale, initial_state, cu_seqlens)
+    return launch_backward(d_out, d_final, *given, kept)
 
 
 def _backward_fake(
@@ -100,6 +102,7 @@ def _backward_fake(
     gates: Tensor,  # noqa: ARG001
     states: Tensor,  # noqa: ARG001
     new: Tensor,  # noqa: ARG001
+    last: Tensor,  # noqa: ARG001
     summary: Tensor,  # noqa: ARG001
 ) -> Gradients:
     d_beta = beta.new_empty(beta.shape)
@@ -163,17 +166,17 @@ _INPUTS = (
     "Tensor? cu_seqlens"
 )
 _SIX = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-_SEVEN = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+_EIGHT = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 _backward_op = register(
     "gated_delta_rule_kernels_backward",
     f"(Tensor d_out, Tensor? d_final, {_INPUTS}, Tensor pairs, Tensor gates, Tensor states, Tensor new, "
-    f"Tensor summary) -> {_SIX}",
+    f"Tensor last, Tensor summary) -> {_SIX}",
     _backward,
     fake=_backward_fake,
 )
 forward_kernels = register(
     "gated_delta_rule_kernels",
-    f"({_INPUTS}, bool keep) -> {_SEVEN}",
+    f"({_INPUTS}, bool keep) -> {_EIGHT}",
     _forward,
     fake=_forward_fake,
     setup_context=_setup_forward,

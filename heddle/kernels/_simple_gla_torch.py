@@ -162,7 +162,7 @@ def _backward_sequence(
     dv = _product((scores * gates.within * scale).mT, d_out, dtype) + _product(k, d_state, dtype) * gates.left
 
     later = torch.ones(size, size, device=v.device, dtype=scores.dtype).triu()
-    both = _product(later, scores * d_scores, dtype).tril(-1).sum(-1)
+    both = _product(later.expand_as(scores), scores * d_scores, dtype).tril(-1).sum(-1)
     reads, writes = (q * read).sum(-1), (k * written).sum(-1)
     neither = (state * d_state).sum((-2, -1)) * gates.total.to(state.dtype).exp()
     d_gate = both + reads.flip(-1).cumsum(-1).flip(-1) + writes.cumsum(-1) - writes + neither[..., None]

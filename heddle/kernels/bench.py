@@ -14,6 +14,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from heddle.kernels.op import TRITON_VERSION, Op, Phase, Shape, force_path
 Row = dict[str, Any]
 Call = Callable[[], object]
 
-PHASES: tuple[Phase, ...] = ("fwd", "fwdbwd", "decode")
+PHASES: tuple[Phase, ...] = ("fwd", "fwdbwd", "decode", "decode_graph")
 # Milliseconds of warming up and of repeating; a CPU repeats for as long, but at least a few times.
 WARM_UP, REPEAT, FEWEST = 25, 100, 5
 # On a CPU a shape for a GPU would take minutes.
@@ -51,12 +52,21 @@ def bench_ops(
     header = machine(device)
     wanted = None if names is None else set(names)
     rows = []
-    chosen = [op for op in OPS if wanted is None or op.name in wanted]
+    chosen = [each for op in OPS for each in timed_as(op) if wanted is None or {op.name, each.name} & wanted]
     for row in itertools.chain(ceilings(device), _rows(chosen, device, list(impls), list(phases))):
         rows.append({**header, **row})
         if report is not None:
             report(rows[-1])
     return rows
+
+
+def timed_as(op: Op[..., Any]) -> list[Op[..., Any]]:
+    """An op, and what else it is timed as: under other names, on other inputs."""
+    found = [op]
+    for name, (inputs, shapes) in op.cases.variants.items():
+        cases = replace(op.cases, inputs=inputs, bench_shapes=shapes, decode_shapes=())
+        found.append(replace(op, name=name, cases=cases))
+    return found
 
 
 def machine(device: torch.device) -> Row:
@@ -136,13 +146,25 @@ def timed(call: Call, device: torch.device) -> Row:
     return {"ms": statistics.median(times), "ms_p10": cuts[0], "ms_p90": cuts[-1]}
 
 
+def timed_in_graph(call: Call) -> Row:
+    """The same in a CUDA graph of many calls: no launches, and caches as the call before left them."""
+    from triton.testing import do_bench_cudagraph
+
+    median, low, high = do_bench_cudagraph(call, rep=REPEAT, quantiles=[0.5, 0.1, 0.9])
+    return {"ms": median, "ms_p10": low, "ms_p90": high}
+
+
+def _decodes(phase: Phase) -> bool:
+    return phase in ("decode", "decode_graph")
+
+
 def _rows(
     ops: list[Op[..., Any]], device: torch.device, impls: list[str], phases: list[Phase]
 ) -> Iterator[Row]:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     # The rival comes last: it may tune itself for minutes, and a lease may end.
     for op, impl, phase in itertools.product(ops, impls, phases):
-        if phase == "decode" and op.step is None:
+        if _decodes(phase) and op.step is None:
             continue
         for shape in _shapes(op, phase, device):
             row = _row(op, phase, shape, impl=impl, device=device, dtype=dtype)
@@ -151,9 +173,11 @@ def _rows(
 
 
 def _shapes(op: Op[..., Any], phase: Phase, device: torch.device) -> list[Shape]:
-    shapes = op.cases.decode_shapes if phase == "decode" else op.cases.bench_shapes
+    shapes = op.cases.decode_shapes if _decodes(phase) else op.cases.bench_shapes
     if device.type == "cuda":
         return list(shapes)
+    if phase == "decode_graph":
+        return []
     small = [
         {letter: min(size, CPU_LIMIT.get(letter, size)) for letter, size in shape.items()} for shape in shapes
     ]
@@ -163,7 +187,8 @@ def _shapes(op: Op[..., Any], phase: Phase, device: torch.device) -> list[Shape]
 def _row(
     op: Op[..., Any], phase: Phase, shape: Shape, *, impl: str, device: torch.device, dtype: torch.dtype
 ) -> Row | None:
-    sample = draw(op, shape, dtype, initial_state=phase == "decode", device=device)
+    given = replace(op, cases=replace(op.cases, inputs=op.cases.timed_inputs or op.cases.inputs))
+    sample = draw(given, shape, dtype, initial_state=_decodes(phase), device=device)
     function = _function(op, phase, impl, sample.arguments, dtype, device)
     if function is None:
         return None
@@ -175,15 +200,21 @@ def _row(
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             first = time.perf_counter() - first
-            times, peak = timed(call, device), _peak(call, device)
+            times = timed_in_graph(call) if phase == "decode_graph" else timed(call, device)
+            peak = _peak(call, device)
     except torch.cuda.OutOfMemoryError:
         return None
-    work = op.cases.work(shape, phase, dtype.itemsize) if op.cases.work else None
+    work = (
+        op.cases.work(shape, "decode" if _decodes(phase) else phase, dtype.itemsize)
+        if op.cases.work
+        else None
+    )
     speeds = {
         "gbps": work and work.bytes / times["ms"] / 1e6,
         "tflops": work and work.flops / times["ms"] / 1e9,
     }
-    about: Row = {"op": op.name, "impl": impl, "phase": phase, "shape": dict(shape), "dtype": _name(dtype)}
+    label = _label(impl, op.name, phase)
+    about: Row = {"op": op.name, "impl": label, "phase": phase, "shape": dict(shape), "dtype": _name(dtype)}
     return {**about, **times, **speeds, "peak_bytes": peak, "first_call_s": first}
 
 
@@ -203,27 +234,69 @@ def _function(
     }
     if impl == "torch" and (op.kernel is None or op.path(device, dtype, **sizes) == "torch"):
         return None
-    if phase != "decode":
+    if not _decodes(phase):
         return op
     step = op.step
     assert step is not None
     return lambda *, initial_state, **rest: step(**rest, state=initial_state)
 
 
+@dataclass(frozen=True, slots=True)
+class _Peer:
+    """The same function elsewhere: where it is, for whole sequences and for a token, and its names for our arguments.
+
+    `guarded`: its backward refuses to run on Hopper with the Triton of the day, since results may be wrong there.
+    """
+
+    module: str
+    whole: str
+    token: str
+    names: Mapping[str, str]
+    guarded: bool = False
+
+
+_SIMPLE_GLA = ("fla.ops.simple_gla", "chunk_simple_gla", "fused_recurrent_simple_gla")
+_PEERS = {
+    "simple_gla": _Peer(*_SIMPLE_GLA, {"log_decay": "g"}, guarded=True),
+    "decay_attention": _Peer(*_SIMPLE_GLA, {"log_decay": "g_gamma"}),
+    "gated_delta_rule": _Peer(
+        "fla.ops.gated_delta_rule",
+        "chunk_gated_delta_rule",
+        "fused_recurrent_gated_delta_rule",
+        {"log_decay": "g"},
+        guarded=True,
+    ),
+    "delta_rule": _Peer("fla.ops.delta_rule", "chunk_delta_rule", "fused_recurrent_delta_rule", {}),
+    "lightning": _Peer(*_SIMPLE_GLA, {"log_decay": "g_gamma"}),
+    "lightning_linear": _Peer(*_SIMPLE_GLA, {"log_decay": "g_gamma"}),
+}
+
+
 def _rival(name: str, phase: Phase) -> Callable[..., Any] | None:
     """The same function in flash-linear-attention, if it is installed."""
-    if name != "decay_attention":
+    peer = _PEERS.get(name)
+    if peer is None:
         return None
     try:
-        fla = importlib.import_module("fla.ops.simple_gla")
+        found = importlib.import_module(peer.module)
+        if peer.guarded:
+            # Its time counts, whatever its results.
+            vars(importlib.import_module("fla.ops.common.chunk_o"))["TRITON_ABOVE_3_7_1"] = True
     except Exception:
         return None
-    run = fla.fused_recurrent_simple_gla if phase == "decode" else fla.chunk_simple_gla
+    run = getattr(found, peer.token if _decodes(phase) else peer.whole)
 
-    def rival(log_decay: Tensor, **rest: Any) -> Any:
-        return run(**rest, g_gamma=log_decay, output_final_state=phase == "decode")
+    def rival(**arguments: Any) -> Any:
+        renamed = {peer.names.get(name, name): value for name, value in arguments.items()}
+        return run(**renamed, output_final_state=_decodes(phase))
 
     return rival
+
+
+def _label(impl: str, name: str, phase: Phase) -> str:
+    """What a row calls an implementation: whether a guard of its was lifted is part of it."""
+    lifted = impl == "fla" and phase == "fwdbwd" and _PEERS[name].guarded
+    return f"{impl}, guard lifted" if lifted else impl
 
 
 def _call(

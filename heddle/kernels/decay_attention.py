@@ -39,7 +39,7 @@ from heddle.kernels.op import (
 try:
     from heddle.kernels._decay_attention_bwd import launch_backward
     from heddle.kernels._decay_attention_fwd import launch_forward
-    from heddle.kernels._decay_attention_step import launch_step
+    from heddle.kernels.common.decay_step import launch_step
 
     HAS_KERNELS = True
 except ImportError:
@@ -266,9 +266,16 @@ def _draw(shape: Shape, generator: torch.Generator) -> Inputs:
     B, T, H, K, V = (shape[letter] for letter in "BTHKV")
     sizes = {"q": K, "k": K, "v": V}
     inputs = {name: normal(generator, B, T, H, size) for name, size in sizes.items()}
-    # From a head that forgets within a few tokens to one that remembers for thousands.
+    # Lightning attention's geometric table: from a head that forgets within a few tokens to one that remembers for many.
     head = torch.arange(H, dtype=torch.float64, device=generator.device)
     return {**inputs, "log_decay": -torch.exp2(-8.0 * (head + 1.0) / H)}
+
+
+def _draw_linear(shape: Shape, generator: torch.Generator) -> Inputs:
+    # Lightning attention's other table, that of arXiv 2401.04658: the first head never forgets.
+    H = shape["H"]
+    head = torch.arange(H, dtype=torch.float64, device=generator.device)
+    return {**_draw(shape, generator), "log_decay": -8.0 / H * head}
 
 
 def _draw_state(shape: Shape, generator: torch.Generator) -> Tensor:
@@ -287,6 +294,9 @@ def _work(shape: Shape, phase: Phase, element: int) -> Work:
 
 
 _LENGTHS = ((1, 4096), (1, 16384), (1, 65536), (8, 4096), (8, 16384))
+_LIGHTNING = tuple(
+    {"B": B, "T": T, "H": 16, "K": 128, "V": 128} for B, T in ((8, 4096), (1, 32768), (1, 131072))
+)
 _CASES = Traits(
     inputs=_draw,
     initial_state=_draw_state,
@@ -298,6 +308,7 @@ _CASES = Traits(
     bench_shapes=tuple({"B": B, "T": T, "H": 16, "K": 128, "V": 128} for B, T in _LENGTHS),
     decode_shapes=tuple({"B": B, "T": 1, "H": 16, "K": 128, "V": 128} for B in (1, 64)),
     work=_work,
+    variants={"lightning": (_draw, _LIGHTNING), "lightning_linear": (_draw_linear, _LIGHTNING)},
 )
 
 

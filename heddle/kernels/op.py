@@ -30,7 +30,7 @@ except ImportError:
 LIBRARY = "heddle"
 
 Path = Literal["triton", "torch"]
-Phase = Literal["fwd", "fwdbwd", "decode"]
+Phase = Literal["fwd", "fwdbwd", "decode", "decode_graph"]
 Shape = Mapping[str, int]
 Inputs = dict[str, Tensor]
 
@@ -63,7 +63,9 @@ class Traits:
     `inputs(shape, generator)` draws the arguments by name, in float64 on the generator's device. `sequence` names those
     with a time axis (axis 1), `rounded` those that come in the dtype at hand (others stay float32), `differentiable` those with a
     gradient; the output is shaped like the argument `output_like`. `initial_state(shape, generator)` draws a state, which
-    is float32 unless `rounded_state`. `work(shape, phase, element size)` counts what must be done.
+    is float32 unless `rounded_state`. `work(shape, phase, element size)` counts what must be done. `variants`
+    are timed under names of their own, with inputs and shapes of their own. `timed_inputs`, if given, are drawn for
+    benchmarks in place of `inputs`.
     """
 
     inputs: Callable[[Shape, torch.Generator], Inputs]
@@ -77,6 +79,10 @@ class Traits:
     decode_shapes: tuple[Shape, ...] = ()
     work: Callable[[Shape, Phase, int], Work] | None = None
     rounded_state: bool = False
+    variants: Mapping[str, tuple[Callable[[Shape, torch.Generator], Inputs], tuple[Shape, ...]]] = field(
+        default_factory=dict
+    )
+    timed_inputs: Callable[[Shape, torch.Generator], Inputs] | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -28,6 +28,17 @@ from heddle.kernels.op import (
     wide_dtype,
 )
 
+try:
+    from heddle.kernels._simple_gla_bwd import launch_backward
+    from heddle.kernels._simple_gla_fwd import launch_forward
+    from heddle.kernels.common.decay_step import launch_step
+
+    HAS_KERNELS = True
+except ImportError:
+    HAS_KERNELS = False
+
+MAX_HEAD_SIZE = 256
+
 
 def simple_gla_reference(
     q: Tensor,
@@ -70,8 +81,9 @@ def _forward(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    simple_gla.choose(q.device, q.dtype, K=q.shape[-1], V=v.shape[-1])
-    return run_forward(q, k, v, log_decay, scale, initial_state, cu_seqlens)
+    path = simple_gla.choose(q.device, q.dtype, K=q.shape[-1], V=v.shape[-1])
+    run = launch_forward if path == "triton" else run_forward
+    return run(q, k, v, log_decay, scale, initial_state, cu_seqlens)
 
 
 def _backward(
@@ -85,8 +97,9 @@ def _backward(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    simple_gla.choose(q.device, q.dtype, K=q.shape[-1], V=v.shape[-1])
-    return run_backward(d_out, d_final, q, k, v, log_decay, scale, initial_state, cu_seqlens)
+    path = simple_gla.choose(q.device, q.dtype, K=q.shape[-1], V=v.shape[-1])
+    run = launch_backward if path == "triton" else run_backward
+    return run(d_out, d_final, q, k, v, log_decay, scale, initial_state, cu_seqlens)
 
 
 def _setup_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:  # noqa: ARG001
@@ -139,8 +152,9 @@ def _backward_fake(
 def _step(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    simple_gla.choose(q.device, q.dtype, K=q.shape[-1], V=v.shape[-1])
-    return step(q, k, v, log_decay, state, scale)
+    path = simple_gla.choose(q.device, q.dtype, K=q.shape[-1], V=v.shape[-1])
+    run = launch_step if path == "triton" else step
+    return run(q, k, v, log_decay, state, scale)
 
 
 def _setup_step(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -277,7 +291,11 @@ _CASES = Traits(
 )
 
 
-@op(simple_gla_reference, _CASES, step=simple_gla_step)
+def _fits(shape: Shape) -> bool:
+    return HAS_KERNELS and max(shape["K"], shape["V"]) <= MAX_HEAD_SIZE
+
+
+@op(simple_gla_reference, _CASES, kernel=_fits, step=simple_gla_step)
 def simple_gla(
     q: Tensor,
     k: Tensor,

@@ -33,7 +33,7 @@ DEVICE = torch.device("cuda")
 WORKERS = 15
 OPS: tuple[Op[..., Any], ...] = (gated_delta_rule, delta_rule)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-SIZES = ((128, 128), (64, 64), (100, 72), (256, 256))
+SIZES = ((128, 128), (24, 40), (100, 72), (256, 256))
 LENGTHS = (1, 65, 300)
 CHECKED = {"B": 1, "H": 2, "HV": 4}
 WIDE = {"H": 16, "HV": 16, "K": 128, "V": 128}
@@ -42,6 +42,7 @@ GROUPED = {"B": 1, "T": 32768, **WIDE, "H": 4}
 STATE = (Launch(64, 64, 4, 2), Launch(64, 64, 4, 3), Launch(64, 128, 8, 2))
 TRIED = {
     "forward": STATE,
+    "keep": STATE,
     "backward": STATE,
     "solve": (Launch(64, 64, 4, 1), Launch(64, 64, 4, 1, 128)),
     "gradient": (
@@ -60,24 +61,37 @@ def one(op: Op[..., Any], dtype: torch.dtype, K: int, V: int, T: int, overrides:
         return compare(op, draw(op, {**CHECKED, "K": K, "V": V, "T": T}, dtype), DEVICE)
 
 
-def things() -> Iterator[tuple[Any, ...]]:
-    """Everything that is compiled, the slow first."""
-    yield from (
-        (op, dtype, K, V, {}) for (K, V), op, dtype in itertools.product(reversed(SIZES), OPS, DTYPES)
-    )
-    for name, launches in TRIED.items():
-        yield from ((gated_delta_rule, torch.bfloat16, 128, 128, {name: launch}) for launch in launches)
+def things(*, sweeping: bool) -> Iterator[Callable[[], Any]]:
+    """What compiles everything that will run, the slow first."""
+    for (K, V), op, dtype in itertools.product(reversed(SIZES), OPS, DTYPES):
+        yield partial(one, op, dtype, K, V, 65, {})
+    for heads, gated, segment in (
+        (16, True, 64),
+        (4, True, 64),
+        (16, False, 64),
+        (16, True, 512),
+        (4, True, 512),
+        (16, False, 512),
+    ):
+        yield partial(launch_all, {**WIDE, "H": heads, "B": 1, "T": 200}, gated, segment)
+    for name, launches in TRIED.items() if sweeping else ():
+        for launch in launches:
+            yield partial(one, gated_delta_rule, torch.bfloat16, 128, 128, 65, {name: launch})
 
 
-def warm(index: int) -> None:
-    for op, dtype, K, V, overrides in list(things())[index::WORKERS]:
+def launch_all(shape: dict[str, int], gated: bool, segment: int) -> None:
+    inputs = Inputs(shape, gated)
+    with tuning(segment=segment):
+        inputs.forward(keep=False)
+        inputs.backward()()
+
+
+def warm(index: int, *, sweeping: bool) -> None:
+    for thing in list(things(sweeping=sweeping))[index::WORKERS]:
         try:
-            one(op, dtype, K, V, 65, overrides)
-            inputs = Inputs({**CHECKED, "K": K, "V": V, "B": 1, "T": 65}, op is gated_delta_rule, dtype)
-            with tuning(**overrides):
-                inputs.forward(keep=False)
+            thing()
         except Exception as error:
-            print(f"{op.name} {dtype} {K} {V} {overrides}: {str(error).splitlines()[0][:300]}", flush=True)
+            print(f"{thing}: {str(error).splitlines()[0][:300]}", flush=True)
 
 
 class Inputs:
@@ -123,7 +137,10 @@ def correctness(log: Log, late: Callable[[], bool]) -> None:
             log.check(f"{op.name} {dtype} K={K} V={V} T={T}", one(op, dtype, K, V, T, {}))
         if K == 128:
             packed = draw(op, {**CHECKED, "K": K, "V": V, "T": 200}, dtype, cu_seqlens=[0, 5, 5, 70, 200])
-            log.check(f"{op.name} {dtype} packed", compare(op, packed, DEVICE))
+            with tuning(segment=64):
+                log.check(f"{op.name} {dtype} packed, segments", compare(op, packed, DEVICE))
+                whole = draw(op, {**CHECKED, "K": K, "V": V, "T": 300}, dtype)
+                log.check(f"{op.name} {dtype} segments", compare(op, whole, DEVICE))
 
 
 def milliseconds(call: Callable[[], Any]) -> float:
@@ -150,8 +167,8 @@ def sweep(log: Log, late: Callable[[], bool]) -> None:
         for name in TRIED:
             for launch in good.get(name, []):
                 with tuning(**{name: launch}):
-                    if name == "forward":
-                        found = [milliseconds(partial(inputs.forward, keep=keep)) for keep in (False, True)]
+                    if name in ("forward", "keep"):
+                        found = [milliseconds(partial(inputs.forward, keep=name == "keep"))]
                     elif name == "solve":
                         found = [milliseconds(inputs.solve())]
                     else:
@@ -193,7 +210,7 @@ def main() -> int:
     chosen = parser.parse_args()
     if chosen.warm is not None:
         torch.set_num_threads(1)
-        warm(chosen.warm)
+        warm(chosen.warm, sweeping="sweep" not in chosen.skip)
         return 0
     begin = time.monotonic()
     chosen.out.mkdir(parents=True, exist_ok=True)
@@ -204,7 +221,12 @@ def main() -> int:
 
     command = [sys.executable, __file__, "--warm"]
     workers = [
-        subprocess.Popen([*command, str(index)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        subprocess.Popen(
+            [*command, str(index), "--skip", *chosen.skip],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
         for index in range(WORKERS)
     ]
     for worker in workers:

@@ -1,4 +1,4 @@
-"""Is decay_attention kept away from what ptxas 12.8 gets wrong? Compiles its kernels for Hopper; needs no GPU.
+"""Are our kernels kept away from what ptxas 12.8 gets wrong? Compiles them for Hopper; needs no GPU.
 
     python tests/bench/machine_code.py --quick
     python tests/bench/machine_code.py --commit "$(git rev-parse --short=12 HEAD)" --append
@@ -11,6 +11,7 @@ launcher makes them, and without `--quick` also with others. Exits with 1 if one
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import secrets
@@ -27,18 +28,25 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from heddle.kernels import _decay_attention_sweep as sweep
-from heddle.kernels.common.layout import ALIGNMENT
-from heddle.kernels.configs.decay_attention import HOPPER
+from heddle.kernels import _decay_attention_sweep, _simple_gla_sweep
+from heddle.kernels.common.layout import ALIGNMENT, block
+from heddle.kernels.configs import decay_attention, simple_gla
+from heddle.kernels.configs.launch import Launch
 
 RESULTS = Path(__file__).parent / "results"
 TARGET = GPUTarget("cuda", 90, 32)
 KERNELS = {
-    "output": sweep._decay_attention_sweep_output_kernel,
-    "state": sweep._decay_attention_sweep_state_kernel,
+    ("decay_attention", "output"): _decay_attention_sweep._decay_attention_sweep_output_kernel,
+    ("decay_attention", "state"): _decay_attention_sweep._decay_attention_sweep_state_kernel,
+    ("simple_gla", "output"): _simple_gla_sweep._simple_gla_output_kernel,
+    ("simple_gla", "state"): _simple_gla_sweep._simple_gla_state_kernel,
 }
 ELEMENTS = {"bf16": 2, "fp16": 2, "fp32": 4}
-FLOATS = ("log_decay_ptr", "final_ptr", "states_ptr", "initial_ptr", "d_final_ptr", "d_final_t_ptr")
+FLOATS = (
+    "log_decay_ptr", "final_ptr", "states_ptr", "initial_ptr", "d_final_ptr", "d_final_t_ptr",
+    "gates_ptr", "logs_ptr", "rows_ptr", "ends_ptr",
+)  # fmt: skip
+DOUBLES = ("sums_ptr",)
 INTEGERS = ("table_ptr", "cu_seqlens_ptr")
 # Tiles of each height and width, full and partly empty.
 SIZES = (16, 32, 48, 64, 96, 128, 160, 256)
@@ -48,11 +56,12 @@ DESCRIPTOR = re.compile(r"(?:or\.b64|add\.s64)\s+%rd\d+, (%rd\d+), (-?\d+);")
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One kernel at the launch of the table; K and V are those of a, b and of c.
+    """One kernel of an op at the launch of the table; K and V are those of a, b and of c.
 
     `aligned`: strides are multiples of 16;  `many`: so is the number of heads, which Triton looks at as well
     """
 
+    op: str
     kernel: str
     dtype: str
     K: int
@@ -65,11 +74,13 @@ class Case:
 def cases(*, quick: bool) -> Iterator[Case]:
     """What is compiled."""
     sizes = QUICK if quick else [(K, V) for K in SIZES for V in SIZES]
-    for K, V in sizes:
-        first = Case("output", "bf16", K, V, aligned=True, many=False, backward=False)
+    for op, (K, V) in itertools.product(("decay_attention", "simple_gla"), sizes):
+        first = Case(op, "output", "bf16", K, V, aligned=True, many=False, backward=False)
         both = (first, replace(first, backward=True, many=True))
         yield from both
         yield replace(first, kernel="state")
+        if op == "simple_gla":
+            yield replace(first, kernel="state", backward=True)
         if quick:
             continue
         yield from (replace(case, many=not case.many) for case in both)
@@ -81,10 +92,8 @@ def cases(*, quick: bool) -> Iterator[Case]:
 
 def ptx(case: Case) -> tuple[str, dict[str, int | None]]:
     """The PTX of a case, and its launch."""
-    kernel = KERNELS[case.kernel]
-    rows, columns = (max(16, triton.next_power_of_2(size)) for size in (case.K, case.V))
-    launch = HOPPER.launch(case.kernel, ELEMENTS[case.dtype], rows)
-    launch = replace(launch, columns=min(launch.columns, columns))
+    kernel = KERNELS[case.op, case.kernel]
+    rows, launch = block(case.K), _launch(case)
     constants: dict[str, Any] = {
         "K": case.K, "V": case.V, "C": launch.chunk, "ROWS": rows, "COLUMNS": launch.columns,
         "ROLES": 3 if case.backward and case.K == case.V else 1, "BACKWARD": case.backward, "VARLEN": False,
@@ -92,9 +101,16 @@ def ptx(case: Case) -> tuple[str, dict[str, int | None]]:
     }  # fmt: skip
     if case.kernel == "output":
         constants |= {"SEGMENTED": False, "HAS_INITIAL": True, "HAS_D_FINAL": case.backward}
+    if case.op == "simple_gla":
+        constants |= {"PRECISE": case.dtype == "fp32", "H": 16 if case.many else 2}
+        # As many heads as many models have, or heads that lie apart.
+        between = constants["H"] * max(case.K, case.V) if case.aligned else 1000
+        constants |= {f"stride_{name}t": between for name in "qkvd"}
     signature, hints = {}, {}
     for index, name in enumerate(kernel.arg_names):
         signature[name] = _type(name, case.dtype, constants)
+        if name in constants:
+            continue
         known = case.aligned and name.startswith("stride_")
         if name.endswith("_ptr") or known or (name == "H" and case.many):
             hints[(index,)] = [["tt.divisibility", ALIGNMENT]]
@@ -104,11 +120,27 @@ def ptx(case: Case) -> tuple[str, dict[str, int | None]]:
     return compiled.asm["ptx"], {"rows": rows, **asdict(launch)}
 
 
+def _launch(case: Case) -> Launch:
+    if case.op == "decay_attention":
+        launch = decay_attention.HOPPER.launch(case.kernel, ELEMENTS[case.dtype], block(case.K))
+    else:
+        kernel = "backward" if case.backward and case.kernel == "output" else case.kernel
+        size = max(block(case.K), block(case.V))
+        launch = simple_gla.HOPPER.launch(kernel, ELEMENTS[case.dtype], size)
+        # All kernels of a call walk in the same chunks.
+        output = simple_gla.HOPPER.launch(
+            "backward" if case.backward else "output", ELEMENTS[case.dtype], size
+        )
+        launch = replace(launch, chunk=output.chunk)
+    return replace(launch, columns=min(launch.columns, block(case.V)))
+
+
 def _type(name: str, dtype: str, constants: dict[str, Any]) -> str:
     if name in constants:
         return "constexpr"
     if name.endswith("_ptr"):
-        return "*fp32" if name in FLOATS else "*i32" if name in INTEGERS else f"*{dtype}"
+        known = {FLOATS: "*fp32", DOUBLES: "*fp64", INTEGERS: "*i32"}
+        return next((kind for names, kind in known.items() if name in names), f"*{dtype}")
     return "fp32" if name == "scale" else "i32"
 
 
@@ -142,7 +174,13 @@ def main() -> int:
     for case in cases(quick=chosen.quick):
         text, launch = ptx(case)
         found = layouts_of_one_address(text)
-        about = {"kernel": case.kernel, "dtype": case.dtype, "aligned": case.aligned, "launch": launch}
+        about = {
+            "op": case.op,
+            "kernel": case.kernel,
+            "dtype": case.dtype,
+            "aligned": case.aligned,
+            "launch": launch,
+        }
         for tally in (counts[json.dumps(about)], totals[case.aligned]):
             tally[0] += 1
             tally[1] += bool(found)

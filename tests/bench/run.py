@@ -16,6 +16,7 @@ from cases import cases
 from heddle.kernels.bench import Row, bench_ops, table
 
 RESULTS = Path(__file__).parent / "results"
+IMPLS = ("heddle", "torch", "fla")
 
 
 def default_file() -> Path:
@@ -32,6 +33,9 @@ def main() -> None:
     parser.add_argument(
         "--ops", nargs="*", choices=known, default=known, help="ops to time; all if not given"
     )
+    parser.add_argument(
+        "--impls", nargs="*", choices=IMPLS, default=IMPLS, help="implementations to time; all if not given"
+    )
     parser.add_argument("--out", type=Path, default=default_file(), help="file the rows are appended to")
     parser.add_argument("--commit", help="what the code is, where git cannot tell")
     chosen = parser.parse_args()
@@ -42,7 +46,7 @@ def main() -> None:
             file.write(json.dumps({**row, "commit": row["commit"] or chosen.commit}) + "\n")
             file.flush()
 
-        rows = bench_ops(chosen.ops, report=report)
+        rows = bench_ops(chosen.ops, impls=chosen.impls, report=report)
     print(table(rows))
     print(f"{len(rows)} rows appended to {chosen.out}")
 

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from transformers import (
     BambaConfig,
     FalconH1Config,
+    FalconH1ForCausalLM,
     GraniteMoeHybridConfig,
     GraniteMoeHybridForCausalLM,
     Mamba2Config,
@@ -295,6 +296,91 @@ def test_a_model_equals_granite_4_hybrid_of_transformers() -> None:
     ids = torch.randint(90, (2, LENGTH))
     expected, got = theirs(ids, use_cache=False).logits, ours.eval()(ids).logits
     assert (got - expected).abs().max() <= 2 * SINGLE * expected.abs().max()
+
+
+MUP = [0.5, 0.25, 2.0, 0.75, 1.5]
+FACTORS = {
+    "embedding_multiplier": 3.0,
+    "lm_head_multiplier": 0.25,
+    "key_multiplier": 0.4,
+    "ssm_in_multiplier": 1.25,
+}
+FACTORS |= {"ssm_out_multiplier": 0.3, "attention_out_multiplier": 0.9}
+GATE_FACTOR, DOWN_FACTOR = 0.8, 0.6
+
+
+def falcon_h1() -> Any:
+    config = FalconH1Config(
+        **SIZES | HEADED | {"num_hidden_layers": 2},
+        **FACTORS,
+        mamba_n_groups=2,
+        mamba_d_ssm=HEADS * DIM,
+        vocab_size=90,
+        intermediate_size=40,
+        ssm_multipliers=MUP,
+        mlp_multipliers=[GATE_FACTOR, DOWN_FACTOR],
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+        initializer_range=0.2,
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    return all_count(FalconH1ForCausalLM(config))
+
+
+@torch.no_grad()
+def test_a_model_equals_falcon_h1_of_transformers_with_its_factors_in_the_weights() -> None:
+    theirs = falcon_h1()
+    attention = {"kind": "attention", "heads": 4, "kv_heads": 2, "key_multiplier": FACTORS["key_multiplier"]}
+    weights = [FACTORS["attention_out_multiplier"], FACTORS["ssm_out_multiplier"]]
+    both = {"kind": "parallel", "mixers": [attention, MIXER | {"norm": "none"}], "weights": weights}
+    block = {"it": {"mixer": both, "channel": {"kind": "swiglu", "width": 40}}}
+    factors = {"embedding_multiplier": 3.0, "logit_multiplier": 0.25, "tie_embeddings": False}
+    ours = build(spec_of(block, ["it"] * 2, **factors), dtype=torch.float64)
+    names = {
+        ".input_layernorm.": ".mixer_norm.",
+        ".pre_ff_layernorm.": ".channel_norm.",
+        ".final_layernorm.": ".norm.",
+        ".self_attn.": ".mixer.mixers.0.",
+        ".mamba.": ".mixer.mixers.1.",
+        ".conv1d.": ".conv.",
+        ".out_proj.": ".o_proj.",
+        ".feed_forward.": ".channel.",
+    }
+    found = renamed(dict(theirs.named_parameters()), names)
+    rows = compute_mup_vector(theirs.config).double()[0].T * FACTORS["ssm_in_multiplier"]
+    for name, factor in ((".in_proj.", rows), (".gate_proj.", GATE_FACTOR), (".down_proj.", DOWN_FACTOR)):
+        found |= {key: weight * factor for key, weight in found.items() if name in key}
+    ours.load_state_dict(found)
+    ids = torch.randint(90, (2, LENGTH))
+    expected, got = theirs(ids, use_cache=False).logits, ours.eval()(ids).logits
+    assert (got - expected).abs().max() <= 2 * SINGLE * expected.abs().max()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "mixer",
+    [
+        {
+            "kind": "head_split",
+            "mixers": [
+                {"kind": "mamba2", "heads": 6, "groups": 3, "state_dim": 8},
+                {"kind": "attention", "heads": 6},
+            ],
+            "share": 0.5,
+        },
+        {"kind": "moh", "mixer": MIXER, "shared_heads": 2, "active": 2},
+    ],
+    ids=lambda mixer: mixer["kind"],
+)
+def test_heads_may_be_shared_out_and_turned_off(mixer: dict[str, Any]) -> None:
+    model = build(spec_of({"it": {"mixer": mixer, "channel": {"kind": "none"}}}, ["it"]), dtype=torch.float64)
+    ids = torch.randint(90, (2, 30))
+    whole_logits, begun = model.eval()(ids).logits, model(ids[:, :20])
+    pieces, cache = [begun.logits], begun.past_key_values
+    for t in range(20, 30):
+        pieces.append(model(ids[:, t : t + 1], past_key_values=cache).logits)
+    assert (torch.cat(pieces, dim=1) - whole_logits).abs().max() < EXACT
 
 
 def test_rates_begin_in_their_ranges_and_stay_wide() -> None:

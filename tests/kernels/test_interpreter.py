@@ -15,14 +15,15 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("file", ["tests/contracts/test_ops.py", "tests/kernels/test_decay_attention.py"])
-def test_interpreted_kernels_keep_the_contract(file: str) -> None:
+@pytest.mark.parametrize("op", ["decay_attention", "simple_gla"])
+@pytest.mark.parametrize("file", ["tests/contracts/test_ops.py", "tests/kernels/test_{op}.py"])
+def test_interpreted_kernels_keep_the_contract(file: str, op: str) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     # What xdist tells its own workers is not for this process.
     environment = {name: value for name, value in environment.items() if not name.startswith("PYTEST_")}
-    choice = ["-m", "not gpu and not long", "-k", "decay_attention", "-p", "no:cacheprovider", "-q"]
+    choice = ["-m", "not gpu and not long", "-k", op, "-p", "no:cacheprovider", "-q"]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", file, *choice],
+        [sys.executable, "-m", "pytest", file.format(op=op), *choice],
         cwd=ROOT,
         env=environment,
         capture_output=True,

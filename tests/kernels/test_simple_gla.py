@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -12,6 +12,8 @@ from heddle.errors import HeddleError
 from heddle.kernels import decay_attention, simple_gla, simple_gla_step
 from heddle.kernels.accuracy import Sample, compare, draw, results
 from heddle.kernels.common.tuning import tuning
+from heddle.kernels.configs.launch import Launch
+from heddle.kernels.configs.simple_gla import HOPPER, OTHER
 from heddle.kernels.op import INTERPRETED
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -69,11 +71,18 @@ def test_large_and_ragged_heads_are_right(dtype: torch.dtype, sizes: tuple[int, 
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("segment", [16, 48, 1000])
+@pytest.mark.parametrize("segment", [64, 1000])
 def test_segments_change_nothing(device: str, segment: int) -> None:
     _assert_right(draw(simple_gla, {**SMALL, "B": 2, "T": 150}, torch.float32), device, segment=segment)
     packed = draw(simple_gla, {**SMALL, "T": 150}, torch.float32, cu_seqlens=[0, 1, 1, 90, 150])
     _assert_right(packed, device, segment=segment)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_tiles_of_a_state_add_up(device: str) -> None:
+    narrow = Launch(chunk=32, columns=16, warps=4, stages=1)
+    sample = draw(simple_gla, {**SMALL, "HV": 4, "K": 32, "V": 48, "T": 70}, torch.float32)
+    _assert_right(sample, device, output=narrow, backward=narrow, state=narrow, segment=32)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -125,3 +134,14 @@ def test_a_head_count_that_does_not_divide_and_two_tokens_a_step_are_refused() -
     state = arguments.pop("initial_state")
     with pytest.raises(HeddleError, match="takes one token"):
         simple_gla_step(**arguments, state=state)
+
+
+@pytest.mark.parametrize("table", [HOPPER, OTHER], ids=["hopper", "other"])
+def test_launches_of_the_table_are_legal(table: Any) -> None:
+    launches = [getattr(table, field.name) for field in fields(table)]
+    for launch in (launch for launch in launches if isinstance(launch, Launch)):
+        for size in (launch.chunk, launch.columns):
+            # Products want at least 16 rows and columns, and tiles are powers of two.
+            assert size >= 16
+            assert size & (size - 1) == 0
+        assert launch.warps in (1, 2, 4, 8)

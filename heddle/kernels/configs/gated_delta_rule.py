@@ -9,13 +9,15 @@ from heddle.kernels.configs.launch import Launch
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The launches of one kind of inputs; all share the chunk. `columns` are those of V (the first kernel has none).
+    """The launches of one kind of inputs; all share the chunk. `columns` are those of V (`solve` has none).
 
-    `inverse`: how products of the triangular inverse are computed
+    `keep` is `forward` where a backward pass will want the states. `inverse`: how products of the triangular inverse are
+    computed
     """
 
     solve: Launch
     forward: Launch
+    keep: Launch
     backward: Launch
     gradient: Launch
     inverse: str = "tf32x3"
@@ -45,14 +47,16 @@ TALL = 128
 HOPPER = Family(
     half=Plan(
         solve=Launch(chunk=64, columns=64, warps=4, stages=1),
-        forward=Launch(chunk=64, columns=64, warps=4, stages=3),
-        backward=Launch(chunk=64, columns=64, warps=4, stages=3),
-        gradient=Launch(chunk=64, columns=64, warps=8, stages=1),
+        forward=Launch(chunk=64, columns=64, warps=4, stages=2),
+        keep=Launch(chunk=64, columns=128, warps=8, stages=2),
+        backward=Launch(chunk=64, columns=128, warps=8, stages=2),
+        gradient=Launch(chunk=64, columns=64, warps=8, stages=2),
         inverse="fp16",
     ),
     half_tall=Plan(
         solve=Launch(chunk=64, columns=64, warps=4, stages=1),
         forward=Launch(chunk=64, columns=64, warps=8, stages=1),
+        keep=Launch(chunk=64, columns=64, warps=8, stages=1),
         backward=Launch(chunk=64, columns=64, warps=8, stages=1),
         gradient=Launch(chunk=64, columns=32, warps=8, stages=1),
         inverse="fp16",
@@ -60,12 +64,14 @@ HOPPER = Family(
     wide=Plan(
         solve=Launch(chunk=32, columns=32, warps=4, stages=1),
         forward=Launch(chunk=32, columns=32, warps=4, stages=1),
+        keep=Launch(chunk=32, columns=32, warps=4, stages=1),
         backward=Launch(chunk=32, columns=32, warps=4, stages=1),
         gradient=Launch(chunk=32, columns=32, warps=8, stages=1),
     ),
     wide_tall=Plan(
         solve=Launch(chunk=16, columns=16, warps=4, stages=1),
         forward=Launch(chunk=16, columns=16, warps=4, stages=1),
+        keep=Launch(chunk=16, columns=16, warps=4, stages=1),
         backward=Launch(chunk=16, columns=16, warps=4, stages=1),
         gradient=Launch(chunk=16, columns=16, warps=8, stages=1),
     ),
@@ -74,6 +80,7 @@ HOPPER = Family(
 _SMALL = Plan(
     solve=Launch(chunk=32, columns=32, warps=4, stages=1),
     forward=Launch(chunk=32, columns=32, warps=4, stages=1),
+    keep=Launch(chunk=32, columns=32, warps=4, stages=1),
     backward=Launch(chunk=32, columns=32, warps=4, stages=1),
     gradient=Launch(chunk=32, columns=32, warps=4, stages=1),
 )
@@ -81,7 +88,7 @@ OTHER = Family(half=_SMALL, half_tall=HOPPER.wide_tall, wide=HOPPER.wide_tall, w
 
 # The interpreter pays by the operation, whatever the size of the tiles.
 _LARGE = Launch(chunk=64, columns=256, warps=4, stages=1)
-_INTERPRETED = Plan(solve=_LARGE, forward=_LARGE, backward=_LARGE, gradient=_LARGE)
+_INTERPRETED = Plan(solve=_LARGE, forward=_LARGE, keep=_LARGE, backward=_LARGE, gradient=_LARGE)
 INTERPRETER = Family(half=_INTERPRETED, half_tall=_INTERPRETED, wide=_INTERPRETED, wide_tall=_INTERPRETED)
 
 # One token: the narrow choice spreads few heads over more multiprocessors.

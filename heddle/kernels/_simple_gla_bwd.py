@@ -1,0 +1,46 @@
+"""Launches the three backward roles of simple_gla's sweep, and what makes the gradient of the log-decays of them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from heddle.kernels._simple_gla_fwd import Given, Sweep
+from heddle.kernels.common.layout import ALIGNMENT, dense_state, padded
+
+
+def launch_backward(
+    d_out: Tensor,
+    d_final: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    scale: float,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, log_decay and of the initial state; arguments as those of the registered op."""
+    K, V = q.shape[3], v.shape[3]
+    if K % ALIGNMENT or V % ALIGNMENT:
+        d_out, q, k, v = (padded(x, -1) for x in (d_out, q, k, v))
+        after, before = (None if x is None else padded(x, -1, -2) for x in (d_final, initial_state))
+        found = launch_backward(d_out, after, q, k, v, log_decay, scale, before, cu_seqlens)
+        dq, dk, dv, d_gate, d_initial = found
+        cropped = (dq[..., :K], dk[..., :K], dv[..., :V], d_gate, d_initial[..., :K, :V])
+        first, second, third, fourth, fifth = (x.contiguous() for x in cropped)
+        return first, second, third, fourth, fifth
+    B, T, H, _ = q.shape
+    heads = v.shape[2]
+    sweep = Sweep(q, k, v, d_out.to(q.dtype), log_decay=log_decay, scale=scale, cu_seqlens=cu_seqlens)
+    # Of q and k for each value head first.
+    dq, dk = (torch.empty(B, T, heads, K, dtype=q.dtype, device=q.device) for _ in range(2))
+    dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    d_gate = torch.empty(B, T, heads, dtype=torch.float32, device=q.device)
+    d_initial = torch.empty(sweep.sequences, heads, K, V, dtype=torch.float32, device=v.device)
+    before = None if initial_state is None else initial_state.mT
+    after = None if d_final is None else d_final.mT
+    sweep.run((dq, dk, dv), d_initial, Given(*map(dense_state, (before, d_final, after))), d_gate)
+    if heads > H:
+        dq, dk = (x.view(B, T, H, heads // H, K).sum(3) for x in (dq, dk))
+    return dq, dk, dv, d_gate.to(log_decay.dtype), d_initial

@@ -1,0 +1,257 @@
+"""Launches the sweep of simple_gla, and its forward role.
+
+`Sweep` lays out one call: how sequences are cut into segments, and what every kernel is told.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from heddle.kernels._simple_gla_sweep import (
+    _simple_gla_carry_kernel,
+    _simple_gla_gate_gradient_kernel,
+    _simple_gla_gates_kernel,
+    _simple_gla_output_kernel,
+    _simple_gla_state_kernel,
+)
+from heddle.kernels.common.layout import ALIGNMENT, aligned, block, dense_state, padded
+from heddle.kernels.common.segments import Segments, cut, lay_out
+from heddle.kernels.common.tuning import tuned
+from heddle.kernels.configs.launch import Launch
+from heddle.kernels.configs.simple_gla import INTERPRETER, Family, family
+
+CARRY_BLOCK = 1024
+# Heads whose log-decays a program sums up side by side.
+GATE_HEADS = 16
+# Tokens over which the rounding of products of float32 may add up in the gradient of a log-decay.
+PRECISE_SEGMENT = 256
+
+
+@functools.cache
+def _device(device: torch.device) -> tuple[Family, int]:
+    """Configurations and multiprocessors."""
+    if device.type != "cuda":
+        return INTERPRETER, 1
+    seen = torch.cuda.get_device_properties(device)
+    return family((seen.major, seen.minor)), seen.multi_processor_count
+
+
+@dataclass(frozen=True, slots=True)
+class Roles:
+    """The roles of one launch: which, and the sizes of their a and b (K) and of their c (V)."""
+
+    first: int
+    count: int
+    K: int
+    V: int
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """The states that come from outside, as kernels read them: float32, dense; their values stand for absent ones too.
+
+    Backward the initial state is transposed, as role 0 wants it, and the gradient of the final one comes both ways.
+    """
+
+    initial: Tensor | None
+    d_final: Tensor | None
+    d_final_t: Tensor | None
+
+    def tensors(self, instead: Tensor) -> list[Tensor]:
+        """All three, `instead` where there is none."""
+        return [instead if x is None else x for x in (self.initial, self.d_final, self.d_final_t)]
+
+    def flags(self) -> dict[str, bool]:
+        """What kernels are told of them."""
+        return {"HAS_INITIAL": self.initial is not None, "HAS_D_FINAL": self.d_final is not None}
+
+
+class Sweep:
+    """One forward (`d_out` None) or backward sweep over given tensors; K and V are multiples of ALIGNMENT.
+
+    Shapes:  q, k: [B, T, H, K];  v, d_out: [B, T, HV, V], the last axis dense;  log_decay: [B, T, HV]
+             cu_seqlens: [N + 1]
+    """
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        d_out: Tensor | None,
+        *,
+        log_decay: Tensor,
+        scale: float,
+        cu_seqlens: Tensor | None,
+    ) -> None:
+        self.inputs = [aligned(x) for x in (q, k, v, q if d_out is None else d_out)]
+        self.backward, self.scale = d_out is not None, scale
+        self.B, self.T, self.K = q.shape[0], q.shape[1], q.shape[3]
+        self.H, self.V = v.shape[2:]
+        self.group = self.H // q.shape[2]
+        self.table, self.processors = _device(q.device)
+        self.cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(torch.int32)
+        self.sequences = self.B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        self.chunk = self._launch("backward" if self.backward else "output").chunk
+        self.precise = self.inputs[0].element_size() > 2
+        self.gates = self._sum_up(log_decay)
+
+    def _sum_up(self, log_decay: Tensor) -> Tensor:
+        """The log-decays summed within chunks.  Shapes:  [parts, HV, slots, C]"""
+        cu_seqlens, sequences = self.cu_seqlens, log_decay
+        if cu_seqlens is None:
+            slots = self.B * triton.cdiv(self.T, self.chunk)
+        else:
+            slots = self.T // self.chunk + self.sequences
+            # Where the chunks of each sequence begin among all: none is in two of them.
+            starts = cu_seqlens // self.chunk + torch.arange(self.sequences + 1, device=cu_seqlens.device)
+            slot = torch.arange(slots, device=cu_seqlens.device)
+            found = torch.searchsorted(starts, slot, right=True) - 1
+            sequences = found.clamp_max(self.sequences - 1).to(torch.int32)
+        parts = 2 if self.precise else 1
+        gates = torch.empty(parts, self.H, slots, self.chunk, dtype=torch.float32, device=log_decay.device)
+        _simple_gla_gates_kernel[(slots, triton.cdiv(self.H, GATE_HEADS))](
+            log_decay, gates, sequences, log_decay if cu_seqlens is None else cu_seqlens,
+            *log_decay.stride(), self.T, self.H, slots,
+            C=self.chunk, HEADS=GATE_HEADS, VARLEN=cu_seqlens is not None, PRECISE=self.precise, num_warps=4,
+        )  # fmt: skip
+        return gates
+
+    def roles(self) -> list[Roles]:
+        """What can run in one launch does: all roles if their sizes agree."""
+        K, V = self.K, self.V
+        if not self.backward:
+            return [Roles(0, 1, K, V)]
+        if K == V:
+            return [Roles(0, 3, K, V)]
+        return [Roles(0, 1, V, K), Roles(1, 1, V, K), Roles(2, 1, K, V)]
+
+    def run(
+        self,
+        outputs: tuple[Tensor, Tensor, Tensor],
+        final: Tensor,
+        given: Given,
+        d_gate: Tensor | None = None,
+    ) -> None:
+        """Fills the outputs (of the three roles backward, thrice the same forward), the final state and d_gate."""
+        roles = self.roles()
+        # What one role leaves another needs: all launches share their segments.
+        tiles = max(triton.cdiv(each.V, self._columns(each)) for each in roles)
+        programs = tiles * self.H * sum(each.count for each in roles)
+        places = self.processors * (
+            self.table.backward_places if self.backward else self.table.forward_places
+        )
+        size = cut(self.T, self.sequences, programs, places, self.table.segment)
+        if self.backward and self.precise:
+            size = min(size, PRECISE_SEGMENT)
+        size = triton.cdiv(tuned("segment", size), self.chunk) * self.chunk
+        segments = lay_out(self.T, self.sequences, size, self.cu_seqlens)
+        tiles = triton.cdiv(roles[0].V, self._columns(roles[0]))
+        rows, ends = self._rows(tiles)
+        scratch = [self._run_roles(each, segments, outputs, final, given, (rows, ends)) for each in roles]
+        if d_gate is None:
+            return
+        # The states before each segment that roles 0 and 1 started from.
+        states, d_states, _ = (x for each in scratch for x in each) if segments.several else [self.gates] * 3
+        table, packed = self._packed(segments)
+        _simple_gla_gate_gradient_kernel[(segments.count * self.H,)](
+            rows, ends, states, d_states, d_gate, table, packed,
+            self.T, self.H, self.gates.shape[2], self.sequences, segments.per_sequence, size,
+            C=self.chunk, TILES=tiles, SIZE=self.K * self.V, SEGMENTED=segments.several,
+            VARLEN=self.cu_seqlens is not None, HAS_D_FINAL=given.d_final is not None, num_warps=8,
+        )  # fmt: skip
+
+    def _rows(self, tiles: int) -> tuple[Tensor, Tensor]:
+        """Room for what the gradient of the log-decays is made of; forward there is none."""
+        if not self.backward:
+            return self.gates, self.gates
+        make = functools.partial(torch.empty, dtype=torch.float32, device=self.gates.device)
+        return make(2, tiles, *self.gates.shape[1:]), make(tiles, self.sequences, self.H)
+
+    def _packed(self, segments: Segments) -> tuple[Tensor, Tensor]:
+        table = self.gates if segments.table is None else segments.table
+        return table, self.gates if self.cu_seqlens is None else self.cu_seqlens
+
+    def _run_roles(
+        self,
+        roles: Roles,
+        segments: Segments,
+        outputs: tuple[Tensor, Tensor, Tensor],
+        final: Tensor,
+        given: Given,
+        rows: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        """One launch of each kernel; the states that the segments started from."""
+        common: dict[str, Any] = {"BACKWARD": self.backward, "VARLEN": self.cu_seqlens is not None}
+        shapes: dict[str, Any] = {"K": roles.K, "V": roles.V, "ROWS": block(roles.K), "ROLES": roles.count}
+        shapes |= {"C": self.chunk, "PRECISE": self.precise}
+        shapes["PRECISION"] = "tf32x3" if self.gates.device.type == "cuda" else "ieee"
+        scratch, (table, packed) = self.gates, self._packed(segments)
+        strides = [stride for x in self.inputs for stride in x.stride()[:3]]
+        sizes = (segments.count, segments.per_sequence, segments.size, roles.first)
+        numbers = (self.T, self.H, self.group, self.gates.shape[2], *sizes, self.scale)
+        if segments.several:
+            state = self._launch("state")
+            columns = min(state.columns, block(roles.V))
+            make = functools.partial(torch.empty, dtype=torch.float32, device=self.gates.device)
+            scratch = make(roles.count, segments.count, self.H, roles.K, roles.V)
+            logs = make(roles.count, segments.count, self.H)
+            grid = (segments.count * self.H * roles.count * triton.cdiv(roles.V, columns),)
+            _simple_gla_state_kernel[grid](
+                *self.inputs, self.gates, scratch, logs, table, packed, *strides, *numbers,
+                COLUMNS=columns, **shapes, **common, **state.options(),
+            )  # fmt: skip
+            offsets = self.gates if segments.offsets is None else segments.offsets
+            blocks = triton.cdiv(roles.K * roles.V, CARRY_BLOCK)
+            _simple_gla_carry_kernel[(self.sequences * self.H, blocks, roles.count)](
+                scratch, logs, *given.tensors(self.gates), offsets,
+                self.H, segments.count, segments.per_sequence, roles.first,
+                SIZE=roles.K * roles.V, BLOCK=CARRY_BLOCK, **common, **given.flags(), num_warps=4,
+            )  # fmt: skip
+        output = self._launch("backward" if self.backward else "output")
+        tiles = triton.cdiv(roles.V, self._columns(roles))
+        _simple_gla_output_kernel[(segments.count * self.H * roles.count * tiles,)](
+            *self.inputs, self.gates, *outputs, final, *rows, scratch, *given.tensors(self.gates), table, packed,
+            *strides, *numbers, self.sequences,
+            COLUMNS=self._columns(roles), SEGMENTED=segments.several, **shapes, **common, **given.flags(),
+            **output.options(),
+        )  # fmt: skip
+        return scratch
+
+    def _columns(self, roles: Roles) -> int:
+        return min(self._launch("backward" if self.backward else "output").columns, block(roles.V))
+
+    def _launch(self, kernel: str) -> Launch:
+        size = max(block(self.K), block(self.V))
+        launch = tuned(kernel, self.table.launch(kernel, self.inputs[0].element_size(), size))
+        # The first kernel walks in the chunks of the others.
+        return launch if kernel != "state" else replace(launch, chunk=self.chunk)
+
+
+def launch_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    scale: float,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Output and final state; arguments as those of the registered op."""
+    K, V = q.shape[3], v.shape[3]
+    if K % ALIGNMENT or V % ALIGNMENT:
+        q, k, v = (padded(x, -1) for x in (q, k, v))
+        before = None if initial_state is None else padded(initial_state, -1, -2)
+        out, final = launch_forward(q, k, v, log_decay, scale, before, cu_seqlens)
+        return out[..., :V].contiguous(), final[..., :K, :V].contiguous()
+    sweep = Sweep(q, k, v, None, log_decay=log_decay, scale=scale, cu_seqlens=cu_seqlens)
+    out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    final = torch.empty(sweep.sequences, v.shape[2], K, V, dtype=torch.float32, device=v.device)
+    sweep.run((out, out, out), final, Given(dense_state(initial_state), None, None))
+    return out, final
