@@ -229,11 +229,15 @@ def told_by(events: Iterator[Any]) -> list[tuple[Any, ...]]:
             found.append((type(one).__name__, *map(str, written), *places))
     except YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        found.append((type(error).__name__, mark and (mark.line, mark.column), getattr(error, "problem", None)))
+        found.append(
+            (type(error).__name__, mark and (mark.line, mark.column), getattr(error, "problem", None))
+        )
     return found
 
 
-def test_fast_events_are_those_of_ruamel(broken_spec: Callable[[random.Random], str], random_seed: int) -> None:
+def test_fast_events_are_those_of_ruamel(
+    broken_spec: Callable[[random.Random], str], random_seed: int
+) -> None:
     for number in range(150):
         text = broken_spec(random.Random(f"{random_seed}-{number}"))
         plain = YAML(typ="safe", pure=True).parse(text)
