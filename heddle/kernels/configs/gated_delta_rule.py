@@ -92,9 +92,9 @@ _INTERPRETED = Plan(solve=_LARGE, forward=_LARGE, keep=_LARGE, backward=_LARGE, 
 INTERPRETER = Family(half=_INTERPRETED, half_tall=_INTERPRETED, wide=_INTERPRETED, wide_tall=_INTERPRETED)
 
 # One token: the narrow choice spreads few heads over more multiprocessors.
-STEP = Launch(chunk=1, columns=32, warps=4, stages=1)
-STEP_FEW = Launch(chunk=1, columns=16, warps=4, stages=1)
-STEP_MANY_HEADS = 128
+STEP = Launch(chunk=1, columns=64, warps=4, stages=1)
+STEP_FEW = Launch(chunk=1, columns=16, warps=1, stages=1)
+STEP_MANY_HEADS = 1024
 
 
 def family(capability: tuple[int, int]) -> Family:
