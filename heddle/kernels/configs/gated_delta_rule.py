@@ -61,12 +61,13 @@ HOPPER = Family(
         gradient=Launch(chunk=64, columns=32, warps=8, stages=1),
         inverse="fp16",
     ),
+    # With longer chunks ptxas spills thousands of bytes.
     wide=Plan(
-        solve=Launch(chunk=32, columns=32, warps=4, stages=1),
-        forward=Launch(chunk=32, columns=32, warps=4, stages=1),
-        keep=Launch(chunk=32, columns=32, warps=4, stages=1),
-        backward=Launch(chunk=32, columns=32, warps=4, stages=1),
-        gradient=Launch(chunk=32, columns=32, warps=8, stages=1),
+        solve=Launch(chunk=16, columns=16, warps=4, stages=1),
+        forward=Launch(chunk=16, columns=32, warps=8, stages=1),
+        keep=Launch(chunk=16, columns=32, warps=8, stages=1),
+        backward=Launch(chunk=16, columns=32, warps=8, stages=1),
+        gradient=Launch(chunk=16, columns=32, warps=8, stages=1),
     ),
     wide_tall=Plan(
         solve=Launch(chunk=16, columns=16, warps=4, stages=1),
