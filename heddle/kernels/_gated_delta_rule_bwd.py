@@ -203,7 +203,9 @@ def _gated_delta_rule_bwd_gradient_kernel(
             total, rest, seen, _, _ = decays(log_decay_ptr, at, present)
             read *= (seen * scale)[:, None]
             weights *= decay_from_column(total, rest, lower) * scale
+            # No decay lies between a token and itself, and it would drown the others.
             passed = weights * tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            passed = tl.where(i[:, None] > i[None, :], passed, 0.0)
             d_total = tl.sum(q * read, axis=1) + tl.sum(passed, axis=1) - tl.sum(passed, axis=0)
             # For the second loop.
             tl.store(d_log_decay_ptr + at, d_total, mask=present)
@@ -279,9 +281,10 @@ def _gated_delta_rule_bwd_gradient_kernel(
         if GATED:
             k = tl.load(k_at, mask=mask, other=0.0)  # [C, ROWS]
             written *= left[:, None]
-            per_token = tl.sum(k * written, axis=1)
-            d_total = tl.cumsum(d_total - per_token, axis=0, reverse=True)
-            d_total += tl.sum(per_token, axis=0)
+            # In float64, as were the sums of log-decays: what passes through a strong decay is the rest of a difference.
+            per_token = tl.sum(k * written, axis=1).to(tl.float64)
+            d_rate = tl.cumsum(d_total.to(tl.float64) - per_token, axis=0, reverse=True)
+            d_rate += tl.sum(per_token, axis=0)
         dk += written
 
         weights_t = tl.zeros([C, C], tl.float32)
@@ -322,6 +325,6 @@ def _gated_delta_rule_bwd_gradient_kernel(
                 else:
                     d_state = tl.load(d_states_ptr + own_state, mask=state_mask, other=0.0).to(tl.float32)
                 product += state * d_state
-            d_total += over * tl.sum(tl.sum(product, axis=1), axis=0)
-            tl.store(d_log_decay_ptr + at, d_total, mask=present)
+            d_rate += over * tl.sum(tl.sum(product, axis=1), axis=0)
+            tl.store(d_log_decay_ptr + at, d_rate.to(tl.float32), mask=present)
     tl.store(dk_ptr + own_key, dk.to(dk_ptr.dtype.element_ty), mask=mask)

@@ -81,13 +81,17 @@ def kept_like(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, *, keep: bool) ->
         for tokens in (plan(q.device, q.element_size(), K).chunk, size)
     )
     chunk = plan(q.device, q.element_size(), K).chunk
-    wide = q.new_empty(0, dtype=torch.float32)
-    pairs, gates = q.new_empty(chunks, HV, 2, chunk, chunk), wide.new_empty(chunks, HV, 3, chunk)
-    summary = wide.new_empty(segments, HV, V + K, K) if size < T else wide.new_empty(0)
+    # Room for packed sequences is not filled to its end.
+    make = torch.empty if cu_seqlens is None else torch.zeros
+    narrow = functools.partial(make, dtype=q.dtype, device=q.device)
+    wide = functools.partial(make, dtype=torch.float32, device=q.device)
+    pairs, gates = narrow(chunks, HV, 2, chunk, chunk), wide(chunks, HV, 3, chunk)
+    summary = wide(segments, HV, V + K, K) if size < T else wide(0)
     if not keep:
-        return Kept(pairs, gates, q.new_empty(0), q.new_empty(0), wide.new_empty(0), summary)
-    states, last = q.new_empty(chunks, HV, V, K), wide.new_empty(sequences, HV, V, K)
-    return Kept(pairs, gates, states, v.new_empty(B, T, HV, V), last, summary)
+        return Kept(pairs, gates, narrow(0), narrow(0), wide(0), summary)
+    return Kept(
+        pairs, gates, narrow(chunks, HV, V, K), narrow(B, T, HV, V), wide(sequences, HV, V, K), summary
+    )
 
 
 def count(length: int, sequences: int, size: int, *, packed: bool) -> int:

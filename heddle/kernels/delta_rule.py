@@ -11,11 +11,15 @@ from torch.nn import functional as F
 
 from heddle.errors import HeddleError
 from heddle.kernels._gated_delta_rule_torch import chunked, step
-from heddle.kernels.gated_delta_rule import HAS_KERNELS, check_inputs, draw_state, kernels_fit, work
+from heddle.kernels.gated_delta_rule import MAX_HEAD_SIZE, check_inputs, draw_state, work
 from heddle.kernels.op import Inputs, Shape, Traits, normal, op, register_composite, wide_dtype
 
-if HAS_KERNELS:
+try:
     from heddle.kernels._gated_delta_rule_op import run_kernels, step_kernels
+
+    HAS_KERNELS = True
+except ImportError:
+    HAS_KERNELS = False
 
 
 def delta_rule_reference(
@@ -135,7 +139,11 @@ _CASES = Traits(
 )
 
 
-@op(delta_rule_reference, _CASES, kernel=kernels_fit, step=delta_rule_step)
+def _fits(shape: Shape) -> bool:
+    return HAS_KERNELS and max(shape["K"], shape["V"]) <= MAX_HEAD_SIZE
+
+
+@op(delta_rule_reference, _CASES, kernel=_fits, step=delta_rule_step)
 def delta_rule(
     q: Tensor,
     k: Tensor,

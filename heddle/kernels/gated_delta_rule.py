@@ -134,8 +134,7 @@ def check_inputs(
         raise HeddleError("bad-argument", f"{name}: q, k and v must share a dtype, got {found}")
 
 
-def kernels_fit(shape: Shape) -> bool:
-    """Whether the Triton kernels take these head sizes."""
+def _fits(shape: Shape) -> bool:
     return HAS_KERNELS and max(shape["K"], shape["V"]) <= MAX_HEAD_SIZE
 
 
@@ -223,7 +222,7 @@ _CASES = Traits(
 )
 
 
-@op(gated_delta_rule_reference, _CASES, kernel=kernels_fit, step=gated_delta_rule_step)
+@op(gated_delta_rule_reference, _CASES, kernel=_fits, step=gated_delta_rule_step)
 def gated_delta_rule(
     q: Tensor,
     k: Tensor,

@@ -28,9 +28,15 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from heddle.kernels import _decay_attention_sweep, _simple_gla_sweep
+from heddle.kernels import (
+    _decay_attention_sweep,
+    _gated_delta_rule_bwd,
+    _gated_delta_rule_fwd,
+    _simple_gla_sweep,
+)
+from heddle.kernels._gated_delta_rule_launch import LEAST_HEAD
 from heddle.kernels.common.layout import ALIGNMENT, block
-from heddle.kernels.configs import decay_attention, simple_gla
+from heddle.kernels.configs import decay_attention, gated_delta_rule, simple_gla
 from heddle.kernels.configs.launch import Launch
 
 RESULTS = Path(__file__).parent / "results"
@@ -40,14 +46,21 @@ KERNELS = {
     ("decay_attention", "state"): _decay_attention_sweep._decay_attention_sweep_state_kernel,
     ("simple_gla", "output"): _simple_gla_sweep._simple_gla_output_kernel,
     ("simple_gla", "state"): _simple_gla_sweep._simple_gla_state_kernel,
+    ("gated_delta_rule", "solve"): _gated_delta_rule_fwd._gated_delta_rule_fwd_solve_kernel,
+    ("gated_delta_rule", "forward"): _gated_delta_rule_fwd._gated_delta_rule_fwd_state_kernel,
+    ("gated_delta_rule", "keep"): _gated_delta_rule_fwd._gated_delta_rule_fwd_state_kernel,
+    ("gated_delta_rule", "backward"): _gated_delta_rule_bwd._gated_delta_rule_bwd_state_kernel,
+    ("gated_delta_rule", "gradient"): _gated_delta_rule_bwd._gated_delta_rule_bwd_gradient_kernel,
 }
+DELTA = "gated_delta_rule"
 ELEMENTS = {"bf16": 2, "fp16": 2, "fp32": 4}
 FLOATS = (
     "log_decay_ptr", "final_ptr", "states_ptr", "initial_ptr", "d_final_ptr", "d_final_t_ptr",
-    "gates_ptr", "logs_ptr", "rows_ptr", "ends_ptr",
+    "gates_ptr", "logs_ptr", "rows_ptr", "ends_ptr", "beta_ptr", "last_ptr", "summary_ptr", "starts_ptr",
+    "d_initial_ptr", "d_log_decay_ptr", "d_beta_ptr",
 )  # fmt: skip
 DOUBLES = ("sums_ptr",)
-INTEGERS = ("table_ptr", "cu_seqlens_ptr")
+INTEGERS = ("table_ptr", "offsets_ptr", "cu_seqlens_ptr")
 # Tiles of each height and width, full and partly empty.
 SIZES = (16, 32, 48, 64, 96, 128, 160, 256)
 QUICK = ((16, 16), (32, 48), (48, 32), (64, 16), (64, 32), (64, 64), (128, 32), (256, 64))
@@ -74,6 +87,7 @@ class Case:
 def cases(*, quick: bool) -> Iterator[Case]:
     """What is compiled."""
     sizes = QUICK if quick else [(K, V) for K in SIZES for V in SIZES]
+    yield from delta_cases(quick=quick)
     for op, (K, V) in itertools.product(("decay_attention", "simple_gla"), sizes):
         first = Case(op, "output", "bf16", K, V, aligned=True, many=False, backward=False)
         both = (first, replace(first, backward=True, many=True))
@@ -90,6 +104,23 @@ def cases(*, quick: bool) -> Iterator[Case]:
             yield from (replace(case, dtype="fp16") for case in both)
 
 
+def delta_cases(*, quick: bool) -> Iterator[Case]:
+    """The kernels of the delta rules, which take no head sizes below LEAST_HEAD."""
+    sizes = (LEAST_HEAD, 128) if quick else [size for size in SIZES if size >= LEAST_HEAD]
+    for K, V in [(size, LEAST_HEAD) for size in sizes] if quick else itertools.product(sizes, sizes):
+        for kernel in (name for op, name in KERNELS if op == DELTA):
+            yield Case(DELTA, kernel, "bf16", K, V, aligned=True, many=False, backward=False)
+
+
+def _delta_constants(case: Case, launch: Launch) -> dict[str, Any]:
+    plan = gated_delta_rule.HOPPER.plan(ELEMENTS[case.dtype], block(case.K))
+    return {
+        "K": case.K, "V": case.V, "C": launch.chunk, "ROWS": block(case.K), "COLUMNS": launch.columns, "GROUP": 1,
+        "GATED": True, "VARLEN": False, "PRECISION": "tf32x3", "SOLVE": plan.inverse,
+        "LEVELS": launch.chunk.bit_length() - 1, "KEEP": case.kernel == "keep", "SEGMENTED": False, "SUMMARY": False,
+    }  # fmt: skip
+
+
 def ptx(case: Case) -> tuple[str, dict[str, int | None]]:
     """The PTX of a case, and its launch."""
     kernel = KERNELS[case.op, case.kernel]
@@ -99,6 +130,9 @@ def ptx(case: Case) -> tuple[str, dict[str, int | None]]:
         "ROLES": 3 if case.backward and case.K == case.V else 1, "BACKWARD": case.backward, "VARLEN": False,
         "PRECISION": "tf32x3",
     }  # fmt: skip
+    if case.op == DELTA:
+        constants = _delta_constants(case, launch)
+        constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     if case.kernel == "output":
         constants |= {"SEGMENTED": False, "HAS_INITIAL": True, "HAS_D_FINAL": case.backward}
     if case.op == "simple_gla":
@@ -109,6 +143,8 @@ def ptx(case: Case) -> tuple[str, dict[str, int | None]]:
     signature, hints = {}, {}
     for index, name in enumerate(kernel.arg_names):
         signature[name] = _type(name, case.dtype, constants)
+        if case.op == DELTA and name == "states_ptr":
+            signature[name] = f"*{case.dtype}"
         if name in constants:
             continue
         known = case.aligned and name.startswith("stride_")
@@ -123,6 +159,9 @@ def ptx(case: Case) -> tuple[str, dict[str, int | None]]:
 def _launch(case: Case) -> Launch:
     if case.op == "decay_attention":
         launch = decay_attention.HOPPER.launch(case.kernel, ELEMENTS[case.dtype], block(case.K))
+    elif case.op == DELTA:
+        plan = gated_delta_rule.HOPPER.plan(ELEMENTS[case.dtype], block(case.K))
+        launch = getattr(plan, case.kernel)
     else:
         kernel = "backward" if case.backward and case.kernel == "output" else case.kernel
         size = max(block(case.K), block(case.V))

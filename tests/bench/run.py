@@ -37,13 +37,13 @@ def main() -> None:
         "--impls", nargs="*", choices=IMPLS, default=IMPLS, help="implementations to time; all if not given"
     )
     parser.add_argument("--out", type=Path, default=default_file(), help="file the rows are appended to")
-    parser.add_argument("--commit", help="what the code is, where git cannot tell")
+    parser.add_argument("--commit", help="what the code is, where git cannot tell or tells wrong")
     chosen = parser.parse_args()
     chosen.out.parent.mkdir(parents=True, exist_ok=True)
     with chosen.out.open("a") as file:
 
         def report(row: Row) -> None:
-            file.write(json.dumps({**row, "commit": row["commit"] or chosen.commit}) + "\n")
+            file.write(json.dumps({**row, "commit": chosen.commit or row["commit"]}) + "\n")
             file.flush()
 
         rows = bench_ops(chosen.ops, impls=chosen.impls, report=report)

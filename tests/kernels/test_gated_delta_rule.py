@@ -1,35 +1,56 @@
-"""What is peculiar to gated_delta_rule: hard gates, repeated keys, CUDA graphs."""
+"""What is peculiar to gated_delta_rule: hard gates, repeated keys, segments, the opaque op, its table, CUDA graphs."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
+from torch import Tensor
 
-from heddle.kernels import gated_delta_rule
+from heddle.errors import HeddleError
+from heddle.kernels import force_path, gated_delta_rule
+from heddle.kernels._gated_delta_rule_torch import _unit_lower_inverse
 from heddle.kernels.accuracy import Sample, compare, draw, results
-from heddle.kernels.gated_delta_rule import _unit_lower_inverse
+from heddle.kernels.common.tuning import tuning
+from heddle.kernels.configs.gated_delta_rule import HOPPER, OTHER, Family
+from heddle.kernels.configs.launch import Launch
+from heddle.kernels.op import INTERPRETED
 
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+# Where the kernels can run.
+KERNEL_DEVICES = [*(["cpu"] if INTERPRETED else []), pytest.param("cuda", marks=pytest.mark.gpu)]
 SHAPE = {"B": 1, "H": 2, "HV": 4, "K": 16, "V": 16, "T": 200}
 
 
-def _assert_right(sample: Sample) -> None:
-    wrong = [str(one) for one in compare(gated_delta_rule, sample, "cpu") if not one.ok]
+def _assert_right(sample: Sample, device: str = "cpu", apart: tuple[str, ...] = ()) -> None:
+    measured = compare(gated_delta_rule, sample, device)
+    expected = "triton" if INTERPRETED or device == "cuda" else "torch"
+    assert {one.path for one in measured} == {expected}
+    wrong = [str(one) for one in measured if one.name not in apart and not one.ok]
     assert not wrong, "\n".join(wrong)
 
 
-def _changed(sample: Sample, **arguments: torch.Tensor) -> Sample:
+def _changed(sample: Sample, **arguments: Tensor) -> Sample:
     return replace(sample, arguments={**sample.arguments, **arguments})
 
 
-def test_decays_from_none_to_all_at_once_are_right() -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_decays_from_none_to_all_at_once_are_right(device: str) -> None:
     sample = draw(gated_delta_rule, SHAPE, torch.float32)
     log_decay = sample.arguments["log_decay"]
     # Strong decays beside weak ones, so that sums of them hide the weak.
-    choices = torch.tensor([0.0, -1e-4, -1.0, -20.0])
-    pattern = choices[torch.randint(4, log_decay.shape, generator=torch.Generator().manual_seed(1))]
-    _assert_right(_changed(sample, log_decay=pattern))
+    choices = torch.tensor([0.0, -1e-6, -1e-4, -1.0, -20.0])
+    pattern = choices[torch.randint(5, log_decay.shape, generator=torch.Generator().manual_seed(1))]
+    _assert_right(_changed(sample, log_decay=pattern), device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("log_decay", [-1e-6, -20.0])
+def test_one_decay_throughout_is_right(device: str, log_decay: float) -> None:
+    sample = draw(gated_delta_rule, {**SHAPE, "T": 130}, torch.float32)
+    even = torch.full_like(sample.arguments["log_decay"], log_decay)
+    _assert_right(_changed(sample, log_decay=even), device)
 
 
 def _with_one_key(beta: float) -> Sample:
@@ -40,11 +61,93 @@ def _with_one_key(beta: float) -> Sample:
 
 @pytest.mark.parametrize("beta", [0.9, 1.0, 1.999])
 def test_the_same_key_again_and_again_is_right(beta: float) -> None:
-    measured = compare(gated_delta_rule, _with_one_key(beta), "cpu")
     # What is overwritten at once hardly depends on its gates: their gradients are differences of nearly equal numbers,
     # zero up to rounding, in any chunk form.
-    wrong = [str(one) for one in measured if one.name not in ("d_log_decay", "d_beta") and not one.ok]
-    assert not wrong, "\n".join(wrong)
+    _assert_right(_with_one_key(beta), apart=("d_log_decay", "d_beta"))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("beta", [0.0, 1.0, 2.0])
+def test_one_beta_throughout_is_right(device: str, beta: float) -> None:
+    sample = draw(gated_delta_rule, {**SHAPE, "T": 70}, torch.float32)
+    _assert_right(_changed(sample, beta=torch.full_like(sample.arguments["beta"], beta)), device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_segments_change_nothing(device: str) -> None:
+    with tuning(segment=64):
+        _assert_right(draw(gated_delta_rule, {**SHAPE, "T": 150}, torch.float32), device)
+        packed = draw(gated_delta_rule, {**SHAPE, "T": 150}, torch.float32, cu_seqlens=[0, 1, 1, 140, 150])
+        _assert_right(packed, device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_heads_of_one_projection_are_read_as_they_lie(device: str) -> None:
+    sample = draw(gated_delta_rule, {**SHAPE, "HV": 2, "T": 20}, torch.float32).to(device)
+    names = ("q", "k", "v")
+    fused = torch.stack([sample.arguments[name] for name in names], dim=2)
+    views = dict(zip(names, fused.unbind(2), strict=True))
+    assert not any(view.is_contiguous() for view in views.values())
+    out, state = gated_delta_rule(**{**sample.arguments, **views})
+    expected = results(gated_delta_rule, sample)
+    assert torch.equal(out, expected["out"])
+    assert torch.equal(state, expected["final_state"])
+
+
+def test_mixed_dtypes_are_refused() -> None:
+    arguments = draw(gated_delta_rule, {**SHAPE, "T": 4}, torch.float32).arguments
+    with pytest.raises(HeddleError, match="share a dtype"):
+        gated_delta_rule(**{**arguments, "q": arguments["q"].half()})
+
+
+def test_the_path_follows_device_dtype_and_shape() -> None:
+    on_gpu_kernels = "triton" if INTERPRETED else "torch"
+    assert gated_delta_rule.path("cpu", torch.float32, K=64, V=64) == on_gpu_kernels
+    assert gated_delta_rule.path("cpu", torch.float64, K=64, V=64) == "torch"
+    assert gated_delta_rule.path("cpu", torch.float32, K=257, V=64) == "torch"
+    with force_path("triton"), pytest.raises(HeddleError, match="cannot run in Triton"):
+        gated_delta_rule.path("cpu", torch.float64, K=64, V=64)
+
+
+@pytest.mark.parametrize("table", [HOPPER, OTHER], ids=["hopper", "other"])
+def test_launches_of_the_table_are_legal(table: Family) -> None:
+    plans = [getattr(table, field.name) for field in fields(table)]
+    for plan in plans:
+        launches = [getattr(plan, field.name) for field in fields(plan)]
+        launches = [launch for launch in launches if isinstance(launch, Launch)]
+        # What one kernel leaves for the next is cut into chunks.
+        assert {launch.chunk for launch in launches} == {plan.chunk}
+        for size in (plan.chunk, *(launch.columns for launch in launches)):
+            # Products want at least 16 rows and columns, and tiles are powers of two.
+            assert size >= 16
+            assert size & (size - 1) == 0
+        assert {launch.warps for launch in launches} <= {1, 2, 4, 8}
+
+
+def _opaque(device: str, *, packed: bool) -> tuple[tuple[Tensor | float | None, ...], Sample]:
+    ends = [0, 3, 3, 20] if packed else None
+    sample = draw(gated_delta_rule, {**SHAPE, "T": 20}, torch.float32, cu_seqlens=ends).to(device)
+    given = {name: x.requires_grad_(name in sample.wanted) for name, x in sample.arguments.items()}
+    inputs = [given[name] for name in ("q", "k", "v", "log_decay", "beta")]
+    return (*inputs, 0.25, given["initial_state"], given.get("cu_seqlens")), sample
+
+
+@pytest.mark.parametrize("device", KERNEL_DEVICES)
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+def test_torch_library_knows_the_opaque_op(device: str, packed: bool) -> None:
+    inputs, _ = _opaque(device, packed=packed)
+    torch.library.opcheck(torch.ops.heddle.gated_delta_rule_kernels.default, (*inputs, True))
+
+
+@pytest.mark.parametrize("device", KERNEL_DEVICES)
+def test_a_backward_pass_for_which_nothing_was_kept_runs_forward_again(device: str) -> None:
+    inputs, sample = _opaque(device, packed=False)
+    leaves = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
+    found = []
+    for keep in (True, False):
+        out, state, *_ = torch.ops.heddle.gated_delta_rule_kernels(*inputs, keep)
+        found.append(torch.autograd.grad((out, state), leaves, sample.upstream))
+    assert all(torch.equal(kept, again) for kept, again in zip(*found, strict=True))
 
 
 def test_value_heads_share_their_key_head_in_groups() -> None:

@@ -61,12 +61,13 @@ HOPPER = Family(
         gradient=Launch(chunk=64, columns=32, warps=8, stages=1),
         inverse="fp16",
     ),
+    # With longer chunks ptxas spills thousands of bytes.
     wide=Plan(
-        solve=Launch(chunk=32, columns=32, warps=4, stages=1),
-        forward=Launch(chunk=32, columns=32, warps=4, stages=1),
-        keep=Launch(chunk=32, columns=32, warps=4, stages=1),
-        backward=Launch(chunk=32, columns=32, warps=4, stages=1),
-        gradient=Launch(chunk=32, columns=32, warps=8, stages=1),
+        solve=Launch(chunk=16, columns=16, warps=4, stages=1),
+        forward=Launch(chunk=16, columns=32, warps=8, stages=1),
+        keep=Launch(chunk=16, columns=32, warps=8, stages=1),
+        backward=Launch(chunk=16, columns=32, warps=8, stages=1),
+        gradient=Launch(chunk=16, columns=32, warps=8, stages=1),
     ),
     wide_tall=Plan(
         solve=Launch(chunk=16, columns=16, warps=4, stages=1),
@@ -92,9 +93,9 @@ _INTERPRETED = Plan(solve=_LARGE, forward=_LARGE, keep=_LARGE, backward=_LARGE, 
 INTERPRETER = Family(half=_INTERPRETED, half_tall=_INTERPRETED, wide=_INTERPRETED, wide_tall=_INTERPRETED)
 
 # One token: the narrow choice spreads few heads over more multiprocessors.
-STEP = Launch(chunk=1, columns=32, warps=4, stages=1)
-STEP_FEW = Launch(chunk=1, columns=16, warps=4, stages=1)
-STEP_MANY_HEADS = 128
+STEP = Launch(chunk=1, columns=64, warps=4, stages=1)
+STEP_FEW = Launch(chunk=1, columns=16, warps=1, stages=1)
+STEP_MANY_HEADS = 1024
 
 
 def family(capability: tuple[int, int]) -> Family:

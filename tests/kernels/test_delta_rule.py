@@ -1,0 +1,61 @@
+"""What is peculiar to delta_rule: beta up to 2, keys written twice, orthogonal keys, the gated rule without its gate."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from heddle.errors import HeddleError
+from heddle.kernels import delta_rule, delta_rule_step, gated_delta_rule
+from heddle.kernels.accuracy import Sample, compare, draw, results
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+SHAPE = {"B": 1, "H": 2, "HV": 4, "K": 64, "V": 16, "T": 130}
+
+
+def _changed(sample: Sample, **arguments: Tensor) -> Sample:
+    return replace(sample, arguments={**sample.arguments, **arguments})
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("beta", [0.0, 1.0, 2.0])
+def test_one_beta_throughout_is_right(device: str, beta: float) -> None:
+    sample = draw(delta_rule, SHAPE, torch.float32)
+    even = _changed(sample, beta=torch.full_like(sample.arguments["beta"], beta))
+    wrong = [str(one) for one in compare(delta_rule, even, device) if not one.ok]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_a_key_written_twice_reads_the_second_value() -> None:
+    key = torch.nn.functional.normalize(torch.randn(1, 1, 1, 8, dtype=torch.float64), dim=-1)
+    v = torch.randn(1, 2, 1, 4, dtype=torch.float64)
+    keys = key.expand(1, 2, 1, 8)
+    out, _ = delta_rule(keys, keys, v, torch.ones(1, 2, 1, dtype=torch.float64), scale=1.0)
+    assert torch.allclose(out, v, atol=1e-9)
+
+
+def test_with_orthogonal_keys_it_is_linear_attention() -> None:
+    k = torch.eye(8, dtype=torch.float64)[None, :, None, :]
+    q, v = torch.randn(2, 1, 8, 1, 8, dtype=torch.float64)
+    out, _ = delta_rule(q, k, v, torch.ones(1, 8, 1, dtype=torch.float64), scale=1.0)
+    scores = (q[0, :, 0] @ k[0, :, 0].T).tril()
+    assert torch.allclose(out[0, :, 0], scores @ v[0, :, 0], atol=1e-9)
+
+
+def test_it_is_the_gated_rule_without_decay() -> None:
+    sample = draw(delta_rule, SHAPE, torch.float64)
+    gated = _changed(sample, log_decay=torch.zeros_like(sample.arguments["beta"]))
+    found, expected = results(delta_rule, sample), results(gated_delta_rule, gated)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
+def test_mixed_dtypes_and_two_tokens_a_step_are_refused() -> None:
+    arguments = draw(delta_rule, {**SHAPE, "T": 2}, torch.float32).arguments
+    with pytest.raises(HeddleError, match="share a dtype"):
+        delta_rule(**{**arguments, "q": arguments["q"].half()})
+    state = arguments.pop("initial_state")
+    with pytest.raises(HeddleError, match="takes one token"):
+        delta_rule_step(**arguments, state=state)
