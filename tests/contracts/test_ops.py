@@ -20,6 +20,8 @@ from heddle.kernels import OPS, Op
 from heddle.kernels.accuracy import EPSILON, Sample, compare, draw, oracle, results, worst_error
 from heddle.kernels.op import INTERPRETED, LIBRARY, watch_paths
 
+pytestmark = pytest.mark.usefixtures("kernels_on_gpu")
+
 AnyOp = Op[..., Any]
 LENGTHS = (1, 63, 64, 65, 1000)
 # Sizes as models have them; too large for the interpreter.
