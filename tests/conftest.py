@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,18 @@ def random_seed() -> int:
 def full_counts(request: pytest.FixtureRequest) -> bool:
     """Whether random cases run at their full counts."""
     return bool(request.config.getoption("--full-counts"))
+
+
+@pytest.fixture
+def kernels_on_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tests of ops ask for the kernels on a GPU, where an op may take another path until they have passed."""
+    if request.node.get_closest_marker("gpu") is None:
+        yield
+        return
+    from heddle.kernels import force_path
+
+    with force_path("triton"):
+        yield
 
 
 @pytest.hookimpl(wrapper=True)

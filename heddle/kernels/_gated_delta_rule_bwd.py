@@ -137,48 +137,16 @@ def _gated_delta_rule_bwd_state_kernel(
         tl.store(d_initial_ptr + own_state, d_state, mask=state_mask)
 
 
-@triton.jit(do_not_specialize=LENGTHS)
-def _gated_delta_rule_bwd_gradient_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, log_decay_ptr, beta_ptr, new_ptr, states_ptr, d_states_ptr, initial_ptr, last_ptr, d_final_ptr,
-    dq_ptr, dk_ptr, dv_ptr, d_log_decay_ptr, d_beta_ptr, table_ptr, cu_seqlens_ptr,
-    stride_qn, stride_qt, stride_qh,
-    stride_kn, stride_kt, stride_kh,
-    stride_vn, stride_vt, stride_vh,
-    stride_dn, stride_dt, stride_dh,
-    T, H, per_sequence, has_initial, has_d_final, scale,
-    K: tl.constexpr, V: tl.constexpr,
-    C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr,
-    GATED: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
+@triton.jit
+def _query_gradient(
+    q_at, k_at, do_ptr, log_decay_ptr, new_ptr, states_ptr, dq_ptr, d_log_decay_ptr,
+    stride_dn, stride_dt, stride_dh, T, scale, own_key,
+    row, first, chunk, head, i, rows, present, in_k, mask, HV,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    GROUP: tl.constexpr, GATED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """All gradients of one chunk and key head: first dq, then the others. `dv` holds dx and gets beta dx.
-
-    Shapes:  initial, last, d_final: [N, HV, V, K]
-
-    Each part has loops of its own over V: with the accumulators of all, registers would not do.
-    """
-    head = tl.program_id(0) % H
-    chunk = tl.program_id(0) // H
-    n, j, begin, length = find_sequence(chunk, table_ptr, cu_seqlens_ptr, T, per_sequence, VARLEN)
-    # An empty sequence has a chunk as well, without a token.
-    if (n < 0) | (j * C >= length):
-        return
-
-    HV = H * GROUP
-    row = n.to(tl.int64) if not VARLEN else tl.zeros((), tl.int64)
-    first = begin + j * C
-    i = tl.arange(0, C)
-    rows = tl.arange(0, ROWS)
-    in_k = (rows < K)[None, :]
-    present = i < length - j * C
-    mask = present[:, None] & in_k
-    q_at = q_ptr + row * stride_qn + first * stride_qt + head.to(tl.int64) * stride_qh
-    k_at = k_ptr + row * stride_kn + first * stride_kt + head.to(tl.int64) * stride_kh
-    q_at += (i * stride_qt)[:, None] + rows[None, :]
-    k_at += (i * stride_kt)[:, None] + rows[None, :]
-    own_key = (row * T + first + i).to(tl.int64)[:, None] * (H * K) + head * K + rows[None, :]
+    """Stores dq of a chunk, and in d_log_decay for each token what dq passes back to the sums of log-decays."""
     lower = i[:, None] >= i[None, :]
-    upper = i[:, None] <= i[None, :]
-
     q = tl.load(q_at, mask=mask, other=0.0)  # [C, ROWS]
     k = tl.load(k_at, mask=mask, other=0.0)  # [C, ROWS]
     dq = tl.zeros([C, ROWS], tl.float32)
@@ -215,7 +183,50 @@ def _gated_delta_rule_bwd_gradient_kernel(
         dq = tl.dot(weights.to(k.dtype), k, dq + read, input_precision=PRECISION)
     tl.store(dq_ptr + own_key, dq.to(q.dtype), mask=mask)
 
-    tl.debug_barrier()
+
+@triton.jit
+def _product_with_gradient(
+    states_ptr, d_states_ptr, initial_ptr, last_ptr, d_final_ptr, place, given, j, ends, has_initial, has_d_final,
+    rows, in_k,
+    K: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """The product of the state before a chunk with the gradient of that after it, in full where they are known."""
+    product = tl.zeros([COLUMNS, ROWS], tl.float32)
+    for tile in range(0, V, COLUMNS):
+        columns = tile + tl.arange(0, COLUMNS)
+        state_mask = (columns < V)[:, None] & in_k
+        offsets = columns[:, None] * K + rows[None, :]
+        own_state = place * (K * V) + offsets
+        if j == 0:
+            state = tl.load(initial_ptr + given + offsets, mask=state_mask & (has_initial != 0), other=0.0)
+        elif ends:
+            state = tl.load(last_ptr + given + offsets, mask=state_mask, other=0.0)
+        else:
+            state = tl.load(states_ptr + own_state, mask=state_mask, other=0.0).to(tl.float32)
+        if ends:
+            d_state = tl.load(d_final_ptr + given + offsets, mask=state_mask & (has_d_final != 0), other=0.0)
+        else:
+            d_state = tl.load(d_states_ptr + own_state, mask=state_mask, other=0.0).to(tl.float32)
+        product += state * d_state
+    return tl.sum(tl.sum(product, axis=1), axis=0)
+
+
+@triton.jit
+def _key_gradient(
+    q_at, k_at, v_ptr, do_ptr, log_decay_ptr, beta_ptr, new_ptr, states_ptr, d_states_ptr, initial_ptr, last_ptr,
+    d_final_ptr, dk_ptr, dv_ptr, d_log_decay_ptr, d_beta_ptr,
+    stride_vn, stride_vt, stride_vh, stride_dn, stride_dt, stride_dh, T, scale, own_key,
+    n, j, length, has_initial, has_d_final,
+    row, first, chunk, head, i, rows, present, in_k, mask, HV,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    GROUP: tl.constexpr, GATED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Stores dk, dv, d_beta and d_log_decay of a chunk.
+
+    Each part has loops of its own over V: with the accumulators of all, registers would not do.
+    """
+    lower = i[:, None] >= i[None, :]
+    upper = i[:, None] <= i[None, :]
     ends = (j + 1) * C >= length
     dk = tl.zeros([C, ROWS], tl.float32)
     for member in range(GROUP):
@@ -302,29 +313,64 @@ def _gated_delta_rule_bwd_gradient_kernel(
         dk = tl.dot(weights_t.to(q.dtype), q, dk, input_precision=PRECISION)
 
         if GATED:
-            # What decays over the whole chunk: the product of the state with its gradient, in full where that is known.
-            product = tl.zeros([COLUMNS, ROWS], tl.float32)
             given = (n.to(tl.int64) * HV + own) * (K * V)
-            for tile in range(0, V, COLUMNS):
-                columns = tile + tl.arange(0, COLUMNS)
-                state_mask = (columns < V)[:, None] & in_k
-                offsets = columns[:, None] * K + rows[None, :]
-                own_state = place * (K * V) + offsets
-                if j == 0:
-                    state = tl.load(
-                        initial_ptr + given + offsets, mask=state_mask & (has_initial != 0), other=0.0
-                    )
-                elif ends:
-                    state = tl.load(last_ptr + given + offsets, mask=state_mask, other=0.0)
-                else:
-                    state = tl.load(states_ptr + own_state, mask=state_mask, other=0.0).to(tl.float32)
-                if ends:
-                    d_state = tl.load(
-                        d_final_ptr + given + offsets, mask=state_mask & (has_d_final != 0), other=0.0
-                    )
-                else:
-                    d_state = tl.load(d_states_ptr + own_state, mask=state_mask, other=0.0).to(tl.float32)
-                product += state * d_state
-            d_rate += over * tl.sum(tl.sum(product, axis=1), axis=0)
+            product = _product_with_gradient(
+                states_ptr, d_states_ptr, initial_ptr, last_ptr, d_final_ptr, place, given, j, ends, has_initial,
+                has_d_final, rows, in_k, K, V, ROWS, COLUMNS,
+            )  # fmt: skip
+            d_rate += over * product
             tl.store(d_log_decay_ptr + at, d_rate.to(tl.float32), mask=present)
     tl.store(dk_ptr + own_key, dk.to(dk_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def _gated_delta_rule_bwd_gradient_kernel(
+    q_ptr, k_ptr, v_ptr, do_ptr, log_decay_ptr, beta_ptr, new_ptr, states_ptr, d_states_ptr, initial_ptr, last_ptr, d_final_ptr,
+    dq_ptr, dk_ptr, dv_ptr, d_log_decay_ptr, d_beta_ptr, table_ptr, cu_seqlens_ptr,
+    stride_qn, stride_qt, stride_qh,
+    stride_kn, stride_kt, stride_kh,
+    stride_vn, stride_vt, stride_vh,
+    stride_dn, stride_dt, stride_dh,
+    T, H, per_sequence, has_initial, has_d_final, scale,
+    K: tl.constexpr, V: tl.constexpr,
+    C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr,
+    GATED: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """All gradients of one chunk and key head: first dq, then the others. `dv` holds dx and gets beta dx.
+
+    Shapes:  initial, last, d_final: [N, HV, V, K]
+    """
+    head = tl.program_id(0) % H
+    chunk = tl.program_id(0) // H
+    n, j, begin, length = find_sequence(chunk, table_ptr, cu_seqlens_ptr, T, per_sequence, VARLEN)
+    # An empty sequence has a chunk as well, without a token.
+    if (n < 0) | (j * C >= length):
+        return
+
+    HV = H * GROUP
+    row = n.to(tl.int64) if not VARLEN else tl.zeros((), tl.int64)
+    first = begin + j * C
+    i = tl.arange(0, C)
+    rows = tl.arange(0, ROWS)
+    in_k = (rows < K)[None, :]
+    present = i < length - j * C
+    mask = present[:, None] & in_k
+    q_at = q_ptr + row * stride_qn + first * stride_qt + head.to(tl.int64) * stride_qh
+    k_at = k_ptr + row * stride_kn + first * stride_kt + head.to(tl.int64) * stride_kh
+    q_at += (i * stride_qt)[:, None] + rows[None, :]
+    k_at += (i * stride_kt)[:, None] + rows[None, :]
+    own_key = (row * T + first + i).to(tl.int64)[:, None] * (H * K) + head * K + rows[None, :]
+    _query_gradient(
+        q_at, k_at, do_ptr, log_decay_ptr, new_ptr, states_ptr, dq_ptr, d_log_decay_ptr,
+        stride_dn, stride_dt, stride_dh, T, scale, own_key,
+        row, first, chunk, head, i, rows, present, in_k, mask, HV, K, V, C, ROWS, COLUMNS, GROUP, GATED, PRECISION,
+    )  # fmt: skip
+    # What threads stored in d_log_decay, others load.
+    tl.debug_barrier()
+    _key_gradient(
+        q_at, k_at, v_ptr, do_ptr, log_decay_ptr, beta_ptr, new_ptr, states_ptr, d_states_ptr, initial_ptr, last_ptr,
+        d_final_ptr, dk_ptr, dv_ptr, d_log_decay_ptr, d_beta_ptr,
+        stride_vn, stride_vt, stride_vh, stride_dn, stride_dt, stride_dh, T, scale, own_key,
+        n, j, length, has_initial, has_d_final,
+        row, first, chunk, head, i, rows, present, in_k, mask, HV, K, V, C, ROWS, COLUMNS, GROUP, GATED, PRECISION,
+    )  # fmt: skip

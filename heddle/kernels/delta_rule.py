@@ -143,7 +143,13 @@ def _fits(shape: Shape) -> bool:
     return HAS_KERNELS and max(shape["K"], shape["V"]) <= MAX_HEAD_SIZE
 
 
-@op(delta_rule_reference, _CASES, kernel=_fits, step=delta_rule_step)
+@op(
+    delta_rule_reference,
+    _CASES,
+    kernel=_fits,
+    step=delta_rule_step,
+    unproven=(torch.bfloat16, torch.float16, torch.float32),
+)
 def delta_rule(
     q: Tensor,
     k: Tensor,

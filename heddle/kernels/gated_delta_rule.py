@@ -222,7 +222,13 @@ _CASES = Traits(
 )
 
 
-@op(gated_delta_rule_reference, _CASES, kernel=_fits, step=gated_delta_rule_step)
+@op(
+    gated_delta_rule_reference,
+    _CASES,
+    kernel=_fits,
+    step=gated_delta_rule_step,
+    unproven=(torch.float16, torch.float32),
+)
 def gated_delta_rule(
     q: Tensor,
     k: Tensor,

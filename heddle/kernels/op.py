@@ -89,7 +89,8 @@ class Traits:
 class Op(Generic[P, R]):
     """A public tensor function: what computes it fast, what it must equal, and which path it takes where.
 
-    `kernel(shape)` says whether the Triton kernels take a shape; None means that there are none yet.
+    `kernel(shape)` says whether the Triton kernels take a shape; None means that there are none yet. In the dtypes of
+    `unproven` no GPU has held them to the reference yet: torch runs there, unless Triton is forced.
     """
 
     name: str
@@ -98,6 +99,7 @@ class Op(Generic[P, R]):
     cases: Traits
     kernel: Callable[[Shape], bool] | None = None
     step: Callable[..., tuple[Tensor, Tensor]] | None = field(default=None)
+    unproven: tuple[torch.dtype, ...] = ()
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         return self.fast(*args, **kwargs)
@@ -108,12 +110,16 @@ class Op(Generic[P, R]):
             self.kernel is not None and self.kernel(shape) and _triton_runs(torch.device(device), dtype)
         )
         if not _forced:
-            return "triton" if possible else "torch"
+            return "triton" if possible and self.is_proven(dtype) else "torch"
         if _forced[-1] == "triton" and not possible and self.kernel is not None:
             raise HeddleError(
                 "bad-argument", f"{self.name} cannot run in Triton on {device} in {dtype} at {shape}"
             )
         return _forced[-1] if possible else "torch"
+
+    def is_proven(self, dtype: torch.dtype) -> bool:
+        """Whether the kernels may run unasked in this dtype: the interpreter has no compiler that could get them wrong."""
+        return INTERPRETED or dtype not in self.unproven
 
     def choose(self, device: torch.device, dtype: torch.dtype, **shape: int) -> Path:
         """`path`, noted down for `watch_paths`: called where the work is about to be done."""
@@ -129,11 +135,12 @@ def op(
     *,
     kernel: Callable[[Shape], bool] | None = None,
     step: Callable[..., tuple[Tensor, Tensor]] | None = None,
+    unproven: tuple[torch.dtype, ...] = (),
 ) -> Callable[[Callable[P, R]], Op[P, R]]:
     """Makes the decorated function an `Op` of the same name and docstring."""
 
     def wrap(fast: Callable[P, R]) -> Op[P, R]:
-        made = Op(fast.__name__, fast, reference, cases, kernel, step)
+        made = Op(fast.__name__, fast, reference, cases, kernel, step, unproven)
         # What functools.update_wrapper would set; the class is frozen.
         vars(made).update(
             {name: getattr(fast, name) for name in functools.WRAPPER_ASSIGNMENTS}, __wrapped__=fast

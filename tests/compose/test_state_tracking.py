@@ -114,9 +114,9 @@ def test_one_delta_layer_with_beta_up_to_2_tracks_the_state(task: str) -> None:
     ("task", "mixer"),
     [
         ("parity", DELTA),
-        ("parity", {"kind": "mamba2", "heads": 4, "state_dim": 32}),
+        pytest.param("parity", {"kind": "mamba2", "heads": 4, "state_dim": 32}, marks=pytest.mark.long),
         ("swaps", DELTA),
-        ("swaps", {"kind": "gated_deltanet", "heads": 2}),
+        pytest.param("swaps", {"kind": "gated_deltanet", "heads": 2}, marks=pytest.mark.long),
     ],
     ids=lambda one: one if isinstance(one, str) else one["kind"],
 )

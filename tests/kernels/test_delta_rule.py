@@ -12,6 +12,8 @@ from heddle.errors import HeddleError
 from heddle.kernels import delta_rule, delta_rule_step, gated_delta_rule
 from heddle.kernels.accuracy import Sample, compare, draw, results
 
+pytestmark = pytest.mark.usefixtures("kernels_on_gpu")
+
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 SHAPE = {"B": 1, "H": 2, "HV": 4, "K": 64, "V": 16, "T": 130}
 

@@ -17,6 +17,8 @@ from heddle.kernels.configs.gated_delta_rule import HOPPER, OTHER, Family
 from heddle.kernels.configs.launch import Launch
 from heddle.kernels.op import INTERPRETED
 
+pytestmark = pytest.mark.usefixtures("kernels_on_gpu")
+
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 # Where the kernels can run.
 KERNEL_DEVICES = [*(["cpu"] if INTERPRETED else []), pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -107,6 +109,17 @@ def test_the_path_follows_device_dtype_and_shape() -> None:
     assert gated_delta_rule.path("cpu", torch.float32, K=257, V=64) == "torch"
     with force_path("triton"), pytest.raises(HeddleError, match="cannot run in Triton"):
         gated_delta_rule.path("cpu", torch.float64, K=64, V=64)
+
+
+def test_what_no_gpu_has_held_to_the_reference_runs_when_it_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("heddle.kernels.op._triton_runs", lambda *_: True)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        unasked = "triton" if INTERPRETED or dtype not in gated_delta_rule.unproven else "torch"
+        assert gated_delta_rule.path("cuda", dtype, K=64, V=64) == unasked
+        with force_path("triton"):
+            assert gated_delta_rule.path("cuda", dtype, K=64, V=64) == "triton"
 
 
 @pytest.mark.parametrize("table", [HOPPER, OTHER], ids=["hopper", "other"])

@@ -15,24 +15,20 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-# The kernels of the delta rules take long to interpret; the two ops share them.
-DELTA = (
-    "gated_delta_rule and (65 or packed or token or scratch) or delta_rule-cpu-float32 and 65 and not gated"
-)
+# Kernels take long to interpret; this takes each road of them once. The two delta rules share theirs.
+SOME = "65 or packed or token or scratch"
+DELTA = f"gated_delta_rule and ({SOME}) or delta_rule-cpu-float32 and 65 and not gated"
 
 
-@pytest.mark.parametrize("op", ["decay_attention", "simple_gla"])
-@pytest.mark.parametrize("file", ["tests/contracts/test_ops.py", "tests/kernels/test_{op}.py"])
-def test_interpreted_kernels_keep_the_contract(file: str, op: str) -> None:
-    _run_interpreted(file.format(op=op), op)
+@pytest.mark.parametrize("op", ["decay_attention", "simple_gla", "delta_rule"])
+def test_interpreted_kernels_keep_the_contract(op: str, full_counts: bool) -> None:
+    some = DELTA if op == "delta_rule" else f"{op} and ({SOME})"
+    _run_interpreted("tests/contracts/test_ops.py", op if full_counts else some)
 
 
-@pytest.mark.parametrize(
-    ("file", "choice"),
-    [("tests/contracts/test_ops.py", DELTA), ("tests/kernels/test_gated_delta_rule.py", "delta_rule")],
-)
-def test_interpreted_kernels_of_the_delta_rules_keep_the_contract(file: str, choice: str) -> None:
-    _run_interpreted(file, choice)
+@pytest.mark.parametrize("op", ["decay_attention", "simple_gla", "gated_delta_rule"])
+def test_interpreted_kernels_are_right_where_they_are_peculiar(op: str) -> None:
+    _run_interpreted(f"tests/kernels/test_{op}.py", op)
 
 
 def _run_interpreted(file: str, chosen: str) -> None:
