@@ -119,10 +119,10 @@ def check_inputs(
     cu_seqlens: Tensor | None = None,
 ) -> None:
     """Raises "bad-argument" for what gated_delta_rule or delta_rule cannot take; `gates` are [B, T, HV]."""
-    check_packing(name, q.shape[0], q.shape[1], cu_seqlens)
     if q.dim() != 4 or v.dim() != 4 or q.shape[1] < 1:
         raise HeddleError("bad-argument", f"{name}: q, k, v must be [B, T, heads, *] with at least one token")
     B, T, H, K = q.shape
+    check_packing(name, B, T, cu_seqlens)
     HV, V = v.shape[2:]
     if HV % H:
         raise HeddleError("bad-argument", f"{name}: {H} key heads do not divide {HV} value heads")

@@ -102,6 +102,12 @@ def test_mixed_dtypes_are_refused() -> None:
         gated_delta_rule(**{**arguments, "q": arguments["q"].half()})
 
 
+def test_a_vector_is_no_row_of_heads() -> None:
+    arguments = draw(gated_delta_rule, {**SHAPE, "T": 4}, torch.float32).arguments
+    with pytest.raises(HeddleError, match="must be"):
+        gated_delta_rule(**{**arguments, "q": arguments["q"].flatten()})
+
+
 def test_the_path_follows_device_dtype_and_shape() -> None:
     on_gpu_kernels = "triton" if INTERPRETED else "torch"
     assert gated_delta_rule.path("cpu", torch.float32, K=64, V=64) == on_gpu_kernels
