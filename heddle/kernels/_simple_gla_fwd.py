@@ -30,7 +30,7 @@ CARRY_BLOCK = 1024
 # Heads whose log-decays a program sums up side by side.
 GATE_HEADS = 16
 # Tokens over which the rounding of products of float32 may add up in the gradient of a log-decay.
-PRECISE_SEGMENT = 256
+PRECISE_SEGMENT = 64
 
 
 @functools.cache

@@ -148,7 +148,6 @@ def _fits(shape: Shape) -> bool:
     _CASES,
     kernel=_fits,
     step=delta_rule_step,
-    unproven=(torch.bfloat16, torch.float16, torch.float32),
 )
 def delta_rule(
     q: Tensor,

@@ -227,7 +227,6 @@ _CASES = Traits(
     _CASES,
     kernel=_fits,
     step=gated_delta_rule_step,
-    unproven=(torch.bfloat16, torch.float16, torch.float32),
 )
 def gated_delta_rule(
     q: Tensor,

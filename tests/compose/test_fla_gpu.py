@@ -150,7 +150,7 @@ def test_it_trains(layer: str) -> None:
             assert parameter.grad.isfinite().all(), name
             assert parameter.grad.abs().max() > 0, name
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses == sorted(losses, reverse=True)
 
 

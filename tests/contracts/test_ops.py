@@ -87,11 +87,11 @@ def test_results_and_gradients_are_those_of_the_reference(
 
 @over_settings
 def test_without_an_initial_state_it_begins_with_zeros(op: AnyOp, device: str, dtype: torch.dtype) -> None:
-    sample = draw(op, {**op.cases.test_shapes[-1], "T": 65}, dtype, initial_state=False)
+    # In several rows: the second chunk has one token, whose rounding in one row alone would be a matter of luck.
+    shape = {**op.cases.test_shapes[-1], "B": 4, "T": 65}
+    sample = draw(op, shape, dtype, initial_state=False)
     _check(op, sample, device)
-    zeros = torch.zeros_like(
-        draw(op, {**op.cases.test_shapes[-1], "T": 65}, dtype).arguments["initial_state"]
-    )
+    zeros = torch.zeros_like(draw(op, shape, dtype).arguments["initial_state"])
     begun = replace(sample, arguments={**sample.arguments, "initial_state": zeros})
     alone, with_zeros = results(op, sample.to(device)), results(op, begun.to(device))
     assert all(torch.equal(alone[name], with_zeros[name]) for name in alone)

@@ -121,11 +121,17 @@ def test_what_no_gpu_has_held_to_the_reference_runs_when_it_is_asked_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("heddle.kernels.op._triton_runs", lambda *_: True)
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        unasked = "triton" if INTERPRETED or dtype not in gated_delta_rule.unproven else "torch"
-        assert gated_delta_rule.path("cuda", dtype, K=64, V=64) == unasked
-        with force_path("triton"):
-            assert gated_delta_rule.path("cuda", dtype, K=64, V=64) == "triton"
+    new = replace(gated_delta_rule, unproven=(torch.float16,))
+    assert new.path("cuda", torch.bfloat16, K=64, V=64) == "triton"
+    assert new.path("cuda", torch.float16, K=64, V=64) == ("triton" if INTERPRETED else "torch")
+    with force_path("triton"):
+        assert new.path("cuda", torch.float16, K=64, V=64) == "triton"
+
+
+@pytest.mark.parametrize("table", [HOPPER, OTHER], ids=["hopper", "other"])
+def test_nothing_is_loaded_ahead_where_loops_follow_each_other(table: Family) -> None:
+    # docs/decisions/0008-loops-in-a-row.md
+    assert {getattr(table, field.name).gradient.stages for field in fields(table)} == {1}
 
 
 @pytest.mark.parametrize("table", [HOPPER, OTHER], ids=["hopper", "other"])

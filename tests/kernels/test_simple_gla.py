@@ -39,10 +39,16 @@ def _with_decays(sample: Sample, *choices: float) -> Sample:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("segment", [64, 512])
-def test_strong_decays_do_not_hide_weak_ones(device: str, segment: int) -> None:
+@pytest.mark.parametrize("seed", range(3))
+def test_strong_decays_do_not_hide_weak_ones(device: str, seed: int) -> None:
+    sample = draw(simple_gla, {**SMALL, "T": 200}, torch.float32, seed=seed)
+    _assert_right(_with_decays(sample, 0.0, -1e-6, -1e-3, -1.0, -20.0), device)
+
+
+def test_strong_decays_do_not_hide_weak_ones_in_one_segment() -> None:
+    # On a GPU products are less exact, and the launcher makes its segments shorter.
     sample = draw(simple_gla, {**SMALL, "T": 200}, torch.float32)
-    _assert_right(_with_decays(sample, 0.0, -1e-6, -1e-3, -1.0, -20.0), device, segment=segment)
+    _assert_right(_with_decays(sample, 0.0, -1e-6, -1e-3, -1.0, -20.0), "cpu", segment=512)
 
 
 @pytest.mark.parametrize("device", DEVICES)

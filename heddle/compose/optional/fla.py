@@ -59,7 +59,8 @@ class FlaModule(nn.Module):
         if not x.is_cuda:
             what = f"fla.{self.name} runs on a GPU, and its input is on the {x.device.type}"
             raise HeddleError("bad-argument", what, hint="heddle check and heddle show need none")
-        mask = None if call.padding is None else call.padding.to(torch.int64)
+        # Of all tokens so far: a layer that rotates counts its positions by it.
+        mask = None if call.key_padding is None else call.key_padding.to(torch.int64)
         past = self._past(call.cache)
         y: Tensor = self.layer(x, attention_mask=mask, past_key_values=past, use_cache=past is not None)[0]
         if past is not None:

@@ -50,7 +50,8 @@ HOPPER = Family(
         forward=Launch(chunk=64, columns=64, warps=4, stages=2),
         keep=Launch(chunk=64, columns=128, warps=8, stages=2),
         backward=Launch(chunk=64, columns=128, warps=8, stages=2),
-        gradient=Launch(chunk=64, columns=64, warps=8, stages=2),
+        # Its loops follow each other; loading ahead in them is a race: docs/decisions/0008-loops-in-a-row.md.
+        gradient=Launch(chunk=64, columns=64, warps=8, stages=1),
         inverse="fp16",
     ),
     half_tall=Plan(
