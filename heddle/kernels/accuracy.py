@@ -126,11 +126,15 @@ def compare(op: Op[..., Any], sample: Sample, device: torch.device | str) -> lis
 def _measure(
     name: str, path: Path, found: Tensor, baseline: Tensor, exact: Tensor, dtype: torch.dtype
 ) -> Measured:
-    # A gradient of a parameter or a state has no time axis; neither has a final state.
-    timed = name not in ("final_state", "d_initial_state", "d_weight")
+    timed = is_timed(name)
     error, worst = worst_error(found, exact, timed=timed)
     allowed, _ = worst_error(baseline, exact, timed=timed)
     return Measured(name, path, error, allowed, 2 * allowed + EPSILON[dtype], worst)
+
+
+def is_timed(name: str) -> bool:
+    """Whether a result has a time axis: a state has none, nor has the gradient of one or of a parameter."""
+    return name not in ("final_state", "d_initial_state", "d_weight")
 
 
 def worst_error(found: Tensor, exact: Tensor, *, timed: bool) -> tuple[float, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,8 +10,8 @@ import torch
 from torch import Tensor
 
 from heddle.kernels import OPS
-from heddle.kernels.accuracy import compare, draw
-from heddle.kernels.op import Op, Path, Traits
+from heddle.kernels.accuracy import Measured, Sample, compare, draw, is_timed, oracle, results, worst_error
+from heddle.kernels.op import Op, Path
 
 # Long enough for a whole chunk and a part of one.
 TOKENS = 100
@@ -39,27 +40,34 @@ def self_test(device: torch.device | str | None = None) -> list[SelfTest]:
     is named."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtypes = [torch.float32, torch.bfloat16] if device.type == "cuda" else [torch.float32]
-    return [_test(each, device, dtype) for op in OPS for each in _forms(op) for dtype in dtypes]
+    return [found for op in OPS for dtype in dtypes for found in check_op(op, device, dtype)]
 
 
-def _forms(op: Op[..., Any]) -> list[Op[..., Any]]:
-    """`op`, and its step as an op of its own that takes one token."""
-    if op.step is None:
-        return [op]
-    step = op.step
+def check_op(op: Op[..., Any], device: torch.device, dtype: torch.dtype) -> Iterator[SelfTest]:
+    """One op against its reference, and its step if it has one."""
+    yield _worst(op.name, dtype, compare(op, draw(op, SIZES, dtype), device))
+    if op.step is not None:
+        sample = draw(op, {**SIZES, "T": 1}, dtype)
+        yield _worst(f"{op.name}_step", dtype, _compare_step(op, op.step, sample, device))
+
+
+def _compare_step(
+    op: Op[..., Any], step: Callable[..., tuple[Tensor, Tensor]], sample: Sample, device: torch.device
+) -> list[Measured]:
+    """The step on one token, within the bounds of the whole op on it: their backward pass is one."""
 
     def one_token(*, initial_state: Tensor, **rest: Tensor) -> tuple[Tensor, Tensor]:
         return step(**rest, state=initial_state)
 
-    return [op, replace(op, name=f"{op.name}_step", fast=one_token, step=None, cases=_one_token(op.cases))]
+    found, exact = results(one_token, sample.to(device)), oracle(op, sample)
+    return [
+        replace(one, error=error, worst=worst)
+        for one in compare(op, sample, device)
+        for error, worst in [worst_error(found[one.name], exact[one.name], timed=is_timed(one.name))]
+    ]
 
 
-def _one_token(cases: Traits) -> Traits:
-    return replace(cases, inputs=lambda shape, generator: cases.inputs({**shape, "T": 1}, generator))
-
-
-def _test(op: Op[..., Any], device: torch.device, dtype: torch.dtype) -> SelfTest:
-    measured = compare(op, draw(op, SIZES, dtype), device)
+def _worst(name: str, dtype: torch.dtype, measured: list[Measured]) -> SelfTest:
     worst = max(measured, key=lambda one: one.error / one.bound)
-    name = str(dtype).removeprefix("torch.")
-    return SelfTest(op.name, worst.path, name, worst.error, worst.baseline, all(one.ok for one in measured))
+    told = str(dtype).removeprefix("torch.")
+    return SelfTest(name, worst.path, told, worst.error, worst.baseline, all(one.ok for one in measured))

@@ -11,7 +11,7 @@ import torch
 
 from heddle.kernels import OPS, causal_conv1d, decay_attention, decay_attention_step
 from heddle.kernels.bench import bench_ops, table
-from heddle.kernels.selftest import _forms, _test, self_test
+from heddle.kernels.selftest import check_op, self_test
 
 ROW = {
     "run", "time", "commit", "device", "driver", "cuda", "torch", "triton", "op", "impl", "phase", "shape", "dtype",
@@ -32,7 +32,8 @@ def test_the_self_test_finds_a_wrong_op() -> None:
         out, state = causal_conv1d(*args, **kwargs)
         return out * 1.0001, state
 
-    assert not _test(replace(causal_conv1d, fast=off), torch.device("cpu"), torch.float32).ok
+    (found,) = check_op(replace(causal_conv1d, fast=off), torch.device("cpu"), torch.float32)
+    assert not found.ok
 
 
 def wrong_in(result: int) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
@@ -47,9 +48,11 @@ def wrong_in(result: int) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
 
 @pytest.mark.parametrize("result", [0, 1])
 def test_the_self_test_finds_a_wrong_step(result: int) -> None:
-    whole, step = _forms(replace(decay_attention, step=wrong_in(result)))
-    assert (whole.name, step.name) == ("decay_attention", "decay_attention_step")
-    assert not _test(step, torch.device("cpu"), torch.float32).ok
+    off = replace(decay_attention, step=wrong_in(result))
+    whole, step = check_op(off, torch.device("cpu"), torch.float32)
+    assert (whole.op, step.op) == ("decay_attention", "decay_attention_step")
+    assert whole.ok
+    assert not step.ok
 
 
 def test_a_benchmark_row_has_the_agreed_keys() -> None:
