@@ -15,26 +15,20 @@ over each segment adds 0.5 KB forward and 1 KB backward.
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from heddle.errors import HeddleError
 from heddle.kernels._decay_attention_torch import CHUNK, step, sweep
-from heddle.kernels.common.varlen import check_packing
-from heddle.kernels.op import (
-    Inputs,
-    Phase,
-    Shape,
-    Traits,
-    Work,
-    check_shapes,
-    normal,
-    op,
-    register,
-    wide_dtype,
+from heddle.kernels.common.linear_op import (
+    check_inputs,
+    check_one_token,
+    draw_state,
+    fits,
+    register_decaying,
 )
+from heddle.kernels.op import Inputs, Phase, Shape, Traits, Work, check_shapes, normal, op, wide_dtype
 
 try:
     from heddle.kernels._decay_attention_bwd import launch_backward
@@ -44,8 +38,6 @@ try:
     HAS_KERNELS = True
 except ImportError:
     HAS_KERNELS = False
-
-MAX_HEAD_SIZE = 256
 
 
 def decay_attention_reference(
@@ -116,52 +108,6 @@ def _backward(
     return dq, dk, dv, d_initial
 
 
-def _setup_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:  # noqa: ARG001
-    q, k, v, log_decay, scale, initial_state, cu_seqlens = inputs
-    ctx.save_for_backward(q, k, v, log_decay, initial_state, cu_seqlens)
-    ctx.scale = scale
-    ctx.set_materialize_grads(False)
-
-
-def _gradients(ctx: Any, d_out: Tensor | None, d_final: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, log_decay, initial_state, cu_seqlens = ctx.saved_tensors
-    d_out = torch.zeros_like(v) if d_out is None else d_out
-    gradients = _backward_op(d_out, d_final, q, k, v, log_decay, ctx.scale, initial_state, cu_seqlens)
-    dq, dk, dv, d_initial = gradients
-    return dq, dk, dv, None, None, (None if initial_state is None else d_initial), None
-
-
-def _state_like(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    count = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return q.new_empty(count, q.shape[2], q.shape[3], v.shape[3], dtype=wide_dtype(q.dtype))
-
-
-def _forward_fake(
-    q: Tensor,
-    k: Tensor,  # noqa: ARG001
-    v: Tensor,
-    log_decay: Tensor,  # noqa: ARG001
-    scale: float,  # noqa: ARG001
-    initial_state: Tensor | None,  # noqa: ARG001
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    return v.new_empty(v.shape), _state_like(q, v, cu_seqlens)
-
-
-def _backward_fake(
-    d_out: Tensor,  # noqa: ARG001
-    d_final: Tensor | None,  # noqa: ARG001
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,  # noqa: ARG001
-    scale: float,  # noqa: ARG001
-    initial_state: Tensor | None,  # noqa: ARG001
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), _state_like(q, v, cu_seqlens)
-
-
 def _step(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -170,73 +116,16 @@ def _step(
     return run(q, k, v, log_decay, state, scale)
 
 
-def _setup_step(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, log_decay, state, scale = inputs
-    _setup_forward(ctx, (q, k, v, log_decay, scale, state, None), output)
+_forward_op, _step_op = register_decaying("decay_attention", _forward, _backward, _step, learned=False)
 
 
-def _step_gradients(ctx: Any, d_out: Tensor | None, d_state: Tensor | None) -> tuple[Tensor | None, ...]:
-    dq, dk, dv, _, _, d_before, _ = _gradients(ctx, d_out, d_state)
-    return dq, dk, dv, None, d_before, None
-
-
-def _step_fake(
-    q: Tensor,
-    k: Tensor,  # noqa: ARG001
-    v: Tensor,
-    log_decay: Tensor,  # noqa: ARG001
-    state: Tensor,  # noqa: ARG001
-    scale: float,  # noqa: ARG001
-) -> tuple[Tensor, Tensor]:
-    return v.new_empty(v.shape), _state_like(q, v, None)
-
-
-_INPUTS = (
-    "Tensor q, Tensor k, Tensor v, Tensor log_decay, float scale, Tensor? initial_state, Tensor? cu_seqlens"
-)
-_backward_op = register(
-    "decay_attention_backward",
-    f"(Tensor d_out, Tensor? d_final, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)",
-    _backward,
-    fake=_backward_fake,
-)
-_forward_op = register(
-    "decay_attention",
-    f"({_INPUTS}) -> (Tensor, Tensor)",
-    _forward,
-    fake=_forward_fake,
-    setup_context=_setup_forward,
-    backward=_gradients,
-)
-_step_op = register(
-    "decay_attention_step",
-    "(Tensor q, Tensor k, Tensor v, Tensor log_decay, Tensor state, float scale) -> (Tensor, Tensor)",
-    _step,
-    fake=_step_fake,
-    setup_context=_setup_step,
-    backward=_step_gradients,
-)
-
-
-def _check(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None, count: int) -> None:
-    if q.dim() != 4 or v.dim() != 4 or q.shape[1] < 1:
-        raise HeddleError(
-            "bad-argument", "decay_attention: q, k, v must be [B, T, H, *] with at least one token"
-        )
-    B, T, H, K = q.shape
-    V = v.shape[3]
-    check_shapes(
-        "decay_attention",
-        {
-            "k": (k, (B, T, H, K)),
-            "v": (v, (B, T, H, V)),
-            "log_decay": (log_decay, (H,)),
-            "state": (state, (count, H, K, V)),
-        },
-    )
-    if not q.dtype == k.dtype == v.dtype:
-        found = f"{q.dtype}, {k.dtype} and {v.dtype}"
-        raise HeddleError("bad-argument", f"decay_attention: q, k and v must share a dtype, got {found}")
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None, cu_seqlens: Tensor | None = None
+) -> None:
+    check_inputs("decay_attention", q, k, v, {}, state=state, cu_seqlens=cu_seqlens)
+    B, T, H, _ = q.shape
+    expected = {"v": (v, (B, T, H, v.shape[3])), "log_decay": (log_decay, (H,))}
+    check_shapes("decay_attention", expected)
     if log_decay.requires_grad:
         raise HeddleError(
             "bad-argument",
@@ -255,9 +144,8 @@ def decay_attention_step(
     Raises:
         HeddleError: "bad-argument" as `decay_attention`, or for more than one token.
     """
-    if q.dim() == 4 and q.shape[1] != 1:
-        raise HeddleError("bad-argument", f"decay_attention_step takes one token, got {q.shape[1]}")
-    _check(q, k, v, log_decay, state, q.shape[0])
+    check_one_token("decay_attention_step", q)
+    _check(q, k, v, log_decay, state)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return _step_op(q, k, v, log_decay, state.to(wide_dtype(q.dtype)), scale)  # type: ignore[no-any-return]
 
@@ -278,10 +166,6 @@ def _draw_linear(shape: Shape, generator: torch.Generator) -> Inputs:
     return {**_draw(shape, generator), "log_decay": -8.0 / H * head}
 
 
-def _draw_state(shape: Shape, generator: torch.Generator) -> Tensor:
-    return normal(generator, *(shape[letter] for letter in "BHKV"))
-
-
 def _work(shape: Shape, phase: Phase, element: int) -> Work:
     B, T, H, K, V = (shape[letter] for letter in "BTHKV")
     if phase == "decode":
@@ -299,7 +183,7 @@ _LIGHTNING = tuple(
 )
 _CASES = Traits(
     inputs=_draw,
-    initial_state=_draw_state,
+    initial_state=draw_state,
     sequence=("q", "k", "v"),
     rounded=("q", "k", "v"),
     differentiable=("q", "k", "v"),
@@ -313,7 +197,7 @@ _CASES = Traits(
 
 
 def _fits(shape: Shape) -> bool:
-    return HAS_KERNELS and max(shape["K"], shape["V"]) <= MAX_HEAD_SIZE
+    return HAS_KERNELS and fits(shape)
 
 
 @op(decay_attention_reference, _CASES, kernel=_fits, step=decay_attention_step)
@@ -339,9 +223,7 @@ def decay_attention(
     Raises:
         HeddleError: "bad-argument" for shapes or dtypes that do not fit, or a `log_decay` that wants a gradient.
     """
-    check_packing("decay_attention", q.shape[0], q.shape[1], cu_seqlens)
-    count = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    _check(q, k, v, log_decay, initial_state, count)
+    _check(q, k, v, log_decay, initial_state, cu_seqlens)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     initial_state = None if initial_state is None else initial_state.to(wide_dtype(q.dtype))
     return _forward_op(q, k, v, log_decay, scale, initial_state, cu_seqlens)  # type: ignore[no-any-return]

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from heddle.errors import HeddleError
 from heddle.kernels._gated_delta_rule_torch import chunked, step
-from heddle.kernels.gated_delta_rule import MAX_HEAD_SIZE, check_inputs, draw_state, work
+from heddle.kernels.common.linear_op import check_inputs, check_one_token, draw_state, fits
+from heddle.kernels.gated_delta_rule import work
 from heddle.kernels.op import Inputs, Shape, Traits, normal, op, register_composite, wide_dtype
 
 try:
@@ -97,8 +97,7 @@ def delta_rule_step(
     Raises:
         HeddleError: "bad-argument" as `delta_rule`, or for more than one token.
     """
-    if q.dim() == 4 and q.shape[1] != 1:
-        raise HeddleError("bad-argument", f"delta_rule_step takes one token, got {q.shape[1]}")
+    check_one_token("delta_rule_step", q)
     check_inputs("delta_rule", q, k, v, {"beta": beta}, state=state)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     wide = wide_dtype(v.dtype)
@@ -140,7 +139,7 @@ _CASES = Traits(
 
 
 def _fits(shape: Shape) -> bool:
-    return HAS_KERNELS and max(shape["K"], shape["V"]) <= MAX_HEAD_SIZE
+    return HAS_KERNELS and fits(shape)
 
 
 @op(

@@ -7,22 +7,18 @@ triangular inverse, 2.1 KB; backward 380 kFLOP and 5.1 KB, and 0.8 KB more forwa
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from heddle.errors import HeddleError
 from heddle.kernels._gated_delta_rule_torch import CHUNK, chunked, step
-from heddle.kernels.common.varlen import check_packing
+from heddle.kernels.common.linear_op import check_inputs, check_one_token, draw_state, fits
 from heddle.kernels.op import (
     Inputs,
     Phase,
     Shape,
     Traits,
     Work,
-    check_shapes,
     normal,
     op,
     register_composite,
@@ -35,8 +31,6 @@ try:
     HAS_KERNELS = True
 except ImportError:
     HAS_KERNELS = False
-
-MAX_HEAD_SIZE = 256
 
 
 def gated_delta_rule_reference(
@@ -108,34 +102,8 @@ _step_op = register_composite(
 )
 
 
-def check_inputs(
-    name: str,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gates: Mapping[str, Tensor],
-    *,
-    state: Tensor | None,
-    cu_seqlens: Tensor | None = None,
-) -> None:
-    """Raises "bad-argument" for what gated_delta_rule or delta_rule cannot take; `gates` are [B, T, HV]."""
-    if q.dim() != 4 or v.dim() != 4 or q.shape[1] < 1:
-        raise HeddleError("bad-argument", f"{name}: q, k, v must be [B, T, heads, *] with at least one token")
-    B, T, H, K = q.shape
-    check_packing(name, B, T, cu_seqlens)
-    HV, V = v.shape[2:]
-    if HV % H:
-        raise HeddleError("bad-argument", f"{name}: {H} key heads do not divide {HV} value heads")
-    count = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    expected = {"k": (k, (B, T, H, K)), "v": (v, (B, T, HV, V)), "state": (state, (count, HV, K, V))}
-    check_shapes(name, {**expected, **{gate: (x, (B, T, HV)) for gate, x in gates.items()}})
-    if not q.dtype == k.dtype == v.dtype:
-        found = f"{q.dtype}, {k.dtype} and {v.dtype}"
-        raise HeddleError("bad-argument", f"{name}: q, k and v must share a dtype, got {found}")
-
-
 def _fits(shape: Shape) -> bool:
-    return HAS_KERNELS and max(shape["K"], shape["V"]) <= MAX_HEAD_SIZE
+    return HAS_KERNELS and fits(shape)
 
 
 def gated_delta_rule_step(
@@ -155,8 +123,7 @@ def gated_delta_rule_step(
     Raises:
         HeddleError: "bad-argument" as `gated_delta_rule`, or for more than one token.
     """
-    if q.dim() == 4 and q.shape[1] != 1:
-        raise HeddleError("bad-argument", f"gated_delta_rule_step takes one token, got {q.shape[1]}")
+    check_one_token("gated_delta_rule_step", q)
     check_inputs("gated_delta_rule", q, k, v, {"log_decay": log_decay, "beta": beta}, state=state)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     log_decay, beta, state = (x.to(wide_dtype(v.dtype)) for x in (log_decay, beta, state))
@@ -181,12 +148,6 @@ def _draw_timed(shape: Shape, generator: torch.Generator) -> Inputs:
     log_decay = F.logsigmoid(normal(generator, B, T, HV) + 4.0)
     uniform = torch.rand(B, T, HV, generator=generator, device=generator.device, dtype=torch.float64)
     return {**_draw(shape, generator), "log_decay": log_decay, "beta": torch.sigmoid(uniform)}
-
-
-def draw_state(shape: Shape, generator: torch.Generator) -> Tensor:
-    """A state of normally distributed numbers."""
-    B, H, K, V = (shape[letter] for letter in "BHKV")
-    return normal(generator, B, shape.get("HV", H), K, V)
 
 
 def work(shape: Shape, phase: Phase, element: int) -> Work:

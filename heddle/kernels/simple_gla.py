@@ -5,28 +5,20 @@ Predicted cost for a token and value head (K = V = 128, bfloat16, chunks of 64):
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from heddle.errors import HeddleError
 from heddle.kernels._decay_attention_torch import CHUNK
 from heddle.kernels._simple_gla_torch import run_backward, run_forward, step
-from heddle.kernels.common.varlen import check_packing
-from heddle.kernels.op import (
-    Inputs,
-    Phase,
-    Shape,
-    Traits,
-    Work,
-    check_shapes,
-    normal,
-    op,
-    register,
-    wide_dtype,
+from heddle.kernels.common.linear_op import (
+    check_inputs,
+    check_one_token,
+    draw_state,
+    fits,
+    register_decaying,
 )
+from heddle.kernels.op import Inputs, Phase, Shape, Traits, Work, normal, op, wide_dtype
 
 try:
     from heddle.kernels._simple_gla_bwd import launch_backward
@@ -36,8 +28,6 @@ try:
     HAS_KERNELS = True
 except ImportError:
     HAS_KERNELS = False
-
-MAX_HEAD_SIZE = 256
 
 
 def simple_gla_reference(
@@ -102,53 +92,6 @@ def _backward(
     return run(d_out, d_final, q, k, v, log_decay, scale, initial_state, cu_seqlens)
 
 
-def _setup_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:  # noqa: ARG001
-    q, k, v, log_decay, scale, initial_state, cu_seqlens = inputs
-    ctx.save_for_backward(q, k, v, log_decay, initial_state, cu_seqlens)
-    ctx.scale = scale
-    ctx.set_materialize_grads(False)
-
-
-def _gradients(ctx: Any, d_out: Tensor | None, d_final: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, log_decay, initial_state, cu_seqlens = ctx.saved_tensors
-    d_out = torch.zeros_like(v) if d_out is None else d_out
-    gradients = _backward_op(d_out, d_final, q, k, v, log_decay, ctx.scale, initial_state, cu_seqlens)
-    dq, dk, dv, d_gate, d_initial = gradients
-    return dq, dk, dv, d_gate, None, (None if initial_state is None else d_initial), None
-
-
-def _state_like(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    count = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return q.new_empty(count, v.shape[2], q.shape[3], v.shape[3], dtype=wide_dtype(q.dtype))
-
-
-def _forward_fake(
-    q: Tensor,
-    k: Tensor,  # noqa: ARG001
-    v: Tensor,
-    log_decay: Tensor,  # noqa: ARG001
-    scale: float,  # noqa: ARG001
-    initial_state: Tensor | None,  # noqa: ARG001
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    return v.new_empty(v.shape), _state_like(q, v, cu_seqlens)
-
-
-def _backward_fake(
-    d_out: Tensor,  # noqa: ARG001
-    d_final: Tensor | None,  # noqa: ARG001
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    scale: float,  # noqa: ARG001
-    initial_state: Tensor | None,  # noqa: ARG001
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dq, dk, dv, d_gate = (x.new_empty(x.shape) for x in (q, k, v, log_decay))
-    return dq, dk, dv, d_gate, _state_like(q, v, cu_seqlens)
-
-
 def _step(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -157,75 +100,7 @@ def _step(
     return run(q, k, v, log_decay, state, scale)
 
 
-def _setup_step(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, log_decay, state, scale = inputs
-    _setup_forward(ctx, (q, k, v, log_decay, scale, state, None), output)
-
-
-def _step_gradients(ctx: Any, d_out: Tensor | None, d_state: Tensor | None) -> tuple[Tensor | None, ...]:
-    dq, dk, dv, d_gate, _, d_before, _ = _gradients(ctx, d_out, d_state)
-    return dq, dk, dv, d_gate, d_before, None
-
-
-def _step_fake(
-    q: Tensor,
-    k: Tensor,  # noqa: ARG001
-    v: Tensor,
-    log_decay: Tensor,  # noqa: ARG001
-    state: Tensor,  # noqa: ARG001
-    scale: float,  # noqa: ARG001
-) -> tuple[Tensor, Tensor]:
-    return v.new_empty(v.shape), _state_like(q, v, None)
-
-
-_INPUTS = (
-    "Tensor q, Tensor k, Tensor v, Tensor log_decay, float scale, Tensor? initial_state, Tensor? cu_seqlens"
-)
-_backward_op = register(
-    "simple_gla_backward",
-    f"(Tensor d_out, Tensor? d_final, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _backward,
-    fake=_backward_fake,
-)
-_forward_op = register(
-    "simple_gla",
-    f"({_INPUTS}) -> (Tensor, Tensor)",
-    _forward,
-    fake=_forward_fake,
-    setup_context=_setup_forward,
-    backward=_gradients,
-)
-_step_op = register(
-    "simple_gla_step",
-    "(Tensor q, Tensor k, Tensor v, Tensor log_decay, Tensor state, float scale) -> (Tensor, Tensor)",
-    _step,
-    fake=_step_fake,
-    setup_context=_setup_step,
-    backward=_step_gradients,
-)
-
-
-def _check(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None, count: int) -> None:
-    if q.dim() != 4 or v.dim() != 4 or q.shape[1] < 1:
-        raise HeddleError(
-            "bad-argument", "simple_gla: q, k, v must be [B, T, heads, *] with at least one token"
-        )
-    B, T, H, K = q.shape
-    HV, V = v.shape[2:]
-    if HV % H:
-        raise HeddleError("bad-argument", f"simple_gla: {H} key heads do not divide {HV} value heads")
-    check_shapes(
-        "simple_gla",
-        {
-            "k": (k, (B, T, H, K)),
-            "v": (v, (B, T, HV, V)),
-            "log_decay": (log_decay, (B, T, HV)),
-            "state": (state, (count, HV, K, V)),
-        },
-    )
-    if not q.dtype == k.dtype == v.dtype:
-        found = f"{q.dtype}, {k.dtype} and {v.dtype}"
-        raise HeddleError("bad-argument", f"simple_gla: q, k and v must share a dtype, got {found}")
+_forward_op, _step_op = register_decaying("simple_gla", _forward, _backward, _step, learned=True)
 
 
 def simple_gla_step(
@@ -238,9 +113,8 @@ def simple_gla_step(
     Raises:
         HeddleError: "bad-argument" as `simple_gla`, or for more than one token.
     """
-    if q.dim() == 4 and q.shape[1] != 1:
-        raise HeddleError("bad-argument", f"simple_gla_step takes one token, got {q.shape[1]}")
-    _check(q, k, v, log_decay, state, q.shape[0])
+    check_one_token("simple_gla_step", q)
+    check_inputs("simple_gla", q, k, v, {"log_decay": log_decay}, state=state)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return _step_op(q, k, v, log_decay, state.to(wide_dtype(q.dtype)), scale)  # type: ignore[no-any-return]
 
@@ -255,11 +129,6 @@ def _draw(shape: Shape, generator: torch.Generator) -> Inputs:
         # What an untrained gate gives, up to some hundred tokens of memory.
         "log_decay": F.logsigmoid(normal(generator, B, T, HV) + 4.0),
     }
-
-
-def _draw_state(shape: Shape, generator: torch.Generator) -> Tensor:
-    B, H, K, V = (shape[letter] for letter in "BHKV")
-    return normal(generator, B, shape.get("HV", H), K, V)
 
 
 def _work(shape: Shape, phase: Phase, element: int) -> Work:
@@ -279,7 +148,7 @@ def _work(shape: Shape, phase: Phase, element: int) -> Work:
 _LENGTHS = ((8, 4096), (1, 32768), (1, 131072))
 _CASES = Traits(
     inputs=_draw,
-    initial_state=_draw_state,
+    initial_state=draw_state,
     sequence=("q", "k", "v", "log_decay"),
     rounded=("q", "k", "v"),
     differentiable=("q", "k", "v", "log_decay"),
@@ -292,7 +161,7 @@ _CASES = Traits(
 
 
 def _fits(shape: Shape) -> bool:
-    return HAS_KERNELS and max(shape["K"], shape["V"]) <= MAX_HEAD_SIZE
+    return HAS_KERNELS and fits(shape)
 
 
 @op(simple_gla_reference, _CASES, kernel=_fits, step=simple_gla_step)
@@ -319,9 +188,7 @@ def simple_gla(
     Raises:
         HeddleError: "bad-argument" for shapes or dtypes that do not fit.
     """
-    check_packing("simple_gla", q.shape[0], q.shape[1], cu_seqlens)
-    count = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    _check(q, k, v, log_decay, initial_state, count)
+    check_inputs("simple_gla", q, k, v, {"log_decay": log_decay}, state=initial_state, cu_seqlens=cu_seqlens)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     initial_state = None if initial_state is None else initial_state.to(wide_dtype(q.dtype))
     return _forward_op(q, k, v, log_decay, scale, initial_state, cu_seqlens)  # type: ignore[no-any-return]

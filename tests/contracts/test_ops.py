@@ -87,8 +87,9 @@ def test_results_and_gradients_are_those_of_the_reference(
 
 @over_settings
 def test_without_an_initial_state_it_begins_with_zeros(op: AnyOp, device: str, dtype: torch.dtype) -> None:
-    # In several rows: the second chunk has one token, whose rounding in one row alone would be a matter of luck.
-    shape = {**op.cases.test_shapes[-1], "B": 4, "T": 65}
+    # The second chunk has one token: of so few numbers in half precision the baseline's error is a matter of luck.
+    rows = {"B": 4} if device == "cuda" else {}
+    shape = {**op.cases.test_shapes[-1], **rows, "T": 65}
     sample = draw(op, shape, dtype, initial_state=False)
     _check(op, sample, device)
     zeros = torch.zeros_like(draw(op, shape, dtype).arguments["initial_state"])

@@ -1,0 +1,181 @@
+"""What the ops of linear attention share: the check of what they are given, and what torch is told of those with a decay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from heddle.errors import HeddleError
+from heddle.kernels.common.varlen import check_packing
+from heddle.kernels.op import Shape, check_shapes, normal, register, wide_dtype
+
+# Of a key and of a value head, in the kernels.
+MAX_HEAD_SIZE = 256
+_TENSORS = "Tensor q, Tensor k, Tensor v, Tensor log_decay"
+_INPUTS = f"{_TENSORS}, float scale, Tensor? initial_state, Tensor? cu_seqlens"
+
+
+def check_inputs(
+    name: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Mapping[str, Tensor],
+    *,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None = None,
+) -> None:
+    """Raises "bad-argument" for what an op of linear attention cannot take.
+
+    Shapes:  q, k: [B, T, H, K];  v: [B, T, HV, V];  gates: [B, T, HV];  state: [B, HV, K, V] or [N, HV, K, V]
+    """
+    if q.dim() != 4 or v.dim() != 4 or q.shape[1] < 1:
+        raise HeddleError("bad-argument", f"{name}: q, k, v must be [B, T, heads, *] with at least one token")
+    B, T, H, K = q.shape
+    check_packing(name, B, T, cu_seqlens)
+    HV, V = v.shape[2:]
+    if HV % H:
+        raise HeddleError("bad-argument", f"{name}: {H} key heads do not divide {HV} value heads")
+    count = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    expected = {"k": (k, (B, T, H, K)), "v": (v, (B, T, HV, V)), "state": (state, (count, HV, K, V))}
+    check_shapes(name, {**expected, **{gate: (x, (B, T, HV)) for gate, x in gates.items()}})
+    if not q.dtype == k.dtype == v.dtype:
+        found = f"{q.dtype}, {k.dtype} and {v.dtype}"
+        raise HeddleError("bad-argument", f"{name}: q, k and v must share a dtype, got {found}")
+
+
+def check_one_token(name: str, q: Tensor) -> None:
+    """Raises "bad-argument" for a decode step of more than one token."""
+    if q.dim() == 4 and q.shape[1] != 1:
+        raise HeddleError("bad-argument", f"{name} takes one token, got {q.shape[1]}")
+
+
+def fits(shape: Shape) -> bool:
+    """Whether the kernels take these head sizes."""
+    return max(shape["K"], shape["V"]) <= MAX_HEAD_SIZE
+
+
+def draw_state(shape: Shape, generator: torch.Generator) -> Tensor:
+    """A state of normally distributed numbers."""
+    B, H, K, V = (shape[letter] for letter in "BHKV")
+    return normal(generator, B, shape.get("HV", H), K, V)
+
+
+def register_decaying(
+    name: str,
+    forward: Callable[..., tuple[Tensor, Tensor]],
+    backward: Callable[..., tuple[Tensor, ...]],
+    step: Callable[..., tuple[Tensor, Tensor]],
+    *,
+    learned: bool,
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Makes an op and its decode step known to torch, with their gradients, and returns what calls them.
+
+        forward(q, k, v, log_decay, scale, initial_state, cu_seqlens)  -> output, final state
+        backward(d_out, d_final, ... as forward)                       -> gradients of q, k, v, log_decay, initial state
+        step(q, k, v, log_decay, state, scale)                         -> output, state
+
+    A `log_decay` that is not `learned` has no gradient: `backward` leaves it out.
+    """
+    backward_op = register(
+        f"{name}_backward",
+        f"(Tensor d_out, Tensor? d_final, {_INPUTS}) -> ({', '.join(['Tensor'] * (4 + learned))})",
+        backward,
+        fake=_gradients_like(learned=learned),
+    )
+    gradients = _gradients(backward_op, learned=learned)
+
+    def step_gradients(ctx: Any, d_out: Tensor | None, d_state: Tensor | None) -> tuple[Tensor | None, ...]:
+        dq, dk, dv, d_gate, _, d_before, _ = gradients(ctx, d_out, d_state)
+        return dq, dk, dv, d_gate, d_before, None
+
+    forward_op = register(
+        name,
+        f"({_INPUTS}) -> (Tensor, Tensor)",
+        forward,
+        fake=_results_like,
+        setup_context=_keep,
+        backward=gradients,
+    )
+    step_op = register(
+        f"{name}_step",
+        f"({_TENSORS}, Tensor state, float scale) -> (Tensor, Tensor)",
+        step,
+        fake=_step_like,
+        setup_context=_keep_step,
+        backward=step_gradients,
+    )
+    return forward_op, step_op
+
+
+def _state_like(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    count = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return q.new_empty(count, v.shape[2], q.shape[3], v.shape[3], dtype=wide_dtype(q.dtype))
+
+
+def _results_like(
+    q: Tensor,
+    k: Tensor,  # noqa: ARG001
+    v: Tensor,
+    log_decay: Tensor,  # noqa: ARG001
+    scale: float,  # noqa: ARG001
+    initial_state: Tensor | None,  # noqa: ARG001
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    return v.new_empty(v.shape), _state_like(q, v, cu_seqlens)
+
+
+def _step_like(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    state: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    return _results_like(q, k, v, log_decay, scale, state, None)
+
+
+def _gradients_like(*, learned: bool) -> Callable[..., tuple[Tensor, ...]]:
+    def like(
+        d_out: Tensor,  # noqa: ARG001
+        d_final: Tensor | None,  # noqa: ARG001
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor,
+        scale: float,  # noqa: ARG001
+        initial_state: Tensor | None,  # noqa: ARG001
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        sources = (q, k, v, log_decay) if learned else (q, k, v)
+        return (*(x.new_empty(x.shape) for x in sources), _state_like(q, v, cu_seqlens))
+
+    return like
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:  # noqa: ARG001
+    q, k, v, log_decay, scale, initial_state, cu_seqlens = inputs
+    ctx.save_for_backward(q, k, v, log_decay, initial_state, cu_seqlens)
+    ctx.scale = scale
+    ctx.set_materialize_grads(False)
+
+
+def _keep_step(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, state, scale = inputs
+    _keep(ctx, (*tensors, scale, state, None), output)
+
+
+def _gradients(backward_op: Callable[..., Any], *, learned: bool) -> Callable[..., tuple[Tensor | None, ...]]:
+    def gradients(ctx: Any, d_out: Tensor | None, d_final: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, log_decay, initial_state, cu_seqlens = ctx.saved_tensors
+        d_out = torch.zeros_like(v) if d_out is None else d_out
+        given = (q, k, v, log_decay, ctx.scale, initial_state, cu_seqlens)
+        dq, dk, dv, *d_gate, d_initial = backward_op(d_out, d_final, *given)
+        d_initial = None if initial_state is None else d_initial
+        return dq, dk, dv, (d_gate[0] if learned else None), None, d_initial, None
+
+    return gradients
