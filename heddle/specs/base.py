@@ -56,6 +56,8 @@ _COUNT = re.compile(r"([0-9][0-9_]{0,18}(?:\.[0-9]{1,9})?)\s?([kKMGBT]?)")
 _FACTORS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12}
 _DURATION = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)\s?(s|m|h|d)")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+# Neither may be zero, however it is spelled.
+_SOME_DIGIT = r"(?=\s*[0-9_.]*[1-9])"
 
 
 def nearest(name: object, known: Iterable[str]) -> str | None:
@@ -99,7 +101,7 @@ Count = Annotated[
         count_of,
         json_schema_input_type=Annotated[
             Annotated[int, Field(ge=1, le=10**15)]
-            | Annotated[str, Field(pattern=f"^\\s*{_COUNT.pattern}\\s*$")],
+            | Annotated[str, Field(pattern=f"^{_SOME_DIGIT}\\s*{_COUNT.pattern}\\s*$")],
             Field(examples=["400k", "20M"]),
         ],
     ),
@@ -111,7 +113,7 @@ Duration = Annotated[
         duration_of,
         json_schema_input_type=Annotated[
             Annotated[float, Field(gt=0, le=10**8)]
-            | Annotated[str, Field(pattern=f"^\\s*{_DURATION.pattern}\\s*$")],
+            | Annotated[str, Field(pattern=f"^{_SOME_DIGIT}\\s*{_DURATION.pattern}\\s*$")],
             Field(examples=["90s", "5m"]),
         ],
     ),
