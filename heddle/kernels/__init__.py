@@ -10,10 +10,20 @@ from heddle.kernels.gated_delta_rule import (
     gated_delta_rule_reference,
     gated_delta_rule_step,
 )
+from heddle.kernels.gla import gla, gla_reference, gla_step
+from heddle.kernels.kda import kda, kda_reference, kda_step
 from heddle.kernels.op import Op, force_path, watch_paths
 from heddle.kernels.simple_gla import simple_gla, simple_gla_reference, simple_gla_step
 
-OPS: tuple[Op[Any, Any], ...] = (decay_attention, simple_gla, gated_delta_rule, delta_rule, causal_conv1d)
+OPS: tuple[Op[Any, Any], ...] = (
+    decay_attention,
+    simple_gla,
+    gla,
+    gated_delta_rule,
+    delta_rule,
+    kda,
+    causal_conv1d,
+)
 
 __all__ = [
     "OPS",
@@ -30,6 +40,12 @@ __all__ = [
     "gated_delta_rule",
     "gated_delta_rule_reference",
     "gated_delta_rule_step",
+    "gla",
+    "gla_reference",
+    "gla_step",
+    "kda",
+    "kda_reference",
+    "kda_step",
     "simple_gla",
     "simple_gla_reference",
     "simple_gla_step",

@@ -1,4 +1,4 @@
-"""gated_delta_rule and delta_rule in plain torch, which autograd and compilers see through.
+"""gated_delta_rule, delta_rule and kda in plain torch, which autograd and compilers see through.
 
 Products, those of gradients too, take operands rounded to the dtype of the inputs; states, gates, sums and the triangular
 inverse are float32 (float64 for float64).
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from heddle.kernels.common.products import decayed_scores, product
 from heddle.kernels.common.varlen import Packing, in_chunks, pack
 from heddle.kernels.op import wide_dtype
 
@@ -31,13 +32,14 @@ def chunked(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Output and final state of whole sequences; arguments as those of `gated_delta_rule`."""
+    """Output and final state of whole sequences; arguments as those of `gated_delta_rule`, or of `kda`."""
     length, group, dtype = q.shape[1], v.shape[2] // q.shape[2], v.dtype
     wide = wide_dtype(dtype)
     size = CHUNK if length > BASE else BASE
     packing = None if cu_seqlens is None else pack(cu_seqlens, length, size)
     q, k = (x.repeat_interleave(group, dim=2) if group > 1 else x for x in (q.to(wide) * scale, k))
-    sides = [x.to(wide) for x in (q, k, v, log_decay[..., None], beta[..., None])]
+    gate = log_decay if log_decay.dim() == 4 else log_decay[..., None]
+    sides = [x.to(wide) for x in (q, k, v, gate, beta[..., None])]
     sides = [in_chunks(x, size) if packing is None else packing.chunks(x) for x in sides]
     before = None if initial_state is None else initial_state.to(wide)
     out, state = _chunked(*sides, dtype=dtype, initial_state=before, packing=packing)
@@ -48,11 +50,16 @@ def chunked(
 def step(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, state: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """One token.  Shapes:  q, k: [B, 1, H, K];  v, out: [B, 1, HV, V];  log_decay, beta: [B, 1, HV];  state: [B, HV, K, V]"""
+    """One token.
+
+    Shapes:  q, k: [B, 1, H, K];  v, out: [B, 1, HV, V];  log_decay: [B, 1, HV] or [B, 1, HV, K];  beta: [B, 1, HV]
+             state: [B, HV, K, V]
+    """
     wide, group = state.dtype, v.shape[2] // q.shape[2]
     key = k[:, 0, :, None, :].to(wide).repeat_interleave(group, dim=1)
     query = q[:, 0, :, None, :].to(wide).repeat_interleave(group, dim=1) * scale
-    faded = torch.exp(log_decay[:, 0, :, None, None].to(wide)) * state
+    gate = log_decay[:, 0] if log_decay.dim() == 4 else log_decay[:, 0, :, None]
+    faded = torch.exp(gate[..., None].to(wide)) * state
     write = beta[:, 0, :, None, None].to(wide) * (v[:, 0, :, None, :].to(wide) - key @ faded)
     new_state = faded + key.mT * write
     return (query @ new_state).transpose(1, 2).to(v.dtype), new_state
@@ -73,24 +80,21 @@ def _chunked(
 
     Letters as in the chunk form of arXiv 2412.06464: T = (I + A)^-1, U = T beta V, W = T beta e^G K.
 
-    Shapes:  q, k, v, log_decay, beta: [B, HV, M, C, K, V or 1];  out: [B, HV, M, C, V]
+    Shapes:  q, k, v, beta: [B, HV, M, C, K, V or 1];  log_decay: [B, HV, M, C, 1 or K];  out: [B, HV, M, C, V]
     """
     size, wide = q.shape[3], q.dtype
     # A sum of strong decays would swallow a weak one in float32, and differences of sums are what counts.
     total = log_decay.double().cumsum(-2)
-    row = torch.arange(size, device=q.device)
-    # Masked before exp: above the diagonal the difference is positive and could overflow.
-    within = torch.exp((total - total.mT).to(wide).masked_fill(row[:, None] < row, -torch.inf))
     seen = torch.exp(total.to(wide))
     left = torch.exp((total[..., -1:, :] - total).to(wide))
-    strict = (beta * _product(k, k.mT, dtype) * within).tril(-1)
+    keys, attention = decayed_scores((k, q), k, total, dtype)
+    strict = (beta * keys).tril(-1)
     inverse: Tensor = _UnitLowerInverse.apply(strict)  # type: ignore[no-untyped-call]
-    solved = _product(inverse, torch.cat((beta * v, beta * seen * k), dim=-1), dtype)
+    solved = product(inverse, torch.cat((beta * v, beta * seen * k), dim=-1), dtype)
     u, w = solved[..., : v.shape[-1]], solved[..., v.shape[-1] :]
     reads = torch.cat((w, q * seen), dim=-2)
-    attention = _product(q, k.mT, dtype) * within
     writes = (k * left).mT
-    over = seen[..., -1:, :]
+    over = seen[..., -1:, :].mT
     state = q.new_zeros(*q.shape[:2], q.shape[-1], v.shape[-1]) if initial_state is None else initial_state
     outputs, states = [], []
     # The state to begin each chunk with that begins a sequence: [M, HV, K, V].
@@ -98,38 +102,13 @@ def _chunked(
     for n in range(u.shape[2]):
         if packing is not None:
             state = torch.where(packing.first[n], begins[n : n + 1], state[:1])
-        read = _product(reads[:, :, n], state, dtype)
+        read = product(reads[:, :, n], state, dtype)
         new = u[:, :, n] - read[:, :, :size]
-        outputs.append(read[:, :, size:] + _product(attention[:, :, n], new, dtype))
-        state = over[:, :, n] * state + _product(writes[:, :, n], new, dtype)
+        outputs.append(read[:, :, size:] + product(attention[:, :, n], new, dtype))
+        state = over[:, :, n] * state + product(writes[:, :, n], new, dtype)
         states.append(state)
     out = torch.stack(outputs, dim=2)
     return out, state if packing is None else torch.cat(states)[packing.last]
-
-
-class _Product(torch.autograd.Function):
-    """Matrix product of operands rounded to `dtype`, summed in their own; so are those of its gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
-        x, y = x.to(dtype), y.to(dtype)
-        ctx.save_for_backward(x, y)
-        ctx.wide = wide_dtype(dtype)
-        return x.to(ctx.wide) @ y.to(ctx.wide)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, y = (side.to(ctx.wide) for side in ctx.saved_tensors)
-        gradient = gradient.to(ctx.saved_tensors[0].dtype).to(ctx.wide)
-        return gradient @ y.mT, x.mT @ gradient, None
-
-
-def _product(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
-    """Matrix product of operands rounded to `dtype`, summed in the wide dtype, which theirs is; batches agree."""
-    if dtype == x.dtype:
-        return x @ y
-    found: Tensor = _Product.apply(x, y, dtype)  # type: ignore[no-untyped-call]
-    return found
 
 
 class _UnitLowerInverse(torch.autograd.Function):

@@ -1,0 +1,189 @@
+"""Gated linear attention, whose memory fades by a gate of each key channel: the op and its reference.
+
+In plain torch on every device. Necessary work for a token and value head (K = V = 128, chunks of 64): 98 kFLOP.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from heddle.kernels._gla_torch import CHUNK, chunked, step
+from heddle.kernels.common.linear_op import check_inputs, check_one_token, draw_state
+from heddle.kernels.op import (
+    Inputs,
+    Phase,
+    Shape,
+    Traits,
+    Work,
+    check_shapes,
+    normal,
+    op,
+    register_composite,
+    wide_dtype,
+)
+
+
+def gla_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The recurrence of `gla`, token by token in float64; shares nothing with the fast path."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    group = v.shape[2] // q.shape[2]
+    q, k, log_decay = (x.double().repeat_interleave(group, dim=2) for x in (q, k, log_decay))
+    v, decay = v.double(), log_decay.exp()
+    ends = [q.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()[1:]
+    rows = q.shape[0] if cu_seqlens is None else 1
+    outputs, states, begin = [], [], 0
+    for index, end in enumerate(ends):
+        if initial_state is None:
+            state = q.new_zeros(rows, v.shape[2], q.shape[3], v.shape[3])
+        else:
+            state = initial_state.double()[index * rows : (index + 1) * rows]
+        for t in range(begin, end):
+            written = torch.einsum("bhk,bhv->bhkv", k[:, t], v[:, t])
+            state = decay[:, t, :, :, None] * state + written
+            outputs.append(scale * torch.einsum("bhk,bhkv->bhv", q[:, t], state))
+        states.append(state)
+        begin = end
+    return torch.stack(outputs, dim=1), torch.cat(states)
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    scale: float,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    gla.choose(q.device, q.dtype, K=q.shape[-1], V=v.shape[-1])
+    return chunked(q, k, v, log_decay, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens)
+
+
+def _step(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    gla.choose(q.device, q.dtype, K=q.shape[-1], V=v.shape[-1])
+    return step(q, k, v, log_decay, state, scale)
+
+
+_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor log_decay"
+_forward_op = register_composite(
+    "gla",
+    f"({_INPUTS}, float scale, Tensor? initial_state, Tensor? cu_seqlens) -> (Tensor, Tensor)",
+    _forward,
+)
+_step_op = register_composite(
+    "gla_step", f"({_INPUTS}, Tensor state, float scale) -> (Tensor, Tensor)", _step
+)
+
+
+def gla_step(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, *, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """One token of `gla`: its output, and the state after it.
+
+    Shapes:  q, k, log_decay: [B, 1, H, K];  v, out: [B, 1, HV, V];  state: [B, HV, K, V], float32
+
+    Raises:
+        HeddleError: "bad-argument" as `gla`, or for more than one token.
+    """
+    check_one_token("gla_step", q)
+    _check(q, k, v, log_decay, state)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    wide = wide_dtype(v.dtype)
+    return _step_op(q, k, v, log_decay.to(wide), state.to(wide), scale)  # type: ignore[no-any-return]
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None, cu_seqlens: Tensor | None = None
+) -> None:
+    check_inputs("gla", q, k, v, {}, state=state, cu_seqlens=cu_seqlens)
+    check_shapes("gla", {"log_decay": (log_decay, q.shape)})
+
+
+def _draw(shape: Shape, generator: torch.Generator) -> Inputs:
+    B, T, H, K, V = (shape[letter] for letter in "BTHKV")
+    return {
+        "q": normal(generator, B, T, H, K),
+        "k": F.normalize(normal(generator, B, T, H, K), dim=-1),
+        "v": normal(generator, B, T, shape.get("HV", H), V),
+        # From channels that forget at once to some that keep everything.
+        "log_decay": -F.softplus(4.0 * normal(generator, B, T, H, K) - 4.0),
+    }
+
+
+def _draw_timed(shape: Shape, generator: torch.Generator) -> Inputs:
+    """Inputs as flash-linear-attention's benchmark draws them."""
+    B, T, H, K = (shape[letter] for letter in "BTHK")
+    return {**_draw(shape, generator), "log_decay": F.logsigmoid(normal(generator, B, T, H, K) + 4.0)}
+
+
+def _work(shape: Shape, phase: Phase, element: int) -> Work:
+    B, T, H, K, V = (shape[letter] for letter in "BTHKV")
+    HV = shape.get("HV", H)
+    if phase == "decode":
+        return Work(5 * B * HV * K * V, B * HV * 2 * 4 * K * V)
+    sweeps = 1 if phase == "fwd" else 4
+    flops = sweeps * 2 * B * T * HV * (CHUNK * (K + V) + 2 * K * V)
+    rows = B * T * (2 * H * K + 2 * HV * V) * element + B * T * H * K * 4
+    if phase == "fwd":
+        return Work(flops, rows)
+    return Work(flops, rows + B * T * (4 * H * K + 3 * HV * V) * element + B * T * H * K * 8)
+
+
+_WIDE = {"H": 16, "HV": 16, "K": 128, "V": 128}
+_CASES = Traits(
+    inputs=_draw,
+    timed_inputs=_draw_timed,
+    initial_state=draw_state,
+    sequence=("q", "k", "v", "log_decay"),
+    rounded=("q", "k", "v"),
+    differentiable=("q", "k", "v", "log_decay"),
+    output_like="v",
+    test_shapes=({"B": 2, "H": 2, "HV": 4, "K": 16, "V": 16}, {"B": 1, "H": 2, "HV": 2, "K": 24, "V": 40}),
+    bench_shapes=tuple({"B": B, "T": T, **_WIDE} for B, T in ((8, 4096), (1, 32768))),
+    decode_shapes=tuple({"B": B, "T": 1, **_WIDE} for B in (1, 64)),
+    work=_work,
+)
+
+
+@op(gla_reference, _CASES, step=gla_step)
+def gla(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Causal linear attention whose memory fades by a gate of each token and key channel, and its state at the end.
+
+        S_t = diag(exp(log_decay_t)) S_(t-1) + k_t v_tᵀ,   o_t = scale * S_tᵀ q_t        (arXiv 2312.06635)
+
+    Value head j reads key head j // (HV / H). `scale` defaults to K^-0.5. With `cu_seqlens` (B = 1) the time axis holds
+    N packed sequences, each on its own.
+
+    Shapes:  q, k, log_decay: [B, T, H, K];  v, o: [B, T, HV, V];  q, k, v of one dtype;  log_decay at most 0
+             states: [B, HV, K, V] or [N, HV, K, V], float32 (float64 for float64);  cu_seqlens: [N + 1]
+
+    Raises:
+        HeddleError: "bad-argument" for shapes or dtypes that do not fit.
+    """
+    _check(q, k, v, log_decay, initial_state, cu_seqlens)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    wide = wide_dtype(v.dtype)
+    initial_state = None if initial_state is None else initial_state.to(wide)
+    return _forward_op(q, k, v, log_decay.to(wide), scale, initial_state, cu_seqlens)  # type: ignore[no-any-return]
