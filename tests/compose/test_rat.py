@@ -16,6 +16,7 @@ from heddle.compose.cache import Call
 from heddle.compose.init import initialise
 from heddle.compose.mixers.attention import AttentionModule
 from heddle.compose.mixers.rat import CLOSED, RatModule
+from heddle.compose.modules import chunks
 from heddle.compose.modules.chunks import attend_with_own
 from heddle.compose.modules.site import Site
 from heddle.specs import Site as SpecSite
@@ -227,6 +228,19 @@ def test_padding_on_the_right_changes_nothing() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("is_padded", [False, True])
+def test_blocks_of_queries_are_one_attention(is_padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    mixer, u = ready(5), noise()
+    real = torch.ones(2, LENGTH, dtype=torch.bool)
+    real[0, : 9 * is_padded] = False
+    whole = mixer(u, padded_call(real) if is_padded else call_at(0, LENGTH))
+    for queries in (1, 4, 5, 6):
+        monkeypatch.setattr(chunks, "QUERIES", queries)
+        found = mixer(u, padded_call(real) if is_padded else call_at(0, LENGTH))
+        assert ((found - whole) * real[..., None]).abs().max() < EXACT
+
+
+@torch.no_grad()
 def test_a_cache_holds_complete_chunks_and_the_running_pair() -> None:
     mixer, u = ready(5), noise()
     spec = Rat(heads=HEADS, head_dim=SIZE, chunk=5)
@@ -335,9 +349,9 @@ def test_flops_are_those_that_torch_counts_and_those_of_the_recurrence(phase: st
                 mixer(u[:, :1], call_at(length, 1, cache))
     # The recurrence is made of products and sums of numbers, which the counter does not see. Nor does it see a mask: as if
     # each token came after all others.
-    recurrence = 2 * 3 * 256
+    recurrence, context = 2 * 3 * 256, length - (phase == "prefill")
     assert counter.get_total_flops() / tokens + recurrence == pytest.approx(
-        spec.flops(site, length), rel=0.02
+        spec.flops(site, context), rel=0.02
     )
 
 

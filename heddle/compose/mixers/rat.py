@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from heddle.compose.cache import Call, PreallocatedRecurrentLayer, RecurrentLayer, StateLayer
 from heddle.compose.init import Initialised, fill
-from heddle.compose.modules.chunks import Chunks, attend_with_own
+from heddle.compose.modules.chunks import Chunks
 from heddle.compose.modules.precision import Float32Kept, wide, wide_dtype
 from heddle.compose.modules.rope import Tables, rotary_tables, rotate, scaling_key
 from heddle.compose.modules.site import Site
@@ -65,27 +65,17 @@ class RatModule(Initialised, Float32Kept):
         carried = call.hide_unwritten(torch.stack((wide(x), wide(k)), dim=2))
         gate = torch.sigmoid(wide(g) + self.gate_bias)[:, :, None]
         running = chunks.scan(carried, gate, call.state("running"))
-        value, key = (side.unflatten(-1, (self.heads, -1)) for side in running.unbind(2))
+        value, key = running.view(*running.shape[:3], self.heads, self.head_dim).unbind(2)
         query, own_key = (_turned(side, tables, q.dtype) for side in (q.unflatten(-1, (self.heads, -1)), key))
         own_value = value.to(x.dtype).transpose(1, 2)
         keys = chunks.summaries(own_key, call.state("keys"))
         values = chunks.summaries(own_value, call.state("values"))
-        call.keep(keys=keys, values=values, running=running[:, -1])
-        o = self._attend(query, keys, values, (own_key, own_value), chunks).transpose(1, 2)
+        # A view would keep all of a long prefill in memory.
+        call.keep(keys=keys, values=values, running=running[:, -1].clone())
+        o = chunks.attend(query, keys, values, (own_key, own_value)).transpose(1, 2)
         o = (torch.sigmoid(wide(z)).view_as(o) * o).to(z.dtype)
         y: Tensor = self.o_proj(self.heads_out(call.gated(o)).flatten(2))
         return y
-
-    @staticmethod
-    def _attend(
-        q: Tensor, keys: Tensor, values: Tensor, own: tuple[Tensor, Tensor], chunks: Chunks
-    ) -> Tensor:
-        """Shapes:  q, out: [B, H, T, d];  keys, values: [B, H, chunks, d];  own: two of [B, H, T, d]"""
-        if q.shape[2] == 1 and chunks.real is None:
-            # A chunk that ends with this token is its own.
-            before = chunks.start // chunks.length
-            return attend_with_own(q, keys[:, :, :before], values[:, :, :before], own, None)
-        return attend_with_own(q, keys, values, own, chunks.seen(keys.shape[2]))
 
     def _tables(self, call: Call) -> Tables | None:
         """Cosines and sines at the numbers of the chunks."""

@@ -12,6 +12,9 @@ from heddle.compose.cache import Call
 from heddle.compose.modules.precision import wide
 from heddle.compose.modules.softmax import softmax_attention
 
+# Queries of one attention over summaries.
+QUERIES = 4096
+
 
 @dataclass(frozen=True, slots=True)
 class Chunks:
@@ -87,9 +90,27 @@ class Chunks:
         index = torch.where(self.ends, self.index, total)[:, None, :, None].expand_as(rows)
         return places.scatter(2, index, rows)[:, :, :total]
 
-    def seen(self, summaries: int) -> Tensor:
-        """The summaries before each token's chunk.  Shapes:  out: [1 or B, 1, T, summaries] bool"""
-        return torch.arange(summaries, device=self.index.device) < self.index[:, None, :, None]
+    def attend(self, q: Tensor, keys: Tensor, values: Tensor, own: tuple[Tensor, Tensor]) -> Tensor:
+        """Softmax attention of each token over the summaries before its chunk and the row of its own.
+
+        In blocks of queries, each over those summaries alone that its last one sees: half of the work, and small masks.
+
+        Shapes:  q, out: [B, H, T, d];  keys, values: [B, H, chunks, d];  own: two of [B, H, T, d]
+        """
+        tokens, blocks = q.shape[2], []
+        for first in range(0, tokens, QUERIES):
+            last = min(first + QUERIES, tokens)
+            before = (self.start + last - 1) // self.length
+            index = self.index[:, None, first:last, None]
+            # One token without padding sees all of them.
+            is_full = tokens == 1 and self.real is None
+            seen = None if is_full else torch.arange(before, device=q.device) < index
+            mine = (own[0][:, :, first:last], own[1][:, :, first:last])
+            block = attend_with_own(
+                q[:, :, first:last], keys[:, :, :before], values[:, :, :before], mine, seen
+            )
+            blocks.append(block)
+        return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2)
 
 
 def attend_with_own(
@@ -118,7 +139,7 @@ def attend_with_own(
     if dot.dtype != q.dtype:
         parts.append((dot - parts[0]).to(q.dtype))
     # Fused kernels want a multiple of 8 numbers in narrow types.
-    width = size + len(parts) if len(parts) == 1 else (size + len(parts) + 7) // 8 * 8
+    width = size + 1 if len(parts) == 1 else (size + len(parts) + 7) // 8 * 8
     extra = torch.zeros(width, device=q.device, dtype=q.dtype)
     key, value = extra.clone(), extra.clone()
     key[size : size + len(parts)] = 1.0
