@@ -38,6 +38,6 @@ class State:
             held = min(held, self.limit)
         return held * math.prod(self.shape) * (self.element or element)
 
-    def bytes_per_token(self, element: int) -> int:
+    def bytes_per_token(self, element: int) -> float:
         """Bytes of one token's part, its share of one that stands for several, or the whole of a state that does not grow."""
-        return math.prod(self.shape) * (self.element or element) // self.every
+        return math.prod(self.shape) * (self.element or element) / self.every
