@@ -20,22 +20,24 @@ class State:
     """One tensor that a mixer's cache holds for one sequence.
 
     `shape` is that of the whole tensor or, if it `grows`, of one token's part of it. A growing one holds at most `limit`
-    tokens. `element` is the bytes of a number where the kind fixes them; None follows the model's dtype.
+    tokens; one part stands for `every` so many of them, and is there when they are complete. `element` is the bytes of a number
+    where the kind fixes them; None follows the model's dtype.
     """
 
     name: str
     shape: tuple[int, ...]
     grows: bool = False
     limit: int | None = None
+    every: int = 1
     element: int | None = None
 
     def bytes(self, context: int, element: int) -> int:
         """Bytes after `context` tokens; nothing is held before the first."""
-        held = context if self.grows else min(context, 1)
+        held = context // self.every if self.grows else min(context, 1)
         if self.limit is not None:
             held = min(held, self.limit)
-        return held * self.bytes_per_token(element)
+        return held * math.prod(self.shape) * (self.element or element)
 
-    def bytes_per_token(self, element: int) -> int:
-        """Bytes of one token's part, or of the whole of a state that does not grow."""
-        return math.prod(self.shape) * (self.element or element)
+    def bytes_per_token(self, element: int) -> float:
+        """Bytes of one token's part, its share of one that stands for several, or the whole of a state that does not grow."""
+        return math.prod(self.shape) * (self.element or element) / self.every

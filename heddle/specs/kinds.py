@@ -130,8 +130,8 @@ class MixerSpec(Schema):
         return self.state_bytes(site, context, element)
 
     def cache_bytes_per_token(self, site: Site, element: int) -> int:
-        """Bytes by which its cache grows with a token, before any window is full."""
-        return sum(state.bytes_per_token(element) for state in self.states(site) if state.grows)
+        """Bytes by which its cache grows with a token, before any window is full; rounded down where that is a mean."""
+        return int(sum(state.bytes_per_token(element) for state in self.states(site) if state.grows))
 
 
 class HeadedMixer(MixerSpec):

@@ -19,6 +19,7 @@ from heddle.specs.mixers.lightning import Lightning as Lightning
 from heddle.specs.mixers.mamba2 import Mamba2 as Mamba2
 from heddle.specs.mixers.moh import Moh as Moh
 from heddle.specs.mixers.parallel import Parallel as Parallel
+from heddle.specs.mixers.rat import Rat as Rat
 from heddle.specs.mixers.retnet import RetNet as RetNet
 from heddle.specs.mixers.sequential import Sequential as Sequential
 from heddle.specs.mixers.token_router import TokenRouter as TokenRouter

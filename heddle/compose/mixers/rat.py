@@ -1,0 +1,115 @@
+"""RAT: a gated recurrence inside chunks, softmax attention over what the chunks came to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from heddle.compose.cache import Call, PreallocatedRecurrentLayer, RecurrentLayer, StateLayer
+from heddle.compose.init import Initialised, fill
+from heddle.compose.modules.chunks import Chunks
+from heddle.compose.modules.precision import Float32Kept, wide, wide_dtype
+from heddle.compose.modules.rope import Tables, rotary_tables, rotate, scaling_key
+from heddle.compose.modules.site import Site
+
+# Where gates begin in chunks of one token, which have nothing to carry: sigmoid(-6) is 0.0025.
+CLOSED = -6.0
+
+
+class RatModule(Initialised, Float32Kept):
+    """Recurrence inside chunks of L tokens, attention over chunks.        (arXiv 2507.04416)
+
+        z, x, g, q, k = W_in u;   g = sigmoid(g + gate_bias)
+        k~_t = g_t * k~_{t-1} + (1 - g_t) * k_t,   x~ likewise of x,   both from 0 where a chunk begins
+        o_t = softmax attention of q_t over k~, x~ at the last tokens of earlier chunks and at t itself
+        y = W_o (sigmoid(z) * o)
+
+    Rows of `in_proj` stand in the order z, x, g, q, k; head h reads group h mod `groups` of q and k. q and k~ turn by the number
+    of their chunk; `rope` is `{"theta", "fraction"}` and perhaps "scaling", or None. Gates and running states are float32. A
+    token that is not written adds nothing to k~ and x~; they fade all the same, and its chunk is seen.
+
+    Shapes:  u, y: [B, T, D];  states: keys, values: [B, H, complete chunks, d];  running: [B, 2, H d], x~ and k~ at the last
+             token, float32;  `heads_out` sees [B, T, H, d]
+    """
+
+    KEPT: ClassVar[tuple[str, ...]] = ("gate_bias",)
+
+    def __init__(
+        self,
+        site: Site,
+        *,
+        heads: int,
+        head_dim: int,
+        groups: int,
+        chunk: int,
+        rope: Mapping[str, Any] | None,
+    ) -> None:
+        super().__init__()
+        self.heads, self.head_dim, self.chunk = heads, head_dim, chunk
+        width, shared = heads * head_dim, groups * head_dim
+        self.sizes = (width, width, width, shared, shared)
+        self.rope = None if rope is None else dict(rope)
+        self.in_proj = nn.Linear(site.hidden_size, sum(self.sizes), bias=False)
+        self.gate_bias = nn.Parameter(torch.empty(width, dtype=torch.float32))
+        self.heads_out = nn.Identity()
+        self.o_proj = nn.Linear(width, site.hidden_size, bias=False)
+
+    def forward(self, u: Tensor, call: Call) -> Tensor:
+        z, x, g, q, k = self.in_proj(u).split(self.sizes, dim=-1)
+        chunks, tables = Chunks.of(call, self.chunk), self._tables(call)
+        # Each channel fades by its own gate, so the heads of a group have keys of their own.
+        q, k = (side.repeat(1, 1, self.sizes[0] // self.sizes[3]) for side in (q, k))
+        carried = call.hide_unwritten(torch.stack((wide(x), wide(k)), dim=2))
+        gate = torch.sigmoid(wide(g) + self.gate_bias)[:, :, None]
+        running = chunks.scan(carried, gate, call.state("running"))
+        value, key = running.view(*running.shape[:3], self.heads, self.head_dim).unbind(2)
+        query, own_key = (_turned(side, tables, q.dtype) for side in (q.unflatten(-1, (self.heads, -1)), key))
+        own_value = value.to(x.dtype).transpose(1, 2)
+        keys = chunks.summaries(own_key, call.state("keys"))
+        values = chunks.summaries(own_value, call.state("values"))
+        # A view would keep all of a long prefill in memory.
+        call.keep(keys=keys, values=values, running=running[:, -1].clone())
+        o = chunks.attend(query, keys, values, (own_key, own_value)).transpose(1, 2)
+        o = (torch.sigmoid(wide(z)).view_as(o) * o).to(z.dtype)
+        y: Tensor = self.o_proj(self.heads_out(call.gated(o)).flatten(2))
+        return y
+
+    def _tables(self, call: Call) -> Tables | None:
+        """Cosines and sines at the numbers of the chunks."""
+        if self.rope is None:
+            return None
+        turned, theta = int(self.rope["fraction"] * self.head_dim), float(self.rope["theta"])
+        scaling, chunks = scaling_key(self.rope.get("scaling")), Chunks.of(call, self.chunk)
+        key = ("rotary of chunks", self.chunk, chunks.start, turned, theta, scaling)
+        return call.once(key, lambda: rotary_tables(chunks.index, turned, theta, scaling))
+
+    def initialise(self, std: float) -> None:  # noqa: ARG002 - gates begin with horizons of up to a chunk
+        if self.chunk == 1:
+            fill(self.gate_bias, torch.full_like(self.gate_bias, CLOSED))
+        else:
+            # g = h / (1 + h) forgets over about h + 1 tokens.
+            fill(self.gate_bias, torch.empty_like(self.gate_bias).uniform_(1.0, self.chunk - 1.0).log())
+
+    def new_cache(self) -> StateLayer:
+        return RecurrentLayer()
+
+    def filled_cache(self, batch: int, context: int, like: Tensor) -> StateLayer:
+        """A cache of random states after `context` tokens, whose step repeats; with a place for the chunk that it may end."""
+        summaries = (batch, self.heads, (context + 1) // self.chunk, self.head_dim)
+        running = (batch, 2, self.sizes[0])
+        states = {name: like.new_empty(summaries).normal_() for name in ("keys", "values")}
+        states["running"] = like.new_empty(running, dtype=wide_dtype(like.dtype)).normal_()
+        return PreallocatedRecurrentLayer(states, context=context)
+
+    def kernel_path(self, device: torch.device, dtype: torch.dtype) -> str:  # noqa: ARG002
+        """The name of the code that does the mixing."""
+        return "sdpa"
+
+
+def _turned(x: Tensor, tables: Tables | None, dtype: torch.dtype) -> Tensor:
+    """Shapes:  x: [B, T, H, d];  out: [B, H, T, d] of `dtype`, turned in at least float32"""
+    x = x if tables is None else rotate(wide(x), tables)
+    return x.to(dtype).transpose(1, 2)
