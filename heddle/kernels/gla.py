@@ -67,7 +67,11 @@ def _forward(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     gla.choose(q.device, q.dtype, K=q.shape[-1], V=v.shape[-1])
-    return chunked(q, k, v, log_decay, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens)
+    # No kernel has this for its baseline: nothing is rounded but the inputs and the output.
+    dtype = v.dtype
+    q, k, v = (x.to(wide_dtype(dtype)) for x in (q, k, v))
+    out, state = chunked(q, k, v, log_decay, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens)
+    return out.to(dtype), state
 
 
 def _step(
