@@ -32,14 +32,16 @@ def chunked(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Output and final state of whole sequences; arguments as those of `gated_delta_rule`, or of `kda`."""
+    """Output and final state of whole sequences; arguments as those of `kda`, or with one decay for all channels.
+
+    Shapes:  log_decay: [B, T, HV, K or 1]
+    """
     length, group, dtype = q.shape[1], v.shape[2] // q.shape[2], v.dtype
     wide = wide_dtype(dtype)
     size = CHUNK if length > BASE else BASE
     packing = None if cu_seqlens is None else pack(cu_seqlens, length, size)
     q, k = (x.repeat_interleave(group, dim=2) if group > 1 else x for x in (q.to(wide) * scale, k))
-    gate = log_decay if log_decay.dim() == 4 else log_decay[..., None]
-    sides = [x.to(wide) for x in (q, k, v, gate, beta[..., None])]
+    sides = [x.to(wide) for x in (q, k, v, log_decay, beta[..., None])]
     sides = [in_chunks(x, size) if packing is None else packing.chunks(x) for x in sides]
     before = None if initial_state is None else initial_state.to(wide)
     out, state = _chunked(*sides, dtype=dtype, initial_state=before, packing=packing)
@@ -52,14 +54,13 @@ def step(
 ) -> tuple[Tensor, Tensor]:
     """One token.
 
-    Shapes:  q, k: [B, 1, H, K];  v, out: [B, 1, HV, V];  log_decay: [B, 1, HV] or [B, 1, HV, K];  beta: [B, 1, HV]
+    Shapes:  q, k: [B, 1, H, K];  v, out: [B, 1, HV, V];  log_decay: [B, 1, HV, K or 1];  beta: [B, 1, HV]
              state: [B, HV, K, V]
     """
     wide, group = state.dtype, v.shape[2] // q.shape[2]
     key = k[:, 0, :, None, :].to(wide).repeat_interleave(group, dim=1)
     query = q[:, 0, :, None, :].to(wide).repeat_interleave(group, dim=1) * scale
-    gate = log_decay[:, 0] if log_decay.dim() == 4 else log_decay[:, 0, :, None]
-    faded = torch.exp(gate[..., None].to(wide)) * state
+    faded = torch.exp(log_decay[:, 0, ..., None].to(wide)) * state
     write = beta[:, 0, :, None, None].to(wide) * (v[:, 0, :, None, :].to(wide) - key @ faded)
     new_state = faded + key.mT * write
     return (query @ new_state).transpose(1, 2).to(v.dtype), new_state

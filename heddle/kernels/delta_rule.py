@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from heddle.kernels._gated_delta_rule_torch import chunked, step
 from heddle.kernels.common.linear_op import check_inputs, check_one_token, draw_state, fits
+from heddle.kernels.common.recurrence import heads_of_values, walk
 from heddle.kernels.gated_delta_rule import work
 from heddle.kernels.op import Inputs, Shape, Traits, normal, op, register_composite, wide_dtype
 
@@ -33,24 +34,15 @@ def delta_rule_reference(
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The recurrence of `delta_rule`, token by token in float64; shares nothing with the fast path."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    group = v.shape[2] // q.shape[2]
-    q, k = (x.double().repeat_interleave(group, dim=2) for x in (q, k))
+    q, k = (heads_of_values(x, v) for x in (q, k))
     v, beta = v.double(), beta.double()
-    places = [0, q.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
-    rows = q.shape[0] if cu_seqlens is None else 1
     identity = torch.eye(q.shape[3], dtype=torch.float64, device=q.device)
-    outputs, states = [], []
-    for index in range(len(places) - 1):
-        state = q.new_zeros(rows, v.shape[2], q.shape[3], v.shape[3])
-        if initial_state is not None:
-            state = initial_state.double()[index * rows : (index + 1) * rows]
-        for t in range(places[index], places[index + 1]):
-            key, rate = k[:, t, :, :, None], beta[:, t, :, None, None]
-            state = (identity - rate * key * key.mT) @ state + rate * key * v[:, t, :, None, :]
-            outputs.append(scale * torch.einsum("bhk,bhkv->bhv", q[:, t], state))
-        states.append(state)
-    return torch.stack(outputs, dim=1), torch.cat(states)
+
+    def update(state: Tensor, t: int) -> Tensor:
+        key, rate = k[:, t, :, :, None], beta[:, t, :, None, None]
+        return (identity - rate * key * key.mT) @ state + rate * key * v[:, t, :, None, :]
+
+    return walk(update, q, v, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens)
 
 
 def _forward(
@@ -64,7 +56,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     if delta_rule.choose(q.device, q.dtype, K=q.shape[-1], V=v.shape[-1]) == "triton":
         return run_kernels(q, k, v, None, beta, scale, initial_state, cu_seqlens)
-    still = torch.zeros_like(beta)
+    still = torch.zeros_like(beta)[..., None]
     return chunked(q, k, v, still, beta, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens)
 
 
@@ -73,7 +65,7 @@ def _step(
 ) -> tuple[Tensor, Tensor]:
     if delta_rule.choose(q.device, q.dtype, K=q.shape[-1], V=v.shape[-1]) == "triton":
         return step_kernels(q, k, v, None, beta, state, scale)  # type: ignore[no-any-return]
-    return step(q, k, v, torch.zeros_like(beta), beta, state, scale)
+    return step(q, k, v, torch.zeros_like(beta)[..., None], beta, state, scale)
 
 
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor beta"

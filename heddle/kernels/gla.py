@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from heddle.kernels._gla_torch import CHUNK, chunked, step
 from heddle.kernels.common.linear_op import check_inputs, check_one_token, draw_state
+from heddle.kernels.common.recurrence import heads_of_values, walk
 from heddle.kernels.op import (
     Inputs,
     Phase,
@@ -36,25 +37,14 @@ def gla_reference(
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The recurrence of `gla`, token by token in float64; shares nothing with the fast path."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    group = v.shape[2] // q.shape[2]
-    q, k, log_decay = (x.double().repeat_interleave(group, dim=2) for x in (q, k, log_decay))
+    q, k, log_decay = (heads_of_values(x, v) for x in (q, k, log_decay))
     v, decay = v.double(), log_decay.exp()
-    ends = [q.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()[1:]
-    rows = q.shape[0] if cu_seqlens is None else 1
-    outputs, states, begin = [], [], 0
-    for index, end in enumerate(ends):
-        if initial_state is None:
-            state = q.new_zeros(rows, v.shape[2], q.shape[3], v.shape[3])
-        else:
-            state = initial_state.double()[index * rows : (index + 1) * rows]
-        for t in range(begin, end):
-            written = torch.einsum("bhk,bhv->bhkv", k[:, t], v[:, t])
-            state = decay[:, t, :, :, None] * state + written
-            outputs.append(scale * torch.einsum("bhk,bhkv->bhv", q[:, t], state))
-        states.append(state)
-        begin = end
-    return torch.stack(outputs, dim=1), torch.cat(states)
+
+    def update(state: Tensor, t: int) -> Tensor:
+        written = torch.einsum("bhk,bhv->bhkv", k[:, t], v[:, t])
+        return decay[:, t, :, :, None] * state + written
+
+    return walk(update, q, v, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens)
 
 
 def _forward(
@@ -67,11 +57,7 @@ def _forward(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     gla.choose(q.device, q.dtype, K=q.shape[-1], V=v.shape[-1])
-    # No kernel has this for its baseline: nothing is rounded but the inputs and the output.
-    dtype = v.dtype
-    q, k, v = (x.to(wide_dtype(dtype)) for x in (q, k, v))
-    out, state = chunked(q, k, v, log_decay, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens)
-    return out.to(dtype), state
+    return chunked(q, k, v, log_decay, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens)
 
 
 def _step(

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from heddle.kernels._gated_delta_rule_torch import chunked, step
 from heddle.kernels.common.linear_op import check_inputs, check_one_token, draw_state
+from heddle.kernels.common.recurrence import heads_of_values, walk
 from heddle.kernels.gated_delta_rule import work
 from heddle.kernels.op import (
     Inputs,
@@ -37,26 +38,15 @@ def kda_reference(
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The recurrence of `kda`, token by token in float64; shares nothing with the fast path."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    group = v.shape[2] // q.shape[2]
-    q, k = (x.double().repeat_interleave(group, dim=2) for x in (q, k))
+    q, k = (heads_of_values(x, v) for x in (q, k))
     v, decay, beta = v.double(), log_decay.double().exp(), beta.double()
-    ends = [q.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()[1:]
-    rows = q.shape[0] if cu_seqlens is None else 1
-    outputs, states, begin = [], [], 0
-    for index, end in enumerate(ends):
-        if initial_state is None:
-            state = q.new_zeros(rows, v.shape[2], q.shape[3], v.shape[3])
-        else:
-            state = initial_state.double()[index * rows : (index + 1) * rows]
-        for t in range(begin, end):
-            state = decay[:, t, :, :, None] * state
-            wrong = v[:, t] - torch.einsum("bhk,bhkv->bhv", k[:, t], state)
-            state = state + torch.einsum("bhk,bhv->bhkv", k[:, t], beta[:, t, :, None] * wrong)
-            outputs.append(scale * torch.einsum("bhk,bhkv->bhv", q[:, t], state))
-        states.append(state)
-        begin = end
-    return torch.stack(outputs, dim=1), torch.cat(states)
+
+    def update(state: Tensor, t: int) -> Tensor:
+        state = decay[:, t, :, :, None] * state
+        wrong = v[:, t] - torch.einsum("bhk,bhkv->bhv", k[:, t], state)
+        return state + torch.einsum("bhk,bhv->bhkv", k[:, t], beta[:, t, :, None] * wrong)
+
+    return walk(update, q, v, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens)
 
 
 def _forward(

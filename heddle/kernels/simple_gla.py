@@ -18,6 +18,7 @@ from heddle.kernels.common.linear_op import (
     fits,
     register_decaying,
 )
+from heddle.kernels.common.recurrence import heads_of_values, walk
 from heddle.kernels.op import Inputs, Phase, Shape, Traits, Work, normal, op, wide_dtype
 
 try:
@@ -41,25 +42,14 @@ def simple_gla_reference(
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The recurrence of `simple_gla`, token by token in float64; shares nothing with the fast paths."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    group = v.shape[2] // q.shape[2]
-    q, k = (x.double().repeat_interleave(group, dim=2) for x in (q, k))
+    q, k = (heads_of_values(x, v) for x in (q, k))
     v, decay = v.double(), log_decay.double().exp()
-    ends = [q.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()[1:]
-    rows = q.shape[0] if cu_seqlens is None else 1
-    outputs, states, begin = [], [], 0
-    for index, end in enumerate(ends):
-        if initial_state is None:
-            state = q.new_zeros(rows, v.shape[2], q.shape[3], v.shape[3])
-        else:
-            state = initial_state.double()[index * rows : (index + 1) * rows]
-        for t in range(begin, end):
-            written = torch.einsum("bhk,bhv->bhkv", k[:, t], v[:, t])
-            state = decay[:, t, :, None, None] * state + written
-            outputs.append(scale * torch.einsum("bhk,bhkv->bhv", q[:, t], state))
-        states.append(state)
-        begin = end
-    return torch.stack(outputs, dim=1), torch.cat(states)
+
+    def update(state: Tensor, t: int) -> Tensor:
+        written = torch.einsum("bhk,bhv->bhkv", k[:, t], v[:, t])
+        return decay[:, t, :, None, None] * state + written
+
+    return walk(update, q, v, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens)
 
 
 def _forward(
