@@ -1,6 +1,7 @@
 """gla in plain torch, which autograd and compilers see through.
 
-All of it is float32 (float64 for float64): no kernel has it for its baseline, so nothing is rounded but inputs and output.
+Products, those of gradients too, take operands rounded to the dtype of the inputs; states, gates and sums are float32
+(float64 for float64).
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from heddle.kernels.common.products import decayed_scores
+from heddle.kernels.common.products import decayed_scores, product
 from heddle.kernels.common.varlen import Packing, in_chunks, pack
 from heddle.kernels.op import wide_dtype
 
@@ -28,7 +29,8 @@ def chunked(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Output and final state of whole sequences; arguments as those of `gla`."""
-    length, group, wide = q.shape[1], v.shape[2] // q.shape[2], wide_dtype(v.dtype)
+    length, group, dtype = q.shape[1], v.shape[2] // q.shape[2], v.dtype
+    wide = wide_dtype(dtype)
     size = CHUNK if length > BASE else BASE
     packing = None if cu_seqlens is None else pack(cu_seqlens, length, size)
     shared = (
@@ -38,9 +40,9 @@ def chunked(
     sides = [x.to(wide) for x in (q, k, v, log_decay)]
     sides = [in_chunks(x, size) if packing is None else packing.chunks(x) for x in sides]
     before = None if initial_state is None else initial_state.to(wide)
-    found, state = _chunked(*sides, initial_state=before, packing=packing)
+    found, state = _chunked(*sides, dtype=dtype, initial_state=before, packing=packing)
     out = packing.unpack(found) if packing else found.flatten(2, 3)[:, :, :length].transpose(1, 2)
-    return out.to(v.dtype), state
+    return out.to(dtype), state
 
 
 def step(
@@ -59,6 +61,7 @@ def _chunked(
     v: Tensor,
     log_decay: Tensor,
     *,
+    dtype: torch.dtype,
     initial_state: Tensor | None,
     packing: Packing | None,
 ) -> tuple[Tensor, Tensor]:
@@ -72,7 +75,7 @@ def _chunked(
     seen = torch.exp(total.to(wide))
     left = torch.exp((total[..., -1:, :] - total).to(wide))
     over = seen[..., -1:, :].mT
-    written = (k * left).mT @ v
+    written = product((k * left).mT, v, dtype)
     state = q.new_zeros(*q.shape[:2], q.shape[-1], v.shape[-1]) if initial_state is None else initial_state
     before, after = [], []
     # The state to begin each chunk with that begins a sequence: [M, HV, K, V].
@@ -83,6 +86,6 @@ def _chunked(
         before.append(state)
         state = over[:, :, n] * state + written[:, :, n]
         after.append(state)
-    (scores,) = decayed_scores((q,), k, total, wide)
-    out = scores @ v + (q * seen) @ torch.stack(before, dim=2)
+    (scores,) = decayed_scores((q,), k, total, dtype)
+    out = product(scores, v, dtype) + product(q * seen, torch.stack(before, dim=2), dtype)
     return out, state if packing is None else torch.cat(after)[packing.last]

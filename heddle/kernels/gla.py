@@ -1,6 +1,6 @@
 """Gated linear attention, whose memory fades by a gate of each key channel: the op and its reference.
 
-In plain torch on every device. Necessary work for a token and value head (K = V = 128, chunks of 64): 98 kFLOP.
+Predicted cost for a token and value head (K = V = 128, bfloat16, chunks of 64): 98 kFLOP and 1.5 KB forward.
 """
 
 from __future__ import annotations
@@ -10,7 +10,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from heddle.kernels._gla_torch import CHUNK, chunked, step
-from heddle.kernels.common.linear_op import check_inputs, check_one_token, draw_state
+from heddle.kernels.common.linear_op import (
+    check_inputs,
+    check_one_token,
+    draw_state,
+    fits,
+    register_decaying,
+)
 from heddle.kernels.common.recurrence import heads_of_values, walk
 from heddle.kernels.op import (
     Inputs,
@@ -24,6 +30,17 @@ from heddle.kernels.op import (
     register_composite,
     wide_dtype,
 )
+
+try:
+    from heddle.kernels._gla_launch import launch_backward, launch_forward
+    from heddle.kernels.common.decay_step import launch_step
+
+    forward_kernels, step_kernels = register_decaying(
+        "gla_kernels", launch_forward, launch_backward, launch_step, learned=True
+    )
+    HAS_KERNELS = True
+except ImportError:
+    HAS_KERNELS = False
 
 
 def gla_reference(
@@ -56,14 +73,18 @@ def _forward(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    gla.choose(q.device, q.dtype, K=q.shape[-1], V=v.shape[-1])
+    path = gla.choose(q.device, q.dtype, K=q.shape[-1], V=v.shape[-1])
+    if path == "triton":
+        return forward_kernels(q, k, v, log_decay, scale, initial_state, cu_seqlens)  # type: ignore[no-any-return]
     return chunked(q, k, v, log_decay, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens)
 
 
 def _step(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    gla.choose(q.device, q.dtype, K=q.shape[-1], V=v.shape[-1])
+    path = gla.choose(q.device, q.dtype, K=q.shape[-1], V=v.shape[-1])
+    if path == "triton":
+        return step_kernels(q, k, v, log_decay, state, scale)  # type: ignore[no-any-return]
     return step(q, k, v, log_decay, state, scale)
 
 
@@ -148,7 +169,11 @@ _CASES = Traits(
 )
 
 
-@op(gla_reference, _CASES, step=gla_step)
+def _fits(shape: Shape) -> bool:
+    return HAS_KERNELS and fits(shape)
+
+
+@op(gla_reference, _CASES, kernel=_fits, step=gla_step)
 def gla(
     q: Tensor,
     k: Tensor,

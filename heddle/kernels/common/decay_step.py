@@ -1,5 +1,5 @@
 # mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call"
-"""One token of decay_attention and of simple_gla: the state is read once and written once.
+"""One token of decay_attention, simple_gla and gla: the state is read once and written once.
 
 Bytes for a sequence and head, K = V = 128: 128 KiB, 5 K V FLOP; so the memory bounds it, and for few heads the launch.
 """
@@ -20,7 +20,7 @@ def _decay_step_kernel(
     q_ptr, k_ptr, v_ptr, log_decay_ptr, state_ptr, out_ptr, new_state_ptr,
     stride_qn, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh, stride_gn, stride_gh,
     H, group, scale,
-    K: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     n = (tl.program_id(0) // H).to(tl.int64)
     head = tl.program_id(0) % H
@@ -32,7 +32,13 @@ def _decay_step_kernel(
     q = tl.load(q_ptr + n * stride_qn + shared * stride_qh + rows, mask=in_k, other=0.0).to(tl.float32)
     k = tl.load(k_ptr + n * stride_kn + shared * stride_kh + rows, mask=in_k, other=0.0).to(tl.float32)
     v = tl.load(v_ptr + n * stride_vn + head * stride_vh + columns, mask=in_v, other=0.0).to(tl.float32)
-    decay = tl.exp(tl.load(log_decay_ptr + n * stride_gn + head * stride_gh).to(tl.float32))
+    if CHANNELS:
+        log = tl.load(log_decay_ptr + n * stride_gn + shared * stride_gh + rows, mask=in_k, other=0.0)[
+            :, None
+        ]
+    else:
+        log = tl.load(log_decay_ptr + n * stride_gn + head * stride_gh)
+    decay = tl.exp(log.to(tl.float32))
     own = (n * H + head) * (K * V) + rows[:, None] * V + columns[None, :]
     inside = in_k[:, None] & in_v[None, :]
     state = tl.load(state_ptr + own, mask=inside, other=0.0)  # [ROWS, COLUMNS]
@@ -47,12 +53,13 @@ def launch_step(
 ) -> tuple[Tensor, Tensor]:
     """Output and new state; arguments as those of the registered ops.
 
-    Shapes:  q, k: [B, 1, H, K];  v, out: [B, 1, HV, V];  log_decay: [B, 1, HV] or [HV];  state: [B, HV, K, V]
+    Shapes:  q, k: [B, 1, H, K];  v, out: [B, 1, HV, V];  log_decay: [B, 1, HV], [HV] or [B, 1, H, K];  state: [B, HV, K, V]
     """
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     state = state.contiguous()
     B, H, K, V = state.shape
-    log_decay = log_decay.expand(B, 1, H)
+    channels = log_decay.dim() == 4
+    log_decay = log_decay.contiguous() if channels else log_decay.expand(B, 1, H)
     out = torch.empty(B, 1, H, V, dtype=v.dtype, device=v.device)
     new_state = torch.empty(state.shape, dtype=state.dtype, device=state.device)
     rows = triton.next_power_of_2(K)
@@ -60,6 +67,6 @@ def launch_step(
     strides = [stride for x in (q, k, v, log_decay) for stride in (x.stride(0), x.stride(2))]
     _decay_step_kernel[(B * H, triton.cdiv(V, columns))](
         q, k, v, log_decay, state, out, new_state, *strides, H, H // q.shape[2], scale,
-        K=K, V=V, ROWS=rows, COLUMNS=columns, num_warps=4,
+        K=K, V=V, ROWS=rows, COLUMNS=columns, CHANNELS=channels, num_warps=4,
     )  # fmt: skip
     return out, new_state

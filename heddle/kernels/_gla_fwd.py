@@ -1,0 +1,242 @@
+# mypy: ignore-errors
+"""The kernels of gla but that of its gradients: one prepares chunks, one sweeps over them in either direction.
+
+Within a chunk of C tokens, with G the log-decays summed from its beginning, of each key channel, and S the state before it:
+
+    prepare   seen = scale q exp(G),   left = k exp(G_C - G),   P_ij = scale Σ_c q_ic k_jc exp(G_ic - G_jc) for j ≤ i
+    sweep     out = a S + P c,   S' = exp(G_C) S + bᵀ c         forward, a, b, c: seen, left, v
+              out = a S + Pᵀ c,  S' = exp(G_C) S + bᵀ c         from the last chunk on, a, b, c: left, seen, dO
+
+The second direction gives dv, with S the gradient of the state. No power is above 1: between the halves of a block of
+tokens the decay is that up to the last token of the first half times that from there on, and blocks are halved until one
+token is left (`decay_to_middle`). That costs log2(C) products of which only a corner counts; what it saves is the loop over
+pairs of tokens that other implementations make for gates without a bound.
+
+If sequences are too few to fill the device they are cut into segments: a first sweep sums up each on its own, `carry` takes
+the states from segment to segment, and a second sweep starts from there.
+
+Bytes for a token and key head, K = V = 128, C = 64, bfloat16: prepare reads q, k, g and writes seen, left, G, P (2176),
+the sweep reads seen, left, v, P and writes out (1152).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from heddle.kernels.common.jit import LOG2_E, find_sequence
+
+# A new length must not mean a new compilation, nor must a given state.
+LENGTHS = (
+    "T", "H", "per_sequence", "segments_per_sequence", "segment_size", "has_initial", "has_given", "has_d_final",
+)  # fmt: skip
+
+
+@triton.jit
+def decay_to_middle(totals_at, total, i, count, stride, rows, in_k, LEVEL: tl.constexpr):
+    """What is left, on the way between each token and the last of the first half of its block of 2^(LEVEL + 1) tokens."""
+    middle = ((i >> (LEVEL + 1)) << (LEVEL + 1)) + ((1 << LEVEL) - 1)
+    # Where the block has no second half nothing asks for it.
+    known = (middle < count)[:, None] & in_k
+    between = tl.load(totals_at + (middle * stride)[:, None] + rows[None, :], mask=known, other=0.0)
+    return tl.exp2((-tl.abs(total - between)).to(tl.float32))
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def _gla_prepare_kernel(
+    q_ptr, k_ptr, log_decay_ptr, seen_ptr, left_ptr, totals_ptr, scores_ptr, ends_ptr, table_ptr, cu_seqlens_ptr,
+    stride_qn, stride_qt, stride_qh,
+    stride_kn, stride_kt, stride_kh,
+    stride_gn, stride_gt, stride_gh,
+    T, H, per_sequence, scale,
+    K: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, ROWS: tl.constexpr,
+    VARLEN: tl.constexpr, PRECISE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One chunk of one key head.
+
+    Shapes:  seen, left, totals: [B, T, H, K];  scores: [chunks, H, C, C];  ends: [chunks, H, K], log2 of what is left
+    """
+    head = tl.program_id(0) % H
+    chunk = tl.program_id(0) // H
+    n, j, begin, length = find_sequence(chunk, table_ptr, cu_seqlens_ptr, T, per_sequence, VARLEN)
+    # An empty sequence has a chunk as well, without a token.
+    if (n < 0) | (j * C >= length):
+        return
+
+    row = n.to(tl.int64) if not VARLEN else tl.zeros((), tl.int64)
+    first = begin + j * C
+    own = head.to(tl.int64)
+    count = tl.minimum(length - j * C, C)
+    i = tl.arange(0, C)
+    rows = tl.arange(0, ROWS)
+    in_k = (rows < K)[None, :]
+    mask = (i < count)[:, None] & in_k
+    q_ptr += row * stride_qn + first * stride_qt + own * stride_qh
+    k_ptr += row * stride_kn + first * stride_kt + own * stride_kh
+    log_decay_ptr += row * stride_gn + first * stride_gt + own * stride_gh
+    dense = (row * T + first) * (H * K) + own * K
+    offsets = (i * (H * K))[:, None] + rows[None, :]
+    totals_at = totals_ptr + dense
+
+    log = tl.load(log_decay_ptr + (i * stride_gt)[:, None] + rows[None, :], mask=mask, other=0.0)
+    # A sum of strong decays would swallow a weak one, and differences of sums are what counts: in float32 that is far
+    # below what half precision rounds.
+    total = tl.cumsum(log.to(tl.float64 if PRECISE else tl.float32), axis=0) * LOG2_E  # [C, ROWS]
+    tl.store(totals_at + offsets, total, mask=mask)
+    # What threads stored, others load.
+    tl.debug_barrier()
+    place = chunk.to(tl.int64) * H + own
+    end = tl.load(totals_at + (count - 1) * (H * K) + rows, mask=rows < K, other=0.0)
+    tl.store(ends_ptr + place * K + rows, end.to(tl.float32), mask=rows < K)
+    q = tl.load(q_ptr + (i * stride_qt)[:, None] + rows[None, :], mask=mask, other=0.0)  # [C, ROWS]
+    k = tl.load(k_ptr + (i * stride_kt)[:, None] + rows[None, :], mask=mask, other=0.0)  # [C, ROWS]
+    seen = q * (tl.exp2(total.to(tl.float32)) * scale)
+    tl.store(seen_ptr + dense + offsets, seen.to(q.dtype), mask=mask)
+    left = k * tl.exp2((end[None, :] - total).to(tl.float32))
+    tl.store(left_ptr + dense + offsets, left.to(k.dtype), mask=mask)
+
+    same = tl.sum(q.to(tl.float32) * k, axis=1)
+    scores = tl.where(i[:, None] == i[None, :], same[:, None], 0.0)
+    for level in tl.static_range(LEVELS):
+        fading = decay_to_middle(totals_at, total, i, count, H * K, rows, in_k, level)
+        second = ((i >> level) & 1)[:, None] != 0
+        later = tl.where(second, q * fading, 0.0).to(q.dtype)
+        earlier = tl.where(second, 0.0, k * fading).to(k.dtype)
+        corner = tl.dot(later, tl.trans(earlier), input_precision=PRECISION)
+        scores += tl.where((i >> (level + 1))[:, None] == (i >> (level + 1))[None, :], corner, 0.0)
+    square = i[:, None] * C + i[None, :]
+    tl.store(scores_ptr + place * (C * C) + square, (scores * scale).to(q.dtype))
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def _gla_sweep_kernel(
+    a_ptr, b_ptr, c_ptr, scores_ptr, ends_ptr, initial_ptr, out_ptr, final_ptr, states_ptr, starts_ptr, logs_ptr,
+    table_ptr, offsets_ptr, cu_seqlens_ptr,
+    stride_cn, stride_ct, stride_ch,
+    T, H, per_sequence, segments_per_sequence, segment_size, has_initial,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr,
+    BACKWARD: tl.constexpr, VARLEN: tl.constexpr, SEGMENTED: tl.constexpr, OUT: tl.constexpr, KEEP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Outputs of one segment (OUT), the state that each of its chunks starts from (KEEP), and that at the end of a sequence.
+
+    With neither, only the state that the segment alone would leave, and what it leaves of one before it: starts, logs.
+
+    Shapes:  a, b: [B, T, H, K];  out: [B, T, HV, V];  states: [chunks, HV, K, V];  starts: [segments, HV, K, V]
+             logs: [segments, HV, K];  initial, final: [N, HV, K, V]
+    """
+    TILES: tl.constexpr = (V + COLUMNS - 1) // COLUMNS
+    SUMMARY: tl.constexpr = not OUT and not KEEP
+    HV = H * GROUP
+    tile = tl.program_id(0) % TILES
+    head = (tl.program_id(0) // TILES) % HV
+    segment = tl.program_id(0) // (TILES * HV)
+    n, j, begin, whole = find_sequence(segment, table_ptr, cu_seqlens_ptr, T, segments_per_sequence, VARLEN)
+    opens = j == 0
+    closes = (j + 1) * segment_size >= whole
+    # Nothing follows the last segment of a sequence, backward the first.
+    if (n < 0) | (SUMMARY & (opens if BACKWARD else closes)):
+        return
+
+    row = n.to(tl.int64) if not VARLEN else tl.zeros((), tl.int64)
+    chunk = tl.load(offsets_ptr + n).to(tl.int64) if VARLEN else row * per_sequence
+    chunk += j * (segment_size // C)
+    begin += j * segment_size
+    length = tl.minimum(whole - j * segment_size, segment_size)
+    chunks = (length + C - 1) // C
+    if BACKWARD:
+        chunk += tl.maximum(chunks - 1, 0)
+        begin += tl.maximum(chunks - 1, 0) * C
+    STEP: tl.constexpr = -1 if BACKWARD else 1
+    key_head = (head // GROUP).to(tl.int64)
+    own = head.to(tl.int64)
+    i = tl.arange(0, C)
+    rows = tl.arange(0, ROWS)
+    columns = tile * COLUMNS + tl.arange(0, COLUMNS)
+    in_k = rows < K
+    in_v = columns < V
+    keys_at = (row * T + begin) * (H * K) + key_head * K
+    a_ptr += keys_at
+    b_ptr += keys_at
+    c_ptr += row * stride_cn + begin * stride_ct + own * stride_ch
+    out_ptr += (row * T + begin) * (HV * V) + own * V
+    scores_ptr += (chunk * H + key_head) * (C * C)
+    ends_ptr += (chunk * H + key_head) * K
+    states_ptr += (chunk * HV + own) * (K * V)
+    key_offsets = (i * (H * K))[:, None] + rows[None, :]
+    c_offsets = (i * stride_ct)[:, None] + columns[None, :]
+    out_offsets = (i * (HV * V))[:, None] + columns[None, :]
+    square = i[:, None] * C + i[None, :]
+
+    state_mask = in_k[:, None] & in_v[None, :]
+    state_offsets = rows[:, None] * V + columns[None, :]
+    own_state = (n.to(tl.int64) * HV + own) * (K * V) + state_offsets
+    own_segment = segment.to(tl.int64) * HV + own
+    log = tl.zeros([ROWS], tl.float32)
+    if SUMMARY:
+        state = tl.zeros([ROWS, COLUMNS], tl.float32)
+    elif SEGMENTED:
+        state = tl.load(starts_ptr + own_segment * (K * V) + state_offsets, mask=state_mask, other=0.0)
+    else:
+        state = tl.load(initial_ptr + own_state, mask=state_mask & (has_initial != 0), other=0.0)
+    for index in range(0, chunks):
+        at = (chunks - 1 - index if BACKWARD else index) * C
+        present = i < length - at
+        narrow = present[:, None] if K == ROWS else present[:, None] & in_k[None, :]
+        kept = present[:, None] & in_v[None, :]
+        b = tl.load(b_ptr + key_offsets, mask=narrow, other=0.0)  # [C, ROWS]
+        c = tl.load(c_ptr + c_offsets, mask=kept, other=0.0)  # [C, COLUMNS]
+        end = tl.load(ends_ptr + rows, mask=in_k, other=0.0)  # [ROWS]
+        half = state.to(b.dtype)
+        if KEEP:
+            tl.store(states_ptr + state_offsets, half, mask=state_mask)
+        if OUT:
+            a = tl.load(a_ptr + key_offsets, mask=narrow, other=0.0)  # [C, ROWS]
+            # Backward transposed.
+            scores = tl.load(scores_ptr + (i[:, None] + i[None, :] * C if BACKWARD else square))  # [C, C]
+            out = tl.dot(a, half, input_precision=PRECISION)  # [C, COLUMNS]
+            out = tl.dot(scores, c, out, input_precision=PRECISION)
+            tl.store(out_ptr + out_offsets, out.to(out_ptr.dtype.element_ty), mask=kept)
+        state = tl.dot(tl.trans(b), c, state * tl.exp2(end)[:, None], input_precision=PRECISION)
+        if SUMMARY:
+            log += end
+        a_ptr += STEP * C * H * K
+        b_ptr += STEP * C * H * K
+        c_ptr += STEP * C * stride_ct
+        out_ptr += STEP * C * HV * V
+        scores_ptr += STEP * H * C * C
+        ends_ptr += STEP * H * K
+        states_ptr += STEP * HV * K * V
+    if SUMMARY:
+        tl.store(starts_ptr + own_segment * (K * V) + state_offsets, state, mask=state_mask)
+        tl.store(logs_ptr + own_segment * K + rows, log, mask=in_k & (tile == 0))
+    elif opens if BACKWARD else closes:
+        tl.store(final_ptr + own_state, state, mask=state_mask)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def _gla_carry_kernel(
+    starts_ptr, logs_ptr, given_ptr, offsets_ptr, H, per_sequence, has_given,
+    K: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr, BACKWARD: tl.constexpr, VARLEN: tl.constexpr,
+):  # fmt: skip
+    """Turns the state that each segment alone would leave into the state it starts from, in place. H: value heads."""
+    sequence = tl.program_id(0) // H
+    head = tl.program_id(0) % H
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < K * V
+    if VARLEN:
+        first = tl.load(offsets_ptr + sequence).to(tl.int32)
+        count = tl.load(offsets_ptr + sequence + 1).to(tl.int32) - first
+    else:
+        first = sequence * per_sequence
+        count = per_sequence
+    given = (sequence.to(tl.int64) * H + head) * (K * V) + at
+    carried = tl.load(given_ptr + given, mask=inside & (has_given != 0), other=0.0)
+    for index in range(0, count):
+        place = (first + (count - 1 - index if BACKWARD else index)).to(tl.int64) * H + head
+        # The last one was not summed up.
+        known = inside & (index < count - 1)
+        added = tl.load(starts_ptr + place * (K * V) + at, mask=known, other=0.0)
+        log = tl.load(logs_ptr + place * K + at // V, mask=known, other=0.0)
+        tl.store(starts_ptr + place * (K * V) + at, carried, mask=inside)
+        carried = tl.exp2(log) * carried + added

@@ -1,0 +1,262 @@
+"""Launches the kernels of gla."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch.nn.functional import pad
+
+from heddle.kernels._gla_bwd import _gla_gradient_kernel
+from heddle.kernels._gla_fwd import _gla_carry_kernel, _gla_prepare_kernel, _gla_sweep_kernel
+from heddle.kernels.common.layout import ALIGNMENT, aligned, block, dense_state
+from heddle.kernels.common.segments import cut, lay_out
+from heddle.kernels.common.tuning import tuned
+from heddle.kernels.configs.gla import INTERPRETER, Family, Plan, family
+from heddle.kernels.configs.launch import Launch
+
+# Narrower tiles beside wide ones are two layouts of one address, which ptxas 12.8 gets wrong:
+# docs/decisions/0005-ragged-heads.md.
+LEAST_HEAD = 64
+CARRY_BLOCK = 1024
+# Programs that share a multiprocessor, and tokens of a segment at least.
+RESIDENT, LEAST_SEGMENT = 2, 256
+
+
+@functools.cache
+def _device(device: torch.device) -> tuple[Family, int]:
+    """Configurations and multiprocessors."""
+    if device.type != "cuda":
+        return INTERPRETER, 1
+    seen = torch.cuda.get_device_properties(device)
+    return family((seen.major, seen.minor)), seen.multi_processor_count
+
+
+def plan(device: torch.device, element: int, size: int) -> Plan:
+    """The launches for tensors on `device`, elements of so many bytes and the larger head size; overrides come first."""
+    table = _device(device)[0].plan(element, block(size))
+    names = ("prepare", "forward", "summary", "keep", "backward", "gradient")
+    return replace(table, **{name: tuned(name, getattr(table, name)) for name in names})
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What `_gla_prepare_kernel` makes of queries, keys and decays.
+
+    Shapes:  seen, left, totals: [B, T, H, K];  scores: [chunks, H, C, C];  ends: [chunks, H, K]
+    """
+
+    seen: Tensor
+    left: Tensor
+    totals: Tensor
+    scores: Tensor
+    ends: Tensor
+
+
+class _Call:
+    """What all launches over the same inputs are told.  K and V have room: see `_room`."""
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, cu_seqlens: Tensor | None) -> None:
+        self.q, self.k, self.v, self.scale = q, k, v, scale
+        self.B, self.T, self.H, self.K = q.shape
+        self.HV, self.V = v.shape[2:]
+        self.plan = plan(q.device, q.element_size(), max(self.K, self.V))
+        self.chunk = self.plan.chunk
+        self.precise = q.element_size() > 2
+        self.sequences = self.B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        self.cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(torch.int32)
+        self.chunks = lay_out(self.T, self.sequences, self.chunk, self.cu_seqlens)
+        self.segments = lay_out(self.T, self.sequences, self._segment_size(), self.cu_seqlens)
+        self.constants: dict[str, Any] = {
+            "K": self.K, "C": self.chunk, "ROWS": block(self.K), "VARLEN": cu_seqlens is not None,
+            "PRECISION": "tf32x3" if q.device.type == "cuda" else "ieee",
+        }  # fmt: skip
+        self.levels = {"LEVELS": self.chunk.bit_length() - 1, "PRECISE": self.precise}
+        self.numbers = (self.T, self.H, self.chunks.per_sequence)
+
+    def _segment_size(self) -> int:
+        """Tokens in a segment, whole chunks: all of a sequence where programs are many, else fewer."""
+        programs = self.HV * triton.cdiv(self.V, min(self.plan.forward.columns, block(self.V)))
+        places = _device(self.q.device)[1] * RESIDENT
+        size = tuned("segment", cut(self.T, self.sequences, programs, places, LEAST_SEGMENT))
+        return int(triton.cdiv(size, self.chunk) * self.chunk)
+
+    def prepare(self, log_decay: Tensor) -> Prepared:
+        """What a sweep reads of the chunks; once for both directions."""
+        make = functools.partial(torch.empty, device=self.q.device)
+        keys, chunks = (self.B, self.T, self.H, self.K), self.chunks.count
+        prepared = Prepared(
+            seen=make(keys, dtype=self.q.dtype),
+            left=make(keys, dtype=self.q.dtype),
+            totals=make(keys, dtype=torch.float64 if self.precise else torch.float32),
+            scores=make(chunks, self.H, self.chunk, self.chunk, dtype=self.q.dtype),
+            ends=make(chunks, self.H, self.K, dtype=torch.float32),
+        )
+        _gla_prepare_kernel[(chunks * self.H,)](
+            self.q, self.k, log_decay, prepared.seen, prepared.left, prepared.totals, prepared.scores, prepared.ends,
+            *self._chunk_table(), *_strides(self.q, self.k, log_decay), *self.numbers, self.scale,
+            **self.levels, **self.constants, **self.plan.prepare.options(),
+        )  # fmt: skip
+        return prepared
+
+    def sweep(
+        self,
+        prepared: Prepared,
+        values: Tensor,
+        given: Tensor | None,
+        *,
+        backward: bool = False,
+        out: bool = True,
+        keep: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Outputs, the state at the end (backward, the beginning) of each sequence, and the states between chunks.
+
+        `given` is the state to begin with; without `out` or `keep` these are not made.
+        """
+        sides = (prepared.seen, prepared.left) if not backward else (prepared.left, prepared.seen)
+        make = functools.partial(torch.empty, device=self.q.device)
+        final = make(self.sequences, self.HV, self.K, self.V, dtype=torch.float32)
+        output = make(self.v.shape if out else 0, dtype=self.v.dtype)
+        kept = (self.chunks.count, self.HV, self.K, self.V) if keep else (0,)
+        states = make(kept, dtype=self.q.dtype)
+        starts, logs, offsets = self._carried(final)
+        segments = self.segments
+        table = final if segments.table is None else segments.table
+        packed = final if self.cu_seqlens is None else self.cu_seqlens
+        chunk_offsets = final if self.chunks.offsets is None else self.chunks.offsets
+
+        def run(launch: Launch, **constants: bool) -> None:
+            columns = min(launch.columns, block(self.V))
+            _gla_sweep_kernel[(segments.count * self.HV * triton.cdiv(self.V, columns),)](
+                *sides, values, prepared.scores, prepared.ends, final if given is None else given,
+                output, final, states, starts, logs, table, chunk_offsets, packed,
+                *_strides(values), *self.numbers, segments.per_sequence, segments.size, int(given is not None),
+                V=self.V, COLUMNS=columns, GROUP=self.HV // self.H, BACKWARD=backward, **constants, **self.constants,
+                **launch.options(),
+            )  # fmt: skip
+
+        if segments.several:
+            run(self.plan.summary, SEGMENTED=True, OUT=False, KEEP=False)
+            grid = (self.sequences * self.HV, triton.cdiv(self.K * self.V, CARRY_BLOCK))
+            _gla_carry_kernel[grid](
+                starts, logs, final if given is None else given, offsets,
+                self.HV, segments.per_sequence, int(given is not None),
+                K=self.K, V=self.V, BLOCK=CARRY_BLOCK, BACKWARD=backward, VARLEN=self.constants["VARLEN"], num_warps=4,
+            )  # fmt: skip
+        launch = self.plan.backward if backward else self.plan.forward
+        run(launch if out else self.plan.keep, SEGMENTED=segments.several, OUT=out, KEEP=keep)
+        return output, final, states
+
+    def _carried(self, final: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Room for what goes from segment to segment, and where those of a sequence begin."""
+        segments = self.segments
+        if not segments.several:
+            return final, final, final
+        starts = final.new_empty(segments.count, self.HV, self.K, self.V)
+        logs = final.new_empty(segments.count, self.HV, self.K)
+        return starts, logs, (final if segments.offsets is None else segments.offsets)
+
+    def gradients(
+        self,
+        prepared: Prepared,
+        d_out: Tensor,
+        states: tuple[Tensor, Tensor],
+        given: tuple[Tensor | None, Tensor | None],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of q, k and the log-decays, of the states between chunks and those given at the ends, and their gradients."""
+        dq, dk = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (self.q, self.k))
+        d_log_decay = torch.empty(dq.shape, dtype=torch.float32, device=dq.device)
+        launch = self.plan.gradient
+        _gla_gradient_kernel[(self.chunks.count * self.H,)](
+            self.q, self.k, self.v, d_out, prepared.totals, *states, *(dq if x is None else x for x in given),
+            dq, dk, d_log_decay,
+            *self._chunk_table(), *_strides(self.q, self.k, self.v, d_out), *self.numbers,
+            *(int(x is not None) for x in given), self.scale,
+            V=self.V, COLUMNS=min(launch.columns, block(self.V)), GROUP=self.HV // self.H,
+            **self.levels, **self.constants, **launch.options(),
+        )  # fmt: skip
+        return dq, dk, d_log_decay
+
+    def _chunk_table(self) -> tuple[Tensor, Tensor]:
+        """Table of the chunks, and `cu_seqlens`; anything where nothing is packed."""
+        table, packed = self.chunks.table, self.cu_seqlens
+        return (self.q if table is None else table), (self.q if packed is None else packed)
+
+
+def _strides(*tensors: Tensor) -> Sequence[int]:
+    return [stride for x in tensors for stride in x.stride()[:3]]
+
+
+def _room(size: int, device: torch.device) -> int:
+    """A head size as the kernels take it: a multiple of ALIGNMENT, on a GPU at least LEAST_HEAD."""
+    return max(size + -size % ALIGNMENT, LEAST_HEAD if device.type == "cuda" else 0)
+
+
+def _padded(
+    keys: Sequence[Tensor], values: Sequence[Tensor], states: Sequence[Tensor | None]
+) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor | None]] | None:
+    """Inputs with zeros after K and V, which change nothing; None if there is room already."""
+    K, V = keys[0].shape[3], values[0].shape[3]
+    more_k, more_v = _room(K, keys[0].device) - K, _room(V, keys[0].device) - V
+    if not more_k and not more_v:
+        return None
+    wider = [None if x is None else pad(x, (0, more_v, 0, more_k)) for x in states]
+    return [pad(x, (0, more_k)) for x in keys], [pad(x, (0, more_v)) for x in values], wider
+
+
+def launch_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    scale: float,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Output and final state; arguments as those of the registered op."""
+    K, V = q.shape[3], v.shape[3]
+    found = _padded((q, k, log_decay), (v,), (initial_state,))
+    if found is not None:
+        (q, k, log_decay), (v,), (before,) = found
+        out, final = launch_forward(q, k, v, log_decay, scale, before, cu_seqlens)
+        return out[..., :V].contiguous(), final[..., :K, :V].contiguous()
+    q, k, v, log_decay = (aligned(x) for x in (q, k, v, log_decay))
+    call = _Call(q, k, v, scale, cu_seqlens)
+    out, final, _ = call.sweep(call.prepare(log_decay), v, dense_state(initial_state))
+    return out, final
+
+
+def launch_backward(
+    d_out: Tensor,
+    d_final: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    scale: float,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, log_decay and of the initial state; arguments as those of the registered op."""
+    K, V = q.shape[3], v.shape[3]
+    found = _padded((q, k, log_decay), (v, d_out), (d_final, initial_state))
+    if found is not None:
+        (q, k, log_decay), (v, d_out), (after, before) = found
+        wide = launch_backward(d_out, after, q, k, v, log_decay, scale, before, cu_seqlens)
+        dq, dk, dv, d_gate, d_initial = wide
+        cropped = (dq[..., :K], dk[..., :K], dv[..., :V], d_gate[..., :K], d_initial[..., :K, :V])
+        first, second, third, fourth, fifth = (x.contiguous() for x in cropped)
+        return first, second, third, fourth, fifth
+    d_out, q, k, v, log_decay = (aligned(x) for x in (d_out.to(v.dtype), q, k, v, log_decay))
+    call = _Call(q, k, v, scale, cu_seqlens)
+    prepared = call.prepare(log_decay)
+    before, after = dense_state(initial_state), dense_state(d_final)
+    _, _, states = call.sweep(prepared, v, before, out=False, keep=True)
+    dv, d_initial, d_states = call.sweep(prepared, d_out, after, backward=True, keep=True)
+    dq, dk, d_gate = call.gradients(prepared, d_out, (states, d_states), (before, after))
+    return dq, dk, dv, d_gate.to(log_decay.dtype), d_initial
