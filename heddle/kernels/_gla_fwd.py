@@ -7,16 +7,18 @@ Within a chunk of C tokens, with G the log-decays summed from its beginning, of 
     sweep     out = a S + P c,   S' = exp(G_C) S + bᵀ c         forward, a, b, c: seen, left, v
               out = a S + Pᵀ c,  S' = exp(G_C) S + bᵀ c         from the last chunk on, a, b, c: left, seen, dO
 
-The second direction gives dv, with S the gradient of the state. No power is above 1: between the halves of a block of
-tokens the decay is that up to the last token of the first half times that from there on, and blocks are halved until one
-token is left (`decay_to_middle`). That costs log2(C) products of which only a corner counts; what it saves is the loop over
-pairs of tokens that other implementations make for gates without a bound.
+The second direction gives dv, with S the gradient of the state.
+
+The decay between two tokens is that up to a token between them times that from there on. Where a chunk fades by less than
+2^-80 one token in its middle does for all pairs: one power is above 1 then, but far from the ends of bfloat16 and float32.
+Elsewhere, and in float16, which has no such ends, blocks are halved until one token is left, with the last token of the
+first half between (`decay_to_middle`), and no power is above 1. That costs log2(C) products of which only a corner counts.
 
 If sequences are too few to fill the device they are cut into segments: a first sweep sums up each on its own, `carry` takes
 the states from segment to segment, and a second sweep starts from there.
 
-Bytes for a token and key head, K = V = 128, C = 64, bfloat16: prepare reads q, k, g and writes seen, left, G, P (2176),
-the sweep reads seen, left, v, P and writes out (1152).
+Bytes for a token and key head, K = V = 128, C = 64, bfloat16: prepare reads q, k, g and writes seen, left, P (1664), the
+sweep reads seen, left, v, P and writes out (1152).
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ import triton.language as tl
 
 from heddle.kernels.common.jit import LOG2_E, find_sequence
 
+# log2 of what may be left of a token in the middle of a chunk, or of the middle at its end, for one product to do.
+REACH = tl.constexpr(40.0)
 # A new length must not mean a new compilation, nor must a given state.
 LENGTHS = (
     "T", "H", "per_sequence", "segments_per_sequence", "segment_size", "has_initial", "has_given", "has_d_final",
@@ -33,9 +37,26 @@ LENGTHS = (
 
 
 @triton.jit
-def decay_to_middle(totals_at, total, i, count, stride, rows, in_k, LEVEL: tl.constexpr):
-    """What is left, on the way between each token and the last of the first half of its block of 2^(LEVEL + 1) tokens."""
-    middle = ((i >> (LEVEL + 1)) << (LEVEL + 1)) + ((1 << LEVEL) - 1)
+def sum_up(log_decay_at, mask, i, C: tl.constexpr, PRECISE: tl.constexpr):
+    """Log-decays of a chunk as powers of two: summed up to each token, up to the middle, and up to the end; how far apart.
+
+    Shapes:  total: [C, ROWS];  middle, end: [ROWS];  reach: a number
+    """
+    log = tl.load(log_decay_at, mask=mask, other=0.0)
+    # A sum of strong decays would swallow a weak one, and differences of sums are what counts: in float32 that is far
+    # below what half precision rounds.
+    log = log.to(tl.float64 if PRECISE else tl.float32) * LOG2_E
+    total = tl.cumsum(log, axis=0)
+    middle = tl.sum(tl.where((i < C // 2)[:, None], log, 0.0), axis=0)
+    end = tl.sum(log, axis=0)
+    reach = tl.max(tl.maximum(-middle, middle - end), axis=0)
+    return total, middle, end, reach
+
+
+@triton.jit
+def decay_to_middle(totals_at, total, i, count, stride, rows, in_k, level):
+    """What is left, on the way between each token and the last of the first half of its block of 2^(level + 1) tokens."""
+    middle = ((i >> (level + 1)) << (level + 1)) + ((1 << level) - 1)
     # Where the block has no second half nothing asks for it.
     known = (middle < count)[:, None] & in_k
     between = tl.load(totals_at + (middle * stride)[:, None] + rows[None, :], mask=known, other=0.0)
@@ -50,9 +71,9 @@ def _gla_prepare_kernel(
     stride_gn, stride_gt, stride_gh,
     T, H, per_sequence, scale,
     K: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, ROWS: tl.constexpr,
-    VARLEN: tl.constexpr, PRECISE: tl.constexpr, PRECISION: tl.constexpr,
+    VARLEN: tl.constexpr, PRECISE: tl.constexpr, HALVED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of one key head.
+    """One chunk of one key head. `totals` is room for what threads tell each other; HALVED: one product never does.
 
     Shapes:  seen, left, totals: [B, T, H, K];  scores: [chunks, H, C, C];  ends: [chunks, H, K], log2 of what is left
     """
@@ -76,36 +97,41 @@ def _gla_prepare_kernel(
     log_decay_ptr += row * stride_gn + first * stride_gt + own * stride_gh
     dense = (row * T + first) * (H * K) + own * K
     offsets = (i * (H * K))[:, None] + rows[None, :]
-    totals_at = totals_ptr + dense
 
-    log = tl.load(log_decay_ptr + (i * stride_gt)[:, None] + rows[None, :], mask=mask, other=0.0)
-    # A sum of strong decays would swallow a weak one, and differences of sums are what counts: in float32 that is far
-    # below what half precision rounds.
-    total = tl.cumsum(log.to(tl.float64 if PRECISE else tl.float32), axis=0) * LOG2_E  # [C, ROWS]
-    tl.store(totals_at + offsets, total, mask=mask)
-    # What threads stored, others load.
-    tl.debug_barrier()
+    log_decay_at = log_decay_ptr + (i * stride_gt)[:, None] + rows[None, :]
+    total, middle, end, reach = sum_up(log_decay_at, mask, i, C, PRECISE)
     place = chunk.to(tl.int64) * H + own
-    end = tl.load(totals_at + (count - 1) * (H * K) + rows, mask=rows < K, other=0.0)
     tl.store(ends_ptr + place * K + rows, end.to(tl.float32), mask=rows < K)
     q = tl.load(q_ptr + (i * stride_qt)[:, None] + rows[None, :], mask=mask, other=0.0)  # [C, ROWS]
     k = tl.load(k_ptr + (i * stride_kt)[:, None] + rows[None, :], mask=mask, other=0.0)  # [C, ROWS]
-    seen = q * (tl.exp2(total.to(tl.float32)) * scale)
-    tl.store(seen_ptr + dense + offsets, seen.to(q.dtype), mask=mask)
-    left = k * tl.exp2((end[None, :] - total).to(tl.float32))
-    tl.store(left_ptr + dense + offsets, left.to(k.dtype), mask=mask)
-
     same = tl.sum(q.to(tl.float32) * k, axis=1)
-    scores = tl.where(i[:, None] == i[None, :], same[:, None], 0.0)
-    for level in tl.static_range(LEVELS):
-        fading = decay_to_middle(totals_at, total, i, count, H * K, rows, in_k, level)
-        second = ((i >> level) & 1)[:, None] != 0
-        later = tl.where(second, q * fading, 0.0).to(q.dtype)
-        earlier = tl.where(second, 0.0, k * fading).to(k.dtype)
-        corner = tl.dot(later, tl.trans(earlier), input_precision=PRECISION)
-        scores += tl.where((i >> (level + 1))[:, None] == (i >> (level + 1))[None, :], corner, 0.0)
+    if (reach <= REACH) & (not HALVED):
+        later = q * tl.exp2((total - middle[None, :]).to(tl.float32))
+        earlier = k * tl.exp2((middle[None, :] - total).to(tl.float32))
+        seen = later * (tl.exp2(middle.to(tl.float32)) * scale)[None, :]
+        left = earlier * tl.exp2((end - middle).to(tl.float32))[None, :]
+        scores = tl.dot(later.to(q.dtype), tl.trans(earlier.to(k.dtype)), input_precision=PRECISION)
+        scores = tl.where(i[:, None] > i[None, :], scores, 0.0)
+    else:
+        seen = q * (tl.exp2(total.to(tl.float32)) * scale)
+        left = k * tl.exp2((end[None, :] - total).to(tl.float32))
+        totals_at = totals_ptr + dense
+        tl.store(totals_at + offsets, total, mask=mask)
+        # What threads stored, others load.
+        tl.debug_barrier()
+        scores = tl.zeros([C, C], tl.float32)
+        for level in range(LEVELS):
+            fading = decay_to_middle(totals_at, total, i, count, H * K, rows, in_k, level)
+            second = ((i >> level) & 1)[:, None] != 0
+            later = tl.where(second, q * fading, 0.0).to(q.dtype)
+            earlier = tl.where(second, 0.0, k * fading).to(k.dtype)
+            corner = tl.dot(later, tl.trans(earlier), input_precision=PRECISION)
+            scores += tl.where((i >> (level + 1))[:, None] == (i >> (level + 1))[None, :], corner, 0.0)
+    tl.store(seen_ptr + dense + offsets, seen.to(q.dtype), mask=mask)
+    tl.store(left_ptr + dense + offsets, left.to(k.dtype), mask=mask)
+    scores = (scores + tl.where(i[:, None] == i[None, :], same[:, None], 0.0)) * scale
     square = i[:, None] * C + i[None, :]
-    tl.store(scores_ptr + place * (C * C) + square, (scores * scale).to(q.dtype))
+    tl.store(scores_ptr + place * (C * C) + square, scores.to(q.dtype))
 
 
 @triton.jit(do_not_specialize=LENGTHS)

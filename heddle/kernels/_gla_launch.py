@@ -76,7 +76,11 @@ class _Call:
             "K": self.K, "C": self.chunk, "ROWS": block(self.K), "VARLEN": cu_seqlens is not None,
             "PRECISION": "tf32x3" if q.device.type == "cuda" else "ieee",
         }  # fmt: skip
-        self.levels = {"LEVELS": self.chunk.bit_length() - 1, "PRECISE": self.precise}
+        self.levels = {
+            "LEVELS": self.chunk.bit_length() - 1,
+            "PRECISE": self.precise,
+            "HALVED": q.dtype == torch.float16,
+        }
         self.numbers = (self.T, self.H, self.chunks.per_sequence)
 
     def _segment_size(self) -> int:
@@ -165,6 +169,7 @@ class _Call:
         self,
         prepared: Prepared,
         d_out: Tensor,
+        log_decay: Tensor,
         states: tuple[Tensor, Tensor],
         given: tuple[Tensor | None, Tensor | None],
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -173,9 +178,9 @@ class _Call:
         d_log_decay = torch.empty(dq.shape, dtype=torch.float32, device=dq.device)
         launch = self.plan.gradient
         _gla_gradient_kernel[(self.chunks.count * self.H,)](
-            self.q, self.k, self.v, d_out, prepared.totals, *states, *(dq if x is None else x for x in given),
+            self.q, self.k, self.v, d_out, log_decay, prepared.totals, *states, *(dq if x is None else x for x in given),
             dq, dk, d_log_decay,
-            *self._chunk_table(), *_strides(self.q, self.k, self.v, d_out), *self.numbers,
+            *self._chunk_table(), *_strides(self.q, self.k, self.v, d_out, log_decay), *self.numbers,
             *(int(x is not None) for x in given), self.scale,
             V=self.V, COLUMNS=min(launch.columns, block(self.V)), GROUP=self.HV // self.H,
             **self.levels, **self.constants, **launch.options(),
@@ -258,5 +263,5 @@ def launch_backward(
     before, after = dense_state(initial_state), dense_state(d_final)
     _, _, states = call.sweep(prepared, v, before, out=False, keep=True)
     dv, d_initial, d_states = call.sweep(prepared, d_out, after, backward=True, keep=True)
-    dq, dk, d_gate = call.gradients(prepared, d_out, (states, d_states), (before, after))
+    dq, dk, d_gate = call.gradients(prepared, d_out, log_decay, (states, d_states), (before, after))
     return dq, dk, dv, d_gate.to(log_decay.dtype), d_initial

@@ -245,7 +245,7 @@ def _function(
 class _Peer:
     """The same function elsewhere: where it is, for whole sequences and for a token, and its names for our arguments.
 
-    `guarded`: its backward refuses to run on Hopper with the Triton of the day, since results may be wrong there.
+    `token_names`: those for a token, where they differ. `guarded`: its backward refuses to run on Hopper with the Triton of the day, since results may be wrong there.
     """
 
     module: str
@@ -253,6 +253,7 @@ class _Peer:
     token: str
     names: Mapping[str, str]
     guarded: bool = False
+    token_names: Mapping[str, str] | None = None
 
 
 _SIMPLE_GLA = ("fla.ops.simple_gla", "chunk_simple_gla", "fused_recurrent_simple_gla")
@@ -266,6 +267,14 @@ _PEERS = {
         {"log_decay": "g"},
         guarded=True,
     ),
+    "gla": _Peer(
+        "fla.ops.gla",
+        "chunk_gla",
+        "fused_recurrent_gla",
+        {"log_decay": "g"},
+        token_names={"log_decay": "gk"},
+    ),
+    "kda": _Peer("fla.ops.kda", "chunk_kda", "fused_recurrent_kda", {"log_decay": "g"}),
     "delta_rule": _Peer("fla.ops.delta_rule", "chunk_delta_rule", "fused_recurrent_delta_rule", {}),
     "lightning": _Peer(*_SIMPLE_GLA, {"log_decay": "g_gamma"}),
     "lightning_linear": _Peer(*_SIMPLE_GLA, {"log_decay": "g_gamma"}),
@@ -284,10 +293,12 @@ def _rival(name: str, phase: Phase) -> Callable[..., Any] | None:
             vars(importlib.import_module("fla.ops.common.chunk_o"))["TRITON_ABOVE_3_7_1"] = True
     except Exception:
         return None
-    run = getattr(found, peer.token if _decodes(phase) else peer.whole)
+    run, names = getattr(found, peer.whole), peer.names
+    if _decodes(phase):
+        run, names = getattr(found, peer.token), peer.token_names or peer.names
 
     def rival(**arguments: Any) -> Any:
-        renamed = {peer.names.get(name, name): value for name, value in arguments.items()}
+        renamed = {names.get(name, name): value for name, value in arguments.items()}
         return run(**renamed, output_final_state=_decodes(phase))
 
     return rival

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,24 +37,19 @@ LENGTHS = (1, 63, 65, 600)
 PACKED = [0, 5, 5, 133, 300]
 TRIED = {
     "prepare": (
-        Launch(64, 64, 4, 1), Launch(64, 64, 8, 1), Launch(64, 64, 8, 1, 128), Launch(64, 64, 4, 1, 168),
-        Launch(64, 64, 16, 1),
+        Launch(64, 64, 4, 1), Launch(64, 64, 8, 1), Launch(64, 64, 8, 1, 128), Launch(64, 64, 16, 1),
     ),
-    "forward": (
-        Launch(64, 64, 4, 2), Launch(64, 64, 4, 3), Launch(64, 128, 8, 2), Launch(64, 128, 8, 3), Launch(64, 32, 4, 3),
-        Launch(64, 64, 4, 1),
-    ),
-    "summary": (Launch(64, 64, 4, 3), Launch(64, 128, 8, 3), Launch(64, 64, 4, 2)),
-    "keep": (Launch(64, 64, 4, 2), Launch(64, 64, 4, 3), Launch(64, 128, 8, 2), Launch(64, 128, 8, 3)),
-    "backward": (
-        Launch(64, 64, 4, 2), Launch(64, 64, 4, 3), Launch(64, 128, 8, 2), Launch(64, 128, 8, 3), Launch(64, 64, 4, 1),
-    ),
+    "forward": (Launch(64, 64, 4, 2), Launch(64, 64, 4, 3), Launch(64, 128, 8, 2)),
+    "summary": (Launch(64, 64, 4, 3), Launch(64, 128, 8, 3)),
+    "keep": (Launch(64, 64, 4, 3), Launch(64, 128, 8, 3)),
+    "backward": (Launch(64, 64, 4, 3), Launch(64, 128, 8, 3)),
     "gradient": (
-        Launch(64, 64, 8, 1), Launch(64, 32, 8, 1), Launch(64, 128, 8, 1), Launch(64, 64, 4, 1), Launch(64, 64, 8, 2),
-        Launch(64, 64, 16, 1), Launch(64, 32, 8, 1, 128),
+        Launch(64, 64, 8, 1), Launch(64, 32, 8, 1), Launch(64, 128, 8, 1), Launch(64, 64, 4, 1), Launch(64, 64, 16, 1),
+        Launch(64, 32, 8, 1, 128), Launch(64, 64, 8, 1, 128), Launch(64, 32, 4, 1),
     ),
 }  # fmt: skip
-SHAPES = {"8x4096": (8, 4096), "1x32768": (1, 32768)}
+# Sequences, tokens, and a factor of the log-decays: strong ones take the longer way through a chunk.
+SHAPES = {"8x4096": (8, 4096, 1.0), "1x32768": (1, 32768, 1.0), "8x4096 strong": (8, 4096, 100.0)}
 Overrides = dict[str, Any]
 
 
@@ -65,6 +61,17 @@ def every_tuning() -> Iterator[Overrides]:
         yield dict.fromkeys(TRIED, launch)
 
 
+def hard(dtype: torch.dtype, *choices: float) -> Sample:
+    """Log-decays drawn from a few: strong ones beside weak ones, so that sums of them hide the weak."""
+    sample = draw(gla, {"B": 1, "H": 1, "HV": 2, "K": 128, "V": 128, "T": 300}, dtype)
+    log_decay = sample.arguments["log_decay"]
+    picked = torch.randint(len(choices), log_decay.shape, generator=torch.Generator().manual_seed(1))
+    return replace(
+        sample,
+        arguments={**sample.arguments, "log_decay": torch.tensor(choices, dtype=log_decay.dtype)[picked]},
+    )
+
+
 def every_sample() -> Iterator[tuple[str, Overrides, Sample]]:
     """What is compared with the reference by default configurations."""
     for dtype, (K, V) in itertools.product(DTYPES, SIZES):
@@ -74,6 +81,9 @@ def every_sample() -> Iterator[tuple[str, Overrides, Sample]]:
             yield f"{name} T={T}", {}, draw(gla, {**shape, "T": T}, dtype)
         packed = draw(gla, {**shape, "T": PACKED[-1]}, dtype, cu_seqlens=PACKED)
         yield f"{name} packed", {"segment": 64}, packed
+    for dtype in DTYPES:
+        yield f"{dtype} hard", {}, hard(dtype, 0.0, -1e-6, -1e-3, -1.0, -20.0)
+        yield f"{dtype} weak", {}, hard(dtype, 0.0, -1e-6, -1e-3, -0.1)
 
 
 def judged(overrides: Overrides, sample: Sample) -> list[Measured]:
@@ -96,13 +106,26 @@ def warm(index: int) -> None:
             print(f"{overrides}: {' '.join(str(error).split())[-200:]}", flush=True)
 
 
-def kernel_times(B: int, T: int) -> dict[str, float]:
+def draw_timed(shape: dict[str, int]) -> dict[str, torch.Tensor]:
+    """The inputs that benchmarks use."""
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    assert gla.cases.timed_inputs is not None
+    drawn = gla.cases.timed_inputs(shape, generator)
+    return {
+        name: x.to(torch.bfloat16 if name in gla.cases.rounded else torch.float32)
+        for name, x in drawn.items()
+    }
+
+
+def kernel_times(B: int, T: int, strength: float) -> dict[str, float]:
     """Milliseconds of each kernel of one call forward and one backward, by phase and name."""
     from torch.profiler import ProfilerActivity, profile
 
     shape = {"B": B, "T": T, "H": 16, "HV": 16, "K": 128, "V": 128}
     sample = draw(gla, shape, torch.bfloat16, initial_state=False, device=DEVICE)
+    sample.arguments.update(draw_timed(shape))
     q, k, v, log_decay = (sample.arguments[name] for name in ("q", "k", "v", "log_decay"))
+    log_decay = log_decay * strength
     calls = {
         "fwd": lambda: launch_forward(q, k, v, log_decay, 1.0, None, None),
         "bwd": lambda: launch_backward(sample.upstream[0], None, q, k, v, log_decay, 1.0, None, None),
@@ -138,8 +161,8 @@ def sweep(log: Log, late: Callable[[], bool]) -> list[str]:
             if not log.check(f"bfloat16 {text}", judged(overrides, tuned_sample())):
                 continue
             with tuning(**overrides):
-                for shape, (B, T) in SHAPES.items():
-                    times = kernel_times(B, T)
+                for shape, setting in SHAPES.items():
+                    times = kernel_times(*setting)
                     told = "  ".join(
                         f"{name.replace('_gla_', '').replace('_kernel', '')} {ms:.4f}"
                         for name, ms in times.items()
