@@ -245,7 +245,8 @@ def _function(
 class _Peer:
     """The same function elsewhere: where it is, for whole sequences and for a token, and its names for our arguments.
 
-    `token_names`: those for a token, where they differ. `guarded`: its backward refuses to run on Hopper with the Triton of the day, since results may be wrong there.
+    `token_names`: those for a token, where they differ. `guarded`: its backward refuses to run on Hopper with the Triton of
+    the day, since results may be wrong there.
     """
 
     module: str
