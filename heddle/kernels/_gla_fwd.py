@@ -12,7 +12,8 @@ The second direction gives dv, with S the gradient of the state.
 The decay between two tokens is that up to a token between them times that from there on. Where a chunk fades by less than
 2^-80 one token in its middle does for all pairs: one power is above 1 then, but far from the ends of bfloat16 and float32.
 Elsewhere, and in float16, which has no such ends, blocks are halved until one token is left, with the last token of the
-first half between (`decay_to_middle`), and no power is above 1. That costs log2(C) products of which only a corner counts.
+first half between (`decay_to_middle`), and no power is above 1. That costs log2(C) products of which only a corner counts,
+and registers, so a second launch does it, of programs that end at once where the first was enough.
 
 If sequences are too few to fill the device they are cut into segments: a first sweep sums up each on its own, `carry` takes
 the states from segment to segment, and a second sweep starts from there.
@@ -54,6 +55,19 @@ def sum_up(log_decay_at, mask, i, C: tl.constexpr, PRECISE: tl.constexpr):
 
 
 @triton.jit
+def power_from(middle, total):
+    """The decay from the middle of a chunk to each token, above 1 before it.  Shapes:  [ROWS], [C, ROWS] -> [C, ROWS]"""
+    # The bound keeps what the second launch is to overwrite from overflowing.
+    return tl.exp2(tl.minimum(total - middle[None, :], REACH).to(tl.float32))
+
+
+@triton.jit
+def power_until(middle, total):
+    """The decay from each token to the middle of a chunk, above 1 after it.  Shapes:  [ROWS], [C, ROWS] -> [C, ROWS]"""
+    return tl.exp2(tl.minimum(middle[None, :] - total, REACH).to(tl.float32))
+
+
+@triton.jit
 def decay_to_middle(totals_at, total, i, count, stride, rows, in_k, level):
     """What is left, on the way between each token and the last of the first half of its block of 2^(level + 1) tokens."""
     middle = ((i >> (level + 1)) << (level + 1)) + ((1 << level) - 1)
@@ -65,7 +79,7 @@ def decay_to_middle(totals_at, total, i, count, stride, rows, in_k, level):
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _gla_prepare_kernel(
-    q_ptr, k_ptr, log_decay_ptr, seen_ptr, left_ptr, totals_ptr, scores_ptr, ends_ptr, table_ptr, cu_seqlens_ptr,
+    q_ptr, k_ptr, log_decay_ptr, seen_ptr, left_ptr, totals_ptr, scores_ptr, ends_ptr, reach_ptr, table_ptr, cu_seqlens_ptr,
     stride_qn, stride_qt, stride_qh,
     stride_kn, stride_kt, stride_kh,
     stride_gn, stride_gt, stride_gh,
@@ -73,15 +87,19 @@ def _gla_prepare_kernel(
     K: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, ROWS: tl.constexpr,
     VARLEN: tl.constexpr, PRECISE: tl.constexpr, HALVED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of one key head. `totals` is room for what threads tell each other; HALVED: one product never does.
+    """One chunk of one key head, ROWS channels at a time; HALVED: where one product does not do for all pairs.
 
-    Shapes:  seen, left, totals: [B, T, H, K];  scores: [chunks, H, C, C];  ends: [chunks, H, K], log2 of what is left
+    Shapes:  seen, left: [B, T, H, K];  totals: the same, room for what threads tell each other;  scores: [chunks, H, C, C]
+             ends: [chunks, H, K], log2 of what is left;  reach: [chunks, H], where HALVED is to look
     """
     head = tl.program_id(0) % H
     chunk = tl.program_id(0) // H
     n, j, begin, length = find_sequence(chunk, table_ptr, cu_seqlens_ptr, T, per_sequence, VARLEN)
+    place = chunk.to(tl.int64) * H + head
     # An empty sequence has a chunk as well, without a token.
     if (n < 0) | (j * C >= length):
+        return
+    if (tl.load(reach_ptr + place) <= REACH) & HALVED:
         return
 
     row = n.to(tl.int64) if not VARLEN else tl.zeros((), tl.int64)
@@ -89,49 +107,59 @@ def _gla_prepare_kernel(
     own = head.to(tl.int64)
     count = tl.minimum(length - j * C, C)
     i = tl.arange(0, C)
-    rows = tl.arange(0, ROWS)
-    in_k = (rows < K)[None, :]
-    mask = (i < count)[:, None] & in_k
+    present = (i < count)[:, None]
     q_ptr += row * stride_qn + first * stride_qt + own * stride_qh
     k_ptr += row * stride_kn + first * stride_kt + own * stride_kh
     log_decay_ptr += row * stride_gn + first * stride_gt + own * stride_gh
     dense = (row * T + first) * (H * K) + own * K
-    offsets = (i * (H * K))[:, None] + rows[None, :]
-
-    log_decay_at = log_decay_ptr + (i * stride_gt)[:, None] + rows[None, :]
-    total, middle, end, reach = sum_up(log_decay_at, mask, i, C, PRECISE)
-    place = chunk.to(tl.int64) * H + own
-    tl.store(ends_ptr + place * K + rows, end.to(tl.float32), mask=rows < K)
-    q = tl.load(q_ptr + (i * stride_qt)[:, None] + rows[None, :], mask=mask, other=0.0)  # [C, ROWS]
-    k = tl.load(k_ptr + (i * stride_kt)[:, None] + rows[None, :], mask=mask, other=0.0)  # [C, ROWS]
-    same = tl.sum(q.to(tl.float32) * k, axis=1)
-    if (reach <= REACH) & (not HALVED):
-        later = q * tl.exp2((total - middle[None, :]).to(tl.float32))
-        earlier = k * tl.exp2((middle[None, :] - total).to(tl.float32))
-        seen = later * (tl.exp2(middle.to(tl.float32)) * scale)[None, :]
-        left = earlier * tl.exp2((end - middle).to(tl.float32))[None, :]
-        scores = tl.dot(later.to(q.dtype), tl.trans(earlier.to(k.dtype)), input_precision=PRECISION)
-        scores = tl.where(i[:, None] > i[None, :], scores, 0.0)
-    else:
-        seen = q * (tl.exp2(total.to(tl.float32)) * scale)
-        left = k * tl.exp2((end[None, :] - total).to(tl.float32))
-        totals_at = totals_ptr + dense
-        tl.store(totals_at + offsets, total, mask=mask)
-        # What threads stored, others load.
-        tl.debug_barrier()
-        scores = tl.zeros([C, C], tl.float32)
-        for level in range(LEVELS):
-            fading = decay_to_middle(totals_at, total, i, count, H * K, rows, in_k, level)
-            second = ((i >> level) & 1)[:, None] != 0
-            later = tl.where(second, q * fading, 0.0).to(q.dtype)
-            earlier = tl.where(second, 0.0, k * fading).to(k.dtype)
-            corner = tl.dot(later, tl.trans(earlier), input_precision=PRECISION)
-            scores += tl.where((i >> (level + 1))[:, None] == (i >> (level + 1))[None, :], corner, 0.0)
-    tl.store(seen_ptr + dense + offsets, seen.to(q.dtype), mask=mask)
-    tl.store(left_ptr + dense + offsets, left.to(k.dtype), mask=mask)
+    seen_ptr += dense
+    left_ptr += dense
+    totals_ptr += dense
+    scores = tl.zeros([C, C], tl.float32)
+    same = tl.zeros([C], tl.float32)
+    farthest = 0.0
+    for tile in range(0, K, ROWS):
+        rows = tile + tl.arange(0, ROWS)
+        in_k = (rows < K)[None, :]
+        mask = present & in_k
+        offsets = (i * (H * K))[:, None] + rows[None, :]
+        log_decay_at = log_decay_ptr + (i * stride_gt)[:, None] + rows[None, :]
+        total, middle, end, reach = sum_up(log_decay_at, mask, i, C, PRECISE)
+        tl.store(ends_ptr + place * K + rows, end.to(tl.float32), mask=rows < K)
+        q = tl.load(q_ptr + (i * stride_qt)[:, None] + rows[None, :], mask=mask, other=0.0)  # [C, ROWS]
+        k = tl.load(k_ptr + (i * stride_kt)[:, None] + rows[None, :], mask=mask, other=0.0)  # [C, ROWS]
+        same += tl.sum(q.to(tl.float32) * k, axis=1)
+        if HALVED:
+            seen = q * (tl.exp2(total.to(tl.float32)) * scale)
+            left = k * tl.exp2((end[None, :] - total).to(tl.float32))
+            tl.store(totals_ptr + offsets, total, mask=mask)
+            # What threads stored, others load.
+            tl.debug_barrier()
+            for level in range(LEVELS):
+                fading = decay_to_middle(totals_ptr, total, i, count, H * K, rows, in_k, level)
+                second = ((i >> level) & 1)[:, None] != 0
+                later = tl.where(second, q * fading, 0.0).to(q.dtype)
+                earlier = tl.where(second, 0.0, k * fading).to(k.dtype)
+                corner = tl.dot(later, tl.trans(earlier), input_precision=PRECISION)
+                scores += tl.where((i >> (level + 1))[:, None] == (i >> (level + 1))[None, :], corner, 0.0)
+        else:
+            farthest = tl.maximum(farthest, reach.to(tl.float32))
+            later = q * power_from(middle, total)
+            earlier = k * power_until(middle, total)
+            seen = later * (tl.exp2(middle.to(tl.float32)) * scale)[None, :]
+            left = earlier * tl.exp2((end - middle).to(tl.float32))[None, :]
+            scores = tl.dot(
+                later.to(q.dtype), tl.trans(earlier.to(k.dtype)), scores, input_precision=PRECISION
+            )
+        tl.store(seen_ptr + offsets, seen.to(q.dtype), mask=mask)
+        tl.store(left_ptr + offsets, left.to(k.dtype), mask=mask)
+    if not HALVED:
+        tl.store(reach_ptr + place, farthest)
+    # Masked where a power may have been too large as well.
+    scores = tl.where(i[:, None] > i[None, :], scores, 0.0)
     scores = (scores + tl.where(i[:, None] == i[None, :], same[:, None], 0.0)) * scale
     square = i[:, None] * C + i[None, :]
-    tl.store(scores_ptr + place * (C * C) + square, scores.to(q.dtype))
+    tl.store(scores_ptr + place * (C * C) + square, scores.to(q_ptr.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=LENGTHS)

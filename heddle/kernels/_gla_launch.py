@@ -24,6 +24,8 @@ from heddle.kernels.configs.launch import Launch
 # docs/decisions/0005-ragged-heads.md.
 LEAST_HEAD = 64
 CARRY_BLOCK = 1024
+# Channels of keys treated at a time where all are independent: with more, registers would not do.
+KEY_TILE = 64
 # Programs that share a multiprocessor, and tokens of a segment at least.
 RESIDENT, LEAST_SEGMENT = 2, 256
 
@@ -48,7 +50,8 @@ def plan(device: torch.device, element: int, size: int) -> Plan:
 class Prepared:
     """What `_gla_prepare_kernel` makes of queries, keys and decays.
 
-    Shapes:  seen, left, totals: [B, T, H, K];  scores: [chunks, H, C, C];  ends: [chunks, H, K]
+    Shapes:  seen, left: [B, T, H, K];  scores: [chunks, H, C, C];  ends: [chunks, H, K];  reach: [chunks, H]
+             totals: [B, T, H, K], room for what threads tell each other
     """
 
     seen: Tensor
@@ -56,6 +59,7 @@ class Prepared:
     totals: Tensor
     scores: Tensor
     ends: Tensor
+    reach: Tensor
 
 
 class _Call:
@@ -73,14 +77,18 @@ class _Call:
         self.chunks = lay_out(self.T, self.sequences, self.chunk, self.cu_seqlens)
         self.segments = lay_out(self.T, self.sequences, self._segment_size(), self.cu_seqlens)
         self.constants: dict[str, Any] = {
-            "K": self.K, "C": self.chunk, "ROWS": block(self.K), "VARLEN": cu_seqlens is not None,
+            "K": self.K, "C": self.chunk, "VARLEN": cu_seqlens is not None,
             "PRECISION": "tf32x3" if q.device.type == "cuda" else "ieee",
         }  # fmt: skip
-        self.levels = {
+        self.tile = min(tuned("tile", KEY_TILE), block(self.K))
+        self.tiled = {
+            **self.constants,
+            "ROWS": self.tile,
             "LEVELS": self.chunk.bit_length() - 1,
             "PRECISE": self.precise,
-            "HALVED": q.dtype == torch.float16,
         }
+        # Where one product may do for a chunk, and where it does not.
+        self.ways = (True,) if q.dtype == torch.float16 else (False, True)
         self.numbers = (self.T, self.H, self.chunks.per_sequence)
 
     def _segment_size(self) -> int:
@@ -100,12 +108,15 @@ class _Call:
             totals=make(keys, dtype=torch.float64 if self.precise else torch.float32),
             scores=make(chunks, self.H, self.chunk, self.chunk, dtype=self.q.dtype),
             ends=make(chunks, self.H, self.K, dtype=torch.float32),
+            reach=torch.full((chunks, self.H), torch.inf, device=self.q.device),
         )
-        _gla_prepare_kernel[(chunks * self.H,)](
-            self.q, self.k, log_decay, prepared.seen, prepared.left, prepared.totals, prepared.scores, prepared.ends,
-            *self._chunk_table(), *_strides(self.q, self.k, log_decay), *self.numbers, self.scale,
-            **self.levels, **self.constants, **self.plan.prepare.options(),
-        )  # fmt: skip
+        for halved in self.ways:
+            _gla_prepare_kernel[(chunks * self.H,)](
+                self.q, self.k, log_decay, prepared.seen, prepared.left, prepared.totals, prepared.scores,
+                prepared.ends, prepared.reach,
+                *self._chunk_table(), *_strides(self.q, self.k, log_decay), *self.numbers, self.scale,
+                HALVED=halved, **self.tiled, **self.plan.prepare.options(),
+            )  # fmt: skip
         return prepared
 
     def sweep(
@@ -140,7 +151,8 @@ class _Call:
                 *sides, values, prepared.scores, prepared.ends, final if given is None else given,
                 output, final, states, starts, logs, table, chunk_offsets, packed,
                 *_strides(values), *self.numbers, segments.per_sequence, segments.size, int(given is not None),
-                V=self.V, COLUMNS=columns, GROUP=self.HV // self.H, BACKWARD=backward, **constants, **self.constants,
+                V=self.V, ROWS=block(self.K), COLUMNS=columns, GROUP=self.HV // self.H, BACKWARD=backward,
+                **constants, **self.constants,
                 **launch.options(),
             )  # fmt: skip
 
@@ -177,14 +189,16 @@ class _Call:
         dq, dk = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (self.q, self.k))
         d_log_decay = torch.empty(dq.shape, dtype=torch.float32, device=dq.device)
         launch = self.plan.gradient
-        _gla_gradient_kernel[(self.chunks.count * self.H,)](
-            self.q, self.k, self.v, d_out, log_decay, prepared.totals, *states, *(dq if x is None else x for x in given),
-            dq, dk, d_log_decay,
-            *self._chunk_table(), *_strides(self.q, self.k, self.v, d_out, log_decay), *self.numbers,
-            *(int(x is not None) for x in given), self.scale,
-            V=self.V, COLUMNS=min(launch.columns, block(self.V)), GROUP=self.HV // self.H,
-            **self.levels, **self.constants, **launch.options(),
-        )  # fmt: skip
+        programs = self.chunks.count * self.H * triton.cdiv(self.K, self.tile)
+        for halved in self.ways:
+            _gla_gradient_kernel[(programs,)](
+                self.q, self.k, self.v, d_out, log_decay, prepared.totals, *states,
+                *(dq if x is None else x for x in given), dq, dk, d_log_decay, prepared.reach,
+                *self._chunk_table(), *_strides(self.q, self.k, self.v, d_out, log_decay), *self.numbers,
+                *(int(x is not None) for x in given), self.scale,
+                V=self.V, COLUMNS=min(launch.columns, block(self.V)), GROUP=self.HV // self.H, HALVED=halved,
+                **self.tiled, **launch.options(),
+            )  # fmt: skip
         return dq, dk, d_log_decay
 
     def _chunk_table(self) -> tuple[Tensor, Tensor]:

@@ -37,17 +37,15 @@ LENGTHS = (1, 63, 65, 600)
 PACKED = [0, 5, 5, 133, 300]
 TRIED = {
     "prepare": (
-        Launch(64, 64, 4, 1), Launch(64, 64, 8, 1), Launch(64, 64, 8, 1, 128), Launch(64, 64, 16, 1),
+        Launch(64, 64, 4, 1), Launch(64, 64, 8, 1), Launch(64, 64, 4, 1, 168), Launch(64, 64, 4, 1, 128),
+        Launch(64, 64, 4, 2),
     ),
-    "forward": (Launch(64, 64, 4, 2), Launch(64, 64, 4, 3), Launch(64, 128, 8, 2)),
-    "summary": (Launch(64, 64, 4, 3), Launch(64, 128, 8, 3)),
-    "keep": (Launch(64, 64, 4, 3), Launch(64, 128, 8, 3)),
-    "backward": (Launch(64, 64, 4, 3), Launch(64, 128, 8, 3)),
     "gradient": (
-        Launch(64, 64, 8, 1), Launch(64, 32, 8, 1), Launch(64, 128, 8, 1), Launch(64, 64, 4, 1), Launch(64, 64, 16, 1),
-        Launch(64, 32, 8, 1, 128), Launch(64, 64, 8, 1, 128), Launch(64, 32, 4, 1),
+        Launch(64, 64, 8, 1), Launch(64, 32, 8, 1), Launch(64, 128, 8, 1), Launch(64, 64, 4, 1),
+        Launch(64, 64, 4, 1, 168), Launch(64, 32, 4, 1, 168), Launch(64, 64, 8, 1, 128), Launch(64, 128, 8, 1, 128),
     ),
 }  # fmt: skip
+TILES = (32, 128)
 # Sequences, tokens, and a factor of the log-decays: strong ones take the longer way through a chunk.
 SHAPES = {"8x4096": (8, 4096, 1.0), "1x32768": (1, 32768, 1.0), "8x4096 strong": (8, 4096, 100.0)}
 Overrides = dict[str, Any]
@@ -57,8 +55,8 @@ def every_tuning() -> Iterator[Overrides]:
     """The overrides that are tried, in a fixed order."""
     yield {}
     yield from ({name: launch} for name, launches in TRIED.items() for launch in launches)
-    for launch in (Launch(32, 64, 4, 2), Launch(32, 64, 8, 2)):
-        yield dict.fromkeys(TRIED, launch)
+    for tile, launches in itertools.product(TILES, zip(*TRIED.values(), strict=False)):
+        yield {"tile": tile, **dict(zip(TRIED, launches, strict=True))}
 
 
 def hard(dtype: torch.dtype, *choices: float) -> Sample:
@@ -156,7 +154,7 @@ def sweep(log: Log, late: Callable[[], bool]) -> list[str]:
     for overrides in every_tuning():
         if late():
             return [*lines, "sweep: out of time"]
-        text = ", ".join(f"{name} {launch}" for name, launch in list(overrides.items())[:1]) or "as set"
+        text = ", ".join(f"{name} {launch}" for name, launch in overrides.items()) or "as set"
         try:
             if not log.check(f"bfloat16 {text}", judged(overrides, tuned_sample())):
                 continue

@@ -32,11 +32,14 @@ from heddle.kernels import (
     _decay_attention_sweep,
     _gated_delta_rule_bwd,
     _gated_delta_rule_fwd,
+    _gla_bwd,
+    _gla_fwd,
     _simple_gla_sweep,
 )
 from heddle.kernels._gated_delta_rule_launch import LEAST_HEAD
+from heddle.kernels._gla_launch import KEY_TILE
 from heddle.kernels.common.layout import ALIGNMENT, block
-from heddle.kernels.configs import decay_attention, gated_delta_rule, simple_gla
+from heddle.kernels.configs import decay_attention, gated_delta_rule, gla, simple_gla
 from heddle.kernels.configs.launch import Launch
 
 RESULTS = Path(__file__).parent / "results"
@@ -51,13 +54,19 @@ KERNELS = {
     ("gated_delta_rule", "keep"): _gated_delta_rule_fwd._gated_delta_rule_fwd_state_kernel,
     ("gated_delta_rule", "backward"): _gated_delta_rule_bwd._gated_delta_rule_bwd_state_kernel,
     ("gated_delta_rule", "gradient"): _gated_delta_rule_bwd._gated_delta_rule_bwd_gradient_kernel,
+    ("gla", "prepare"): _gla_fwd._gla_prepare_kernel,
+    ("gla", "forward"): _gla_fwd._gla_sweep_kernel,
+    ("gla", "keep"): _gla_fwd._gla_sweep_kernel,
+    ("gla", "backward"): _gla_fwd._gla_sweep_kernel,
+    ("gla", "gradient"): _gla_bwd._gla_gradient_kernel,
 }
-DELTA = "gated_delta_rule"
+# Their launches share a chunk, and their kernels what they are told.
+PLANS = {"gated_delta_rule": gated_delta_rule.HOPPER, "gla": gla.HOPPER}
 ELEMENTS = {"bf16": 2, "fp16": 2, "fp32": 4}
 FLOATS = (
     "log_decay_ptr", "final_ptr", "states_ptr", "initial_ptr", "d_final_ptr", "d_final_t_ptr",
     "gates_ptr", "logs_ptr", "rows_ptr", "ends_ptr", "beta_ptr", "last_ptr", "summary_ptr", "starts_ptr",
-    "d_initial_ptr", "d_log_decay_ptr", "d_beta_ptr",
+    "d_initial_ptr", "d_log_decay_ptr", "d_beta_ptr", "totals_ptr", "reach_ptr",
 )  # fmt: skip
 DOUBLES = ("sums_ptr",)
 INTEGERS = ("table_ptr", "offsets_ptr", "cu_seqlens_ptr")
@@ -87,7 +96,7 @@ class Case:
 def cases(*, quick: bool) -> Iterator[Case]:
     """What is compiled."""
     sizes = QUICK if quick else [(K, V) for K in SIZES for V in SIZES]
-    yield from delta_cases(quick=quick)
+    yield from planned_cases(quick=quick)
     for op, (K, V) in itertools.product(("decay_attention", "simple_gla"), sizes):
         first = Case(op, "output", "bf16", K, V, aligned=True, many=False, backward=False)
         both = (first, replace(first, backward=True, many=True))
@@ -104,21 +113,27 @@ def cases(*, quick: bool) -> Iterator[Case]:
             yield from (replace(case, dtype="fp16") for case in both)
 
 
-def delta_cases(*, quick: bool) -> Iterator[Case]:
-    """The kernels of the delta rules, which take no head sizes below LEAST_HEAD."""
+def planned_cases(*, quick: bool) -> Iterator[Case]:
+    """The kernels of the delta rules and of gla, which take no head sizes below LEAST_HEAD."""
     sizes = (LEAST_HEAD, 128) if quick else [size for size in SIZES if size >= LEAST_HEAD]
     for K, V in [(size, LEAST_HEAD) for size in sizes] if quick else itertools.product(sizes, sizes):
-        for kernel in (name for op, name in KERNELS if op == DELTA):
-            yield Case(DELTA, kernel, "bf16", K, V, aligned=True, many=False, backward=False)
+        for op, kernel in ((op, kernel) for op, kernel in KERNELS if op in PLANS):
+            yield Case(op, kernel, "bf16", K, V, aligned=True, many=False, backward=kernel == "backward")
 
 
-def _delta_constants(case: Case, launch: Launch) -> dict[str, Any]:
+def _planned_constants(case: Case, launch: Launch) -> dict[str, Any]:
     plan = gated_delta_rule.HOPPER.plan(ELEMENTS[case.dtype], block(case.K))
-    return {
+    constants = {
         "K": case.K, "V": case.V, "C": launch.chunk, "ROWS": block(case.K), "COLUMNS": launch.columns, "GROUP": 1,
         "GATED": True, "VARLEN": False, "PRECISION": "tf32x3", "SOLVE": plan.inverse,
-        "LEVELS": launch.chunk.bit_length() - 1, "KEEP": case.kernel == "keep", "SEGMENTED": False, "SUMMARY": False,
+        "LEVELS": launch.chunk.bit_length() - 1, "KEEP": case.kernel == "keep" or (case.op == "gla" and case.backward),
+        "SEGMENTED": False, "SUMMARY": False, "OUT": case.kernel != "keep", "BACKWARD": case.backward,
+        "PRECISE": case.dtype == "fp32", "HALVED": case.dtype == "fp16",
     }  # fmt: skip
+    if case.op == "gla" and case.kernel in ("prepare", "gradient"):
+        constants["ROWS"] = min(KEY_TILE, block(case.K))
+    names = KERNELS[case.op, case.kernel].arg_names
+    return {name: value for name, value in constants.items() if name in names}
 
 
 def ptx(case: Case) -> tuple[str, dict[str, int | None]]:
@@ -130,9 +145,8 @@ def ptx(case: Case) -> tuple[str, dict[str, int | None]]:
         "ROLES": 3 if case.backward and case.K == case.V else 1, "BACKWARD": case.backward, "VARLEN": False,
         "PRECISION": "tf32x3",
     }  # fmt: skip
-    if case.op == DELTA:
-        constants = _delta_constants(case, launch)
-        constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    if case.op in PLANS:
+        constants = _planned_constants(case, launch)
     if case.kernel == "output":
         constants |= {"SEGMENTED": False, "HAS_INITIAL": True, "HAS_D_FINAL": case.backward}
     if case.op == "simple_gla":
@@ -143,7 +157,7 @@ def ptx(case: Case) -> tuple[str, dict[str, int | None]]:
     signature, hints = {}, {}
     for index, name in enumerate(kernel.arg_names):
         signature[name] = _type(name, case.dtype, constants)
-        if case.op == DELTA and name == "states_ptr":
+        if case.op in PLANS and name in ("states_ptr", "d_states_ptr"):
             signature[name] = f"*{case.dtype}"
         if name in constants:
             continue
@@ -159,9 +173,9 @@ def ptx(case: Case) -> tuple[str, dict[str, int | None]]:
 def _launch(case: Case) -> Launch:
     if case.op == "decay_attention":
         launch = decay_attention.HOPPER.launch(case.kernel, ELEMENTS[case.dtype], block(case.K))
-    elif case.op == DELTA:
-        plan = gated_delta_rule.HOPPER.plan(ELEMENTS[case.dtype], block(case.K))
-        launch = getattr(plan, case.kernel)
+    elif case.op in PLANS:
+        size = max(block(case.K), block(case.V)) if case.op == "gla" else block(case.K)
+        launch = getattr(PLANS[case.op].plan(ELEMENTS[case.dtype], size), case.kernel)
     else:
         kernel = "backward" if case.backward and case.kernel == "output" else case.kernel
         size = max(block(case.K), block(case.V))

@@ -55,7 +55,7 @@ def _even(launch: Launch, **others: Launch) -> Plan:
 _NARROW = Launch(chunk=16, columns=32, warps=4, stages=1)
 HOPPER = Family(
     half=Plan(
-        prepare=Launch(chunk=64, columns=64, warps=8, stages=1),
+        prepare=Launch(chunk=64, columns=64, warps=4, stages=1),
         forward=Launch(chunk=64, columns=64, warps=4, stages=2),
         summary=Launch(chunk=64, columns=64, warps=4, stages=3),
         keep=Launch(chunk=64, columns=64, warps=4, stages=3),
