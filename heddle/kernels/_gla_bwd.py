@@ -98,11 +98,11 @@ def _passed_on(
         offsets = (index // TILES) * (K * V) + rows[:, None] * V + columns[None, :]
         mask = (rows < K)[:, None] & (columns < V)[None, :]
         if opens:
-            state = tl.load(initial_ptr + offsets, mask=mask, other=0.0)
+            state = tl.load(initial_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         else:
             state = tl.load(states_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         if closes:
-            d_state = tl.load(d_final_ptr + offsets, mask=mask, other=0.0)
+            d_state = tl.load(d_final_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         else:
             d_state = tl.load(d_states_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         passed += tl.sum(state * d_state, axis=1)

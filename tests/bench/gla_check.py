@@ -38,7 +38,7 @@ PACKED = [0, 5, 5, 133, 300]
 TRIED = {
     "prepare": (
         Launch(64, 64, 4, 1), Launch(64, 64, 8, 1), Launch(64, 64, 4, 1, 168), Launch(64, 64, 4, 1, 128),
-        Launch(64, 64, 4, 2),
+        Launch(64, 64, 8, 1, 128),
     ),
     "gradient": (
         Launch(64, 64, 8, 1), Launch(64, 32, 8, 1), Launch(64, 128, 8, 1), Launch(64, 64, 4, 1),
