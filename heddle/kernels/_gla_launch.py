@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 from heddle.kernels._gla_bwd import _gla_gradient_kernel
 from heddle.kernels._gla_fwd import _gla_carry_kernel, _gla_prepare_kernel, _gla_sweep_kernel
 from heddle.kernels.common.layout import ALIGNMENT, aligned, block, dense_state
-from heddle.kernels.common.segments import cut, lay_out
+from heddle.kernels.common.segments import count_segments, cut, lay_out
 from heddle.kernels.common.tuning import tuned
 from heddle.kernels.configs.gla import INTERPRETER, Family, Plan, family
 from heddle.kernels.configs.launch import Launch
@@ -48,18 +48,37 @@ def plan(device: torch.device, element: int, size: int) -> Plan:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """What `_gla_prepare_kernel` makes of queries, keys and decays.
+    """What `_gla_prepare_kernel` makes of queries, keys and decays: the forward pass keeps it for the backward pass.
 
     Shapes:  seen, left: [B, T, H, K];  scores: [chunks, H, C, C];  ends: [chunks, H, K];  reach: [chunks, H]
-             totals: [B, T, H, K], room for what threads tell each other
     """
 
     seen: Tensor
     left: Tensor
-    totals: Tensor
     scores: Tensor
     ends: Tensor
     reach: Tensor
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        return self.seen, self.left, self.scores, self.ends, self.reach
+
+
+KEPT = len(fields(Prepared))
+
+
+def prepared_like(
+    q: Tensor, v: Tensor, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Memory for what is prepared, with K and V padded."""
+    B, T, H, K = q.shape
+    K, V = (_room(size, q.device) for size in (K, v.shape[3]))
+    sequences = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    chunk = plan(q.device, q.element_size(), max(K, V)).chunk
+    chunks = count_segments(T, sequences, chunk, packed=cu_seqlens is not None)
+    seen, left = (q.new_empty(B, T, H, K) for _ in range(2))
+    scores = q.new_empty(chunks, H, chunk, chunk)
+    ends, reach = (q.new_empty(*shape, dtype=torch.float32) for shape in ((chunks, H, K), (chunks, H)))
+    return seen, left, scores, ends, reach
 
 
 class _Call:
@@ -98,21 +117,19 @@ class _Call:
         size = tuned("segment", cut(self.T, self.sequences, programs, places, LEAST_SEGMENT))
         return int(triton.cdiv(size, self.chunk) * self.chunk)
 
+    def totals(self) -> Tensor:
+        """Room for what the threads of a program tell each other."""
+        dtype = torch.float64 if self.precise else torch.float32
+        return torch.empty(self.q.shape, dtype=dtype, device=self.q.device)
+
     def prepare(self, log_decay: Tensor) -> Prepared:
-        """What a sweep reads of the chunks; once for both directions."""
-        make = functools.partial(torch.empty, device=self.q.device)
-        keys, chunks = (self.B, self.T, self.H, self.K), self.chunks.count
-        prepared = Prepared(
-            seen=make(keys, dtype=self.q.dtype),
-            left=make(keys, dtype=self.q.dtype),
-            totals=make(keys, dtype=torch.float64 if self.precise else torch.float32),
-            scores=make(chunks, self.H, self.chunk, self.chunk, dtype=self.q.dtype),
-            ends=make(chunks, self.H, self.K, dtype=torch.float32),
-            reach=torch.full((chunks, self.H), torch.inf, device=self.q.device),
-        )
+        """What sweeps read of the chunks."""
+        prepared = Prepared(*prepared_like(self.q, self.v, self.cu_seqlens))
+        if False not in self.ways:
+            prepared.reach.fill_(torch.inf)
         for halved in self.ways:
-            _gla_prepare_kernel[(chunks * self.H,)](
-                self.q, self.k, log_decay, prepared.seen, prepared.left, prepared.totals, prepared.scores,
+            _gla_prepare_kernel[(self.chunks.count * self.H,)](
+                self.q, self.k, log_decay, prepared.seen, prepared.left, self.totals(), prepared.scores,
                 prepared.ends, prepared.reach,
                 *self._chunk_table(), *_strides(self.q, self.k, log_decay), *self.numbers, self.scale,
                 HALVED=halved, **self.tiled, **self.plan.prepare.options(),
@@ -192,7 +209,7 @@ class _Call:
         programs = self.chunks.count * self.H * triton.cdiv(self.K, self.tile)
         for halved in self.ways:
             _gla_gradient_kernel[(programs,)](
-                self.q, self.k, self.v, d_out, log_decay, prepared.totals, *states,
+                self.q, self.k, self.v, d_out, log_decay, self.totals(), *states,
                 *(dq if x is None else x for x in given), dq, dk, d_log_decay, prepared.reach,
                 *self._chunk_table(), *_strides(self.q, self.k, self.v, d_out, log_decay), *self.numbers,
                 *(int(x is not None) for x in given), self.scale,
@@ -236,18 +253,19 @@ def launch_forward(
     scale: float,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Output and final state; arguments as those of the registered op."""
+) -> tuple[Tensor, ...]:
+    """Output, final state, and what the backward pass wants; arguments as those of the registered op."""
     K, V = q.shape[3], v.shape[3]
     found = _padded((q, k, log_decay), (v,), (initial_state,))
     if found is not None:
         (q, k, log_decay), (v,), (before,) = found
-        out, final = launch_forward(q, k, v, log_decay, scale, before, cu_seqlens)
-        return out[..., :V].contiguous(), final[..., :K, :V].contiguous()
+        out, final, *kept = launch_forward(q, k, v, log_decay, scale, before, cu_seqlens)
+        return out[..., :V].contiguous(), final[..., :K, :V].contiguous(), *kept
     q, k, v, log_decay = (aligned(x) for x in (q, k, v, log_decay))
     call = _Call(q, k, v, scale, cu_seqlens)
-    out, final, _ = call.sweep(call.prepare(log_decay), v, dense_state(initial_state))
-    return out, final
+    prepared = call.prepare(log_decay)
+    out, final, _ = call.sweep(prepared, v, dense_state(initial_state))
+    return out, final, *prepared.tensors()
 
 
 def launch_backward(
@@ -260,20 +278,24 @@ def launch_backward(
     scale: float,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
+    *kept: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, log_decay and of the initial state; arguments as those of the registered op."""
+    """Gradients of q, k, v, log_decay and of the initial state; arguments as those of the registered op.
+
+    What was `kept` is made again if it is empty.
+    """
     K, V = q.shape[3], v.shape[3]
     found = _padded((q, k, log_decay), (v, d_out), (d_final, initial_state))
     if found is not None:
         (q, k, log_decay), (v, d_out), (after, before) = found
-        wide = launch_backward(d_out, after, q, k, v, log_decay, scale, before, cu_seqlens)
+        wide = launch_backward(d_out, after, q, k, v, log_decay, scale, before, cu_seqlens, *kept)
         dq, dk, dv, d_gate, d_initial = wide
         cropped = (dq[..., :K], dk[..., :K], dv[..., :V], d_gate[..., :K], d_initial[..., :K, :V])
         first, second, third, fourth, fifth = (x.contiguous() for x in cropped)
         return first, second, third, fourth, fifth
     d_out, q, k, v, log_decay = (aligned(x) for x in (d_out.to(v.dtype), q, k, v, log_decay))
     call = _Call(q, k, v, scale, cu_seqlens)
-    prepared = call.prepare(log_decay)
+    prepared = Prepared(*kept) if kept[0].numel() else call.prepare(log_decay)
     before, after = dense_state(initial_state), dense_state(d_final)
     _, _, states = call.sweep(prepared, v, before, out=False, keep=True)
     dv, d_initial, d_states = call.sweep(prepared, d_out, after, backward=True, keep=True)

@@ -32,11 +32,17 @@ from heddle.kernels.op import (
 )
 
 try:
-    from heddle.kernels._gla_launch import launch_backward, launch_forward
+    from heddle.kernels._gla_launch import KEPT, launch_backward, launch_forward, prepared_like
     from heddle.kernels.common.decay_step import launch_step
 
     forward_kernels, step_kernels = register_decaying(
-        "gla_kernels", launch_forward, launch_backward, launch_step, learned=True
+        "gla_kernels",
+        launch_forward,
+        launch_backward,
+        launch_step,
+        learned=True,
+        kept=KEPT,
+        kept_like=prepared_like,
     )
     HAS_KERNELS = True
 except ImportError:
@@ -75,7 +81,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     path = gla.choose(q.device, q.dtype, K=q.shape[-1], V=v.shape[-1])
     if path == "triton":
-        return forward_kernels(q, k, v, log_decay, scale, initial_state, cu_seqlens)  # type: ignore[no-any-return]
+        out, final, *_ = forward_kernels(q, k, v, log_decay, scale, initial_state, cu_seqlens)
+        return out, final
     return chunked(q, k, v, log_decay, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens)
 
 

@@ -66,23 +66,27 @@ def draw_state(shape: Shape, generator: torch.Generator) -> Tensor:
 
 def register_decaying(
     name: str,
-    forward: Callable[..., tuple[Tensor, Tensor]],
+    forward: Callable[..., tuple[Tensor, ...]],
     backward: Callable[..., tuple[Tensor, ...]],
     step: Callable[..., tuple[Tensor, Tensor]],
     *,
     learned: bool,
+    kept: int = 0,
+    kept_like: Callable[..., tuple[Tensor, ...]] = lambda *_: (),
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Makes an op and its decode step known to torch, with their gradients, and returns what calls them.
 
-        forward(q, k, v, log_decay, scale, initial_state, cu_seqlens)  -> output, final state
-        backward(d_out, d_final, ... as forward)                       -> gradients of q, k, v, log_decay, initial state
+        forward(q, k, v, log_decay, scale, initial_state, cu_seqlens)  -> output, final state, what is kept
+        backward(d_out, d_final, ... as forward, *what is kept)        -> gradients of q, k, v, log_decay, initial state
         step(q, k, v, log_decay, state, scale)                         -> output, state
 
-    A `log_decay` that is not `learned` has no gradient: `backward` leaves it out.
+    A `log_decay` that is not `learned` has no gradient: `backward` leaves it out. So many tensors are `kept` for the
+    backward pass; `kept_like(q, v, cu_seqlens)` makes such. After a step, which keeps nothing, they are empty.
     """
     backward_op = register(
         f"{name}_backward",
-        f"(Tensor d_out, Tensor? d_final, {_INPUTS}) -> ({', '.join(['Tensor'] * (4 + learned))})",
+        f"(Tensor d_out, Tensor? d_final, {_INPUTS}{''.join(f', Tensor kept_{n}' for n in range(kept))})"
+        f" -> ({', '.join(['Tensor'] * (4 + learned))})",
         backward,
         fake=_gradients_like(learned=learned),
     )
@@ -94,9 +98,9 @@ def register_decaying(
 
     forward_op = register(
         name,
-        f"({_INPUTS}) -> (Tensor, Tensor)",
+        f"({_INPUTS}) -> ({', '.join(['Tensor'] * (2 + kept))})",
         forward,
-        fake=_results_like,
+        fake=_results_like(kept_like),
         setup_context=_keep,
         backward=gradients,
     )
@@ -105,7 +109,7 @@ def register_decaying(
         f"({_TENSORS}, Tensor state, float scale) -> (Tensor, Tensor)",
         step,
         fake=_step_like,
-        setup_context=_keep_step,
+        setup_context=_keep_step(kept),
         backward=step_gradients,
     )
     return forward_op, step_op
@@ -116,27 +120,30 @@ def _state_like(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     return q.new_empty(count, v.shape[2], q.shape[3], v.shape[3], dtype=wide_dtype(q.dtype))
 
 
-def _results_like(
-    q: Tensor,
-    k: Tensor,  # noqa: ARG001
-    v: Tensor,
-    log_decay: Tensor,  # noqa: ARG001
-    scale: float,  # noqa: ARG001
-    initial_state: Tensor | None,  # noqa: ARG001
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    return v.new_empty(v.shape), _state_like(q, v, cu_seqlens)
+def _results_like(kept_like: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+    def like(
+        q: Tensor,
+        k: Tensor,  # noqa: ARG001
+        v: Tensor,
+        log_decay: Tensor,  # noqa: ARG001
+        scale: float,  # noqa: ARG001
+        initial_state: Tensor | None,  # noqa: ARG001
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        return v.new_empty(v.shape), _state_like(q, v, cu_seqlens), *kept_like(q, v, cu_seqlens)
+
+    return like
 
 
 def _step_like(
     q: Tensor,
-    k: Tensor,
+    k: Tensor,  # noqa: ARG001
     v: Tensor,
-    log_decay: Tensor,
-    state: Tensor,
-    scale: float,
+    log_decay: Tensor,  # noqa: ARG001
+    state: Tensor,  # noqa: ARG001
+    scale: float,  # noqa: ARG001
 ) -> tuple[Tensor, Tensor]:
-    return _results_like(q, k, v, log_decay, scale, state, None)
+    return v.new_empty(v.shape), _state_like(q, v, None)
 
 
 def _gradients_like(*, learned: bool) -> Callable[..., tuple[Tensor, ...]]:
@@ -150,6 +157,7 @@ def _gradients_like(*, learned: bool) -> Callable[..., tuple[Tensor, ...]]:
         scale: float,  # noqa: ARG001
         initial_state: Tensor | None,  # noqa: ARG001
         cu_seqlens: Tensor | None,
+        *kept: Tensor,  # noqa: ARG001
     ) -> tuple[Tensor, ...]:
         sources = (q, k, v, log_decay) if learned else (q, k, v)
         return (*(x.new_empty(x.shape) for x in sources), _state_like(q, v, cu_seqlens))
@@ -157,24 +165,30 @@ def _gradients_like(*, learned: bool) -> Callable[..., tuple[Tensor, ...]]:
     return like
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:  # noqa: ARG001
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     q, k, v, log_decay, scale, initial_state, cu_seqlens = inputs
-    ctx.save_for_backward(q, k, v, log_decay, initial_state, cu_seqlens)
+    ctx.save_for_backward(q, k, v, log_decay, initial_state, cu_seqlens, *output[2:])
     ctx.scale = scale
     ctx.set_materialize_grads(False)
 
 
-def _keep_step(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, state, scale = inputs
-    _keep(ctx, (*tensors, scale, state, None), output)
+def _keep_step(kept: int) -> Callable[[Any, tuple[Any, ...], tuple[Tensor, Tensor]], None]:
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        *tensors, state, scale = inputs
+        nothing = (state.new_empty(0) for _ in range(kept))
+        _keep(ctx, (*tensors, scale, state, None), (*output, *nothing))
+
+    return keep
 
 
 def _gradients(backward_op: Callable[..., Any], *, learned: bool) -> Callable[..., tuple[Tensor | None, ...]]:
-    def gradients(ctx: Any, d_out: Tensor | None, d_final: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, log_decay, initial_state, cu_seqlens = ctx.saved_tensors
+    def gradients(
+        ctx: Any, d_out: Tensor | None, d_final: Tensor | None, *_: None
+    ) -> tuple[Tensor | None, ...]:
+        q, k, v, log_decay, initial_state, cu_seqlens, *kept = ctx.saved_tensors
         d_out = torch.zeros_like(v) if d_out is None else d_out
         given = (q, k, v, log_decay, ctx.scale, initial_state, cu_seqlens)
-        dq, dk, dv, *d_gate, d_initial = backward_op(d_out, d_final, *given)
+        dq, dk, dv, *d_gate, d_initial = backward_op(d_out, d_final, *given, *kept)
         d_initial = None if initial_state is None else d_initial
         return dq, dk, dv, (d_gate[0] if learned else None), None, d_initial, None
 

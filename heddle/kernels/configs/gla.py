@@ -60,7 +60,7 @@ HOPPER = Family(
         summary=Launch(chunk=64, columns=64, warps=4, stages=3),
         keep=Launch(chunk=64, columns=64, warps=4, stages=3),
         backward=Launch(chunk=64, columns=64, warps=4, stages=3),
-        gradient=Launch(chunk=64, columns=64, warps=8, stages=1),
+        gradient=Launch(chunk=64, columns=64, warps=4, stages=1),
     ),
     half_tall=_even(Launch(chunk=32, columns=32, warps=8, stages=1)),
     # With longer chunks ptxas spills thousands of bytes.
