@@ -86,8 +86,11 @@ def _weights(mixer: MixerBlock, channel: ChannelBlock | None, tokens: int) -> in
     return count
 
 
-def ends_cost(model: ModelSpec, setting: Setting) -> dict[str, float]:
-    """The costs of what stands before and after the layers: embedding, last norm, and what makes logits."""
+def ends_cost(model: ModelSpec, setting: Setting, table: int = 0) -> dict[str, float]:
+    """The costs of what stands before and after the layers: embedding, last norm, and what makes logits.
+
+    `table` counts the parameters that all layers share.
+    """
     width, element, tokens = model.hidden_size, setting.element, setting.batch * setting.context
     if model.readout is None:
         flops: float = 2 * width * model.vocab_size
@@ -96,7 +99,7 @@ def ends_cost(model: ModelSpec, setting: Setting) -> dict[str, float]:
         # It works once for a sequence, and is spread over its tokens.
         flops = model.readout.flops(width, setting.context) / max(setting.context, 1)
         head = model.readout.params(width) + (model.readout.width(width) + 1) * model.readout.classes
-    weights = head + norm_parameters("rmsnorm", width)
+    weights = head + norm_parameters("rmsnorm", width) + table
     cost: dict[str, float] = {
         "prefill_flops_per_token": flops,
         "decode_flops_per_token": flops,

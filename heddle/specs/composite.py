@@ -63,6 +63,9 @@ class CompositeMixer(MixerSpec):
     def sights(self, site: Site) -> tuple[Sight, ...]:
         return tuple(one for part in self.parts_at(site).values() for one in part.sights(site))
 
+    def bounds_width(self, site: Site) -> int:
+        return max((part.bounds_width(site) for part in self.parts_at(site).values()), default=0)
+
     def resolved(self, site: Site) -> Self:
         parts = {path: part.resolved(site) for path, part in self.parts().items()}
         return self.model_copy(update=_by_field(parts))

@@ -86,6 +86,10 @@ class MixerSpec(Schema):
         """What a token sees: one or more for all heads together. A mixer that says nothing else sees all before it."""
         return (Sight(),)
 
+    def bounds_width(self, site: Site) -> int:  # noqa: ARG002
+        """Columns that it reads of the table of lower bounds, which a model has once with a row for each layer; 0: none."""
+        return 0
+
     def resolved(self, site: Site) -> Self:
         """The same mixer with every size filled in."""
         raise NotImplementedError

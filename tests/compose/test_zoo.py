@@ -109,7 +109,10 @@ TWINS: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
 }  # fmt: skip
 # Published counts where transformers has no such class, to the digits published.
-PUBLISHED = dict.fromkeys(("gdn-3-1-1.3b", "gdn-6-1-1.3b", "rat-1.3b", "rat-swa-1.3b"), (1.3e9, 0.05e9))
+PUBLISHED = dict.fromkeys(
+    ("gdn-3-1-1.3b", "gdn-6-1-1.3b", "hgrn2-3-1-1.3b", "hgrn2-6-1-1.3b", "rat-1.3b", "rat-swa-1.3b"),
+    (1.3e9, 0.05e9),
+)
 KINDS = "heddle-100m-"
 
 
