@@ -128,7 +128,17 @@ def test_resolving_changes_no_cost_and_leaves_nothing_open(fields: dict[str, Any
         assert of.prefill_flops(site, 100) == spec.prefill_flops(site, 100)
     open_still = [name for name, value in resolved.model_dump().items() if value is None]
     assert set(open_still) <= {
-        *("rope", "window", "short_conv", "softcap", "keys_from", "values_from", "selection", "lower_bound")
+        *(
+            "rope",
+            "window",
+            "short_conv",
+            "softcap",
+            "keys_from",
+            "values_from",
+            "selection",
+            "lower_bound",
+            "local",
+        )
     }
 
 

@@ -14,6 +14,7 @@ from heddle.specs.mixers.gated_deltanet import GatedDeltaNet as GatedDeltaNet
 from heddle.specs.mixers.gla import Gla as Gla
 from heddle.specs.mixers.head_split import HeadSplit as HeadSplit
 from heddle.specs.mixers.hgrn2 import Hgrn2 as Hgrn2
+from heddle.specs.mixers.inline import Inline as Inline
 from heddle.specs.mixers.kda import Kda as Kda
 from heddle.specs.mixers.layer_router import LayerRouter as LayerRouter
 from heddle.specs.mixers.liger import Liger as Liger
