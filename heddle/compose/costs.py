@@ -78,8 +78,8 @@ def _prefill_bytes(mixer: MixerBlock, channel: ChannelBlock | None, setting: Set
 
 
 def _weights(mixer: MixerBlock, channel: ChannelBlock | None, tokens: int) -> int:
-    """Parameters that a pass over `tokens` tokens reads, the layer's own or not."""
-    count = own_parameters(mixer)
+    """Parameters that a pass over `tokens` tokens reads, the layer's own or not, and what is frozen."""
+    count = own_parameters(mixer) + mixer.spec.frozen_params(mixer.site)
     if channel is not None:
         spared = channel.spec.params(channel.site) - channel.spec.params_read(channel.site, tokens)
         count += own_parameters(channel) - spared

@@ -102,6 +102,9 @@ class CompositeMixer(MixerSpec):
     def params(self, site: Site) -> int:
         return self.own_params(site) + sum(part.params(site) for part in self.parts_at(site).values())
 
+    def frozen_params(self, site: Site) -> int:
+        return sum(part.frozen_params(site) for part in self.parts_at(site).values())
+
     def flops(self, site: Site, context: int) -> int:
         return self.own_flops(site) + sum(part.flops(site, context) for part in self.parts_at(site).values())
 

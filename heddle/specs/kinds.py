@@ -110,6 +110,10 @@ class MixerSpec(Schema):
         """Parameters."""
         raise NotImplementedError
 
+    def frozen_params(self, site: Site) -> int:  # noqa: ARG002
+        """Weights that are never trained: no parameters, but read as those are."""
+        return 0
+
     def flops(self, site: Site, context: int) -> int:
         """FLOPs of decoding one token after `context` others."""
         raise NotImplementedError

@@ -24,6 +24,7 @@ from heddle.specs.mixers.moh import Moh as Moh
 from heddle.specs.mixers.parallel import Parallel as Parallel
 from heddle.specs.mixers.rat import Rat as Rat
 from heddle.specs.mixers.retnet import RetNet as RetNet
+from heddle.specs.mixers.rf_attention import RfAttention as RfAttention
 from heddle.specs.mixers.sequential import Sequential as Sequential
 from heddle.specs.mixers.token_router import TokenRouter as TokenRouter
 from heddle.specs.plugins import OPTIONAL, load_optional, load_plugins
