@@ -122,9 +122,13 @@ class Plan:
 
     @property
     def bounds_width(self) -> int:
-        """Columns of the table of lower bounds, which the model has once for all layers; 0: none asks for it."""
+        """Columns of the table of lower bounds, which the model has once for all layers; 0: none but the first asks for it.
+
+        The first layer has no bound, and nothing would train a table that it alone asks for.
+        """
         width: Callable[[MixerBlock], int] = once_a_block(lambda spec, site: spec.bounds_width(site))
-        return max(width(node) for _, node in nodes_of(self.graph) if isinstance(node, MixerBlock))
+        mixers = [node for _, node in nodes_of(self.graph) if isinstance(node, MixerBlock)]
+        return max((width(node) for node in mixers[1:]), default=0)
 
     @property
     def _bounds(self) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from toys import call_at, mixer_of, model_with, noise, shaken, tokens
+from toys import call_at, mixer_of, noise, shaken, tokens
 
 from heddle.compose.build import build
 from heddle.compose.modules.lower_bounds import bounded_log_forget, hand_bounds
@@ -149,10 +149,13 @@ def test_a_model_has_one_table_of_a_row_for_each_layer_and_as_wide_as_its_widest
     assert any(one is table for one in kept["params"])
 
 
-def test_a_model_without_such_gates_has_no_table() -> None:
-    model = build(model_with({"kind": "gla", "heads": 2}, HIDDEN))
+@pytest.mark.parametrize("layers", ["bb", "abb", "a"])
+def test_a_model_without_such_gates_after_its_first_layer_has_no_table(layers: str) -> None:
+    spec = model_of(FIELDS, {"kind": "gla", "heads": 2}, layers=list(layers))
+    model = build(spec)
     assert model.model.lower_bounds is None
     assert not any("bounds" in name for name in model.state_dict())
+    assert plan(spec).parameters == sum(one.numel() for one in model.parameters())
 
 
 def test_layers_of_a_shared_block_have_each_a_bound_of_its_own() -> None:

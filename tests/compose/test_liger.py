@@ -86,6 +86,19 @@ def test_it_has_the_weights_of_attention_and_its_window_is_that_attention() -> N
 
 
 @torch.no_grad()
+def test_the_recurrence_alone_decodes_as_it_reads_and_keeps_no_keys() -> None:
+    mixer, x = mixer_of(HIDDEN, "liger", **FIELDS, share=1.0), noise(2, LENGTH, HIDDEN)
+    whole, cache = mixer(x, call_at(0, LENGTH)), mixer.new_cache()
+    start = 0
+    for end in (3, 70, *range(71, LENGTH + 1)):
+        piece = mixer(x[:, start:end], call_at(start, end - start, cache))
+        assert (piece - whole[:, start:end]).abs().max() < EXACT
+        cache.advance(end - start)
+        start = end
+    assert cache.tensors().keys() == mixer.filled_cache(2, 9, x).tensors().keys() == {"memory"}
+
+
+@torch.no_grad()
 def test_a_cache_keeps_a_memory_and_the_window_and_cannot_be_cropped() -> None:
     mixer = mixer_of(HIDDEN, "liger", **FIELDS)
     cache = mixer.new_cache()

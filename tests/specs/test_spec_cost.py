@@ -84,6 +84,8 @@ def test_prefill_is_the_mean_of_what_each_token_sees(fields: dict[str, Any]) -> 
     if fields["kind"] == "liger" and "window" in fields:
         # What the window adds to a recurrence, which costs the same for every token.
         bare = mixer({**fields, "share": 1.0})
+        assert bare.flops(site, 0) == bare.flops(site, 100_000)
+        assert bare.prefill_flops(site, 64) == bare.prefill_flops(site, 100_000)
         for length in (1, 5, 9, 10, 200):
             tokens = [spec.flops(site, context) - bare.flops(site, context) for context in range(length)]
             added = spec.prefill_flops(site, length) - bare.prefill_flops(site, length)

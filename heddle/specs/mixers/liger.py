@@ -41,7 +41,6 @@ class Liger(HeadedMixer):
             "window": 7,
             "share": 0.4,
         },
-        {"heads": 4, "share": 1.0},
     )
     kind: Literal["liger"] = "liger"
     heads: Annotated[int, Field(ge=1, le=4096, description="Query heads (a count).")]

@@ -26,8 +26,17 @@ class RfAttention(HeadedMixer):
     """
 
     cases: ClassVar[tuple[Mapping[str, Any], ...]] = (
-        {"heads": 4, "rope": {"theta": 500.0}, "key_noise": 0.5, "learned_scale": True, "seed": 3},
-        {"heads": 3, "head_dim": 6, "score": "relu", "scale": 2.0, "detached": True},
+        {
+            "heads": 3,
+            "head_dim": 6,
+            "score": "relu",
+            "key_noise": 0.5,
+            "scale": 2.0,
+            "learned_scale": True,
+            "rope": {"theta": 500.0},
+            "detached": True,
+            "seed": 3,
+        },
     )
     kind: Literal["rf_attention"] = "rf_attention"
     heads: Annotated[int, Field(ge=1, le=4096, description="Heads (a count).")]
