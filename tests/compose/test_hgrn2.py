@@ -22,6 +22,8 @@ HIDDEN, HEADS, KEYS, VALUES, TAPS, LENGTH, LAYERS = 48, 3, 8, 12, 4, 100, 4
 SIZES = (HEADS * KEYS, HEADS * KEYS, HEADS * VALUES)
 # Float64 on a CPU: two ways to compute one thing differ by rounding alone.
 EXACT = 1e-9
+# A few operations in float32.
+ROUNDED = 4 * torch.finfo(torch.float32).eps
 FIELDS: dict[str, Any] = {"kind": "hgrn2", "heads": HEADS, "head_dim": KEYS, "value_dim": VALUES}
 
 
@@ -96,7 +98,7 @@ def test_bounds_begin_in_equal_steps_from_nothing() -> None:
     hand_bounds(torch.zeros(LAYERS, 6), call)
     for layer in range(1, LAYERS):
         call.layer = layer
-        assert torch.allclose(bounded_log_forget(wide_open, call).exp(), torch.tensor(layer / LAYERS))
+        assert ((bounded_log_forget(wide_open, call).exp() - layer / LAYERS).abs() < ROUNDED).all()
     call.layer = 0
     assert torch.equal(bounded_log_forget(wide_open, call), wide_open)
 
@@ -115,8 +117,8 @@ def test_a_shut_gate_keeps_the_memory_and_writes_nothing() -> None:
 
 def test_keys_of_gates_near_one_keep_their_digits() -> None:
     gate = torch.tensor([12.0, 30.0])
-    key = -torch.expm1(bounded_log_forget(gate, call_at(0, 1)))
-    assert torch.allclose(key, torch.exp(-gate), rtol=1e-4)
+    key = -torch.expm1(bounded_log_forget(gate, call_at(0, 1))).double()
+    assert ((key * (1 + torch.exp(gate.double())) - 1).abs() < ROUNDED).all()
 
 
 def model_of(*mixers: dict[str, Any], layers: list[str], shared: bool = False) -> ModelSpec:
