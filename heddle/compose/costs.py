@@ -78,16 +78,19 @@ def _prefill_bytes(mixer: MixerBlock, channel: ChannelBlock | None, setting: Set
 
 
 def _weights(mixer: MixerBlock, channel: ChannelBlock | None, tokens: int) -> int:
-    """Parameters that a pass over `tokens` tokens reads, the layer's own or not."""
-    count = own_parameters(mixer)
+    """Parameters that a pass over `tokens` tokens reads, the layer's own or not, and what is frozen."""
+    count = own_parameters(mixer) + mixer.spec.frozen_params(mixer.site)
     if channel is not None:
         spared = channel.spec.params(channel.site) - channel.spec.params_read(channel.site, tokens)
         count += own_parameters(channel) - spared
     return count
 
 
-def ends_cost(model: ModelSpec, setting: Setting) -> dict[str, float]:
-    """The costs of what stands before and after the layers: embedding, last norm, and what makes logits."""
+def ends_cost(model: ModelSpec, setting: Setting, table: int = 0) -> dict[str, float]:
+    """The costs of what stands before and after the layers: embedding, last norm, and what makes logits.
+
+    `table` counts the parameters that all layers share.
+    """
     width, element, tokens = model.hidden_size, setting.element, setting.batch * setting.context
     if model.readout is None:
         flops: float = 2 * width * model.vocab_size
@@ -96,7 +99,7 @@ def ends_cost(model: ModelSpec, setting: Setting) -> dict[str, float]:
         # It works once for a sequence, and is spread over its tokens.
         flops = model.readout.flops(width, setting.context) / max(setting.context, 1)
         head = model.readout.params(width) + (model.readout.width(width) + 1) * model.readout.classes
-    weights = head + norm_parameters("rmsnorm", width)
+    weights = head + norm_parameters("rmsnorm", width) + table
     cost: dict[str, float] = {
         "prefill_flops_per_token": flops,
         "decode_flops_per_token": flops,

@@ -118,7 +118,21 @@ class Plan:
     @property
     def parameters(self) -> int:
         """Parameters of the whole model; a tied head has none of its own."""
-        return sum(node.parameters or 0 for _, node in nodes_of(self.graph))
+        return sum(node.parameters or 0 for _, node in nodes_of(self.graph)) + self._bounds
+
+    @property
+    def bounds_width(self) -> int:
+        """Columns of the table of lower bounds, which the model has once for all layers; 0: none but the first asks for it.
+
+        The first layer has no bound, and nothing would train a table that it alone asks for.
+        """
+        width: Callable[[MixerBlock], int] = once_a_block(lambda spec, site: spec.bounds_width(site))
+        mixers = [node for _, node in nodes_of(self.graph) if isinstance(node, MixerBlock)]
+        return max((width(node) for node in mixers[1:]), default=0)
+
+    @property
+    def _bounds(self) -> int:
+        return self.bounds_width * len(self.layers)
 
     @property
     def active_parameters(self) -> int:
@@ -139,7 +153,7 @@ class Plan:
         """
         decodes = self.model.kind == "causal_lm"
         totals = ends_cost(
-            self.model, Setting(context=context, batch=batch, element=element, decodes=decodes)
+            self.model, Setting(context=context, batch=batch, element=element, decodes=decodes), self._bounds
         )
         for layer in self.layers:
             for name, value in layer.cost(context, batch, element=element).items():
@@ -154,6 +168,8 @@ class Plan:
         data = {name: getattr(model, name) for name in (*names, *factors)}
         if model.kind != "causal_lm":
             data["kind"] = model.kind
+        if self.bounds_width > 0:
+            data["lower_bounds_width"] = self.bounds_width
         if model.readout is not None:
             data |= {"readout": model.readout.runtime(), "tie_embeddings": False}
         return {**data, "layers": [layer.runtime() for layer in self.layers]}
@@ -167,9 +183,9 @@ class Plan:
         return hash(tuple(self.graph))
 
     def __str__(self) -> str:
-        return "\n".join(
-            [f"{len(self.layers)} layers, {self.parameters:,} parameters", *graph_lines(self.graph)]
-        )
+        table = f"{'lower_bounds':<18}  {len(self.layers)} x {self.bounds_width}  {self._bounds:,} parameters"
+        lines = [f"{len(self.layers)} layers, {self.parameters:,} parameters", *graph_lines(self.graph)]
+        return "\n".join([*lines, table] if self._bounds else lines)
 
 
 def plan(model: ModelSpec, where: Locate | None = None) -> Plan:

@@ -63,6 +63,9 @@ class CompositeMixer(MixerSpec):
     def sights(self, site: Site) -> tuple[Sight, ...]:
         return tuple(one for part in self.parts_at(site).values() for one in part.sights(site))
 
+    def bounds_width(self, site: Site) -> int:
+        return max((part.bounds_width(site) for part in self.parts_at(site).values()), default=0)
+
     def resolved(self, site: Site) -> Self:
         parts = {path: part.resolved(site) for path, part in self.parts().items()}
         return self.model_copy(update=_by_field(parts))
@@ -98,6 +101,9 @@ class CompositeMixer(MixerSpec):
 
     def params(self, site: Site) -> int:
         return self.own_params(site) + sum(part.params(site) for part in self.parts_at(site).values())
+
+    def frozen_params(self, site: Site) -> int:
+        return sum(part.frozen_params(site) for part in self.parts_at(site).values())
 
     def flops(self, site: Site, context: int) -> int:
         return self.own_flops(site) + sum(part.flops(site, context) for part in self.parts_at(site).values())

@@ -86,6 +86,10 @@ class MixerSpec(Schema):
         """What a token sees: one or more for all heads together. A mixer that says nothing else sees all before it."""
         return (Sight(),)
 
+    def bounds_width(self, site: Site) -> int:  # noqa: ARG002
+        """Columns that it reads of the table of lower bounds, which a model has once with a row for each layer; 0: none."""
+        return 0
+
     def resolved(self, site: Site) -> Self:
         """The same mixer with every size filled in."""
         raise NotImplementedError
@@ -105,6 +109,10 @@ class MixerSpec(Schema):
     def params(self, site: Site) -> int:
         """Parameters."""
         raise NotImplementedError
+
+    def frozen_params(self, site: Site) -> int:  # noqa: ARG002
+        """Weights that are never trained: no parameters, but read as those are."""
+        return 0
 
     def flops(self, site: Site, context: int) -> int:
         """FLOPs of decoding one token after `context` others."""

@@ -53,6 +53,15 @@ TWINS: dict[str, tuple[str, str, dict[str, Any]]] = {
             "num_attention_heads": 32, "num_key_value_heads": 8,
         },
     ),
+    # Its gates are made from its keys.
+    "liger-llama3-8b": (
+        "LlamaForCausalLM",
+        "LlamaConfig",
+        {
+            "vocab_size": 128_256, "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32,
+            "num_attention_heads": 32, "num_key_value_heads": 8,
+        },
+    ),
     "gemma-3-1b": (
         "Gemma3ForCausalLM",
         "Gemma3TextConfig",
@@ -109,7 +118,10 @@ TWINS: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
 }  # fmt: skip
 # Published counts where transformers has no such class, to the digits published.
-PUBLISHED = dict.fromkeys(("gdn-3-1-1.3b", "gdn-6-1-1.3b", "rat-1.3b", "rat-swa-1.3b"), (1.3e9, 0.05e9))
+PUBLISHED = dict.fromkeys(
+    ("gdn-3-1-1.3b", "gdn-6-1-1.3b", "hgrn2-3-1-1.3b", "hgrn2-6-1-1.3b", "rat-1.3b", "rat-swa-1.3b"),
+    (1.3e9, 0.05e9),
+)
 KINDS = "heddle-100m-"
 
 

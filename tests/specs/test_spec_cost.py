@@ -81,7 +81,17 @@ def test_decay_attention_costs_what_the_sheet_says() -> None:
 @every_mixer
 def test_prefill_is_the_mean_of_what_each_token_sees(fields: dict[str, Any]) -> None:
     spec, site = mixer(fields), Site(48)
-    if fields["kind"] not in ("attention", "rat"):
+    if fields["kind"] == "liger" and "window" in fields:
+        # What the window adds to a recurrence, which costs the same for every token.
+        bare = mixer({**fields, "share": 1.0})
+        assert bare.flops(site, 0) == bare.flops(site, 100_000)
+        assert bare.prefill_flops(site, 64) == bare.prefill_flops(site, 100_000)
+        for length in (1, 5, 9, 10, 200):
+            tokens = [spec.flops(site, context) - bare.flops(site, context) for context in range(length)]
+            added = spec.prefill_flops(site, length) - bare.prefill_flops(site, length)
+            assert added == pytest.approx(sum(tokens) / length)
+        return
+    if fields["kind"] not in ("attention", "rat", "rf_attention"):
         # A state costs the same for every token, whatever the length; chunks are full from 64 tokens on.
         assert spec.prefill_flops(site, 64) == spec.prefill_flops(site, 100_000)
         assert spec.flops(site, 0) == spec.flops(site, 100_000)
@@ -120,7 +130,17 @@ def test_resolving_changes_no_cost_and_leaves_nothing_open(fields: dict[str, Any
         assert of.prefill_flops(site, 100) == spec.prefill_flops(site, 100)
     open_still = [name for name, value in resolved.model_dump().items() if value is None]
     assert set(open_still) <= {
-        *("rope", "window", "short_conv", "softcap", "keys_from", "values_from", "selection", "lower_bound")
+        *(
+            "rope",
+            "window",
+            "short_conv",
+            "softcap",
+            "keys_from",
+            "values_from",
+            "selection",
+            "lower_bound",
+            "local",
+        )
     }
 
 

@@ -16,6 +16,7 @@ class HeddleConfig(PreTrainedConfig):  # type: ignore[misc]
     transformers would build caches from it, and its vocabulary has neither per-layer windows nor a state that
     counts tokens. The model brings its own (`compose/cache.py`).
 
+    `lower_bounds_width` is how many columns the model's table of lower bounds has, with a row for each layer; 0: there is none.
     `model_kind` is causal_lm or encoder; `readout` holds, for an encoder that classifies sequences, `{"kind", …}`, and
     `num_labels` the number of classes.
     """
@@ -33,6 +34,7 @@ class HeddleConfig(PreTrainedConfig):  # type: ignore[misc]
     embedding_multiplier: float = 1.0
     logit_multiplier: float = 1.0
     logit_softcap: float | None = None
+    lower_bounds_width: int = 0
     model_kind: str = "causal_lm"
     readout: dict[str, Any] | None = None
     layers: list[dict[str, Any]] = field(default_factory=list)

@@ -20,8 +20,9 @@ from transformers.utils.generic import can_return_tuple
 
 from heddle.compose.cache import Call, StateLayer, adopt
 from heddle.compose.hf.config import HeddleConfig
-from heddle.compose.init import initialise
+from heddle.compose.init import fill, initialise
 from heddle.compose.modules.layer import STREAM, Again, HeddleLayer
+from heddle.compose.modules.lower_bounds import hand_bounds
 from heddle.compose.modules.norm import norm_module
 from heddle.compose.modules.site import Site
 from heddle.errors import HeddleError
@@ -53,10 +54,12 @@ class HeddlePreTrainedModel(PreTrainedModel):  # type: ignore[misc]
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         initialise(module, self.config.initializer_range)
+        if isinstance(module, HeddleModel) and module.lower_bounds is not None:
+            fill(module.lower_bounds, torch.zeros(module.lower_bounds.shape))
 
 
 class HeddleModel(HeddlePreTrainedModel):
-    """Embedding, layers and last norm."""
+    """Embedding, layers and last norm; and, if layers ask for it, the one table of lower bounds of their gates."""
 
     def __init__(self, config: HeddleConfig) -> None:
         super().__init__(config)
@@ -67,6 +70,10 @@ class HeddleModel(HeddlePreTrainedModel):
         # What mixers take of earlier ones, by (what, layer).
         self.wanted = frozenset(taken for one in self.layers.modules() for taken in getattr(one, "takes", ()))
         self.norm = norm_module("rmsnorm", config.hidden_size, config.norm_eps)
+        self.lower_bounds: nn.Parameter | None = None
+        if config.lower_bounds_width > 0:
+            self.lower_bounds = nn.Parameter(torch.empty(len(self.layers), config.lower_bounds_width))
+            self.lower_bounds._no_weight_decay = True  # type: ignore[attr-defined]
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -163,7 +170,10 @@ class HeddleModel(HeddlePreTrainedModel):
             positions = (real.long().cumsum(dim=-1) - 1).clamp(min=0)[:, past:]
         elif positions is None:
             positions = torch.arange(past, past + length, device=x.device)[None].expand(x.shape[0], length)
-        return Call(positions, None if real is None else real[:, past:], real, wanted=self.wanted)
+        call = Call(positions, None if real is None else real[:, past:], real, wanted=self.wanted)
+        if self.lower_bounds is not None:
+            hand_bounds(self.lower_bounds, call)
+        return call
 
 
 def real_tokens(mask: Tensor, length: int) -> Tensor | None:

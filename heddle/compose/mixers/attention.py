@@ -18,8 +18,8 @@ from heddle.compose.cache import (
     TokenCount,
 )
 from heddle.compose.init import Initialised, fill
-from heddle.compose.modules.band import banded_attention, block_length
-from heddle.compose.modules.masks import View, attention_mask, distances, key_mask, real_keys
+from heddle.compose.modules.in_view import attend_in_view, keys_so_far
+from heddle.compose.modules.masks import View, distances, key_mask, real_keys
 from heddle.compose.modules.norm import RMSNorm
 from heddle.compose.modules.precision import wide
 from heddle.compose.modules.rope import rotate, scaling_key
@@ -156,31 +156,19 @@ class AttentionModule(Initialised):
         if self.values_from is not None and self.value_share is not None:
             others = call.handed["values", self.values_from][:, :, -v.shape[2] :]
             v = torch.lerp(v, others, self.value_share.to(v.dtype))
-        written = call.written
-        if not self.view.causal:
-            if call.cache is not None and call.cache.get_seq_length() > 0:
-                raise HeddleError(
-                    "bad-argument", "attention that sees later tokens cannot go on from a cache"
-                )
-        elif isinstance(call.cache, KVLayer):
-            k, v = call.cache.update(k, v)
-            if written is not None or call.cache.written is not None:
-                written = x.new_ones(x.shape[:2]) if written is None else written
-                written = call.cache.mark(written, k.shape[2] - x.shape[1])
+        if not self.view.causal and call.cache is not None and call.cache.get_seq_length() > 0:
+            raise HeddleError("bad-argument", "attention that sees later tokens cannot go on from a cache")
+        k, v, written = keys_so_far(k, v, call)
         call.hand(keys=k, values=v)
         return k, v, written
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, written: Tensor | None, call: Call) -> Tensor:
         """Shapes:  q, out: [B, H, T, d];  k, v: [B, KV heads, S, d];  written: [B, S] or None"""
-        queries, keys, window = q.shape[2], k.shape[2], self.view.window
+        queries, keys = q.shape[2], k.shape[2]
         attend = partial(softmax_attention, scale=self.scale, softcap=self.softcap, sinks=self.sinks)
-        if window is not None and queries > 2 * block_length(window):
-            real = None if call.key_padding is None else call.key_padding[:, -keys:]
-            return banded_attention(q, k, v, view=self.view, real=real, written=written, attend=attend)
-        if not self.selection and written is None:
-            mask = attention_mask(call, queries, keys, self.view)
-            return attend(q, k, v, mask, is_causal=self.view.causal and queries > 1)
-        chosen = self._chosen_keys(q, k, written, call) if self.selection else None
+        if not self.selection:
+            return attend_in_view(q, (k, v, written), call, self.view, attend)
+        chosen = self._chosen_keys(q, k, written, call)
         marks = None if written is None else written[:, None, None]
         mask = key_mask(
             distances(queries, keys, q.device), self.view, real_keys(call, keys), chosen, written=marks

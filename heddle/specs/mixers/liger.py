@@ -1,0 +1,127 @@
+"""Liger: a softmax attention's own weights as a gated linear recurrence beside a short window."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from heddle.specs.cost import CHUNK, FLOAT32_BYTES, State
+from heddle.specs.kinds import HeadedMixer, Problem, head_dim_of
+from heddle.specs.layer import Site
+from heddle.specs.mixers.attention import Attention
+from heddle.specs.rope import Rope
+from heddle.specs.sight import Sight
+
+# A key of 0 has the gate 1/2 to the power of 1/16.
+GATE = math.log(2.0) / 16.0
+
+
+class Liger(HeadedMixer):
+    """Liger attention (arXiv 2503.01496): gates are made from keys, so it has the weights of softmax attention and no others.
+
+        S_t = diag(a_t) S_{t-1} + softmax(k_t) v_tᵀ,   r_t = S_tᵀ softmax(q_t),   a_t = sigmoid(k_t)^(1/16)
+        w_t = softmax attention of q_t over the last `window` tokens, q and k turned by RoPE
+        y = W_o (share · r + (1 - share) · w)
+
+    Both softmaxes of the recurrence are over a head's dimensions, and nothing turns there. Each query head has a state.
+    """
+
+    ops: ClassVar[tuple[str, ...]] = ("gla",)
+    cases: ClassVar[tuple[Mapping[str, Any], ...]] = (
+        {
+            "heads": 4,
+            "kv_heads": 2,
+            "head_dim": 6,
+            "rope": {"theta": 500.0},
+            "qk_norm": True,
+            "bias": "qkv",
+            "window": 7,
+            "share": 0.4,
+        },
+    )
+    kind: Literal["liger"] = "liger"
+    heads: Annotated[int, Field(ge=1, le=4096, description="Query heads (a count).")]
+    kv_heads: Annotated[
+        int | None, Field(ge=1, le=4096, description="Key and value heads (a count); null: as many as heads.")
+    ] = None
+    head_dim: Annotated[
+        int | None, Field(ge=1, le=65_536, description="Dimensions of a head; null: hidden_size / heads.")
+    ] = None
+    rope: Annotated[Rope | None, Field(description="Rotary positions of the window; null: none.")] = Field(
+        default_factory=Rope
+    )
+    qk_norm: Annotated[
+        bool, Field(description="RMSNorm of each head's query and key, before gate, softmax and rotation.")
+    ] = False
+    bias: Annotated[
+        Literal["none", "qkv", "all"],
+        Field(
+            description="Which projections have a bias: none, those of q, k and v (Qwen2), or the output's, too."
+        ),
+    ] = "none"
+    window: Annotated[
+        int | None,
+        Field(ge=1, le=10**8, description="Tokens that the softmax sees, the own one included; null: all."),
+    ] = 64
+    share: Annotated[
+        float,
+        Field(
+            gt=0,
+            le=1,
+            description="Share of the recurrence in the output, the rest is the window's; 1: there is no window.",
+        ),
+    ] = 0.5
+
+    def resolved(self, site: Site) -> Liger:
+        sizes = {"kv_heads": self.kv_heads or self.heads, "head_dim": head_dim_of(self, site)}
+        return self.model_copy(update=sizes)
+
+    def problems(self, site: Site) -> list[Problem]:
+        return self._attention().problems(site)
+
+    def runtime(self, site: Site) -> dict[str, Any]:
+        rope = None if self.rope is None else self.rope.runtime()
+        return {**self.resolved(site).plain(), "rope": rope}
+
+    def canonical(self, site: Site) -> dict[str, Any]:
+        data = {**self.runtime(site), "rope": self._attention().canonical(site)["rope"]}
+        # Without a window nothing turns.
+        return data if self._has_window else {**data, "rope": None, "window": None}
+
+    def params(self, site: Site) -> int:
+        return self._attention().params(site)
+
+    def flops(self, site: Site, context: int) -> int:
+        dim = head_dim_of(self, site)
+        seen = self._attention().flops(site, context) if self._has_window else self._projections(site)
+        return seen + 5 * self.heads * dim**2
+
+    def prefill_flops(self, site: Site, length: int) -> float:
+        dim, C = head_dim_of(self, site), min(CHUNK, length)
+        seen = self._attention().prefill_flops(site, length) if self._has_window else self._projections(site)
+        return seen + self.heads * 4 * (C * dim + dim**2)
+
+    def sights(self, site: Site) -> tuple[Sight, ...]:  # noqa: ARG002
+        gated = Sight(log_decay=-GATE)
+        return (gated, Sight(self.window)) if self._has_window else (gated,)
+
+    def states(self, site: Site) -> tuple[State, ...]:
+        dim = head_dim_of(self, site)
+        memory = State("memory", (self.heads, dim, dim), element=FLOAT32_BYTES)
+        return (memory, *self._attention().states(site)) if self._has_window else (memory,)
+
+    @property
+    def _has_window(self) -> bool:
+        return self.share < 1
+
+    def _attention(self) -> Attention:
+        """The attention whose weights it has."""
+        names = ("heads", "kv_heads", "head_dim", "rope", "qk_norm", "bias", "window")
+        return Attention(**{name: getattr(self, name) for name in names})
+
+    def _projections(self, site: Site) -> int:
+        heads = 2 * self.heads + 2 * (self.kv_heads or self.heads)
+        return 2 * site.hidden_size * head_dim_of(self, site) * heads
