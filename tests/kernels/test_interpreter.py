@@ -20,13 +20,16 @@ SOME = "65 or packed or token or scratch"
 DELTA = f"gated_delta_rule and ({SOME}) or delta_rule-cpu-float32 and 65 and not gated"
 
 
-@pytest.mark.parametrize("op", ["decay_attention", "simple_gla", "delta_rule"])
+GLA = "gla and not simple"
+
+
+@pytest.mark.parametrize("op", ["decay_attention", "simple_gla", "delta_rule", GLA])
 def test_interpreted_kernels_keep_the_contract(op: str, full_counts: bool) -> None:
     some = DELTA if op == "delta_rule" else f"{op} and ({SOME})"
     _run_interpreted("tests/contracts/test_ops.py", op if full_counts else some)
 
 
-@pytest.mark.parametrize("op", ["decay_attention", "simple_gla", "gated_delta_rule"])
+@pytest.mark.parametrize("op", ["decay_attention", "simple_gla", "gated_delta_rule", "gla"])
 def test_interpreted_kernels_are_right_where_they_are_peculiar(op: str) -> None:
     _run_interpreted(f"tests/kernels/test_{op}.py", op)
 
