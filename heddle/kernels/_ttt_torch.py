@@ -50,14 +50,14 @@ class Layout:
         return places[torch.arange(places.shape[0], device=places.device)[:, None], self.place]
 
 
-def dense(before: Tensor, real: Tensor | None, length: int, chunk: int) -> Layout:
+def dense(before: Tensor, real: Tensor | None, length: int, chunk: int, *, parts: int) -> Layout:
     """The layout of rows that may hold padding.  Shapes:  before: [B], tokens of the open chunk;  real: [B, T] bool"""
     device, width = before.device, min(chunk, length)
     number = torch.arange(length, device=device)[None]
     lengths = torch.full_like(before, length)
     if real is not None:
         number, lengths = (real.long().cumsum(-1) - 1).clamp_min(0), real.sum(-1)
-    start = torch.arange((length + 2 * chunk - 2) // chunk, device=device) * chunk - before[:, None]
+    start = torch.arange(parts, device=device) * chunk - before[:, None]
     token = start.clamp_min(0)[..., None] + torch.arange(width, device=device)
     present = token < torch.minimum(start + chunk, lengths[:, None])[..., None]
     part = (before[:, None] + number) // chunk
@@ -70,15 +70,14 @@ def dense(before: Tensor, real: Tensor | None, length: int, chunk: int) -> Layou
     return Layout(token, present, start + chunk <= lengths[:, None], place, (before + lengths) % chunk)
 
 
-def packed(before: Tensor, cu_seqlens: Tensor, length: int, chunk: int) -> Layout:
-    """The layout of packed sequences: shapes do not depend on their lengths.  Shapes:  before: [N], as in `dense`"""
+def packed(before: Tensor, cu_seqlens: Tensor, length: int, chunk: int, *, parts: int) -> Layout:
+    """The layout of packed sequences.  Shapes:  before: [N], as in `dense`"""
     device, width, sequences = before.device, min(chunk, length), before.shape[0]
     cu_seqlens = cu_seqlens.long()
     lengths = cu_seqlens.diff()
     counts = ((before + lengths + chunk - 1) // chunk).clamp_min(1)
     ends = counts.cumsum(0)
-    # Whatever the lengths are, there are at most this many parts.
-    part = torch.arange(length // chunk + 2 * sequences, device=device)
+    part = torch.arange(parts, device=device)
     sequence = torch.searchsorted(ends, part, right=True)
     used, sequence = sequence < sequences, sequence.clamp_max(sequences - 1)
     own = part - (ends - counts)[sequence]
@@ -121,8 +120,14 @@ def chunked(
     size = state_size(weight, has_momentum=sides[4] is not None)
     state = v.new_zeros(rows, v.shape[2], size, dtype=wide) if initial_state is None else initial_state
     before = (state[:, 0, -1].detach() * rule.chunk).round().long()
-    where = (length, rule.chunk)
-    layout = dense(before, real, *where) if cu_seqlens is None else packed(before, cu_seqlens, *where)
+    # The most parts that there can be, whatever the lengths are and wherever an open chunk ends: shapes depend on no value.
+    is_open = initial_state is not None
+    if cu_seqlens is None:
+        parts = (length + (rule.chunk - 1) * (1 + is_open)) // rule.chunk
+        layout = dense(before, real, length, rule.chunk, parts=parts)
+    else:
+        parts = length // rule.chunk + rows * (1 + is_open)
+        layout = packed(before, cu_seqlens, length, rule.chunk, parts=parts)
     q, k, v = (layout.parts(x.to(wide)) for x in sides[:3])
     here = layout.present.transpose(0, 1)[:, :, None]
     rates = layout.parts(sides[3].to(wide)) * here[..., None]

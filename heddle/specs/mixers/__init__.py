@@ -23,6 +23,7 @@ from heddle.specs.mixers.rat import Rat as Rat
 from heddle.specs.mixers.retnet import RetNet as RetNet
 from heddle.specs.mixers.sequential import Sequential as Sequential
 from heddle.specs.mixers.token_router import TokenRouter as TokenRouter
+from heddle.specs.mixers.ttt import Ttt as Ttt
 from heddle.specs.plugins import OPTIONAL, load_optional, load_plugins
 
 # The kinds of the files beside this one, in the order of the lines above.
