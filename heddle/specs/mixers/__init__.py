@@ -16,6 +16,7 @@ from heddle.specs.mixers.head_split import HeadSplit as HeadSplit
 from heddle.specs.mixers.kda import Kda as Kda
 from heddle.specs.mixers.layer_router import LayerRouter as LayerRouter
 from heddle.specs.mixers.lightning import Lightning as Lightning
+from heddle.specs.mixers.local_linear_attention import LocalLinearAttention as LocalLinearAttention
 from heddle.specs.mixers.mamba2 import Mamba2 as Mamba2
 from heddle.specs.mixers.moh import Moh as Moh
 from heddle.specs.mixers.parallel import Parallel as Parallel
