@@ -13,6 +13,7 @@ from heddle.specs.mixers.deltanet import DeltaNet as DeltaNet
 from heddle.specs.mixers.gated_deltanet import GatedDeltaNet as GatedDeltaNet
 from heddle.specs.mixers.gla import Gla as Gla
 from heddle.specs.mixers.head_split import HeadSplit as HeadSplit
+from heddle.specs.mixers.hierarchical_attention import HierarchicalAttention as HierarchicalAttention
 from heddle.specs.mixers.kda import Kda as Kda
 from heddle.specs.mixers.layer_router import LayerRouter as LayerRouter
 from heddle.specs.mixers.lightning import Lightning as Lightning
