@@ -14,6 +14,7 @@ from heddle.kernels.gla import gla, gla_reference, gla_step
 from heddle.kernels.kda import kda, kda_reference, kda_step
 from heddle.kernels.op import Op, force_path, watch_paths
 from heddle.kernels.simple_gla import simple_gla, simple_gla_reference, simple_gla_step
+from heddle.kernels.ttt import ttt, ttt_reference
 
 OPS: tuple[Op[Any, Any], ...] = (
     decay_attention,
@@ -22,6 +23,7 @@ OPS: tuple[Op[Any, Any], ...] = (
     gated_delta_rule,
     delta_rule,
     kda,
+    ttt,
     causal_conv1d,
 )
 
@@ -49,5 +51,7 @@ __all__ = [
     "simple_gla",
     "simple_gla_reference",
     "simple_gla_step",
+    "ttt",
+    "ttt_reference",
     "watch_paths",
 ]

@@ -199,6 +199,7 @@ def test_torch_library_knows_the_op(op: AnyOp, packed: bool, device: str, full_c
     sample = draw(op, {**op.cases.test_shapes[-1], "T": 8}, torch.float32, cu_seqlens=ends).to(device)
     known = getattr(getattr(torch.ops, LIBRARY), op.name).default
     given = {**sample.arguments, "scale": 0.5, "activation": "silu"}
+    given |= {"chunk": 4, "loss": "l2", "normalise": "before"}
     arguments = [given.get(argument.name) for argument in known._schema.arguments]
     arguments = [
         x.requires_grad_(argument.name in sample.wanted) if isinstance(x, Tensor) else x

@@ -14,11 +14,13 @@ from heddle.specs.mixers.gated_deltanet import GatedDeltaNet as GatedDeltaNet
 from heddle.specs.mixers.gla import Gla as Gla
 from heddle.specs.mixers.head_split import HeadSplit as HeadSplit
 from heddle.specs.mixers.hgrn2 import Hgrn2 as Hgrn2
+from heddle.specs.mixers.hierarchical_attention import HierarchicalAttention as HierarchicalAttention
 from heddle.specs.mixers.inline import Inline as Inline
 from heddle.specs.mixers.kda import Kda as Kda
 from heddle.specs.mixers.layer_router import LayerRouter as LayerRouter
 from heddle.specs.mixers.liger import Liger as Liger
 from heddle.specs.mixers.lightning import Lightning as Lightning
+from heddle.specs.mixers.local_linear_attention import LocalLinearAttention as LocalLinearAttention
 from heddle.specs.mixers.mamba2 import Mamba2 as Mamba2
 from heddle.specs.mixers.moh import Moh as Moh
 from heddle.specs.mixers.parallel import Parallel as Parallel
@@ -27,6 +29,7 @@ from heddle.specs.mixers.retnet import RetNet as RetNet
 from heddle.specs.mixers.rf_attention import RfAttention as RfAttention
 from heddle.specs.mixers.sequential import Sequential as Sequential
 from heddle.specs.mixers.token_router import TokenRouter as TokenRouter
+from heddle.specs.mixers.ttt import Ttt as Ttt
 from heddle.specs.plugins import OPTIONAL, load_optional, load_plugins
 
 # The kinds of the files beside this one, in the order of the lines above.

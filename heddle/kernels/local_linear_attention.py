@@ -1,0 +1,207 @@
+"""Softmax attention that fits a line where softmax takes a mean: local linear attention, its solver-free relative, and their
+reference.
+
+In plain torch on every device. It has no state of its own: a decode step is a call with one query and all keys. Necessary work
+for a query and key of size d, in FLOPs: 10 d + 2 d² with the solve, 8 d without.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from heddle.errors import HeddleError
+from heddle.kernels._local_linear_torch import Form, Given, backward, forward
+from heddle.kernels.op import check_shapes, register
+
+
+def local_linear_attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    slope: Tensor | None = None,
+    ridge: float = 10.0,
+    scale: float | None = None,
+    window: int | None = None,
+    real: Tensor | None = None,
+    written: Tensor | None = None,
+) -> Tensor:
+    """`local_linear_attention` in float64 in the paper's uncentred form, with all weights at once; shares nothing with it."""
+    group, (T, S), size = q.shape[1] // k.shape[1], (q.shape[2], k.shape[2]), q.shape[-1]
+    q, k, v = q.double(), *(x.double().repeat_interleave(group, dim=1) for x in (k, v))
+    place = torch.arange(S - T, S)[:, None] - torch.arange(S)
+    seen = (place >= 0) & (place < (window or S))
+    for limit in (real, written):
+        seen = seen if limit is None else seen & (limit[:, None, None] > 0.5)
+    logits = torch.einsum("bhtd,bhsd->bhts", q, k) * (size**-0.5 if scale is None else scale)
+    if written is not None:
+        # A bias of nothing, whose slope is that of a weight.
+        logits = logits + ((written - written.detach())[:, None, None] * (place != 0))
+    logits = logits.masked_fill(~(seen | (place == 0)), -torch.inf)
+    weight = torch.exp(logits - logits.amax(-1, keepdim=True))
+    total = weight.sum(-1)
+    if slope is not None:
+        p = weight / total[..., None]
+        key, value = p @ k, p @ v
+        both = torch.einsum("bhts,bhsv,bhsd->bhtvd", p, v, k) - value[..., None] * key[..., None, :]
+        return value - torch.einsum("bhtvd,bhtd->bhtv", both, slope.double())
+    z = k[:, :, None] - q[:, :, :, None]
+    mean = torch.einsum("bhts,bhtsd->bhtd", weight, z)
+    moment = torch.einsum("bhts,bhtsd,bhtse->bhtde", weight, z, z)
+    moment = moment + ridge * total[..., None, None] * torch.eye(size, dtype=z.dtype)
+    rho = torch.linalg.solve(moment, mean)
+    share = weight * (1 - torch.einsum("bhtsd,bhtd->bhts", z, rho))
+    out: Tensor = (share / (total - (mean * rho).sum(-1))[..., None]) @ v
+    return out
+
+
+_TENSORS = "Tensor q, Tensor k, Tensor v, Tensor? slope, Tensor? real, Tensor? written"
+_INPUTS = f"{_TENSORS}, float scale, float ridge, int? window"
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slope: Tensor | None,
+    real: Tensor | None,
+    written: Tensor | None,
+    scale: float,
+    ridge: float,
+    window: int | None,
+) -> Tensor:
+    given = Given.of(q, k, v, slope, real, written)
+    return forward(given, Form(scale, ridge, window)).flatten(1, 2).to(v.dtype)
+
+
+def _like(
+    q: Tensor,
+    k: Tensor,  # noqa: ARG001
+    v: Tensor,
+    slope: Tensor | None,  # noqa: ARG001
+    real: Tensor | None,  # noqa: ARG001
+    written: Tensor | None,  # noqa: ARG001
+    scale: float,  # noqa: ARG001
+    ridge: float,  # noqa: ARG001
+    window: int | None,  # noqa: ARG001
+) -> Tensor:
+    return v.new_empty(*q.shape[:3], v.shape[-1])
+
+
+def _backward(
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slope: Tensor | None,
+    real: Tensor | None,
+    written: Tensor | None,
+    scale: float,
+    ridge: float,
+    window: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    given = Given.of(q, k, v, slope, real, written)
+    g = d_out.to(given.v.dtype).view(*given.q.shape[:4], v.shape[-1])
+    dq, dk, dv, d_slope, d_written = backward(g, given, Form(scale, ridge, window))
+    dq, d_slope = dq.flatten(1, 2), d_slope if slope is None else d_slope.flatten(1, 2)
+    d_written = d_written if written is None else d_written.to(written.dtype)
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), d_slope.to(q.dtype), d_written
+
+
+def _gradients_like(
+    d_out: Tensor,  # noqa: ARG001
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slope: Tensor | None,
+    real: Tensor | None,  # noqa: ARG001
+    written: Tensor | None,
+    scale: float,  # noqa: ARG001
+    ridge: float,  # noqa: ARG001
+    window: int | None,  # noqa: ARG001
+) -> tuple[Tensor, ...]:
+    given = (q, k, v, slope, written)
+    return tuple(q.new_empty(0) if x is None else x.new_empty(x.shape) for x in given)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
+    *tensors, scale, ridge, window = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.numbers = (scale, ridge, window)
+
+
+def _gradients(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, v, slope, real, written = ctx.saved_tensors
+    given = (q, k, v, slope, real, written, *ctx.numbers)
+    dq, dk, dv, d_slope, d_written = _backward_op(d_out.contiguous(), *given)
+    kept = (None if slope is None else d_slope, None, None if written is None else d_written)
+    return dq, dk, dv, *kept, None, None, None
+
+
+_backward_op = register(
+    "local_linear_attention_backward",
+    f"(Tensor d_out, {_INPUTS}) -> ({', '.join(['Tensor'] * 5)})",
+    _backward,
+    fake=_gradients_like,
+)
+_forward_op = register(
+    "local_linear_attention",
+    f"({_INPUTS}) -> Tensor",
+    _forward,
+    fake=_like,
+    setup_context=_keep,
+    backward=_gradients,
+)
+
+
+def local_linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    slope: Tensor | None = None,
+    ridge: float = 10.0,
+    scale: float | None = None,
+    window: int | None = None,
+    real: Tensor | None = None,
+    written: Tensor | None = None,
+) -> Tensor:
+    """The value at the query of the line through the values, least squares weighted by softmax.        (arXiv 2510.01450)
+
+        p_j = softmax_j(scale q · k_j),   kb = E_p[k],   x = (Cov_p(k) + ridge I)⁻¹ (q - kb)
+        o = sum_j p_j (1 + (k_j - kb) · x) v_j
+
+    A `slope` r takes the place of the solve, x = -r (Parallax, arXiv 2605.29157). This form divides by no difference; the
+    matrix is solved by Cholesky, in float32 with a ridge of no less than rounding needs (4 d eps E_p|k - k_first|²). Gradients
+    are those of the exact solution, worked out again block by block: nothing of T x S stands in memory, but d² numbers for
+    each of 64 queries.
+
+    The T queries stand at the last of the S keys and see those up to their own, `window` of them (None: all), that are `real`
+    and `written`; their own always. `scale` defaults to d^-0.5. Query head h reads key head h // (H / N). `written` has the
+    gradient of a bias of the logits. Gradients have none of their own.
+
+    Shapes:  q, slope: [B, H, T, d];  k: [B, N, S, d];  v: [B, N, S, V];  out: [B, H, T, V];  of one dtype
+             real: [1 or B, S] bool;  written: [B, S] of 0 and 1
+
+    Raises:
+        HeddleError: "bad-argument" for shapes, dtypes or numbers that do not fit.
+    """
+    name = "local_linear_attention"
+    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4 or not 1 <= q.shape[2] <= k.shape[2]:
+        what = "q, k, v must be [B, heads, tokens, *], with at least one query and no more than keys"
+        raise HeddleError("bad-argument", f"{name}: {what}")
+    (B, H, _, d), (N, S) = q.shape, k.shape[1:3]
+    if H % N:
+        raise HeddleError("bad-argument", f"{name}: {N} key heads do not divide {H} query heads")
+    if ridge <= 0 or (window is not None and window < 1):
+        raise HeddleError("bad-argument", f"{name}: ridge {ridge} and window {window} must be positive")
+    if not q.dtype == k.dtype == v.dtype == (q if slope is None else slope).dtype:
+        raise HeddleError("bad-argument", f"{name}: q, k, v and slope must have one dtype")
+    rows = B if real is None else real.shape[0] if real.shape[0] == 1 else B
+    expected = {"k": (k, (B, N, S, d)), "v": (v, (B, N, S, v.shape[-1])), "slope": (slope, q.shape)}
+    check_shapes(name, {**expected, "real": (real, (rows, S)), "written": (written, (B, S))})
+    scale = d**-0.5 if scale is None else scale
+    return _forward_op(q, k, v, slope, real, written, scale, ridge, window)  # type: ignore[no-any-return]

@@ -1,0 +1,143 @@
+"""local_linear_attention: the paper's form and its gradients, its limits, rounding, what it refuses."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from heddle.errors import HeddleError
+from heddle.kernels import _local_linear_torch as blocks
+from heddle.kernels.accuracy import EPSILON, worst_error
+from heddle.kernels.local_linear_attention import local_linear_attention, local_linear_attention_reference
+
+B, H, N, T, S, D, V = 2, 4, 2, 9, 13, 5, 6
+FLOAT64 = EPSILON[torch.float64]
+
+
+def drawn(seed: int = 0, queries: int = T, keys: int = S, **sizes: int) -> dict[str, Tensor]:
+    torch.manual_seed(seed)
+    d, value = sizes.get("d", D), sizes.get("value", V)
+    shapes = {"q": (H, queries, d), "k": (N, keys, d), "v": (N, keys, value)}
+    return {name: torch.randn(B, *shape, dtype=torch.float64) for name, shape in shapes.items()}
+
+
+def masks(queries: int = T, keys: int = S) -> dict[str, Tensor]:
+    """Padding at the left of one row, two tokens that are not written."""
+    real, written = torch.ones(B, keys, dtype=torch.bool), torch.ones(B, keys, dtype=torch.float64)
+    real[0, : keys - queries + 2] = False
+    written[1, 4:6] = 0.0
+    return {"real": real, "written": written}
+
+
+def graded(function: Any, given: dict[str, Tensor], **rest: Any) -> dict[str, Tensor]:
+    leaves = {
+        name: x.detach().clone().requires_grad_() if x.is_floating_point() else x for name, x in given.items()
+    }
+    out = function(**leaves, **rest)
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    (out * weight.to(out.dtype)).sum().backward()
+    return {"out": out.detach()} | {name: x.grad for name, x in leaves.items() if x.grad is not None}
+
+
+@pytest.mark.parametrize("ridge", [0.05, 10.0])
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("is_masked", [False, True])
+def test_results_and_gradients_are_those_of_the_paper(
+    ridge: float, window: int | None, is_masked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks, "QUERIES", 4)
+    monkeypatch.setattr(blocks, "KEYS", 3)
+    given, rest = drawn() | (masks() if is_masked else {}), {"ridge": ridge, "window": window}
+    found, expected = (
+        graded(one, given, **rest) for one in (local_linear_attention, local_linear_attention_reference)
+    )
+    assert found.keys() == expected.keys() >= {"out", "q", "k", "v"}
+    for name, tensor in expected.items():
+        assert (found[name] - tensor).abs().max() < FLOAT64 * max(1.0, tensor.abs().max()), name
+
+
+@pytest.mark.parametrize("is_masked", [False, True])
+def test_with_a_slope_it_is_the_relative_without_a_solve(is_masked: bool) -> None:
+    given = drawn() | (masks() if is_masked else {})
+    given["slope"] = torch.randn(B, H, T, D, dtype=torch.float64)
+    found, expected = (
+        graded(one, given, scale=0.7) for one in (local_linear_attention, local_linear_attention_reference)
+    )
+    assert found.keys() == expected.keys() >= {"out", "q", "k", "v", "slope"}
+    for name, tensor in expected.items():
+        assert (found[name] - tensor).abs().max() < FLOAT64 * max(1.0, tensor.abs().max()), name
+
+
+def test_a_great_ridge_is_softmax_attention_and_a_line_is_met_without_one() -> None:
+    given = drawn(queries=S)
+    softmax = F.scaled_dot_product_attention(*given.values(), is_causal=True, enable_gqa=True)
+    assert (local_linear_attention(**given, ridge=1e12) - softmax).abs().max() < 1e-9
+    assert (local_linear_attention(**given, ridge=10.0) - softmax).abs().max() > 1e-2
+    nothing = torch.zeros_like(given["q"])
+    assert (local_linear_attention(**given, slope=nothing) - softmax).abs().max() < FLOAT64
+    # Values on a line through the keys are told exactly, wherever the query is; softmax tells a mean of them.
+    matrix = torch.randn(D, V, dtype=torch.float64)
+    line = {**given, "v": given["k"] @ matrix + 1}
+    exact = given["q"][:, :, -1] @ matrix + 1
+    errors = [
+        (local_linear_attention(**line, ridge=ridge)[:, :, -1] - exact).abs().max()
+        for ridge in (1e12, 1e-2, 1e-4, 1e-6)
+    ]
+    assert all(later < earlier / 10 for earlier, later in pairwise(errors))
+    # The first token has but one value to tell.
+    found = local_linear_attention(**given)[:, :, 0]
+    assert (found.unflatten(1, (N, -1)) - given["v"][:, :, None, 0]).abs().max() < FLOAT64
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("ridge", [1.0, 10.0])
+def test_rounding_costs_no_more_than_inputs_and_outputs(dtype: torch.dtype, ridge: float) -> None:
+    given = {name: x.to(dtype) for name, x in drawn(queries=130, keys=130, d=16, value=16).items()}
+    exact = graded(
+        local_linear_attention_reference, {name: x.double() for name, x in given.items()}, ridge=ridge
+    )
+    for name, found in graded(local_linear_attention, given, ridge=ridge).items():
+        error, worst = worst_error(found.transpose(1, 2), exact[name].transpose(1, 2), timed=True)
+        rounded = exact[name].to(dtype).transpose(1, 2)
+        baseline, _ = worst_error(rounded, exact[name].transpose(1, 2), timed=True)
+        assert error <= 2 * baseline + EPSILON[dtype], f"{name}: {error:.2e}, {worst}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["equal", "large", "peaked", "collinear"])
+def test_hard_keys_leave_everything_finite(kind: str, dtype: torch.dtype) -> None:
+    given = drawn(queries=70, keys=70)
+    if kind == "equal":
+        given["k"] = given["k"][:, :, :1].expand_as(given["k"]) * 30
+    elif kind == "collinear":
+        given["k"] = given["k"][:, :, :1] * torch.randn(B, N, 70, 1, dtype=torch.float64) * 30
+    else:
+        given["k" if kind == "large" else "q"] *= 1e3
+    found = graded(local_linear_attention, {name: x.to(dtype) for name, x in given.items()}, ridge=1e-4)
+    assert all(x.isfinite().all() for x in found.values())
+    if kind == "equal":
+        # There is no slope to be seen along keys that are one.
+        mean = given["v"].to(dtype).double().cumsum(2) / torch.arange(1, 71)[:, None]
+        error = (found["out"].double().unflatten(1, (N, -1)) - mean[:, :, None]).abs().max()
+        assert error < 2 * torch.finfo(dtype).eps * mean.abs().max() + EPSILON[dtype]
+
+
+def refused(**change: Any) -> str:
+    with pytest.raises(HeddleError) as error:
+        local_linear_attention(**{**drawn(), **change})
+    assert error.value.code == "bad-argument"
+    return str(error.value)
+
+
+def test_what_does_not_fit_is_told() -> None:
+    assert "no more than keys" in refused(q=torch.ones(B, H, S + 1, D))
+    assert "2 key heads do not divide 3 query heads" in refused(q=torch.ones(B, 3, T, D))
+    assert "one dtype" in refused(q=torch.ones(B, H, T, D))
+    assert "ridge 0 and window None must be positive" in refused(ridge=0)
+    assert "ridge 10.0 and window 0 must be positive" in refused(window=0)
+    assert "real has shape [3, 13], expected [2, 13]" in refused(real=torch.ones(3, S, dtype=torch.bool))

@@ -1,0 +1,102 @@
+"""What is peculiar to ttt: each of its rules, padding, rates of zero, what it refuses."""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+
+from heddle.errors import HeddleError
+from heddle.kernels.accuracy import EPSILON, compare, draw
+from heddle.kernels.op import Op
+from heddle.kernels.ttt import LOSSES, NORMALISE, ttt, ttt_reference
+
+LINEAR, MLP = {"B": 2, "H": 2, "K": 5}, {"B": 2, "H": 2, "K": 5, "M": 7}
+FLOAT64 = EPSILON[torch.float64]
+
+
+def state_without_momentum(state: torch.Tensor) -> torch.Tensor:
+    size = (state.shape[-1] - 2) // 3
+    return torch.cat((state[..., :size], state[..., 2 * size :]), dim=-1)
+
+
+@pytest.mark.parametrize("shape", [LINEAR, MLP], ids=["linear", "mlp"])
+@pytest.mark.parametrize("has_momentum", [True, False])
+def test_every_rule_is_that_of_the_reference(shape: dict[str, int], has_momentum: bool) -> None:
+    given = draw(ttt, {**shape, "T": 31}, torch.float64).arguments
+    # Of chunks of 6 tokens, of which 5 are read.
+    given["initial_state"][..., -1] = 5 / 6
+    if not has_momentum:
+        given["momentum"] = None  # type: ignore[assignment]
+        given["initial_state"] = state_without_momentum(given["initial_state"])
+    seen: list[torch.Tensor] = []
+    for loss, normalise in product(LOSSES, NORMALISE):
+        rule: dict[str, Any] = {"chunk": 6, "loss": loss, "normalise": normalise}
+        found, expected = ttt(**given, **rule), ttt_reference(**given, **rule)
+        for one, other in zip(found, expected, strict=True):
+            assert (one - other).abs().max() < FLOAT64 * other.abs().max()
+        assert all((one - found[0]).abs().max() > 1e-6 for one in seen)
+        seen.append(found[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_rounds_inputs_and_outputs_alone(dtype: torch.dtype) -> None:
+    sample = draw(ttt, {**MLP, "T": 130}, dtype)
+    wrong = [str(one) for one in compare(ttt, sample, "cpu") if not one.ok]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_padding_leaves_no_trace_and_takes_no_place() -> None:
+    given = draw(ttt, {**MLP, "T": 23}, torch.float64).arguments
+    state, sides = given["initial_state"], {name: given[name] for name in ttt.cases.sequence}
+    state[..., -1] = torch.tensor([1 / 4, 2 / 4])[:, None]
+    run = partial(ttt, weight=given["weight"], chunk=4)
+    # Padding before, after and between.
+    real = torch.ones(2, 23, dtype=torch.bool)
+    real[0, :9] = real[1, 20:] = real[1, 3] = False
+    out, after = run(**sides, initial_state=state, real=real)
+    assert out.isfinite().all()
+    for row in range(2):
+        alone = {name: side[row : row + 1, real[row]] for name, side in sides.items()}
+        expected, ended = run(**alone, initial_state=state[row : row + 1])
+        assert (out[row, real[row]] - expected[0]).abs().max() < FLOAT64
+        assert (after[row] - ended[0]).abs().max() < FLOAT64
+    nothing, same = run(**sides, initial_state=state, real=torch.zeros_like(real))
+    assert nothing.isfinite().all()
+    assert torch.equal(same, state)
+
+
+def test_at_a_rate_of_zero_it_reads_its_first_weights() -> None:
+    given = draw(ttt, {**MLP, "T": 20}, torch.float64, initial_state=False).arguments
+    given["rates"].zero_()
+    out, state = ttt(**given, chunk=3, normalise="none")
+    first = given["weight"]
+    hidden = torch.nn.functional.silu(torch.einsum("bthd,hmd->bthm", given["q"], first[:, 0]))
+    hidden = hidden * torch.einsum("bthd,hmd->bthm", given["q"], first[:, 1])
+    expected = given["q"] + torch.einsum("bthm,hmd->bthd", hidden, first[:, 2])
+    assert (out - expected).abs().max() < FLOAT64
+    assert (state[..., :-2] == 0).all()
+
+
+def refused(**change: Any) -> str:
+    given = draw(ttt, {**LINEAR, "T": 4}, torch.float32, initial_state=False).arguments
+    with pytest.raises(HeddleError) as error:
+        ttt(**{**given, **change})
+    assert error.value.code == "bad-argument"
+    return str(error.value)
+
+
+def test_what_does_not_fit_is_told() -> None:
+    assert isinstance(ttt, Op)
+    assert "no loss 'l1'" in refused(loss="l1")
+    assert "no normalise 'always'" in refused(normalise="always")
+    assert "a chunk of 0 tokens" in refused(chunk=0)
+    assert "weight must be [2, 1, 5, 5] or [2, 3, M, 5], not [2, 2, 5, 5]" in refused(
+        weight=torch.ones(2, 2, 5, 5)
+    )
+    assert "rates has shape [2, 4, 2, 3], expected [2, 4, 2, 1]" in refused(rates=torch.ones(2, 4, 2, 3))
+    assert "one dtype, not float16" in refused(q=torch.ones(2, 4, 2, 5).half())
+    assert "initial_state has shape" in refused(initial_state=torch.ones(2, 2, 52))
