@@ -25,6 +25,7 @@ from heddle.specs import Difference, SpecFile, differences
 from heddle.specs.base import Duration
 
 if TYPE_CHECKING:
+    from heddle.compose.hf.battery import Battery
     from heddle.compose.hf.export import ExportResult
     from heddle.doctor import Diagnosis
     from heddle.search.progress import Progress
@@ -268,6 +269,19 @@ def export(
     from heddle.search.export import export_run
 
     return export_run(run, out, trial=trial, overwrite=force)
+
+
+def verify(folder: Path | str, *, trust_remote_code: bool = False) -> Battery:
+    """Every check of the parity battery on a folder of transformers, in a clean process without a network.
+
+    The folder's own code runs only with `trust_remote_code`.
+
+    Raises:
+        HeddleError: "untrusted-code", "file-not-found", "checkpoint-broken", "pickle-refused", "export-mismatch" …
+    """
+    from heddle.compose.hf.battery import run_battery
+
+    return run_battery(folder, trusted=trust_remote_code)
 
 
 def report(run: Path | str, out: Path | str | None = None) -> Path:

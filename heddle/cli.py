@@ -17,6 +17,7 @@ from typing import Annotated, NoReturn
 import typer
 
 import heddle
+from heddle import folder_commands
 from heddle.errors import FAILED, HeddleError
 
 app = typer.Typer(
@@ -301,6 +302,9 @@ def report(
     from heddle import api, terminal
 
     terminal.next_steps(f"wrote {api.report(run, out)}", [])
+
+
+folder_commands.add_to(app, _example)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

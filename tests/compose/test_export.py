@@ -31,7 +31,14 @@ from heddle.compose.hf.config import HeddleConfig
 from heddle.compose.hf.export import ExportResult, export, is_export
 from heddle.compose.hf.flatten import flatten
 from heddle.compose.hf.model import HeddleForCausalLM
-from heddle.compose.hf.verify import HIDDEN, _reload, auto_class, fixed_inputs, logits_of, verify
+from heddle.compose.hf.verify import (
+    HIDDEN,
+    auto_class,
+    fixed_inputs,
+    logits_of,
+    reload_in_clean_process,
+    verify,
+)
 from heddle.errors import HeddleError
 from heddle.kernels.accuracy import EPSILON
 from heddle.specs import MIXERS, ModelSpec
@@ -272,7 +279,7 @@ def test_the_kernels_in_an_export_compute_the_same(hybrid: Any, monkeypatch: pyt
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with tempfile.TemporaryDirectory() as scratch:
         task = {"auto_class": auto_class(model), "folder": str(result.path), "hidden": list(HIDDEN)}
-        _, found = _reload(task, inputs, Path(scratch))
+        _, found = reload_in_clean_process(task, inputs, Path(scratch))
     for name, ids in inputs.items():
         right = exact(input_ids=ids, use_cache=False).logits
         error, baseline = (float((one[name] - right).norm() / right.norm()) for one in (found, plain))

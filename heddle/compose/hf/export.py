@@ -177,6 +177,8 @@ def _checked(model: HeddlePreTrainedModel, found: Verification) -> Checked:
         transformers=found.transformers,
         torch=found.torch,
         auto_class=auto_class(model),
+        device=found.device,
+        parity=found.parity,
     )
 
 
