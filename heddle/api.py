@@ -259,16 +259,23 @@ def _seconds(time: float | str) -> float:
 
 
 def export(
-    run: Path | str, out: Path | str, *, trial: str | int = "best", force: bool = False
+    run: Path | str,
+    out: Path | str,
+    *,
+    trial: str | int = "best",
+    force: bool = False,
+    max_shard_size: str = "50GB",
 ) -> ExportResult:
     """Write a trained model of `run`, a search or a training, as a Hugging Face folder; `force` replaces it.
+
+    Weights of more than `max_shard_size` are spread over several files.
 
     Raises:
         HeddleError: "run-not-found", "file-exists", "no-weights" (with the command that trains that trial) …
     """
     from heddle.search.export import export_run
 
-    return export_run(run, out, trial=trial, overwrite=force)
+    return export_run(run, out, trial=trial, overwrite=force, max_shard_size=max_shard_size)
 
 
 def verify(folder: Path | str, *, trust_remote_code: bool = False) -> Battery:

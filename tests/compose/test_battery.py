@@ -122,21 +122,6 @@ def test_an_encoder_has_the_checks_without_a_cache(exported: Any) -> None:
     assert not [name for name in rows if "steps" in name or "beams" in name]
 
 
-def test_an_export_runs_the_checks_that_need_no_generation_and_its_card_tells_them(tmp_path: Path) -> None:
-    export(causal(LIGHTNING), tmp_path / "out", card=Card("tiny", "version: 1\n"))
-    card = (tmp_path / "out" / "README.md").read_text().partition("## Parity")[2]
-    for told in (
-        "one-token steps",
-        "| left padding",
-        "| pass |",
-        "| expected |",
-        "| transformers |",
-        "| device |",
-    ):
-        assert told in card
-    assert "greedy" not in card
-
-
 def test_right_padding_is_kept_by_plain_attention_alone(exported: Any) -> None:
     check = "right padding, then steps"
     plain, window, state = (
