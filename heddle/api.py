@@ -26,6 +26,7 @@ from heddle.specs.base import Duration
 
 if TYPE_CHECKING:
     from heddle.compose.hf.battery import Battery
+    from heddle.compose.hf.card import ScoreRow
     from heddle.compose.hf.export import ExportResult
     from heddle.doctor import Diagnosis
     from heddle.search.progress import Progress
@@ -289,6 +290,27 @@ def verify(folder: Path | str, *, trust_remote_code: bool = False) -> Battery:
     from heddle.compose.hf.battery import run_battery
 
     return run_battery(folder, trusted=trust_remote_code)
+
+
+def evaluate(
+    folder: Path | str,
+    tasks: Sequence[str],
+    *,
+    trust_remote_code: bool = False,
+    include_path: Path | str | None = None,
+    limit: int | None = None,
+    batch_size: int = 8,
+    device: str = "cpu",
+) -> list[ScoreRow]:
+    """The scores of a folder of transformers under lm-evaluation-harness, one row for each task and metric: `heddle eval`.
+
+    Raises:
+        HeddleError: "package-missing" without the extra `eval`; "bad-argument" for an unknown task; "untrusted-code" …
+    """
+    from heddle.compose.hf.harness import run_harness
+
+    how: dict[str, Any] = {"include_path": include_path, "limit": limit, "batch_size": batch_size}
+    return run_harness(folder, tasks, trusted=trust_remote_code, device=device, **how)
 
 
 def report(run: Path | str, out: Path | str | None = None) -> Path:

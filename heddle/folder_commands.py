@@ -12,6 +12,7 @@ from heddle.errors import FAILED
 
 if TYPE_CHECKING:
     from heddle.compose.hf.battery import Battery
+    from heddle.compose.hf.card import ScoreRow
 
 FolderPath = Annotated[
     Path, typer.Argument(metavar="DIR", help="Folder of an exported model.", show_default=False)
@@ -26,6 +27,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program to 
 def add_to(app: typer.Typer, example: Callable[..., str]) -> None:
     """Adds the commands of this file to `app`; `example` formats the line at the end of their help."""
     app.command(epilog=example("heddle verify my-model --trust-remote-code"))(verify)
+    app.command("eval", epilog=example("heddle eval my-model --tasks lambada_openai --limit 100"))(evaluate)
 
 
 def verify(folder: FolderPath, trust_remote_code: Trust = False, json: Json = False) -> None:
@@ -36,6 +38,46 @@ def verify(folder: FolderPath, trust_remote_code: Trust = False, json: Json = Fa
     terminal.show_json({"ok": battery.ok, **_data(battery)}) if json else _show(battery)
     if not battery.ok:
         raise typer.Exit(FAILED)
+
+
+def evaluate(
+    folder: FolderPath,
+    tasks: Annotated[str, typer.Option(help="Tasks by name, with commas between.", show_default=False)],
+    include_path: Annotated[
+        Path | None, typer.Option(help="Folder with tasks of your own; functions that they name are run.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Examples of each task; all if not given.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 8,
+    device: Annotated[str, typer.Option(help='Where to compute, as "cpu" or "cuda:0".')] = "cpu",
+    trust_remote_code: Trust = False,
+    json: Json = False,
+) -> None:
+    """Evaluate a folder with lm-evaluation-harness, which the extra `eval` installs."""
+    from heddle import api, terminal
+
+    rows = api.evaluate(
+        folder,
+        [task.strip() for task in tasks.split(",") if task.strip()],
+        trust_remote_code=trust_remote_code,
+        include_path=include_path,
+        limit=limit,
+        batch_size=batch_size,
+        device=device,
+    )
+    terminal.show_json(rows) if json else _show_scores(rows)
+
+
+def _show_scores(rows: list[ScoreRow]) -> None:
+    from rich.table import Table
+
+    from heddle import terminal
+
+    table = Table("task", "metric", "score", "standard error", "n", "", box=None, pad_edge=False)
+    for row in rows:
+        error = "" if row.se is None else f"{row.se:.2g}"
+        number = "" if row.n is None else str(row.n)
+        table.add_row(row.task, row.metric, f"{row.value:.4g}", error, number, row.note)
+    terminal.console().print(table)
 
 
 def _data(battery: Battery) -> dict[str, object]:

@@ -128,14 +128,19 @@ def chunked_prefill_and_a_static_cache_generate_the_same(task: SimpleNamespace) 
 def a_pass_and_a_step_compile_as_one_graph(task: SimpleNamespace) -> None:
     import torch
 
-    model, ids = load(task.causal).double(), ids_of(2, 12)
-    right = model(ids, use_cache=False).logits
+    model, ids = load(task.causal), ids_of(2, 12)
     with torch.no_grad():
+        plain, exact = model(ids, use_cache=False).logits, load(task.causal).double()(ids).logits
         graph = torch.compile(model, fullgraph=True, backend=task.compiler)
-        assert (graph(input_ids=ids, use_cache=False).logits - right).abs().max() < 1e-9
         past = model(ids[:, :11]).past_key_values
         step = graph(input_ids=ids[:, 11:], past_key_values=past, use_cache=True).logits
-    assert (step[:, 0] - right[:, 11]).abs().max() < 1e-9
+        for found, part in (
+            (graph(input_ids=ids, use_cache=False).logits, slice(None)),
+            (step, slice(11, None)),
+        ):
+            # As in heddle/kernels/accuracy.py: a compiler may round otherwise.
+            allowed = 2 * (plain - exact)[:, part].norm() + 2e-6 * exact[:, part].norm()
+            assert (found - exact[:, part]).norm() <= allowed
     torch.compiler.reset()
 
 

@@ -22,6 +22,7 @@ from heddle.search.record import read_run
 ROOT = Path(__file__).parents[1]
 COMMANDS = (
     "init", "doctor", "check", "show", "diff", "schema", "train", "bench", "search", "export", "report", "verify",
+    "eval",
 )  # fmt: skip
 PLAIN = """\
 version: 1
