@@ -20,6 +20,7 @@ from toys import shaken
 
 from heddle.compose.build import build
 from heddle.compose.hf import export as export_file
+from heddle.compose.hf.battery import run_battery
 from heddle.compose.hf.card import Card
 from heddle.compose.hf.checkpoint import INDEX, open_checkpoint
 from heddle.compose.hf.export import export
@@ -134,6 +135,9 @@ def test_an_older_transformers_keeps_them_too(folders: dict[str, str], older: st
     found = ask(folders, tmp_path, [older], compiler="inductor")
     assert found["transformers"].startswith(Path(older).name.split("-")[1][:4])
     assert {name: told for name, told in found["results"].items() if told != "ok"} == {}
+    battery = run_battery(folders["causal"], trusted=True, path=[older])
+    assert battery.transformers == found["transformers"]
+    assert [row for row in battery.rows if row.verdict == "fail"] == []
 
 
 @pytest.mark.long
