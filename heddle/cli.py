@@ -307,7 +307,7 @@ def report(
     terminal.next_steps(f"wrote {api.report(run, out)}", [])
 
 
-folder_commands.add_to(app, _example)
+app.registered_commands += folder_commands.app.registered_commands
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

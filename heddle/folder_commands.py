@@ -1,8 +1,7 @@
-"""Commands on folders of transformers, which `heddle.cli` adds to its own: each a call on its namesake in `heddle.api`."""
+"""Commands on folders of transformers, which `heddle.cli` adds to its own; `eval` calls `heddle.api.evaluate`, `verify` its namesake."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -24,12 +23,14 @@ Trust = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
 
 
-def add_to(app: typer.Typer, example: Callable[..., str]) -> None:
-    """Adds the commands of this file to `app`; `example` formats the line at the end of their help."""
-    app.command(epilog=example("heddle verify my-model --trust-remote-code"))(verify)
-    app.command("eval", epilog=example("heddle eval my-model --tasks lambada_openai --limit 100"))(evaluate)
+app = typer.Typer()
 
 
+def _example(command: str) -> str:
+    return f"Example: [bold]{command}[/bold]"
+
+
+@app.command(epilog=_example("heddle verify my-model --trust-remote-code"))
 def verify(folder: FolderPath, trust_remote_code: Trust = False, json: Json = False) -> None:
     """Check that a folder computes the same whichever way it is asked: in steps, padded, reloaded, in beams."""
     from heddle import api, terminal
@@ -40,6 +41,7 @@ def verify(folder: FolderPath, trust_remote_code: Trust = False, json: Json = Fa
         raise typer.Exit(FAILED)
 
 
+@app.command("eval", epilog=_example("heddle eval my-model --tasks lambada_openai --limit 100"))
 def evaluate(
     folder: FolderPath,
     tasks: Annotated[str, typer.Option(help="Tasks by name, with commas between.", show_default=False)],
