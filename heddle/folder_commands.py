@@ -1,4 +1,4 @@
-"""Commands on folders of transformers, which `heddle.cli` adds to its own; `eval` calls `heddle.api.evaluate`, `verify` its namesake."""
+"""Commands on folders of transformers, which `heddle.cli` adds to its own: `verify`, and `eval` for `heddle.api.evaluate`."""
 
 from __future__ import annotations
 
