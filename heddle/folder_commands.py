@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -82,10 +84,16 @@ def _show_scores(rows: list[ScoreRow]) -> None:
     terminal.console().print(table)
 
 
-def _data(battery: Battery) -> dict[str, object]:
-    from dataclasses import asdict
+def _data(battery: Battery) -> dict[str, Any]:
+    """The battery as JSON can say it: a figure that is infinite, of a check that raised, is null."""
+    data = asdict(battery)
+    for row in data["rows"]:
+        row["figure"], row["tolerance"] = _finite(row["figure"]), _finite(row["tolerance"])
+    return data
 
-    return asdict(battery)
+
+def _finite(number: float | None) -> float | None:
+    return number if number is not None and math.isfinite(number) else None
 
 
 def _show(battery: Battery) -> None:

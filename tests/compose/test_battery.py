@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM
 from heddle import api, cli
 from heddle.compose.hf import export as export_file
 from heddle.compose.hf import parity
-from heddle.compose.hf.battery import auto_class_of
-from heddle.compose.hf.card import Card
+from heddle.compose.hf.battery import Battery, auto_class_of
+from heddle.compose.hf.card import Card, ParityRow
 from heddle.compose.hf.checkpoint import open_checkpoint, read_config
 from heddle.compose.hf.config import HeddleConfig
 from heddle.compose.hf.encoder import HeddleForSequenceClassification
@@ -230,6 +230,20 @@ def test_what_is_not_finite_fails_and_an_exception_is_told(exported: Any) -> Non
     rows = checks(model, exported("hybrid"))
     assert {"full pass", "one-token steps", "left padding"} <= failing(rows)
     assert parity.attempt(lambda: 1 / 0) == (float("inf"), "ZeroDivisionError: division by zero")
+
+
+def test_a_failed_check_ends_with_status_1_and_its_figure_is_json(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = (ParityRow("left padding", float("inf"), 1e-6, "fail", "KeyError: 'x'"),)
+    found = Battery(Path("m"), "AutoModelForCausalLM", rows, "cpu", "5", "2")
+    monkeypatch.setattr(api, "verify", lambda *_, **__: found)
+    status, told = run_cli(capsys, "verify", "m", "--json")
+    assert (status, json.loads(told)["ok"], json.loads(told)["rows"][0]["figure"]) == (1, False, None)
+    status, told = run_cli(capsys, "verify", "m")
+    assert status == 1
+    assert "FAILED" in told
+    assert "1 of 1 checks failed" in told
 
 
 NATIVE = {
