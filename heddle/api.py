@@ -25,6 +25,8 @@ from heddle.specs import Difference, SpecFile, differences
 from heddle.specs.base import Duration
 
 if TYPE_CHECKING:
+    from heddle.compose.hf.battery import Battery
+    from heddle.compose.hf.card import ScoreRow
     from heddle.compose.hf.export import ExportResult
     from heddle.doctor import Diagnosis
     from heddle.search.progress import Progress
@@ -258,16 +260,57 @@ def _seconds(time: float | str) -> float:
 
 
 def export(
-    run: Path | str, out: Path | str, *, trial: str | int = "best", force: bool = False
+    run: Path | str,
+    out: Path | str,
+    *,
+    trial: str | int = "best",
+    force: bool = False,
+    max_shard_size: str = "50GB",
 ) -> ExportResult:
     """Write a trained model of `run`, a search or a training, as a Hugging Face folder; `force` replaces it.
+
+    Weights of more than `max_shard_size` are spread over several files.
 
     Raises:
         HeddleError: "run-not-found", "file-exists", "no-weights" (with the command that trains that trial) …
     """
     from heddle.search.export import export_run
 
-    return export_run(run, out, trial=trial, overwrite=force)
+    return export_run(run, out, trial=trial, overwrite=force, max_shard_size=max_shard_size)
+
+
+def verify(folder: Path | str, *, trust_remote_code: bool = False) -> Battery:
+    """Every check of the parity battery on a folder of transformers, in a clean process without a network.
+
+    The folder's own code runs only with `trust_remote_code`.
+
+    Raises:
+        HeddleError: "untrusted-code", "file-not-found", "checkpoint-broken", "pickle-refused", "export-mismatch" …
+    """
+    from heddle.compose.hf.battery import run_battery
+
+    return run_battery(folder, trusted=trust_remote_code)
+
+
+def evaluate(
+    folder: Path | str,
+    tasks: Sequence[str],
+    *,
+    trust_remote_code: bool = False,
+    include_path: Path | str | None = None,
+    limit: int | None = None,
+    batch_size: int = 8,
+    device: str = "cpu",
+) -> list[ScoreRow]:
+    """The scores of a folder of transformers under lm-evaluation-harness, one row for each task and metric: `heddle eval`.
+
+    Raises:
+        HeddleError: "package-missing" without the extra `eval`; "bad-argument" for an unknown task; "untrusted-code" …
+    """
+    from heddle.compose.hf.harness import run_harness
+
+    how: dict[str, Any] = {"include_path": include_path, "limit": limit, "batch_size": batch_size}
+    return run_harness(folder, tasks, trusted=trust_remote_code, device=device, **how)
 
 
 def report(run: Path | str, out: Path | str | None = None) -> Path:

@@ -17,6 +17,7 @@ from typing import Annotated, NoReturn
 import typer
 
 import heddle
+from heddle import folder_commands
 from heddle.errors import FAILED, HeddleError
 
 app = typer.Typer(
@@ -283,12 +284,15 @@ def export(
     out: Annotated[Path, typer.Option(help="Folder to write.", show_default=False)],
     trial: Annotated[str, typer.Option(help='"best" or the number of a trial on the Pareto front.')] = "best",
     force: Annotated[bool, typer.Option("--force", help="Replace an existing folder.")] = False,
+    max_shard_size: Annotated[
+        str, typer.Option(help='Spread larger weights over several files, as "5GB".')
+    ] = "50GB",
     json: Json = False,
 ) -> None:
     """Write a trained model as a Hugging Face folder that loads without heddle."""
     from heddle import api, terminal
 
-    result = api.export(run, out, trial=trial, force=force)
+    result = api.export(run, out, trial=trial, force=force, max_shard_size=max_shard_size)
     terminal.show_json(result) if json else terminal.show_exported(result)
 
 
@@ -301,6 +305,9 @@ def report(
     from heddle import api, terminal
 
     terminal.next_steps(f"wrote {api.report(run, out)}", [])
+
+
+app.registered_commands += folder_commands.app.registered_commands
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -21,7 +21,8 @@ from heddle.search.record import read_run
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = (
-    "init", "doctor", "check", "show", "diff", "schema", "train", "bench", "search", "export", "report",
+    "init", "doctor", "check", "show", "diff", "schema", "train", "bench", "search", "export", "report", "verify",
+    "eval",
 )  # fmt: skip
 PLAIN = """\
 version: 1

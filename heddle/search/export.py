@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_model
 
@@ -11,6 +13,7 @@ from heddle.compose.build import build_causal_lm
 from heddle.compose.hf.card import Card, LatencyRow, ScoreRow
 from heddle.compose.hf.export import ExportResult, export
 from heddle.compose.hf.model import HeddleForCausalLM
+from heddle.compose.hf.shards import MAX_SHARD_SIZE
 from heddle.errors import HeddleError
 from heddle.search.evaluations import weights_path
 from heddle.search.record import Latency, Run, Trial, read_run, trial_file
@@ -21,19 +24,26 @@ BEST = "best"
 
 
 def export_run(
-    run: Path | str, out: Path | str, *, trial: str | int = BEST, overwrite: bool = False
+    run: Path | str,
+    out: Path | str,
+    *,
+    trial: str | int = BEST,
+    overwrite: bool = False,
+    max_shard_size: str = MAX_SHARD_SIZE,
 ) -> ExportResult:
     """Write the model of a run to `out` as a folder that plain transformers loads, and check that it does.
 
-    `run` is a search's folder or a training's; `trial` is "best" or a number of a search's Pareto front.
+    `run` is a search's folder or a training's; `trial` is "best" or a number of a search's Pareto front. Weights of more than
+    `max_shard_size`, as "5GB", are spread over several files.
 
     Raises:
         HeddleError: "run-not-found", "bad-argument", "no-weights" (with the command that trains that trial
         again),
             and what `heddle.compose.hf.export.export` raises.
     """
+    how: dict[str, Any] = {"overwrite": overwrite, "max_shard_size": max_shard_size}
     if is_train_run(run):
-        return _export_training(load_run(run), Path(out), trial, overwrite=overwrite)
+        return _export_training(load_run(run), Path(out), trial, how)
     found = read_run(run)
     chosen = _chosen(found, trial)
     spec = _spec(found, chosen)
@@ -46,10 +56,10 @@ def export_run(
         facts=_facts(found, chosen),
         tags=["heddle"],
     )
-    return export(model, out, tokenizer=spec.tokenizer, card=card, overwrite=overwrite)
+    return export(model, out, tokenizer=spec.tokenizer, card=card, **how)
 
 
-def _export_training(run: TrainRun, out: Path, trial: str | int, *, overwrite: bool) -> ExportResult:
+def _export_training(run: TrainRun, out: Path, trial: str | int, how: Mapping[str, Any]) -> ExportResult:
     if trial != BEST:
         raise HeddleError("bad-argument", f"{run.path} is a training and has no trial {trial}")
     spec = run.spec_file().spec
@@ -62,7 +72,7 @@ def _export_training(run: TrainRun, out: Path, trial: str | int, *, overwrite: b
     card = Card(
         name=spec.name, spec=(run.path / "spec.yaml").read_text(), scores=[row], facts=facts, tags=["heddle"]
     )
-    return export(run.model(), out, tokenizer=spec.tokenizer, card=card, overwrite=overwrite)
+    return export(run.model(), out, tokenizer=spec.tokenizer, card=card, **how)
 
 
 def _chosen(run: Run, trial: str | int) -> Trial:

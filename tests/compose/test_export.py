@@ -26,12 +26,20 @@ from transformers.dynamic_module_utils import get_imports, get_relative_imports
 
 from heddle.compose.build import build
 from heddle.compose.hf import export as export_file
+from heddle.compose.hf import shards
 from heddle.compose.hf.card import Card
 from heddle.compose.hf.config import HeddleConfig
 from heddle.compose.hf.export import ExportResult, export, is_export
 from heddle.compose.hf.flatten import flatten
 from heddle.compose.hf.model import HeddleForCausalLM
-from heddle.compose.hf.verify import HIDDEN, _reload, auto_class, fixed_inputs, logits_of, verify
+from heddle.compose.hf.verify import (
+    HIDDEN,
+    auto_class,
+    fixed_inputs,
+    logits_of,
+    reload_in_clean_process,
+    verify,
+)
 from heddle.errors import HeddleError
 from heddle.kernels.accuracy import EPSILON
 from heddle.specs import MIXERS, ModelSpec
@@ -95,6 +103,21 @@ def test_a_clean_process_finds_the_same_logits_and_generates_from_text(hybrid: A
         assert result.max_difference <= 1e-5
         assert result.generated_text.startswith("def main():")
         assert len(result.generated_text) > len("def main():")
+
+
+def test_the_card_tells_the_checks_that_an_export_runs(hybrid: Any) -> None:
+    _, result = hybrid
+    card = (result.path / "README.md").read_text().partition("## Parity")[2]
+    for told in (
+        "| one-token steps |",
+        "| left padding |",
+        "| pass |",
+        "| expected |",
+        "| transformers |",
+        "| device |",
+    ):
+        assert told in card
+    assert "greedy" not in card
 
 
 def test_an_export_loads_where_triton_is_not_installed(hybrid: Any) -> None:
@@ -248,7 +271,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.M
     def fail(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(export_file, "save_file", fail)
+    monkeypatch.setattr(shards, "save_file", fail)
     with pytest.raises(HeddleError, match="no space left") as error:
         export(model_of(LIGHTNING), tmp_path / "out", card=CARD)
     assert error.value.code == "disk-full"
@@ -282,7 +305,7 @@ def test_the_kernels_in_an_export_compute_the_same(hybrid: Any, monkeypatch: pyt
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with tempfile.TemporaryDirectory() as scratch:
         task = {"auto_class": auto_class(model), "folder": str(result.path), "hidden": list(HIDDEN)}
-        _, found = _reload(task, inputs, Path(scratch))
+        _, found = reload_in_clean_process(task, inputs, Path(scratch))
     for name, ids in inputs.items():
         right = exact(input_ids=ids, use_cache=False).logits
         error, baseline = (float((one[name] - right).norm() / right.norm()) for one in (found, plain))

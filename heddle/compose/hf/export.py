@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig
 
 from heddle.compose.hf.card import Card, Checked, render
 from heddle.compose.hf.flatten import CONFIG, ENCODER, ENTRIES, MODEL, flatten
 from heddle.compose.hf.model import HeddlePreTrainedModel
+from heddle.compose.hf.shards import MAX_SHARD_SIZE, size_of, write_weights
 from heddle.compose.hf.tokenizer import BYTES, tokenizer_for
 from heddle.compose.hf.verify import Verification, auto_class, verify
 from heddle.errors import HeddleError
@@ -42,21 +42,25 @@ def export(
     card: Card,
     tokenizer: str = BYTES,
     overwrite: bool = False,
+    max_shard_size: str = MAX_SHARD_SIZE,
 ) -> ExportResult:
     """Writes config, weights, code, tokenizer and card to `out_dir`, all or nothing; `model` is of any kind that has a head.
 
     The folder is written beside `out_dir`, loaded in a process without heddle, compared, and only then given
-    its name. `overwrite` replaces an earlier export, and nothing else.
+    its name. `overwrite` replaces an earlier export, and nothing else. Weights of more than `max_shard_size`, as "5GB", are
+    spread over several files.
 
     Raises:
-        HeddleError: "file-exists", "tokenizer-mismatch", "export-mismatch", "disk-full".
+        HeddleError: "bad-argument", "file-exists", "tokenizer-mismatch", "export-mismatch", "disk-full".
     """
     out = Path(out_dir).absolute()
+    size_of(max_shard_size)
     _check_free(out, overwrite=overwrite)
     with _folder_beside(out) as folder:
         with _full_disk_told(out):
             made = _write_tokenizer(model, folder, tokenizer)
             _write_model(model, folder, made)
+            write_weights(_weights(model), folder, max_shard_size)
         checked = verify(model, folder)
         with _full_disk_told(out):
             text = render(card, _checked(model, checked))
@@ -121,7 +125,6 @@ def _write_model(model: HeddlePreTrainedModel, folder: Path, tokenizer: Any) -> 
     config.save_pretrained(folder)
     if model.can_generate():
         GenerationConfig(**ids).save_pretrained(folder)
-    save_file(_weights(model), folder / "model.safetensors", metadata={"format": "pt"})
     kinds = _kinds(model)
     for name, source in flatten(kinds["mixers"], kinds["channels"], _entry(model)).items():
         (folder / name).write_text(source, encoding="utf-8")
@@ -177,6 +180,8 @@ def _checked(model: HeddlePreTrainedModel, found: Verification) -> Checked:
         transformers=found.transformers,
         torch=found.torch,
         auto_class=auto_class(model),
+        device=found.device,
+        parity=found.parity,
     )
 
 

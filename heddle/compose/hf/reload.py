@@ -1,7 +1,7 @@
 """Loads an exported folder in a process that has no heddle, and writes down what it computes.
 
-Run by `verify` as `python -I -c <this file> TASK.json`; it imports nothing of ours. Packages that an export
-must not need are hidden from every finder, as if they were not installed.
+Run by `verify` as `python -I -c <this file> TASK.json`; it imports nothing of ours, and runs the file of the parity battery
+that the task names. Packages that an export must not need are hidden from every finder, as if they were not installed.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
+import platform
+import runpy
 import signal
 import sys
 from importlib.abc import MetaPathFinder
@@ -46,6 +48,15 @@ def end_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+def processor() -> str:
+    """The name of the processor, as far as the system tells it."""
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as told:
+        for line in told:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
 def main(task: dict[str, Any]) -> None:
     end_with_parent()
     sys.path[:] = task["path"]
@@ -54,8 +65,8 @@ def main(task: dict[str, Any]) -> None:
     import transformers
     from safetensors.torch import load_file, save_file
 
-    auto_class = getattr(transformers, task["auto_class"])
-    model = auto_class.from_pretrained(task["folder"], trust_remote_code=True, dtype=torch.float32).eval()
+    auto_class, trusted = getattr(transformers, task["auto_class"]), task["trusted"]
+    model = auto_class.from_pretrained(task["folder"], trust_remote_code=trusted, dtype=torch.float32).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(task["folder"])
     inputs = load_file(task["inputs"])
     with torch.no_grad():
@@ -66,7 +77,7 @@ def main(task: dict[str, Any]) -> None:
         tokens = model.generate(**prompt, **options) if can_generate else prompt["input_ids"]
     save_file(logits, task["logits"])
     model.save_pretrained(task["again"])
-    reloaded = auto_class.from_pretrained(task["again"], trust_remote_code=True, dtype=torch.float32)
+    reloaded = auto_class.from_pretrained(task["again"], trust_remote_code=trusted, dtype=torch.float32)
     with torch.no_grad():
         again = {name: reloaded.eval()(input_ids=ids, use_cache=False).logits for name, ids in inputs.items()}
     found = {
@@ -75,7 +86,14 @@ def main(task: dict[str, Any]) -> None:
         "imported": sorted(set(task["hidden"]) & set(sys.modules)),
         "transformers": transformers.__version__,
         "torch": torch.__version__,
+        "device": processor(),
     }
+    if task["battery"]:
+        parity = runpy.run_path(task["battery_file"])
+        loaded = parity["Loaded"](
+            model, auto_class, task["folder"], task["again"], found["saved_again"], trusted
+        )
+        found["battery"] = parity["battery"](loaded, full=task["battery"] == "full")
     with open(task["found"], "w", encoding="utf-8") as file:
         json.dump(found, file)
 

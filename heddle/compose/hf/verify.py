@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from heddle.compose.hf.card import ParityRow
 from heddle.compose.hf.model import HeddlePreTrainedModel
 from heddle.errors import HeddleError
 
@@ -35,6 +36,8 @@ class Verification:
     generated_text: str
     transformers: str
     torch: str
+    device: str = ""
+    parity: tuple[ParityRow, ...] = ()
 
 
 def verify(
@@ -44,16 +47,17 @@ def verify(
 
     Both sides compute in float32 on the CPU.
 
-    That process also generates from text (an encoder does not), saves the model again and loads what it saved.
+    That process also generates from text (an encoder does not), saves the model again and loads what it saved, and runs the
+    checks of the parity battery that take no generation; `heddle verify` runs all.
 
     Raises:
-        HeddleError: "export-mismatch" if it does not load or differs by more than 1e-5.
+        HeddleError: "export-mismatch" if it does not load, differs by more than 1e-5 or fails a check.
     """
     inputs = fixed_inputs(model.config.vocab_size)
     expected = logits_of(model, inputs)
     with tempfile.TemporaryDirectory(prefix="heddle-verify-") as scratch:
         task = {"auto_class": auto_class(model), "folder": str(Path(folder).resolve()), "hidden": [*hidden]}
-        found, logits = _reload(task, inputs, Path(scratch))
+        found, logits = reload_in_clean_process({**task, "battery": "short"}, inputs, Path(scratch))
     if found["imported"]:
         raise HeddleError("export-mismatch", f"the exported code imported {', '.join(found['imported'])}")
     difference = max(float((logits[name] - expected[name]).abs().max()) for name in expected)
@@ -65,7 +69,23 @@ def verify(
             f"logits of the exported folder differ by {difference:.3g}, once saved again by "
             f"{found['saved_again']:.3g}; at most {TOLERANCE:g} is allowed",
         )
-    return Verification(difference, found["text"], found["transformers"], found["torch"])
+    rows = parity_rows(found["battery"])
+    failed = [f"{row.check}: {row.figure:.3g}, {row.note}" for row in rows if row.verdict == "fail"]
+    if failed:
+        raise HeddleError("export-mismatch", f"the exported folder fails a check: {'; '.join(failed)}")
+    versions = (found["transformers"], found["torch"], found["device"])
+    return Verification(difference, found["text"], *versions, parity=rows)
+
+
+def parity_rows(found: Sequence[dict[str, Any]]) -> tuple[ParityRow, ...]:
+    """The rows of the battery as `parity.py` tells them; a check that fails with a reason is expected."""
+    rows = []
+    for row in found:
+        verdict = "pass" if row["passed"] else "expected" if row["expected"] else "fail"
+        notes = (row["expected"] if verdict == "expected" else "", row["note"])
+        told = "; ".join(note for note in notes if note)
+        rows.append(ParityRow(row["check"], row["figure"], row["tolerance"], verdict, told))
+    return tuple(rows)
 
 
 def fixed_inputs(vocab_size: int) -> dict[str, Tensor]:
@@ -92,17 +112,28 @@ def auto_class(model: HeddlePreTrainedModel) -> str:
     return type(model).__name__.replace("Heddle", "AutoModel", 1)
 
 
-def _reload(
+def reload_in_clean_process(
     told: dict[str, Any], inputs: dict[str, Tensor], scratch: Path
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What `reload.py` finds, and the logits it computes of `inputs`.
+
+    `told` has auto_class, folder and hidden, and may have battery ("short" or "full"), trusted (whether the folder's code
+    may run) and first (folders of packages that come before this process's own).
+
+    Raises:
+        HeddleError: "export-mismatch" if the folder does not load.
+    """
     names = ("task", "inputs", "logits", "found", "again")
     files = {name: str(scratch / name) for name in names}
     save_file(inputs, files["inputs"])
-    task: dict[str, Any] = {**told, **files, "prompt": PROMPT, "new_tokens": NEW_TOKENS}
+    usual = {"prompt": PROMPT, "new_tokens": NEW_TOKENS, "battery": "", "trusted": True, "first": []}
+    task: dict[str, Any] = {**usual, **told, **files, "battery_file": str(_beside("parity.py"))}
     # Modules that this process has copied from other exports must not stand in for those of this one.
-    task["path"] = [entry for entry in sys.path if entry and not Path(entry, "transformers_modules").exists()]
+    task["path"] = task["first"] + [
+        entry for entry in sys.path if entry and not Path(entry, "transformers_modules").exists()
+    ]
     Path(files["task"]).write_text(json.dumps(task), encoding="utf-8")
-    done = _run([sys.executable, "-I", "-c", _child_source(), files["task"]], scratch)
+    done = _run([sys.executable, "-I", "-c", _beside("reload.py").read_text("utf-8"), files["task"]], scratch)
     if done.returncode != 0:
         said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
         raise HeddleError(
@@ -113,8 +144,8 @@ def _reload(
     return json.loads(Path(files["found"]).read_text(encoding="utf-8")), load_file(files["logits"])
 
 
-def _child_source() -> str:
-    return Path(__file__).with_name("reload.py").read_text(encoding="utf-8")
+def _beside(name: str) -> Path:
+    return Path(__file__).with_name(name)
 
 
 def _run(command: list[str], scratch: Path) -> subprocess.CompletedProcess[str]:

@@ -1,0 +1,117 @@
+"""Commands on folders of transformers, which `heddle.cli` adds to its own: `verify`, and `eval` for `heddle.api.evaluate`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from heddle.errors import FAILED
+
+if TYPE_CHECKING:
+    from heddle.compose.hf.battery import Battery
+    from heddle.compose.hf.card import ScoreRow
+
+FolderPath = Annotated[
+    Path, typer.Argument(metavar="DIR", help="Folder of an exported model.", show_default=False)
+]
+Trust = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Run the folder's own model code, which you made or have read."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
+
+
+app = typer.Typer()
+
+
+def _example(command: str) -> str:
+    return f"Example: [bold]{command}[/bold]"
+
+
+@app.command(epilog=_example("heddle verify my-model --trust-remote-code"))
+def verify(folder: FolderPath, trust_remote_code: Trust = False, json: Json = False) -> None:
+    """Check that a folder computes the same whichever way it is asked: in steps, padded, reloaded, in beams."""
+    from heddle import api, terminal
+
+    battery = api.verify(folder, trust_remote_code=trust_remote_code)
+    terminal.show_json({"ok": battery.ok, **_data(battery)}) if json else _show(battery)
+    if not battery.ok:
+        raise typer.Exit(FAILED)
+
+
+@app.command("eval", epilog=_example("heddle eval my-model --tasks lambada_openai --limit 100"))
+def evaluate(
+    folder: FolderPath,
+    tasks: Annotated[str, typer.Option(help="Tasks by name, with commas between.", show_default=False)],
+    include_path: Annotated[
+        Path | None, typer.Option(help="Folder with tasks of your own; functions that they name are run.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Examples of each task; all if not given.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 8,
+    device: Annotated[str, typer.Option(help='Where to compute, as "cpu" or "cuda:0".')] = "cpu",
+    trust_remote_code: Trust = False,
+    json: Json = False,
+) -> None:
+    """Evaluate a folder with lm-evaluation-harness, which the extra `eval` installs."""
+    from heddle import api, terminal
+
+    rows = api.evaluate(
+        folder,
+        [task.strip() for task in tasks.split(",") if task.strip()],
+        trust_remote_code=trust_remote_code,
+        include_path=include_path,
+        limit=limit,
+        batch_size=batch_size,
+        device=device,
+    )
+    terminal.show_json(rows) if json else _show_scores(rows)
+
+
+def _show_scores(rows: list[ScoreRow]) -> None:
+    from rich.table import Table
+
+    from heddle import terminal
+
+    table = Table("task", "metric", "score", "standard error", "n", "", box=None, pad_edge=False)
+    for row in rows:
+        error = "" if row.se is None else f"{row.se:.2g}"
+        number = "" if row.n is None else str(row.n)
+        table.add_row(row.task, row.metric, f"{row.value:.4g}", error, number, row.note)
+    terminal.console().print(table)
+
+
+def _data(battery: Battery) -> dict[str, Any]:
+    """The battery as JSON can say it: a figure that is infinite, of a check that raised, is null."""
+    data = asdict(battery)
+    for row in data["rows"]:
+        row["figure"], row["tolerance"] = _finite(row["figure"]), _finite(row["tolerance"])
+    return data
+
+
+def _finite(number: float | None) -> float | None:
+    return number if number is not None and math.isfinite(number) else None
+
+
+def _show(battery: Battery) -> None:
+    """One line a check: what it is, its figure, the most it may be, and how it went."""
+    from rich.table import Table
+
+    from heddle import terminal
+
+    table = Table("check", "figure", "tolerance", "", "", box=None, pad_edge=False, header_style="dim")
+    for row in battery.rows:
+        tolerance = "" if row.tolerance is None else f"{row.tolerance:.1e}"
+        verdict, style = ("FAILED", "bold red") if row.verdict == "fail" else (row.verdict, None)
+        table.add_row(row.check, f"{row.figure:.1e}", tolerance, verdict, row.note, style=style)
+    screen = terminal.console()
+    screen.print(f"{battery.folder}   {battery.auto_class}", style="bold")
+    screen.print(f"{battery.device}, transformers {battery.transformers}, torch {battery.torch}")
+    screen.print(table)
+    failed = sum(row.verdict == "fail" for row in battery.rows)
+    expected = sum(row.verdict == "expected" for row in battery.rows)
+    told = "all well" if battery.ok else f"{failed} of {len(battery.rows)} checks failed"
+    screen.print(f"{told}, {expected} expected to fail" if expected else told, style="bold")
