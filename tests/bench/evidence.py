@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,8 @@ def main() -> None:
     }
     path = chosen.out / f"evidence-{chosen.topic}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with ProcessPoolExecutor(chosen.workers) as pool, path.open("a") as rows:
+    # A process that is forked cannot use the GPU that this one has looked at.
+    with ProcessPoolExecutor(chosen.workers, get_context("spawn")) as pool, path.open("a") as rows:
         for done in as_completed([pool.submit(told, chosen.spec, job) for job in jobs]):
             row = done.result()
             made = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
