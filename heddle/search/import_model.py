@@ -48,7 +48,7 @@ def import_folder(folder: Path | str, out: Path | str) -> ImportResult:
     source, out = Path(folder), Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise HeddleError("file-exists", f"{out} is there already", hint="name a new or empty folder")
-    tokenizer = str(out / TOKENIZER_FOLDER) if (source / TOKENIZER).is_file() else "bytes"
+    tokenizer = str(out.resolve() / TOKENIZER_FOLDER) if (source / TOKENIZER).is_file() else "bytes"
     found = read_native(source, name=_name(source), tokenizer=tokenizer)
     model_hash = spec_hash(found.spec.model)
     if tokenizer != "bytes":

@@ -44,6 +44,18 @@ ALWAYS: Mapping[str, tuple[Serves, Serves]] = {
     ),
 }
 
+# What the page says of targets whose answer depends on the model.
+SOMETIMES: Mapping[str, tuple[str, str]] = {
+    "mistral": ("yes without a window, else ?", "yes without a window, else ?"),
+    "qwen2": ("yes without windows", "yes without windows, which it ignores"),
+    "qwen3": ("yes without windows", "yes without windows, which it ignores"),
+    "qwen3_5_text": ("yes", "yes if every n-th layer is a full one, and no other"),
+    "qwen3_next": (
+        "no: it wants a layer with experts",
+        "yes if every n-th layer is a full one, and no other",
+    ),
+}
+
 
 def served(target: str, model: Model) -> dict[str, Serves]:
     """By server, whether it takes a model that fits `target`."""
