@@ -10,13 +10,13 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
 
 import heddle
+from heddle.command_options import Batch, Context, GraphForm, Json, Phase, RunPath, SpecPath
 from heddle.errors import FAILED, HeddleError
 
 app = typer.Typer(
@@ -35,39 +35,6 @@ CTRL_C = 130
 # Commands that read and write specs and train nothing, and how many new objects they make between two collections.
 LIGHT = ("init", "check", "show", "diff", "schema")
 OBJECTS = 50_000
-
-
-class Phase(StrEnum):
-    """What `heddle bench` times."""
-
-    decode = "decode"
-    prefill = "prefill"
-    both = "both"
-
-    @property
-    def phases(self) -> tuple[Phase, ...]:
-        return (Phase.prefill, Phase.decode) if self is Phase.both else (self,)
-
-
-class GraphForm(StrEnum):
-    """How `heddle show --graph` draws."""
-
-    text = "text"
-    mermaid = "mermaid"
-    svg = "svg"
-
-
-SpecPath = Annotated[
-    Path, typer.Argument(metavar="SPEC", help="Spec file, YAML or JSON.", show_default=False)
-]
-RunPath = Annotated[
-    Path, typer.Argument(metavar="RUN", help="Folder of a search or training run.", show_default=False)
-]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
-Context = Annotated[
-    int | None, typer.Option(min=1, help="Tokens of context; the spec's context_length if not given.")
-]
-Batch = Annotated[int, typer.Option(min=1, help="Sequences at once.")]
 
 
 def _example(*commands: str) -> str:

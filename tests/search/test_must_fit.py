@@ -27,7 +27,8 @@ data: {{source: {corpus}, sequence_length: 32}}
 train: {{tokens: 2k, batch_tokens: 512}}
 search:
   tasks: [text]
-  trials: 6
+  trials: 4
+  seed: 1
   sampler: random
   confirm_seeds: 0
   export: {{must_fit: [qwen3]}}
