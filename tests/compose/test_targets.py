@@ -122,14 +122,14 @@ def olmo_hybrid(some: random.Random) -> Data:
 
 def granite(some: random.Random) -> Data:
     mixer = heads(some) | {"rope": some.choice([None, rope(some)]), "scale": some.choice([None, 0.2])}
-    blocks = dense(some, mixer, mamba(some), residual={"branch": some.choice([1.0, 0.3])})
+    blocks = dense(some, mixer, mamba(some, groups=1), residual={"branch": some.choice([1.0, 0.3])})
     factors = {"embedding_multiplier": some.choice([1.0, 3.0]), "logit_multiplier": some.choice([1.0, 0.3])}
     return stack(some, blocks, **factors)
 
 
 def bamba(some: random.Random) -> Data:
     mixer = heads(some) | {"rope": rope(some, fraction=0.5)}
-    return stack(some, dense(some, mixer, mamba(some)))
+    return stack(some, dense(some, mixer, mamba(some, groups=1)))
 
 
 def falcon_h1(some: random.Random) -> Data:
@@ -268,6 +268,14 @@ def test_a_gain_less_one_loses_nothing_in_bfloat16(gain: float) -> None:
     theirs, _ = to_theirs([key], ours)
     back: dict[str, Tensor] = to_ours([key], theirs)[0]
     assert back["a"].to(torch.bfloat16) == ours["a"]
+
+
+def test_a_norm_that_readers_take_in_two_ways_is_refused() -> None:
+    data = SPECS["bamba"](random.Random(0))
+    data["blocks"]["b"]["mixer"]["groups"] = 2
+    (refused,) = verdict(BY_NAME["bamba"], plan(ModelSpec.model_validate(data)).runtime()).refusals
+    assert refused.path.endswith(".mixer.groups")
+    assert "readers of this class differ" in refused.why
 
 
 def test_the_runtime_of_a_model_is_that_of_its_plan() -> None:

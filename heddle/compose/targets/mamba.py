@@ -57,15 +57,30 @@ def mamba_keys(config: Config, ours: str = "mixer", *, norm: bool = True) -> Ite
         yield same(f"{ours}.norm.weight", "mamba.norm.weight")
 
 
-def width_problems(model: Model) -> Iterator[Refusal]:
-    """For classes whose Mamba-2 is so many hidden sizes wide."""
+def mamba_problems(model: Model) -> Iterator[Refusal]:
+    """For classes whose Mamba-2 is so many hidden sizes wide, and whose norm older readers take over all groups at once.
+
+    transformers 5.23 norms each group by itself; its versions before, and ports of them, do not, and would load the same folder.
+    """
+    size = model["hidden_size"]
+    told: set[str] = set()
     for index, layer in enumerate(model["layers"]):
-        mixer, size = layer["mixer"], model["hidden_size"]
-        if mixer["kind"] == "mamba2" and mixer["heads"] * mixer["head_dim"] % size:
+        mixer = layer["mixer"]
+        found: dict[str, str] = {}
+        if mixer["kind"] != "mamba2":
+            continue
+        if mixer["heads"] * mixer["head_dim"] % size:
             width = mixer["heads"] * mixer["head_dim"]
-            what = f"is {mixer['head_dim']}; heads · head_dim, here {width}, is a multiple of {size} there"
-            yield Refusal(f"layers.{index}.mixer.head_dim", what)
-            return
+            found["head_dim"] = (
+                f"is {mixer['head_dim']}; heads · head_dim, here {width}, is a multiple of {size} there"
+            )
+        if mixer["groups"] > 1:
+            found["groups"] = (
+                f"is {mixer['groups']}; readers of this class differ in the norm of several groups, so it is 1"
+            )
+        for field in [one for one in found if one not in told]:
+            told.add(field)
+            yield Refusal(f"layers.{index}.mixer.{field}", found[field])
 
 
 def reciprocal(factor: float) -> float:
@@ -78,7 +93,6 @@ def reciprocal(factor: float) -> float:
 
 
 _MAMBA_WHY = {
-    "mixer.groups": "all its Mamba-2 layers have the same",
     "mixer.norm": "the norm of its Mamba-2 layers stands after the gate",
     "mixer.window": "it has no windows",
     "mixer.qk_norm": "queries and keys have no norm",
@@ -157,7 +171,7 @@ class Granite(Target):
             yield from parts.attention_keys(biases="all" if config["attention_bias"] else "none")
 
     def problems(self, model: Model) -> Iterator[Refusal]:
-        yield from width_problems(model)
+        yield from mamba_problems(model)
         yield from parts.divides_hidden_size(model)
 
     def idle(self, config: Config) -> frozenset[str]:
@@ -217,7 +231,7 @@ class Bamba(Target):
             yield from mamba_keys(config)
 
     def problems(self, model: Model) -> Iterator[Refusal]:
-        yield from width_problems(model)
+        yield from mamba_problems(model)
         yield from parts.divides_hidden_size(model)
 
 
