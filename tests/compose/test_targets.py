@@ -113,6 +113,15 @@ def qwen_hybrid(some: random.Random) -> Data:
     return stack(some, dense(some, mixer, delta(some)))
 
 
+def qwen_next(some: random.Random) -> Data:
+    data = qwen_hybrid(some)
+    moe = {"kind": "moe", "experts": 4, "active": 2, "width": 8, "shared_width": 16, "shared_gate": True}
+    moe |= {"normalise": some.random() < 0.5, "balance": some.choice([0.01, 0.1])}
+    for name in some.choice([(), ("a",), ("b",), ("a", "b")]):
+        data["blocks"][name]["channel"] = moe
+    return data
+
+
 def olmo_hybrid(some: random.Random) -> Data:
     mixer = heads(some) | {"rope": some.choice([None, rope(some)]), "qk_norm": "full"}
     blocks = dense(some, mixer, delta(some, negative_eigenvalues=some.random() < 0.5))
@@ -164,7 +173,7 @@ def gemma3(some: random.Random) -> Data:
 
 
 SPECS: dict[str, Callable[[random.Random], Data]] = {
-    "llama": llama, "mistral": mistral, "qwen2": qwen2, "qwen3": qwen3, "qwen3_5_text": qwen_hybrid, "qwen3_next": qwen_hybrid,
+    "llama": llama, "mistral": mistral, "qwen2": qwen2, "qwen3": qwen3, "qwen3_5_text": qwen_hybrid, "qwen3_next": qwen_next,
     "olmo_hybrid": olmo_hybrid, "granitemoehybrid": granite, "bamba": bamba, "falcon_h1": falcon_h1, "olmo3": olmo3,
     "smollm3": smollm3, "gemma3_text": gemma3,
 }  # fmt: skip

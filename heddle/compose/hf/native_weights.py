@@ -55,6 +55,7 @@ def their_shapes(keys: Iterable[Key], ours: Mapping[str, Tensor]) -> dict[str, t
 
 
 def _there(key: Key, tensors: Sequence[Tensor]) -> list[Tensor]:
+    tensors = [one.flatten(0, 1) for one in tensors] if key.stacked else tensors
     if key.pieces:
         cut = [
             piece
@@ -78,6 +79,7 @@ def _back(key: Key, tensors: Sequence[Tensor]) -> list[Tensor]:
         tensors = [
             torch.cat([cut[number] for number in range(first, last)]) for first, last in pairwise(ends)
         ]
+    tensors = [torch.unflatten(one, 0, (key.stacked, -1)) for one in tensors] if key.stacked else tensors
     return [shifted(one, key.less).contiguous() for one in tensors]
 
 

@@ -63,8 +63,10 @@ def swiglu(config: Config, kind: str = "swiglu") -> dict[str, Any]:
 
 
 def width_of(model: Model) -> int:
-    """The inner width of the channel blocks; of several the first."""
-    width: int = model["layers"][0]["channel"]["width"]
+    """The inner width of the dense channel blocks; of several the first, of none that of the experts."""
+    channels = [layer["channel"] for layer in model["layers"]]
+    dense = [channel for channel in channels if channel["kind"] != "moe"]
+    width: int = (dense or channels)[0]["width"]
     return width
 
 

@@ -44,8 +44,9 @@ class Qwen3_5(Target):  # noqa: N801 - the class's own name
         }
 
     def block(self, config: Config, index: int) -> dict[str, Any]:
+        channel = self._channel(config, index)
         if config["layer_types"][index] == parts.LINEAR:
-            return {"mixer": parts.delta_of(config), "channel": parts.swiglu(config)}
+            return {"mixer": parts.delta_of(config), "channel": channel}
         mixer = parts.attention_of(
             config,
             rope=rope_of(config["rope_parameters"], partial=True),
@@ -53,11 +54,14 @@ class Qwen3_5(Target):  # noqa: N801 - the class's own name
             gate=True,
             bias="all" if config["attention_bias"] else "none",
         )
-        return {"mixer": mixer, "channel": parts.swiglu(config)}
+        return {"mixer": mixer, "channel": channel}
+
+    def _channel(self, config: Config, index: int) -> dict[str, Any]:  # noqa: ARG002
+        return parts.swiglu(config)
 
     def layer_keys(self, config: Config, index: int) -> Iterator[Key]:
         yield from parts.pre_norm_keys(self.less)
-        yield from parts.channel_keys()
+        yield from self._channel_keys(config, index)
         if config["layer_types"][index] == parts.LINEAR:
             yield from self._linear(config)
         else:
@@ -70,6 +74,9 @@ class Qwen3_5(Target):  # noqa: N801 - the class's own name
         return (
             super().idle(config) | mrope | {"full_attention_interval"} | parts.idle_linear(config, "linear_")
         )
+
+    def _channel_keys(self, config: Config, index: int) -> Iterator[Key]:  # noqa: ARG002
+        yield from parts.channel_keys()
 
     def _linear(self, config: Config) -> Iterator[Key]:
         yield from self._projections(config)
@@ -84,20 +91,84 @@ class Qwen3_5(Target):  # noqa: N801 - the class's own name
 
 
 class Qwen3Next(Qwen3_5):
-    """Qwen3-Next without experts: q, k, v and z of a key head stand together in one matrix, b and a in another."""
+    """Qwen3-Next: q, k, v and z of a key head stand together in one matrix, b and a in another; experts in any of the layers."""
 
     name = "qwen3_next"
     config_class, model_class = "Qwen3NextConfig", "Qwen3NextForCausalLM"
+    holds = (
+        "Gated DeltaNet and gated softmax attention with QK-norm in any order, dense or with experts by layer"
+    )
+    channels = ("swiglu", "moe")
+    why: ClassVar = {
+        **Qwen3_5.why,
+        "channel.shared_width": "there is a shared expert, of one size in all layers",
+        "channel.shared_gate": "the shared expert has a gate",
+        "channel.score": "scores are a softmax",
+        "channel.scale": "the experts' sum has no factor",
+        "channel.correction_bias": "the choice has no bias",
+    }
 
     def fields(self, model: Model) -> dict[str, Any]:
-        return {**super().fields(model), "num_experts": 0}
+        routed = [layer["channel"] for layer in model["layers"] if layer["channel"]["kind"] == "moe"]
+        found = {**super().fields(model), "num_experts": 0}
+        if not routed:
+            return found
+        first, layers = routed[0], model["layers"]
+        return found | {
+            "num_experts": first["experts"],
+            "num_experts_per_tok": first["active"],
+            "moe_intermediate_size": first["width"],
+            "shared_expert_intermediate_size": first["shared_width"] or first["width"],
+            "norm_topk_prob": first["normalise"],
+            "router_aux_loss_coef": first["balance"],
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [at for at, layer in enumerate(layers) if layer["channel"]["kind"] != "moe"],
+        }
+
+    def _channel(self, config: Config, index: int) -> dict[str, Any]:
+        if not _is_routed(config, index):
+            return parts.swiglu(config)
+        return {
+            "kind": "moe",
+            "experts": config["num_experts"],
+            "active": config["num_experts_per_tok"],
+            "width": config["moe_intermediate_size"],
+            "shared_width": config["shared_expert_intermediate_size"],
+            "shared_gate": True,
+            "normalise": config["norm_topk_prob"],
+            "balance": config["router_aux_loss_coef"],
+        }
+
+    def _channel_keys(self, config: Config, index: int) -> Iterator[Key]:
+        if not _is_routed(config, index):
+            yield from parts.channel_keys()
+            return
+        # On disk, where servers read it, each expert has three matrices of its own.
+        count, width = config["num_experts"], config["moe_intermediate_size"]
+        for ours, theirs, rows in (
+            ("gate_up_proj", ("gate_proj", "up_proj"), width),
+            ("down_proj", ("down_proj",), config["hidden_size"]),
+        ):
+            names = tuple(f"mlp.experts.{expert}.{one}.weight" for expert in range(count) for one in theirs)
+            cut, made = ((rows,) * len(names),), tuple((number,) for number in range(len(names)))
+            yield Key((f"channel.experts.{ours}",), names, pieces=cut, made=made, stacked=count)
+        own = [f"shared_expert.{one}_proj" for one in ("gate", "up", "down")]
+        for one in ("gate", "shared_expert_gate", *own):
+            yield same(f"channel.{one}.weight", f"mlp.{one}.weight")
 
     def idle(self, config: Config) -> frozenset[str]:
-        experts = {
-            "decoder_sparse_step", "moe_intermediate_size", "shared_expert_intermediate_size", "num_experts_per_tok",
-            "norm_topk_prob", "mlp_only_layers",
-        }  # fmt: skip
-        return super().idle(config) | (experts if config["num_experts"] == 0 else set())
+        # `block` reads these two layer by layer.
+        found = super().idle(config) | {"decoder_sparse_step", "mlp_only_layers"}
+        routed = [_is_routed(config, index) for index in range(config["num_hidden_layers"])]
+        if all(routed):
+            found |= {"intermediate_size"}
+        experts = (
+            "num_experts_per_tok",
+            "moe_intermediate_size",
+            "shared_expert_intermediate_size",
+            "norm_topk_prob",
+        )
+        return found if any(routed) else found | {*experts, "num_experts"}
 
     def _projections(self, config: Config) -> Iterator[Key]:
         queries, keys, values = parts.delta_rows(config)
@@ -116,3 +187,10 @@ class Qwen3Next(Qwen3_5):
             made=((0, 1),),
             groups=groups,
         )
+
+
+def _is_routed(config: Config, index: int) -> bool:
+    """Whether a layer of Qwen3-Next has experts."""
+    if not config["num_experts"] or index in config["mlp_only_layers"]:
+        return False
+    return bool((index + 1) % config["decoder_sparse_step"] == 0)

@@ -63,7 +63,8 @@ def served(target: str, model: Model) -> dict[str, Serves]:
     if target in ("qwen2", "qwen3", "mistral"):
         vllm, sglang = _windowed(target, model)
     elif target in ("qwen3_5_text", "qwen3_next"):
-        vllm = YES if target == "qwen3_5_text" else vllm
+        routed = any(layer["channel"]["kind"] == "moe" for layer in model["layers"])
+        vllm = YES if target == "qwen3_5_text" or routed else vllm
         sglang = _periodic(model)
     return {"vllm": vllm, "sglang": sglang}
 

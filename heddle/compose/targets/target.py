@@ -9,7 +9,7 @@ later is refused by every target until the target learns it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 # What `Plan.runtime` gives: a model as plain data, everything filled in.
@@ -47,7 +47,8 @@ class Key:
     Each of ours is cut into `pieces` of so many rows, and each of theirs is `made` of pieces, by their number. With `groups`
     every piece is cut into so many equal parts, and theirs has the first part of each piece, then the second, … `less` is
     what theirs lacks of ours: 1 where the class adds 1 to the weight of a norm. `middle`: theirs has a dimension of one in
-    the middle, as convolutions have.
+    the middle, as convolutions have. `stacked`: ours holds so many matrices in one tensor, as experts do, whose rows are
+    those of all of them.
     """
 
     ours: tuple[str, ...]
@@ -57,11 +58,12 @@ class Key:
     groups: int = 1
     less: float = 0.0
     middle: bool = False
+    stacked: int = 0
 
     def below(self, prefix: str) -> Key:
         """The same of a layer, whose names all begin with `prefix`."""
         ours, theirs = (tuple(prefix + name for name in names) for names in (self.ours, self.theirs))
-        return Key(ours, theirs, self.pieces, self.made, self.groups, self.less, self.middle)
+        return replace(self, ours=ours, theirs=theirs)
 
 
 def same(ours: str, theirs: str, *, less: float = 0.0, middle: bool = False) -> Key:
