@@ -217,6 +217,7 @@ def test_every_target_has_specs_here() -> None:
     assert {target.name for target in TARGETS} == {*SPECS}
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @every_target
 @pytest.mark.parametrize("seed", SEEDS)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from heddle.compose.plan import plan
 from heddle.compose.targets.catalogue import BY_NAME
 from heddle.compose.targets.verdict import verdict
@@ -35,6 +37,7 @@ search:
 """
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_not_tried(workers: Workers, corpus: Path, tmp_path: Path) -> None:
     assert workers.parallel
     run = search(loads(SPEC.format(corpus=corpus)), tmp_path / "run")
