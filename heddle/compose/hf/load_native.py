@@ -43,14 +43,26 @@ def read_native(folder: Path | str, *, name: str, tokenizer: str = "bytes") -> I
     """
     checkpoint = open_checkpoint(folder)
     target = _target(checkpoint)
-    full = _filled_in(target, checkpoint.config, checkpoint.folder)
-    spec = _spec(target, full, checkpoint.folder, {"name": name, "tokenizer": tokenizer})
-    config = _understood(target, full, spec.model, checkpoint.folder)
+    spec, config = spec_of_config(checkpoint.config, checkpoint.folder, name=name, tokenizer=tokenizer)
     model = build_causal_lm(spec.model)
     model.load_state_dict(
         _weights(target, config, checkpoint, model), strict=not config["tie_word_embeddings"]
     )
     return Imported(target, spec, model.eval())
+
+
+def spec_of_config(
+    config: Config, folder: Path, *, name: str, tokenizer: str = "bytes"
+) -> tuple[Spec, Config]:
+    """The spec of a configuration of a known class, and the configuration as the class reads it; errors name `folder`.
+
+    Raises:
+        HeddleError: "import-mismatch" for what a spec cannot say, naming the field.
+    """
+    target = BY_NAME[config["model_type"]]
+    full = _filled_in(target, config, folder)
+    spec = _spec(target, full, folder, {"name": name, "tokenizer": tokenizer})
+    return spec, _understood(target, full, spec.model, folder)
 
 
 def _target(checkpoint: Checkpoint) -> Target:

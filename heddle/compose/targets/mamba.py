@@ -175,7 +175,9 @@ class Granite(Target):
         yield from parts.divides_hidden_size(model)
 
     def idle(self, config: Config) -> frozenset[str]:
-        found = super().idle(config) | parts.idle_linear(config, "mamba_") | {"intermediate_size"}
+        # Published files tell things that the class does not read, and anything but "rope" means no positions.
+        unread = {"intermediate_size", "init_method", "normalization_function", "position_embedding_type"}
+        found = super().idle(config) | parts.idle_linear(config, "mamba_") | unread
         found |= {"num_experts_per_tok"} if config["num_local_experts"] == 0 else set()
         return found if config["position_embedding_type"] == "rope" else found | {"rope_parameters"}
 

@@ -55,7 +55,11 @@ class SmolLM3(Target):
         yield from parts.channel_keys()
 
     def idle(self, config: Config) -> frozenset[str]:
-        found = super().idle(config) | parts.idle_windows(config) | {"no_rope_layer_interval"}
+        found = (
+            super().idle(config)
+            | parts.idle_windows(config)
+            | {"no_rope_layer_interval", "max_window_layers"}
+        )
         return found if any(config["no_rope_layers"]) else found | {"rope_parameters"}
 
     def problems(self, model: Model) -> Iterator[Refusal]:

@@ -17,14 +17,14 @@ Model = Mapping[str, Any]
 Config = Mapping[str, Any]
 
 # Fields of a configuration that change no logits: token ids, dropout (which only training has), sizes of chunks, first weights,
-# what is returned.
+# the kind of cache, what is returned.
 IDLE = frozenset(
     (
         "architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "use_cache", "initializer_range",
         "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "attention_dropout", "pretraining_tp",
         "is_encoder_decoder", "is_decoder", "id2label", "label2id", "problem_type", "return_dict", "output_attentions",
         "output_hidden_states", "output_router_logits", "router_aux_loss_coef", "chunk_size_feed_forward", "num_logits_to_keep",
-        "mamba_chunk_size", "z_loss_coefficient", "finetuning_task", "prefix", "task_specific_params",
+        "mamba_chunk_size", "z_loss_coefficient", "finetuning_task", "prefix", "cache_implementation", "task_specific_params",
     )
 )  # fmt: skip
 
