@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from heddle.compose.hf.card import ScoreRow
     from heddle.compose.hf.export import ExportResult
     from heddle.doctor import Diagnosis
+    from heddle.search.import_model import ImportResult
     from heddle.search.progress import Progress
     from heddle.search.record import Latency, Run
     from heddle.search.training import TrainRun
@@ -138,6 +139,23 @@ def position_bias(path: Path | str, *, length: int | None = None) -> dict[str, A
         raise HeddleError("bad-argument", f"position bias is for 1 to {MAX_LENGTH} tokens, not {length}")
     found = analyse(plan(file.spec.model, where=file.where), length)
     return {"name": file.spec.name, **found.data()}
+
+
+def targets(path: Path | str) -> dict[str, Any]:
+    """Which native classes of transformers hold the spec's model exactly, which field forbids each other one, and which servers
+    would take it; open values count at their defaults.
+
+    Raises:
+        HeddleErrors: as `check`.
+    """
+    from heddle.compose.targets.report import target_rows
+
+    file = check(path)
+    planned = plan(file.spec.model, where=file.where)
+    rows = target_rows(planned.runtime())
+    for refused in (one for row in rows for one in row["refused"]):
+        refused["line"] = file.where(refused["path"]).line if refused["path"] else None
+    return {"name": file.spec.name, "hash": specs.spec_hash(file.spec.model), "targets": rows}
 
 
 def diff(left: Path | str, right: Path | str) -> list[Difference]:
@@ -266,17 +284,23 @@ def export(
     trial: str | int = "best",
     force: bool = False,
     max_shard_size: str = "50GB",
+    target: str = "auto",
 ) -> ExportResult:
-    """Write a trained model of `run`, a search or a training, as a Hugging Face folder; `force` replaces it.
+    """Write the model of `run`, a search, a training, a folder that was imported or a spec file (whose weights are then
+    random), as a Hugging Face folder; `force` replaces it.
+
+    `target` is the name of a native class of transformers (`targets`), "remote" for code in the folder, or "auto": the first
+    class that holds the model exactly, else "remote".
 
     Weights of more than `max_shard_size` are spread over several files.
 
     Raises:
-        HeddleError: "run-not-found", "file-exists", "no-weights" (with the command that trains that trial) …
+        HeddleError: "run-not-found", "file-exists", "no-weights" (with the command that trains that trial),
+            "target-mismatch" (with each field that forbids it) …
     """
     from heddle.search.export import export_run
 
-    return export_run(run, out, trial=trial, overwrite=force, max_shard_size=max_shard_size)
+    return export_run(run, out, trial=trial, overwrite=force, target=target, max_shard_size=max_shard_size)
 
 
 def verify(folder: Path | str, *, trust_remote_code: bool = False) -> Battery:
@@ -311,6 +335,19 @@ def evaluate(
 
     how: dict[str, Any] = {"include_path": include_path, "limit": limit, "batch_size": batch_size}
     return run_harness(folder, tasks, trusted=trust_remote_code, device=device, **how)
+
+
+def import_model(folder: Path | str, out: Path | str) -> ImportResult:
+    """Turn a checkpoint of a native class of transformers into a spec and weights in the new folder `out`, which `export`
+    takes. No code of the folder runs.
+
+    Raises:
+        HeddleError: "import-mismatch", naming the field that a spec cannot say; "file-exists", "checkpoint-broken",
+            "pickle-refused" …
+    """
+    from heddle.search.import_model import import_folder
+
+    return import_folder(folder, out)
 
 
 def report(run: Path | str, out: Path | str | None = None) -> Path:

@@ -10,7 +10,6 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -18,6 +17,7 @@ import typer
 
 import heddle
 from heddle import folder_commands
+from heddle.command_options import Batch, Context, GraphForm, Json, Phase, RunPath, SpecPath
 from heddle.errors import FAILED, HeddleError
 
 app = typer.Typer(
@@ -36,39 +36,6 @@ CTRL_C = 130
 # Commands that read and write specs and train nothing, and how many new objects they make between two collections.
 LIGHT = ("init", "check", "show", "diff", "schema")
 OBJECTS = 50_000
-
-
-class Phase(StrEnum):
-    """What `heddle bench` times."""
-
-    decode = "decode"
-    prefill = "prefill"
-    both = "both"
-
-    @property
-    def phases(self) -> tuple[Phase, ...]:
-        return (Phase.prefill, Phase.decode) if self is Phase.both else (self,)
-
-
-class GraphForm(StrEnum):
-    """How `heddle show --graph` draws."""
-
-    text = "text"
-    mermaid = "mermaid"
-    svg = "svg"
-
-
-SpecPath = Annotated[
-    Path, typer.Argument(metavar="SPEC", help="Spec file, YAML or JSON.", show_default=False)
-]
-RunPath = Annotated[
-    Path, typer.Argument(metavar="RUN", help="Folder of a search or training run.", show_default=False)
-]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
-Context = Annotated[
-    int | None, typer.Option(min=1, help="Tokens of context; the spec's context_length if not given.")
-]
-Batch = Annotated[int, typer.Option(min=1, help="Sequences at once.")]
 
 
 def _example(*commands: str) -> str:
@@ -148,6 +115,13 @@ def show(
             "--position-bias", help="Show which tokens the masks favour instead, before any training."
         ),
     ] = False,
+    targets: Annotated[
+        bool,
+        typer.Option(
+            "--targets",
+            help="Show which classes of transformers hold it exactly instead, and what forbids the rest.",
+        ),
+    ] = False,
     out: Annotated[
         Path | None, typer.Option(help="File to write the graph to; the terminal if not given.")
     ] = None,
@@ -156,6 +130,12 @@ def show(
     """Show what a spec builds: parameters, FLOPs, cache and state bytes, per layer and in total."""
     from heddle import api, terminal
 
+    if targets:
+        from heddle import target_tables
+
+        found = api.targets(file)
+        terminal.show_json(found) if json else target_tables.show_targets(found)
+        return
     if position_bias:
         bias = api.position_bias(file, length=context)
         terminal.show_json(bias) if json else terminal.show_position_bias(bias)
@@ -278,11 +258,29 @@ def search(
         raise typer.Exit(FAILED)
 
 
-@app.command(epilog=_example("heddle export runs/quickstart --trial best --out my-model"))
+@app.command(
+    epilog=_example(
+        "heddle export runs/quickstart --trial best --out my-model",
+        "heddle export spec.yaml --target llama --out my-model",
+    )
+)
 def export(
-    run: RunPath,
+    run: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN",
+            help="Folder of a search, training or import; a spec file's weights are random.",
+            show_default=False,
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="Folder to write.", show_default=False)],
     trial: Annotated[str, typer.Option(help='"best" or the number of a trial on the Pareto front.')] = "best",
+    target: Annotated[
+        str,
+        typer.Option(
+            help="auto, remote (code in the folder), or a class of transformers as `heddle show --targets` names it."
+        ),
+    ] = "auto",
     force: Annotated[bool, typer.Option("--force", help="Replace an existing folder.")] = False,
     max_shard_size: Annotated[
         str, typer.Option(help='Spread larger weights over several files, as "5GB".')
@@ -292,8 +290,23 @@ def export(
     """Write a trained model as a Hugging Face folder that loads without heddle."""
     from heddle import api, terminal
 
-    result = api.export(run, out, trial=trial, force=force, max_shard_size=max_shard_size)
+    result = api.export(run, out, trial=trial, force=force, target=target, max_shard_size=max_shard_size)
     terminal.show_json(result) if json else terminal.show_exported(result)
+
+
+@app.command(name="import", epilog=_example("heddle import Qwen3-0.6B --out runs/qwen"))
+def import_model(
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="Checkpoint of transformers.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option(help="Folder to make.", show_default=False)],
+    json: Json = False,
+) -> None:
+    """Turn a native checkpoint of transformers into a spec and weights; no code of it runs."""
+    from heddle import api, target_tables, terminal
+
+    result = api.import_model(folder, out)
+    terminal.show_json(result) if json else target_tables.show_imported(result)
 
 
 @app.command(epilog=_example("heddle report runs/quickstart --out report.html"))

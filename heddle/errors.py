@@ -67,6 +67,8 @@ CODES: dict[str, int] = {
     "kernel-wrong": FAILED,
     "no-weights": FAILED,
     "export-mismatch": FAILED,
+    "target-mismatch": BAD_INPUT,
+    "import-mismatch": BAD_INPUT,
 }
 
 

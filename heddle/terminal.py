@@ -274,7 +274,10 @@ def show_exported(result: ExportResult) -> None:
     screen = console()
     screen.print(difference)
     screen.print(f"it writes: {result.generated_text!r}", soft_wrap=True)
-    next_steps(f"wrote {result.path}; its README.md holds a snippet from text to text", [])
+    if result.note:
+        screen.print(result.note, soft_wrap=True)
+    kind = "code in the folder" if result.target == "remote" else f"{result.target} of transformers, no code"
+    next_steps(f"wrote {result.path} ({kind}); its README.md holds a snippet from text to text", [])
 
 
 def show_run(run: Run, spec_path: Path) -> None:

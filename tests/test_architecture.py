@@ -27,6 +27,7 @@ LIGHT_MODULES = (
     "heddle",
     "heddle.specs",
     "heddle.compose.plan",
+    "heddle.compose.targets.report",
     "heddle.search.record",
     "heddle.dashboards",
     "heddle.cli",

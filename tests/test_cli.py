@@ -21,8 +21,8 @@ from heddle.search.record import read_run
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = (
-    "init", "doctor", "check", "show", "diff", "schema", "train", "bench", "search", "export", "report", "verify",
-    "eval",
+    "init", "doctor", "check", "show", "diff", "schema", "train", "bench", "search", "export", "import", "report",
+    "verify", "eval",
 )  # fmt: skip
 PLAIN = """\
 version: 1
@@ -93,6 +93,18 @@ def test_every_command_is_tested_here() -> None:
     assert {command.name or command.callback.__name__ for command in cli.app.registered_commands} == set(
         COMMANDS
     )  # type: ignore[union-attr]
+
+
+def test_show_tells_targets_to_a_person_and_to_a_program(run: Heddle, spec: Path) -> None:
+    status, out, err = run("show", spec, "--targets")
+    assert status == 0, err
+    assert "layers.0.mixer.kind: is gated_deltanet" in " ".join(out.split())
+    assert "read in their source, not run" in out
+    status, out, err = run("show", spec, "--targets", "--json")
+    assert status == 0, err
+    told = {row["target"]: row["fits"] for row in json.loads(out)["targets"]}
+    assert told["qwen3_5_text"] is False
+    assert told["remote"] is True
 
 
 @pytest.mark.usefixtures("spec")
@@ -282,6 +294,9 @@ MISTAKES: tuple[tuple[str, ...], ...] = (
     ("show", "."),
     ("report", "missing"),
     ("export", "missing", "--out", "x"),
+    ("export", "spec.yaml", "--target", "lama", "--out", "x"),
+    ("export", "spec.yaml", "--target", "llama", "--out", "x"),
+    ("import", "missing", "--out", "x"),
     ("search", "spec.yaml", "--resume"),
     ("search", "spec.yaml", "--time", "soon"),
     ("search", "spec.yaml", "--trials", "0"),

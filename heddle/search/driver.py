@@ -13,6 +13,8 @@ from typing import Any
 from optuna.trial import TrialState
 
 from heddle.compose.plan import plan
+from heddle.compose.targets.catalogue import BY_NAME
+from heddle.compose.targets.verdict import require
 from heddle.errors import HeddleError
 from heddle.search import pareto, space
 from heddle.search.durable import write_whole
@@ -181,8 +183,11 @@ class Driver:
         layers = study.trials[number].user_attrs.get("layers")
         try:
             one = space.candidate(file, values, layers) if layers else self._place(number, values)
-            parameters = plan(one.model).parameters
+            planned = plan(one.model)
+            parameters = planned.parameters
             space.check_reach(one.model, self._least_reach)
+            for name in self.setting.must_fit:
+                require(BY_NAME[name], planned.runtime())
         except HeddleError as error:
             # A combination that the space allows and the model does not, such as heads that do not divide.
             self._illegal[number] = f"{error.code}: {error.what}"

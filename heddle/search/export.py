@@ -1,4 +1,4 @@
-"""From a run to a Hugging Face folder: a member of a search's Pareto front, or the model of a training."""
+"""To a Hugging Face folder: a member of a search's Pareto front, the model of a training, an import, or a spec as it is."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ from typing import Any
 
 from safetensors.torch import load_model
 
-from heddle.compose.build import build_causal_lm
+from heddle.compose.build import build, build_causal_lm
 from heddle.compose.hf.card import Card, LatencyRow, ScoreRow
 from heddle.compose.hf.export import ExportResult, export
 from heddle.compose.hf.model import HeddleForCausalLM
+from heddle.compose.hf.native import AUTO
 from heddle.compose.hf.shards import MAX_SHARD_SIZE
 from heddle.errors import HeddleError
 from heddle.search.evaluations import weights_path
+from heddle.search.import_model import is_import, load_import
 from heddle.search.record import Latency, Run, Trial, read_run, trial_file
 from heddle.search.training import TrainRun, is_train_run, load_run
-from heddle.specs import Spec, loads
+from heddle.specs import Spec, load, loads, to_yaml
 
 BEST = "best"
 
@@ -29,19 +31,25 @@ def export_run(
     *,
     trial: str | int = BEST,
     overwrite: bool = False,
+    target: str = AUTO,
     max_shard_size: str = MAX_SHARD_SIZE,
 ) -> ExportResult:
     """Write the model of a run to `out` as a folder that plain transformers loads, and check that it does.
 
-    `run` is a search's folder or a training's; `trial` is "best" or a number of a search's Pareto front. Weights of more than
-    `max_shard_size`, as "5GB", are spread over several files.
+    `run` is a search's folder, a training's, one that `heddle import` wrote, or a spec file, whose weights are random;
+    `trial` is "best" or a number of a search's Pareto front; `target` and `max_shard_size` as of
+    `heddle.compose.hf.export.export`.
 
     Raises:
         HeddleError: "run-not-found", "bad-argument", "no-weights" (with the command that trains that trial
         again),
             and what `heddle.compose.hf.export.export` raises.
     """
-    how: dict[str, Any] = {"overwrite": overwrite, "max_shard_size": max_shard_size}
+    how: dict[str, Any] = {"overwrite": overwrite, "target": target, "max_shard_size": max_shard_size}
+    if Path(run).is_file():
+        return _export_spec(Path(run), Path(out), trial, how)
+    if is_import(run):
+        return _export_import(Path(run), Path(out), trial, how)
     if is_train_run(run):
         return _export_training(load_run(run), Path(out), trial, how)
     found = read_run(run)
@@ -60,8 +68,7 @@ def export_run(
 
 
 def _export_training(run: TrainRun, out: Path, trial: str | int, how: Mapping[str, Any]) -> ExportResult:
-    if trial != BEST:
-        raise HeddleError("bad-argument", f"{run.path} is a training and has no trial {trial}")
+    _only_best(run.path, "a training", trial)
     spec = run.spec_file().spec
     score, task = run.score, run.record["task"]
     row = ScoreRow(task["name"], task["metric"], score.value, score.se, score.n)
@@ -73,6 +80,29 @@ def _export_training(run: TrainRun, out: Path, trial: str | int, how: Mapping[st
         name=spec.name, spec=(run.path / "spec.yaml").read_text(), scores=[row], facts=facts, tags=["heddle"]
     )
     return export(run.model(), out, tokenizer=spec.tokenizer, card=card, **how)
+
+
+def _export_import(folder: Path, out: Path, trial: str | int, how: Mapping[str, Any]) -> ExportResult:
+    _only_best(folder, "an import", trial)
+    file, model, told = load_import(folder)
+    facts = {"imported from": f"a {told['target']} checkpoint"}
+    card = Card(name=file.spec.name, spec=file.text, facts=facts, tags=["heddle"])
+    return export(model, out, tokenizer=file.spec.tokenizer, card=card, **how)
+
+
+def _export_spec(path: Path, out: Path, trial: str | int, how: Mapping[str, Any]) -> ExportResult:
+    """What a spec builds, untrained: to see where it can live before it is trained."""
+    _only_best(path, "a spec", trial)
+    file = load(path)
+    spec = file.spec
+    facts = {"weights": "random, of seed 0; nothing was trained"}
+    card = Card(name=spec.name, spec=to_yaml(spec), facts=facts, tags=["heddle"])
+    return export(build(spec.model).eval(), out, tokenizer=spec.tokenizer, card=card, **how)
+
+
+def _only_best(path: Path, what: str, trial: str | int) -> None:
+    if trial != BEST:
+        raise HeddleError("bad-argument", f"{path} is {what} and has no trial {trial}")
 
 
 def _chosen(run: Run, trial: str | int) -> Trial:

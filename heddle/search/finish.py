@@ -8,6 +8,7 @@ from dataclasses import asdict
 from itertools import product
 from math import inf
 
+from heddle.compose.hf.native import AUTO
 from heddle.search import pareto, space
 from heddle.search.confirm import paired_difference, unseen_seeds
 from heddle.search.driver import Driver
@@ -186,4 +187,5 @@ def keep_best(driver: Driver, number: int, *, export: bool) -> None:
     write_whole(best / "model.safetensors", weights.read_bytes())
     if export and not exported.exists():
         driver.enter("export")
-        export_run(folder, exported, trial=number)
+        target = next(iter(driver.setting.must_fit), AUTO)
+        export_run(folder, exported, trial=number, target=target)

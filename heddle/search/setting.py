@@ -56,6 +56,12 @@ class Setting:
     evaluate: Evaluate
 
     @property
+    def must_fit(self) -> tuple[str, ...]:
+        """Classes of transformers that must hold whatever is tried."""
+        search = self.file.spec.search
+        return () if search is None or search.export is None else tuple(search.export.must_fit)
+
+    @property
     def infos(self) -> tuple[TaskInfo, ...]:
         return tuple(objective.info for objective in self.objectives)
 

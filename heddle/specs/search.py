@@ -76,6 +76,38 @@ class Budget(Schema):
     context: Annotated[OnDevice, Field(description="Tokens of a sequence: a count, or {cpu: …, cuda: …}.")]
 
 
+# The names of `heddle.compose.targets.catalogue`, which this package may not read.
+TargetName = Literal[
+    "llama",
+    "qwen3",
+    "qwen2",
+    "mistral",
+    "qwen3_5_text",
+    "qwen3_next",
+    "olmo_hybrid",
+    "granitemoehybrid",
+    "falcon_h1",
+    "bamba",
+    "olmo3",
+    "smollm3",
+    "gemma3_text",
+]
+
+
+class ExportSpec(Schema):
+    """Where what is found must be able to live."""
+
+    must_fit: Annotated[
+        list[TargetName],
+        Field(
+            min_length=1,
+            max_length=16,
+            description="Classes of transformers that must each hold a spec exactly, or it is not tried; the winner is exported "
+            "to the first.",
+        ),
+    ]
+
+
 class SearchSpec(Schema):
     """What a search evaluates, how long, and within which budgets."""
 
@@ -107,6 +139,9 @@ class SearchSpec(Schema):
             le=10**8,
             description="Specs whose windows carry a token's content less far, in tokens, are not tried; null: all are.",
         ),
+    ] = None
+    export: Annotated[
+        ExportSpec | None, Field(description="What a spec must be exportable to; null: anything is tried.")
     ] = None
     confirm_seeds: Annotated[
         int,

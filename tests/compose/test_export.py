@@ -243,7 +243,7 @@ def _unchecked(monkeypatch: pytest.MonkeyPatch, hybrid: Any) -> None:
     """The check in a clean process takes seconds; here it is not what is tested."""
     _, result = hybrid
     found = export_file.Verification(result.max_difference, "", "5", "2")
-    monkeypatch.setattr(export_file, "verify", lambda *_: found)
+    monkeypatch.setattr(export_file, "verify", lambda *_, **__: found)
 
 
 @pytest.mark.usefixtures("_unchecked")
@@ -284,7 +284,7 @@ def test_a_failed_check_leaves_the_earlier_export(
     _, result = hybrid
     folder = shutil.copytree(result.path, tmp_path / "out")
 
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise HeddleError("export-mismatch", "no")
 
     monkeypatch.setattr(export_file, "verify", fail)

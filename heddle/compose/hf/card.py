@@ -60,7 +60,8 @@ class Card:
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """What the export found out about itself; `auto_class` is the class of transformers that loads it."""
+    """What the export found out about itself; `auto_class` is the class of transformers that loads it, and `native` the one
+    that it then is, if that needs no code of the folder."""
 
     parameters: int
     dtype: str
@@ -71,6 +72,7 @@ class Checked:
     auto_class: str = "AutoModelForCausalLM"
     device: str = ""
     parity: Sequence[ParityRow] = ()
+    native: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,11 +111,11 @@ KINDS = {
 def render(card: Card, checked: Checked) -> str:
     """README.md: front matter, how to load, spec, scores, latency, parity."""
     parts = [
-        _front_matter(card, KINDS[checked.auto_class]),
+        _front_matter(card, checked),
         f"# {card.name}",
         f"{KINDS[checked.auto_class].what} of {checked.parameters:,} parameters ({checked.dtype}), mixing with "
         f"{_and(checked.kinds)}. Designed, trained and exported with Heddle.",
-        _usage(checked.auto_class),
+        _usage(checked),
         _section("Facts", _table(("", ""), card.facts.items())),
         _section("Scores", _scores(card.scores)),
         _section("Latency", _latency(card.latency)),
@@ -123,8 +125,9 @@ def render(card: Card, checked: Checked) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _front_matter(card: Card, kind: _Kind) -> str:
-    tags = ["heddle", "custom_code", *card.tags]
+def _front_matter(card: Card, checked: Checked) -> str:
+    kind = KINDS[checked.auto_class]
+    tags = ["heddle", *(["custom_code"] if checked.native is None else []), *card.tags]
     lines = [
         "---",
         f"license: {json.dumps(card.license)}",
@@ -137,19 +140,25 @@ def _front_matter(card: Card, kind: _Kind) -> str:
     return "\n".join(lines)
 
 
-def _usage(auto_class: str) -> str:
-    kind = KINDS[auto_class]
+def _usage(checked: Checked) -> str:
+    kind, auto_class = KINDS[checked.auto_class], checked.auto_class
+    if checked.native is None:
+        trust = ", trust_remote_code=True"
+        told = """The folder holds its own model code: `trust_remote_code=True` is needed, the heddle package is not. (The
+tokenizer is plain data and loads without it, but transformers asks before it reads the config.)"""
+    else:
+        trust = ""
+        told = f"It is a `{checked.native}` of transformers: the folder holds no code, and the heddle package is not needed."
     return f"""## Use
 
-The folder holds its own model code: `trust_remote_code=True` is needed, the heddle package is not. (The
-tokenizer is plain data and loads without it, but transformers asks before it reads the config.) Put this
+{told} Put this
 folder's path in place of `PATH`:
 
 ```python
 from transformers import {auto_class}, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("PATH", trust_remote_code=True)
-model = {auto_class}.from_pretrained("PATH", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("PATH"{trust})
+model = {auto_class}.from_pretrained("PATH"{trust})
 
 inputs = tokenizer("def main():", return_tensors="pt")
 {kind.call}

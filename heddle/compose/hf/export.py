@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +19,25 @@ from transformers import GenerationConfig
 from heddle.compose.hf.card import Card, Checked, render
 from heddle.compose.hf.flatten import CONFIG, ENCODER, ENTRIES, MODEL, flatten
 from heddle.compose.hf.model import HeddlePreTrainedModel
+from heddle.compose.hf.native import AUTO, MARK, REMOTE, chosen_target, write_native
 from heddle.compose.hf.shards import MAX_SHARD_SIZE, size_of, write_weights
 from heddle.compose.hf.tokenizer import BYTES, tokenizer_for
 from heddle.compose.hf.verify import Verification, auto_class, verify
+from heddle.compose.targets.target import Target
 from heddle.errors import HeddleError
 
 
 @dataclass(frozen=True, slots=True)
 class ExportResult:
-    """Where the folder is, and what loading it in a clean process gave."""
+    """Where the folder is, what loading it in a clean process gave, the target it was written for, and why not for another
+    that "auto" tried."""
 
     path: Path
     max_difference: float
     generated_text: str
     transformers: str
+    target: str = REMOTE
+    note: str = ""
 
 
 def export(
@@ -43,35 +48,63 @@ def export(
     tokenizer: str = BYTES,
     overwrite: bool = False,
     max_shard_size: str = MAX_SHARD_SIZE,
+    target: str = REMOTE,
 ) -> ExportResult:
     """Writes config, weights, code, tokenizer and card to `out_dir`, all or nothing; `model` is of any kind that has a head.
+
+    `target` is "remote", with the code of the model; the name of a class of transformers (`heddle.compose.targets`), without
+    code; or "auto", the first class that holds the model exactly, else "remote".
 
     The folder is written beside `out_dir`, loaded in a process without heddle, compared, and only then given
     its name. `overwrite` replaces an earlier export, and nothing else. Weights of more than `max_shard_size`, as "5GB", are
     spread over several files.
 
     Raises:
-        HeddleError: "bad-argument", "file-exists", "tokenizer-mismatch", "export-mismatch", "disk-full".
+        HeddleError: "bad-argument", "file-exists", "tokenizer-mismatch", "target-mismatch", "export-mismatch", "disk-full".
     """
     out = Path(out_dir).absolute()
     size_of(max_shard_size)
+    native = chosen_target(target, model)
     _check_free(out, overwrite=overwrite)
+    try:
+        return _export(model, out, card, tokenizer, native, max_shard_size=max_shard_size)
+    except HeddleError as error:
+        if target != AUTO or native is None or error.code != "export-mismatch":
+            raise
+        note = f"as {native.name} it does not pass the check ({error.what}), so it is remote code"
+        return replace(_export(model, out, card, tokenizer, None, max_shard_size=max_shard_size), note=note)
+
+
+def _export(
+    model: HeddlePreTrainedModel,
+    out: Path,
+    card: Card,
+    tokenizer: str,
+    native: Target | None,
+    *,
+    max_shard_size: str,
+) -> ExportResult:
     with _folder_beside(out) as folder:
         with _full_disk_told(out):
             made = _write_tokenizer(model, folder, tokenizer)
-            _write_model(model, folder, made)
-            write_weights(_weights(model), folder, max_shard_size)
-        checked = verify(model, folder)
+            if native is None:
+                _write_model(model, folder, made)
+                write_weights(_weights(model), folder, max_shard_size)
+            else:
+                write_native(model, folder, native, _ids(made), max_shard_size)
+        checked = verify(model, folder, trusted=native is None)
         with _full_disk_told(out):
-            text = render(card, _checked(model, checked))
+            text = render(card, _checked(model, checked, native))
             (folder / "README.md").write_text(text, encoding="utf-8")
         _give_name(folder, out)
-    return ExportResult(out, checked.max_difference, checked.generated_text, checked.transformers)
+    name = REMOTE if native is None else native.name
+    return ExportResult(out, checked.max_difference, checked.generated_text, checked.transformers, name)
 
 
 def is_export(folder: Path) -> bool:
     """Whether `folder` looks like what `export` writes."""
-    return all((folder / name).is_file() for name in ("config.json", "modeling_heddle.py"))
+    marks = ("modeling_heddle.py", "modeling_heddle_encoder.py", MARK)
+    return (folder / "config.json").is_file() and any((folder / name).is_file() for name in marks)
 
 
 def _check_free(out: Path, *, overwrite: bool) -> None:
@@ -118,7 +151,7 @@ def _write_tokenizer(model: HeddlePreTrainedModel, folder: Path, tokenizer: str)
 
 
 def _write_model(model: HeddlePreTrainedModel, folder: Path, tokenizer: Any) -> None:
-    ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    ids = _ids(tokenizer)
     config = copy.deepcopy(model.config)
     names = {"architectures": [type(model).__name__], "auto_map": _auto_map(model)}
     config.update({**ids, **names, "dtype": model.dtype})
@@ -128,6 +161,11 @@ def _write_model(model: HeddlePreTrainedModel, folder: Path, tokenizer: Any) -> 
     kinds = _kinds(model)
     for name, source in flatten(kinds["mixers"], kinds["channels"], _entry(model)).items():
         (folder / name).write_text(source, encoding="utf-8")
+
+
+def _ids(tokenizer: Any) -> dict[str, int | None]:
+    """Special tokens by the names that configurations have for them."""
+    return {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
 
 
 def _entry(model: HeddlePreTrainedModel) -> str:
@@ -171,7 +209,7 @@ def _kinds_in(mixer: Mapping[str, Any]) -> Iterator[str]:
         yield from _kinds_in(one)
 
 
-def _checked(model: HeddlePreTrainedModel, found: Verification) -> Checked:
+def _checked(model: HeddlePreTrainedModel, found: Verification, native: Target | None) -> Checked:
     return Checked(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         dtype=str(model.dtype).removeprefix("torch."),
@@ -182,6 +220,7 @@ def _checked(model: HeddlePreTrainedModel, found: Verification) -> Checked:
         auto_class=auto_class(model),
         device=found.device,
         parity=found.parity,
+        native=None if native is None else native.model_class,
     )
 
 

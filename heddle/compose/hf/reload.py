@@ -16,6 +16,8 @@ import sys
 from importlib.abc import MetaPathFinder
 from typing import Any
 
+# Tensors that the class has and the folder has not, and the other way round, and those of another shape.
+KEYS = ("missing_keys", "unexpected_keys", "mismatched_keys")
 # <linux/prctl.h>
 PR_SET_PDEATHSIG = 1
 
@@ -66,7 +68,10 @@ def main(task: dict[str, Any]) -> None:
     from safetensors.torch import load_file, save_file
 
     auto_class, trusted = getattr(transformers, task["auto_class"]), task["trusted"]
-    model = auto_class.from_pretrained(task["folder"], trust_remote_code=trusted, dtype=torch.float32).eval()
+    model, loading = auto_class.from_pretrained(
+        task["folder"], trust_remote_code=trusted, dtype=torch.float32, output_loading_info=True
+    )
+    model.eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(task["folder"])
     inputs = load_file(task["inputs"])
     with torch.no_grad():
@@ -75,6 +80,8 @@ def main(task: dict[str, Any]) -> None:
         can_generate = model.can_generate()
         options = {"max_new_tokens": task["new_tokens"], "do_sample": False}
         tokens = model.generate(**prompt, **options) if can_generate else prompt["input_ids"]
+        checks_cache = can_generate and task["checks_cache"]
+        uncached = model.generate(**prompt, **options, use_cache=False) if checks_cache else tokens
     save_file(logits, task["logits"])
     model.save_pretrained(task["again"])
     reloaded = auto_class.from_pretrained(task["again"], trust_remote_code=trusted, dtype=torch.float32)
@@ -83,6 +90,8 @@ def main(task: dict[str, Any]) -> None:
     found = {
         "text": tokenizer.decode(tokens[0]) if can_generate else "",
         "saved_again": max(float((again[name] - logits[name]).abs().max()) for name in logits),
+        "cache_agrees": torch.equal(tokens, uncached),
+        "keys": sorted(str(key) for kind in KEYS for key in loading[kind]),
         "imported": sorted(set(task["hidden"]) & set(sys.modules)),
         "transformers": transformers.__version__,
         "torch": torch.__version__,

@@ -24,7 +24,12 @@ from heddle.errors import HeddleError
 # What an exported folder must do without.
 HIDDEN = ("heddle", "pydantic", "optuna", "ray", "networkx", "ruamel", "typer", "plotly")
 TOLERANCE = 1e-5
+# Of a native class the code is another, and both sides round, tables of positions among them: what they may differ by, in
+# errors of our own float32 pass against float64. Measured over random weights of 13 classes: at most 4.
+ROUNDINGS = 8
 PROMPT, NEW_TOKENS = "def main():", 16
+# How many of a native class, with its own cache and without one.
+NATIVE_TOKENS = 64
 TIMEOUT_S = 600
 
 
@@ -41,33 +46,49 @@ class Verification:
 
 
 def verify(
-    model: HeddlePreTrainedModel, folder: Path | str, *, hidden: Sequence[str] = HIDDEN
+    model: HeddlePreTrainedModel,
+    folder: Path | str,
+    *,
+    hidden: Sequence[str] = HIDDEN,
+    trusted: bool = True,
 ) -> Verification:
     """Loads `folder` in a process where `hidden` packages cannot be imported, and compares logits.
 
-    Both sides compute in float32 on the CPU.
+    Both sides compute in float32 on the CPU. Unless `trusted`, transformers runs no code of the folder; then the cache is not
+    ours either, and 64 tokens are generated with it and without.
 
     That process also generates from text (an encoder does not), saves the model again and loads what it saved, and runs the
     checks of the parity battery that take no generation; `heddle verify` runs all.
 
     Raises:
-        HeddleError: "export-mismatch" if it does not load, differs by more than 1e-5 or fails a check.
+        HeddleError: "export-mismatch" if it does not load, differs by more than 1e-5 (of a native class: or by more than
+            the rounding of float32, as measured), has other tensors than the class, fails a check, or
+            generates other tokens with the cache of a native class than without.
     """
     inputs = fixed_inputs(model.config.vocab_size)
     expected = logits_of(model, inputs)
     with tempfile.TemporaryDirectory(prefix="heddle-verify-") as scratch:
         task = {"auto_class": auto_class(model), "folder": str(Path(folder).resolve()), "hidden": [*hidden]}
-        found, logits = reload_in_clean_process({**task, "battery": "short"}, inputs, Path(scratch))
+        native = {} if trusted else {"trusted": False, "checks_cache": True, "new_tokens": NATIVE_TOKENS}
+        found, logits = reload_in_clean_process({**task, **native, "battery": "short"}, inputs, Path(scratch))
     if found["imported"]:
         raise HeddleError("export-mismatch", f"the exported code imported {', '.join(found['imported'])}")
+    if found["keys"]:
+        raise HeddleError(
+            "export-mismatch", f"the class and the folder differ in tensors: {', '.join(found['keys'])}"
+        )
+    if not found["cache_agrees"]:
+        raise HeddleError(
+            "export-mismatch", f"of {NATIVE_TOKENS} tokens those with a cache and those without differ"
+        )
     difference = max(float((logits[name] - expected[name]).abs().max()) for name in expected)
-    worst = max(difference, found["saved_again"])
+    allowed = TOLERANCE if trusted else max(TOLERANCE, ROUNDINGS * rounding_of(model, inputs, expected))
     # Written so that NaN fails too.
-    if not worst <= TOLERANCE:
+    if not (difference <= allowed and found["saved_again"] <= TOLERANCE):
         raise HeddleError(
             "export-mismatch",
             f"logits of the exported folder differ by {difference:.3g}, once saved again by "
-            f"{found['saved_again']:.3g}; at most {TOLERANCE:g} is allowed",
+            f"{found['saved_again']:.3g}; at most {allowed:.3g} and {TOLERANCE:g} are allowed",
         )
     rows = parity_rows(found["battery"])
     failed = [f"{row.check}: {row.figure:.3g}, {row.note}" for row in rows if row.verdict == "fail"]
@@ -107,6 +128,14 @@ def logits_of(model: HeddlePreTrainedModel, inputs: dict[str, Tensor]) -> dict[s
     return logits
 
 
+@torch.no_grad()
+def rounding_of(model: HeddlePreTrainedModel, inputs: dict[str, Tensor], logits: dict[str, Tensor]) -> float:
+    """The largest difference of `logits`, a float32 pass, to a float64 one."""
+    exact = copy.deepcopy(model).to("cpu", torch.float64).eval()
+    wide = {name: exact(input_ids=ids, use_cache=False).logits for name, ids in inputs.items()}
+    return max(float((wide[name] - logits[name]).abs().max()) for name in wide)
+
+
 def auto_class(model: HeddlePreTrainedModel) -> str:
     """The automatic class of transformers for a model with a head: AutoModelForCausalLM, …"""
     return type(model).__name__.replace("Heddle", "AutoModel", 1)
@@ -126,8 +155,14 @@ def reload_in_clean_process(
     names = ("task", "inputs", "logits", "found", "again")
     files = {name: str(scratch / name) for name in names}
     save_file(inputs, files["inputs"])
-    usual = {"prompt": PROMPT, "new_tokens": NEW_TOKENS, "battery": "", "trusted": True, "first": []}
-    task: dict[str, Any] = {**usual, **told, **files, "battery_file": str(_beside("parity.py"))}
+    usual = {
+        "prompt": PROMPT,
+        "new_tokens": NEW_TOKENS,
+        "battery": "",
+        "trusted": True,
+        "checks_cache": False,
+    }
+    task: dict[str, Any] = {**usual, "first": [], **told, **files, "battery_file": str(_beside("parity.py"))}
     # Modules that this process has copied from other exports must not stand in for those of this one.
     task["path"] = task["first"] + [
         entry for entry in sys.path if entry and not Path(entry, "transformers_modules").exists()

@@ -1,0 +1,158 @@
+"""Reads a checkpoint of a class of transformers as a spec and a model of ours. No code of the folder runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from heddle.compose.build import build_causal_lm
+from heddle.compose.hf.checkpoint import CONFIG, Checkpoint, open_checkpoint
+from heddle.compose.hf.model import HeddleForCausalLM
+from heddle.compose.hf.native_weights import their_shapes, to_ours
+from heddle.compose.plan import plan
+from heddle.compose.targets.catalogue import BY_NAME, NOT_YET
+from heddle.compose.targets.target import Config, Target
+from heddle.compose.targets.verdict import verdict
+from heddle.errors import HeddleError, Where
+from heddle.specs import ModelSpec, Spec, loads, to_yaml
+from heddle.specs.spec import VERSION
+
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+@dataclass(frozen=True, slots=True)
+class Imported:
+    """A model read from a folder, its spec, and the target that it was."""
+
+    target: Target
+    spec: Spec
+    model: HeddleForCausalLM
+
+
+def read_native(folder: Path | str, *, name: str, tokenizer: str = "bytes") -> Imported:
+    """The spec and the model of a checkpoint; `name` and `tokenizer` are those of the spec.
+
+    Raises:
+        HeddleError: "import-mismatch" for what a spec cannot say, naming the field; "checkpoint-broken", naming the tensor, and
+            what else `open_checkpoint` raises.
+    """
+    checkpoint = open_checkpoint(folder)
+    target = _target(checkpoint)
+    spec, config = spec_of_config(checkpoint.config, checkpoint.folder, name=name, tokenizer=tokenizer)
+    model = build_causal_lm(spec.model)
+    model.load_state_dict(
+        _weights(target, config, checkpoint, model), strict=not config["tie_word_embeddings"]
+    )
+    return Imported(target, spec, model.eval())
+
+
+def spec_of_config(
+    config: Config, folder: Path, *, name: str, tokenizer: str = "bytes"
+) -> tuple[Spec, Config]:
+    """The spec of a configuration of a known class, and the configuration as the class reads it; errors name `folder`.
+
+    Raises:
+        HeddleError: "import-mismatch" for what a spec cannot say, naming the field.
+    """
+    target = BY_NAME[config["model_type"]]
+    full = _filled_in(target, config, folder)
+    spec = _spec(target, full, folder, {"name": name, "tokenizer": tokenizer})
+    return spec, _understood(target, full, spec.model, folder)
+
+
+def _target(checkpoint: Checkpoint) -> Target:
+    name = checkpoint.config.get("model_type")
+    if checkpoint.has_code:
+        what = "names code of the folder, which is not run, so that nobody can tell what it computes"
+        raise _mismatch(checkpoint.folder, "auto_map", what)
+    if not isinstance(name, str) or name not in BY_NAME:
+        why = NOT_YET.get(str(name), f"known are {', '.join(BY_NAME)}")
+        raise _mismatch(checkpoint.folder, "model_type", f"is {name!r}: {why}")
+    return BY_NAME[name]
+
+
+def _filled_in(target: Target, config: Config, folder: Path) -> dict[str, Any]:
+    """The configuration with the defaults of its class, in today's spelling."""
+    made = getattr(transformers, target.config_class)
+    try:
+        data: dict[str, Any] = made.from_dict(_numbers(config)).to_dict()
+    # Its checks raise classes of their own, below no common one.
+    except Exception as error:
+        raise _mismatch(folder, "", f"is refused by {target.config_class}: {error}") from error
+    return data
+
+
+def _numbers(value: Any) -> Any:
+    """JSON has no infinity: transformers writes {"__float__": "Infinity"}."""
+    if isinstance(value, Mapping):
+        return (
+            float(value["__float__"])
+            if {*value} == {"__float__"}
+            else {k: _numbers(v) for k, v in value.items()}
+        )
+    return [_numbers(one) for one in value] if isinstance(value, list) else value
+
+
+def _spec(target: Target, full: Config, folder: Path, fields: Mapping[str, str]) -> Spec:
+    """Written and read again, so that it is a spec that `heddle check` takes."""
+    try:
+        model = ModelSpec.model_validate(target.spec(full))
+        spec = Spec.model_validate({"version": VERSION, **fields, "model": model})
+        return loads(to_yaml(spec)).spec
+    # A missing key, a size that is none, a spec that is refused: each says what it is.
+    except (HeddleError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise _mismatch(folder, "", f"cannot be said in a spec: {error}") from error
+
+
+def _understood(target: Target, full: Config, model: ModelSpec, folder: Path) -> Config:
+    """The configuration as the spec gives it back: what does not come back, the spec cannot say."""
+    found = verdict(target, plan(model).runtime())
+    if found.config is None:
+        raise _mismatch(folder, "", f"cannot be said in a spec: {'; '.join(map(str, found.refusals))}")
+    back, idle = _filled_in(target, found.config, folder), target.idle(full)
+    lost = [one for one in _lost(full, back, "") if not {one[0], one[0].partition(".")[0]} & idle]
+    lost = [one for one in lost if ".".join(one[0].split(".")[:2]) not in idle]
+    if lost:
+        told = "; ".join(f"{path} is {theirs!r}, and a spec says {ours!r}" for path, theirs, ours in lost)
+        raise _mismatch(folder, lost[0][0], f"cannot be said in a spec: {told}")
+    return {**full, **found.config}
+
+
+def _lost(theirs: Any, ours: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
+    """The deepest fields of theirs that ours has not, or has otherwise."""
+    if isinstance(theirs, Mapping) and isinstance(ours, Mapping):
+        for name, value in theirs.items():
+            yield from _lost(value, ours.get(name), f"{path}.{name}" if path else str(name))
+    elif isinstance(theirs, (list, tuple)) and isinstance(ours, (list, tuple)):
+        if [*theirs] != [*ours]:
+            yield path, theirs, ours
+    elif theirs != ours:
+        yield path, theirs, ours
+
+
+def _weights(
+    target: Target, config: Config, checkpoint: Checkpoint, model: HeddleForCausalLM
+) -> dict[str, torch.Tensor]:
+    tied = config["tie_word_embeddings"]
+    ours = {name: one for name, one in model.state_dict().items() if not tied or name != HEAD}
+    shapes = {name: tuple(shape) for name, shape in their_shapes(target.keys(config), ours).items()}
+    again = tied and HEAD in checkpoint.stored
+    checkpoint.expect({**shapes, HEAD: shapes[EMBEDDING]} if again else shapes)
+    theirs = checkpoint.load()
+    if again and not torch.equal(theirs.pop(HEAD), theirs[EMBEDDING]):
+        what = f"is true, and {HEAD} is stored and is another than {EMBEDDING}"
+        raise _mismatch(checkpoint.folder, "tie_word_embeddings", what)
+    found, names = to_ours(target.keys(config), theirs)
+    assert not names.missing, names.missing
+    assert found.keys() == ours.keys()
+    return found
+
+
+def _mismatch(folder: Path, field: str, what: str) -> HeddleError:
+    told = f"{field} {what}" if field and not what.startswith("cannot") else f"the configuration {what}"
+    return HeddleError("import-mismatch", told, where=Where(file=str(folder / CONFIG), path=field))

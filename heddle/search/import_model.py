@@ -1,0 +1,94 @@
+"""From a checkpoint of transformers to a folder of ours: a spec, weights, and the tokenizer's files.
+
+<out>/spec.yaml            the spec; `heddle check`, `show`, `train` and `search` take it
+<out>/model.safetensors    the weights under our names; a tied head is stored once
+<out>/tokenizer/           tokenizer.json and its configuration, if the checkpoint has them
+<out>/import.json          what it was; written last, so a folder that has it is whole
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors.torch import load_model, save
+
+from heddle.compose.build import build_causal_lm
+from heddle.compose.hf.checkpoint import TOKENIZER_CONFIG, read_json
+from heddle.compose.hf.load_native import read_native
+from heddle.compose.hf.model import HeddleForCausalLM
+from heddle.errors import HeddleError
+from heddle.search.durable import full_disk_told, write_json, write_whole
+from heddle.search.training import SPEC_FILE, WEIGHTS_FILE, weights_of
+from heddle.specs import SpecFile, load, spec_hash, to_yaml
+
+IMPORT_FILE, TOKENIZER = "import.json", "tokenizer.json"
+TOKENIZER_FOLDER = "tokenizer"
+
+
+@dataclass(frozen=True, slots=True)
+class ImportResult:
+    """Where the folder is, the class that it was read from, the hash of its spec, and how many parameters it has."""
+
+    path: Path
+    target: str
+    hash: str
+    parameters: int
+
+
+def import_folder(folder: Path | str, out: Path | str) -> ImportResult:
+    """Reads the checkpoint in `folder` and writes the new folder `out`. No code of `folder` runs.
+
+    Raises:
+        HeddleError: "file-exists", "disk-full", and what `heddle.compose.hf.load_native.read_native` raises.
+    """
+    source, out = Path(folder), Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise HeddleError("file-exists", f"{out} is there already", hint="name a new or empty folder")
+    tokenizer = str(out.resolve() / TOKENIZER_FOLDER) if (source / TOKENIZER).is_file() else "bytes"
+    found = read_native(source, name=_name(source), tokenizer=tokenizer)
+    model_hash = spec_hash(found.spec.model)
+    if tokenizer != "bytes":
+        _copy_tokenizer(source, out / TOKENIZER_FOLDER)
+    write_whole(out / SPEC_FILE, to_yaml(found.spec).encode())
+    write_whole(out / WEIGHTS_FILE, save(weights_of(found.model), metadata={"format": "pt"}))
+    write_json(out / IMPORT_FILE, {"from": str(source), "target": found.target.name, "hash": model_hash})
+    parameters = sum(one.numel() for one in found.model.parameters())
+    return ImportResult(out, found.target.name, model_hash, parameters)
+
+
+def is_import(path: Path | str) -> bool:
+    """Whether folder `path` was written by `import_folder`."""
+    return (Path(path) / IMPORT_FILE).is_file()
+
+
+def load_import(path: Path | str) -> tuple[SpecFile, HeddleForCausalLM, dict[str, str]]:
+    """The spec, the model in float32, and what it was.
+
+    Raises:
+        HeddleError: what reading the spec raises.
+    """
+    folder = Path(path)
+    file = load(folder / SPEC_FILE)
+    model = build_causal_lm(file.spec.model)
+    load_model(model, folder / WEIGHTS_FILE)
+    told: dict[str, str] = json.loads((folder / IMPORT_FILE).read_bytes())
+    return file, model.eval(), told
+
+
+def _name(folder: Path) -> str:
+    """The folder's name as the name of a spec."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", folder.resolve().name)[:64].strip("-.") or "imported"
+
+
+def _copy_tokenizer(source: Path, out: Path) -> None:
+    """The tokenizer as data: a configuration that names code stays behind."""
+    with full_disk_told(out.parent):
+        out.mkdir(parents=True)
+        shutil.copyfile(source / TOKENIZER, out / TOKENIZER)
+        config = source / TOKENIZER_CONFIG
+        if config.is_file() and not read_json(config).get("auto_map"):
+            shutil.copyfile(config, out / TOKENIZER_CONFIG)

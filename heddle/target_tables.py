@@ -1,0 +1,53 @@
+"""What a spec may become, and what became one, in a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from heddle.terminal import console, next_steps
+
+if TYPE_CHECKING:
+    from heddle.search.import_model import ImportResult
+
+_WORDS = {True: "yes", False: "no", None: "?"}
+
+
+def show_targets(found: Mapping[str, Any]) -> None:
+    """A row a target, the fields that forbid one below its name, and the servers that take those that fit."""
+    screen = console()
+    screen.print(f"{found['name']}   hash {found['hash']}", style="bold")
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for head in ("target", "fits", "what forbids it", "vLLM", "SGLang"):
+        table.add_column(head, overflow="fold", no_wrap=head in ("target", "fits"))
+    for row in found["targets"]:
+        fits = "not yet" if row["fits"] is None else _WORDS[row["fits"]]
+        servers = [_served(row["servers"].get(server)) for server in ("vllm", "sglang")]
+        table.add_row(row["target"], fits, _refused(row["refused"]), *servers)
+    screen.print(table)
+    versions = {one["version"]: None for row in found["targets"] for one in row["servers"].values()}
+    screen.print(f"{' and '.join(versions)}: read in their source, not run", style="dim")
+
+
+def _refused(refused: Sequence[Mapping[str, str]]) -> str:
+    return "\n".join(f"{one['path']}: {one['why']}" if one["path"] else one["why"] for one in refused)
+
+
+def _served(server: Mapping[str, Any] | None) -> str:
+    if server is None:
+        return ""
+    word = _WORDS[server["takes"]]
+    return f"{word}: {server['note']}" if server["note"] else word
+
+
+def show_imported(result: ImportResult) -> None:
+    """Where the spec and the weights lie, and what to do with them."""
+    told = f"read a {result.target} of {result.parameters:,} parameters as the spec of hash {result.hash}"
+    console().print(told)
+    path = result.path
+    next_steps(
+        f"wrote {path}",
+        [f"heddle show {path / 'spec.yaml'}", f"heddle export {path} --out DIR --target auto"],
+    )

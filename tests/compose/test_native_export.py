@@ -1,0 +1,231 @@
+"""Native folders as users meet them: verdicts with their lines, the clean process, what is refused on the way in and out."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from heddle import api
+from heddle.compose.build import build
+from heddle.compose.hf import export as export_file
+from heddle.compose.hf.card import Card
+from heddle.compose.hf.export import export, is_export
+from heddle.compose.hf.load_native import read_native
+from heddle.compose.hf.verify import Verification
+from heddle.compose.targets.catalogue import BY_NAME, TARGETS
+from heddle.compose.targets.matrix import with_matrix
+from heddle.errors import HeddleError
+from heddle.search.import_model import load_import
+from heddle.specs import ModelSpec, load, spec_hash
+from heddle.specs.search import TargetName
+
+ROOT = Path(__file__).parents[2]
+HYBRID = """\
+version: 1
+name: hybrid
+model:
+  vocab_size: 256
+  hidden_size: 32
+  context_length: 128
+  blocks:
+    linear: {mixer: {kind: gated_deltanet, heads: 2}, channel: {kind: swiglu}}
+    full:
+      mixer: {kind: attention, heads: 2, head_dim: 16, qk_norm: true, gate: true, rope: {fraction: 0.5}}
+      channel: {kind: swiglu}
+  layers: [linear, full, full]
+"""
+CARD = Card("tiny", "version: 1\nname: tiny\n")
+
+
+@pytest.fixture(scope="module")
+def hybrid(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("specs") / "hybrid.yaml"
+    path.write_text(HYBRID)
+    return path
+
+
+@pytest.fixture(scope="module")
+def native(hybrid: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return api.export(hybrid, tmp_path_factory.mktemp("native") / "out")
+
+
+def row(found: dict[str, Any], name: str) -> dict[str, Any]:
+    return next(one for one in found["targets"] if one["target"] == name)
+
+
+def test_a_clean_process_loads_a_native_folder_that_holds_no_code(native: Any) -> None:
+    assert native.target == "qwen3_5_text"
+    assert native.max_difference <= 1e-5
+    assert not [*native.path.glob("*.py")]
+    assert "trust_remote_code" not in (native.path / "README.md").read_text()
+    assert is_export(native.path)
+
+
+def test_verdicts_name_the_field_its_line_and_what_the_class_has(hybrid: Path) -> None:
+    found = api.targets(hybrid)
+    assert row(found, "qwen3_5_text")["fits"]
+    assert row(found, "qwen3_5_text")["servers"]["sglang"]["takes"] is False
+    (first, *_) = row(found, "olmo3")["refused"]
+    assert first["path"] == "layers.0.mixer.kind"
+    assert (first["line"], "gated_deltanet" in first["why"]) == (8, True)
+    assert row(found, "kimi_linear")["fits"] is None
+    assert row(found, "remote")["fits"]
+
+
+def test_a_field_that_no_target_knows_is_refused_by_all() -> None:
+    data = {"kind": "attention", "heads": 2, "qk_norm": True, "sinks": True}
+    block = {"mixer": data, "channel": {"kind": "swiglu"}}
+    sizes = {"vocab_size": 256, "hidden_size": 32, "blocks": {"a": block}, "layers": ["a"]}
+    model = build(ModelSpec.model_validate(sizes))
+    with pytest.raises(HeddleError, match=r"layers.0.mixer.sinks: is true; there it is none") as told:
+        export(model, "never", card=CARD, target="qwen3")
+    assert told.value.code == "target-mismatch"
+    assert not Path("never").exists()
+
+
+def test_an_unknown_target_is_told_with_the_nearest(hybrid: Path, tmp_path: Path) -> None:
+    with pytest.raises(HeddleError, match="no target 'qwen35_text'") as told:
+        api.export(hybrid, tmp_path / "out", target="qwen35_text")
+    assert told.value.hint == "did you mean qwen3_5_text?"
+    with pytest.raises(HeddleError, match="not there yet"):
+        api.export(hybrid, tmp_path / "out", target="minimax")
+
+
+@pytest.fixture
+def _unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export_file, "verify", lambda *_, **__: Verification(0.0, "", "5", "2"))
+
+
+@pytest.mark.usefixtures("_unchecked")
+def test_force_replaces_a_native_export_and_no_checkpoint_of_others(hybrid: Path, tmp_path: Path) -> None:
+    out = api.export(hybrid, tmp_path / "out").path
+    assert api.export(hybrid, out, force=True, target="remote").target == "remote"
+    assert api.export(hybrid, out, force=True).target == "qwen3_5_text"
+    (out / "heddle.json").unlink()
+    with pytest.raises(HeddleError, match="is there already"):
+        api.export(hybrid, out, force=True)
+
+
+def test_auto_goes_back_to_code_where_the_class_fails_its_check(
+    hybrid: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, trusted: bool) -> Verification:
+        if not trusted:
+            raise HeddleError("export-mismatch", "logits differ")
+        return Verification(0.0, "", "5", "2")
+
+    monkeypatch.setattr(export_file, "verify", fail)
+    result = api.export(hybrid, tmp_path / "auto")
+    assert result.target == "remote"
+    assert "qwen3_5_text" in result.note
+    with pytest.raises(HeddleError, match="logits differ"):
+        api.export(hybrid, tmp_path / "named", target="qwen3_5_text")
+
+
+def test_an_export_is_imported_and_exported_again(native: Any, hybrid: Path, tmp_path: Path) -> None:
+    result = api.import_model(native.path, tmp_path / "in")
+    assert (result.target, result.hash) == ("qwen3_5_text", spec_hash(load(hybrid).spec.model))
+    file, model, _ = load_import(result.path)
+    assert spec_hash(file.spec.model) == result.hash
+    assert torch.equal(model.model.norm.weight, read_native(native.path, name="x").model.model.norm.weight)
+    with pytest.raises(HeddleError, match="is there already"):
+        api.import_model(native.path, result.path)
+
+
+def test_export_takes_an_import(native: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export_file, "verify", lambda *_, **__: Verification(0.0, "", "5", "2"))
+    folder = api.import_model(native.path, tmp_path / "in").path
+    again = api.export(folder, tmp_path / "again")
+    theirs, ours = (load_file(path / "model.safetensors") for path in (native.path, again.path))
+    assert theirs.keys() == ours.keys()
+    assert all(torch.equal(theirs[name], ours[name]) for name in ours)
+
+
+def changed_config(**fields: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+    return change
+
+
+def changed_weights(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        weights = load_file(folder / "model.safetensors")
+        change(weights)
+        save_file(weights, folder / "model.safetensors")
+
+    return write
+
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+REFUSED: dict[str, tuple[Callable[[Path], None], str, str]] = {
+    "another activation": (changed_config(hidden_act="gelu"), "import-mismatch", "hidden_act is 'gelu'"),
+    "an unknown field": (changed_config(trick=3), "import-mismatch", "trick is 3"),
+    "a scaling that the language lacks": (
+        changed_config(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
+        "import-mismatch",
+        "rope_parameters.rope_type is 'dynamic'",
+    ),
+    "numbers in few bits": (
+        changed_config(quantization_config={"quant_method": "fp8"}),
+        "import-mismatch",
+        "quantization_config",
+    ),
+    "code": (changed_config(auto_map={"AutoConfig": "a.B"}), "import-mismatch", "auto_map"),
+    "another class": (changed_config(model_type="jamba"), "import-mismatch", "model_type is 'jamba'"),
+    "a size that is none": (changed_config(num_attention_heads=0), "import-mismatch", "configuration"),
+    "heads of another size": (changed_config(head_dim=8), "checkpoint-broken", "q_proj"),
+    "a tensor too few": (
+        changed_weights(lambda held: held.pop("model.norm.weight")),
+        "checkpoint-broken",
+        "model.norm.weight",
+    ),
+    "a tensor too many": (
+        changed_weights(lambda held: held.update(extra=held[EMBEDDING].clone())),
+        "checkpoint-broken",
+        "extra",
+    ),
+    "a tied head that is another": (
+        changed_weights(lambda held: held.update({HEAD: held[EMBEDDING] + 1})),
+        "import-mismatch",
+        "tie_word_embeddings",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.filterwarnings("ignore")
+def test_what_a_spec_cannot_say_is_refused_by_name(case: str, native: Any, tmp_path: Path) -> None:
+    change, code, told = REFUSED[case]
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((native.path / name).read_bytes())
+    change(tmp_path)
+    with pytest.raises(HeddleError, match=re.escape(told)) as error:
+        read_native(tmp_path, name="x")
+    assert error.value.code == code
+
+
+def test_fields_that_change_no_logits_are_passed_over(native: Any, tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((native.path / name).read_bytes())
+    changed_config(attention_dropout=0.1, initializer_range=0.5, eos_token_id=[1, 2])(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file({**weights, HEAD: weights[EMBEDDING].clone()}, tmp_path / "model.safetensors")
+    assert read_native(tmp_path, name="x").target.name == "qwen3_5_text"
+
+
+def test_the_names_of_a_spec_are_those_of_the_catalogue() -> None:
+    assert get_args(TargetName) == tuple(target.name for target in TARGETS) == (*BY_NAME,)
+
+
+def test_the_table_of_the_page_is_that_of_the_catalogue() -> None:
+    page = (ROOT / "docs" / "export.md").read_text(encoding="utf-8")
+    assert page == with_matrix(page), "python -m heddle.compose.targets.matrix writes it"

@@ -1,0 +1,293 @@
+"""Native classes of transformers: random specs go out, compute the same there, and come back as the same spec."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from torch import Tensor, nn
+
+from heddle.compose.build import build
+from heddle.compose.hf.load_native import read_native
+from heddle.compose.hf.native import runtime_of, write_native
+from heddle.compose.hf.native_weights import to_ours, to_theirs
+from heddle.compose.hf.verify import ROUNDINGS, TOLERANCE, rounding_of
+from heddle.compose.plan import plan
+from heddle.compose.targets.catalogue import BY_NAME, TARGETS
+from heddle.compose.targets.target import Key
+from heddle.compose.targets.verdict import verdict
+from heddle.specs import ModelSpec, spec_hash
+
+HIDDEN = 32
+IDS = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+Data = dict[str, Any]
+
+
+def scaling(some: random.Random) -> Data | None:
+    factor = some.choice([2.0, 4.0])
+    return some.choice(
+        [
+            None,
+            {"kind": "linear", "factor": factor},
+            {"kind": "llama3", "factor": factor, "original_length": 32},
+            {"kind": "yarn", "factor": factor, "original_length": 16, "beta_fast": 8.0},
+        ]
+    )
+
+
+def rope(some: random.Random, **more: Any) -> Data:
+    return {"theta": some.choice([500.0, 1e4, 1e6]), "scaling": scaling(some), **more}
+
+
+def swiglu(some: random.Random, kind: str = "swiglu") -> Data:
+    return {"kind": kind, "width": some.choice([24, 40])}
+
+
+def heads(some: random.Random, *, free: bool = False) -> Data:
+    count = some.choice([2, 4])
+    sizes = {"kind": "attention", "heads": count, "kv_heads": some.choice([1, 2])}
+    return {**sizes, "head_dim": some.choice([8, 12, 16])} if free else sizes
+
+
+def delta(some: random.Random, **more: Any) -> Data:
+    count = some.choice([1, 2])
+    sizes = {"heads": count, "value_heads": count * some.choice([1, 2]), "short_conv": some.choice([2, 3, 4])}
+    dims = {"head_dim": some.choice([8, 12]), "value_dim": some.choice([8, 16])}
+    return {"kind": "gated_deltanet", **sizes, **dims, **more}
+
+
+def mamba(some: random.Random, **more: Any) -> Data:
+    count = some.choice([2, 4])
+    sizes = {"heads": count, "head_dim": HIDDEN * some.choice([1, 2]) // count, "groups": some.choice([1, 2])}
+    flags = {"conv_bias": some.random() < 0.5, "bias": some.random() < 0.5}
+    return {"kind": "mamba2", **sizes, **flags, "state_dim": some.choice([4, 8]), "short_conv": 3, **more}
+
+
+def stack(some: random.Random, blocks: Data, **fields: Any) -> Data:
+    """Two or three layers in any order, each block at least once."""
+    names = [*blocks, *(some.choice([*blocks]) for _ in range(3 - len(blocks)))]
+    some.shuffle(names)
+    sizes = {"vocab_size": 256, "hidden_size": HIDDEN, "context_length": 512}
+    tied = {"tie_embeddings": some.random() < 0.5, "norm_eps": some.choice([1e-5, 1e-6])}
+    return {**sizes, **tied, **fields, "blocks": blocks, "layers": names}
+
+
+def dense(some: random.Random, first: Data, second: Data, **block: Any) -> Data:
+    """Two kinds of layers that differ in their mixers alone."""
+    common = {"channel": swiglu(some, block.pop("channel", "swiglu")), **block}
+    return {"a": {"mixer": first, **common}, "b": {"mixer": second, **common}}
+
+
+def llama(some: random.Random) -> Data:
+    mixer = heads(some, free=True) | {"rope": rope(some), "bias": some.choice(["none", "all"])}
+    return stack(some, {"a": {"mixer": mixer, "channel": swiglu(some)}})
+
+
+def mistral(some: random.Random) -> Data:
+    mixer = heads(some, free=True) | {"rope": rope(some), "window": some.choice([None, 5, 40])}
+    return stack(some, {"a": {"mixer": mixer, "channel": swiglu(some)}})
+
+
+def qwen2(some: random.Random) -> Data:
+    mixer = heads(some) | {"rope": rope(some), "bias": "qkv"}
+    return stack(some, dense(some, mixer, mixer | {"window": some.choice([3, 20])}))
+
+
+def qwen3(some: random.Random) -> Data:
+    mixer = heads(some, free=True) | {
+        "rope": rope(some),
+        "qk_norm": True,
+        "bias": some.choice(["none", "all"]),
+    }
+    return stack(some, dense(some, mixer, mixer | {"window": some.choice([3, 20])}))
+
+
+def qwen_hybrid(some: random.Random) -> Data:
+    positions = rope(some, fraction=some.choice([0.25, 0.5, 1.0]))
+    mixer = heads(some) | {"head_dim": 16, "rope": positions, "qk_norm": True, "gate": True}
+    return stack(some, dense(some, mixer, delta(some)))
+
+
+def qwen_next(some: random.Random) -> Data:
+    data = qwen_hybrid(some)
+    moe = {"kind": "moe", "experts": 4, "active": 2, "width": 8, "shared_width": 16, "shared_gate": True}
+    moe |= {"normalise": some.random() < 0.5, "balance": some.choice([0.01, 0.1])}
+    for name in some.choice([(), ("a",), ("b",), ("a", "b")]):
+        data["blocks"][name]["channel"] = moe
+    return data
+
+
+def olmo_hybrid(some: random.Random) -> Data:
+    mixer = heads(some) | {"rope": some.choice([None, rope(some)]), "qk_norm": "full"}
+    blocks = dense(some, mixer, delta(some, negative_eigenvalues=some.random() < 0.5))
+    blocks["a"]["norm_placement"] = "post"
+    return stack(some, blocks, norm_eps=1e-5)
+
+
+def granite(some: random.Random) -> Data:
+    mixer = heads(some) | {"rope": some.choice([None, rope(some)]), "scale": some.choice([None, 0.2])}
+    blocks = dense(some, mixer, mamba(some, groups=1), residual={"branch": some.choice([1.0, 0.3])})
+    factors = {"embedding_multiplier": some.choice([1.0, 3.0]), "logit_multiplier": some.choice([1.0, 0.3])}
+    return stack(some, blocks, **factors)
+
+
+def bamba(some: random.Random) -> Data:
+    mixer = heads(some) | {"rope": rope(some, fraction=0.5)}
+    return stack(some, dense(some, mixer, mamba(some, groups=1)))
+
+
+def falcon_h1(some: random.Random) -> Data:
+    attention = heads(some, free=True) | {"rope": rope(some), "key_multiplier": some.choice([1.0, 0.4])}
+    ssm = mamba(some, norm=some.choice(["none", "before_gate", "after_gate"]))
+    both = {"kind": "parallel", "mixers": [attention, ssm], "weights": some.choice([None, [0.9, 0.3]])}
+    block = {"mixer": both, "channel": swiglu(some)}
+    return stack(some, {"a": block}, embedding_multiplier=2.0, logit_multiplier=0.5)
+
+
+def olmo3(some: random.Random) -> Data:
+    mixer = heads(some) | {"rope": rope(some), "qk_norm": "full"}
+    local = mixer | {"window": some.choice([3, 20]), "rope": {"theta": 1e4}}
+    return stack(some, dense(some, mixer, local, norm_placement="post"))
+
+
+def smollm3(some: random.Random) -> Data:
+    mixer = heads(some) | {"rope": rope(some)}
+    return stack(some, dense(some, mixer, mixer | {"rope": None, "window": some.choice([None, 7])}))
+
+
+def gemma3(some: random.Random) -> Data:
+    mixer = heads(some, free=True) | {
+        "rope": rope(some),
+        "qk_norm": True,
+        "scale": some.choice([16, 24]) ** -0.5,
+    }
+    local = mixer | {"window": some.choice([3, 20]), "rope": {"theta": 1e4}}
+    blocks = dense(some, mixer, local, channel="geglu", norm_placement="sandwich")
+    softcap = some.choice([None, 5.0])
+    return stack(some, blocks, embedding_multiplier=HIDDEN**0.5, logit_softcap=softcap)
+
+
+SPECS: dict[str, Callable[[random.Random], Data]] = {
+    "llama": llama, "mistral": mistral, "qwen2": qwen2, "qwen3": qwen3, "qwen3_5_text": qwen_hybrid, "qwen3_next": qwen_next,
+    "olmo_hybrid": olmo_hybrid, "granitemoehybrid": granite, "bamba": bamba, "falcon_h1": falcon_h1, "olmo3": olmo3,
+    "smollm3": smollm3, "gemma3_text": gemma3,
+}  # fmt: skip
+SEEDS = [*range(2), *(pytest.param(seed, marks=pytest.mark.long) for seed in range(2, 50))]
+every_target = pytest.mark.parametrize("name", SPECS)
+
+
+def model_spec(name: str, seed: int = 0) -> ModelSpec:
+    return ModelSpec.model_validate(SPECS[name](random.Random(f"{name} {seed}")))
+
+
+@torch.no_grad()
+def ready(spec: ModelSpec, seed: int = 0) -> Any:
+    """A model whose every weight counts."""
+    model = build(spec, seed=seed).eval()
+    torch.manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "norm" in name or name.endswith(".D"):
+            nn.init.uniform_(parameter, 0.5, 1.5)
+        elif parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.1)
+        elif name.endswith(".bias"):
+            nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def written(model: Any, name: str, folder: Path) -> Path:
+    folder.mkdir()
+    write_native(model, folder, BY_NAME[name], IDS)
+    return folder
+
+
+def loaded(folder: Path) -> tuple[Any, dict[str, Any]]:
+    model, told = hf.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True
+    )
+    return model.eval(), told
+
+
+def test_every_target_has_specs_here() -> None:
+    assert {target.name for target in TARGETS} == {*SPECS}
+
+
+@pytest.mark.slow
+@torch.no_grad()
+@every_target
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.filterwarnings("ignore")
+def test_a_random_spec_computes_the_same_there_and_comes_back(name: str, seed: int, tmp_path: Path) -> None:
+    spec = model_spec(name, seed)
+    ours = ready(spec, seed)
+    folder = written(ours, name, tmp_path / "out")
+    theirs, told = loaded(folder)
+    assert type(theirs).__name__ == BY_NAME[name].model_class
+    assert not any(told.values()), told
+    ids = torch.randint(256, (2, 70))
+    expected = ours(ids).logits
+    allowed = max(TOLERANCE, ROUNDINGS * rounding_of(ours, {"ids": ids}, {"ids": expected}))
+    assert (theirs(ids, use_cache=False).logits - expected).abs().max() <= allowed
+    prompt = {"input_ids": ids[:1, :9], "attention_mask": torch.ones(1, 9, dtype=torch.long)}
+    # Past the windows; the full count behind `long`.
+    greedy = {**prompt, "max_new_tokens": {0: 24, 1: 4}.get(seed, 64), "do_sample": False}
+    tokens = theirs.generate(**greedy)
+    assert torch.equal(tokens, theirs.generate(**greedy, use_cache=False))
+    assert torch.equal(tokens, ours.generate(**greedy))
+    back = read_native(folder, name="back")
+    assert spec_hash(back.spec.model) == spec_hash(spec)
+    assert torch.equal(back.model(ids).logits, expected)
+
+
+@every_target
+def test_keys_name_every_tensor_once_and_are_undone_exactly(name: str) -> None:
+    spec = model_spec(name, 1)
+    ours = build(spec).state_dict()
+    config = verdict(BY_NAME[name], plan(spec).runtime()).config
+    assert config is not None
+    if config["tie_word_embeddings"]:
+        del ours["lm_head.weight"]
+    keys = [*BY_NAME[name].keys(config)]
+    assert sorted(one for key in keys for one in key.ours) == sorted(ours)
+    theirs, _ = to_theirs(keys, ours)
+    assert len(theirs) == sum(len(key.theirs) for key in keys)
+    back, names = to_ours(keys, theirs)
+    assert not names.missing
+    assert not names.left
+    assert all(torch.equal(back[one], ours[one]) for one in ours)
+
+
+def test_rows_interleave_by_group_and_back() -> None:
+    key = Key(("a", "b"), ("c",), pieces=((2, 2), (4,)), made=((0, 1, 2),), groups=2)
+    ours = {"a": torch.arange(4.0)[:, None], "b": torch.arange(4.0, 8.0)[:, None]}
+    theirs, _ = to_theirs([key], ours)
+    assert theirs["c"].flatten().tolist() == [0, 2, 4, 5, 1, 3, 6, 7]
+    back, _ = to_ours([key], theirs)
+    assert all(torch.equal(back[one], ours[one]) for one in ours)
+
+
+@pytest.mark.parametrize("gain", [0.01, 0.5, 1.25, 2.0, 3.7])
+def test_a_gain_less_one_loses_nothing_in_bfloat16(gain: float) -> None:
+    ours = {"a": torch.tensor([gain], dtype=torch.bfloat16)}
+    key = Key(("a",), ("b",), less=1.0)
+    theirs, _ = to_theirs([key], ours)
+    back: dict[str, Tensor] = to_ours([key], theirs)[0]
+    assert back["a"].to(torch.bfloat16) == ours["a"]
+
+
+def test_a_norm_that_readers_take_in_two_ways_is_refused() -> None:
+    data = SPECS["bamba"](random.Random(0))
+    data["blocks"]["b"]["mixer"]["groups"] = 2
+    (refused,) = verdict(BY_NAME["bamba"], plan(ModelSpec.model_validate(data)).runtime()).refusals
+    assert refused.path.endswith(".mixer.groups")
+    assert "readers of this class differ" in refused.why
+
+
+def test_the_runtime_of_a_model_is_that_of_its_plan() -> None:
+    spec = model_spec("gemma3_text")
+    assert runtime_of(build(spec)) == plan(spec).runtime()
