@@ -283,6 +283,27 @@ def report(run: Path | str, out: Path | str | None = None) -> Path:
     return write_report(read_run(folder), folder / FILE if out is None else Path(out))
 
 
+def dashboard(
+    path: Path | str,
+    *,
+    host: str = "localhost",
+    port: int = 8642,
+    bench: Path | str | None = None,
+    ready: Callable[[str], None] = print,
+) -> None:
+    """Serve a run, or a folder of runs, as web pages that follow them; `ready` gets the address. Ends with Ctrl-C.
+
+    Raises:
+        HeddleError: "run-not-found", "bad-argument", "package-missing".
+    """
+    try:
+        from heddle.dashboards.server import serve
+    except ModuleNotFoundError as error:
+        hint = "pip install 'heddle-lm[dashboard]'"
+        raise HeddleError("package-missing", f"the dashboard needs {error.name}", hint=hint) from None
+    serve(Path(path), host=host, port=port, bench=None if bench is None else Path(bench), ready=ready)
+
+
 def fresh_folder(name: str) -> Path:
     """runs/<name>, or runs/<name>-2 and so on: the first that is not there."""
     folder, number = RUNS / name, 1

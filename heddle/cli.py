@@ -303,6 +303,27 @@ def report(
     terminal.next_steps(f"wrote {api.report(run, out)}", [])
 
 
+@app.command(epilog=_example("heddle dashboard runs/quickstart", "heddle dashboard runs --port 9000"))
+def dashboard(
+    path: Annotated[
+        Path, typer.Argument(metavar="RUN_OR_FOLDER", help="A run, or a folder of runs.", show_default=False)
+    ],
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; one that others reach asks for a token.")
+    ] = "localhost",
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")
+    ] = 8642,
+    bench: Annotated[
+        Path | None, typer.Option(help="Folder with rows of make bench, for the page of kernels.")
+    ] = None,
+) -> None:
+    """Show runs as web pages that follow a running search. Ctrl-C ends it."""
+    from heddle import api
+
+    api.dashboard(path, host=host, port=port, bench=bench, ready=typer.echo)
+
+
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit: 0 is ok, 1 failed, 2 bad input. A user's mistake gives no traceback."""
     words = list(sys.argv[1:] if arguments is None else arguments)

@@ -22,6 +22,7 @@ from heddle.search.record import read_run
 ROOT = Path(__file__).parents[1]
 COMMANDS = (
     "init", "doctor", "check", "show", "diff", "schema", "train", "bench", "search", "export", "report",
+    "dashboard",
 )  # fmt: skip
 PLAIN = """\
 version: 1
@@ -280,6 +281,8 @@ MISTAKES: tuple[tuple[str, ...], ...] = (
     ("check", "missing.yaml"),
     ("show", "."),
     ("report", "missing"),
+    ("dashboard", "missing"),
+    ("dashboard", ".", "--bench", "missing"),
     ("export", "missing", "--out", "x"),
     ("search", "spec.yaml", "--resume"),
     ("search", "spec.yaml", "--time", "soon"),
