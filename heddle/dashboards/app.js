@@ -28,10 +28,14 @@
       if (old.dataset.live !== section.dataset.live && !old.contains(document.activeElement)) old.replaceWith(section);
     }
     const figures = fresh.getElementById("figures");
-    if (figures && figures.textContent !== document.getElementById("figures").textContent) {
-      document.getElementById("figures").textContent = figures.textContent;
+    const held = document.getElementById("figures");
+    if (figures && !held) {
+      // The first figures of a young run: the scripts that draw are not loaded yet.
+      window.location.reload();
+      return;
     }
-    window.heddleDraw();
+    if (figures && figures.textContent !== held.textContent) held.textContent = figures.textContent;
+    if (window.heddleDraw) window.heddleDraw();
   }
 
   let waiting = false;

@@ -95,9 +95,10 @@ def _live(sections: Sequence[Html]) -> list[Html]:
 def _scripts(drawn: Sequence[Figure]) -> list[Html]:
     # "<" cannot end the script element, nor open another, when it is written as an escape.
     data = json.dumps([asdict(figure) for figure in drawn], allow_nan=False).replace("<", "\\u003c")
-    names = ["plotly.js", "report.js"] if drawn else []
+    # report.js draws at once, and app.js says what then happens to each plot.
+    names = ["app.js", "plotly.js", "report.js"] if drawn else ["app.js"]
     held = [element("script", Html(data), type="application/json", id="figures")] if drawn else []
-    return [*held, *(element("script", src=f"/assets/{name}", defer="") for name in [*names, "app.js"])]
+    return [*held, *(element("script", src=f"/assets/{name}", defer="") for name in names)]
 
 
 def choose(label: str, name: str, options: Mapping[str, str], chosen: str | None) -> Html:

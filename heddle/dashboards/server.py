@@ -62,9 +62,12 @@ def new_token() -> str:
     return secrets.token_urlsafe(32)
 
 
-def app(site: Site, *, token: str | None) -> ASGIApp:
-    """The pages of `site`; with a `token` every route asks for it, without one only local names are answered."""
-    views = Views(site)
+def app(site: Site, *, token: str | None, is_closing: Callable[[], bool] = lambda: False) -> ASGIApp:
+    """The pages of `site`; with a `token` every route asks for it, without one only local names are answered.
+
+    `is_closing` ends the answers that follow a run.
+    """
+    views = Views(site, is_closing)
     routes = [
         Route("/", views.home),
         Route("/kernels", views.kernels),
@@ -153,8 +156,8 @@ def _number(text: str) -> int:
 class Views:
     """The answers; each reads what it shows in a thread, so that one large run keeps no other page waiting."""
 
-    def __init__(self, site: Site) -> None:
-        self.site = site
+    def __init__(self, site: Site, is_closing: Callable[[], bool]) -> None:
+        self.site, self.is_closing = site, is_closing
         self._assets: dict[str, tuple[bytes, str]] = {}
 
     def home(self, request: Request) -> Response:  # noqa: ARG002
@@ -221,7 +224,7 @@ class Views:
     async def _changes(self, watched: list[Watched] | None) -> AsyncIterator[str]:
         last, quiet = await run_in_threadpool(self._look, watched), 0.0
         yield "retry: 1000\n\n"
-        while True:
+        while not self.is_closing():
             await asyncio.sleep(LOOK_S)
             seen = await run_in_threadpool(self._look, watched)
             quiet += LOOK_S
@@ -282,14 +285,22 @@ def serve(root: Path, *, host: str, port: int, bench: Path | None, ready: Callab
     token = None if is_local(host) else new_token()
     site = open_site(root, bench)
     held = _listen(host, port)
+    closing: list[uvicorn.Server] = []
+    pages_of = app(site, token=token, is_closing=lambda: any(one.should_exit for one in closing))
     config = uvicorn.Config(
-        app(site, token=token), log_level="warning", access_log=False, server_header=False,
-        timeout_graceful_shutdown=1, ws="none", lifespan="off",
-    )  # fmt: skip
+        pages_of,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=2,
+        ws="none",
+        lifespan="off",
+    )
+    closing.append(uvicorn.Server(config))
     shown = f"[{host}]" if ":" in host else host
     ready(f"http://{shown}:{held.getsockname()[1]}/" + (f"?token={token}" if token else ""))
     with suppress(KeyboardInterrupt):
-        uvicorn.Server(config).run(sockets=[held])
+        closing[0].run(sockets=[held])
 
 
 def _listen(host: str, port: int) -> socket.socket:
