@@ -59,8 +59,7 @@ def pair(run: Run, x: Axis, y: Axis) -> Figure:
     drawn = layout(x.label, y.label)
     if x.budget is not None:
         refused = [t for t in run.trials if t.state != "complete" and x.value(t) is not None]
-        traces.append(_rug(run, refused, [x.value(t) for t in refused]))
-        drawn = _with_rug(drawn)
+        _add_rug(traces, drawn, _rug(run, refused, [x.value(t) for t in refused]))
     _draw_limit(drawn, "x", x)
     _draw_limit(drawn, "y", y)
     caption = f"{y.text} against {x.text}. Bars are 95 % intervals (scores: 1.96 standard errors)."
@@ -102,16 +101,16 @@ def progress(run: Run, over: str = "trial") -> Figure:
         steps.append((max(where.values()), steps[-1][1]))
     best: dict[str, Any] = {"type": "scatter", "mode": "lines", "name": "best so far"}
     best |= {"x": [x for x, _ in steps], "y": [y for _, y in steps], "hoverinfo": "skip"}
-    drawn = _thinned([(where[t.number], float(t.quality or 0), t) for t in scored])
-    trained = _trace("trained", drawn, run, [where[t.number] for t in drawn], [t.quality for t in drawn])
+    seen = _thinned([(where[t.number], float(t.quality or 0), t) for t in scored])
+    trained = _trace("trained", seen, run, [where[t.number] for t in seen], [t.quality for t in seen])
     traces = [
         best | {"line": {"shape": "hv", "color": FRONT, "width": 2}},
         trained | {"marker": {"size": 7, "color": TRAINED}},
-        _rug(run, lost, [where[trial.number] for trial in lost]),
     ]
+    drawn = layout(data.OVER[over], "mean normalised score")
+    _add_rug(traces, drawn, _rug(run, lost, [where[trial.number] for trial in lost]))
     caption = "Best mean normalised score so far (0 is chance, 1 the best possible)"
-    name = slug(f"best so far by {over}")
-    return Figure(name, caption, traces, _with_rug(layout(data.OVER[over], "mean normalised score")))
+    return Figure(slug(f"best so far by {over}"), caption, traces, drawn)
 
 
 def failures(run: Run) -> Figure:
@@ -185,11 +184,14 @@ def _rug(run: Run, trials: Sequence[Trial], x: Sequence[float | None]) -> dict[s
     return trace | {"yaxis": "y2", "marker": crosses}
 
 
-def _with_rug(layout: dict[str, Any]) -> dict[str, Any]:
-    layout["xaxis"] |= {"anchor": "y2"}
-    layout["yaxis"] |= {"domain": [0.14, 1]}
-    layout["yaxis2"] = {"domain": [0, 0.08], "range": [-1, 1], "showticklabels": False, "showgrid": False}
-    return layout
+def _add_rug(traces: list[dict[str, Any]], drawn: dict[str, Any], rug: dict[str, Any]) -> None:
+    """Put a rug below a plot; plotly cannot draw an axis that nothing stands on, so an empty one is left out."""
+    if not rug["x"]:
+        return
+    traces.append(rug)
+    drawn["xaxis"] |= {"anchor": "y2"}
+    drawn["yaxis"] |= {"domain": [0.14, 1]}
+    drawn["yaxis2"] = {"domain": [0, 0.08], "range": [-1, 1], "showticklabels": False, "showgrid": False}
 
 
 def _clouds(run: Run, x: Axis, y: Axis) -> list[dict[str, Any]]:
