@@ -13,30 +13,41 @@
     });
   };
 
-  // The page as the server has it now: only sections that differ are put in, so that scroll, focus and zoom stay.
-  async function refresh() {
-    const answer = await fetch(window.location.href);
+  function replace(old, fresh) {
+    // A choice that somebody is making is not taken away, but what was sent is shown.
+    if (old.contains(document.activeElement) && !document.activeElement.matches("a, [data-submit]")) return;
+    const held = document.activeElement.name && old.contains(document.activeElement) ? document.activeElement.name : null;
+    old.replaceWith(fresh);
+    if (held) fresh.querySelector("[name='" + CSS.escape(held) + "']")?.focus();
+  }
+
+  // The page as the server has it at an address: only sections that differ are put in, so that scroll, focus and zoom stay.
+  async function show(address) {
+    const answer = await fetch(address);
     if (!answer.ok) return;
     const fresh = new DOMParser().parseFromString(await answer.text(), "text/html");
-    for (const section of fresh.querySelectorAll("[data-live]")) {
-      const old = document.getElementById(section.id);
-      if (!old) {
-        // A section that was not there before: the figures' numbers have moved, so everything is put in.
-        document.querySelector("main").replaceWith(fresh.querySelector("main"));
-        break;
-      }
-      if (old.dataset.live !== section.dataset.live && !old.contains(document.activeElement)) old.replaceWith(section);
-    }
-    const figures = fresh.getElementById("figures");
-    const held = document.getElementById("figures");
+    const held = document.getElementById("figures"), figures = fresh.getElementById("figures");
+    const now = document.querySelectorAll("[data-live]"), then = fresh.querySelectorAll("[data-live]");
     if (figures && !held) {
       // The first figures of a young run: the scripts that draw are not loaded yet.
       window.location.reload();
       return;
     }
+    if (now.length !== then.length) {
+      document.querySelector("main").replaceWith(fresh.querySelector("main"));
+    } else {
+      now.forEach((old, index) => { if (old.dataset.live !== then[index].dataset.live) replace(old, then[index]); });
+    }
     if (figures && figures.textContent !== held.textContent) held.textContent = figures.textContent;
     if (window.heddleDraw) window.heddleDraw();
   }
+
+  async function go(address) {
+    history.pushState(null, "", address);
+    await show(address);
+  }
+
+  window.addEventListener("popstate", () => show(window.location.href));
 
   let waiting = false;
   const source = document.body.dataset.events ? new EventSource(document.body.dataset.events) : null;
@@ -44,12 +55,19 @@
     source.onmessage = async function () {
       if (waiting) return;
       waiting = true;
-      try { await refresh(); } finally { waiting = false; }
+      try { await show(window.location.href); } finally { waiting = false; }
     };
     const tell = (text) => { document.getElementById("link").textContent = text; };
     source.onopen = () => tell("live");
     source.onerror = () => tell("not connected: is heddle dashboard still running?");
   }
+
+  document.addEventListener("click", function (event) {
+    const link = event.target.closest(".pages a[data-stay]");
+    if (!link || event.ctrlKey || event.metaKey || event.shiftKey) return;
+    event.preventDefault();
+    go(link.href);
+  });
 
   document.addEventListener("click", async function (event) {
     const button = event.target.closest("button[data-copy]");
@@ -66,6 +84,11 @@
   });
 
   document.addEventListener("change", function (event) {
-    if (event.target.matches("select[data-submit]")) event.target.form.submit();
+    if (!event.target.matches("select[data-submit]")) return;
+    const chosen = new URLSearchParams(window.location.search);
+    for (const [name, value] of new FormData(event.target.form)) chosen.set(name, value);
+    // Another choice of trials begins at their first page.
+    chosen.delete("page");
+    go(window.location.pathname + "?" + chosen);
   });
 })();

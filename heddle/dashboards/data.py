@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 from heddle import specs
 from heddle.errors import CODES, HeddleError
@@ -39,13 +40,19 @@ def mixer_name(block: BlockSpec) -> str:
 
 def strip(trial: Trial) -> list[Cell]:
     """The layers of a trial's model, bottom first."""
+    names = _mixer_names(trial.spec)
+    return [Cell(index, block, names.get(block, block)) for index, block in enumerate(trial.layers)]
+
+
+@lru_cache(maxsize=1024)
+def _mixer_names(spec: str) -> dict[str, str]:
+    """What mixes in each block of a spec."""
     try:
-        blocks = specs.loads(trial.spec).spec.model.blocks
+        blocks = specs.loads(spec).spec.model.blocks
     except HeddleError:
         # Written by a later heddle, perhaps: the block names still tell the placement.
-        blocks = {}
-    names = {name: mixer_name(block) for name, block in blocks.items()}
-    return [Cell(index, block, names.get(block, block)) for index, block in enumerate(trial.layers)]
+        return {}
+    return {name: mixer_name(block) for name, block in blocks.items()}
 
 
 def mixers_of(run: Run) -> Callable[[Trial], list[str]]:

@@ -21,7 +21,7 @@ AGAIN = "--soft"
 
 LOST = "over budget or failed"
 # A cloud of more trials is thinned: of those that would lie on one another, one is drawn.
-CLOUD, CELLS = 1500, (120, 80)
+CLOUD, CELLS = 600, (48, 32)
 # Bars of more trials than these hide the points.
 BARS = 40
 # Lines are told apart by their dashes as well as by their colours.
@@ -36,6 +36,10 @@ class Figure:
     caption: str
     data: list[dict[str, Any]]
     layout: dict[str, Any]
+
+    def plain(self) -> dict[str, Any]:
+        """What the script gets. `asdict` would copy every point."""
+        return {"name": self.name, "caption": self.caption, "data": self.data, "layout": self.layout}
 
     @property
     def is_empty(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from urllib.parse import quote, urlencode
 
 from heddle.dashboards.figures import Figure
@@ -94,7 +94,7 @@ def _live(sections: Sequence[Html]) -> list[Html]:
 
 def _scripts(drawn: Sequence[Figure]) -> list[Html]:
     # "<" cannot end the script element, nor open another, when it is written as an escape.
-    data = json.dumps([asdict(figure) for figure in drawn], allow_nan=False).replace("<", "\\u003c")
+    data = json.dumps([figure.plain() for figure in drawn], allow_nan=False).replace("<", "\\u003c")
     # report.js draws at once, and app.js says what then happens to each plot.
     names = ["app.js", "plotly.js", "report.js"] if drawn else ["app.js"]
     held = [element("script", Html(data), type="application/json", id="figures")] if drawn else []

@@ -78,14 +78,29 @@ def front(watched: Watched, query: Query) -> Page:
     """What the search found and where it stands."""
     run, key = watched.run(), watched.key
     page = Page(run.name, key, "Front")
-    page.add(element("header", *sections.header(run)), _state(watched, run), _nothing_yet(run))
+    page.add(_reading(watched), element("header", *sections.header(run)))
+    page.add(_state(watched, run), _nothing_yet(run))
     if run.trials:
-        _plots(page, run, query)
-    name = link_to(key)
-    page.add(sections.front(run, name), sections.least_violating(run), sections.strips(run, name))
-    page.add(sections.confirmation(run), sections.remeasured(run), _failures(run), _messages(run))
+        _plots(page, watched, run, query)
+    page.add(*watched.once(run, "front", lambda: _found(run, key)))
     page.add(_trials(key, run, query))
     return page
+
+
+def _found(run: Run, key: str) -> list[Html | None]:
+    """What no choice on the page changes."""
+    name = link_to(key)
+    found = [sections.front(run, name), sections.least_violating(run), sections.strips(run, name)]
+    return [*found, sections.confirmation(run), sections.remeasured(run), _failures(run), _messages(run)]
+
+
+def _reading(watched: Watched) -> Html | None:
+    share = watched.follower.share_read
+    if share >= 1:
+        return None
+    return empty(
+        f"The record is being read: {100 * share:.0f} %. What follows is of that part, and grows by itself."
+    )
 
 
 def _state(watched: Watched, run: Run) -> Html:
@@ -95,15 +110,13 @@ def _state(watched: Watched, run: Run) -> Html:
         ("trials told", f"{pace.told} of {pace.total}"),
     ]
     facts += [(words.STATE_WORDS[state], run.count(state)) for state in ("complete", "infeasible", "failed")]
-    if run.status == "running":
+    if run.status == "running" and watched.follower.share_read >= 1:
         facts.append(("evaluations in flight", pace.flying))
         facts.append(("phase", pace.phase or "starting"))
         left = pace.seconds_left
         facts.append(("left of the rounds, at this pace", "–" if left is None else words.duration_text(left)))
     cores = run.meta.get("environment", {}).get("cores")
     facts += [("cores of the machine", cores)] if cores else []
-    if watched.follower.share_read < 1:
-        facts.append(("of the record read so far", f"{100 * watched.follower.share_read:.0f} %"))
     return element("section", tiles(facts))
 
 
@@ -113,7 +126,7 @@ def _nothing_yet(run: Run) -> Html | None:
     return empty("No trial was begun yet.", "This page fills by itself; the first round asks for specs now.")
 
 
-def _plots(page: Page, run: Run, query: Query) -> None:
+def _plots(page: Page, watched: Watched, run: Run, query: Query) -> None:
     known = {axis.key: axis for axis in axes(run)}
     first = next((key for key in known if key.startswith("budget:")), "parameters")
     x = known.get(query.get("x", ""), known[first])
@@ -126,7 +139,10 @@ def _plots(page: Page, run: Run, query: Query) -> None:
         choose("Up", "y", names, y.key),
         choose("Best so far over", "over", data.OVER, over),
     )
-    drawn = [figures.pair(run, x, y), figures.progress(run, over)]
+    drawn = [
+        watched.once(run, ("pair", x.key, y.key), lambda: figures.pair(run, x, y)),
+        watched.once(run, ("progress", over), lambda: figures.progress(run, over)),
+    ]
     page.plots("Plots", drawn, picked, sections.note("A click on a point leads to its trial."))
 
 
@@ -166,7 +182,7 @@ def _trials(key: str, run: Run, query: Query) -> Html:
     other = {name: value for name, value in query.items() if name in ("x", "y", "over")}
     picked = pick(choose("State", "state", STATES, state), choose("Order", "sort", SORTS, sort), hidden=other)
     pages = [
-        element("a", name, href=url(key, page=at, state=state, sort=sort, **other) + "#trials")
+        element("a", name, href=url(key, page=at, state=state, sort=sort, **other) + "#trials", data_stay="")
         for name, at in (("← earlier", number - 1), ("later →", number + 1))
         if 1 <= at <= count
     ]

@@ -3,6 +3,8 @@
 (function () {
   const dark = window.matchMedia("(prefers-color-scheme: dark)");
 
+  const drawn = new WeakMap();
+
   function colour(name) {
     return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
   }
@@ -26,7 +28,10 @@
 
   function drawOne(figure, index) {
     const place = document.getElementById("plot-" + index);
-    if (!place) return;
+    const told = JSON.stringify(figure) + dark.matches;
+    // Drawing takes most of the time of a page; what is as it was stays.
+    if (!place || drawn.get(place) === told) return;
+    drawn.set(place, told);
     const layout = Object.assign(
       {
         legend: { orientation: "h", x: 0, y: -0.26, yanchor: "top" },

@@ -9,6 +9,7 @@ import asyncio
 import ipaddress
 import secrets
 import socket
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from importlib import resources
@@ -35,6 +36,8 @@ from heddle.search.costs import graph_picture
 TOKEN = "heddle-token"
 # How often the files of a run are looked at, and how often a quiet page is told that the server lives.
 LOOK_S, QUIET_S = 0.5, 15.0
+# How often a page is told while a large run is being read.
+BEHIND_S = 2.0
 LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
 HEADERS = {
     # No script but ours, nothing from elsewhere, no page around ours; plotly sets styles of its own.
@@ -222,29 +225,32 @@ class Views:
         return StreamingResponse(self._changes(watched), media_type="text/event-stream")
 
     async def _changes(self, watched: list[Watched] | None) -> AsyncIterator[str]:
-        last, quiet = await run_in_threadpool(self._look, watched), 0.0
+        last, _ = await run_in_threadpool(self._look, watched)
+        told = time.monotonic()
         yield "retry: 1000\n\n"
+        behind = False
         while not self.is_closing():
-            await asyncio.sleep(LOOK_S)
-            seen = await run_in_threadpool(self._look, watched)
-            quiet += LOOK_S
-            if seen != last:
-                last, quiet = seen, 0.0
+            await asyncio.sleep(0 if behind else LOOK_S)
+            seen, behind = await run_in_threadpool(self._look, watched)
+            quiet = time.monotonic() - told
+            # While a large run is being read its pages change without end, and drawing them takes time from reading.
+            if seen != last and (not behind or quiet > BEHIND_S):
+                last, told = seen, time.monotonic()
                 yield "data: changed\n\n"
             elif quiet >= QUIET_S:
-                quiet = 0.0
+                told = time.monotonic()
                 yield ": here\n\n"
 
-    def _look(self, watched: list[Watched] | None) -> list[str]:
-        """The versions of the runs; a run that is not read to its end is read on."""
-        seen = []
-        for one in self.site.runs().values() if watched is None else watched:
+    def _look(self, watched: list[Watched] | None) -> tuple[list[str], bool]:
+        """The versions of the runs, and whether one is not read to its end yet; that one is read on."""
+        known = list(self.site.runs().values()) if watched is None else watched
+        for one in known:
             if one.follower.share_read < 1:
                 # A run that cannot be read is told by its pages.
                 with suppress(HeddleError):
                     one.run()
-            seen.append(one.key + one.version())
-        return seen
+        behind = any(0 < one.follower.share_read < 1 for one in known)
+        return [one.key + one.version() for one in known], behind
 
     def failed(self, request: Request, error: Exception) -> Response:  # noqa: ARG002
         """A user's mistake, or a run that cannot be read, told as every command tells it."""

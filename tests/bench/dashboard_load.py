@@ -2,16 +2,26 @@
 
     python tests/bench/dashboard_load.py [--trials 10000] [--run FOLDER] [--note "the machine was shared"]
 
-Start is from the command to the first answer; first view is to all plots drawn in Chromium; an interaction is from a
-click to the new page drawn. Figures of a machine that others use at the same time say so in `note`.
+Start is from the command to its address; first view is of Chromium's first page of a server that has read nothing, to its
+plots drawn; read is from the start to the last trial read. The interactions come after that, from the choice or the click
+to the new page drawn, plots included; a hover is from the pointer to its label. Needs Chromium.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
+import os
 import random
+import subprocess
+import sys
+import tempfile
+import time
 from contextlib import closing
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from heddle.search.durable import write_json, write_whole
@@ -143,3 +153,119 @@ class Writer:
         self.ledger.put(Entry(spec=spec, stage=stage, key="k0", inputs={}, result=result, wall_s=1.0))
         log.write("evaluation_finished", **place, ok=True, wall_s=1.0)
         return "k0"
+
+
+def _drawn(page: Any, act: Any) -> float:
+    """Milliseconds from `act`, which loads a page, to its plots drawn."""
+    started = time.perf_counter()
+    act()
+    page.wait_for_selector("html[data-drawn]")
+    return 1000 * (time.perf_counter() - started)
+
+
+def _changed(page: Any, act: Any, seen: str) -> float:
+    """Milliseconds from `act` to what it brings being there."""
+    started = time.perf_counter()
+    act()
+    page.wait_for_selector(seen, state="attached")
+    return 1000 * (time.perf_counter() - started)
+
+
+def _interactions(page: Any, address: str) -> dict[str, list[float]]:
+    """Milliseconds of what a user does on the front, five times each."""
+    names = ("choose_axes", "filter", "page_of_trials", "open_trial", "hover")
+    found: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(5):
+        page.goto(address)
+        page.wait_for_selector("html[data-drawn]")
+        choose = page.get_by_label("Across")
+        title = "#plot-0 .xtitle:has-text('parameters')"
+        found["choose_axes"].append(_changed(page, lambda box=choose: box.select_option("parameters"), title))
+        state = page.get_by_label("State")
+        only = ".pages:not(:has-text('page 1 of 100'))"
+        found["filter"].append(_changed(page, lambda box=state: box.select_option("failed"), only))
+        later = page.get_by_role("link", name="later →")
+        second = ".pages:has-text('page 2 of')"
+        found["page_of_trials"].append(_changed(page, lambda link=later: link.click(), second))
+        point = page.locator("#plot-0 .scatterlayer .trace path.point").nth(100 + turn)
+        point.scroll_into_view_if_needed()
+        box = point.bounding_box()
+        page.mouse.move(0, 0)
+        place = (box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+        label = "#plot-0 .hoverlayer .hovertext"
+        found["hover"].append(_changed(page, lambda at=place: page.mouse.move(*at), label))
+        found["open_trial"].append(_drawn(page, lambda at=turn: page.goto(f"{address}/trial/{at + 4}")))
+    return found
+
+
+def measure(folder: Path) -> dict[str, Any]:
+    """Seconds and milliseconds of one server and one browser."""
+    sys.path.append(str(ROOT / "tests"))
+    from browsing import chromium, serving
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = chromium(playwright)
+        page = browser.new_page()
+        page.goto("about:blank")
+        started = time.perf_counter()
+        with serving(folder) as base:
+            start_s = time.perf_counter() - started
+            address = f"{base}/run/{folder.resolve().name}"
+            first_ms = _drawn(page, lambda: page.goto(address))
+            seen = page.locator(".tiles").inner_text()
+            # By hand, since the pages allow no script that is a string.
+            while "is being read" in page.locator("main").inner_text():
+                page.wait_for_timeout(50)
+            read_s = time.perf_counter() - started
+            found = _interactions(page, address)
+        browser.close()
+    told = {
+        name: {"median_ms": round(median(times), 1), "worst_ms": round(max(times), 1)}
+        for name, times in found.items()
+    }
+    return {
+        "start_s": round(start_s, 3),
+        "first_view_s": round(first_ms / 1000, 3),
+        "first_view_showed": " ".join(seen.split()),
+        "read_s": round(read_s, 2),
+        "interactions": told,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--trials", type=int, default=10_000)
+    parser.add_argument(
+        "--run", type=Path, help="where the run is, or is written; a temporary folder if not given"
+    )
+    parser.add_argument("--note", help="what the figures should be read with")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as held:
+        folder = given.run or Path(held) / "runs" / "ten-thousand"
+        if not (folder / RUN_FILE).exists():
+            Writer(folder, given.trials).write()
+        figures = measure(folder)
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    row = {
+        "time": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "commit": commit.stdout.strip(),
+        "device": "cpu",
+    }
+    row |= {
+        "cores": len(os.sched_getaffinity(0)),
+        "load": round(os.getloadavg()[0], 2),
+        "trials": given.trials,
+    }
+    row |= {"python": sys.version.split()[0], **figures, "note": given.note}
+    with RESULTS.open("a") as rows:
+        rows.write(json.dumps(row) + "\n")
+    print(json.dumps(row, indent=1))
+
+
+if __name__ == "__main__":
+    main()
