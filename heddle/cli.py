@@ -57,6 +57,14 @@ class GraphForm(StrEnum):
     svg = "svg"
 
 
+class TableForm(StrEnum):
+    """How `heddle report --table` writes."""
+
+    csv = "csv"
+    md = "md"
+    latex = "latex"
+
+
 SpecPath = Annotated[
     Path, typer.Argument(metavar="SPEC", help="Spec file, YAML or JSON.", show_default=False)
 ]
@@ -295,12 +303,27 @@ def export(
 @app.command(epilog=_example("heddle report runs/quickstart --out report.html"))
 def report(
     run: RunPath,
-    out: Annotated[Path | None, typer.Option(help="File to write; RUN/report.html if not given.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="File to write; RUN/report.html if not given, a table to the terminal."),
+    ] = None,
+    plots: Annotated[
+        Path | None, typer.Option(help="Folder for the plots as SVG and PNG instead.", show_default=False)
+    ] = None,
+    table: Annotated[
+        TableForm | None, typer.Option(help="A table instead: all trials as csv, or the front.")
+    ] = None,
 ) -> None:
-    """Write a run as one HTML page that needs no network."""
+    """Write a run as one HTML page that needs no network, or its plots, or a table."""
     from heddle import api, terminal
 
-    terminal.next_steps(f"wrote {api.report(run, out)}", [])
+    for path in api.plots(run, plots) if plots is not None else ():
+        terminal.next_steps(f"wrote {path}", [])
+    if table is not None:
+        text = api.table(run, table.value, out)
+        typer.echo(text, nl=False) if out is None else terminal.next_steps(f"wrote {out}", [])
+    elif plots is None:
+        terminal.next_steps(f"wrote {api.report(run, out)}", [])
 
 
 @app.command(epilog=_example("heddle dashboard runs/quickstart", "heddle dashboard runs --port 9000"))

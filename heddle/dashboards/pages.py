@@ -78,8 +78,9 @@ def front(watched: Watched, query: Query) -> Page:
     """What the search found and where it stands."""
     run, key = watched.run(), watched.key
     page = Page(run.name, key, "Front")
-    page.add(_reading(watched), element("header", *sections.header(run)))
-    page.add(_state(watched, run), _nothing_yet(run))
+    head = watched.once(run, "header", lambda: element("header", *sections.header(run)))
+    state = watched.once(run, ("state", watched.follower.share_read), lambda: _state(watched, run))
+    page.add(_reading(watched), head, state, _nothing_yet(run))
     if run.trials:
         _plots(page, watched, run, query)
     page.add(*watched.once(run, "front", lambda: _found(run, key)))

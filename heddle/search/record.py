@@ -106,6 +106,12 @@ class Run:
         folder = self.path / BEST_FOLDER / EXPORT_FOLDER
         return folder if folder.is_dir() else None
 
+    def _repr_html_(self) -> str:
+        # A notebook alone asks for it; everything else here needs only the standard library.
+        from heddle.search.shown import run_cell
+
+        return run_cell(self)
+
     @property
     def wall_s(self) -> float:
         """Seconds the search has run, summed over its sessions."""
