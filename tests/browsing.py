@@ -33,7 +33,16 @@ def serving(folder: Path, *, bench: Path | None = None) -> Iterator[str]:
     """The address of `heddle dashboard FOLDER`, a process of its own, without the slash at its end."""
     # From where its name is as short as a user would type it.
     base = folder.resolve().parents[1]
-    command = [sys.executable, "-m", "heddle", "dashboard", os.path.relpath(folder, base), "--port", "0"]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "heddle",
+        "dashboard",
+        os.path.relpath(folder, base),
+        "--port",
+        "0",
+    ]
     command += ["--bench", os.path.relpath(bench, base)] if bench else []
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(command, cwd=base, env=environment, stdout=subprocess.PIPE, text=True) as process:

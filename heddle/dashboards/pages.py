@@ -10,7 +10,7 @@ from heddle.dashboards.axes import Axis, axes
 from heddle.dashboards.frame import Page, choose, empty, pick, tiles, url
 from heddle.dashboards.html import Html, Row, element, join, table
 from heddle.dashboards.model_figures import placement
-from heddle.dashboards.site import Site, Watched
+from heddle.dashboards.site import PATIENCE_S, Site, Watched
 from heddle.errors import HeddleError
 from heddle.search.record import Run, Trial
 
@@ -52,7 +52,7 @@ def overview(site: Site) -> Page:
     rows, drawn = [], []
     for key, watched in known.items():
         try:
-            run = watched.run()
+            run = watched.run(PATIENCE_S / len(known))
         except HeddleError as error:
             rows.append(Row([key, "cannot be read", "", "", "", error.what], "failed"))
             continue

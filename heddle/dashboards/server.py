@@ -136,7 +136,7 @@ class Guard:
         # Slashes in a row would lead to another host.
         path = "/" + request.url.path.lstrip("/\\")
         answer = RedirectResponse(f"{path}?{urlencode(rest)}" if rest else path, 303)
-        answer.set_cookie(TOKEN, self.token, httponly=True, samesite="strict", path="/")
+        answer.set_cookie(TOKEN, self.token, httponly=True, samesite="lax", path="/")
         return answer
 
 
@@ -301,6 +301,7 @@ def serve(root: Path, *, host: str, port: int, bench: Path | None, ready: Callab
         timeout_graceful_shutdown=2,
         ws="none",
         lifespan="off",
+        proxy_headers=False,
     )
     closing.append(uvicorn.Server(config))
     shown = f"[{host}]" if ":" in host else host

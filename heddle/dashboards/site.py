@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -26,12 +27,17 @@ class Watched:
     def __init__(self, key: str, folder: Path) -> None:
         self.key, self.folder = key, folder
         self.follower = Follower(folder)
+        self._lock = threading.Lock()
         self._kept: OrderedDict[object, tuple[Run, Any]] = OrderedDict()
 
-    def run(self) -> Run:
-        """The run, or as much of it as could be read quickly. Raises HeddleError "run-not-found", also for a damaged one."""
+    def run(self, seconds: float = PATIENCE_S) -> Run:
+        """The run, or as much of it as could be read in so many seconds.
+
+        Raises:
+            HeddleError: "run-not-found", also where the record is damaged.
+        """
         try:
-            return self.follower.read(PATIENCE_S)
+            return self.follower.read(seconds)
         except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             told = f"{self.folder} cannot be read: {type(error).__name__}: {error}"
             raise HeddleError(
@@ -42,9 +48,11 @@ class Watched:
         """What `make` gives, made once for a `key` until the run changes."""
         held = self._kept.get(key)
         if held is None or held[0] is not run:
-            held = self._kept[key] = (run, make())
-            while len(self._kept) > KEPT:
-                self._kept.popitem(last=False)
+            held = (run, make())
+            with self._lock:
+                self._kept[key] = held
+                while len(self._kept) > KEPT:
+                    self._kept.popitem(last=False)
         return held[1]
 
     def version(self) -> str:

@@ -106,7 +106,7 @@ def _timed(trial: Trial) -> Html | None:
         return None
     header = ["Measurement", "In the search", "Ratio", "At the end", "Ratio at the end"]
     over = [
-        element("p", f"{label}: {100 * value:+.1f} % of the budget")
+        element("p", f"{label}: {100 * abs(value):.1f} % {'over' if value > 0 else 'under'} the budget")
         for label, value in trial.constraints.items()
     ]
     told = sections.note("Medians with 95 % intervals.")

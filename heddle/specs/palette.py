@@ -36,7 +36,7 @@ HATCHED = {
 # Kinds of plugins: always the same one for a name, though not one of its own.
 OTHERS = ("#0011dd", "#998800", "#cc6699", "#446655", "#888888")
 # A window of so many tokens or fewer is the palest relative of the whole attention, one of so many has nearly its colour.
-NARROW, WIDE = 4, 18
+NARROW, WIDE = 4, 13
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ def _pallor(extra: str) -> float:
     word, _, number = extra.partition(" ")
     if word == "window" and number.isdigit():
         bits = min(max(int(number).bit_length() - 1, NARROW), WIDE)
-        return 0.75 - 0.55 * (bits - NARROW) / (WIDE - NARROW)
+        return 0.85 - 0.6 * (bits - NARROW) / (WIDE - NARROW)
     return 0.0 if extra in ("", "lightning") else 0.45
 
 
