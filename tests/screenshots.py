@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from shutil import copytree
+from tempfile import TemporaryDirectory
 
 from browsing import chromium, serving
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Browser, Page, sync_playwright
 
 ROOT = Path(__file__).parents[1]
 HEIGHT = 1150
@@ -50,19 +52,25 @@ def main() -> None:
     parser.add_argument("--trials", type=int, nargs=2, default=(0, 1))
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
-    with serving(given.run, bench=given.bench) as base, sync_playwright() as playwright:
-        browser = chromium(playwright)
-        for theme in ("light", "dark"):
-            context = browser.new_context(viewport=WIDE, color_scheme=theme)
-            page = context.new_page()
-            for name, path in pages(given.run.resolve().name, *given.trials).items():
-                take(page, base + path, given.out / f"{name}-{theme}.png")
-            context.close()
-        page = browser.new_context(viewport=NARROW).new_page()
-        for name in ("front", "trial"):
-            path = pages(given.run.resolve().name, *given.trials)[name]
-            take(page, base + path, given.out / f"{name}-phone.png")
-        browser.close()
+    with TemporaryDirectory() as held:
+        # Copied, so that the pages name short folders.
+        run = copytree(given.run, Path(held) / "runs" / given.run.resolve().name)
+        bench = copytree(given.bench, Path(held) / "bench")
+        with serving(run, bench=bench) as base, sync_playwright() as playwright:
+            named = {name: base + path for name, path in pages(run.name, *given.trials).items()}
+            take_all(chromium(playwright), named, given.out)
+
+
+def take_all(browser: Browser, named: dict[str, str], out: Path) -> None:
+    """Every page in both themes, and two of them as a phone shows them."""
+    for theme in ("light", "dark"):
+        page = browser.new_context(viewport=WIDE, color_scheme=theme).new_page()
+        for name, address in named.items():
+            take(page, address, out / f"{name}-{theme}.png")
+        page.context.close()
+    page = browser.new_context(viewport=NARROW).new_page()
+    for name in ("front", "trial"):
+        take(page, named[name], out / f"{name}-phone.png")
 
 
 if __name__ == "__main__":

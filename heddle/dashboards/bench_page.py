@@ -83,18 +83,24 @@ def _over_commits(rows: Sequence[Bench]) -> list[Figure]:
     """One plot a phase: each case and implementation in the order of its runs."""
     found = []
     for phase in _names(rows, "phase"):
-        mine = [row for row in rows if row["phase"] == phase]
-        commits = list(_names(sorted(mine, key=lambda row: str(row.get("time", ""))), "commit"))
+        mine = sorted((r for r in rows if r["phase"] == phase), key=lambda row: str(row.get("time", "")))
         traces = []
         for impl in _names(mine, "impl"):
             points = [row for row in mine if row["impl"] == impl]
             marker = {"symbol": SYMBOLS.get(impl, "x"), "size": 9}
-            trace = {"type": "scatter", "mode": "markers", "name": escape(impl), "marker": marker}
-            trace |= {"x": [escape(str(row["commit"])) for row in points], "y": [row["ms"] for row in points]}
+            trace: dict[str, Any] = {
+                "type": "scatter",
+                "mode": "markers",
+                "name": escape(impl),
+                "marker": marker,
+            }
+            # Two levels: implementations stand beside each other inside of a commit.
+            trace["x"] = [[escape(str(row["commit"])[:7]) for row in points], [escape(impl)] * len(points)]
+            trace["y"] = [row["ms"] for row in points]
             text = [escape(f"{impl} {_case(row)}: {row['ms']:.3f} ms") for row in points]
             traces.append(trace | {"text": text, "hovertemplate": "%{text}<extra></extra>"})
         drawn = layout("commit, oldest first", "ms")
-        drawn["xaxis"] |= {"type": "category", "categoryorder": "array", "categoryarray": commits}
+        drawn["xaxis"] |= {"type": "multicategory"}
         drawn["yaxis"] |= {"type": "log"}
         found.append(Figure(f"kernels-{phase}", f"{phase}: median time of every case", traces, drawn))
     return found
