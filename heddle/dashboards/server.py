@@ -83,7 +83,7 @@ def app(site: Site, *, token: str | None, is_closing: Callable[[], bool] = lambd
         Route("/run/{key}/trial/{number}", views.trial),
         Route("/run/{key}/graph/{number}.svg", views.graph),
     ]
-    handlers: dict[Any, Any] = {HeddleError: views.failed, 404: views.missing}
+    handlers: dict[Any, Any] = {HeddleError: views.failed, 404: views.missing, Exception: views.failed}
     return Guard(Starlette(routes=routes, exception_handlers=handlers), token)
 
 
@@ -257,7 +257,8 @@ class Views:
         status = (
             404 if isinstance(error, HeddleError) and error.code in ("run-not-found", "bad-argument") else 500
         )
-        return self._send(_told("That cannot be shown", str(error)), status)
+        text = str(error) if isinstance(error, HeddleError) else f"{type(error).__name__}: {error}"
+        return self._send(_told("That cannot be shown", text), status)
 
     def missing(self, request: Request, error: Exception | None) -> Response:  # noqa: ARG002
         return self._send(_told("There is no such page", "The pages are named above."), 404)

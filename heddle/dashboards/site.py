@@ -11,11 +11,13 @@ from typing import Any
 from heddle.errors import HeddleError
 from heddle.search.durable import is_name
 from heddle.search.follow import Follower
-from heddle.search.record import RUN_FILE, Run
+from heddle.search.record import CONFIRM_FILE, EVENTS_FILE, LEDGER_FOLDER, RUN_FILE, Run
 
 # A page waits so long for a large run; what was not read by then comes with the next look.
 PATIENCE_S = 0.7
 LOGS = "logs"
+# What is read of a run, besides single logs.
+READ = (RUN_FILE, EVENTS_FILE, CONFIRM_FILE, LEDGER_FOLDER)
 # A log is shown from its end, where the failure is told.
 LOG_BYTES = 200_000
 KEPT = 64
@@ -36,6 +38,11 @@ class Watched:
         Raises:
             HeddleError: "run-not-found", also where the record is damaged.
         """
+        inside = self.folder.resolve()
+        for name in READ:
+            if not (self.folder / name).resolve().is_relative_to(inside):
+                told = f"{name} of {self.folder} is a link that leads out of it"
+                raise HeddleError("run-not-found", told, hint="name the folder that it leads to")
         try:
             return self.follower.read(seconds)
         except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:

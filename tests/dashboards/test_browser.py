@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -101,6 +103,32 @@ def _few_rows(folder: Path) -> Path:
     (folder / "bench").mkdir()
     (folder / "bench/some.jsonl").write_text("".join(rows[:30]))
     return folder / "bench"
+
+
+@pytest.mark.long
+def test_a_real_search_is_watched_from_its_first_trial_to_its_winner(
+    browser: Browser, search_run: Path, tmp_path: Path
+) -> None:
+    for name in ("spec.yaml", "corpus.txt"):
+        (tmp_path / name).write_bytes((search_run.parent / name).read_bytes())
+    (tmp_path / "runs").mkdir()
+    command = [sys.executable, "-m", "heddle", "search", "spec.yaml", "--out", "runs/live"]
+    page, wrong = _watched(browser)
+    with serving(tmp_path / "runs") as base:
+        _open(page, f"{base}/")
+        expect(page.locator("main")).to_contain_text("There is no run in")
+        page.evaluate("window.same = true")
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL) as search:
+            expect(page.get_by_role("link", name="tiny", exact=True)).to_be_visible(timeout=300_000)
+            assert page.evaluate("window.same"), "the page was loaded again"
+            page.get_by_role("link", name="tiny", exact=True).click()
+            expect(page.locator("main")).to_contain_text("The search is still under way", timeout=60_000)
+            expect(page.locator("main")).to_contain_text("wins with", timeout=600_000)
+            assert search.wait(300) == 0
+        expect(page.locator("main")).to_contain_text("finished")
+        page.context.close()
+    assert not wrong
 
 
 # What a theme can spoil, on two pages that have all there is; the light one is looked at for everything.

@@ -198,6 +198,26 @@ def test_links_and_records_lead_nowhere_outside(make_run: MakeRun, tmp_path: Pat
     assert not Site(tmp_path / "runs").runs()
 
 
+@pytest.mark.parametrize("name", ["run.json", "events.jsonl", "confirm.json", "ledger"])
+def test_a_record_that_is_a_link_to_elsewhere_is_not_read(
+    make_run: MakeRun, tmp_path: Path, name: str
+) -> None:
+    folder = make_run()
+    (folder / name).rename(tmp_path / "elsewhere")
+    (folder / name).symlink_to(tmp_path / "elsewhere")
+    assert "is a link that leads out of it" in get(client(folder), "/run/run", 404).text
+
+
+def test_a_number_that_is_none_breaks_one_page_and_not_the_server(make_run: MakeRun) -> None:
+    folder = make_run()
+    for entry in (folder / "ledger").glob("*/mqar/*.json"):
+        entry.write_text(entry.read_text().replace('"value": 0.9,', '"value": NaN,'))
+    site = server.app(open_site(folder), token=None)
+    asked = TestClient(site, base_url="http://localhost", raise_server_exceptions=False)
+    assert "That cannot be shown" in get(asked, "/run/run", 500).text
+    assert get(asked, "/run/run/placement").figures
+
+
 def test_without_a_token_only_local_names_are_answered(make_run: MakeRun) -> None:
     site = server.app(open_site(make_run()), token=None)
     for host in ("localhost:8642", "127.0.0.1:8642", "[::1]:8642", "localhost"):
