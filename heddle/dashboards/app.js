@@ -49,14 +49,23 @@
 
   window.addEventListener("popstate", () => show(window.location.href));
 
-  let waiting = false;
+  // What changes while a page is being fetched is fetched after it, so that the last change is never missed.
+  let busy = false, again = false;
+  async function follow() {
+    again = true;
+    if (busy) return;
+    busy = true;
+    try {
+      while (again) {
+        again = false;
+        await show(window.location.href);
+      }
+    } finally { busy = false; }
+  }
+
   const source = document.body.dataset.events ? new EventSource(document.body.dataset.events) : null;
   if (source) {
-    source.onmessage = async function () {
-      if (waiting) return;
-      waiting = true;
-      try { await show(window.location.href); } finally { waiting = false; }
-    };
+    source.onmessage = follow;
     const tell = (text) => { document.getElementById("link").textContent = text; };
     source.onopen = () => tell("live");
     source.onerror = () => tell("not connected: is heddle dashboard still running?");

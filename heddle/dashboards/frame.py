@@ -25,6 +25,8 @@ class Page:
     figures: list[Figure] = field(default_factory=list)
     # What is added to the address of the live events, so that only its own run wakes a page.
     follows: bool = True
+    # What of the runs it was made of, so that nothing is missed between the page and its events.
+    seen: str = ""
 
     def add(self, *parts: Html | None) -> None:
         """Sections; None is a section that has nothing to say."""
@@ -60,7 +62,7 @@ def whole(page: Page, nav: Sequence[tuple[str, str]]) -> Html:
     )
     # A full stop behind the last step: the number of the trial is put there by the script.
     trials = None if page.key is None else url(page.key, "trial", "")
-    events = url(None, "events", run=page.key) if page.follows else None
+    events = url(None, "events", run=page.key, seen=page.seen) if page.follows else None
     body = element(
         "body",
         element("a", "Skip to the page", href="#main", cls="skip"),

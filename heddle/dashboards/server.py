@@ -10,6 +10,7 @@ import ipaddress
 import secrets
 import socket
 import time
+import zlib
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from importlib import resources
@@ -168,7 +169,10 @@ class Views:
         known = self.site.runs()
         if len(known) == 1:
             return RedirectResponse(url(next(iter(known))), 303)
-        return self._send(pages.overview(self.site))
+        seen = _digest([one.key + one.seen() for one in known.values()])
+        page = pages.overview(self.site)
+        page.seen = seen
+        return self._send(page)
 
     def kernels(self, request: Request) -> Response:
         if self.site.bench is None:
@@ -180,13 +184,22 @@ class Views:
 
         def view(request: Request) -> Response:
             watched = self.site.watched(request.path_params["key"])
-            return self._send(make(watched, request.query_params))
+            return self._follow(watched, lambda: make(watched, request.query_params))
 
         return view
 
+    def _follow(self, watched: Watched, make: Callable[[], Page]) -> Response:
+        """A page with the version that it shows or is newer than."""
+        watched.run()
+        seen = _digest([watched.key + watched.seen()])
+        page = make()
+        page.seen = seen
+        return self._send(page)
+
     def trial(self, request: Request) -> Response:
         watched = self.site.watched(request.path_params["key"])
-        return self._send(trial_pages.trial_page(watched, _number(request.path_params["number"])))
+        number = _number(request.path_params["number"])
+        return self._follow(watched, lambda: trial_pages.trial_page(watched, number))
 
     def graph(self, request: Request) -> Response:
         watched = self.site.watched(request.path_params["key"])
@@ -222,10 +235,14 @@ class Views:
         """Server-sent events: one whenever the files of a run, or the list of runs, have changed."""
         key = request.query_params.get("run")
         watched = [await run_in_threadpool(self.site.watched, key)] if key else None
-        return StreamingResponse(self._changes(watched), media_type="text/event-stream")
+        return StreamingResponse(
+            self._changes(watched, request.query_params.get("seen")), media_type="text/event-stream"
+        )
 
-    async def _changes(self, watched: list[Watched] | None) -> AsyncIterator[str]:
-        last, _ = await run_in_threadpool(self._look, watched)
+    async def _changes(self, watched: list[Watched] | None, last: str | None) -> AsyncIterator[str]:
+        """Events from the version `last` on; from now on if that is None."""
+        if last is None:
+            last, _ = await run_in_threadpool(self._look, watched)
         told = time.monotonic()
         yield "retry: 1000\n\n"
         behind = False
@@ -241,8 +258,8 @@ class Views:
                 told = time.monotonic()
                 yield ": here\n\n"
 
-    def _look(self, watched: list[Watched] | None) -> tuple[list[str], bool]:
-        """The versions of the runs, and whether one is not read to its end yet; that one is read on."""
+    def _look(self, watched: list[Watched] | None) -> tuple[str, bool]:
+        """The version of the runs, and whether one is not read to its end yet; that one is read on."""
         known = list(self.site.runs().values()) if watched is None else watched
         for one in known:
             if one.follower.share_read < 1:
@@ -250,7 +267,7 @@ class Views:
                 with suppress(HeddleError):
                     one.run()
         behind = any(0 < one.follower.share_read < 1 for one in known)
-        return [one.key + one.version() for one in known], behind
+        return _digest([one.key + one.version() for one in known]), behind
 
     def failed(self, request: Request, error: Exception) -> Response:  # noqa: ARG002
         """A user's mistake, or a run that cannot be read, told as every command tells it."""
@@ -275,6 +292,10 @@ class Views:
             found.append(("Front", url(key)))
             found += [(name, url(key, name.lower())) for name in ("Compare", "Placement", "Latency")]
         return [*found, ("Kernels", "/kernels")] if self.site.bench is not None else found
+
+
+def _digest(versions: list[str]) -> str:
+    return f"{zlib.crc32(repr(versions).encode()):08x}"
 
 
 def _told(title: str, text: str) -> Page:

@@ -66,6 +66,10 @@ class Watched:
         """Another text whenever a page of the run may look different."""
         return repr(self.follower.stamp())
 
+    def seen(self) -> str:
+        """The version of what was read last."""
+        return repr(self.follower.seen)
+
     def logs(self, number: int) -> list[str]:
         """The names of the logs of a trial."""
         folder = self.folder / LOGS

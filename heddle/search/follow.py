@@ -54,8 +54,18 @@ class Follower:
 
     def stamp(self) -> Stamp:
         """Changes whenever the run may have: sizes and times of the files that are written to, and what was read."""
-        names = (RUN_FILE, EVENTS_FILE, CONFIRM_FILE)
-        return (*(_seen(self.folder / name) for name in names), (self._offset, len(self._trials)))
+        return self._files() + self._taken()
+
+    @property
+    def seen(self) -> Stamp:
+        """The stamp of what `read` gave last: not that of now, if more was written since."""
+        return self._stamp
+
+    def _files(self) -> Stamp:
+        return tuple(_seen(self.folder / name) for name in (RUN_FILE, EVENTS_FILE, CONFIRM_FILE))
+
+    def _taken(self) -> Stamp:
+        return ((self._offset, len(self._trials)),)
 
     def read(self, seconds: float = inf) -> Run:
         """The run as it stands, the same object as before while nothing changed; after `seconds` what was read by then.
@@ -65,10 +75,12 @@ class Follower:
         """
         with self._lock:
             if self._run is None or self.stamp() != self._stamp or self.share_read < 1:
+                # Before the reading: what is written meanwhile shall be seen to be new.
+                files = self._files()
                 self._take_new(monotonic() + seconds)
                 trials = dict(sorted(self._trials.items()))
                 self._run = run_from(self.folder, read_meta(self.folder), self._events, trials)
-                self._stamp = self.stamp()
+                self._stamp = files + self._taken()
             return self._run
 
     def _take_new(self, until: float) -> None:
