@@ -165,9 +165,9 @@ class Views:
         self._assets: dict[str, tuple[bytes, str]] = {}
 
     def home(self, request: Request) -> Response:  # noqa: ARG002
-        """The one run there is, or all side by side."""
+        """The run, or all of a folder side by side."""
         known = self.site.runs()
-        if len(known) == 1:
+        if self.site.is_run:
             return RedirectResponse(url(next(iter(known))), 303)
         seen = _digest([one.key + one.seen() for one in known.values()])
         page = pages.overview(self.site)
@@ -285,9 +285,8 @@ class Views:
 
     def _nav(self, page: Page) -> list[tuple[str, str]]:
         """Pages with something to show."""
-        known = self.site.runs()
-        found = [("Runs", "/")] if len(known) != 1 else []
-        key = page.key or (next(iter(known)) if len(known) == 1 else None)
+        found = [] if self.site.is_run else [("Runs", "/")]
+        key = next(iter(self.site.runs())) if self.site.is_run else page.key
         if key is not None:
             found.append(("Front", url(key)))
             found += [(name, url(key, name.lower())) for name in ("Compare", "Placement", "Latency")]

@@ -96,9 +96,14 @@ class Site:
         self.root, self.bench = root, bench
         self._known: dict[str, Watched] = {}
 
+    @property
+    def is_run(self) -> bool:
+        """Whether `root` is a run itself, and no folder of runs."""
+        return (self.root / RUN_FILE).is_file()
+
     def runs(self) -> dict[str, Watched]:
         """The runs by their keys, which are names of folders. A link that leads out of `root` is no run of it."""
-        if (self.root / RUN_FILE).is_file():
+        if self.is_run:
             found = {self.root.resolve().name: self.root}
         else:
             inside = self.root.resolve()
