@@ -363,6 +363,55 @@ def report(run: Path | str, out: Path | str | None = None) -> Path:
     return write_report(read_run(folder), folder / FILE if out is None else Path(out))
 
 
+def plots(run: Path | str, folder: Path | str) -> list[Path]:
+    """Write every plot of the search in folder `run` as SVG and PNG into `folder`.
+
+    Raises:
+        HeddleError: "run-not-found", "package-missing".
+    """
+    from heddle.dashboards.drawing import draw_all
+    from heddle.search.record import read_run
+
+    return draw_all(read_run(run), Path(folder))
+
+
+def table(run: Path | str, form: Literal["csv", "md", "latex"] = "md", out: Path | str | None = None) -> str:
+    """The front of the search in folder `run` as Markdown or LaTeX, or all its trials as CSV; written to `out`.
+
+    Raises:
+        HeddleError: "run-not-found", "disk-full".
+    """
+    from heddle.dashboards.tables import table as write
+    from heddle.search.durable import write_whole
+    from heddle.search.record import read_run
+
+    text = write(read_run(run), form)
+    if out is not None:
+        write_whole(Path(out), text.encode())
+    return text
+
+
+def dashboard(
+    path: Path | str,
+    *,
+    host: str = "localhost",
+    port: int = 8642,
+    bench: Path | str | None = None,
+    ready: Callable[[str], None] = print,
+) -> None:
+    """Serve a run, or a folder of runs, as web pages that follow them; `ready` gets the address. Ends with Ctrl-C.
+
+    Raises:
+        HeddleError: "run-not-found", "bad-argument", "package-missing".
+    """
+    try:
+        from heddle.dashboards.server import serve
+    except ModuleNotFoundError as error:
+        hint = "pip install 'heddle-lm[dashboard]'"
+        raise HeddleError("package-missing", f"the dashboard needs {error.name}", hint=hint) from None
+    serve(Path(path), host=host, port=port, bench=None if bench is None else Path(bench), ready=ready)
+
+
 def fresh_folder(name: str) -> Path:
     """runs/<name>, or runs/<name>-2 and so on: the first that is not there."""
     folder, number = RUNS / name, 1

@@ -17,7 +17,17 @@ import typer
 
 import heddle
 from heddle import folder_commands
-from heddle.command_options import Batch, Context, GraphForm, Json, Phase, RunPath, SpecPath
+from heddle.command_options import (
+    Batch,
+    Context,
+    GraphForm,
+    Json,
+    Phase,
+    RunPath,
+    SpecPath,
+    TableForm,
+    example,
+)
 from heddle.errors import FAILED, HeddleError
 
 app = typer.Typer(
@@ -38,17 +48,13 @@ LIGHT = ("init", "check", "show", "diff", "schema")
 OBJECTS = 50_000
 
 
-def _example(*commands: str) -> str:
-    return "Example: " + "   |   ".join(f"[bold]{command}[/bold]" for command in commands)
-
-
 def _version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"heddle {heddle.__version__}")
         raise typer.Exit
 
 
-@app.callback(epilog=_example("heddle init", "heddle search spec.yaml"))
+@app.callback(epilog=example("heddle init", "heddle search spec.yaml"))
 def _main(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
@@ -57,7 +63,7 @@ def _main(
     """Design, search and export hybrid language models under a measured latency budget."""
 
 
-@app.command(epilog=_example("heddle init", "heddle init my-spec.yaml --from qwen3-0.6b"))
+@app.command(epilog=example("heddle init", "heddle init my-spec.yaml --from qwen3-0.6b"))
 def init(
     path: Annotated[Path, typer.Argument(metavar="[FILE]", help="File to write.")] = Path("spec.yaml"),
     of: Annotated[
@@ -75,7 +81,7 @@ def init(
     terminal.next_steps(f"wrote {written}", [f"heddle check {written}", f"heddle search {written}"])
 
 
-@app.command(epilog=_example("heddle doctor", "heddle doctor --json"))
+@app.command(epilog=example("heddle doctor", "heddle doctor --json"))
 def doctor(json: Json = False) -> None:
     """Show versions and devices, and test the kernels against their references."""
     from heddle import api, terminal
@@ -86,7 +92,7 @@ def doctor(json: Json = False) -> None:
         raise typer.Exit(FAILED)
 
 
-@app.command(epilog=_example("heddle check spec.yaml", "heddle check spec.yaml --json"))
+@app.command(epilog=example("heddle check spec.yaml", "heddle check spec.yaml --json"))
 def check(file: SpecPath, json: Json = False) -> None:
     """Check a spec and tell all its errors in one go."""
     from heddle import api, terminal
@@ -96,7 +102,7 @@ def check(file: SpecPath, json: Json = False) -> None:
 
 
 @app.command(
-    epilog=_example(
+    epilog=example(
         "heddle show spec.yaml --context 32768 --batch 8 --json",
         "heddle show spec.yaml --graph svg --out model.svg",
     )
@@ -153,7 +159,7 @@ def show(
     terminal.show_json(summary) if json else terminal.show_summary(summary)
 
 
-@app.command(epilog=_example("heddle diff a.yaml b.yaml", "heddle diff a.yaml b.yaml --json"))
+@app.command(epilog=example("heddle diff a.yaml b.yaml", "heddle diff a.yaml b.yaml --json"))
 def diff(
     left: SpecPath,
     right: Annotated[Path, typer.Argument(metavar="OTHER", help="Spec to compare with.", show_default=False)],
@@ -168,7 +174,7 @@ def diff(
     )
 
 
-@app.command(epilog=_example("heddle schema --out heddle.schema.json"))
+@app.command(epilog=example("heddle schema --out heddle.schema.json"))
 def schema(
     out: Annotated[Path | None, typer.Option(help="File to write; the terminal if not given.")] = None,
 ) -> None:
@@ -178,7 +184,7 @@ def schema(
     terminal.show_json(api.schema(), out=out)
 
 
-@app.command(epilog=_example("heddle train spec.yaml --out runs/train"))
+@app.command(epilog=example("heddle train spec.yaml --out runs/train"))
 def train(
     file: SpecPath,
     out: Annotated[
@@ -195,7 +201,7 @@ def train(
     terminal.show_json(run) if json else terminal.show_trained(run)
 
 
-@app.command(epilog=_example("heddle bench spec.yaml --context 8192 --phase decode", "heddle bench --ops"))
+@app.command(epilog=example("heddle bench spec.yaml --context 8192 --phase decode", "heddle bench --ops"))
 def bench(
     file: Annotated[
         Path | None, typer.Argument(metavar="[SPEC]", help="Spec file.", show_default=False)
@@ -220,7 +226,7 @@ def bench(
 
 
 @app.command(
-    epilog=_example("heddle search spec.yaml --time 30m", "heddle search spec.yaml --out runs/a --resume")
+    epilog=example("heddle search spec.yaml --time 30m", "heddle search spec.yaml --out runs/a --resume")
 )
 def search(
     file: SpecPath,
@@ -259,7 +265,7 @@ def search(
 
 
 @app.command(
-    epilog=_example(
+    epilog=example(
         "heddle export runs/quickstart --trial best --out my-model",
         "heddle export spec.yaml --target llama --out my-model",
     )
@@ -294,7 +300,7 @@ def export(
     terminal.show_json(result) if json else terminal.show_exported(result)
 
 
-@app.command(name="import", epilog=_example("heddle import Qwen3-0.6B --out runs/qwen"))
+@app.command(name="import", epilog=example("heddle import Qwen3-0.6B --out runs/qwen"))
 def import_model(
     folder: Annotated[
         Path, typer.Argument(metavar="FOLDER", help="Checkpoint of transformers.", show_default=False)
@@ -309,15 +315,30 @@ def import_model(
     terminal.show_json(result) if json else target_tables.show_imported(result)
 
 
-@app.command(epilog=_example("heddle report runs/quickstart --out report.html"))
+@app.command(epilog=example("heddle report runs/quickstart --out report.html"))
 def report(
     run: RunPath,
-    out: Annotated[Path | None, typer.Option(help="File to write; RUN/report.html if not given.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="File to write; RUN/report.html if not given, a table to the terminal."),
+    ] = None,
+    plots: Annotated[
+        Path | None, typer.Option(help="Folder for the plots as SVG and PNG instead.", show_default=False)
+    ] = None,
+    table: Annotated[
+        TableForm | None, typer.Option(help="A table instead: all trials as csv, or the front.")
+    ] = None,
 ) -> None:
-    """Write a run as one HTML page that needs no network."""
+    """Write a run as one HTML page that needs no network, or its plots, or a table."""
     from heddle import api, terminal
 
-    terminal.next_steps(f"wrote {api.report(run, out)}", [])
+    for path in api.plots(run, plots) if plots is not None else ():
+        terminal.next_steps(f"wrote {path}", [])
+    if table is not None:
+        text = api.table(run, table.value, out)
+        typer.echo(text, nl=False) if out is None else terminal.next_steps(f"wrote {out}", [])
+    elif plots is None:
+        terminal.next_steps(f"wrote {api.report(run, out)}", [])
 
 
 app.registered_commands += folder_commands.app.registered_commands

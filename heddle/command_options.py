@@ -9,6 +9,11 @@ from typing import Annotated
 import typer
 
 
+def example(*commands: str) -> str:
+    """What stands below a command's help."""
+    return "Example: " + "   |   ".join(f"[bold]{command}[/bold]" for command in commands)
+
+
 class Phase(StrEnum):
     """What `heddle bench` times."""
 
@@ -27,6 +32,14 @@ class GraphForm(StrEnum):
     text = "text"
     mermaid = "mermaid"
     svg = "svg"
+
+
+class TableForm(StrEnum):
+    """How `heddle report --table` writes."""
+
+    csv = "csv"
+    md = "md"
+    latex = "latex"
 
 
 SpecPath = Annotated[

@@ -1,4 +1,5 @@
-"""Commands on folders of transformers, which `heddle.cli` adds to its own: `verify`, and `eval` for `heddle.api.evaluate`."""
+"""Commands on folders, which `heddle.cli` adds to its own: `verify` and `eval` (`heddle.api.evaluate`) on models, `dashboard`
+on runs."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from heddle.command_options import Json, example
 from heddle.errors import FAILED
 
 if TYPE_CHECKING:
@@ -22,17 +24,10 @@ Trust = Annotated[
     bool,
     typer.Option("--trust-remote-code", help="Run the folder's own model code, which you made or have read."),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
-
-
 app = typer.Typer()
 
 
-def _example(command: str) -> str:
-    return f"Example: [bold]{command}[/bold]"
-
-
-@app.command(epilog=_example("heddle verify my-model --trust-remote-code"))
+@app.command(epilog=example("heddle verify my-model --trust-remote-code"))
 def verify(folder: FolderPath, trust_remote_code: Trust = False, json: Json = False) -> None:
     """Check that a folder computes the same whichever way it is asked: in steps, padded, reloaded, in beams."""
     from heddle import api, terminal
@@ -43,7 +38,7 @@ def verify(folder: FolderPath, trust_remote_code: Trust = False, json: Json = Fa
         raise typer.Exit(FAILED)
 
 
-@app.command("eval", epilog=_example("heddle eval my-model --tasks lambada_openai --limit 100"))
+@app.command("eval", epilog=example("heddle eval my-model --tasks lambada_openai --limit 100"))
 def evaluate(
     folder: FolderPath,
     tasks: Annotated[str, typer.Option(help="Tasks by name, with commas between.", show_default=False)],
@@ -69,6 +64,27 @@ def evaluate(
         device=device,
     )
     terminal.show_json(rows) if json else _show_scores(rows)
+
+
+@app.command(epilog=example("heddle dashboard runs/quickstart", "heddle dashboard runs --port 9000"))
+def dashboard(
+    path: Annotated[
+        Path, typer.Argument(metavar="RUN_OR_FOLDER", help="A run, or a folder of runs.", show_default=False)
+    ],
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; one that others reach asks for a token.")
+    ] = "localhost",
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")
+    ] = 8642,
+    bench: Annotated[
+        Path | None, typer.Option(help="Folder with rows of make bench, for the page of kernels.")
+    ] = None,
+) -> None:
+    """Show runs as web pages that follow a running search. Ctrl-C ends it."""
+    from heddle import api
+
+    api.dashboard(path, host=host, port=port, bench=bench, ready=typer.echo)
 
 
 def _show_scores(rows: list[ScoreRow]) -> None:

@@ -22,7 +22,7 @@ from heddle.search.record import read_run
 ROOT = Path(__file__).parents[1]
 COMMANDS = (
     "init", "doctor", "check", "show", "diff", "schema", "train", "bench", "search", "export", "import", "report",
-    "verify", "eval",
+    "verify", "eval", "dashboard",
 )  # fmt: skip
 PLAIN = """\
 version: 1
@@ -293,6 +293,8 @@ MISTAKES: tuple[tuple[str, ...], ...] = (
     ("check", "missing.yaml"),
     ("show", "."),
     ("report", "missing"),
+    ("dashboard", "missing"),
+    ("dashboard", ".", "--bench", "missing"),
     ("export", "missing", "--out", "x"),
     ("export", "spec.yaml", "--target", "lama", "--out", "x"),
     ("export", "spec.yaml", "--target", "llama", "--out", "x"),

@@ -77,7 +77,8 @@ def test_the_version_is_told_in_one_voice() -> None:
 
 def test_files_that_are_no_python_lie_in_the_package() -> None:
     # hatchling ships what lies in heddle/ and git does not ignore.
-    shipped = ["heddle/starter.yaml", "heddle/dashboards/report.css", "heddle/dashboards/report.js"]
+    pages = [f"heddle/dashboards/{name}" for name in ("report.css", "report.js", "app.css", "app.js")]
+    shipped = ["heddle/starter.yaml", *pages]
     for name in shipped:
         assert (ROOT / name).is_file()
         ignored = subprocess.run(["git", "check-ignore", "-q", name], cwd=ROOT, check=False).returncode

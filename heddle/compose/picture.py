@@ -6,15 +6,14 @@ tooltip of its row.
 
 from __future__ import annotations
 
-import colorsys
 import unicodedata
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from itertools import pairwise
 
 from heddle.compose.picture_rows import Arc, Fold, Row, Rows, rows_of
 from heddle.compose.plan import Plan
+from heddle.specs.palette import look_of, mixed
 
 FONT = "Menlo, Consolas, 'DejaVu Sans Mono', monospace"
 SIZE = 11
@@ -27,7 +26,8 @@ NAME_WIDTH, MIXER_WIDTH, CHANNEL_WIDTH, PAD = 132, 196, 96, 6
 CARD_WIDTH = NAME_WIDTH + MIXER_WIDTH + CHANNEL_WIDTH + 4 * PAD
 RIGHT = CARD + CARD_WIDTH
 LANE, BEND = 14, 6
-COLOURS = 12
+# The share of white in the boxes of mixers.
+PALLOR = 0.6
 INK, FAINT, EDGE = "#1f2933", "#7b8794", "#cbd2d9"
 # Colour and dashes of each kind of edge; the words are those of `graph.Edge`.
 ARCS = {
@@ -64,19 +64,8 @@ def svg(plan: Plan) -> str:
 
 
 def _colours(kinds: Sequence[str]) -> dict[str, str]:
-    """A light colour for each kind of mixer: the same in every picture, unless two in one would have the same."""
-    taken: dict[int, str] = {}
-    for kind in sorted(kinds):
-        hue = zlib.crc32(kind.encode()) % COLOURS
-        while hue in taken and len(taken) < COLOURS:
-            hue = (hue + 1) % COLOURS
-        taken.setdefault(hue, kind)
-    hues = {kind: hue for hue, kind in taken.items()}
-    return {kind: _hex(hues.get(kind, zlib.crc32(kind.encode()) % COLOURS) / COLOURS) for kind in kinds}
-
-
-def _hex(hue: float) -> str:
-    return "#" + "".join(f"{round(255 * part):02x}" for part in colorsys.hls_to_rgb(hue, 0.84, 0.72))
+    """The colour of each kind of mixer, paled so that text stands on it."""
+    return {kind: mixed(look_of(kind).colour, PALLOR) for kind in kinds}
 
 
 def _lanes(arcs: Sequence[Arc]) -> list[int]:

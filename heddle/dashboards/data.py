@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import cycle
+from functools import lru_cache
 
 from heddle import specs
-from heddle.errors import HeddleError
+from heddle.errors import CODES, HeddleError
 from heddle.search.record import Latency, Run, Trial
 from heddle.specs import BlockSpec
 
-# One hue a mixer kind, told apart also by the colour-blind: the palette of Okabe and Ito.
-KIND_COLOURS = {
-    "attention": "#0072b2",
-    "gated_deltanet": "#d55e00",
-    "decay_attention": "#009e73",
+# What a search is followed over, with the unit of the axis.
+OVER = {
+    "trial": "trial",
+    "time": "minutes of the search",
+    "device": "minutes of evaluations, all workers together",
 }
-# Windowed attentions are lighter relatives of the full one, the narrowest window the lightest.
-WINDOWED = ("#b8def5", "#8cc8ee", "#56b4e9", "#3594cf", "#7fa8c9", "#a3bccf")
-SPARE_COLOURS = ("#cc79a7", "#b8860b", "#7a5195", "#666666")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,27 +40,41 @@ def mixer_name(block: BlockSpec) -> str:
 
 def strip(trial: Trial) -> list[Cell]:
     """The layers of a trial's model, bottom first."""
-    try:
-        blocks = specs.loads(trial.spec).spec.model.blocks
-    except HeddleError:
-        # Written by a later heddle, perhaps: the block names still tell the placement.
-        blocks = {}
-    names = {name: mixer_name(block) for name, block in blocks.items()}
+    names = _mixer_names(trial.spec)
     return [Cell(index, block, names.get(block, block)) for index, block in enumerate(trial.layers)]
 
 
-def colours(mixers: Iterable[str]) -> dict[str, str]:
-    """One colour for each mixer name, the same in every strip of a report."""
-    windowed, spare = cycle(WINDOWED), cycle(SPARE_COLOURS)
-    chosen: dict[str, str] = {}
-    for mixer in sorted(set(mixers), key=_natural):
-        kind, _, extra = mixer.partition(" (")
-        colour = next(windowed) if extra.startswith("window") else KIND_COLOURS.get(kind)
-        chosen[mixer] = colour if colour and colour not in chosen.values() else next(spare)
-    return chosen
+@lru_cache(maxsize=1024)
+def _mixer_names(spec: str) -> dict[str, str]:
+    """What mixes in each block of a spec."""
+    try:
+        blocks = specs.loads(spec).spec.model.blocks
+    except HeddleError:
+        # Written by a later heddle, perhaps: the block names still tell the placement.
+        return {}
+    return {name: mixer_name(block) for name, block in blocks.items()}
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
+def mixers_of(run: Run) -> Callable[[Trial], list[str]]:
+    """Gives the kind of mixer at each layer of a trial, without reading its spec: what is open stands in its params."""
+    try:
+        blocks = specs.loads(str(run.meta.get("spec", ""))).spec.model.blocks
+    except HeddleError:
+        blocks = {}
+    fixed = {name: str(block.mixer.kind) for name, block in blocks.items()}
+
+    def mixers(trial: Trial) -> list[str]:
+        kinds = {block: _chosen(trial.params.get(f"blocks.{block}.mixer")) for block in set(trial.layers)}
+        return [kinds[block] or fixed.get(block, block) for block in trial.layers]
+
+    return mixers
+
+
+def _chosen(value: object) -> str | None:
+    return str(value["kind"]) if isinstance(value, Mapping) and "kind" in value else None
+
+
+def natural(name: str) -> list[tuple[int, str]]:
     """A sort key that puts window 16 before window 128."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
@@ -104,3 +116,68 @@ def name_of(trial: Trial, run: Run) -> str:
         relative = next((budget.relative_to for budget in run.budgets if budget.relative_to), None)
         return relative or "reference"
     return f"trial {trial.number}"
+
+
+def positions(run: Run, over: str) -> dict[int, float]:
+    """Where each trial stands on an axis of `OVER`: at its number, or at the minutes that had passed when it ended."""
+    if over == "trial":
+        return {trial.number: float(trial.number) for trial in run.trials}
+    found: dict[int, float] = {}
+    if over == "device":
+        spent = 0.0
+        for trial in run.trials:
+            spent += trial.wall_s
+            found[trial.number] = spent / 60
+        return found
+    before, session, clock = 0.0, None, 0.0
+    for event in run.events:
+        if event["session"] != session:
+            before, session, clock = before + clock, event["session"], 0.0
+        clock = max(clock, event["clock_s"])
+        if event["event"] in ("trial_started", "trial_finished"):
+            found[event["number"]] = (before + event["clock_s"]) / 60
+    return found
+
+
+def failures(run: Run) -> dict[str, int]:
+    """How many trials failed for what: the codes of their reasons, the most frequent first."""
+    codes = Counter(_code(trial.reason or "unknown") for trial in run.trials if trial.state == "failed")
+    return dict(codes.most_common())
+
+
+def _code(reason: str) -> str:
+    """The error code in "task: code: message" or "code: message"."""
+    parts = [part.strip() for part in reason.split(":")]
+    return next((part for part in parts[:2] if part in CODES), parts[0][:60])
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """Where a running search stands: trials told of all, evaluations in flight, and seconds left if that is known."""
+
+    told: int
+    total: int
+    flying: int
+    phase: str
+    seconds_left: float | None
+
+
+def pace(run: Run) -> Pace:
+    """What the events of the last session tell; the time left is at its pace, of the rounds alone."""
+    flying: set[tuple[str, str, str]] = set()
+    told, phase, clock = 0, "", 0.0
+    for event in run.events:
+        kind, clock = event["event"], event["clock_s"]
+        if kind == "search_started":
+            flying, told = set(), 0
+        elif kind == "phase":
+            phase = f"{event['phase']}: {event['detail']}" if event["detail"] else event["phase"]
+        elif kind in ("evaluation_started", "evaluation_finished"):
+            place = (event["hash"], event["stage"], event["key"])
+            flying.add(place) if kind == "evaluation_started" else flying.discard(place)
+        elif kind == "trial_finished" and event["number"] >= 0:
+            told += 1
+    ended = sum(trial.state != "running" for trial in run.trials)
+    total = int(run.meta.get("trials") or len(run.trials))
+    left = clock / told * max(0, total - ended) if told and run.status == "running" else None
+    return Pace(ended, total, len(flying) if run.status == "running" else 0, phase, left)

@@ -1,4 +1,4 @@
-"""The plots of a report as plotly figures in plain data; `report.js` draws them in the colours of the page.
+"""The plots of a run as plotly figures in plain data; `report.js` draws them in the colours of the page.
 
 Plotly reads some HTML in texts, so that every name of a run is escaped here as well.
 """
@@ -6,118 +6,259 @@ Plotly reads some HTML in texts, so that every name of a run is escaped here as 
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 from heddle.dashboards import data, words
-from heddle.search.record import BudgetInfo, Run, TaskInfo, Trial
+from heddle.dashboards.axes import Axis, axes
+from heddle.search.record import Run, Trial
 
 # Names of CSS variables; report.js puts in the colours of the page.
 TRAINED, FRONT, WINNER, REFERENCE, BROKEN, LIMIT = ("--dim", "--accent", "--good", "--ink", "--bad", "--bad")
+AGAIN = "--soft"
 
 LOST = "over budget or failed"
-
-Value = Callable[[Trial], float | None]
+# A cloud of more trials is thinned: of those that would lie on one another, one is drawn.
+CLOUD, CELLS = 600, (48, 32)
+# Bars of more trials than these hide the points.
+BARS = 40
+# Lines are told apart by their dashes as well as by their colours.
+LINES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One plot: a caption for the page and plotly's data and layout."""
+    """One plot: a name for a file, a caption for the page, and plotly's data and layout."""
 
+    name: str
     caption: str
     data: list[dict[str, Any]]
     layout: dict[str, Any]
 
+    def plain(self) -> dict[str, Any]:
+        """What the script gets. `asdict` would copy every point."""
+        return {"name": self.name, "caption": self.caption, "data": self.data, "layout": self.layout}
+
+    @property
+    def is_empty(self) -> bool:
+        return not any(trace.get("x") or trace.get("z") for trace in self.data)
+
 
 def figures(run: Run) -> list[Figure]:
     """The plots worth drawing for this run: score against each budget, score against score, best so far."""
-    found = [_against_budget(run, budget, task) for task in run.tasks for budget in run.budgets]
-    found += [_against_task(run, a, b) for i, a in enumerate(run.tasks) for b in run.tasks[i + 1 :]]
-    found.append(_progress(run))
-    return [figure for figure in found if any(trace.get("x") for trace in figure.data)]
+    known = axes(run)
+    tasks = [axis for axis in known if axis.task is not None]
+    budgets = [axis for axis in known if axis.budget is not None]
+    found = [pair(run, budget, task) for task in tasks for budget in budgets]
+    found += [pair(run, a, b) for a, b in combinations(tasks, 2)]
+    found += [progress(run), failures(run)]
+    return [figure for figure in found if not figure.is_empty]
 
 
-def _against_budget(run: Run, budget: BudgetInfo, task: TaskInfo) -> Figure:
-    def cost(trial: Trial) -> float | None:
-        return words.budget_value(trial, budget)
-
-    refused = [trial for trial in run.trials if trial.state != "complete" and cost(trial) is not None]
-    traces = _clouds(run, cost, lambda trial: _score(trial, task))
-    traces.append(_rug(run, refused, [cost(trial) for trial in refused]))
-    layout = _with_rug(_layout(_escape(words.budget_name(budget)), _axis(task)))
-    limit = {"type": "line", "x0": budget.at_most, "x1": budget.at_most, "y0": 0, "y1": 1, "yref": "paper"}
-    note = {"x": budget.at_most, "y": 1, "yref": "paper", "yanchor": "bottom", "showarrow": False}
-    layout["shapes"] = [limit | {"line": {"color": LIMIT, "dash": "dash", "width": 1.5}}]
-    layout["annotations"] = [note | {"text": f"budget {budget.at_most:g}"}]
-    return Figure(f"{words.metric_text(task)} against {words.budget_text(budget)}", traces, layout)
+def pair(run: Run, x: Axis, y: Axis) -> Figure:
+    """Every trial at two quantities: trained, front, winner, reference, timed again; and what was lost at the edge."""
+    traces = _clouds(run, x, y)
+    drawn = layout(x.label, y.label)
+    if x.budget is not None:
+        refused = [t for t in run.trials if t.state != "complete" and x.value(t) is not None]
+        _add_rug(traces, drawn, _rug(run, refused, [x.value(t) for t in refused]))
+    _draw_limit(drawn, "x", x)
+    _draw_limit(drawn, "y", y)
+    caption = f"{y.text} against {x.text}. Bars are 95 % intervals (scores: 1.96 standard errors)."
+    return Figure(slug(f"{y.key} against {x.key}"), caption, traces, drawn)
 
 
-def _against_task(run: Run, a: TaskInfo, b: TaskInfo) -> Figure:
-    traces = _clouds(run, lambda trial: _score(trial, a), lambda trial: _score(trial, b))
-    return Figure(
-        f"{words.metric_text(b)} against {words.metric_text(a)}", traces, _layout(_axis(a), _axis(b))
-    )
+def _draw_limit(layout: dict[str, Any], side: str, axis: Axis) -> None:
+    """The budget as a dashed line across the plot."""
+    if axis.limit is None:
+        return
+    other = "y" if side == "x" else "x"
+    ends = {f"{side}0": axis.limit, f"{side}1": axis.limit, f"{other}0": 0, f"{other}1": 1}
+    line = {
+        "type": "line",
+        f"{other}ref": "paper",
+        "line": {"color": LIMIT, "dash": "dash", "width": 1.5},
+        **ends,
+    }
+    note = {
+        side: axis.limit,
+        other: 1,
+        f"{other}ref": "paper",
+        f"{other}anchor": "bottom",
+        "showarrow": False,
+    }
+    if side == "y":
+        note["xanchor"], note["yanchor"] = "right", "bottom"
+    layout.setdefault("shapes", []).append(line)
+    layout.setdefault("annotations", []).append(note | {"text": f"budget {axis.limit:g}"})
 
 
-def _progress(run: Run) -> Figure:
+def progress(run: Run, over: str = "trial") -> Figure:
+    """The best so far over trials, over minutes of the search, or over minutes of devices."""
+    where = data.positions(run, over)
     scored = [trial for trial in run.trials if trial.quality is not None]
     lost = [trial for trial in run.trials if trial.state in ("infeasible", "failed")]
-    steps = data.best_so_far(run)
+    steps = [(where[number], value) for number, value in data.best_so_far(run)]
     if steps:
-        steps.append((run.trials[-1].number, steps[-1][1]))
+        steps.append((max(where.values()), steps[-1][1]))
     best: dict[str, Any] = {"type": "scatter", "mode": "lines", "name": "best so far"}
-    best |= {"x": [number for number, _ in steps], "y": [value for _, value in steps]}
-    trained = _trace("trained", scored, run, [t.number for t in scored], [t.quality for t in scored])
+    best |= {"x": [x for x, _ in steps], "y": [y for _, y in steps], "hoverinfo": "skip"}
+    seen = _thinned([(where[t.number], float(t.quality or 0), t) for t in scored])
+    trained = _trace("trained", seen, run, [where[t.number] for t in seen], [t.quality for t in seen])
     traces = [
         best | {"line": {"shape": "hv", "color": FRONT, "width": 2}},
         trained | {"marker": {"size": 7, "color": TRAINED}},
-        _rug(run, lost, [trial.number for trial in lost]),
     ]
+    drawn = layout(data.OVER[over], "mean normalised score")
+    _add_rug(traces, drawn, _rug(run, lost, [where[trial.number] for trial in lost]))
     caption = "Best mean normalised score so far (0 is chance, 1 the best possible)"
-    return Figure(caption, traces, _with_rug(_layout("trial", "mean normalised score")))
+    return Figure(slug(f"best so far by {over}"), caption, traces, drawn)
+
+
+def failures(run: Run) -> Figure:
+    """How many trials failed for what."""
+    counted = data.failures(run)
+    bars: dict[str, Any] = {"type": "bar", "orientation": "h", "marker": {"color": BROKEN}, "name": "failed"}
+    names = [escape(name) for name in counted]
+    bars |= {"y": names, "x": list(counted.values()), "hovertemplate": "%{y}: %{x}<extra></extra>"}
+    drawn = layout("trials", "") | {"showlegend": False}
+    drawn["xaxis"] |= {"rangemode": "tozero", "tickformat": "d"}
+    return Figure("failures", "Trials that failed, by class", [bars], drawn)
+
+
+def progress_of(runs: Sequence[tuple[str, Run]]) -> Figure:
+    """The best so far of several runs over the time each has spent."""
+    traces = []
+    for index, (key, run) in enumerate(runs):
+        where, steps = data.positions(run, "time"), data.best_so_far(run)
+        if steps:
+            steps.append((max(where, key=lambda number: where[number]), steps[-1][1]))
+            line = {"shape": "hv", "width": 2, "dash": LINES[index % len(LINES)]}
+            trace: dict[str, Any] = {"type": "scatter", "mode": "lines", "name": escape(key), "line": line}
+            traces.append(trace | {"x": [where[number] for number, _ in steps], "y": [y for _, y in steps]})
+    said = "Best mean normalised score so far, each run over its own time"
+    return Figure("runs", said, traces, layout(data.OVER["time"], "mean normalised score"))
+
+
+def twice(run: Run) -> list[Figure]:
+    """The first timing of the front's members against the second, one plot a measurement."""
+    labels = dict.fromkeys(label for trial in run.front_trials for label in trial.remeasured)
+    found = []
+    for label in labels:
+        members = [t for t in run.front_trials if label in t.latency and label in t.remeasured]
+        pairs = [(trial.latency[label], trial.remeasured[label]) for trial in members]
+        x, y = [one.median_ms for one, _ in pairs], [again.median_ms for _, again in pairs]
+        trace = _trace("front", members, run, x, y) | {"marker": {"size": 9, "color": FRONT}}
+        for side, rows in (
+            ("error_x", [one for one, _ in pairs]),
+            ("error_y", [again for _, again in pairs]),
+        ):
+            above, below = [r.high_ms - r.median_ms for r in rows], [r.median_ms - r.low_ms for r in rows]
+            trace[side] = {
+                "type": "data",
+                "symmetric": False,
+                "array": above,
+                "arrayminus": below,
+                "width": 0,
+            }
+        ends = [min([*x, *y], default=0.0), max([*x, *y], default=1.0)]
+        same: dict[str, Any] = {
+            "type": "scatter",
+            "mode": "lines",
+            "name": "equal",
+            "x": ends,
+            "y": ends,
+            "hoverinfo": "skip",
+        }
+        same |= {"line": {"color": TRAINED, "dash": "dash", "width": 1}}
+        said = f"{label}: at the end against in the search; bars are 95 % intervals"
+        drawn = layout("ms in the search", "ms at the end")
+        found.append(Figure(slug(f"twice {label}"), said, [same, trace] if members else [], drawn))
+    return found
 
 
 def _rug(run: Run, trials: Sequence[Trial], x: Sequence[float | None]) -> dict[str, Any]:
     """Trials without a score as a row of crosses below the plot, in a band of its own."""
-    crosses = {"symbol": "x-thin-open", "size": 9, "color": BROKEN, "line": {"width": 2}}
-    return _trace(LOST, trials, run, x, [0.0] * len(trials)) | {"yaxis": "y2", "marker": crosses}
+    kept = _thinned([(float(at), 0.0, trial) for at, trial in zip(x, trials, strict=True) if at is not None])
+    places = {trial.number: at for at, trial in zip(x, trials, strict=True)}
+    crosses: dict[str, Any] = {"symbol": "x-thin-open", "size": 9, "color": BROKEN, "line": {"width": 2}}
+    trace = _trace(LOST, kept, run, [places[trial.number] for trial in kept], [0.0] * len(kept))
+    return trace | {"yaxis": "y2", "marker": crosses}
 
 
-def _with_rug(layout: dict[str, Any]) -> dict[str, Any]:
-    layout["xaxis"] |= {"anchor": "y2"}
-    layout["yaxis"] |= {"domain": [0.14, 1]}
-    layout["yaxis2"] = {"domain": [0, 0.08], "range": [-1, 1], "showticklabels": False, "showgrid": False}
-    return layout
+def _add_rug(traces: list[dict[str, Any]], drawn: dict[str, Any], rug: dict[str, Any]) -> None:
+    """Put a rug below a plot; plotly cannot draw an axis that nothing stands on, so an empty one is left out."""
+    if not rug["x"]:
+        return
+    traces.append(rug)
+    drawn["xaxis"] |= {"anchor": "y2"}
+    drawn["yaxis"] |= {"domain": [0.14, 1]}
+    drawn["yaxis2"] = {"domain": [0, 0.08], "range": [-1, 1], "showticklabels": False, "showgrid": False}
 
 
-def _clouds(run: Run, x: Value, y: Value) -> list[dict[str, Any]]:
-    """Trained specs, the front joined by a line, the winner and the reference, each a trace of its own."""
-    done = [
-        trial
-        for trial in run.trials
-        if trial.state == "complete" and x(trial) is not None and y(trial) is not None
-    ]
+def _clouds(run: Run, x: Axis, y: Axis) -> list[dict[str, Any]]:
+    """Trained specs, the front, the winner and the reference, each a trace of its own; and the second timings."""
+    done = [t for t in run.trials if t.state == "complete" and None not in (x.value(t), y.value(t))]
+    members = set(run.front)
     winner = [trial for trial in done if trial.number == run.best]
-    front = sorted(
-        (t for t in done if t.number in run.front and t.number != run.best), key=lambda t: x(t) or 0.0
-    )
-    rest = [trial for trial in done if trial.number not in run.front and trial.number != run.best]
-    reference = (
-        [run.reference]
-        if run.reference is not None and None not in (x(run.reference), y(run.reference))
-        else []
-    )
+    front = sorted((t for t in done if t.number in members - {run.best}), key=lambda t: x.value(t) or 0.0)
+    rest = [trial for trial in done if trial.number not in members and trial.number != run.best]
+    known = run.reference is not None and None not in (x.value(run.reference), y.value(run.reference))
+    reference = [run.reference] if run.reference is not None and known else []
+    drawn = _thinned([(x.value(t) or 0.0, y.value(t) or 0.0, t) for t in rest])
     looks: list[tuple[str, Sequence[Trial], dict[str, Any]]] = [
-        ("trained", rest, {"symbol": "circle-open", "size": 8, "color": TRAINED, "line": {"width": 1.5}}),
+        ("trained", drawn, {"symbol": "circle-open", "size": 8, "color": TRAINED, "line": {"width": 1.5}}),
         ("Pareto front", front, {"symbol": "circle", "size": 9, "color": FRONT}),
         ("winner", winner, {"symbol": "star", "size": 15, "color": WINNER}),
         ("reference", reference, {"symbol": "diamond", "size": 10, "color": REFERENCE}),
     ]
-    return [
-        _trace(name, trials, run, [x(t) for t in trials], [y(t) for t in trials]) | {"marker": look}
-        for name, trials, look in looks
-    ]
+    traces = []
+    for name, trials, look in looks:
+        trace = _trace(name, trials, run, [x.value(t) for t in trials], [y.value(t) for t in trials])
+        trace |= {"marker": look} | (_bars(trials, x, y, look["color"]) if len(trials) <= BARS else {})
+        traces.append(trace)
+    return [*traces, *_again(run, [*front, *winner], x, y)]
+
+
+def _again(run: Run, trials: Sequence[Trial], x: Axis, y: Axis) -> list[dict[str, Any]]:
+    """The members of the front where their second timing puts them."""
+    twice = [t for t in trials if x.again(t) is not None or y.again(t) is not None]
+    if not twice:
+        return []
+    xs = [x.value(t) if x.again(t) is None else x.again(t) for t in twice]
+    ys = [y.value(t) if y.again(t) is None else y.again(t) for t in twice]
+    look = {"symbol": "diamond-open", "size": 10, "color": AGAIN, "line": {"width": 1.5}}
+    return [_trace("timed again", twice, run, xs, ys) | {"marker": look}]
+
+
+def _bars(trials: Sequence[Trial], x: Axis, y: Axis, colour: str) -> dict[str, Any]:
+    """Error bars in both directions, where a quantity has an interval."""
+    found = {}
+    for side, axis in (("error_x", x), ("error_y", y)):
+        below, above = zip(*(axis.bars(t) for t in trials), strict=True) if trials else ((), ())
+        if any(below) or any(above):
+            shape = {"type": "data", "symmetric": False, "array": list(above), "arrayminus": list(below)}
+            found[side] = shape | {"color": colour, "thickness": 1, "width": 0}
+    return found
+
+
+def _thinned(points: Sequence[tuple[float, float, Trial]]) -> list[Trial]:
+    """Of many trials those that are seen: one in each cell of a fine grid."""
+    if len(points) <= CLOUD:
+        return [trial for *_, trial in points]
+    columns = [[x for x, _, _ in points], [y for _, y, _ in points]]
+    lows = [min(column) for column in columns]
+    spans = [max(column) - low or 1.0 for column, low in zip(columns, lows, strict=True)]
+    cells: dict[tuple[int, int], Trial] = {}
+    for x, y, trial in points:
+        across, up = (
+            int(count * (value - low) / span)
+            for count, value, low, span in zip(CELLS, (x, y), lows, spans, strict=True)
+        )
+        cells.setdefault((across, up), trial)
+    return list(cells.values())
 
 
 def _trace(
@@ -130,6 +271,8 @@ def _trace(
         "x": list(x),
         "y": list(y),
         "text": [_hover(trial, run) for trial in trials],
+        # A click on a point leads to its trial.
+        "customdata": [trial.number for trial in trials],
         "hovertemplate": "%{text}<extra></extra>",
     }
 
@@ -139,22 +282,17 @@ def _hover(trial: Trial, run: Run) -> str:
     lines += [f"{score.task} {words.score_text(score)}" for score in trial.scores.values()]
     lines += [f"{latency.phase} {words.latency_text(latency)}" for latency in trial.latency.values()]
     lines.append(words.params_text(trial))
-    return "<br>".join(_escape(line) for line in lines)
+    return "<br>".join(escape(line) for line in lines)
 
 
-def _score(trial: Trial, task: TaskInfo) -> float | None:
-    score = trial.scores.get(task.name)
-    return None if score is None else score.value
-
-
-def _axis(task: TaskInfo) -> str:
-    unit = {"accuracy": "accuracy", "bits_per_byte": "bits per byte"}.get(task.metric, task.metric)
-    return _escape(f"{task.name} {unit} {'↑' if task.higher_is_better else '↓'}")
-
-
-def _layout(x: str, y: str) -> dict[str, Any]:
+def layout(x: str, y: str) -> dict[str, Any]:
     return {"xaxis": {"title": {"text": x}}, "yaxis": {"title": {"text": y}}}
 
 
-def _escape(text: str) -> str:
+def escape(text: str) -> str:
     return html.escape(text, quote=False)
+
+
+def slug(text: str) -> str:
+    """A name for a file, of letters, digits and hyphens alone."""
+    return "-".join("".join(c if c.isascii() and c.isalnum() else " " for c in text).split()).lower()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable, Sequence
 
-VOID = {"meta", "br", "hr", "link"}
+VOID = {"meta", "br", "hr", "link", "input", "img"}
 
 
 class Html(str):
@@ -54,7 +54,8 @@ def table(
         for row in rows
     )
     inner = element("table", element("thead", head), element("tbody", *body), cls=cls or None)
-    return element("div", inner, cls="scroll")
+    # A box that scrolls can be reached with the keyboard.
+    return element("div", inner, cls="scroll", tabindex="0")
 
 
 class Row(tuple[object, ...]):

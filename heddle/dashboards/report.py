@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
 
@@ -48,7 +47,7 @@ def _scripts(drawn: list[Figure]) -> list[Html]:
     from plotly.offline import get_plotlyjs
 
     # "<" cannot end the script element, nor open another, when it is written as an escape.
-    figures_json = json.dumps([asdict(figure) for figure in drawn], allow_nan=False).replace("<", "\\u003c")
+    figures_json = json.dumps([figure.plain() for figure in drawn], allow_nan=False).replace("<", "\\u003c")
     return [
         element("script", Html(figures_json), type="application/json", id="figures"),
         element("script", Html(get_plotlyjs())),

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from heddle.dashboards import data, words
-from heddle.dashboards.figures import figures
+from heddle.dashboards.figures import Figure, figures
 from heddle.dashboards.html import Html, Row, element, join, table
 from heddle.search.record import Confirm, Latency, Run, TaskInfo, Trial
+from heddle.specs.palette import look_of
+
+Name = Callable[[Trial, Run], object]
+# Light stripes that are seen on every colour.
+HATCH = "repeating-linear-gradient(45deg,#fff0 0 3px,#ffffffb3 3px 5px)"
 
 
-def _section(title: str, *children: object) -> Html:
+def section(title: str, *children: object) -> Html:
     return element("section", element("h2", title), *children)
 
 
-def _note(*children: object) -> Html:
+def note(*children: object) -> Html:
     return element("p", *children, cls="note")
+
+
+NO_SCRIPTS = element("noscript", note("The plots need scripts; every number in them is also in the tables."))
 
 
 def header(run: Run) -> list[Html]:
@@ -31,31 +39,31 @@ def header(run: Run) -> list[Html]:
     return [element("p", over, cls="over"), element("h1", run.name), element("div", *verdict, cls=look)]
 
 
-def front(run: Run) -> Html:
+def front(run: Run, name: Name = data.name_of) -> Html:
     """The reference and the front, a row each."""
-    measured = [*(words.metric_text(task) for task in run.tasks), *_budget_heads(run), "Parameters"]
+    measured = [*(words.metric_text(task) for task in run.tasks), *budget_heads(run), "Parameters"]
     header = ["Spec", *measured, "Layers"]
     shown = ([run.reference] if run.reference is not None else []) + list(run.front_trials)
-    rows = [Row(_summary_row(trial, run), _look(trial, run)) for trial in shown]
+    rows = [Row(_summary_row(trial, run, name), look(trial, run)) for trial in shown]
     said = "No spec within the budget beats one of these in every task. Scores with their standard error."
-    return _section(
+    return section(
         "Pareto front",
-        _note(said if run.front else "Empty: no spec was trained within the budget."),
+        note(said if run.front else "Empty: no spec was trained within the budget."),
         element("ul", *(element("li", words.budget_text(budget)) for budget in run.budgets)),
         table(header, rows, numeric=range(1, 1 + len(measured))) if rows else "",
     )
 
 
-def _budget_heads(run: Run) -> list[str]:
+def budget_heads(run: Run) -> list[str]:
     return [f"{words.budget_name(budget)} (allowed {budget.at_most:g})" for budget in run.budgets]
 
 
-def _summary_row(trial: Trial, run: Run) -> list[object]:
-    name = data.name_of(trial, run) + (" ★ winner" if trial.number == run.best else "")
-    return [name, *words.trial_cells(trial, run)]
+def _summary_row(trial: Trial, run: Run, name: Name) -> list[object]:
+    mark = " ★ winner" if trial.number == run.best else ""
+    return [join([name(trial, run), mark]), *words.trial_cells(trial, run)]
 
 
-def _look(trial: Trial, run: Run) -> str | None:
+def look(trial: Trial, run: Run) -> str | None:
     if trial.number == run.best:
         return "winner"
     if run.reference is not None and trial.number == run.reference.number:
@@ -76,57 +84,66 @@ def least_violating(run: Run) -> Html | None:
         ]
         for trial in map(run.trial, run.least_violating)
     ]
-    header = ["Spec", *_budget_heads(run), "Over by", "Layers"]
-    return _section("Closest to the budget", table(header, rows, numeric=range(1, len(header) - 1)))
+    header = ["Spec", *budget_heads(run), "Over by", "Layers"]
+    return section("Closest to the budget", table(header, rows, numeric=range(1, len(header) - 1)))
 
 
-def strips(run: Run) -> Html | None:
+def strips(run: Run, name: Name = data.name_of) -> Html | None:
     """The layers of the front as coloured strips, which need no script."""
     shown = ([run.reference] if run.reference is not None else []) + list(
         run.front_trials or map(run.trial, run.least_violating)
     )
     if not shown:
         return None
-    strips = {data.name_of(trial, run): data.strip(trial) for trial in shown}
-    palette = data.colours(cell.mixer for cells in strips.values() for cell in cells)
-    legend = [
-        element("li", element("i", style=f"background:{colour}"), mixer) for mixer, colour in palette.items()
-    ]
-    rows: list[Html] = []
-    for name, cells in strips.items():
-        blocks = (
-            element(
-                "span",
-                style=f"background:{palette[cell.mixer]}",
-                title=f"layer {cell.index}: {cell.block}, {cell.mixer}",
-            )
-            for cell in cells
-        )
-        label = ", ".join(cell.mixer for cell in cells)
-        rows += [element("div", name), element("div", *blocks, cls="strip", role="img", aria_label=label)]
-    return _section(
+    names = {trial.number: name(trial, run) for trial in shown}
+    strips = {trial.number: data.strip(trial) for trial in shown}
+    return section(
         "Layers",
-        _note("First layer on the left."),
-        element("ul", *legend, cls="legend"),
-        element("div", *rows, cls="strips"),
+        note("First layer on the left. Mixers made of others are hatched."),
+        legend({cell.mixer for cells in strips.values() for cell in cells}),
+        strip_table([(names[key], cells) for key, cells in strips.items()]),
     )
+
+
+def legend(mixers: Iterable[str]) -> Html:
+    """The colours of some mixers, each with its name."""
+    items = (
+        element("li", element("i", style=paint(mixer)), mixer) for mixer in sorted(mixers, key=data.natural)
+    )
+    return element("ul", *items, cls="legend")
+
+
+def strip_table(rows: Sequence[tuple[object, Sequence[data.Cell]]]) -> Html:
+    """Names, each with its layers as a coloured strip."""
+    parts: list[Html] = []
+    for name, cells in rows:
+        title = "layer {0.index}: {0.block}, {0.mixer}"
+        blocks = (element("span", style=paint(cell.mixer), title=title.format(cell)) for cell in cells)
+        label = f"{len(cells)} layers: {words.short_layers(tuple(cell.mixer for cell in cells))}"
+        parts += [element("div", name), element("div", *blocks, cls="strip", role="img", aria_label=label)]
+    return element("div", *parts, cls="strips")
+
+
+def paint(mixer: str) -> str:
+    """The style of a box that stands for a mixer."""
+    look = look_of(mixer)
+    hatch = f";background-image:{HATCH}" if look.hatched else ""
+    return f"background-color:{look.colour}{hatch}"
 
 
 def plots(run: Run) -> Html | None:
     """The plots' places; report.js fills them."""
     drawn = figures(run)
-    if not drawn:
-        return None
-    plots = [
-        element(
-            "figure", element("div", id=f"plot-{index}", cls="plot"), element("figcaption", figure.caption)
-        )
-        for index, figure in enumerate(drawn)
-    ]
-    hint = element(
-        "noscript", _note("The plots need scripts; every number in them is also in the tables of this page.")
-    )
-    return _section("Plots", hint, element("div", *plots, cls="plots"))
+    return section("Plots", NO_SCRIPTS, plot_places(drawn)) if drawn else None
+
+
+def plot_places(drawn: Sequence[Figure], first: int = 0) -> Html:
+    """A place for each figure; the page's figures are numbered through from `first`."""
+    places = []
+    for index, figure in enumerate(drawn, first):
+        plot = element("div", id=f"plot-{index}", cls="plot", role="img", aria_label=figure.caption)
+        places.append(element("figure", plot, element("figcaption", figure.caption)))
+    return element("div", *places, cls="plots")
 
 
 def confirmation(run: Run) -> Html | None:
@@ -140,10 +157,10 @@ def confirmation(run: Run) -> Html | None:
         ["uniform", words.short_layers(confirm.uniform_layers), confirm.uniform_hash],
     ]
     rows = [row for task in run.tasks for row in _seed_rows(confirm, task)]
-    return _section(
+    return section(
         "Winner against uniform placement",
         *(element("p", line) for line in words.confirmation(run)),
-        _note(how),
+        note(how),
         table(["Task", "Seed", "Winner", "Uniform", "Winner − uniform"], rows, numeric=range(1, 5)),
         table(["Model", "Layers", "Hash"], layers),
     )
@@ -194,11 +211,9 @@ def remeasured(run: Run) -> Html | None:
         "Ratio at the end",
         "Budget",
     ]
-    return _section(
+    return section(
         "The front, timed again",
-        _note(
-            "Taken anew after the search, so that a lucky first timing shows. Medians with 95 % intervals."
-        ),
+        note("Taken anew after the search, so that a lucky first timing shows. Medians with 95 % intervals."),
         table(header, rows, numeric=range(2, 6)),
     )
 
@@ -211,11 +226,13 @@ def _kept(run: Run, label: str, latency: Latency) -> str:
     return "none"
 
 
-def latencies(run: Run) -> Html | None:
-    """Every timing with its interval, and the path of each mixer."""
+def latencies(run: Run, most: int | None = None) -> Html | None:
+    """Every timing with its interval, or the first `most`, and the path of each mixer."""
     timed = [(trial, seen) for trial in data.with_reference(run) for seen in trial.latency.values()]
     if not timed:
         return None
+    cut = most is not None and len(timed) > most
+    title = f"The first {most} of {len(timed)} timings" if cut else "All timings"
     taken = [
         [kind, ", ".join(words.PATH_WORDS.get(path, path) for path in sorted(paths))]
         for kind, paths in data.kernel_paths(run).items()
@@ -223,14 +240,14 @@ def latencies(run: Run) -> Html | None:
     foreign = sum(bool(seen.foreign) for seen in data.latencies(run))
     warning = f"{foreign} timings shared the device with processes of others; do not trust them."
     header = ["Spec", "Measurement", "Median [95 %]", "Ratio [95 %]", "Turns", "Method", "dtype", "Paths"]
-    rows = [Row(_timing_row(trial, seen, run), _look(trial, run)) for trial, seen in timed]
-    return _section(
+    rows = [Row(_timing_row(trial, seen, run), look(trial, run)) for trial, seen in timed[:most]]
+    return section(
         "Latency",
-        _note("Model and reference took turns, so that clocks and heat hit both; nothing trained meanwhile."),
-        _note(warning) if foreign else "",
+        note("Model and reference took turns, so that clocks and heat hit both; nothing trained meanwhile."),
+        note(warning) if foreign else "",
         element("h3", "Path of each mixer"),
         table(["Mixer", "Path"], taken),
-        element("h3", "All timings"),
+        element("h3", title),
         table(header, rows, numeric=(2, 3, 4)),
     )
 
@@ -243,13 +260,13 @@ def _timing_row(trial: Trial, seen: Latency, run: Run) -> list[object]:
 
 def trials(run: Run) -> Html:
     """Every trial with its state and the reason."""
-    measured = [*(task.name for task in run.tasks), *_budget_heads(run), "Parameters"]
+    measured = [*(task.name for task in run.tasks), *budget_heads(run), "Parameters"]
     header = ["Trial", "State", *measured, "Took", "Layers", "Values", "Reason"]
-    rows = [Row(_trial_row(trial, run), _look(trial, run)) for trial in run.trials]
-    return _section("All trials", table(header, rows, numeric=(0, *range(2, 3 + len(measured)))))
+    rows = [Row(trial_row(trial, run), look(trial, run)) for trial in run.trials]
+    return section("All trials", table(header, rows, numeric=(0, *range(2, 3 + len(measured)))))
 
 
-def _trial_row(trial: Trial, run: Run) -> list[object]:
+def trial_row(trial: Trial, run: Run) -> list[object]:
     *measured, layers = words.trial_cells(trial, run)
     twin = "" if trial.duplicate_of is None else f"same spec as trial {trial.duplicate_of}"
     took = words.duration_text(trial.wall_s)
@@ -262,9 +279,9 @@ def best_spec(run: Run) -> Html | None:
     best = run.best_trial
     if best is None:
         return None
-    return _section(
+    return section(
         "The best spec",
-        _note(f"Hash {best.hash}; a whole file for heddle train or heddle show."),
+        note(f"Hash {best.hash}; a whole file for heddle train or heddle show."),
         element("pre", best.spec),
     )
 
@@ -273,7 +290,7 @@ def environment(run: Run) -> Html:
     """What the run was made with."""
     known = ("environment", "created", "sampler", "round", "lock", "id")
     rows = flat({key: run.meta[key] for key in known if key in run.meta})
-    return _section("Environment", table(["What", "Value"], rows))
+    return section("Environment", table(["What", "Value"], rows))
 
 
 def flat(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
@@ -303,7 +320,7 @@ def reproduce(run: Run) -> Html:
         if source
         else ""
     )
-    return _section("Reproduce", element("pre", join(commands, "\n")), spec)
+    return section("Reproduce", element("pre", join(commands, "\n")), spec)
 
 
 SECTIONS: tuple[Callable[[Run], Html | None], ...] = (

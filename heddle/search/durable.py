@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -20,6 +21,12 @@ from heddle.errors import HeddleError
 
 # EDQUOT: a user's quota is spent, which is the same thing to the one who waits for the result.
 _FULL = {errno.ENOSPC, errno.EDQUOT}
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+def is_name(part: str) -> bool:
+    """Whether `part` may name a file of a run: it leads nowhere but into its folder."""
+    return _NAME.fullmatch(part) is not None
 
 
 def disk_full(error: OSError, folder: Path) -> HeddleError | None:

@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from heddle.search.durable import write_json
+from heddle.search.durable import is_name, write_json
 
 FORMAT = 1
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 def key_of(inputs: Mapping[str, Any]) -> str:
@@ -56,7 +54,7 @@ class Ledger:
 
     def path(self, spec: str, stage: str, key: str) -> Path:
         for part in (spec, stage, key):
-            assert _NAME.fullmatch(part), f"not a ledger name: {part!r}"
+            assert is_name(part), f"not a ledger name: {part!r}"
         return self.folder / spec / stage / f"{key}.json"
 
     def get(self, spec: str, stage: str, key: str) -> Entry | None:

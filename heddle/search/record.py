@@ -7,13 +7,13 @@ described in docs/decisions/0003-run-folder.md; `read_run` gives them as frozen 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from heddle.errors import HeddleError
-from heddle.search.durable import read_lines
+from heddle.search.durable import is_name, read_lines
 from heddle.search.results import BudgetInfo, Confirm, Difference, Latency, Score, TaskInfo, Trial
 
 __all__ = [
@@ -106,6 +106,12 @@ class Run:
         folder = self.path / BEST_FOLDER / EXPORT_FOLDER
         return folder if folder.is_dir() else None
 
+    def _repr_html_(self) -> str:
+        # A notebook alone asks for it; everything else here needs only the standard library.
+        from heddle.search.shown import run_cell
+
+        return run_cell(self)
+
     @property
     def wall_s(self) -> float:
         """Seconds the search has run, summed over its sessions."""
@@ -119,9 +125,14 @@ def read_run(path: Path | str) -> Run:
         HeddleError: "run-not-found" when there is no search in `path`.
     """
     folder = Path(path)
-    meta = read_meta(folder)
-    events = read_lines(folder / EVENTS_FILE)
-    trials = read_trials(folder, events)
+    meta, events = read_meta(folder), read_lines(folder / EVENTS_FILE)
+    return run_from(folder, meta, events, read_trials(folder, events))
+
+
+def run_from(
+    folder: Path, meta: dict[str, Any], events: Sequence[dict[str, Any]], trials: Mapping[int, Trial]
+) -> Run:
+    """The run that these events and trials of `folder` tell of."""
     last = {event["event"]: event for event in events}
     front = last.get("front", {})
     return Run(
@@ -164,7 +175,7 @@ def assemble(
     """A trial from its events "trial_started", "trial_finished" and "remeasured" and the ledger they point
     into."""
     told, spec = told or {}, asked["hash"]
-    scores = _results(ledger / spec, {task: (task, key) for task, key in told.get("scores", {}).items()})
+    scores = _results(ledger, spec, {task: (task, key) for task, key in told.get("scores", {}).items()})
     return Trial(
         number=asked["number"],
         state=told.get("state", "running"),
@@ -175,13 +186,13 @@ def assemble(
         spec=asked["spec"],
         parameters=asked["parameters"],
         scores={task: score_from(result) for task, result in scores.items()},
-        latency=_latencies(ledger / spec, told.get("latency", {})),
+        latency=_latencies(ledger, spec, told.get("latency", {})),
         constraints=told.get("constraints", {}),
         reason=told.get("reason"),
         attempts=told.get("attempts", 0),
         wall_s=told.get("wall_s", 0.0),
         duplicate_of=told.get("duplicate_of"),
-        remeasured=_latencies(ledger / spec, (again or {}).get("latency", {})),
+        remeasured=_latencies(ledger, spec, (again or {}).get("latency", {})),
     )
 
 
@@ -202,17 +213,26 @@ def read_trials(folder: Path, events: Iterable[Mapping[str, Any]]) -> dict[int, 
     }
 
 
-def _latencies(spec: Path, keys: Mapping[str, str]) -> dict[str, Latency]:
-    results = _results(spec, {label: ("latency", key) for label, key in keys.items()})
+def _latencies(ledger: Path, spec: str, keys: Mapping[str, str]) -> dict[str, Latency]:
+    results = _results(ledger, spec, {label: ("latency", key) for label, key in keys.items()})
     return {label: Latency(**result) for label, result in results.items()}
 
 
-def _results(spec: Path, places: Mapping[str, tuple[str, str]]) -> dict[str, dict[str, Any]]:
-    """The results of the ledger's entries at (stage, key) of one spec; failures have none."""
+def _results(ledger: Path, spec: str, places: Mapping[str, tuple[str, str]]) -> dict[str, dict[str, Any]]:
+    """The results of the ledger's entries at (stage, key) of one spec; failures have none.
+
+    Parts that are no names are passed over: a record that somebody else wrote leads to no file outside the ledger.
+    """
     found = {}
     for name, (stage, key) in places.items():
-        path = spec / stage / f"{key}.json"
-        result = json.loads(path.read_bytes())["result"] if path.exists() else None
+        if not all(map(is_name, (spec, stage, key))):
+            continue
+        try:
+            # Ten thousand trials have some thirty thousand of them: text paths, since pathlib takes as long as the reading.
+            with open(f"{ledger}/{spec}/{stage}/{key}.json", encoding="utf-8") as file:
+                result = json.loads(file.read())["result"]
+        except FileNotFoundError:
+            continue
         if result is not None:
             found[name] = result
     return found
@@ -220,7 +240,7 @@ def _results(spec: Path, places: Mapping[str, tuple[str, str]]) -> dict[str, dic
 
 def score_from(result: Mapping[str, Any]) -> Score:
     """A `Score` from the ledger's plain data."""
-    losses = tuple((int(step), float(loss)) for step, loss in result["losses"])
+    losses = tuple([(int(step), float(loss)) for step, loss in result["losses"]])
     known = {name: result[name] for name in Score.__dataclass_fields__ if name in result}
     return Score(**{**known, "losses": losses})
 
@@ -269,7 +289,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
     return meta
 
 
-def _status(events: list[dict[str, Any]]) -> str:
+def _status(events: Sequence[dict[str, Any]]) -> str:
     for event in reversed(events):
         if event["event"] == "search_finished":
             return str(event["status"])

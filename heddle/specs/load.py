@@ -14,9 +14,10 @@ from heddle.specs.check_references import arranged, order_at
 from heddle.specs.model import ModelSpec
 from heddle.specs.open_values import OpenValues
 from heddle.specs.order import Order
-from heddle.specs.pattern import definition_of, expand_layers, layer_paths
+from heddle.specs.pattern import definition_of, expand_layers, layer_paths, layers_of
 from heddle.specs.places import Places
 from heddle.specs.reader import Path_, parse, read, steps_of
+from heddle.specs.shown import cell
 from heddle.specs.space import Placement, Space
 from heddle.specs.spec import Spec
 
@@ -52,6 +53,15 @@ class SpecFile:
     warnings: tuple[HeddleError, ...]
     _open: OpenValues = field(repr=False, compare=False)
     _places: Places = field(repr=False, compare=False)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the layers with every open value at its default, and the text."""
+        model, size = self.spec.model, self.space.size()
+        layers = layers_of(model)
+        facts = [f"{len(layers)} layers, hidden size {model.hidden_size}, vocabulary {model.vocab_size}"]
+        if self.space.parameters or self.space.placement is not None:
+            facts.append(f"a space of {size:.4g} settings; shown is its default")
+        return cell(self.spec.name, facts, [str(layer.spec.mixer.kind) for layer in layers], self.text)
 
     @property
     def file(self) -> str | None:

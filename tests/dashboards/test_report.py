@@ -118,19 +118,6 @@ def test_layers_of_a_strip_name_their_mixers(make_run: MakeRun) -> None:
     assert [cell.mixer for cell in cells] == ["gated_deltanet"] * 4 + ["attention (window 16)"] * 4
 
 
-def test_colours_are_different_and_stable() -> None:
-    mixers = [
-        "attention",
-        "attention (window 16)",
-        "gated_deltanet",
-        "decay_attention (lightning)",
-        "new_kind",
-    ]
-    chosen = data.colours(mixers)
-    assert len(set(chosen.values())) == len(mixers)
-    assert chosen["attention"] == data.colours(["attention"])["attention"]
-
-
 def test_a_run_without_a_feasible_spec_shows_the_least_violating(make_run: MakeRun) -> None:
     text = _Page(page(read_run(make_run(feasible=False)))).text
     assert "No spec kept every budget" in text

@@ -1,0 +1,73 @@
+"""What trials are plotted against: each task, each budget, the parameters; with units, intervals and limits."""
+
+from __future__ import annotations
+
+import html
+from dataclasses import dataclass
+
+from heddle.dashboards import words
+from heddle.search.record import BudgetInfo, Latency, Run, TaskInfo, Trial
+
+# Standard errors on each side of a score: a 95 % interval.
+Z = 1.96
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """One quantity of a trial. `key` names it in a link, `label` stands at the axis, `text` in a caption."""
+
+    key: str
+    label: str
+    text: str
+    task: TaskInfo | None = None
+    budget: BudgetInfo | None = None
+
+    @property
+    def limit(self) -> float | None:
+        return None if self.budget is None else self.budget.at_most
+
+    def value(self, trial: Trial) -> float | None:
+        """What the trial measured; None where it has nothing."""
+        if self.task is not None:
+            score = trial.scores.get(self.task.name)
+            return None if score is None else score.value
+        return float(trial.parameters) if self.budget is None else words.budget_value(trial, self.budget)
+
+    def again(self, trial: Trial) -> float | None:
+        """What the second timing of the trial gave; scores and parameters have only one."""
+        timed = None if self.budget is None else trial.remeasured.get(self.budget.label)
+        return None if timed is None else self._of(timed)
+
+    def bars(self, trial: Trial) -> tuple[float, float]:
+        """How far the 95 % interval reaches below and above the value; zeros where there is none."""
+        if self.task is not None:
+            score = trial.scores.get(self.task.name)
+            return (0.0, 0.0) if score is None else (Z * score.se, Z * score.se)
+        timed = None if self.budget is None else trial.latency.get(self.budget.label)
+        if timed is None or self.budget is None:
+            return 0.0, 0.0
+        if self.budget.relative_to is None:
+            return timed.median_ms - timed.low_ms, timed.high_ms - timed.median_ms
+        if timed.ratio is None or timed.ratio_low is None or timed.ratio_high is None:
+            return 0.0, 0.0
+        return timed.ratio - timed.ratio_low, timed.ratio_high - timed.ratio
+
+    def _of(self, timed: Latency) -> float | None:
+        return timed.median_ms if self.budget is None or self.budget.relative_to is None else timed.ratio
+
+
+def axes(run: Run) -> list[Axis]:
+    """The tasks, the budgets, and the parameters."""
+    found = [
+        Axis(f"task:{task.name}", axis_label(task), words.metric_text(task), task=task) for task in run.tasks
+    ]
+    for budget in run.budgets:
+        name = html.escape(words.budget_name(budget), quote=False)
+        found.append(Axis(f"budget:{budget.label}", name, words.budget_text(budget), budget=budget))
+    return [*found, Axis("parameters", "parameters", "parameters (fewer are cheaper)")]
+
+
+def axis_label(task: TaskInfo) -> str:
+    """The task with its unit and an arrow to where it is better, escaped for plotly."""
+    unit = {"accuracy": "accuracy", "bits_per_byte": "bits per byte"}.get(task.metric, task.metric)
+    return html.escape(f"{task.name} {unit} {'↑' if task.higher_is_better else '↓'}", quote=False)

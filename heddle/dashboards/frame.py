@@ -1,0 +1,140 @@
+"""The frame of every page of the dashboard: head, navigation, sections that follow the run, figures."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from urllib.parse import quote, urlencode
+
+from heddle.dashboards.figures import Figure
+from heddle.dashboards.html import Html, element, join
+from heddle.dashboards.sections import NO_SCRIPTS, plot_places
+
+
+@dataclass(slots=True)
+class Page:
+    """A page in the making: sections one after the other, figures numbered through."""
+
+    title: str
+    # What the page belongs to: a run's key, and which entry of the navigation it is.
+    key: str | None = None
+    here: str = ""
+    sections: list[Html] = field(default_factory=list)
+    figures: list[Figure] = field(default_factory=list)
+    # What is added to the address of the live events, so that only its own run wakes a page.
+    follows: bool = True
+    # What of the runs it was made of, so that nothing is missed between the page and its events.
+    seen: str = ""
+
+    def add(self, *parts: Html | None) -> None:
+        """Sections; None is a section that has nothing to say."""
+        self.sections += [part for part in parts if part is not None]
+
+    def plots(self, title: str, drawn: Sequence[Figure], *before: object) -> None:
+        """A section of figures; none where no figure has anything to show."""
+        shown = [figure for figure in drawn if not figure.is_empty]
+        if not shown and not before:
+            return
+        places = plot_places(shown, len(self.figures))
+        self.add(element("section", element("h2", title), NO_SCRIPTS, *before, places))
+        self.figures += shown
+
+
+def url(key: str | None, *parts: object, **query: object) -> str:
+    """The address of a page; every part is quoted, so that a name is one step and no more."""
+    steps = ["run", key, *parts] if key is not None else list(parts)
+    path = "/" + "/".join(quote(str(step), safe="") for step in steps)
+    chosen = {name: value for name, value in query.items() if value not in (None, "")}
+    return f"{path}?{urlencode(chosen, doseq=True)}" if chosen else path
+
+
+def whole(page: Page, nav: Sequence[tuple[str, str]]) -> Html:
+    """The page as it is sent."""
+    head = element(
+        "head",
+        element("meta", charset="utf-8"),
+        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        element("title", f"{page.title} · Heddle"),
+        *(element("link", rel="stylesheet", href=f"/assets/{name}") for name in ("report.css", "app.css")),
+        element("link", rel="icon", href="data:,"),
+    )
+    # A full stop behind the last step: the number of the trial is put there by the script.
+    trials = None if page.key is None else url(page.key, "trial", "")
+    events = url(None, "events", run=page.key, seen=page.seen) if page.follows else None
+    body = element(
+        "body",
+        element("a", "Skip to the page", href="#main", cls="skip"),
+        _top(page, nav),
+        element("main", *_live(page.sections), id="main", tabindex="-1"),
+        *_scripts(page.figures),
+        data_trials=trials,
+        data_events=events,
+    )
+    return Html(f"<!doctype html>\n{element('html', head, body, lang='en')}\n")
+
+
+def _top(page: Page, nav: Sequence[tuple[str, str]]) -> Html:
+    links = [
+        element("a", name, href=address, aria_current="page" if name == page.here else None)
+        for name, address in nav
+    ]
+    brand = element("a", "Heddle", href="/", cls="brand")
+    return element(
+        "nav", brand, *links, element("span", id="link", role="status"), cls="top", aria_label="Pages"
+    )
+
+
+def _live(sections: Sequence[Html]) -> list[Html]:
+    """Each section with a name and a digest, by which the script sees what changed."""
+    return [
+        element("div", part, id=f"part-{index}", data_live=f"{zlib.crc32(part.encode()):08x}")
+        for index, part in enumerate(sections)
+    ]
+
+
+def _scripts(drawn: Sequence[Figure]) -> list[Html]:
+    # "<" cannot end the script element, nor open another, when it is written as an escape.
+    data = json.dumps([figure.plain() for figure in drawn], allow_nan=False).replace("<", "\\u003c")
+    # report.js draws at once, and app.js says what then happens to each plot.
+    names = ["app.js", "plotly.js", "report.js"] if drawn else ["app.js"]
+    held = [element("script", Html(data), type="application/json", id="figures")] if drawn else []
+    return [*held, *(element("script", src=f"/assets/{name}", defer="") for name in names)]
+
+
+def choose(label: str, name: str, options: Mapping[str, str], chosen: str | None) -> Html:
+    """A labelled list to choose from, which submits its form."""
+    items = (
+        element("option", text, value=value, selected="" if value == chosen else None)
+        for value, text in options.items()
+    )
+    return element("label", label, element("select", *items, name=name, data_submit=""))
+
+
+def pick(*fields: Html, hidden: Mapping[str, object] | None = None) -> Html:
+    """A form that asks for the same page with other choices; its button is for those without scripts."""
+    kept = (element("input", type="hidden", name=name, value=value) for name, value in (hidden or {}).items())
+    button = element("noscript", element("button", "Show", type="submit"))
+    return element("form", *kept, *fields, button, method="get", cls="pick")
+
+
+def tiles(facts: Sequence[tuple[str, object]]) -> Html:
+    """A row of figures, each with what it counts."""
+    return element(
+        "ul",
+        *(element("li", element("b", value), element("span", what)) for what, value in facts),
+        cls="tiles",
+    )
+
+
+def empty(*told: object) -> Html:
+    """What to do where there is nothing to see."""
+    return element("div", *(element("p", one) for one in told), cls="empty")
+
+
+def copyable(title: str, text: str, name: str) -> Html:
+    """A text with a button that copies it."""
+    button = element("button", "Copy", type="button", data_copy=name, aria_label=f"Copy: {title}")
+    top = element("div", element("h3", title), button, cls="with-button")
+    return join([top, element("pre", text, id=name, tabindex="0")])

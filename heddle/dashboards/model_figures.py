@@ -1,0 +1,148 @@
+"""Plots of one model or of few: costs of each layer, curves of training, timings, placements, a comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from heddle.dashboards import data, words
+from heddle.dashboards.axes import axes
+from heddle.dashboards.figures import FRONT, LINES, WINNER, Figure, escape, layout, slug
+from heddle.search.record import Run, Trial
+from heddle.specs.palette import look_of
+
+# Field of a layer's costs, its name, its unit.
+COSTS = (
+    ("parameters", "Parameters", "parameters"),
+    ("prefill_flops_per_token", "FLOPs of prefill", "FLOPs per token"),
+    ("decode_flops_per_token", "FLOPs of decoding", "FLOPs per token"),
+    ("cache_bytes", "Cache and state", "bytes"),
+)
+
+
+def costs(layers: Sequence[Mapping[str, Any]], context: int, batch: int) -> list[Figure]:
+    """Bars for each layer, in the colours of its mixer."""
+    found = []
+    for field, name, unit in COSTS:
+        traces = []
+        for mixer in sorted({str(layer["mixer"]) for layer in layers}, key=data.natural):
+            mine = [layer for layer in layers if layer["mixer"] == mixer]
+            values = [_bytes(layer) if field == "cache_bytes" else layer[field] for layer in mine]
+            bars: dict[str, Any] = {"type": "bar", "name": escape(mixer), "marker": _fill(mixer)}
+            traces.append(bars | {"x": [layer["index"] for layer in mine], "y": values})
+        drawn = layout("layer", unit) | {"barmode": "stack", "showlegend": True}
+        said = f"{name} of each layer at context {context}, batch {batch}"
+        found.append(Figure(slug(f"layers {field}"), said, traces, drawn))
+    return found
+
+
+def _bytes(layer: Mapping[str, Any]) -> float:
+    return float(layer["cache_bytes"]) + float(layer.get("state_bytes", 0))
+
+
+def _fill(mixer: str) -> dict[str, Any]:
+    look = look_of(mixer)
+    hatch = {"pattern": {"shape": "/", "fgcolor": "#ffffff", "size": 6}} if look.hatched else {}
+    return {"color": look.colour, "line": {"width": 0.5, "color": "--dim"}} | hatch
+
+
+def curves(trials: Sequence[tuple[str, Trial]]) -> list[Figure]:
+    """The loss of each training over its steps, one plot a task."""
+    tasks = dict.fromkeys(task for _, trial in trials for task in trial.scores)
+    found = []
+    for task in tasks:
+        traces = []
+        for index, (name, trial) in enumerate(trials):
+            score = trial.scores.get(task)
+            if score is not None and score.losses:
+                steps, losses = zip(*score.losses, strict=True)
+                line: dict[str, Any] = {"type": "scatter", "mode": "lines", "name": escape(name)}
+                traces.append(line | {"x": steps, "y": losses, "line": {"dash": LINES[index % len(LINES)]}})
+        drawn = layout("step", "training loss, nats per token") | {"showlegend": len(trials) > 1}
+        found.append(Figure(slug(f"curve {task}"), f"Training loss, {task}", traces, drawn))
+    return found
+
+
+def timings(trial: Trial) -> Figure:
+    """What was measured in the search, and again at its end, with intervals."""
+    traces = []
+    for name, seen, colour in (
+        ("in the search", trial.latency, FRONT),
+        ("at the end", trial.remeasured, WINNER),
+    ):
+        rows = list(seen.values())
+        bars: dict[str, Any] = {"type": "bar", "name": name, "marker": {"color": colour}}
+        bars |= {"x": [escape(row.label) for row in rows], "y": [row.median_ms for row in rows]}
+        above = [row.high_ms - row.median_ms for row in rows]
+        below = [row.median_ms - row.low_ms for row in rows]
+        traces.append(
+            bars | {"error_y": {"type": "data", "array": above, "arrayminus": below, "symmetric": False}}
+        )
+    drawn = layout("phase, batch × context", "ms") | {
+        "barmode": "group",
+        "showlegend": bool(trial.remeasured),
+    }
+    return Figure("latency", "Measured latency, medians with 95 % intervals", traces, drawn)
+
+
+def placement(said: str, name: str, placed: Sequence[Sequence[str]]) -> Figure:
+    """A heat map: the share of models with each mixer at each layer."""
+    depth = max((len(mixers) for mixers in placed), default=0)
+    kinds = sorted({mixer for mixers in placed for mixer in mixers}, key=data.natural, reverse=True)
+    counts = {kind: [0] * depth for kind in kinds}
+    for mixers in placed:
+        for layer, kind in enumerate(mixers):
+            counts[kind][layer] += 1
+    reach = [sum(len(mixers) > layer for mixers in placed) for layer in range(depth)]
+    shares = [[counts[kind][layer] / reach[layer] for layer in range(depth)] for kind in kinds]
+    heat = {
+        "type": "heatmap",
+        "x": list(range(depth)),
+        "y": [escape(kind) for kind in kinds],
+        "z": shares,
+        "zmin": 0,
+        "zmax": 1,
+        "colorscale": "Cividis",
+        "colorbar": {"title": {"text": "share"}, "thickness": 12},
+        "xgap": 1,
+        "ygap": 1,
+        "hovertemplate": "layer %{x}: %{y} in %{z:.0%}<extra></extra>",
+    }
+    return Figure(f"placement-{name}", f"Mixers by layer in {said}", [heat], layout("layer", "mixer"))
+
+
+def compared(run: Run, trials: Sequence[Trial]) -> Figure:
+    """Each quantity as a share of the largest among the compared, a line a trial."""
+    known = [axis for axis in axes(run) if all(axis.value(trial) is not None for trial in trials)]
+    traces = []
+    tops = {axis.key: max(abs(axis.value(trial) or 0.0) for trial in trials) or 1.0 for axis in known}
+    for index, trial in enumerate(trials):
+        values = [(axis.value(trial) or 0.0) / tops[axis.key] for axis in known]
+        line: dict[str, Any] = {
+            "type": "scatter",
+            "mode": "lines+markers",
+            "name": escape(data.name_of(trial, run)),
+        }
+        line |= {
+            "x": [axis.label for axis in known],
+            "y": values,
+            "line": {"dash": LINES[index % len(LINES)]},
+        }
+        traces.append(line | {"customdata": [trial.number] * len(known)})
+    drawn = layout("", "share of the largest")
+    drawn["yaxis"] |= {"rangemode": "tozero"}
+    said = "Objectives, budgets and parameters, each as a share of the largest among these trials"
+    return Figure("compared", said, traces if len(known) > 1 else [], drawn)
+
+
+def latency_rows(trial: Trial) -> list[list[str]]:
+    """The timings of a trial in words."""
+    rows = []
+    for label in dict.fromkeys([*trial.latency, *trial.remeasured]):
+        first, again = trial.latency.get(label), trial.remeasured.get(label)
+        cells = [
+            ("–", "–") if seen is None else (words.latency_text(seen), words.ratio_text(seen))
+            for seen in (first, again)
+        ]
+        rows.append([label, *cells[0], *cells[1]])
+    return rows

@@ -1,0 +1,263 @@
+"""The pages about a whole run: the front, its trials, placement, latency; and the runs side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from math import ceil
+
+from heddle.dashboards import data, figures, sections, words
+from heddle.dashboards.axes import Axis, axes
+from heddle.dashboards.frame import Page, choose, empty, pick, tiles, url
+from heddle.dashboards.html import Html, Row, element, join, table
+from heddle.dashboards.model_figures import placement
+from heddle.dashboards.site import PATIENCE_S, Site, Watched
+from heddle.errors import HeddleError
+from heddle.search.record import Run, Trial
+
+Query = Mapping[str, str]
+PAGE_OF_TRIALS = 100
+# The share of trained trials that counts as best on the placement page.
+BEST_SHARE = 0.1
+STATES = {"": "all", **words.STATE_WORDS}
+SORTS = {
+    "number": "number",
+    "quality": "mean normalised score, best first",
+    "violation": "closest to the budget",
+}
+
+
+def link_to(key: str) -> sections.Name:
+    """Names of trials that lead to their pages."""
+
+    def name(trial: Trial, run: Run) -> Html:
+        return element("a", data.name_of(trial, run), href=url(key, "trial", trial.number))
+
+    return name
+
+
+def overview(site: Site) -> Page:
+    """All runs, side by side."""
+    page = Page("Runs", here="Runs")
+    page.add(element("header", element("h1", "Runs"), sections.note(str(site.root))))
+    known = site.runs()
+    if not known:
+        page.add(
+            empty(
+                f"There is no run in {site.root} yet.",
+                join(["A search makes one: ", element("code", f"heddle search SPEC --out {site.root}/NAME")]),
+                "This page shows it as soon as it begins.",
+            )
+        )
+        return page
+    rows, drawn = [], []
+    for key, watched in known.items():
+        try:
+            run = watched.run(PATIENCE_S / len(known))
+        except HeddleError as error:
+            rows.append(Row([key, "cannot be read", "", "", "", error.what], "failed"))
+            continue
+        rows.append(_run_row(key, run))
+        drawn.append((key, run))
+    header = ["Run", "Status", "Trials", "Winner", "Mean normalised score", "Took"]
+    page.add(sections.section("Side by side", table(header, rows, numeric=(4,))))
+    page.plots("Best so far", [figures.progress_of(drawn)])
+    return page
+
+
+def _run_row(key: str, run: Run) -> Row:
+    best = run.best_trial
+    winner = "–" if best is None else join([link_to(key)(best, run), f" {words.short_layers(best.layers)}"])
+    quality = best.quality if best is not None else None
+    told = f"{len(run.trials)}: {words.state_counts(run)}"
+    name = element("a", run.name, href=url(key))
+    score = "–" if quality is None else f"{quality:.4f}"
+    return Row([name, run.status, told, winner, score, words.duration_text(run.wall_s)])
+
+
+def front(watched: Watched, query: Query) -> Page:
+    """What the search found and where it stands."""
+    run, key = watched.run(), watched.key
+    page = Page(run.name, key, "Front")
+    head = watched.once(run, "header", lambda: element("header", *sections.header(run)))
+    state = watched.once(run, ("state", watched.follower.share_read), lambda: _state(watched, run))
+    page.add(_reading(watched), head, state, _nothing_yet(run))
+    if run.trials:
+        _plots(page, watched, run, query)
+    page.add(*watched.once(run, "front", lambda: _found(run, key)))
+    page.add(_trials(key, run, query))
+    return page
+
+
+def _found(run: Run, key: str) -> list[Html | None]:
+    """What no choice on the page changes."""
+    name = link_to(key)
+    found = [sections.front(run, name), sections.least_violating(run), sections.strips(run, name)]
+    return [*found, sections.confirmation(run), sections.remeasured(run), _failures(run), _messages(run)]
+
+
+def _reading(watched: Watched) -> Html | None:
+    share = watched.follower.share_read
+    if share >= 1:
+        return None
+    return empty(
+        f"The record is being read: {100 * share:.0f} %. What follows is of that part, and grows by itself."
+    )
+
+
+def _state(watched: Watched, run: Run) -> Html:
+    pace = data.pace(run)
+    facts: list[tuple[str, object]] = [
+        ("status", run.status),
+        ("trials told", f"{pace.told} of {pace.total}"),
+    ]
+    facts += [(words.STATE_WORDS[state], run.count(state)) for state in ("complete", "infeasible", "failed")]
+    if run.status == "running" and watched.follower.share_read >= 1:
+        facts.append(("evaluations in flight", pace.flying))
+        facts.append(("phase", pace.phase or "starting"))
+        left = pace.seconds_left
+        facts.append(("left of the rounds, at this pace", "–" if left is None else words.duration_text(left)))
+    cores = run.meta.get("environment", {}).get("cores")
+    facts += [("cores of the machine", cores)] if cores else []
+    return element("section", tiles(facts))
+
+
+def _nothing_yet(run: Run) -> Html | None:
+    if run.trials:
+        return None
+    return empty("No trial was begun yet.", "This page fills by itself; the first round asks for specs now.")
+
+
+def _plots(page: Page, watched: Watched, run: Run, query: Query) -> None:
+    known = {axis.key: axis for axis in axes(run)}
+    first = next((key for key in known if key.startswith("budget:")), "parameters")
+    x = known.get(query.get("x", ""), known[first])
+    y = known.get(query.get("y", ""), next(iter(known.values())))
+    over = query.get("over", "trial")
+    over = over if over in data.OVER else "trial"
+    names = {key: _plain(axis) for key, axis in known.items()}
+    picked = pick(
+        choose("Across", "x", names, x.key),
+        choose("Up", "y", names, y.key),
+        choose("Best so far over", "over", data.OVER, over),
+    )
+    drawn = [
+        watched.once(run, ("pair", x.key, y.key), lambda: figures.pair(run, x, y)),
+        watched.once(run, ("progress", over), lambda: figures.progress(run, over)),
+    ]
+    page.plots("Plots", drawn, picked, sections.note("A click on a point leads to its trial."))
+
+
+def _plain(axis: Axis) -> str:
+    if axis.task is not None:
+        return axis.task.name
+    return "parameters" if axis.budget is None else words.budget_name(axis.budget)
+
+
+def _failures(run: Run) -> Html | None:
+    counted = data.failures(run)
+    if not counted:
+        return None
+    return sections.section("Failures by class", table(["Class", "Trials"], counted.items(), numeric=(1,)))
+
+
+def _messages(run: Run) -> Html | None:
+    told = [event for event in run.events if event["event"] == "message"][-20:]
+    if not told:
+        return None
+    rows = [[event["time"][:19].replace("T", " "), event["level"], event["text"]] for event in told]
+    return sections.section("Messages", table(["Time (UTC)", "Level", "Message"], rows))
+
+
+def _trials(key: str, run: Run, query: Query) -> Html:
+    """A hundred trials at a time, with boxes to compare some."""
+    state, sort = query.get("state", ""), query.get("sort", "number")
+    chosen = [trial for trial in run.trials if not state or trial.state == state]
+    chosen.sort(key=_sorted_by(sort))
+    count = max(1, ceil(len(chosen) / PAGE_OF_TRIALS))
+    asked = query.get("page", "1")
+    number = min(count, max(1, int(asked))) if asked.isdecimal() and len(asked) < 9 else 1
+    shown = chosen[(number - 1) * PAGE_OF_TRIALS : number * PAGE_OF_TRIALS]
+    measured = [*(task.name for task in run.tasks), *sections.budget_heads(run), "Parameters"]
+    header = ["Compare", "Trial", "State", *measured, "Took", "Layers", "Values", "Reason"]
+    rows = [Row([_box(trial), *_cells(trial, run, key)], sections.look(trial, run)) for trial in shown]
+    other = {name: value for name, value in query.items() if name in ("x", "y", "over")}
+    picked = pick(choose("State", "state", STATES, state), choose("Order", "sort", SORTS, sort), hidden=other)
+    pages = [
+        element("a", name, href=url(key, page=at, state=state, sort=sort, **other) + "#trials", data_stay="")
+        for name, at in (("← earlier", number - 1), ("later →", number + 1))
+        if 1 <= at <= count
+    ]
+    told = f"{len(chosen)} trials, page {number} of {count}"
+    button = element("button", "Compare the chosen", type="submit")
+    compare = element(
+        "form", table(header, rows, numeric=(1, *range(3, 4 + len(measured)))), button, method="get",
+        action=url(key, "compare"),
+    )  # fmt: skip
+    inner = (
+        [picked, element("div", told, *pages, cls="pages"), compare]
+        if run.trials
+        else [sections.note("None yet.")]
+    )
+    return element("section", element("h2", "All trials", id="trials"), *inner)
+
+
+def _sorted_by(sort: str) -> Callable[[Trial], tuple[float, int]]:
+    if sort == "quality":
+        return lambda trial: (-(trial.quality if trial.quality is not None else -9e9), trial.number)
+    if sort == "violation":
+        return lambda trial: (trial.violation if trial.constraints else 9e9, trial.number)
+    return lambda trial: (0.0, trial.number)
+
+
+def _box(trial: Trial) -> Html:
+    return element(
+        "input", type="checkbox", name="t", value=trial.number, aria_label=f"Compare trial {trial.number}"
+    )
+
+
+def _cells(trial: Trial, run: Run, key: str) -> list[object]:
+    number, *rest = sections.trial_row(trial, run)
+    return [element("a", number, href=url(key, "trial", trial.number)), *rest]
+
+
+def placement_page(watched: Watched) -> Page:
+    """Which mixer stands at which layer."""
+    run = watched.run()
+    page = Page(f"Placement · {run.name}", watched.key, "Placement")
+    page.add(element("header", element("h1", "Placement"), sections.note(run.name)))
+    trained = sorted((t for t in run.trials if t.quality is not None), key=lambda t: -(t.quality or 0.0))
+    best = trained[: max(1, ceil(BEST_SHARE * len(trained)))]
+    if not trained:
+        page.add(
+            empty("No trial was trained yet, so no placement is better than another.", "Look again later.")
+        )
+        return page
+    mixers = data.mixers_of(run)
+    said = f"the best {len(best)} of {len(trained)} trained trials, by mean normalised score"
+    drawn = [
+        placement(said, "best", [mixers(trial) for trial in best]),
+        placement(f"all {len(run.trials)} trials", "all", [mixers(trial) for trial in run.trials]),
+    ]
+    how = "Each cell is the share of trials with that mixer at that layer; 0 is the first layer."
+    page.plots("Mixer at each layer", drawn, sections.note(how))
+    rows = [
+        [link_to(watched.key)(t, run), f"{t.quality:.4f}", words.short_layers(t.layers)] for t in best[:20]
+    ]
+    page.add(
+        sections.section("The best", table(["Trial", "Mean normalised score", "Layers"], rows, numeric=(1,)))
+    )
+    return page
+
+
+def latency_page(watched: Watched) -> Page:
+    """Every timing, and the front's first against its second."""
+    run = watched.run()
+    page = Page(f"Latency · {run.name}", watched.key, "Latency")
+    page.add(element("header", element("h1", "Latency"), sections.note(run.name)))
+    page.plots("The front timed twice", figures.twice(run))
+    page.add(sections.remeasured(run), sections.latencies(run, LATENCIES), sections.environment(run))
+    return page
+
+
+# A table of ten thousand timings helps nobody; the trials' own pages have each of them.
+LATENCIES = 200

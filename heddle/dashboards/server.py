@@ -1,0 +1,343 @@
+"""The dashboard's web server: read-only pages of runs, on this machine alone unless a token is asked for.
+
+Why Starlette and uvicorn: docs/decisions/0009-dashboard-server.md.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import secrets
+import socket
+import time
+import zlib
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+from importlib import resources
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import Headers, QueryParams
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from heddle.dashboards import bench_page, pages, trial_pages
+from heddle.dashboards.frame import Page, empty, url, whole
+from heddle.dashboards.html import element
+from heddle.dashboards.site import Site, Watched, open_site
+from heddle.errors import HeddleError
+from heddle.search.costs import graph_picture
+
+TOKEN = "heddle-token"
+# How often the files of a run are looked at, and how often a quiet page is told that the server lives.
+LOOK_S, QUIET_S = 0.5, 15.0
+# How often a page is told while a large run is being read.
+BEHIND_S = 2.0
+LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
+HEADERS = {
+    # No script but ours, nothing from elsewhere, no page around ours; plotly sets styles of its own.
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data:; connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cross-origin-resource-policy": "same-origin",
+    "cache-control": "no-store",
+}
+
+
+def is_local(host: str) -> bool:
+    """Whether `host` is an address that only this machine reaches."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def new_token() -> str:
+    """A token that nobody guesses."""
+    return secrets.token_urlsafe(32)
+
+
+def app(site: Site, *, token: str | None, is_closing: Callable[[], bool] = lambda: False) -> ASGIApp:
+    """The pages of `site`; with a `token` every route asks for it, without one only local names are answered.
+
+    `is_closing` ends the answers that follow a run.
+    """
+    views = Views(site, is_closing)
+    routes = [
+        Route("/", views.home),
+        Route("/kernels", views.kernels),
+        Route("/events", views.events),
+        Route("/assets/{name}", views.asset),
+        Route("/run/{key}", views.page(pages.front)),
+        Route("/run/{key}/placement", views.page(lambda held, _: pages.placement_page(held))),
+        Route("/run/{key}/latency", views.page(lambda held, _: pages.latency_page(held))),
+        Route("/run/{key}/compare", views.page(lambda held, q: trial_pages.compare_page(held, _numbers(q)))),
+        Route("/run/{key}/trial/{number}", views.trial),
+        Route("/run/{key}/graph/{number}.svg", views.graph),
+    ]
+    handlers: dict[Any, Any] = {HeddleError: views.failed, 404: views.missing, Exception: views.failed}
+    return Guard(Starlette(routes=routes, exception_handlers=handlers), token)
+
+
+class Guard:
+    """In front of every route: the token where one is asked for, the name of the host, headers on every answer."""
+
+    def __init__(self, inner: ASGIApp, token: str | None) -> None:
+        self.inner, self.token = inner, token
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self.inner(scope, receive, send)
+            return
+        if scope["type"] != "http":
+            # There are no sockets here, so none is opened.
+            await send({"type": "websocket.close", "code": 1008})
+            return
+
+        async def send_safely(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                held = {name.lower() for name, _ in message["headers"]}
+                extra = [(n.encode(), v.encode()) for n, v in HEADERS.items() if n.encode() not in held]
+                message = {**message, "headers": [*message["headers"], *extra]}
+            await send(message)
+
+        refused = self._refusal(Request(scope))
+        await (refused or self.inner)(scope, receive, send_safely)
+
+    def _refusal(self, request: Request) -> Response | None:
+        if self.token is None:
+            # A page elsewhere may have its own name lead to this machine; it is not answered.
+            host = request.headers.get("host", "")
+            name = host if host.endswith("]") else host.rpartition(":")[0] or host
+            return None if name in LOCAL_NAMES else PlainTextResponse("unknown host", 403)
+        given = request.query_params.get("token")
+        if given is not None and secrets.compare_digest(given.encode(), self.token.encode()):
+            return self._admit(request)
+        held = request.cookies.get(TOKEN, "") or _bearer(request.headers)
+        if secrets.compare_digest(held.encode(), self.token.encode()):
+            return None
+        told = (
+            "403: this dashboard needs the token that heddle dashboard printed: open the address it printed\n"
+        )
+        return PlainTextResponse(told, 403)
+
+    def _admit(self, request: Request) -> Response:
+        """Put the token into a cookie and leave it out of the address, where histories and logs would keep it."""
+        assert self.token is not None
+        rest = [(name, value) for name, value in request.query_params.multi_items() if name != "token"]
+        # Slashes in a row would lead to another host.
+        path = "/" + request.url.path.lstrip("/\\")
+        answer = RedirectResponse(f"{path}?{urlencode(rest)}" if rest else path, 303)
+        answer.set_cookie(TOKEN, self.token, httponly=True, samesite="lax", path="/")
+        return answer
+
+
+def _bearer(headers: Headers) -> str:
+    kind, _, value = headers.get("authorization", "").partition(" ")
+    return value if kind.lower() == "bearer" else ""
+
+
+def _numbers(query: QueryParams) -> list[int]:
+    """The trials chosen to be compared. Raises HeddleError "bad-argument"."""
+    return [_number(text) for text in query.getlist("t")[: trial_pages.MOST + 1]]
+
+
+def _number(text: str) -> int:
+    if not text.removeprefix("-").isascii() or not text.removeprefix("-").isdigit() or len(text) > 9:
+        raise HeddleError("bad-argument", f"{text[:40]!r} is no number of a trial")
+    return int(text)
+
+
+class Views:
+    """The answers; each reads what it shows in a thread, so that one large run keeps no other page waiting."""
+
+    def __init__(self, site: Site, is_closing: Callable[[], bool]) -> None:
+        self.site, self.is_closing = site, is_closing
+        self._assets: dict[str, tuple[bytes, str]] = {}
+
+    def home(self, request: Request) -> Response:  # noqa: ARG002
+        """The run, or all of a folder side by side."""
+        known = self.site.runs()
+        if self.site.is_run:
+            return RedirectResponse(url(next(iter(known))), 303)
+        seen = _digest([one.key + one.seen() for one in known.values()])
+        page = pages.overview(self.site)
+        page.seen = seen
+        return self._send(page)
+
+    def kernels(self, request: Request) -> Response:
+        if self.site.bench is None:
+            return self.missing(request, None)
+        return self._send(bench_page.kernels(self.site.bench, request.query_params))
+
+    def page(self, make: Callable[[Watched, QueryParams], Page]) -> Callable[[Request], Response]:
+        """A page of one run."""
+
+        def view(request: Request) -> Response:
+            watched = self.site.watched(request.path_params["key"])
+            return self._follow(watched, lambda: make(watched, request.query_params))
+
+        return view
+
+    def _follow(self, watched: Watched, make: Callable[[], Page]) -> Response:
+        """A page with the version that it shows or is newer than."""
+        watched.run()
+        seen = _digest([watched.key + watched.seen()])
+        page = make()
+        page.seen = seen
+        return self._send(page)
+
+    def trial(self, request: Request) -> Response:
+        watched = self.site.watched(request.path_params["key"])
+        number = _number(request.path_params["number"])
+        return self._follow(watched, lambda: trial_pages.trial_page(watched, number))
+
+    def graph(self, request: Request) -> Response:
+        watched = self.site.watched(request.path_params["key"])
+        trial = trial_pages.find(watched.run(), _number(request.path_params["number"]))
+        return Response(graph_picture(trial.spec), media_type="image/svg+xml")
+
+    def asset(self, request: Request) -> Response:
+        """One of the few files that pages are made of; nothing else is looked for."""
+        held = self._asset(request.path_params["name"])
+        if held is None:
+            return self.missing(request, None)
+        body, kind = held
+        # Plotly is large and changes with its package alone.
+        keep = {"cache-control": "max-age=3600"} if kind == "text/javascript" and len(body) > 1e6 else {}
+        return Response(body, media_type=kind, headers=keep)
+
+    def _asset(self, name: str) -> tuple[bytes, str] | None:
+        kinds = {"report.css": "text/css", "app.css": "text/css"}
+        kinds |= dict.fromkeys(("report.js", "app.js", "plotly.js"), "text/javascript")
+        if name not in kinds:
+            return None
+        if name not in self._assets:
+            folder = resources.files("plotly" if name == "plotly.js" else "heddle.dashboards")
+            file = (
+                folder.joinpath("package_data", "plotly.min.js")
+                if name == "plotly.js"
+                else folder.joinpath(name)
+            )
+            self._assets[name] = (file.read_bytes(), kinds[name])
+        return self._assets[name]
+
+    async def events(self, request: Request) -> Response:
+        """Server-sent events: one whenever the files of a run, or the list of runs, have changed."""
+        key = request.query_params.get("run")
+        watched = [await run_in_threadpool(self.site.watched, key)] if key else None
+        return StreamingResponse(
+            self._changes(watched, request.query_params.get("seen")), media_type="text/event-stream"
+        )
+
+    async def _changes(self, watched: list[Watched] | None, last: str | None) -> AsyncIterator[str]:
+        """Events from the version `last` on; from now on if that is None."""
+        if last is None:
+            last, _ = await run_in_threadpool(self._look, watched)
+        told = time.monotonic()
+        yield "retry: 1000\n\n"
+        behind = False
+        while not self.is_closing():
+            await asyncio.sleep(0 if behind else LOOK_S)
+            seen, behind = await run_in_threadpool(self._look, watched)
+            quiet = time.monotonic() - told
+            # While a large run is being read its pages change without end, and drawing them takes time from reading.
+            if seen != last and (not behind or quiet > BEHIND_S):
+                last, told = seen, time.monotonic()
+                yield "data: changed\n\n"
+            elif quiet >= QUIET_S:
+                told = time.monotonic()
+                yield ": here\n\n"
+
+    def _look(self, watched: list[Watched] | None) -> tuple[str, bool]:
+        """The version of the runs, and whether one is not read to its end yet; that one is read on."""
+        known = list(self.site.runs().values()) if watched is None else watched
+        for one in known:
+            if one.follower.share_read < 1:
+                # A run that cannot be read is told by its pages.
+                with suppress(HeddleError):
+                    one.run()
+        behind = any(0 < one.follower.share_read < 1 for one in known)
+        return _digest([one.key + one.version() for one in known]), behind
+
+    def failed(self, request: Request, error: Exception) -> Response:  # noqa: ARG002
+        """A user's mistake, or a run that cannot be read, told as every command tells it."""
+        status = (
+            404 if isinstance(error, HeddleError) and error.code in ("run-not-found", "bad-argument") else 500
+        )
+        text = str(error) if isinstance(error, HeddleError) else f"{type(error).__name__}: {error}"
+        return self._send(_told("That cannot be shown", text), status)
+
+    def missing(self, request: Request, error: Exception | None) -> Response:  # noqa: ARG002
+        return self._send(_told("There is no such page", "The pages are named above."), 404)
+
+    def _send(self, page: Page, status: int = 200) -> HTMLResponse:
+        return HTMLResponse(whole(page, self._nav(page)), status)
+
+    def _nav(self, page: Page) -> list[tuple[str, str]]:
+        """Pages with something to show."""
+        found = [] if self.site.is_run else [("Runs", "/")]
+        key = next(iter(self.site.runs())) if self.site.is_run else page.key
+        if key is not None:
+            found.append(("Front", url(key)))
+            found += [(name, url(key, name.lower())) for name in ("Compare", "Placement", "Latency")]
+        return [*found, ("Kernels", "/kernels")] if self.site.bench is not None else found
+
+
+def _digest(versions: list[str]) -> str:
+    return f"{zlib.crc32(repr(versions).encode()):08x}"
+
+
+def _told(title: str, text: str) -> Page:
+    page = Page(title, follows=False)
+    page.add(element("header", element("h1", title)), empty(text))
+    return page
+
+
+def serve(root: Path, *, host: str, port: int, bench: Path | None, ready: Callable[[str], None]) -> None:
+    """Serve the runs under `root` until Ctrl-C; `ready` gets the address to open.
+
+    Raises:
+        HeddleError: "run-not-found"; "bad-argument" where nobody can listen there.
+    """
+    token = None if is_local(host) else new_token()
+    site = open_site(root, bench)
+    held = _listen(host, port)
+    closing: list[uvicorn.Server] = []
+    pages_of = app(site, token=token, is_closing=lambda: any(one.should_exit for one in closing))
+    config = uvicorn.Config(
+        pages_of,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=2,
+        ws="none",
+        lifespan="off",
+        proxy_headers=False,
+    )
+    closing.append(uvicorn.Server(config))
+    shown = f"[{host}]" if ":" in host else host
+    ready(f"http://{shown}:{held.getsockname()[1]}/" + (f"?token={token}" if token else ""))
+    with suppress(KeyboardInterrupt):
+        closing[0].run(sockets=[held])
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A socket at the address. Raises HeddleError "bad-argument"."""
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server((address[0], port), family=family)
+    except OSError as error:
+        hint = "--port 0 takes any free port"
+        raise HeddleError(
+            "bad-argument", f"{host}:{port} cannot be listened on: {error}", hint=hint
+        ) from None

@@ -1,0 +1,135 @@
+"""The runs that a dashboard shows: found under one folder, read as they grow, and nothing outside of them."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from heddle.errors import HeddleError
+from heddle.search.durable import is_name
+from heddle.search.follow import Follower
+from heddle.search.record import CONFIRM_FILE, EVENTS_FILE, LEDGER_FOLDER, RUN_FILE, Run
+
+# A page waits so long for a large run; what was not read by then comes with the next look.
+PATIENCE_S = 0.7
+LOGS = "logs"
+# What is read of a run, besides single logs.
+READ = (RUN_FILE, EVENTS_FILE, CONFIRM_FILE, LEDGER_FOLDER)
+# A log is shown from its end, where the failure is told.
+LOG_BYTES = 200_000
+KEPT = 64
+
+
+class Watched:
+    """One run, and what was worked out from it as it stands."""
+
+    def __init__(self, key: str, folder: Path) -> None:
+        self.key, self.folder = key, folder
+        self.follower = Follower(folder)
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[object, tuple[Run, Any]] = OrderedDict()
+
+    def run(self, seconds: float = PATIENCE_S) -> Run:
+        """The run, or as much of it as could be read in so many seconds.
+
+        Raises:
+            HeddleError: "run-not-found", also where the record is damaged.
+        """
+        inside = self.folder.resolve()
+        for name in READ:
+            if not (self.folder / name).resolve().is_relative_to(inside):
+                told = f"{name} of {self.folder} is a link that leads out of it"
+                raise HeddleError("run-not-found", told, hint="name the folder that it leads to")
+        try:
+            return self.follower.read(seconds)
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+            told = f"{self.folder} cannot be read: {type(error).__name__}: {error}"
+            raise HeddleError(
+                "run-not-found", told, hint="heddle search SPEC --out DIR --resume mends a torn record"
+            ) from None
+
+    def once(self, run: Run, key: object, make: Callable[[], Any]) -> Any:
+        """What `make` gives, made once for a `key` until the run changes."""
+        held = self._kept.get(key)
+        if held is None or held[0] is not run:
+            held = (run, make())
+            with self._lock:
+                self._kept[key] = held
+                while len(self._kept) > KEPT:
+                    self._kept.popitem(last=False)
+        return held[1]
+
+    def version(self) -> str:
+        """Another text whenever a page of the run may look different."""
+        return repr(self.follower.stamp())
+
+    def seen(self) -> str:
+        """The version of what was read last."""
+        return repr(self.follower.seen)
+
+    def logs(self, number: int) -> list[str]:
+        """The names of the logs of a trial."""
+        folder = self.folder / LOGS
+        return sorted(path.name for path in folder.glob(f"{number:04d}-*.log") if self._inside(path))
+
+    def log(self, name: str) -> str | None:
+        """The end of a log; None where the run has none of that name."""
+        path = self.folder / LOGS / name
+        if not (is_name(name) and name.endswith(".log") and self._inside(path)):
+            return None
+        with open(path, "rb") as file:
+            file.seek(max(0, path.stat().st_size - LOG_BYTES))
+            return file.read().decode("utf-8", "replace")
+
+    def _inside(self, path: Path) -> bool:
+        """Whether `path` is a file of the run itself, also when links are followed."""
+        return path.is_file() and path.resolve().is_relative_to(self.folder.resolve())
+
+
+class Site:
+    """All runs under `root`, which is a run itself or holds runs; runs that appear later are found too."""
+
+    def __init__(self, root: Path, bench: Path | None = None) -> None:
+        self.root, self.bench = root, bench
+        self._known: dict[str, Watched] = {}
+
+    @property
+    def is_run(self) -> bool:
+        """Whether `root` is a run itself, and no folder of runs."""
+        return (self.root / RUN_FILE).is_file()
+
+    def runs(self) -> dict[str, Watched]:
+        """The runs by their keys, which are names of folders. A link that leads out of `root` is no run of it."""
+        if self.is_run:
+            found = {self.root.resolve().name: self.root}
+        else:
+            inside = self.root.resolve()
+            folders = (path.parent for path in sorted(self.root.glob(f"*/{RUN_FILE}")))
+            found = {path.name: path for path in folders if path.resolve().is_relative_to(inside)}
+        for key, folder in found.items():
+            self._known.setdefault(key, Watched(key, folder))
+        return {key: self._known[key] for key in found}
+
+    def watched(self, key: str) -> Watched:
+        """The run of that key. Raises HeddleError "run-not-found"."""
+        known = self.runs()
+        if key not in known:
+            raise HeddleError("run-not-found", f"there is no run {key!r} in {self.root}")
+        return known[key]
+
+
+def open_site(root: Path, bench: Path | None = None) -> Site:
+    """The site of a run or of a folder, which may still be empty.
+
+    Raises:
+        HeddleError: "run-not-found" where `root` is no folder; "bad-argument" where `bench` is none.
+    """
+    if not root.is_dir():
+        hint = "heddle search SPEC --out DIR makes a run; runs/ holds those without --out"
+        raise HeddleError("run-not-found", f"{root} is not a folder", hint=hint)
+    if bench is not None and not bench.is_dir():
+        raise HeddleError("bad-argument", f"{bench} is not a folder of benchmark rows")
+    return Site(root, bench)

@@ -1,0 +1,221 @@
+"""The pages about one trial and about a few side by side."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+
+from heddle import specs
+from heddle.dashboards import data, model_figures, sections, words
+from heddle.dashboards.frame import Page, copyable, empty, tiles, url
+from heddle.dashboards.html import Html, Row, element, join, table
+from heddle.dashboards.pages import link_to
+from heddle.dashboards.site import Watched
+from heddle.errors import HeddleError
+from heddle.search.costs import layer_costs
+from heddle.search.record import REFERENCE, Run, Trial
+
+MOST = 6
+# A graph of more layers is a picture that nobody can read.
+LAYERS_OF_GRAPH = 200
+
+
+def find(run: Run, number: int) -> Trial:
+    """A trial, or the reference. Raises HeddleError "bad-argument"."""
+    if number == REFERENCE and run.reference is not None:
+        return run.reference
+    return run.trial(number)
+
+
+def trial_page(watched: Watched, number: int) -> Page:
+    """One trial: its layers, costs, timings, scores, curves, logs and spec."""
+    run, key = watched.run(), watched.key
+    trial = find(run, number)
+    name = data.name_of(trial, run)
+    page = Page(f"{name} · {run.name}", key, "Front")
+    page.add(_head(key, run, trial), _fate(trial))
+    if trial.layers:
+        _model(page, watched, run, trial)
+    page.add(_timed(trial), _scores(run, trial))
+    page.plots("Training", model_figures.curves([(name, trial)]))
+    page.add(_params(trial), _logs(watched, trial), _spec(run, trial))
+    return page
+
+
+def _head(key: str, run: Run, trial: Trial) -> Html:
+    known = [each.number for each in run.trials]
+    near = [("← trial", trial.number - 1), ("→ trial", trial.number + 1)]
+    links = [
+        element("a", f"{arrow} {number}", href=url(key, "trial", number))
+        for arrow, number in near
+        if known and 0 <= number <= known[-1]
+    ]
+    other = run.best if run.best not in (None, trial.number) else None if run.reference is None else REFERENCE
+    if other is not None and other != trial.number:
+        what = "the winner" if other == run.best else "the reference"
+        links.append(element("a", f"compare with {what}", href=url(key, "compare", t=[trial.number, other])))
+    star = " ★ winner" if trial.number == run.best else ""
+    title = f"{data.name_of(trial, run)}{star}"
+    over = element("p", element("a", run.name, href=url(key)), cls="over")
+    return element("header", over, element("h1", title), element("div", *links, cls="pages"))
+
+
+def _fate(trial: Trial) -> Html:
+    facts: list[tuple[str, object]] = [("state", words.STATE_WORDS.get(trial.state, trial.state))]
+    facts += [("parameters", words.count_text(trial.parameters)), ("layers", len(trial.layers))]
+    facts += [("mean normalised score", f"{trial.quality:.4f}")] if trial.quality is not None else []
+    facts += [("took", words.duration_text(trial.wall_s)), ("round", trial.round)]
+    told = [empty(trial.reason)] if trial.reason else []
+    if trial.state == "running":
+        told.append(empty("Not finished: what is measured comes here by itself."))
+    return element("section", tiles(facts), *told)
+
+
+def _model(page: Page, watched: Watched, run: Run, trial: Trial) -> None:
+    """The strip, and what each layer costs where this heddle can plan the spec."""
+    cells = data.strip(trial)
+    width = f"min-width:{max(100, len(cells)) * 0.28:.0f}rem" if len(cells) > 100 else None
+    strip = element("div", sections.strip_table([("layers", cells)]), cls="long", style=width)
+    legend = sections.legend({cell.mixer for cell in cells})
+    hint = sections.note("First layer on the left; the pointer names a layer.")
+    scroll = element("div", strip, cls="scroll", tabindex="0")
+    page.add(sections.section("Layers", hint, legend, scroll))
+    budget = run.budgets[0] if run.budgets else None
+    context, batch = (budget.context, budget.batch) if budget else (4096, 1)
+    try:
+        layers = watched.once(
+            run, ("costs", trial.hash), lambda: layer_costs(trial.spec, context=context, batch=batch)
+        )
+    except HeddleError as error:
+        page.add(empty("This heddle cannot plan the spec, so there are no costs by layer:", error))
+        return
+    named = {cell.index: cell.mixer for cell in cells}
+    layers = [layer | {"mixer": named.get(layer["index"], layer["mixer"])} for layer in layers]
+    page.plots("What each layer costs", model_figures.costs(layers, context, batch))
+    if len(layers) <= LAYERS_OF_GRAPH:
+        picture = element(
+            "img", src=url(watched.key, "graph", f"{trial.number}.svg"), cls="graph", loading="lazy",
+            alt=f"Graph of {len(layers)} layers with shared blocks and what layers take from each other",
+        )  # fmt: skip
+        page.add(sections.section("Graph", element("details", element("summary", "Show the graph"), picture)))
+
+
+def _timed(trial: Trial) -> Html | None:
+    rows = model_figures.latency_rows(trial)
+    if not rows:
+        return None
+    header = ["Measurement", "In the search", "Ratio", "At the end", "Ratio at the end"]
+    over = [
+        element("p", f"{label}: {100 * abs(value):.1f} % {'over' if value > 0 else 'under'} the budget")
+        for label, value in trial.constraints.items()
+    ]
+    told = sections.note("Medians with 95 % intervals.")
+    return sections.section("Latency", told, table(header, rows, numeric=range(1, 5)), *over)
+
+
+def _scores(run: Run, trial: Trial) -> Html | None:
+    if not trial.scores:
+        return None
+    texts = {task.name: words.metric_text(task) for task in run.tasks}
+    rows = [
+        [texts.get(name, name), words.score_text(score), f"{score.normalised:.4f}", score.seed, score.steps,
+         words.count_text(score.tokens), words.duration_text(score.wall_s)]
+        for name, score in trial.scores.items()
+    ]  # fmt: skip
+    header = ["Task", "Score ± standard error", "Normalised", "Seed", "Steps", "Tokens", "Took"]
+    return sections.section("Scores", table(header, rows, numeric=range(1, 7)))
+
+
+def _params(trial: Trial) -> Html | None:
+    rows = sections.flat(trial.params)
+    return sections.section("What the search chose", table(["Field", "Value"], rows)) if rows else None
+
+
+def _logs(watched: Watched, trial: Trial) -> Html | None:
+    names = watched.logs(trial.number)
+    if not names:
+        return None
+    parts = [
+        element(
+            "details",
+            element("summary", name),
+            element("pre", watched.log(name) or "", cls="log", tabindex="0"),
+        )
+        for name in names
+    ]
+    return sections.section("Logs", *parts)
+
+
+def _spec(run: Run, trial: Trial) -> Html | None:
+    if not trial.spec:
+        return None
+    which = "best" if trial.number == run.best else str(trial.number)
+    command = f"heddle export {shlex.quote(str(run.path))} --trial {which} --out my-model"
+    parts = [copyable("Export this trial", command, "export")] if trial.number >= 0 else []
+    return sections.section(
+        "Take it along", *parts, copyable(f"Its spec, hash {trial.hash}", trial.spec, "spec")
+    )
+
+
+def compare_page(watched: Watched, numbers: Sequence[int]) -> Page:
+    """Two to six trials: layers aligned, figures side by side, what differs."""
+    run, key = watched.run(), watched.key
+    page = Page(f"Compare · {run.name}", key, "Compare")
+    page.add(element("header", element("h1", "Compare"), sections.note(run.name)))
+    chosen = [find(run, number) for number in dict.fromkeys(numbers)]
+    if not 2 <= len(chosen) <= MOST:
+        said = f"Two to {MOST} trials can be compared; {len(chosen)} were chosen."
+        where = element("a", "All trials", href=url(key) + "#trials")
+        page.add(empty(said, join(["Tick the boxes in ", where, " and press the button below them."])))
+        return page
+    name = link_to(key)
+    strips = {trial.number: data.strip(trial) for trial in chosen}
+    mixers = {cell.mixer for cells in strips.values() for cell in cells}
+    rows = [(name(trial, run), strips[trial.number]) for trial in chosen]
+    hint = sections.note("First layer on the left.")
+    page.add(sections.section("Layers", hint, sections.legend(mixers), sections.strip_table(rows)))
+    page.add(_side_by_side(key, run, chosen))
+    curves = model_figures.curves([(data.name_of(trial, run), trial) for trial in chosen])
+    page.plots("Plots", [model_figures.compared(run, chosen), *curves])
+    page.add(*(_difference(run, chosen[0], other) for other in chosen[1:]))
+    return page
+
+
+def _side_by_side(key: str, run: Run, chosen: Sequence[Trial]) -> Html:
+    """A row for each quantity and each value the search chose; what differs stands out."""
+    name = link_to(key)
+    rows: list[Row] = []
+    facts = {trial.number: _facts(trial, run) for trial in chosen}
+    fields = dict.fromkeys(field for each in facts.values() for field in each)
+    for field in fields:
+        values = [facts[trial.number].get(field, "–") for trial in chosen]
+        rows.append(Row([field, *values], "differs" if len(set(values)) > 1 else None))
+    return sections.section("Side by side", table(["", *(name(trial, run) for trial in chosen)], rows))
+
+
+def _facts(trial: Trial, run: Run) -> dict[str, str]:
+    heads = [*(task.name for task in run.tasks), *(words.budget_name(budget) for budget in run.budgets)]
+    cells = [*words.score_cells(trial, run), *words.budget_cells(trial, run)]
+    facts = {"state": words.STATE_WORDS.get(trial.state, trial.state), **dict(zip(heads, cells, strict=True))}
+    facts |= {"parameters": words.count_text(trial.parameters), "layers": words.short_layers(trial.layers)}
+    return facts | dict(sections.flat(trial.params))
+
+
+def _difference(run: Run, left: Trial, right: Trial) -> Html:
+    """What `heddle diff` tells of two specs."""
+    names = [data.name_of(left, run), data.name_of(right, run)]
+    title = f"{names[1]} against {names[0]}"
+    try:
+        found = specs.differences(specs.loads(left.spec).spec, specs.loads(right.spec).spec)
+    except HeddleError as error:
+        return sections.section(title, empty("A spec cannot be read by this heddle:", error))
+    rows = [[each.path, _text(each.left), _text(each.right)] for each in found]
+    if not rows:
+        return sections.section(
+            title, sections.note("The two specs are the same model, trained in the same way.")
+        )
+    return sections.section(title, table(["Field", *names], rows))
+
+
+def _text(value: object) -> str:
+    return "–" if value is None else str(value)
