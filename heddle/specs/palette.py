@@ -1,6 +1,6 @@
 """One fixed colour for each kind of mixer, the same in every picture, plot and page.
 
-No hue tells seventeen kinds apart, and least of all to the colour-blind. So mixers that are made of others are hatched
+No hue tells two dozen kinds apart, and least of all to the colour-blind. So mixers that are made of others are hatched
 as well, and within the plain and within the hatched kinds any two colours differ in lightness or hue to a normal eye and
 with each of the three dichromacies (simulated after Machado 2009; `tests/specs/test_palette.py` measures it). Every
 picture names its kinds in words too.
@@ -23,6 +23,12 @@ PLAIN = {
     "retnet": "#aa99dd",
     "rat": "#ccddff",
     "hgrn2": "#003377",
+    "liger": "#116600",
+    "inline": "#ffff22",
+    "rf_attention": "#99ffaa",
+    "local_linear_attention": "#aa4488",
+    "hierarchical_attention": "#ee66aa",
+    "ttt": "#7700aa",
     "fla": "#775555",
 }
 HATCHED = {

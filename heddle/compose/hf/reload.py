@@ -59,6 +59,26 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def logits_of(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    """What the model answers to each input, without a cache."""
+    return {name: model(input_ids=ids, use_cache=False).logits for name, ids in inputs.items()}
+
+
+def generated(model: Any, tokenizer: Any, task: dict[str, Any]) -> tuple[str, bool]:
+    """A text, and whether it is the same without a cache, if that is asked."""
+    prompt = tokenizer(task["prompt"], return_tensors="pt")
+    options = {"max_new_tokens": task["new_tokens"], "do_sample": False}
+    tokens = model.generate(**prompt, **options)
+    agrees = not task["checks_cache"] or tokens.equal(model.generate(**prompt, **options, use_cache=False))
+    return tokenizer.decode(tokens[0]), agrees
+
+
+def battery_of(task: dict[str, Any], *loaded: Any) -> Any:
+    """The checks of the parity battery, whose file stands beside this one."""
+    parity = runpy.run_path(task["battery_file"])
+    return parity["battery"](parity["Loaded"](*loaded), full=task["battery"] == "full")
+
+
 def main(task: dict[str, Any]) -> None:
     end_with_parent()
     sys.path[:] = task["path"]
@@ -75,22 +95,17 @@ def main(task: dict[str, Any]) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(task["folder"])
     inputs = load_file(task["inputs"])
     with torch.no_grad():
-        logits = {name: model(input_ids=ids, use_cache=False).logits for name, ids in inputs.items()}
-        prompt = tokenizer(task["prompt"], return_tensors="pt")
-        can_generate = model.can_generate()
-        options = {"max_new_tokens": task["new_tokens"], "do_sample": False}
-        tokens = model.generate(**prompt, **options) if can_generate else prompt["input_ids"]
-        checks_cache = can_generate and task["checks_cache"]
-        uncached = model.generate(**prompt, **options, use_cache=False) if checks_cache else tokens
+        logits = logits_of(model, inputs)
+        text, cache_agrees = generated(model, tokenizer, task) if model.can_generate() else ("", True)
     save_file(logits, task["logits"])
     model.save_pretrained(task["again"])
     reloaded = auto_class.from_pretrained(task["again"], trust_remote_code=trusted, dtype=torch.float32)
     with torch.no_grad():
-        again = {name: reloaded.eval()(input_ids=ids, use_cache=False).logits for name, ids in inputs.items()}
+        again = logits_of(reloaded.eval(), inputs)
     found = {
-        "text": tokenizer.decode(tokens[0]) if can_generate else "",
+        "text": text,
         "saved_again": max(float((again[name] - logits[name]).abs().max()) for name in logits),
-        "cache_agrees": torch.equal(tokens, uncached),
+        "cache_agrees": cache_agrees,
         "keys": sorted(str(key) for kind in KEYS for key in loading[kind]),
         "imported": sorted(set(task["hidden"]) & set(sys.modules)),
         "transformers": transformers.__version__,
@@ -98,11 +113,8 @@ def main(task: dict[str, Any]) -> None:
         "device": processor(),
     }
     if task["battery"]:
-        parity = runpy.run_path(task["battery_file"])
-        loaded = parity["Loaded"](
-            model, auto_class, task["folder"], task["again"], found["saved_again"], trusted
-        )
-        found["battery"] = parity["battery"](loaded, full=task["battery"] == "full")
+        loaded = (model, auto_class, task["folder"], task["again"], found["saved_again"], trusted)
+        found["battery"] = battery_of(task, *loaded)
     with open(task["found"], "w", encoding="utf-8") as file:
         json.dump(found, file)
 

@@ -1,0 +1,123 @@
+"""The functions of `heddle.api` that look at finished folders: models of transformers, and runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from heddle.errors import HeddleError
+
+if TYPE_CHECKING:
+    from heddle.compose.hf.battery import Battery
+    from heddle.compose.hf.card import ScoreRow
+    from heddle.search.import_model import ImportResult
+
+
+def verify(folder: Path | str, *, trust_remote_code: bool = False) -> Battery:
+    """Every check of the parity battery on a folder of transformers, in a clean process without a network.
+
+    The folder's own code runs only with `trust_remote_code`.
+
+    Raises:
+        HeddleError: "untrusted-code", "file-not-found", "checkpoint-broken", "pickle-refused", "export-mismatch" …
+    """
+    from heddle.compose.hf.battery import run_battery
+
+    return run_battery(folder, trusted=trust_remote_code)
+
+
+def evaluate(
+    folder: Path | str,
+    tasks: Sequence[str],
+    *,
+    trust_remote_code: bool = False,
+    include_path: Path | str | None = None,
+    limit: int | None = None,
+    batch_size: int = 8,
+    device: str = "cpu",
+) -> list[ScoreRow]:
+    """The scores of a folder of transformers under lm-evaluation-harness, one row for each task and metric: `heddle eval`.
+
+    Raises:
+        HeddleError: "package-missing" without the extra `eval`; "bad-argument" for an unknown task; "untrusted-code" …
+    """
+    from heddle.compose.hf.harness import run_harness
+
+    how: dict[str, Any] = {"include_path": include_path, "limit": limit, "batch_size": batch_size}
+    return run_harness(folder, tasks, trusted=trust_remote_code, device=device, **how)
+
+
+def import_model(folder: Path | str, out: Path | str) -> ImportResult:
+    """Turn a checkpoint of a native class of transformers into a spec and weights in the new folder `out`, which `export`
+    takes. No code of the folder runs.
+
+    Raises:
+        HeddleError: "import-mismatch", naming the field that a spec cannot say; "file-exists", "checkpoint-broken",
+            "pickle-refused" …
+    """
+    from heddle.search.import_model import import_folder
+
+    return import_folder(folder, out)
+
+
+def report(run: Path | str, out: Path | str | None = None) -> Path:
+    """Write the search in folder `run` as one HTML page; `out` defaults to report.html inside it.
+
+    Raises:
+        HeddleError: "run-not-found", "disk-full".
+    """
+    from heddle.dashboards.report import FILE, write_report
+    from heddle.search.record import read_run
+
+    folder = Path(run)
+    return write_report(read_run(folder), folder / FILE if out is None else Path(out))
+
+
+def plots(run: Path | str, folder: Path | str) -> list[Path]:
+    """Write every plot of the search in folder `run` as SVG and PNG into `folder`.
+
+    Raises:
+        HeddleError: "run-not-found", "package-missing".
+    """
+    from heddle.dashboards.drawing import draw_all
+    from heddle.search.record import read_run
+
+    return draw_all(read_run(run), Path(folder))
+
+
+def table(run: Path | str, form: Literal["csv", "md", "latex"] = "md", out: Path | str | None = None) -> str:
+    """The front of the search in folder `run` as Markdown or LaTeX, or all its trials as CSV; written to `out`.
+
+    Raises:
+        HeddleError: "run-not-found", "disk-full".
+    """
+    from heddle.dashboards.tables import table as write
+    from heddle.search.durable import write_whole
+    from heddle.search.record import read_run
+
+    text = write(read_run(run), form)
+    if out is not None:
+        write_whole(Path(out), text.encode())
+    return text
+
+
+def dashboard(
+    path: Path | str,
+    *,
+    host: str = "localhost",
+    port: int = 8642,
+    bench: Path | str | None = None,
+    ready: Callable[[str], None] = print,
+) -> None:
+    """Serve a run, or a folder of runs, as web pages that follow them; `ready` gets the address. Ends with Ctrl-C.
+
+    Raises:
+        HeddleError: "run-not-found", "bad-argument", "package-missing".
+    """
+    try:
+        from heddle.dashboards.server import serve
+    except ModuleNotFoundError as error:
+        hint = "pip install 'heddle-lm[dashboard]'"
+        raise HeddleError("package-missing", f"the dashboard needs {error.name}", hint=hint) from None
+    serve(Path(path), host=host, port=port, bench=None if bench is None else Path(bench), ready=ready)
