@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
+from rich.padding import Padding
+from rich.text import Text
 
 from heddle.terminal import console, next_steps
 
@@ -19,27 +20,27 @@ def show_targets(found: Mapping[str, Any]) -> None:
     """A row a target, the fields that forbid one below its name, and the servers that take those that fit."""
     screen = console()
     screen.print(f"{found['name']}   hash {found['hash']}", style="bold")
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for head in ("target", "fits", "what forbids it", "vLLM", "SGLang"):
-        table.add_column(head, overflow="fold", no_wrap=head in ("target", "fits"))
     for row in found["targets"]:
         fits = "not yet" if row["fits"] is None else _WORDS[row["fits"]]
-        servers = [_served(row["servers"].get(server)) for server in ("vllm", "sglang")]
-        table.add_row(row["target"], fits, _refused(row["refused"]), *servers)
-    screen.print(table)
+        screen.print(f"{row['target']:18}{fits}", style="bold" if row["fits"] else "")
+        servers = [
+            _served(name, row["servers"].get(key)) for name, key in (("vLLM", "vllm"), ("SGLang", "sglang"))
+        ]
+        for line in (*_refused(row["refused"]), *filter(None, servers)):
+            screen.print(Padding(Text(line, style="dim"), (0, 0, 0, 4)))
     versions = {one["version"]: None for row in found["targets"] for one in row["servers"].values()}
     screen.print(f"{' and '.join(versions)}: read in their source, not run", style="dim")
 
 
-def _refused(refused: Sequence[Mapping[str, str]]) -> str:
-    return "\n".join(f"{one['path']}: {one['why']}" if one["path"] else one["why"] for one in refused)
+def _refused(refused: Sequence[Mapping[str, str]]) -> list[str]:
+    return [f"{one['path']}: {one['why']}" if one["path"] else one["why"] for one in refused]
 
 
-def _served(server: Mapping[str, Any] | None) -> str:
+def _served(name: str, server: Mapping[str, Any] | None) -> str:
     if server is None:
         return ""
     word = _WORDS[server["takes"]]
-    return f"{word}: {server['note']}" if server["note"] else word
+    return f"{name}: {word}, {server['note']}" if server["note"] else f"{name}: {word}"
 
 
 def show_imported(result: ImportResult) -> None:

@@ -68,7 +68,9 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     def folder(name: str) -> Path:
         if not (base / name).exists():
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(export_file, "verify", lambda *_: export_file.Verification(0.0, "", "5", "2"))
+                patch.setattr(
+                    export_file, "verify", lambda *_, **__: export_file.Verification(0.0, "", "5", "2")
+                )
                 export(made[name](), base / name, card=Card(name, "version: 1\n"))
         return base / name
 

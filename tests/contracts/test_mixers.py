@@ -742,7 +742,11 @@ def test_no_kind_is_exempt_but_these() -> None:
             # Nothing may stand for it, so a test of its own must hold what it keeps.
             assert not spec.is_causal
     both_sides = {"causality", "step", "chunks"}
-    assert sometimes == {"attention": both_sides, "hierarchical_attention": both_sides | {"written"}}
+    assert sometimes == {
+        "attention": both_sides,
+        "inline": both_sides,
+        "hierarchical_attention": both_sides | {"written"},
+    }
     # Keys of another layer take two layers to test: tests/compose/test_attention_forms.py holds what it keeps.
     assert set(MIXERS["attention"](heads=4, keys_from="it").exemptions()) == {"written"}
 
@@ -750,7 +754,7 @@ def test_no_kind_is_exempt_but_these() -> None:
 def test_who_says_more_than_its_class_has_said_it_here() -> None:
     """A kind that works its exemptions out must be known to the test above, which sees only the fields of `VARIANTS`."""
     own = {kind for kind, found in MIXERS.items() if "exemptions" in vars(found)}
-    assert own == {"attention", "hierarchical_attention"}
+    assert own == {"attention", "inline", "hierarchical_attention"}
 
 
 def test_no_kind_is_tested_elsewhere_but_this() -> None:

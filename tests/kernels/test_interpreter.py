@@ -25,7 +25,7 @@ GLA = "gla and not simple"
 
 @pytest.mark.parametrize("op", ["decay_attention", "simple_gla", "delta_rule", GLA])
 def test_interpreted_kernels_keep_the_contract(op: str, full_counts: bool) -> None:
-    some = DELTA if op == "delta_rule" else f"{op} and ({SOME})"
+    some = {"delta_rule": DELTA, GLA: f"{GLA} and (65 or packed)"}.get(op, f"{op} and ({SOME})")
     _run_interpreted("tests/contracts/test_ops.py", op if full_counts else some)
 
 
