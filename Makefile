@@ -40,10 +40,10 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not gpu and not long'
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not gpu and not long'
 
 test-fast: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not gpu and not long and not slow'
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not gpu and not long and not slow'
 
 test-long: $(INSTALLED)
 	$(BIN)/python tests/bench/long_tests.py

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
-from torch.nn.functional import pad
 
 from heddle.kernels._gated_delta_rule_bwd import (
     _gated_delta_rule_bwd_gradient_kernel,
@@ -21,15 +19,12 @@ from heddle.kernels._gated_delta_rule_fwd import (
     _gated_delta_rule_fwd_solve_kernel,
     _gated_delta_rule_fwd_state_kernel,
 )
-from heddle.kernels.common.layout import ALIGNMENT, aligned, block, dense_state
+from heddle.kernels.common.layout import ALIGNMENT, aligned, block, dense_state, room, strides, with_room
 from heddle.kernels.common.segments import cut, lay_out
 from heddle.kernels.common.tuning import tuned
 from heddle.kernels.configs.gated_delta_rule import INTERPRETER, Family, Plan, family
 from heddle.kernels.configs.launch import Launch
 
-# Narrower tiles beside wide ones are two layouts of one address, which ptxas 12.8 gets wrong:
-# docs/decisions/0005-ragged-heads.md.
-LEAST_HEAD = 64
 # Columns of the state that a program carries from segment to segment.
 CARRY_COLUMNS = 32
 # Programs that share a multiprocessor, tokens of a segment at least, and segments of a sequence at least.
@@ -73,7 +68,7 @@ class Kept:
 def kept_like(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, *, keep: bool) -> Kept:
     """Memory for what is kept; without `keep` none for `states` and `new`."""
     (B, T, _, K), (HV, V) = q.shape, v.shape[2:]
-    K, V = _room(K, q.device), _room(V, q.device)
+    K, V = room(K, q.device), room(V, q.device)
     sequences = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     size = segment_size(q.device, q.element_size(), (T, sequences, HV, K, V))
     chunks, segments = (
@@ -170,27 +165,6 @@ class _Layout:
         return {"V": self.V, "COLUMNS": min(launch.columns, block(self.V)), **launch.options()}
 
 
-def _strides(*tensors: Tensor) -> Sequence[int]:
-    return [stride for x in tensors for stride in x.stride()[:3]]
-
-
-def _room(size: int, device: torch.device) -> int:
-    """A head size as the kernels take it: a multiple of ALIGNMENT, on a GPU at least LEAST_HEAD."""
-    return max(size + -size % ALIGNMENT, LEAST_HEAD if device.type == "cuda" else 0)
-
-
-def _padded(
-    keys: Sequence[Tensor], values: Sequence[Tensor], states: Sequence[Tensor | None]
-) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor | None]] | None:
-    """Inputs with zeros after K and V, which change nothing; None if there is room already."""
-    K, V = keys[0].shape[3], values[0].shape[3]
-    more_k, more_v = _room(K, keys[0].device) - K, _room(V, keys[0].device) - V
-    if not more_k and not more_v:
-        return None
-    wider = [None if x is None else pad(x, (0, more_v, 0, more_k)) for x in states]
-    return [pad(x, (0, more_k)) for x in keys], [pad(x, (0, more_v)) for x in values], wider
-
-
 def _gates(log_decay: Tensor | None, beta: Tensor) -> tuple[Tensor, Tensor]:
     beta = beta.to(torch.float32).contiguous()
     return (beta if log_decay is None else log_decay.to(torch.float32).contiguous()), beta
@@ -204,7 +178,7 @@ def _solve(
     table, packed = layout.chunk_table(beta)
     exact = q.device.type == "cuda"
     _gated_delta_rule_fwd_solve_kernel[(layout.chunks.count * layout.H,)](
-        q, k, gate, beta, kept.pairs, kept.gates, table, packed, *_strides(q, k), *layout.numbers, scale,
+        q, k, gate, beta, kept.pairs, kept.gates, table, packed, *strides(q, k), *layout.numbers, scale,
         LEVELS=layout.chunk.bit_length() - 1, SOLVE=layout.plan.inverse if exact else "ieee",
         **layout.constants, **layout.plan.solve.options(),
     )  # fmt: skip
@@ -224,7 +198,7 @@ def launch_forward(
 ) -> tuple[Tensor, Tensor, Kept]:
     """Output, final state, and with `keep` what `launch_backward` wants; arguments as those of the registered op."""
     K, V = q.shape[3], v.shape[3]
-    found = _padded((q, k), (v,), (initial_state,))
+    found = with_room((q, k), (v,), (initial_state,))
     if found is not None:
         (q, k), (v,), (before,) = found
         out, final, kept = launch_forward(q, k, v, log_decay, beta, scale, before, cu_seqlens, keep=keep)
@@ -261,7 +235,7 @@ def _run_forward_state(
         _gated_delta_rule_fwd_state_kernel[(programs * tiles,)](
             q, k, v, kept.pairs, kept.gates, final if before is None else before, out, final,
             kept.states if keep else out, kept.new if keep else out, kept.last, kept.summary, starts,
-            *layout.segment_table(final), *_strides(q, k, v), *layout.along, int(before is not None), scale,
+            *layout.segment_table(final), *strides(q, k, v), *layout.along, int(before is not None), scale,
             **constants, **layout.constants, **options,
         )  # fmt: skip
 
@@ -288,7 +262,7 @@ def launch_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, log_decay (of nothing if there is none), beta and the initial state."""
     K, V = q.shape[3], v.shape[3]
-    found = _padded((q, k), (v, d_out), (d_final, initial_state))
+    found = with_room((q, k), (v, d_out), (d_final, initial_state))
     if found is not None:
         (q, k), (v, d_out), (after, before) = found
         given = (q, k, v, log_decay, beta, scale, before, cu_seqlens, kept)
@@ -308,7 +282,7 @@ def launch_backward(
         q, k, v, d_out, gate, beta, kept.new, kept.states, d_states,
         d_initial if before is None else before, kept.last, d_initial if after is None else after,
         dq, dk, dv, d_gate, d_beta, table, packed,
-        *_strides(q, k, v, d_out), *layout.numbers, int(before is not None), int(after is not None), scale,
+        *strides(q, k, v, d_out), *layout.numbers, int(before is not None), int(after is not None), scale,
         **layout.constants, **layout.tiles(layout.plan.gradient),
     )  # fmt: skip
     return dq, dk, dv, (d_beta.new_empty(0) if log_decay is None else d_gate), d_beta, d_initial
@@ -329,7 +303,7 @@ def _run_backward_state(
     def run(ends: Tensor, summary: Tensor, **constants: bool) -> None:
         _gated_delta_rule_bwd_state_kernel[grid](
             q, k, d_out, kept.pairs, kept.gates, d_initial if after is None else after, dx, d_initial, d_states,
-            summary, ends, *layout.segment_table(dx), *_strides(q, k, d_out), *layout.along,
+            summary, ends, *layout.segment_table(dx), *strides(q, k, d_out), *layout.along,
             int(after is not None), scale, **constants, **options,
         )  # fmt: skip
 

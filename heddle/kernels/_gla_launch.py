@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
-from torch.nn.functional import pad
 
 from heddle.kernels._gla_bwd import _gla_gradient_kernel
 from heddle.kernels._gla_fwd import _gla_carry_kernel, _gla_prepare_kernel, _gla_sweep_kernel
-from heddle.kernels.common.layout import ALIGNMENT, aligned, block, dense_state
+from heddle.kernels.common.layout import aligned, block, dense_state, room, strides, with_room
 from heddle.kernels.common.segments import count_segments, cut, lay_out
 from heddle.kernels.common.tuning import tuned
 from heddle.kernels.configs.gla import INTERPRETER, Family, Plan, family
 from heddle.kernels.configs.launch import Launch
 
-# Narrower tiles beside wide ones are two layouts of one address, which ptxas 12.8 gets wrong:
-# docs/decisions/0005-ragged-heads.md.
-LEAST_HEAD = 64
 CARRY_BLOCK = 1024
 # Channels of keys treated at a time where all are independent: with more, registers would not do.
 KEY_TILE = 64
@@ -71,7 +66,7 @@ def prepared_like(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Memory for what is prepared, with K and V padded."""
     B, T, H, K = q.shape
-    K, V = (_room(size, q.device) for size in (K, v.shape[3]))
+    K, V = (room(size, q.device) for size in (K, v.shape[3]))
     sequences = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     chunk = plan(q.device, q.element_size(), max(K, V)).chunk
     chunks = count_segments(T, sequences, chunk, packed=cu_seqlens is not None)
@@ -82,7 +77,7 @@ def prepared_like(
 
 
 class _Call:
-    """What all launches over the same inputs are told.  K and V have room: see `_room`."""
+    """What all launches over the same inputs are told.  K and V have room: see `room`."""
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, cu_seqlens: Tensor | None) -> None:
         self.q, self.k, self.v, self.scale = q, k, v, scale
@@ -131,7 +126,7 @@ class _Call:
             _gla_prepare_kernel[(self.chunks.count * self.H,)](
                 self.q, self.k, log_decay, prepared.seen, prepared.left, self.totals(), prepared.scores,
                 prepared.ends, prepared.reach,
-                *self._chunk_table(), *_strides(self.q, self.k, log_decay), *self.numbers, self.scale,
+                *self._chunk_table(), *strides(self.q, self.k, log_decay), *self.numbers, self.scale,
                 HALVED=halved, **self.tiled, **self.plan.prepare.options(),
             )  # fmt: skip
         return prepared
@@ -167,7 +162,7 @@ class _Call:
             _gla_sweep_kernel[(segments.count * self.HV * triton.cdiv(self.V, columns),)](
                 *sides, values, prepared.scores, prepared.ends, final if given is None else given,
                 output, final, states, starts, logs, table, chunk_offsets, packed,
-                *_strides(values), *self.numbers, segments.per_sequence, segments.size, int(given is not None),
+                *strides(values), *self.numbers, segments.per_sequence, segments.size, int(given is not None),
                 V=self.V, ROWS=block(self.K), COLUMNS=columns, GROUP=self.HV // self.H, BACKWARD=backward,
                 **constants, **self.constants,
                 **launch.options(),
@@ -211,7 +206,7 @@ class _Call:
             _gla_gradient_kernel[(programs,)](
                 self.q, self.k, self.v, d_out, log_decay, self.totals(), *states,
                 *(dq if x is None else x for x in given), dq, dk, d_log_decay, prepared.reach,
-                *self._chunk_table(), *_strides(self.q, self.k, self.v, d_out, log_decay), *self.numbers,
+                *self._chunk_table(), *strides(self.q, self.k, self.v, d_out, log_decay), *self.numbers,
                 *(int(x is not None) for x in given), self.scale,
                 V=self.V, COLUMNS=min(launch.columns, block(self.V)), GROUP=self.HV // self.H, HALVED=halved,
                 **self.tiled, **launch.options(),
@@ -222,27 +217,6 @@ class _Call:
         """Table of the chunks, and `cu_seqlens`; anything where nothing is packed."""
         table, packed = self.chunks.table, self.cu_seqlens
         return (self.q if table is None else table), (self.q if packed is None else packed)
-
-
-def _strides(*tensors: Tensor) -> Sequence[int]:
-    return [stride for x in tensors for stride in x.stride()[:3]]
-
-
-def _room(size: int, device: torch.device) -> int:
-    """A head size as the kernels take it: a multiple of ALIGNMENT, on a GPU at least LEAST_HEAD."""
-    return max(size + -size % ALIGNMENT, LEAST_HEAD if device.type == "cuda" else 0)
-
-
-def _padded(
-    keys: Sequence[Tensor], values: Sequence[Tensor], states: Sequence[Tensor | None]
-) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor | None]] | None:
-    """Inputs with zeros after K and V, which change nothing; None if there is room already."""
-    K, V = keys[0].shape[3], values[0].shape[3]
-    more_k, more_v = _room(K, keys[0].device) - K, _room(V, keys[0].device) - V
-    if not more_k and not more_v:
-        return None
-    wider = [None if x is None else pad(x, (0, more_v, 0, more_k)) for x in states]
-    return [pad(x, (0, more_k)) for x in keys], [pad(x, (0, more_v)) for x in values], wider
 
 
 def launch_forward(
@@ -256,7 +230,7 @@ def launch_forward(
 ) -> tuple[Tensor, ...]:
     """Output, final state, and what the backward pass wants; arguments as those of the registered op."""
     K, V = q.shape[3], v.shape[3]
-    found = _padded((q, k, log_decay), (v,), (initial_state,))
+    found = with_room((q, k, log_decay), (v,), (initial_state,))
     if found is not None:
         (q, k, log_decay), (v,), (before,) = found
         out, final, *kept = launch_forward(q, k, v, log_decay, scale, before, cu_seqlens)
@@ -285,7 +259,7 @@ def launch_backward(
     What was `kept` is made again if it is empty.
     """
     K, V = q.shape[3], v.shape[3]
-    found = _padded((q, k, log_decay), (v, d_out), (d_final, initial_state))
+    found = with_room((q, k, log_decay), (v, d_out), (d_final, initial_state))
     if found is not None:
         (q, k, log_decay), (v, d_out), (after, before) = found
         wide = launch_backward(d_out, after, q, k, v, log_decay, scale, before, cu_seqlens, *kept)

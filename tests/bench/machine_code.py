@@ -36,9 +36,8 @@ from heddle.kernels import (
     _gla_fwd,
     _simple_gla_sweep,
 )
-from heddle.kernels._gated_delta_rule_launch import LEAST_HEAD
 from heddle.kernels._gla_launch import KEY_TILE
-from heddle.kernels.common.layout import ALIGNMENT, block
+from heddle.kernels.common.layout import ALIGNMENT, LEAST_HEAD, block
 from heddle.kernels.configs import decay_attention, gated_delta_rule, gla, simple_gla
 from heddle.kernels.configs.launch import Launch
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.slow
 
 
 # Kernels take long to interpret; this takes each road of them once. The two delta rules share theirs.

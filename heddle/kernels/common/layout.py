@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -9,6 +11,8 @@ from torch.nn.functional import pad
 # Triton then loads 16 bytes at a time, and ahead. Where it cannot, ptxas 12.8 gets kernels wrong:
 # docs/decisions/0005-ragged-heads.md.
 ALIGNMENT = 16
+# Narrower tiles beside wide ones are two layouts of one address, which ptxas 12.8 gets wrong as well.
+LEAST_HEAD = 64
 
 
 def block(size: int) -> int:
@@ -34,3 +38,28 @@ def padded(x: Tensor, *axes: int) -> Tensor:
 def dense_state(state: Tensor | None) -> Tensor | None:
     """A given state as kernels read it: float32, dense."""
     return None if state is None else state.to(torch.float32).contiguous()
+
+
+def strides(*tensors: Tensor) -> list[int]:
+    """The strides of the first three axes of each, as kernels are told them."""
+    return [stride for x in tensors for stride in x.stride()[:3]]
+
+
+def room(size: int, device: torch.device) -> int:
+    """A head size as kernels with tiles of keys and of values take it: a multiple of ALIGNMENT, on a GPU at least LEAST_HEAD."""
+    return max(size + -size % ALIGNMENT, LEAST_HEAD if device.type == "cuda" else 0)
+
+
+def with_room(
+    keys: Sequence[Tensor], values: Sequence[Tensor], states: Sequence[Tensor | None]
+) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor | None]] | None:
+    """Inputs with zeros after K and V, which change nothing; None if there is room already.
+
+    Shapes:  keys: [B, T, *, K];  values: [B, T, *, V];  states: [N, *, K, V]
+    """
+    K, V = keys[0].shape[3], values[0].shape[3]
+    more_k, more_v = room(K, keys[0].device) - K, room(V, keys[0].device) - V
+    if not more_k and not more_v:
+        return None
+    wider = [None if x is None else pad(x, (0, more_v, 0, more_k)) for x in states]
+    return [pad(x, (0, more_k)) for x in keys], [pad(x, (0, more_v)) for x in values], wider
