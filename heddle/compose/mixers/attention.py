@@ -22,7 +22,7 @@ from heddle.compose.modules.in_view import attend_in_view, keys_so_far
 from heddle.compose.modules.masks import View, distances, key_mask, real_keys
 from heddle.compose.modules.norm import RMSNorm
 from heddle.compose.modules.precision import wide
-from heddle.compose.modules.rope import rotate, scaling_key
+from heddle.compose.modules.rope import rotary_key, rotate
 from heddle.compose.modules.rows import RowsOut
 from heddle.compose.modules.selection import Places, choose_blocks
 from heddle.compose.modules.site import Site
@@ -83,7 +83,7 @@ class AttentionModule(Initialised):
         )
         self.keys_from, self.values_from, self.selection = keys_from, values_from, dict(selection or {})
         self.takes = _taken(keys_from, values_from, self.selection.get("source"))
-        self.rotary, self.norms_jointly = _rotary(rope, head_dim), qk_norm == "full"
+        self.rotary, self.norms_jointly = rotary_key(rope, head_dim), qk_norm == "full"
         self._make(site, queries=heads * (2 if gate else 1), bias=bias, norm=qk_norm is not False)
         self.sinks = nn.Parameter(torch.empty(heads)) if sinks else None
         self.value_share = nn.Parameter(torch.empty(1)) if values_from is not None else None
@@ -225,12 +225,3 @@ def _taken(keys: int | None, values: int | None, indices: int | None) -> tuple[t
     """What is taken of which earlier layers, as the keys of `Call.handed`."""
     taken = [("keys", keys), ("values", keys), ("values", values), ("indices", indices)]
     return tuple((what, layer) for what, layer in taken if layer is not None)
-
-
-def _rotary(rope: Mapping[str, Any] | None, head_dim: int) -> tuple[Any, ...] | None:
-    """The arguments of `Call.rotary_tables`, None if nothing turns."""
-    # Features turn in pairs.
-    turned = 0 if rope is None else int(rope["fraction"] * head_dim) // 2 * 2
-    if rope is None or turned == 0:
-        return None
-    return turned, float(rope["theta"]), scaling_key(rope.get("scaling"))

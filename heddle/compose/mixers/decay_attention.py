@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from heddle.compose.cache import Call, PreallocatedRecurrentLayer, RecurrentLayer, StateLayer
+from heddle.compose.cache import Call, RecurrentLayer, StateLayer
 from heddle.compose.init import Initialised, fill
+from heddle.compose.modules.memory import filled_memory, remember
 from heddle.compose.modules.norm import RMSNorm
-from heddle.compose.modules.precision import Float32Kept, wide, wide_dtype
+from heddle.compose.modules.precision import Float32Kept, wide
 from heddle.compose.modules.rope import rotate
 from heddle.compose.modules.short_conv import ShortConv
 from heddle.compose.modules.site import Site
@@ -64,18 +65,11 @@ class DecayAttentionModule(Initialised, Float32Kept):
             tables = call.rotary_tables(self.head_dim // 2 * 2, ROPE_THETA)
             q, k = rotate(wide(q), tables).to(v.dtype), rotate(wide(k), tables).to(v.dtype)
         # A token that is not written adds nothing; the memory decays all the same.
-        o = self._gated(self._remember(q, k, call.hide_unwritten(v), call), self.gate_proj(x))
+        sides = (q, k, call.hide_unwritten(v), self.log_decay)
+        o = remember(decay_attention, decay_attention_step, *sides, call=call, scale=self.scale)
+        o = self._gated(o, self.gate_proj(x))
         y: Tensor = self.o_proj(self.heads_out(call.gated(o)).flatten(2))
         return y
-
-    def _remember(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
-        past = call.state("memory")
-        if past is not None and q.shape[1] == 1:
-            o, state = decay_attention_step(q, k, v, self.log_decay, past, scale=self.scale)
-        else:
-            o, state = decay_attention(q, k, v, self.log_decay, scale=self.scale, initial_state=past)
-        call.keep(memory=state)
-        return o
 
     def _gated(self, o: Tensor, gate: Tensor) -> Tensor:
         """Norm, then gate.  Shapes:  o, out: [B, T, H, K];  gate: [B, T, H K]"""
@@ -94,10 +88,7 @@ class DecayAttentionModule(Initialised, Float32Kept):
     def filled_cache(self, batch: int, context: int, like: Tensor) -> StateLayer:
         """A cache of random states after `context` tokens, whose step repeats."""
         memory = (batch, self.heads, self.head_dim, self.head_dim)
-        states = {"memory": like.new_empty(memory, dtype=wide_dtype(like.dtype)).normal_()}
-        if self.conv is not None:
-            states["conv"] = like.new_empty(batch, *self.conv.state_shape()).normal_()
-        return PreallocatedRecurrentLayer(states, context=context)
+        return filled_memory(memory, context, like, conv=self.conv)
 
     def kernel_path(self, device: torch.device, dtype: torch.dtype) -> str:
         """The name of the code that does the mixing."""

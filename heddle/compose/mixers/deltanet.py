@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from heddle.compose.cache import Call, PreallocatedRecurrentLayer, RecurrentLayer, StateLayer
+from heddle.compose.cache import Call, RecurrentLayer, StateLayer
+from heddle.compose.modules.memory import filled_memory, remember
 from heddle.compose.modules.norm import RMSNorm, l2_norm
-from heddle.compose.modules.precision import wide, wide_dtype
+from heddle.compose.modules.precision import wide
 from heddle.compose.modules.short_conv import ShortConv
 from heddle.compose.modules.site import Site
 from heddle.kernels.delta_rule import delta_rule, delta_rule_step
@@ -55,20 +56,11 @@ class DeltaNetModule(nn.Module):
         q, k, v = (side.unflatten(-1, (self.heads, -1)) for side in qkv.split(self.sizes, dim=-1))
         # A token that is not written neither erases nor writes.
         beta = call.hide_unwritten(torch.sigmoid(wide(self.b_proj(x))) * self.beta_max)
-        o = self.norm(self._remember(l2_norm(q), l2_norm(k), v, beta, call))
+        o = self.norm(remember(delta_rule, delta_rule_step, l2_norm(q), l2_norm(k), v, beta, call=call))
         if self.z_proj is not None:
             o = o * F.silu(self.z_proj(x)).view_as(o)
         y: Tensor = self.o_proj(self.heads_out(call.gated(o)).flatten(2))
         return y
-
-    def _remember(self, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, call: Call) -> Tensor:
-        past = call.state("memory")
-        if past is not None and q.shape[1] == 1:
-            o, state = delta_rule_step(q, k, v, beta, past)
-        else:
-            o, state = delta_rule(q, k, v, beta, initial_state=past)
-        call.keep(memory=state)
-        return o
 
     def new_cache(self) -> StateLayer:
         return RecurrentLayer()
@@ -76,10 +68,7 @@ class DeltaNetModule(nn.Module):
     def filled_cache(self, batch: int, context: int, like: Tensor) -> StateLayer:
         """A cache of random states after `context` tokens, whose step repeats."""
         memory = (batch, self.heads, self.head_dim, self.value_dim)
-        states = {"memory": like.new_empty(memory, dtype=wide_dtype(like.dtype)).normal_()}
-        if self.conv is not None:
-            states["conv"] = like.new_empty(batch, *self.conv.state_shape()).normal_()
-        return PreallocatedRecurrentLayer(states, context=context)
+        return filled_memory(memory, context, like, conv=self.conv)
 
     def kernel_path(self, device: torch.device, dtype: torch.dtype) -> str:
         """The name of the code that does the mixing."""

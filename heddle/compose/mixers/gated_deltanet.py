@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from heddle.compose.cache import Call, PreallocatedRecurrentLayer, RecurrentLayer, StateLayer
+from heddle.compose.cache import Call, RecurrentLayer, StateLayer
 from heddle.compose.init import Initialised, fill
+from heddle.compose.modules.memory import filled_memory, remember
 from heddle.compose.modules.norm import RMSNorm, l2_norm
-from heddle.compose.modules.precision import Float32Kept, wide, wide_dtype
+from heddle.compose.modules.precision import Float32Kept, wide
 from heddle.compose.modules.short_conv import ShortConv
 from heddle.compose.modules.site import Site
 from heddle.kernels.gated_delta_rule import gated_delta_rule, gated_delta_rule_step
@@ -67,7 +68,8 @@ class GatedDeltaNetModule(Initialised, Float32Kept):
         x = call.hide_padding(x)
         q, k, v = self.conv(self.qkv_proj(x), call).split(self.sizes, dim=-1)
         q, k = (l2_norm(side.unflatten(-1, (self.heads, -1))) for side in (q, k))
-        o = self._remember(q, k, v.unflatten(-1, (self.value_heads, -1)), *self._gates(x, call), call=call)
+        sides = (q, k, v.unflatten(-1, (self.value_heads, -1)), *self._gates(x, call))
+        o = remember(gated_delta_rule, gated_delta_rule_step, *sides, call=call)
         z = self.z_proj(x).unflatten(-1, (self.value_heads, -1))
         y: Tensor = self.o_proj(self.heads_out(call.gated(self.norm(o) * F.silu(z))).flatten(2))
         return y
@@ -79,17 +81,6 @@ class GatedDeltaNetModule(Initialised, Float32Kept):
         """
         log_decay = -torch.exp(wide(self.A_log)) * F.softplus(wide(self.a_proj(x)) + self.dt_bias)
         return log_decay, call.hide_unwritten(torch.sigmoid(wide(self.b_proj(x))) * self.beta_max)
-
-    def _remember(
-        self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, *, call: Call
-    ) -> Tensor:
-        past = call.state("memory")
-        if past is not None and q.shape[1] == 1:
-            o, state = gated_delta_rule_step(q, k, v, log_decay, beta, past)
-        else:
-            o, state = gated_delta_rule(q, k, v, log_decay, beta, initial_state=past)
-        call.keep(memory=state)
-        return o
 
     def initialise(self, std: float) -> None:  # noqa: ARG002 - rates have ranges of their own
         rates = torch.empty_like(self.A_log).uniform_(*DECAY_RATES)
@@ -104,11 +95,7 @@ class GatedDeltaNetModule(Initialised, Float32Kept):
     def filled_cache(self, batch: int, context: int, like: Tensor) -> StateLayer:
         """A cache of random states after `context` tokens, whose step repeats."""
         memory = (batch, self.value_heads, self.head_dim, self.value_dim)
-        states = {
-            "conv": like.new_empty(batch, *self.conv.state_shape()).normal_(),
-            "memory": like.new_empty(memory, dtype=wide_dtype(like.dtype)).normal_(),
-        }
-        return PreallocatedRecurrentLayer(states, context=context)
+        return filled_memory(memory, context, like, conv=self.conv)
 
     def kernel_path(self, device: torch.device, dtype: torch.dtype) -> str:
         """The name of the code that does the mixing."""

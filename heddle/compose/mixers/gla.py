@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from heddle.compose.cache import Call, PreallocatedRecurrentLayer, RecurrentLayer, StateLayer
+from heddle.compose.cache import Call, RecurrentLayer, StateLayer
+from heddle.compose.modules.memory import filled_memory, remember
 from heddle.compose.modules.norm import RMSNorm
-from heddle.compose.modules.precision import wide, wide_dtype
+from heddle.compose.modules.precision import wide
 from heddle.compose.modules.short_conv import ShortConv
 from heddle.compose.modules.site import Site
 from heddle.kernels.gla import gla, gla_step
@@ -57,19 +58,10 @@ class GlaModule(nn.Module):
         q, k, v = (side.unflatten(-1, (self.heads, -1)) for side in qkv.split(self.sizes, dim=-1))
         log_decay = F.logsigmoid(wide(self.decay_up(self.decay_down(x)))).view(q.shape) / ROOT
         # A token that is not written adds nothing; the memory decays all the same.
-        o = self.norm(self._remember(q, k, call.hide_unwritten(v), log_decay, call))
+        o = self.norm(remember(gla, gla_step, q, k, call.hide_unwritten(v), log_decay, call=call))
         o = o * F.silu(self.z_proj(x)).view_as(o)
         y: Tensor = self.o_proj(self.heads_out(call.gated(o)).flatten(2))
         return y
-
-    def _remember(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, call: Call) -> Tensor:
-        past = call.state("memory")
-        if past is not None and q.shape[1] == 1:
-            o, state = gla_step(q, k, v, log_decay, past)
-        else:
-            o, state = gla(q, k, v, log_decay, initial_state=past)
-        call.keep(memory=state)
-        return o
 
     def new_cache(self) -> StateLayer:
         return RecurrentLayer()
@@ -77,10 +69,7 @@ class GlaModule(nn.Module):
     def filled_cache(self, batch: int, context: int, like: Tensor) -> StateLayer:
         """A cache of random states after `context` tokens, whose step repeats."""
         memory = (batch, self.heads, self.head_dim, self.value_dim)
-        states = {"memory": like.new_empty(memory, dtype=wide_dtype(like.dtype)).normal_()}
-        if self.conv is not None:
-            states["conv"] = like.new_empty(batch, *self.conv.state_shape()).normal_()
-        return PreallocatedRecurrentLayer(states, context=context)
+        return filled_memory(memory, context, like, conv=self.conv)
 
     def kernel_path(self, device: torch.device, dtype: torch.dtype) -> str:
         """The name of the code that does the mixing."""

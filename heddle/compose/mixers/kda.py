@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from heddle.compose.cache import Call, PreallocatedRecurrentLayer, RecurrentLayer, StateLayer
+from heddle.compose.cache import Call, RecurrentLayer, StateLayer
 from heddle.compose.init import Initialised, fill
+from heddle.compose.modules.memory import filled_memory, remember
 from heddle.compose.modules.norm import RMSNorm, l2_norm
-from heddle.compose.modules.precision import Float32Kept, wide, wide_dtype
+from heddle.compose.modules.precision import Float32Kept, wide
 from heddle.compose.modules.short_conv import ShortConv
 from heddle.compose.modules.site import Site
 from heddle.kernels.kda import kda, kda_step
@@ -69,7 +70,8 @@ class KdaModule(Initialised, Float32Kept):
         q, k, v = (side.unflatten(-1, (self.heads, -1)) for side in qkv)
         # A token that is not written neither erases nor writes; the memory decays all the same.
         beta = call.hide_unwritten(torch.sigmoid(wide(self.b_proj(x))))
-        o = self.norm(self._remember(l2_norm(q), l2_norm(k), v, self._log_decay(x), beta, call=call))
+        sides = (l2_norm(q), l2_norm(k), v, self._log_decay(x), beta)
+        o = self.norm(remember(kda, kda_step, *sides, call=call))
         o = o * torch.sigmoid(self.z_up(self.z_down(x))).view_as(o)
         y: Tensor = self.o_proj(self.heads_out(call.gated(o)).flatten(2))
         return y
@@ -81,17 +83,6 @@ class KdaModule(Initialised, Float32Kept):
         if self.lower_bound is None:
             return -rate * F.softplus(step)
         return self.lower_bound * torch.sigmoid(rate * step)
-
-    def _remember(
-        self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, *, call: Call
-    ) -> Tensor:
-        past = call.state("memory")
-        if past is not None and q.shape[1] == 1:
-            o, state = kda_step(q, k, v, log_decay, beta, past)
-        else:
-            o, state = kda(q, k, v, log_decay, beta, initial_state=past)
-        call.keep(memory=state)
-        return o
 
     def initialise(self, std: float) -> None:  # noqa: ARG002 - rates have ranges of their own
         rates = torch.empty_like(self.A_log).uniform_(*DECAY_RATES).log()
@@ -106,11 +97,7 @@ class KdaModule(Initialised, Float32Kept):
     def filled_cache(self, batch: int, context: int, like: Tensor) -> StateLayer:
         """A cache of random states after `context` tokens, whose step repeats."""
         memory = (batch, self.heads, self.head_dim, self.value_dim)
-        states = {
-            "conv": like.new_empty(batch, *self.conv.state_shape()).normal_(),
-            "memory": like.new_empty(memory, dtype=wide_dtype(like.dtype)).normal_(),
-        }
-        return PreallocatedRecurrentLayer(states, context=context)
+        return filled_memory(memory, context, like, conv=self.conv)
 
     def kernel_path(self, device: torch.device, dtype: torch.dtype) -> str:
         """The name of the code that does the mixing."""

@@ -14,15 +14,15 @@ from heddle.compose.cache import (
     CompositeLayer,
     KVLayer,
     PreallocatedKVLayer,
-    PreallocatedRecurrentLayer,
     RecurrentLayer,
     StateLayer,
 )
 from heddle.compose.modules.in_view import attend_in_view, keys_so_far
 from heddle.compose.modules.masks import View
+from heddle.compose.modules.memory import filled_memory, remember
 from heddle.compose.modules.norm import RMSNorm
-from heddle.compose.modules.precision import wide, wide_dtype
-from heddle.compose.modules.rope import rotate, scaling_key
+from heddle.compose.modules.precision import wide
+from heddle.compose.modules.rope import rotary_key, rotate
 from heddle.compose.modules.site import Site
 from heddle.compose.modules.softmax import softmax_attention
 from heddle.kernels.gla import gla, gla_step
@@ -59,7 +59,7 @@ class LigerModule(nn.Module):
     ) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head_dim, self.share = heads, kv_heads, head_dim, share
-        self.view, self.rope = View(window), None if rope is None else dict(rope)
+        self.view, self.rotary = View(window), rotary_key(rope, head_dim)
         self.q_proj, self.k_proj, self.v_proj = (
             nn.Linear(site.hidden_size, count * head_dim, bias=bias != "none")
             for count in (heads, kv_heads, kv_heads)
@@ -87,19 +87,13 @@ class LigerModule(nn.Module):
         sides = (torch.softmax(k, dim=-1).to(v.dtype), v, F.logsigmoid(k) / ROOT)
         group = self.heads // self.kv_heads
         key, v, log_decay = (side.repeat_interleave(group, dim=2) for side in sides)
-        query, past = torch.softmax(q, dim=-1).to(v.dtype), call.state("memory")
-        if past is not None and q.shape[1] == 1:
-            o, state = gla_step(query, key, v, log_decay, past, scale=1.0)
-        else:
-            o, state = gla(query, key, v, log_decay, scale=1.0, initial_state=past)
-        call.keep(memory=state)
-        return o
+        query = torch.softmax(q, dim=-1).to(v.dtype)
+        return remember(gla, gla_step, query, key, v, log_decay, call=call, scale=1.0)
 
     def _window(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         """Shapes:  as those of `_recurrence`"""
-        if self.rope is not None:
-            turned, theta = int(self.rope["fraction"] * self.head_dim), float(self.rope["theta"])
-            tables = call.rotary_tables(turned, theta, scaling_key(self.rope.get("scaling")))
+        if self.rotary is not None:
+            tables = call.rotary_tables(*self.rotary)
             q, k = rotate(q, tables), rotate(k, tables)
         q, k, v = (side.to(v.dtype).transpose(1, 2) for side in (q, k, v))
         held = keys_so_far(k, v, call.part(WINDOW))
@@ -115,9 +109,7 @@ class LigerModule(nn.Module):
 
     def filled_cache(self, batch: int, context: int, like: Tensor) -> StateLayer:
         """A cache of random contents after `context` tokens, whose step repeats."""
-        memory = (batch, self.heads, self.head_dim, self.head_dim)
-        states = {"memory": like.new_empty(memory, dtype=wide_dtype(like.dtype)).normal_()}
-        own = PreallocatedRecurrentLayer(states, context=context)
+        own = filled_memory((batch, self.heads, self.head_dim, self.head_dim), context, like)
         if self.share == 1.0:
             return own
         window = self.view.window

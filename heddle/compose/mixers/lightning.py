@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from heddle.compose.cache import Call, PreallocatedRecurrentLayer, RecurrentLayer, StateLayer
+from heddle.compose.cache import Call, RecurrentLayer, StateLayer
 from heddle.compose.init import Initialised, fill
+from heddle.compose.modules.memory import filled_memory, remember
 from heddle.compose.modules.norm import RMSNorm
-from heddle.compose.modules.precision import Float32Kept, wide_dtype
+from heddle.compose.modules.precision import Float32Kept
 from heddle.compose.modules.short_conv import ShortConv
 from heddle.compose.modules.site import Site
 from heddle.kernels.decay_attention import decay_attention, decay_attention_step
@@ -53,19 +54,11 @@ class LightningModule(Initialised, Float32Kept):
         qkv = F.silu(qkv) if self.conv is None else self.conv(qkv, call)
         q, k, v = qkv.unflatten(-1, (self.heads, 3, self.head_dim)).unbind(3)
         # A token that is not written adds nothing; the memory decays all the same.
-        o = self._remember(q, k, call.hide_unwritten(v), call)
+        sides = (q, k, call.hide_unwritten(v), self.log_decay)
+        o = remember(decay_attention, decay_attention_step, *sides, call=call, scale=1.0)
         o = (self.norm(o.flatten(2)) * torch.sigmoid(self.gate_proj(x))).view_as(o)
         y: Tensor = self.o_proj(self.heads_out(call.gated(o)).flatten(2))
         return y
-
-    def _remember(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
-        past = call.state("memory")
-        if past is not None and q.shape[1] == 1:
-            o, state = decay_attention_step(q, k, v, self.log_decay, past, scale=1.0)
-        else:
-            o, state = decay_attention(q, k, v, self.log_decay, scale=1.0, initial_state=past)
-        call.keep(memory=state)
-        return o
 
     def initialise(self, std: float) -> None:  # noqa: ARG002 - the decays are fixed
         fill(self.log_decay, log_decays(self.slopes, self.heads, self.site))
@@ -76,10 +69,7 @@ class LightningModule(Initialised, Float32Kept):
     def filled_cache(self, batch: int, context: int, like: Tensor) -> StateLayer:
         """A cache of random states after `context` tokens, whose step repeats."""
         memory = (batch, self.heads, self.head_dim, self.head_dim)
-        states = {"memory": like.new_empty(memory, dtype=wide_dtype(like.dtype)).normal_()}
-        if self.conv is not None:
-            states["conv"] = like.new_empty(batch, *self.conv.state_shape()).normal_()
-        return PreallocatedRecurrentLayer(states, context=context)
+        return filled_memory(memory, context, like, conv=self.conv)
 
     def kernel_path(self, device: torch.device, dtype: torch.dtype) -> str:
         """The name of the code that does the mixing."""

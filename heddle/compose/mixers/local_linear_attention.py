@@ -11,9 +11,10 @@ from torch.nn import functional as F
 
 from heddle.compose.cache import Call, KVLayer, PreallocatedKVLayer, StateLayer
 from heddle.compose.init import Initialised, fill
+from heddle.compose.modules.in_view import keys_so_far
 from heddle.compose.modules.norm import RMSNorm
 from heddle.compose.modules.precision import wide
-from heddle.compose.modules.rope import rotate, scaling_key
+from heddle.compose.modules.rope import rotary_key, rotate
 from heddle.compose.modules.site import Site
 from heddle.kernels.local_linear_attention import local_linear_attention
 
@@ -46,7 +47,7 @@ class LocalLinearAttentionModule(Initialised):
     ) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
-        self.rope, self.ridge, self.window = None if rope is None else dict(rope), ridge, window
+        self.rotary, self.ridge, self.window = rotary_key(rope, head_dim), ridge, window
         self.q_proj = nn.Linear(site.hidden_size, heads * head_dim, bias=False)
         self.k_proj = nn.Linear(site.hidden_size, kv_heads * head_dim, bias=False)
         self.v_proj = nn.Linear(site.hidden_size, kv_heads * head_dim, bias=False)
@@ -64,7 +65,7 @@ class LocalLinearAttentionModule(Initialised):
         slope = None
         if self.slope_weight is not None:
             slope = self._placed(F.linear(u, self.slope_weight), self.heads, None, call)
-        k, v, written = self._remember(k, v, call)
+        k, v, written = keys_so_far(k, v, call)
         real = None if call.key_padding is None else call.key_padding[:, -k.shape[2] :] > 0
         o = local_linear_attention(
             q, k, v, slope=slope, ridge=self.ridge, window=self.window, real=real, written=written
@@ -76,23 +77,9 @@ class LocalLinearAttentionModule(Initialised):
         """Shapes:  x: [B, T, heads d];  out: [B, heads, T, d]"""
         x = x.view(*x.shape[:2], heads, self.head_dim)
         y = x if norm is None else norm(wide(x))
-        if self.rope is not None:
-            turned = int(self.rope["fraction"] * self.head_dim)
-            tables = call.rotary_tables(
-                turned, float(self.rope["theta"]), scaling_key(self.rope.get("scaling"))
-            )
-            y = rotate(wide(y), tables)
+        if self.rotary is not None:
+            y = rotate(wide(y), call.rotary_tables(*self.rotary))
         return y.to(x.dtype).transpose(1, 2)
-
-    def _remember(self, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Keys and values of these and the earlier tokens, and which of them are written; None for all."""
-        written, tokens = call.written, k.shape[2]
-        if isinstance(call.cache, KVLayer):
-            k, v = call.cache.update(k, v)
-            if written is not None or call.cache.written is not None:
-                written = k.new_ones(k.shape[0], tokens) if written is None else written
-                written = call.cache.mark(written, k.shape[2] - tokens)
-        return k, v, written
 
     def initialise(self, std: float) -> None:  # noqa: ARG002 - a slope begins as that of softmax attention
         if self.slope_weight is not None:

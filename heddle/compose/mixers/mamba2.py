@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from heddle.compose.cache import Call, PreallocatedRecurrentLayer, RecurrentLayer, StateLayer
+from heddle.compose.cache import Call, RecurrentLayer, StateLayer
 from heddle.compose.init import Initialised, fill
+from heddle.compose.modules.memory import filled_memory, remember
 from heddle.compose.modules.norm import RMSNorm
 from heddle.compose.modules.precision import Float32Kept, wide, wide_dtype
 from heddle.compose.modules.short_conv import ShortConv
@@ -84,13 +85,7 @@ class Mamba2Module(Initialised, Float32Kept):
         v = call.hide_unwritten((wide(x) * dt[..., None]).to(x.dtype))
         c, b = (side.reshape(*side.shape[:2], self.groups, self.state_dim) for side in (c, b))
         log_decay = -torch.exp(wide(self.A_log)) * dt
-        past = call.state("memory")
-        if past is not None and v.shape[1] == 1:
-            o, state = simple_gla_step(c, b, v, log_decay, past, scale=1.0)
-        else:
-            o, state = simple_gla(c, b, v, log_decay, scale=1.0, initial_state=past)
-        call.keep(memory=state)
-        return o
+        return remember(simple_gla, simple_gla_step, c, b, v, log_decay, call=call, scale=1.0)
 
     def _gated(self, o: Tensor, z: Tensor) -> Tensor:
         """Norm and gate.  Shapes:  o, z, out: [B, T, HV V], float32"""
@@ -113,11 +108,7 @@ class Mamba2Module(Initialised, Float32Kept):
     def filled_cache(self, batch: int, context: int, like: Tensor) -> StateLayer:
         """A cache of random states after `context` tokens, whose step repeats."""
         memory = (batch, self.heads, self.state_dim, self.head_dim)
-        states = {
-            "conv": like.new_empty(batch, *self.conv.state_shape()).normal_(),
-            "memory": like.new_empty(memory, dtype=wide_dtype(like.dtype)).normal_(),
-        }
-        return PreallocatedRecurrentLayer(states, context=context)
+        return filled_memory(memory, context, like, conv=self.conv)
 
     def kernel_path(self, device: torch.device, dtype: torch.dtype) -> str:
         """The name of the code that does the mixing."""

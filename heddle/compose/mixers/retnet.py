@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from heddle.compose.cache import Call, PreallocatedRecurrentLayer, RecurrentLayer, StateLayer
+from heddle.compose.cache import Call, RecurrentLayer, StateLayer
 from heddle.compose.init import Initialised, fill
+from heddle.compose.modules.memory import filled_memory, remember
 from heddle.compose.modules.norm import RMSNorm
-from heddle.compose.modules.precision import Float32Kept, wide, wide_dtype
-from heddle.compose.modules.rope import rotate, scaling_key
+from heddle.compose.modules.precision import Float32Kept, wide
+from heddle.compose.modules.rope import rotary_key, rotate
 from heddle.compose.modules.short_conv import ShortConv
 from heddle.compose.modules.site import Site
 from heddle.kernels.decay_attention import decay_attention, decay_attention_step
@@ -46,7 +47,7 @@ class RetNetModule(Initialised, Float32Kept):
         super().__init__()
         self.heads, self.head_dim, self.value_dim = heads, head_dim, value_dim
         self.sizes = (heads * head_dim, heads * head_dim, heads * value_dim)
-        self.rope = None if rope is None else dict(rope)
+        self.rotary = rotary_key(rope, head_dim)
         self.qkv_proj = nn.Linear(site.hidden_size, sum(self.sizes), bias=False)
         self.gate_proj = nn.Linear(site.hidden_size, heads * value_dim, bias=False)
         self.conv = None if short_conv is None else ShortConv(sum(self.sizes), short_conv)
@@ -63,26 +64,14 @@ class RetNetModule(Initialised, Float32Kept):
         qkv = qkv if self.conv is None else self.conv(qkv, call)
         q, k, v = (side.unflatten(-1, (self.heads, -1)) for side in qkv.split(self.sizes, dim=-1))
         # A token that is not written adds nothing; the memory decays all the same.
-        o = self._remember(self._turned(q, call), self._turned(k, call), call.hide_unwritten(v), call)
+        sides = (self._turned(q, call), self._turned(k, call), call.hide_unwritten(v), self.log_decay)
+        o = remember(decay_attention, decay_attention_step, *sides, call=call)
         o = self.norm(o) * F.silu(self.gate_proj(x)).view_as(o)
         y: Tensor = self.o_proj(self.heads_out(call.gated(o)).flatten(2))
         return y
 
     def _turned(self, x: Tensor, call: Call) -> Tensor:
-        if self.rope is None:
-            return x
-        turned = int(self.rope["fraction"] * self.head_dim)
-        tables = call.rotary_tables(turned, self.rope["theta"], scaling_key(self.rope.get("scaling")))
-        return rotate(wide(x), tables).to(x.dtype)
-
-    def _remember(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
-        past = call.state("memory")
-        if past is not None and q.shape[1] == 1:
-            o, state = decay_attention_step(q, k, v, self.log_decay, past)
-        else:
-            o, state = decay_attention(q, k, v, self.log_decay, initial_state=past)
-        call.keep(memory=state)
-        return o
+        return x if self.rotary is None else rotate(wide(x), call.rotary_tables(*self.rotary)).to(x.dtype)
 
     def initialise(self, std: float) -> None:  # noqa: ARG002 - the decays are fixed
         fill(self.log_decay, log_decays(self.heads))
@@ -93,10 +82,7 @@ class RetNetModule(Initialised, Float32Kept):
     def filled_cache(self, batch: int, context: int, like: Tensor) -> StateLayer:
         """A cache of random states after `context` tokens, whose step repeats."""
         memory = (batch, self.heads, self.head_dim, self.value_dim)
-        states = {"memory": like.new_empty(memory, dtype=wide_dtype(like.dtype)).normal_()}
-        if self.conv is not None:
-            states["conv"] = like.new_empty(batch, *self.conv.state_shape()).normal_()
-        return PreallocatedRecurrentLayer(states, context=context)
+        return filled_memory(memory, context, like, conv=self.conv)
 
     def kernel_path(self, device: torch.device, dtype: torch.dtype) -> str:
         """The name of the code that does the mixing."""

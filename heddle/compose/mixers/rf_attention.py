@@ -16,7 +16,7 @@ from heddle.compose.modules.frozen import FrozenProjection
 from heddle.compose.modules.in_view import attend_in_view, keys_so_far
 from heddle.compose.modules.masks import View, distances, key_mask, real_keys
 from heddle.compose.modules.precision import wide
-from heddle.compose.modules.rope import rotate, scaling_key
+from heddle.compose.modules.rope import rotary_key, rotate
 from heddle.compose.modules.site import Site
 from heddle.compose.modules.softmax import softmax_attention
 
@@ -52,7 +52,7 @@ class RfAttentionModule(Initialised):
     ) -> None:
         super().__init__()
         self.heads, self.head_dim, self.score, self.scale = heads, head_dim, score, scale
-        self.rope, self.detached = None if rope is None else dict(rope), detached
+        self.rotary, self.detached = rotary_key(rope, head_dim), detached
         frozen = partial(FrozenProjection, site, heads=heads, head_dim=head_dim, seed=seed)
         self.q_proj, self.k_proj = frozen(noise=0.0), frozen(noise=key_noise)
         self.v_proj = nn.Linear(site.hidden_size, heads * head_dim, bias=False)
@@ -81,10 +81,8 @@ class RfAttentionModule(Initialised):
 
     def _turned(self, x: Tensor, call: Call) -> Tensor:
         """Shapes:  x, out: [B, T, H, d], out wide"""
-        if self.rope is None:
-            return wide(x)
-        turned, theta = int(self.rope["fraction"] * self.head_dim), float(self.rope["theta"])
-        return rotate(wide(x), call.rotary_tables(turned, theta, scaling_key(self.rope.get("scaling"))))
+        x = wide(x)
+        return x if self.rotary is None else rotate(x, call.rotary_tables(*self.rotary))
 
     def _by_relu(self, q: Tensor, held: tuple[Tensor, Tensor, Tensor | None], call: Call) -> Tensor:
         """Shapes:  q, out: [B, H, T, d];  held: as `keys_so_far` gives it"""

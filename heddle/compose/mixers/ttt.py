@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from heddle.compose.cache import Call, PreallocatedRecurrentLayer, RecurrentLayer, StateLayer
+from heddle.compose.cache import Call, RecurrentLayer, StateLayer
 from heddle.compose.init import Initialised, fill, normal
+from heddle.compose.modules.memory import MEMORY, filled_memory
 from heddle.compose.modules.norm import RMSNorm, l2_norm
-from heddle.compose.modules.precision import wide, wide_dtype
+from heddle.compose.modules.precision import wide
 from heddle.compose.modules.short_conv import ShortConv
 from heddle.compose.modules.site import Site
 from heddle.kernels.ttt import ttt
@@ -101,12 +102,9 @@ class TttModule(Initialised):
     def filled_cache(self, batch: int, context: int, like: Tensor) -> StateLayer:
         """A cache of random states after `context` tokens, whose step repeats; its chunk has just begun."""
         numbers = (2 if self.momentum_proj is None else 3) * self.weight[0].numel() + 2
-        memory = like.new_empty(batch, self.heads, numbers, dtype=wide_dtype(like.dtype)).normal_()
-        memory[..., -1] = 0.0
-        states = {"memory": memory}
-        if self.conv is not None:
-            states["conv"] = like.new_empty(batch, *self.conv.state_shape()).normal_()
-        return PreallocatedRecurrentLayer(states, context=context)
+        made = filled_memory((batch, self.heads, numbers), context, like, conv=self.conv)
+        made.states[MEMORY][..., -1] = 0.0
+        return made
 
     def kernel_path(self, device: torch.device, dtype: torch.dtype) -> str:
         """The name of the code that does the mixing."""

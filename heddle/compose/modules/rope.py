@@ -19,6 +19,15 @@ def scaling_key(scaling: Mapping[str, Hashable] | None) -> Scaling | None:
     return None if scaling is None else tuple(sorted(scaling.items()))
 
 
+def rotary_key(rope: Mapping[str, Any] | None, head_dim: int) -> tuple[int, float, Scaling | None] | None:
+    """The arguments of `Call.rotary_tables` for the data of a `rope`; None if nothing turns."""
+    # Features turn in pairs.
+    turned = 0 if rope is None else int(rope["fraction"] * head_dim) // 2 * 2
+    if rope is None or turned == 0:
+        return None
+    return turned, float(rope["theta"]), scaling_key(rope.get("scaling"))
+
+
 def rotary_tables(positions: Tensor, size: int, theta: float, scaling: Scaling | None = None) -> Tables:
     """Cosines and sines of the angles pos * theta^(-2j/size), j < size/2        (arXiv 2104.09864).
 
