@@ -7,13 +7,13 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from heddle.specs.cost import CHUNK, FLOAT32_BYTES, State
-from heddle.specs.kinds import HeadedMixer, Problem, head_dim_of, heads_problems
+from heddle.specs.cost import CHUNK
 from heddle.specs.layer import Site
+from heddle.specs.memory_mixer import MemoryMixer
 from heddle.specs.sight import Sight
 
 
-class DeltaNet(HeadedMixer):
+class DeltaNet(MemoryMixer):
     """The delta rule (arXiv 2102.11174, in parallel 2406.06484).
 
         S_t = S_{t-1} + beta_t k_t (v_t - S_{t-1}ᵀ k_t)ᵀ,   o_t = S_tᵀ q_t / sqrt(K)
@@ -23,6 +23,7 @@ class DeltaNet(HeadedMixer):
     """
 
     ops: ClassVar[tuple[str, ...]] = ("delta_rule",)
+    step_flops: ClassVar[int] = 6
     cases: ClassVar[tuple[Mapping[str, Any], ...]] = (
         {"heads": 2},
         {
@@ -56,23 +57,9 @@ class DeltaNet(HeadedMixer):
         bool, Field(description="Let beta reach 2 instead of 1 (arXiv 2411.12537).")
     ] = False
 
-    def resolved(self, site: Site) -> DeltaNet:
-        K, V = self._sizes(site)
-        return self.model_copy(update={"head_dim": K, "value_dim": V})
-
-    def problems(self, site: Site) -> list[Problem]:
-        return heads_problems(self, site)
-
-    def kernels(self) -> tuple[str, ...]:
-        return self.ops if self.short_conv is None else (*self.ops, "causal_conv1d")
-
     def params(self, site: Site) -> int:
         _, V = self._sizes(site)
         return self._weights(site) + (self.short_conv or 0) * self._channels(site) + V
-
-    def flops(self, site: Site, context: int) -> int:  # noqa: ARG002 - the state does not grow
-        K, V = self._sizes(site)
-        return self._outside(site) + 6 * self.heads * K * V
 
     def prefill_flops(self, site: Site, length: int) -> float:
         (K, V), C = self._sizes(site), min(CHUNK, length)
@@ -82,24 +69,7 @@ class DeltaNet(HeadedMixer):
     def sights(self, site: Site) -> tuple[Sight, ...]:  # noqa: ARG002 - what is written fades by other writes alone
         return (Sight(),)
 
-    def states(self, site: Site) -> tuple[State, ...]:
-        memory = State("memory", (self.heads, *self._sizes(site)), element=FLOAT32_BYTES)
-        if self.short_conv is None:
-            return (memory,)
-        return memory, State("conv", (self._channels(site), self.short_conv - 1))
-
-    def _sizes(self, site: Site) -> tuple[int, int]:
-        K = head_dim_of(self, site)
-        return K, self.value_dim or K
-
-    def _channels(self, site: Site) -> int:
-        K, V = self._sizes(site)
-        return self.heads * (2 * K + V)
-
     def _weights(self, site: Site) -> int:
         K, V = self._sizes(site)
         # q, k; v, output, gate; beta.
         return site.hidden_size * self.heads * (2 * K + (2 + self.gate) * V + 1)
-
-    def _outside(self, site: Site) -> int:
-        return 2 * self._weights(site) + 2 * (self.short_conv or 0) * self._channels(site)

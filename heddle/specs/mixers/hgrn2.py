@@ -8,13 +8,12 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from heddle.specs.cost import CHUNK, FLOAT32_BYTES, State
-from heddle.specs.kinds import HeadedMixer, Problem, head_dim_of, heads_problems
 from heddle.specs.layer import Site
+from heddle.specs.memory_mixer import MemoryMixer
 from heddle.specs.sight import Sight
 
 
-class Hgrn2(HeadedMixer):
+class Hgrn2(MemoryMixer):
     """HGRN-2 (arXiv 2404.07904): the key is what the forget gate leaves, k = 1 - f.
 
         S_t = diag(f_t) S_{t-1} + (1 - f_t) i_tᵀ,   o_t = S_tᵀ silu(W_q x_t) / sqrt(K),   i_t = W_i x_t
@@ -47,16 +46,6 @@ class Hgrn2(HeadedMixer):
         ),
     ] = None
 
-    def resolved(self, site: Site) -> Hgrn2:
-        K, V = self._sizes(site)
-        return self.model_copy(update={"head_dim": K, "value_dim": V})
-
-    def problems(self, site: Site) -> list[Problem]:
-        return heads_problems(self, site)
-
-    def kernels(self) -> tuple[str, ...]:
-        return self.ops if self.short_conv is None else (*self.ops, "causal_conv1d")
-
     def bounds_width(self, site: Site) -> int:
         return self.heads * self._sizes(site)[0]
 
@@ -65,38 +54,12 @@ class Hgrn2(HeadedMixer):
         # Beside the matrices: the convolution and the norm's weight.
         return self._weights(site) + (self.short_conv or 0) * self._channels(site) + self.heads * V
 
-    def flops(self, site: Site, context: int) -> int:  # noqa: ARG002 - the state does not grow
-        K, V = self._sizes(site)
-        return self._outside(site) + 5 * self.heads * K * V
-
-    def prefill_flops(self, site: Site, length: int) -> float:
-        (K, V), C = self._sizes(site), min(CHUNK, length)
-        # q kᵀ: C K; P v: C V; q S and kᵀ v: K V each.
-        return self._outside(site) + self.heads * 2 * (C * (K + V) + 2 * K * V)
-
     def sights(self, site: Site) -> tuple[Sight, ...]:
         # As training begins: a sigmoid of 1/2 above a bound of l / L.
         bound = site.layer_index / site.layer_count
         return (Sight(log_decay=math.log((1.0 + bound) / 2.0)),)
 
-    def states(self, site: Site) -> tuple[State, ...]:
-        memory = State("memory", (self.heads, *self._sizes(site)), element=FLOAT32_BYTES)
-        if self.short_conv is None:
-            return (memory,)
-        return memory, State("conv", (self._channels(site), self.short_conv - 1))
-
-    def _sizes(self, site: Site) -> tuple[int, int]:
-        K = head_dim_of(self, site)
-        return K, self.value_dim or K
-
-    def _channels(self, site: Site) -> int:
-        K, V = self._sizes(site)
-        return self.heads * (2 * K + V)
-
     def _weights(self, site: Site) -> int:
         K, V = self._sizes(site)
         # Query, gate; value, output.
         return site.hidden_size * self.heads * 2 * (K + V)
-
-    def _outside(self, site: Site) -> int:
-        return 2 * self._weights(site) + 2 * (self.short_conv or 0) * self._channels(site)

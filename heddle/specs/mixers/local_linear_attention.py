@@ -8,8 +8,9 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from heddle.specs.cost import State
-from heddle.specs.kinds import HeadedMixer, Problem, divisors_near, head_dim_of, heads_problems
+from heddle.specs.kinds import HeadedMixer, Problem, head_dim_of
 from heddle.specs.layer import Site
+from heddle.specs.mixers.attention import Attention
 from heddle.specs.rope import Rope
 from heddle.specs.sight import Sight
 
@@ -66,32 +67,13 @@ class LocalLinearAttention(HeadedMixer):
         return {**self.resolved(site).plain(), "rope": rope}
 
     def canonical(self, site: Site) -> dict[str, Any]:
-        data = self.runtime(site)
-        if data["rope"] is not None:
-            data["rope"]["dims"] = self._turned(site)
-            del data["rope"]["fraction"]
+        data = {**self.runtime(site), "rope": self._attention().canonical(site)["rope"]}
         if self.slope == "learned":
             data["ridge"] = None
         return data
 
     def problems(self, site: Site) -> list[Problem]:
-        found = heads_problems(self, site)
-        if self.kv_heads is not None and self.heads % self.kv_heads:
-            what = f"{self.kv_heads} does not divide heads {self.heads}"
-            found.append(Problem("kv_heads", what, divisors_near(self.kv_heads, self.heads)))
-        if found or self.rope is None:
-            return found
-        wrong = self.rope.problem()
-        if wrong is not None:
-            return [Problem(f"rope.{wrong[0]}", wrong[1], code="out-of-range")]
-        turned, dim = self._turned(site), head_dim_of(self, site)
-        if turned > 0 and turned % 2 == 0:
-            return []
-        field = (
-            "rope.fraction" if self.rope.fraction != 1 else "heads" if self.head_dim is None else "head_dim"
-        )
-        what = f"{turned} of {dim} dimensions of a head would turn, and RoPE turns pairs"
-        return [Problem(field, what, "an even number of dimensions of at least 2, or rope: null")]
+        return self._attention().problems(site)
 
     def params(self, site: Site) -> int:
         return self._weights(site) + (2 * head_dim_of(self, site) if self.qk_norm else 0)
@@ -105,17 +87,16 @@ class LocalLinearAttention(HeadedMixer):
         mean = (seen * (seen + 1) / 2 + (length - seen) * seen) / max(length, 1)
         return self._own(site) + self._core(site) * mean
 
-    def sights(self, site: Site) -> tuple[Sight, ...]:  # noqa: ARG002
-        return (Sight(window=self.window),)
+    def sights(self, site: Site) -> tuple[Sight, ...]:
+        return self._attention().sights(site)
 
     def states(self, site: Site) -> tuple[State, ...]:
-        shape = (self.kv_heads or self.heads, head_dim_of(self, site))
-        # The next token sees itself and what is held.
-        limit = None if self.window is None else self.window - 1
-        return tuple(State(name, shape, grows=True, limit=limit) for name in ("keys", "values"))
+        return self._attention().states(site)
 
-    def _turned(self, site: Site) -> int:
-        return 0 if self.rope is None else int(self.rope.fraction * head_dim_of(self, site))
+    def _attention(self) -> Attention:
+        """Attention that sees and keeps as much."""
+        names = ("heads", "kv_heads", "head_dim", "rope", "window")
+        return Attention(**{name: getattr(self, name) for name in names})
 
     def _weights(self, site: Site) -> int:
         # q and the output, keys and values, and the slope.

@@ -8,17 +8,14 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from heddle.specs.cost import CHUNK, FLOAT32_BYTES, State
-from heddle.specs.kinds import HeadedMixer, Problem, head_dim_of, heads_problems
+from heddle.specs.kinds import Problem, head_dim_of, heads_problems
 from heddle.specs.layer import Site
+from heddle.specs.memory_mixer import MemoryMixer
 from heddle.specs.rope import Rope
 from heddle.specs.sight import Sight
 
-# How much larger the values of a head are than its keys, where `value_dim` does not say.
-EXPAND = 2
 
-
-class RetNet(HeadedMixer):
+class RetNet(MemoryMixer):
     """Multi-scale retention (arXiv 2307.08621): a memory that fades at a rate fixed for each head, read at rotary positions.
 
         S_t = γ_h S_{t-1} + k_t v_tᵀ,   o_t = S_tᵀ q_t / sqrt(K),   γ_h = 1 - 2^(-5-h),  h from 0
@@ -28,6 +25,7 @@ class RetNet(HeadedMixer):
     """
 
     ops: ClassVar[tuple[str, ...]] = ("decay_attention",)
+    expand: ClassVar[int] = 2
     cases: ClassVar[tuple[Mapping[str, Any], ...]] = (
         {"heads": 4},
         {"heads": 3, "head_dim": 8, "value_dim": 12, "rope": None, "short_conv": 4},
@@ -53,10 +51,6 @@ class RetNet(HeadedMixer):
             description="Taps of a causal convolution with SiLU on q, k and v, in tokens; null: none.",
         ),
     ] = None
-
-    def resolved(self, site: Site) -> RetNet:
-        K, V = self._sizes(site)
-        return self.model_copy(update={"head_dim": K, "value_dim": V})
 
     def runtime(self, site: Site) -> dict[str, Any]:
         rope = None if self.rope is None else self.rope.runtime()
@@ -85,46 +79,17 @@ class RetNet(HeadedMixer):
         what = f"{turned} of {K} dimensions of a head would turn, and RoPE turns pairs"
         return [Problem(field, what, "an even number of dimensions of at least 2, or rope: null")]
 
-    def kernels(self) -> tuple[str, ...]:
-        return self.ops if self.short_conv is None else (*self.ops, "causal_conv1d")
-
     def params(self, site: Site) -> int:
         _, V = self._sizes(site)
         return self._weights(site) + (self.short_conv or 0) * self._channels(site) + V
 
-    def flops(self, site: Site, context: int) -> int:  # noqa: ARG002 - the state does not grow
-        K, V = self._sizes(site)
-        return self._outside(site) + 5 * self.heads * K * V
-
-    def prefill_flops(self, site: Site, length: int) -> float:
-        (K, V), C = self._sizes(site), min(CHUNK, length)
-        # q kᵀ: C K; P v: C V; q S and kᵀ v: K V each.
-        return self._outside(site) + self.heads * 2 * (C * (K + V) + 2 * K * V)
-
     def sights(self, site: Site) -> tuple[Sight, ...]:  # noqa: ARG002
         return tuple(Sight(log_decay=math.log1p(-(2.0 ** (-5 - head)))) for head in range(self.heads))
 
-    def states(self, site: Site) -> tuple[State, ...]:
-        memory = State("memory", (self.heads, *self._sizes(site)), element=FLOAT32_BYTES)
-        if self.short_conv is None:
-            return (memory,)
-        return memory, State("conv", (self._channels(site), self.short_conv - 1))
-
-    def _sizes(self, site: Site) -> tuple[int, int]:
-        K = head_dim_of(self, site)
-        return K, self.value_dim or EXPAND * K
-
     def _turned(self, site: Site) -> int:
         return 0 if self.rope is None else int(self.rope.fraction * head_dim_of(self, site))
-
-    def _channels(self, site: Site) -> int:
-        K, V = self._sizes(site)
-        return self.heads * (2 * K + V)
 
     def _weights(self, site: Site) -> int:
         K, V = self._sizes(site)
         # q, k; v, gate, output.
         return site.hidden_size * self.heads * (2 * K + 3 * V)
-
-    def _outside(self, site: Site) -> int:
-        return 2 * self._weights(site) + 2 * (self.short_conv or 0) * self._channels(site)
