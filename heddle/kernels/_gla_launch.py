@@ -122,9 +122,10 @@ class _Call:
         prepared = Prepared(*prepared_like(self.q, self.v, self.cu_seqlens))
         if False not in self.ways:
             prepared.reach.fill_(torch.inf)
+        totals = self.totals()
         for halved in self.ways:
             _gla_prepare_kernel[(self.chunks.count * self.H,)](
-                self.q, self.k, log_decay, prepared.seen, prepared.left, self.totals(), prepared.scores,
+                self.q, self.k, log_decay, prepared.seen, prepared.left, totals, prepared.scores,
                 prepared.ends, prepared.reach,
                 *self._chunk_table(), *strides(self.q, self.k, log_decay), *self.numbers, self.scale,
                 HALVED=halved, **self.tiled, **self.plan.prepare.options(),
@@ -202,9 +203,10 @@ class _Call:
         d_log_decay = torch.empty(dq.shape, dtype=torch.float32, device=dq.device)
         launch = self.plan.gradient
         programs = self.chunks.count * self.H * triton.cdiv(self.K, self.tile)
+        totals = self.totals()
         for halved in self.ways:
             _gla_gradient_kernel[(programs,)](
-                self.q, self.k, self.v, d_out, log_decay, self.totals(), *states,
+                self.q, self.k, self.v, d_out, log_decay, totals, *states,
                 *(dq if x is None else x for x in given), dq, dk, d_log_decay, prepared.reach,
                 *self._chunk_table(), *strides(self.q, self.k, self.v, d_out, log_decay), *self.numbers,
                 *(int(x is not None) for x in given), self.scale,

@@ -33,9 +33,8 @@ def _decay_step_kernel(
     k = tl.load(k_ptr + n * stride_kn + shared * stride_kh + rows, mask=in_k, other=0.0).to(tl.float32)
     v = tl.load(v_ptr + n * stride_vn + head * stride_vh + columns, mask=in_v, other=0.0).to(tl.float32)
     if CHANNELS:
-        log = tl.load(log_decay_ptr + n * stride_gn + shared * stride_gh + rows, mask=in_k, other=0.0)[
-            :, None
-        ]
+        log_decay_ptr += n * stride_gn + shared * stride_gh
+        log = tl.load(log_decay_ptr + rows, mask=in_k, other=0.0)[:, None]
     else:
         log = tl.load(log_decay_ptr + n * stride_gn + head * stride_gh)
     decay = tl.exp(log.to(tl.float32))
