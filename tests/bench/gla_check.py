@@ -3,14 +3,15 @@
     python tests/bench/gla_check.py --budget 200 --out "$OUT"
 
 Compiles side by side first, then checks every dtype and shape against the float64 reference, and each launch
-configuration too before it is timed, kernel by kernel, as the profiler tells it. Writes gla_check.log; the short table
-comes last. Exits with 1 if anything was wrong.
+configuration too before it is timed, kernel by kernel, as the profiler tells it. Writes gla_check.log, and a row for each
+configuration and case to evidence-gla-kernels.jsonl; the short table comes last. Exits with 1 if anything was wrong.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import os
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 from gpu_check import Log
 
 from heddle.kernels import gla
@@ -150,7 +152,14 @@ def kernel_times(B: int, T: int, strength: float) -> dict[str, float]:
     return times
 
 
-def sweep(log: Log, late: Callable[[], bool]) -> list[str]:
+def made_by() -> dict[str, Any]:
+    """Where and when a row is made; `commit` is for who commits it, since a machine with a copy has no history."""
+    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    versions = {"torch": torch.__version__, "triton": triton.__version__}
+    return {"time": now, "commit": None, "device": torch.cuda.get_device_name(), **versions}
+
+
+def sweep(log: Log, rows: Path, late: Callable[[], bool]) -> list[str]:
     """Checks and times every configuration; for each shape the times of all kernels as they are set now, and the best."""
     lines: list[str] = []
     for overrides in every_tuning():
@@ -162,13 +171,17 @@ def sweep(log: Log, late: Callable[[], bool]) -> list[str]:
                 continue
             with tuning(**overrides):
                 for shape, setting in SHAPES.items():
-                    times = kernel_times(*setting)
-                    told = "  ".join(
-                        f"{name.replace('_gla_', '').replace('_kernel', '')} {ms:.4f}"
-                        for name, ms in times.items()
+                    found = kernel_times(*setting)
+                    times = {
+                        name.replace("_gla_", "").replace("_kernel", ""): ms for name, ms in found.items()
+                    }
+                    lines.append(
+                        f"{shape} {text}: {'  '.join(f'{name} {ms:.4f}' for name, ms in times.items())}"
                     )
-                    lines.append(f"{shape} {text}: {told}")
                     log(lines[-1])
+                    row = {"op": "gla", "case": shape, "tried": text, "kernels_ms": times}
+                    with rows.open("a") as file:
+                        file.write(json.dumps({**made_by(), **row}) + "\n")
         except Exception as error:
             log(f"none  {text}: {' '.join(str(error).split())[-200:]}")
     return lines
@@ -214,7 +227,10 @@ def main() -> int:
             except Exception as error:
                 log.wrong.append(f"{name}: {' '.join(str(error).split())[-300:]}")
     log(f"checked after {time.monotonic() - begin:.0f} s")
-    lines = [] if "sweep" in chosen.skip else sweep(log, lambda: time.monotonic() - begin > chosen.budget)
+    rows = chosen.out / "evidence-gla-kernels.jsonl"
+    lines = []
+    if "sweep" not in chosen.skip:
+        lines = sweep(log, rows, lambda: time.monotonic() - begin > chosen.budget)
     for line in (*lines, *log.wrong, f"{len(log.wrong)} wrong, {time.monotonic() - begin:.0f} s"):
         log(line)
     return 1 if log.wrong else 0
