@@ -27,7 +27,7 @@ def show_targets(found: Mapping[str, Any]) -> None:
             _served(name, row["servers"].get(key)) for name, key in (("vLLM", "vllm"), ("SGLang", "sglang"))
         ]
         for line in (*_refused(row["refused"]), *filter(None, servers)):
-            screen.print(Padding(Text(line, style="dim"), (0, 0, 0, 4)))
+            screen.print(Padding(Text(line, style="dim"), (0, 0, 0, 4), expand=False))
     versions = {one["version"]: None for row in found["targets"] for one in row["servers"].values()}
     screen.print(f"{' and '.join(versions)}: read in their source, not run", style="dim")
 

@@ -114,7 +114,7 @@ def render(card: Card, checked: Checked) -> str:
         _front_matter(card, checked),
         f"# {card.name}",
         f"{KINDS[checked.auto_class].what} of {checked.parameters:,} parameters ({checked.dtype}), mixing with "
-        f"{_and(checked.kinds)}. Designed, trained and exported with Heddle.",
+        f"{_and(checked.kinds)}. Designed and exported with Heddle.",
         _usage(checked),
         _section("Facts", _table(("", ""), card.facts.items())),
         _section("Scores", _scores(card.scores)),
@@ -198,7 +198,7 @@ def _latency(rows: Sequence[LatencyRow]) -> str:
 def _parity(checked: Checked) -> str:
     rows = [
         (
-            "largest logit difference, this folder against the training process (float32, CPU)",
+            "largest logit difference, this folder against the exporting process (float32, CPU)",
             f"{checked.max_difference:.1e}",
         ),
         ("device", checked.device),

@@ -23,7 +23,7 @@ YES, UNREAD = Serves(True), Serves(None, "not read")
 _NO_CLASS = Serves(False, "it has no such class")
 # Answers that hold for every model of a target: vLLM, SGLang.
 ALWAYS: Mapping[str, tuple[Serves, Serves]] = {
-    "llama": (YES, YES),
+    "llama": (UNREAD, UNREAD),
     "qwen3_next": (Serves(False, "it wants a layer with experts"), UNREAD),
     "olmo_hybrid": (YES, _NO_CLASS),
     "granitemoehybrid": (YES, YES),
@@ -46,7 +46,7 @@ ALWAYS: Mapping[str, tuple[Serves, Serves]] = {
 
 # What the page says of targets whose answer depends on the model.
 SOMETIMES: Mapping[str, tuple[str, str]] = {
-    "mistral": ("yes without a window, else ?", "yes without a window, else ?"),
+    "mistral": ("?: not read", "?: not read"),
     "qwen2": ("yes without windows", "yes without windows, which it ignores"),
     "qwen3": ("yes without windows", "yes without windows, which it ignores"),
     "qwen3_5_text": ("yes", "yes if every n-th layer is a full one, and no other"),
@@ -60,8 +60,8 @@ SOMETIMES: Mapping[str, tuple[str, str]] = {
 def served(target: str, model: Model) -> dict[str, Serves]:
     """By server, whether it takes a model that fits `target`."""
     vllm, sglang = ALWAYS.get(target, (UNREAD, UNREAD))
-    if target in ("qwen2", "qwen3", "mistral"):
-        vllm, sglang = _windowed(target, model)
+    if target in ("qwen2", "qwen3"):
+        vllm, sglang = _windowed(model)
     elif target in ("qwen3_5_text", "qwen3_next"):
         routed = any(layer["channel"]["kind"] == "moe" for layer in model["layers"])
         vllm = YES if target == "qwen3_5_text" or routed else vllm
@@ -69,12 +69,10 @@ def served(target: str, model: Model) -> dict[str, Serves]:
     return {"vllm": vllm, "sglang": sglang}
 
 
-def _windowed(target: str, model: Model) -> tuple[Serves, Serves]:
+def _windowed(model: Model) -> tuple[Serves, Serves]:
     windows = {layer["mixer"]["window"] for layer in model["layers"]}
     if windows == {None}:
         return YES, YES
-    if target == "mistral":
-        return UNREAD, UNREAD
     silent = Serves(False, "it does not read the windows, and computes full attention")
     return (Serves(False, "no full and sliding layers in one model") if None in windows else UNREAD), silent
 
