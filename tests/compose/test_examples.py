@@ -96,7 +96,8 @@ def test_greedy_generation_from_an_example_is_the_same_with_and_without_a_cache(
     assert torch.equal(*texts)
 
 
-@pytest.mark.slow
+# Long: that each kind of mixer compiles is held by tests/contracts, that hybrids do by test_compiled.
+@pytest.mark.long
 @every_example
 @torch.no_grad()
 def test_an_example_compiles_as_one_graph(name: str) -> None:
@@ -105,7 +106,7 @@ def test_an_example_compiles_as_one_graph(name: str) -> None:
     assert (graph(ids, use_cache=False).logits - model(ids, use_cache=False).logits).abs().max() < EXACT
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @every_decoder
 @torch.no_grad()
 def test_a_decode_step_of_an_example_compiles_as_one_graph(name: str) -> None:

@@ -216,6 +216,25 @@ every_encoder = pytest.mark.parametrize(
 )
 
 
+def of_each_kind(cases: list[Any]) -> list[Any]:
+    """The case of each kind that sets most; the others are long: to trace takes seconds a case."""
+    most: dict[str, Any] = {}
+    for one in cases:
+        kind = one.values[0]["kind"]
+        if kind not in most or len(one.values[0]) > len(most[kind].values[0]):
+            most[kind] = one
+    long = [
+        pytest.param(*one.values, id=one.id, marks=pytest.mark.long)
+        for one in cases
+        if one not in most.values()
+    ]
+    return [*most.values(), *long]
+
+
+each_mixer = pytest.mark.parametrize("fields", of_each_kind(EVERY_MIXER))
+each_decoder = pytest.mark.parametrize("fields", of_each_kind(every_decoder.args[1]))
+
+
 def model_of(fields: dict[str, Any], dtype: torch.dtype = torch.float64, *, layers: int = 2) -> Any:
     return shaken(build(spec_of(fields, layers=layers))).to(dtype)
 
@@ -562,7 +581,8 @@ def test_a_model_is_built_and_run_on_the_meta_device(fields: dict[str, Any]) -> 
     assert logits.shape == (2, 9, 50)
 
 
-@every_mixer
+@pytest.mark.slow
+@each_mixer
 def test_a_model_compiles_without_a_graph_break(fields: dict[str, Any]) -> None:
     # Of more than one layer nothing new is traced, and of more tokens longer graphs.
     model = model_of(fields, torch.float32, layers=1)
@@ -574,7 +594,7 @@ def test_a_model_compiles_without_a_graph_break(fields: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-@every_decoder
+@each_decoder
 def test_a_decode_step_compiles_without_a_graph_break(fields: dict[str, Any]) -> None:
     model, ids = model_of(fields, layers=1), torch.tensor([[3], [4]])
     cache = model.decode_cache(2, 40)
