@@ -25,6 +25,7 @@ from heddle.folder_api import dashboard as dashboard
 from heddle.folder_api import evaluate as evaluate
 from heddle.folder_api import import_model as import_model
 from heddle.folder_api import plots as plots
+from heddle.folder_api import replay as replay
 from heddle.folder_api import report as report
 from heddle.folder_api import table as table
 from heddle.folder_api import verify as verify
@@ -242,6 +243,7 @@ def search(
     storage: str | None = None,
     ray_address: str | None = None,
     progress: Progress | None = None,
+    deterministic: bool = False,
 ) -> Run:
     """Search the space of the spec in `path`, export the winner and write the report.
 
@@ -266,6 +268,7 @@ def search(
             storage=storage,
             ray_address=ray_address,
             progress=progress,
+            deterministic=deterministic,
         )
     finally:
         # Also after Ctrl-C or a failure: what was measured by then is worth a look.

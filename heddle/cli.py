@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -20,11 +20,16 @@ from heddle import folder_commands
 from heddle.command_options import (
     Batch,
     Context,
+    Deterministic,
     GraphForm,
     Json,
     Phase,
+    RayAddress,
+    Replay,
     RunPath,
     SpecPath,
+    SpecToSearch,
+    Storage,
     TableForm,
     example,
 )
@@ -229,24 +234,27 @@ def bench(
     epilog=example("heddle search spec.yaml --time 30m", "heddle search spec.yaml --out runs/a --resume")
 )
 def search(
-    file: SpecPath,
+    file: SpecToSearch = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; a new runs/<name> if not given.")] = None,
     trials: Annotated[int | None, typer.Option(min=1, help="Trials; the spec's if not given.")] = None,
     time: Annotated[
         str | None, typer.Option(help='Time limit, as "5m" or "2h"; the spec\'s if not given.')
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
-    storage: Annotated[
-        str | None, typer.Option(help="Optuna storage URL; a journal file in the run folder if not given.")
-    ] = None,
-    ray_address: Annotated[
-        str | None, typer.Option(help="Ray cluster to use; a local one if not given.")
-    ] = None,
+    storage: Storage = None,
+    ray_address: RayAddress = None,
+    replay: Replay = None,
+    deterministic: Deterministic = False,
     json: Json = False,
 ) -> None:
     """Search a spec's space under its latency budget, and export the best model."""
     from heddle import api, live, terminal
 
+    where: dict[str, Any] = {"storage": storage, "ray_address": ray_address, "deterministic": deterministic}
+    if file is None or replay is not None:
+        given = None if file is None and trials is None and time is None else "SPEC, --trials or --time"
+        folder_commands.replay(replay, out, given, resume=resume, json=json, **where)
+        return
     folder = api.run_folder(file, out, resume=resume)
     with live.searching(quiet=json) as progress:
         run = api.search(
@@ -255,9 +263,8 @@ def search(
             resume=resume,
             trials=trials,
             time=time,
-            storage=storage,
-            ray_address=ray_address,
             progress=progress,
+            **where,
         )
     terminal.show_json(run.summary()) if json else terminal.show_run(run, file)
     if run.status != "finished":

@@ -45,6 +45,29 @@ class TableForm(StrEnum):
 SpecPath = Annotated[
     Path, typer.Argument(metavar="SPEC", help="Spec file, YAML or JSON.", show_default=False)
 ]
+SpecToSearch = Annotated[
+    Path | None,
+    typer.Argument(metavar="[SPEC]", help="Spec file, YAML or JSON; none with --replay.", show_default=False),
+]
+Storage = Annotated[
+    str | None, typer.Option(help="Optuna storage URL; a journal file in the run folder if not given.")
+]
+RayAddress = Annotated[str | None, typer.Option(help="Ray cluster to use; a local one if not given.")]
+Replay = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="LOCK",
+        help="Make the search of a heddle.lock again, its latencies as they were, and tell what differs.",
+        show_default=False,
+    ),
+]
+Deterministic = Annotated[
+    bool,
+    typer.Option(
+        "--deterministic",
+        help="Deterministic kernels alone; timings at the end are told, and choose nothing.",
+    ),
+]
 RunPath = Annotated[
     Path, typer.Argument(metavar="RUN", help="Folder of a search or training run.", show_default=False)
 ]

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from heddle.compose.hf.battery import Battery
     from heddle.compose.hf.card import ScoreRow
     from heddle.search.import_model import ImportResult
+    from heddle.search.progress import Progress
+    from heddle.search.replay import Replay
 
 
 def verify(folder: Path | str, *, trust_remote_code: bool = False) -> Battery:
@@ -59,6 +61,35 @@ def import_model(folder: Path | str, out: Path | str) -> ImportResult:
     from heddle.search.import_model import import_folder
 
     return import_folder(folder, out)
+
+
+def replay(
+    lock: Path | str,
+    out: Path | str | None = None,
+    *,
+    resume: bool = False,
+    deterministic: bool = False,
+    storage: str | None = None,
+    ray_address: str | None = None,
+    progress: Progress | None = None,
+) -> Replay:
+    """Make the search of the lockfile `lock` again in the folder `out`, or `lock`'s folder with "-replay", and compare.
+
+    Raises:
+        HeddleErrors: as `search`; "lock-broken".
+    """
+    from heddle.search.record import RUN_FILE
+    from heddle.search.replay import replay as make_again
+
+    path = Path(lock)
+    beside = path if path.is_dir() else path.resolve().parent
+    folder = beside.with_name(f"{beside.name}-replay") if out is None else Path(out)
+    how: dict[str, Any] = {"storage": storage, "ray_address": ray_address, "progress": progress}
+    try:
+        return make_again(path, folder, resume=resume, deterministic=deterministic, **how)
+    finally:
+        if (folder / RUN_FILE).exists():
+            report(folder)
 
 
 def report(run: Path | str, out: Path | str | None = None) -> Path:

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from heddle.command_options import Json, example
-from heddle.errors import FAILED
+from heddle.errors import FAILED, HeddleError
 
 if TYPE_CHECKING:
     from heddle.compose.hf.battery import Battery
     from heddle.compose.hf.card import ScoreRow
+    from heddle.search.replay import Replay
 
 FolderPath = Annotated[
     Path, typer.Argument(metavar="DIR", help="Folder of an exported model.", show_default=False)
@@ -85,6 +86,42 @@ def dashboard(
     from heddle import api
 
     api.dashboard(path, host=host, port=port, bench=bench, ready=typer.echo)
+
+
+def replay(
+    lock: Path | None, out: Path | None, given: str | None, *, resume: bool, json: bool, **where: Any
+) -> None:
+    """`heddle search --replay LOCK`; `given` names what the lockfile decides and a user gave beside it."""
+    from heddle import api, live, terminal
+
+    if lock is None:
+        raise HeddleError("bad-argument", "heddle search takes a SPEC, or --replay LOCK")
+    if given is not None:
+        raise HeddleError("bad-argument", f"--replay takes no {given}: the lockfile has them")
+    with live.searching(quiet=json) as progress:
+        found = api.replay(lock, out, resume=resume, progress=progress, **where)
+    terminal.show_json(found.summary()) if json else _show_replay(found)
+    if not found.same:
+        raise typer.Exit(FAILED)
+
+
+def _show_replay(found: Replay) -> None:
+    """What differs, a line each; then the latencies of now, which always do."""
+    from heddle import terminal
+    from heddle.dashboards import words
+
+    screen = terminal.console()
+    screen.print(words.headline(found.run), style="bold")
+    for change in found.changes:
+        screen.print(str(change), style="bold red", soft_wrap=True, markup=False)
+    for moved in found.moved:
+        name = "reference" if moved.number < 0 else f"trial {moved.number}"
+        share = moved.now_ms / moved.then_ms - 1
+        screen.print(
+            f"{name}, {moved.label}: {moved.then_ms:.3g} ms then, {moved.now_ms:.3g} ms now ({share:+.1%})"
+        )
+    parts = dict.fromkeys(change.part for change in found.changes)
+    screen.print(f"differs in: {', '.join(parts)}" if parts else "nothing differs", style="bold")
 
 
 def _show_scores(rows: list[ScoreRow]) -> None:

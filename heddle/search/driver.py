@@ -21,6 +21,7 @@ from heddle.search.durable import write_whole
 from heddle.search.evaluations import Evaluations, Request, weights_path
 from heddle.search.events import EventLog
 from heddle.search.ledger import Entry
+from heddle.search.lock import LockKeeper
 from heddle.search.placement import Seen
 from heddle.search.progress import Progress, Status
 from heddle.search.record import (
@@ -59,6 +60,7 @@ class Driver:
         self._phase, self._trained_before = "start", 0
         self._ticked = 0.0
         self.evaluations: Evaluations
+        self.keeper = LockKeeper(setting.folder)
 
     @property
     def told(self) -> int:
@@ -138,6 +140,7 @@ class Driver:
             for number in numbers:
                 self._tell(number)
             self.update_front()
+            self.keeper.keep()
 
     def _baseline(self) -> list[int]:
         """The reference model as a row of its own, timed and trained once, never told to Optuna."""

@@ -1,6 +1,6 @@
 """Files that are written whole or not at all, and a log of lines that survives a torn end.
 
-A full disk becomes `HeddleError("disk-full")`, which names the folder and the space left; what was finished
+A full disk becomes `HeddleError("disk-full")`, which names the file and the space left; what was finished
 stays.
 """
 
@@ -29,25 +29,25 @@ def is_name(part: str) -> bool:
     return _NAME.fullmatch(part) is not None
 
 
-def disk_full(error: OSError, folder: Path) -> HeddleError | None:
-    """The error to tell when `error` says that there is no space in `folder`; None for any other error."""
+def disk_full(error: OSError, path: Path) -> HeddleError | None:
+    """The error to tell when `error` says that there is no space for `path`; None for any other error."""
     if error.errno not in _FULL:
         return None
-    free = shutil.disk_usage(folder if folder.is_dir() else folder.parent).free
+    free = shutil.disk_usage(path if path.is_dir() else path.parent).free
     return HeddleError(
         "disk-full",
-        f"no space to write in {folder} ({free / 1e6:.1f} MB free)",
+        f"no space to write {path} ({free / 1e6:.1f} MB free)",
         hint="everything finished so far is kept; free some space and run again with --resume",
     )
 
 
 @contextmanager
-def full_disk_told(folder: Path) -> Iterator[None]:
-    """Turn "no space left" inside the block into `HeddleError("disk-full")`."""
+def full_disk_told(path: Path) -> Iterator[None]:
+    """Turn "no space left" inside the block, which writes `path`, into `HeddleError("disk-full")`."""
     try:
         yield
     except OSError as error:
-        told = disk_full(error, folder)
+        told = disk_full(error, path)
         if told is None:
             raise
         raise told from error
@@ -60,7 +60,7 @@ def write_whole(path: Path, data: bytes) -> None:
     Raises:
         HeddleError: "disk-full".
     """
-    with full_disk_told(path.parent):
+    with full_disk_told(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
         try:
@@ -127,7 +127,7 @@ class LineLog:
     def write(self, value: dict[str, Any]) -> None:
         """Append one line, or nothing. Raises HeddleError "disk-full"."""
         line = (json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n").encode()
-        with full_disk_told(self.path.parent):
+        with full_disk_told(self.path):
             end = self._file.seek(0, os.SEEK_END)
             try:
                 # A disk that is nearly full takes a part and says so only at the next write.

@@ -3,8 +3,10 @@ there."""
 
 from __future__ import annotations
 
+import json
+import math
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ from heddle.search.record import WEIGHTS_FOLDER, Latency
 from heddle.search.workers import Answer, Job, Workers
 
 LATENCY = "latency"
+# Where the spec sets no limit: so many times the longest evaluation of the stage, and no less than these seconds.
+TIMES_THE_LONGEST, LEAST_LIMIT_S = 20.0, 600.0
 LOGS_FOLDER = "logs"
 
 
@@ -31,6 +35,8 @@ class Request:
     inputs: dict[str, Any]
     call: Callable[..., Any]
     arguments: tuple[Any, ...]
+    # From a lockfile: the "result" or the "reason" that stand for making the call.
+    known: Mapping[str, Any] | None = None
 
     @property
     def key(self) -> str:
@@ -52,6 +58,7 @@ class Evaluations:
         *,
         on_tick: Callable[[], None],
         is_stopping: Callable[[], bool],
+        timeout: float | None = None,
     ) -> None:
         self._folder, self._log, self._workers = folder, log, workers
         self._on_tick, self._is_stopping = on_tick, is_stopping
@@ -60,6 +67,11 @@ class Evaluations:
         self._starts = Counter(
             _place(event) for event in log.events if event["event"] == "evaluation_started"
         )
+        # How long the longest evaluation of each stage took that came to its end.
+        self._timeout, self._longest = timeout, dict[str, float]()
+        for event in log.events:
+            if event["event"] == "evaluation_finished" and event["ok"]:
+                self._note(event["stage"], event["wall_s"])
         self.flying = 0
         # Of this session, to tell how long what is left will take.
         self.trained, self._trained_s = 0, 0.0
@@ -79,10 +91,26 @@ class Evaluations:
 
     def _finish(self, requests: Iterable[Request], run: Callable[..., Iterable[Answer]]) -> None:
         missing = {request.place: request for request in requests if self.get(request) is None}
-        jobs = [Job(request.call, request.arguments, request) for request in missing.values()]
+        for request in missing.values():
+            if request.known is not None:
+                self._put(request, request.known["result"], request.known["reason"], attempts=0)
+        jobs = [
+            Job(request.call, request.arguments, request, limit_s=self._limit(request.stage))
+            for request in missing.values()
+            if request.known is None
+        ]
         for answer in run(jobs, self):
             self.flying -= 1
             self._write(answer)
+
+    def _limit(self, stage: str) -> float | None:
+        """Seconds an evaluation may take: what the spec says, else far more than any took so far."""
+        if self._timeout is not None or stage not in self._longest:
+            return self._timeout
+        return max(LEAST_LIMIT_S, TIMES_THE_LONGEST * self._longest[stage])
+
+    def _note(self, stage: str, wall_s: float) -> None:
+        self._longest[stage] = max(wall_s, self._longest.get(stage, 0.0))
 
     def seconds_for(self, trainings: int) -> float:
         """How long so many trainings side by side take, at the pace of this session's."""
@@ -106,27 +134,27 @@ class Evaluations:
         """Make one answer durable: weights before the entry that speaks of them."""
         request: Request = answer.job.tag
         result = self._result(request, answer.value) if answer.ok else None
-        entry = Entry(
-            spec=request.spec,
-            stage=request.stage,
-            key=request.key,
-            inputs=request.inputs,
-            result=result,
-            reason=None if answer.ok else {"code": str(answer.code), "message": answer.message},
-            attempts=self._starts[request.place],
-            wall_s=answer.wall_s,
-        )
+        reason = None if answer.ok else {"code": str(answer.code), "message": answer.message}
+        if result is not None and (wrong := _not_finite(result)) is not None:
+            result, reason = None, {"code": "evaluation-failed", "message": wrong}
+        if reason is None:
+            self._note(request.stage, answer.wall_s)
         if request.stage != LATENCY:
             self.trained, self._trained_s = self.trained + 1, self._trained_s + answer.wall_s
         if answer.log:
             name = f"{request.number:04d}-{request.stage}-{request.key}.log"
             write_whole(self._folder / LOGS_FOLDER / name, answer.log.encode())
-        self.ledger.put(entry)
-        reason = {} if entry.reason is None else {"reason": entry.reason}
+        attempts = self._starts[request.place]
+        self._put(request, result, reason, attempts=attempts, wall_s=answer.wall_s)
+        told = {} if reason is None else {"reason": reason}
         self._log.write(
-            "evaluation_finished", **_fields(request), ok=answer.ok, wall_s=entry.wall_s, **reason
+            "evaluation_finished", **_fields(request), ok=reason is None, wall_s=answer.wall_s, **told
         )
         self._on_tick()
+
+    def _put(self, request: Request, result: Any, reason: Any, **spent: Any) -> None:
+        spec, stage, key = request.place
+        self.ledger.put(Entry(spec, stage, key, request.inputs, result, reason, **spent))
 
     def _result(self, request: Request, value: Any) -> dict[str, Any]:
         if isinstance(value, Latency):
@@ -135,6 +163,19 @@ class Evaluations:
         if value.weights is not None:
             write_whole(weights_path(self._folder, request.spec), value.weights)
         return value.result
+
+
+def _not_finite(result: Mapping[str, Any]) -> str | None:
+    """What is wrong with a result that holds nan or infinity, which JSON has no word for and no sampler can use."""
+    try:
+        json.dumps(result, allow_nan=False)
+    except ValueError:
+        values = (
+            name for name, value in result.items() if isinstance(value, float) and not math.isfinite(value)
+        )
+        name = next(values, None)
+        return f"{name or 'a figure of the result'} is {result[name] if name else 'not finite'}"
+    return None
 
 
 def weights_path(folder: Path, spec: str) -> Path:

@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import math
 import secrets
-import shlex
 import signal
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,18 +20,21 @@ from pydantic import TypeAdapter, ValidationError
 
 from heddle.compose.train import Recipe
 from heddle.errors import HeddleError
-from heddle.search import cluster, environment, finish, space
+from heddle.search import cluster, environment, finish, lock, space
 from heddle.search.driver import Driver
 from heddle.search.durable import full_disk_told, write_json
 from heddle.search.evaluate import Evaluate, train_and_score
 from heddle.search.evaluations import Evaluations
 from heddle.search.events import EventLog
+from heddle.search.given import Given
 from heddle.search.latency import Effort, Place
 from heddle.search.ledger import key_of
+from heddle.search.lock import Frozen
 from heddle.search.model_kinds import require_causal_lm
 from heddle.search.progress import Progress, Silent
 from heddle.search.record import RUN_FILE, BudgetInfo, Run, TaskInfo, read_meta, read_run
 from heddle.search.setting import Objective, Setting
+from heddle.search.storage import StudyHold
 from heddle.search.study import Direction, RunLock, Study, open_storage
 from heddle.search.tasks import Task, make_task, recipe_for
 from heddle.search.workers import Workers
@@ -56,11 +58,15 @@ def search(
     progress: Progress | None = None,
     evaluate: Evaluate = train_and_score,
     effort: Effort = Effort(),  # noqa: B008 - frozen
+    deterministic: bool = False,
+    frozen: Frozen | None = None,
 ) -> Run:
     """Search the space of `file`, and leave in `out` all that was measured, the best model and its export.
 
     `trials` counts all trials that are told, also those of earlier sessions; no round is begun after `time`
     ("5m", or seconds). `evaluate` takes the place of training and scoring; `effort` says how long to time.
+    `deterministic` trains with deterministic kernels alone and lets no second timing choose the winner; `frozen` is the
+    lockfile of a search that is made again, with its latencies (`heddle.search.replay`).
 
     Ctrl-C once lets the running evaluations finish, twice stops at once; `resume=True` goes on from there, as
     it does after a kill.
@@ -72,9 +78,13 @@ def search(
     """
     require_causal_lm(file, "search")
     _check_folder(out, resume=resume)
-    given = Given(trials, _seconds(time), resume, storage, ray_address, evaluate, effort)
+    given = Given(
+        trials, _seconds(time), resume, storage, ray_address, evaluate, effort, deterministic, frozen
+    )
     # Before anything is written: a missing corpus or cluster leaves no folder behind.
     tasks = _tasks(file)
+    if frozen is not None:
+        lock.refuse_other_data(frozen, {info.name: task.digest for task, _, info in tasks})
     if ray_address is not None:
         cluster.check_address(ray_address)
     with ExitStack() as stack:
@@ -85,30 +95,10 @@ def search(
         with _interrupts(driver, given.again(file, out)):
             _search(driver)
         driver.log.write("search_finished", status=_status(driver))
+        driver.keeper.write()
     run = read_run(out)
     driver.progress.finished(run)
     return run
-
-
-@dataclass(frozen=True, slots=True)
-class Given:
-    """The arguments of `search` besides the file and the folder."""
-
-    trials: int | None
-    seconds: float | None
-    resume: bool
-    storage: str | None
-    ray_address: str | None
-    evaluate: Evaluate
-    effort: Effort
-
-    def again(self, file: SpecFile, out: Path) -> str:
-        """What to type to go on with the search in `out`. A storage URL may hold a password and is not
-        repeated."""
-        words = ["heddle", "search", file.file or "SPEC", "--out", str(out), "--resume"]
-        words += ["--ray-address", self.ray_address] if self.ray_address else []
-        words += ["--storage", "URL"] if self.storage else []
-        return shlex.join(words)
 
 
 Tasks = list[tuple[Task, Recipe, TaskInfo]]
@@ -118,21 +108,36 @@ def _open(
     stack: ExitStack, file: SpecFile, out: Path, given: Given, *, tasks: Tasks, progress: Progress
 ) -> Driver:
     """A driver with its workers, its study and its folder, new or as they were left; `stack` closes them."""
-    workers = stack.enter_context(Workers(address=given.ray_address))
+    env = lock.DETERMINISTIC_ENV if given.is_deterministic(out) else None
+    workers = stack.enter_context(Workers(address=given.ray_address, env=env))
     workers.warm_up()
     objectives = tuple(Objective(task, workers.share(task), recipe, info) for task, recipe, info in tasks)
     machine = workers.call(environment.describe, workers.device)
-    meta = _new_meta(file, objectives, machine, workers.parallel) | {"storage": _storage(given)}
+    meta = _new_meta(file, objectives, machine, workers.parallel)
+    meta |= lock.begun_as(given.frozen) if given.frozen is not None else {}
+    meta |= {"storage": _storage(given), "effort": asdict(given.effort)}
+    meta["deterministic"] = given.is_deterministic(out)
     if given.resume:
         new, meta = meta, read_meta(out)
         _refuse_other(meta, new, out)
     meta |= {"trials": given.trials or meta["trials"], "seconds": given.seconds or meta["seconds"]}
+    if given.frozen is not None:
+        write_json(out / lock.FOLLOWED_FILE, given.frozen.lock)
     write_json(out / RUN_FILE, meta)
     setting = _setting(file, out, objectives, meta, evaluate=given.evaluate, effort=given.effort)
     log = stack.enter_context(closing(EventLog(out)))
-    driver = Driver(setting, _study(file, meta, open_storage(out, given.storage)), log, progress)
-    driver.evaluations = Evaluations(out, log, workers, on_tick=driver.tick, is_stopping=driver.is_stopping)
+    driver = Driver(setting, _study(stack, file, meta, open_storage(out, given.storage)), log, progress)
+    driver.study.on_outage = driver.warn
+    driver.evaluations = Evaluations(
+        out,
+        log,
+        workers,
+        on_tick=driver.tick,
+        is_stopping=driver.is_stopping,
+        timeout=setting.timeout,
+    )
     log.write("search_started", machine=machine, trials=setting.trials, seconds=setting.seconds)
+    driver.keeper.write()
     if meta["environment"]["packages"] != machine["packages"]:
         driver.warn(
             "package versions changed since the search began; what is unfinished is measured with these"
@@ -158,8 +163,11 @@ def _search(driver: Driver) -> None:
     driver.run()
     best = driver.update_front()
     if best is not None and not driver.stopping:
-        best = finish.remeasure_front(driver, best)
+        timed = finish.remeasure_front(driver, best)
+        best = timed if driver.setting.feeds_back else best
         driver.update_front(best)
+        if driver.setting.frozen is not None:
+            lock.time_now(driver)
         finish.confirm(driver, best)
     if best is not None:
         finish.keep_best(driver, best, export=not driver.stopping)
@@ -255,7 +263,7 @@ def _on(value: Any, device: str) -> int:
 
 def _space_digest(file: SpecFile) -> str:
     """A digest of what a resumed search may not change; how long it runs, and its name, it may."""
-    spec = file.spec.model_dump(mode="json", exclude={"name": True, "search": {"trials", "time"}})
+    spec = file.spec.model_dump(mode="json", exclude={"name": True, "search": {"trials", "time", "timeout"}})
     parameters = [asdict(parameter) for parameter in file.space.parameters]
     placement = file.space.placement
     return key_of({"spec": spec, "space": repr(parameters), "placement": repr(placement)})
@@ -297,15 +305,21 @@ def _new_meta(
 
 def _refuse_other(meta: Mapping[str, Any], new: Mapping[str, Any], out: Path) -> None:
     """Raise "run-mismatch" where resuming would mix results that do not belong together."""
-    lock = (meta["lock"], new["lock"])
+    then, now = meta["lock"], new["lock"]
     checks = {
-        "spec space, tasks, budgets or recipe": lock[0]["space"] == lock[1]["space"],
-        "training data": lock[0]["data"] == lock[1]["data"],
+        "spec space, tasks, budgets or recipe": then["space"] == now["space"],
+        "training data": then["data"] == now["data"],
         "device": meta["environment"]["device_name"] == new["environment"]["device_name"],
     }
     if meta["storage"] != new["storage"]:
         hint = "leave out --storage" if meta["storage"] == "journal" else "give the same --storage URL again"
         raise HeddleError("run-mismatch", f"{out} keeps its study in another storage", hint=hint)
+    if new["deterministic"] and not meta.get("deterministic"):
+        hint = "leave out --deterministic, or start anew with another --out"
+        raise HeddleError("run-mismatch", f"{out} was begun without --deterministic", hint=hint)
+    if "follows" in new and meta.get("follows") != new["follows"]:
+        hint = "name the lockfile it was begun with, or another --out"
+        raise HeddleError("run-mismatch", f"{out} follows another lockfile, or none", hint=hint)
     other = [what for what, same in checks.items() if not same]
     if other:
         raise HeddleError(
@@ -336,11 +350,13 @@ def _setting(
         round=meta["round"],
         seed=file.spec.search.seed,
         confirm_seeds=file.spec.search.confirm_seeds,
+        deterministic=meta.get("deterministic", False),
+        frozen=lock.followed(out, meta),
         **given,
     )
 
 
-def _study(file: SpecFile, meta: Mapping[str, Any], storage: BaseStorage) -> Study:
+def _study(stack: ExitStack, file: SpecFile, meta: Mapping[str, Any], storage: BaseStorage) -> Study:
     directions: list[Direction] = [
         "maximize" if task["higher_is_better"] else "minimize" for task in meta["tasks"]
     ]
@@ -354,4 +370,5 @@ def _study(file: SpecFile, meta: Mapping[str, Any], storage: BaseStorage) -> Stu
         sampler=meta["sampler"],
         seed=file.spec.search.seed,
         startup=meta["startup"],
+        hold=stack.enter_context(StudyHold(storage, name)),
     )

@@ -13,6 +13,8 @@ from heddle.compose.train import Recipe
 from heddle.search.evaluate import Evaluate, Training
 from heddle.search.evaluations import LATENCY, Request
 from heddle.search.latency import Effort, Place, measure
+from heddle.search.ledger import key_of
+from heddle.search.lock import NOW, Frozen, deterministically
 from heddle.search.record import BudgetInfo, TaskInfo
 from heddle.search.space import Candidate
 from heddle.search.tasks import Task
@@ -54,6 +56,20 @@ class Setting:
     confirm_seeds: int
     effort: Effort
     evaluate: Evaluate
+    # Trainings with deterministic kernels alone, and a winner that no second timing unseats.
+    deterministic: bool = False
+    # Where latencies are taken from rather than measured.
+    frozen: Frozen | None = None
+
+    @property
+    def feeds_back(self) -> bool:
+        """Whether the timings at the end decide who wins."""
+        return not self.deterministic and (self.frozen is None or self.frozen.timed_again)
+
+    @property
+    def timeout(self) -> float | None:
+        """Seconds an evaluation may take, where the spec says so."""
+        return None if self.file.spec.search is None else self.file.spec.search.timeout
 
     @property
     def must_fit(self) -> tuple[str, ...]:
@@ -80,7 +96,7 @@ class Setting:
         """A request for the latency of `one` at the budget's place, beside the model the budget is relative
         to."""
         beside = self.references.get(budget.relative_to or "")
-        inputs = {
+        inputs: dict[str, Any] = {
             "phase": budget.phase,
             "batch": budget.batch,
             "context": budget.context,
@@ -96,7 +112,13 @@ class Setting:
             effort=self.effort,
         )
         place = Place(budget.phase, budget.batch, budget.context)
-        return Request(number, one.hash, LATENCY, inputs, call, (one.model, place))
+        known = None
+        if self.frozen is not None and purpose != NOW:
+            known = self.frozen.row(one.hash, inputs)
+        if known is not None and known["key"] != key_of(inputs):
+            # It was measured elsewhere, and the ledger says so.
+            inputs["frozen"] = known["key"]
+        return Request(number, one.hash, LATENCY, inputs, call, (one.model, place), known)
 
     def training(
         self, number: int, one: Candidate, objective: Objective, *, seed: int | None = None
@@ -109,8 +131,8 @@ class Setting:
             "recipe": asdict(recipe),
             "seed": recipe.seed,
             "environment": self.environment,
+            **({"deterministic": True} if self.deterministic else {}),
         }
+        evaluate = partial(deterministically, self.evaluate) if self.deterministic else self.evaluate
         training = Training(one.model, recipe, self.device, keep)
-        return Request(
-            number, one.hash, objective.info.name, inputs, self.evaluate, (training, objective.shared)
-        )
+        return Request(number, one.hash, objective.info.name, inputs, evaluate, (training, objective.shared))

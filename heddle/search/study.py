@@ -14,21 +14,24 @@ import importlib.util
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, TypeVar
 
 import optuna
 from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
-from optuna.storages import BaseStorage, JournalStorage, get_storage
+from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, TrialState
 
 from heddle.errors import HeddleError
 from heddle.search.durable import cut_torn_tail
+from heddle.search.storage import StudyHold, connect, patiently
 
 JOURNAL_FILE = "study.journal"
 LOCK_FILE = ".lock"
 Direction = Literal["maximize", "minimize"]
+Result = TypeVar("Result")
 # These two learn only from trials with values, so that a spec which was timed but never trained must be given
 # some.
 _NEEDS_VALUES = ("nsga2", "gp")
@@ -79,7 +82,7 @@ def open_storage(folder: Path, url: str | None = None) -> BaseStorage:
     `study.journal.torn`; Optuna itself would refuse the whole study.
     """
     if url is not None:
-        return get_storage(url)
+        return connect(url)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / JOURNAL_FILE
     for stale in folder.glob(JOURNAL_FILE + ".lock*"):
@@ -114,7 +117,8 @@ def seed_from(*parts: object) -> int:
 class Study:
     """The Optuna study of one run, for one driver. Trials are spoken of by number.
 
-    `directions` holds one direction for each task.
+    `directions` holds one direction for each task. A storage that does not answer is waited for, and `on_outage` told of it;
+    `hold` is renewed then.
     """
 
     def __init__(
@@ -126,23 +130,50 @@ class Study:
         sampler: str,
         seed: int,
         startup: int,
+        hold: StudyHold | None = None,
+        on_outage: Callable[[str], None] = lambda _: None,
     ) -> None:
         # Optuna reports each trial it makes and ends; so do we, in the words of the search.
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._kind, self._seed, self._startup = sampler, seed, startup
-        self._study = optuna.create_study(
-            storage=storage, study_name=name, directions=list(directions), load_if_exists=True
+        self._hold, self.on_outage = hold, on_outage
+        self._study = self._patiently(
+            lambda: optuna.create_study(
+                storage=storage, study_name=name, directions=list(directions), load_if_exists=True
+            )
         )
         self._live: dict[int, optuna.Trial] = {}
+
+    def _patiently(self, action: Callable[[], Result], number: int | None = None) -> Result:
+        """`action()` as `storage.patiently` does it; trial `number` is read anew first, as a write may or may not be in."""
+
+        def mend() -> None:
+            if self._hold is not None:
+                self._hold.renew()
+            if number is not None:
+                self.adopt(number)
+
+        return patiently(action, mend=mend, tell=self.on_outage)
 
     @property
     def trials(self) -> list[FrozenTrial]:
         """All trials by number, as Optuna stores them now."""
-        return self._study.get_trials(deepcopy=False)
+        return self._patiently(lambda: self._study.get_trials(deepcopy=False))
 
     def ask(self) -> int:
         """The number of a new trial; its values are drawn by `suggest`."""
-        return self._open(len(self.trials), self._study.ask)
+        number = len(self.trials)
+
+        def attempt() -> int:
+            if self._hold is not None:
+                self._hold.renew()
+            if len(self.trials) > number:
+                # The storage made it, and went away before it could say so.
+                self.adopt(number)
+                return number
+            return self._open(number, self._study.ask)
+
+        return self._patiently(attempt)
 
     def adopt(self, number: int) -> None:
         """Take over a RUNNING trial of a driver that died, as if it had just been asked for.
@@ -166,15 +197,19 @@ class Study:
 
     def suggest(self, number: int, name: str, draw: Callable[[optuna.Trial], Any]) -> Any:
         """`draw(trial)` with the sampler's randomness decided by the trial's number and `name` alone."""
-        self._reseed(number, name)
-        return draw(self._live[number])
+
+        def attempt() -> Any:
+            self._reseed(number, name)
+            return draw(self._live[number])
+
+        return self._patiently(attempt, number)
 
     def _reseed(self, number: int, step: str) -> None:
         self._study.sampler = make_sampler(self._kind, seed_from(self._seed, number, step), self._startup)
 
     def set_attr(self, number: int, name: str, value: Any) -> None:
         """A user attribute of a running trial, in plain JSON data."""
-        self._live[number].set_user_attr(name, value)
+        self._patiently(lambda: self._live[number].set_user_attr(name, value), number)
 
     def tell_complete(self, number: int, values: Sequence[float], constraints: Mapping[str, float]) -> None:
         """A trained trial: its task values and its constraints (at most 0 is kept)."""
@@ -215,8 +250,12 @@ class Study:
         present = self.trials[number].constraints
         for name, value in constraints.items():
             if name not in present:
-                self._live[number].set_constraint(name, value)
+                self._patiently(partial(self._set_constraint, number, name, value), number)
+
+    def _set_constraint(self, number: int, name: str, value: float) -> None:
+        if name not in self.trials[number].constraints:
+            self._live[number].set_constraint(name, value)
 
     def _tell(self, number: int, values: Sequence[float] | None, state: TrialState | None) -> None:
-        self._study.tell(number, values, state=state, skip_if_finished=True)
+        self._patiently(lambda: self._study.tell(number, values, state=state, skip_if_finished=True))
         del self._live[number]

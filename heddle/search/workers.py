@@ -8,17 +8,20 @@ keeps a result until the driver has written it (docs/decisions/0007-copies-of-re
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import gc
 import importlib
 import io
 import logging
 import os
 import secrets
+import sys
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import ray
@@ -38,6 +41,7 @@ from heddle.search.cores import usable_cores
 
 # A call whose process dies is made again this often.
 RETRIES = 2
+MADE_AGAIN = ("worker-died", "timed-out")
 # Its process or its node is gone, or with the node the result that it had given.
 DIED = (WorkerCrashedError, OutOfMemoryError, NodeDiedError, LocalRayletDiedError, ObjectLostError)
 # How often a waiting driver looks up: for Ctrl-C, for the display.
@@ -61,6 +65,8 @@ class Job:
     arguments: tuple[Any, ...]
     tag: Any
     attempt: int = 1
+    # Seconds in the worker, after which its process ends itself.
+    limit_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +88,13 @@ class Answer:
 class Workers:
     """A pool of Ray workers for one kind of device; use it as a context.
 
-    `parallel` trainings run side by side: one a core on a CPU, four a GPU on CUDA.
+    `parallel` trainings run side by side: one a core on a CPU, four a GPU on CUDA. `env` are variables of every worker.
     """
 
-    def __init__(self, device: str | None = None, *, address: str | None = None) -> None:
-        self._wanted, self._address = device, address
+    def __init__(
+        self, device: str | None = None, *, address: str | None = None, env: Mapping[str, str] | None = None
+    ) -> None:
+        self._wanted, self._address, self._env = device, address, WORKER_ENV | dict(env or {})
         self._guard: watch.Guard | None = None
         self._owned = False
 
@@ -119,7 +127,7 @@ class Workers:
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         if self._address is None:
             cores = usable_cores()
-            os.environ |= {name: os.environ.get(name, value) for name, value in WORKER_ENV.items()}
+            os.environ |= {name: os.environ.get(name, value) for name, value in self._env.items()}
             self._guard = watch.Guard()
             _set_token()
             ray.init(
@@ -130,7 +138,7 @@ class Workers:
                 **options,
             )
             return
-        cluster.join(self._address, WORKER_ENV, **options)
+        cluster.join(self._address, self._env, **options)
 
     def warm_up(self) -> None:
         """Let every worker process start and import torch and transformers while the caller goes on."""
@@ -163,13 +171,14 @@ class Workers:
             while waiting and len(flying) < width and not watcher.is_stopping():
                 job = waiting.popleft()
                 watcher.begun(job)
-                flying[remote.remote(job.call, self.device, *job.arguments)] = (job, time.monotonic())
+                flying[remote.remote(_call_of(job), self.device, *job.arguments)] = (job, time.monotonic())
             done, _ = ray.wait(list(flying), timeout=TICK_S)
             watcher.tick()
             for reference in done:
                 job, began = flying.pop(reference)
                 answer = replace(_answer(job, reference), wall_s=round(time.monotonic() - began, 3))
-                if answer.code == "worker-died" and job.attempt <= RETRIES:
+                answer = _timed_out(answer)
+                if answer.code in MADE_AGAIN and job.attempt <= RETRIES:
                     waiting.appendleft(replace(job, attempt=job.attempt + 1))
                 else:
                     # The caller writes the answer before it comes back: until then `reference` keeps the copy that lies
@@ -216,6 +225,31 @@ def _guarded(call: Callable[..., Any], device: str, *arguments: Any) -> _Outcome
             gc.collect()
             if device == "cuda":
                 torch.cuda.empty_cache()
+
+
+def _call_of(job: Job) -> Callable[..., Any]:
+    return job.call if job.limit_s is None else partial(_limited, job.limit_s, job.call)
+
+
+def _limited(limit_s: float, call: Callable[..., Any], *arguments: Any) -> Any:
+    """`call(*arguments)`; after the limit the process writes its stack into Ray's log of the worker and ends. Runs in the worker.
+
+    The watch is a thread of C: it needs no lock of Python's, which a call that hangs may hold.
+    """
+    assert sys.__stderr__ is not None
+    faulthandler.dump_traceback_later(limit_s, exit=True, file=sys.__stderr__)
+    try:
+        return call(*arguments)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def _timed_out(answer: Answer) -> Answer:
+    """`answer`, with the reason of a process that ended itself at the limit."""
+    limit = answer.job.limit_s
+    if answer.code != "worker-died" or limit is None or answer.wall_s < limit:
+        return answer
+    return replace(answer, code="timed-out", message=f"it took more than {limit:g} s")
 
 
 def _portable(error: Exception) -> Exception:

@@ -121,6 +121,13 @@ class SearchSpec(Schema):
         Duration | None,
         Field(description="No trial begins after it: seconds, or 90s, 5m, 2h; null: no limit."),
     ] = None
+    timeout: Annotated[
+        Duration | None,
+        Field(
+            description="An evaluation that takes longer is ended and made again, twice: as `time`; "
+            "null: 20 times the longest one of its kind, 10m at least."
+        ),
+    ] = None
     sampler: Annotated[Literal["tpe", "nsga2", "gp", "random"], Field(description="Optuna's sampler.")] = (
         "tpe"
     )

@@ -18,6 +18,7 @@ import pytest
 import ray.cloudpickle
 
 from heddle.errors import HeddleError
+from heddle.search.durable import LineLog, full_disk_told
 from heddle.search.evaluate import Evaluate, Evaluation, Training, train_and_score
 from heddle.search.evaluations import weights_path
 from heddle.search.export import export_run
@@ -323,6 +324,69 @@ def test_a_full_disk_ends_the_search_and_a_resume_finishes_it(
     run = quick(tiny_text, tmp_path / "run", resume=True, evaluate=scored)
     assert run.count("complete") == 2
     assert all(path.read_bytes() == data for path, data in kept.items())
+
+
+@pytest.mark.usefixtures("workers")
+def test_an_event_that_finds_no_space_ends_the_search_and_a_resume_finishes_it(
+    tiny_text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = LineLog.write
+
+    def full_at_the_second_trial(self: LineLog, value: dict[str, Any]) -> None:
+        if value["event"] != "trial_finished" or value["number"] != 1:
+            write(self, value)
+            return
+        with full_disk_told(self.path):
+            # A part of the line was written when the disk was full.
+            self._file.write(b'{"event": "trial_fin')
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LineLog, "write", full_at_the_second_trial)
+        with pytest.raises(HeddleError, match=r"no space to write .*events\.jsonl") as caught:
+            quick(tiny_text, tmp_path / "run")
+    assert caught.value.code == "disk-full"
+    begun = len(of(read_run(tmp_path / "run"), "evaluation_started"))
+    run = quick(tiny_text, tmp_path / "run", resume=True)
+    assert run.count("complete") == 2
+    trained = [event for event in of(run, "evaluation_started")[begun:] if event["number"] < 2]
+    assert {event["hash"] for event in trained} <= {run.best_trial.hash, *confirmed(run)}  # type: ignore[union-attr]
+
+
+def confirmed(run: Run) -> set[str]:
+    return set() if run.confirm is None else {run.confirm.hash, run.confirm.uniform_hash}
+
+
+def no_number(training: Training, task: Task) -> Evaluation:
+    """A score that is none, of an evaluator of the user's."""
+    found = scored(training, task)
+    found.result["value"] = float("nan")
+    return found
+
+
+def hang_at_text(training: Training, task: Task) -> Evaluation:
+    if task.metric == "bits_per_byte":
+        time.sleep(600)
+    return scored(training, task)
+
+
+@pytest.mark.usefixtures("workers")
+def test_a_score_that_is_no_number_is_a_failed_trial(tiny_text: str, tmp_path: Path) -> None:
+    run = quick(tiny_text, tmp_path / "run", evaluate=no_number, trials=1)
+    (trial,) = run.trials
+    assert trial.state == "failed"
+    assert "mqar: evaluation-failed: value is nan" in str(trial.reason)
+
+
+@pytest.mark.usefixtures("workers")
+def test_a_training_that_hangs_is_ended_and_then_a_failed_trial(tiny_text: str, tmp_path: Path) -> None:
+    text = tiny_text.replace("confirm_seeds: 2", "confirm_seeds: 2\n  timeout: 1")
+    run = quick(text, tmp_path / "run", evaluate=hang_at_text, trials=1)
+    (trial,) = run.trials
+    assert trial.state == "failed"
+    assert str(trial.reason) == "text: timed-out: it took more than 1 s"
+    assert trial.attempts == RETRIES + 1
+    assert set(trial.scores) == {"mqar"}
 
 
 @pytest.mark.usefixtures("workers")

@@ -169,3 +169,28 @@ def test_nothing_runs_on_when_the_driver_is_killed() -> None:
     while (left := watch.descendants(family)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not left
+
+
+def hang(folder: str, times: int) -> str:
+    """Hangs the first `times` times."""
+    marks = Path(folder)
+    count = len(list(marks.iterdir()))
+    (marks / str(count)).touch()
+    if count < times:
+        time.sleep(600)
+    return "done"
+
+
+@pytest.mark.parametrize("hangs", [1, RETRIES + 1])
+def test_a_call_that_hangs_is_ended_and_made_again_twice(
+    workers: Workers, tmp_path: Path, hangs: int
+) -> None:
+    hearing = Hearing()
+    job = Job(hang, (str(tmp_path), hangs), "hung", limit_s=0.5)
+    (answer,) = workers.side_by_side([job], hearing)
+    if hangs <= RETRIES:
+        assert answer.value == "done"
+    else:
+        assert (answer.code, answer.message) == ("timed-out", "it took more than 0.5 s")
+        assert answer.job.attempt == RETRIES + 1
+    assert len(hearing.heard) == min(hangs, RETRIES) + 1
