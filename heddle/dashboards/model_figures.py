@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from heddle.dashboards import data, words
-from heddle.dashboards.axes import axes
 from heddle.dashboards.figures import FRONT, LINES, WINNER, Figure, escape, layout, slug
-from heddle.search.record import Run, Trial
+from heddle.search.record import Trial
 from heddle.specs.palette import look_of
 
 # Field of a layer's costs, its name, its unit.
@@ -109,30 +108,6 @@ def placement(said: str, name: str, placed: Sequence[Sequence[str]]) -> Figure:
         "hovertemplate": "layer %{x}: %{y} in %{z:.0%}<extra></extra>",
     }
     return Figure(f"placement-{name}", f"Mixers by layer in {said}", [heat], layout("layer", "mixer"))
-
-
-def compared(run: Run, trials: Sequence[Trial]) -> Figure:
-    """Each quantity as a share of the largest among the compared, a line a trial."""
-    known = [axis for axis in axes(run) if all(axis.value(trial) is not None for trial in trials)]
-    traces = []
-    tops = {axis.key: max(abs(axis.value(trial) or 0.0) for trial in trials) or 1.0 for axis in known}
-    for index, trial in enumerate(trials):
-        values = [(axis.value(trial) or 0.0) / tops[axis.key] for axis in known]
-        line: dict[str, Any] = {
-            "type": "scatter",
-            "mode": "lines+markers",
-            "name": escape(data.name_of(trial, run)),
-        }
-        line |= {
-            "x": [axis.label for axis in known],
-            "y": values,
-            "line": {"dash": LINES[index % len(LINES)]},
-        }
-        traces.append(line | {"customdata": [trial.number] * len(known)})
-    drawn = layout("", "share of the largest")
-    drawn["yaxis"] |= {"rangemode": "tozero"}
-    said = "Objectives, budgets and parameters, each as a share of the largest among these trials"
-    return Figure("compared", said, traces if len(known) > 1 else [], drawn)
 
 
 def latency_rows(trial: Trial) -> list[list[str]]:

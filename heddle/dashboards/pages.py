@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from math import ceil
 
 from heddle.dashboards import data, figures, sections, words
-from heddle.dashboards.axes import Axis, axes
+from heddle.dashboards.axes import axes
+from heddle.dashboards.compare_pages import add_fronts
 from heddle.dashboards.frame import Page, choose, empty, pick, tiles, url
 from heddle.dashboards.html import Html, Row, element, join, table
 from heddle.dashboards.model_figures import placement
@@ -35,7 +36,7 @@ def link_to(key: str) -> sections.Name:
     return name
 
 
-def overview(site: Site) -> Page:
+def overview(site: Site, query: Query) -> Page:
     """All runs, side by side."""
     page = Page("Runs", here="Runs")
     page.add(element("header", element("h1", "Runs"), sections.note(str(site.root))))
@@ -49,18 +50,18 @@ def overview(site: Site) -> Page:
             )
         )
         return page
-    rows, drawn = [], []
+    rows, drawn = [], {}
     for key, watched in known.items():
         try:
-            run = watched.run(PATIENCE_S / len(known))
+            drawn[key] = watched.run(PATIENCE_S / len(known))
         except HeddleError as error:
             rows.append(Row([key, "cannot be read", "", "", "", error.what], "failed"))
             continue
-        rows.append(_run_row(key, run))
-        drawn.append((key, run))
+        rows.append(_run_row(key, drawn[key]))
     header = ["Run", "Status", "Trials", "Winner", "Mean normalised score", "Took"]
     page.add(sections.section("Side by side", table(header, rows, numeric=(4,))))
-    page.plots("Best so far", [figures.progress_of(drawn)])
+    page.plots("Best so far", [figures.progress_of(list(drawn.items()))])
+    add_fronts(page, drawn, query)
     return page
 
 
@@ -134,7 +135,7 @@ def _plots(page: Page, watched: Watched, run: Run, query: Query) -> None:
     y = known.get(query.get("y", ""), next(iter(known.values())))
     over = query.get("over", "trial")
     over = over if over in data.OVER else "trial"
-    names = {key: _plain(axis) for key, axis in known.items()}
+    names = {key: axis.plain for key, axis in known.items()}
     picked = pick(
         choose("Across", "x", names, x.key),
         choose("Up", "y", names, y.key),
@@ -145,12 +146,6 @@ def _plots(page: Page, watched: Watched, run: Run, query: Query) -> None:
         watched.once(run, ("progress", over), lambda: figures.progress(run, over)),
     ]
     page.plots("Plots", drawn, picked, sections.note("A click on a point leads to its trial."))
-
-
-def _plain(axis: Axis) -> str:
-    if axis.task is not None:
-        return axis.task.name
-    return "parameters" if axis.budget is None else words.budget_name(axis.budget)
 
 
 def _failures(run: Run) -> Html | None:

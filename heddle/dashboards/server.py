@@ -27,7 +27,7 @@ from starlette.responses import HTMLResponse, PlainTextResponse, RedirectRespons
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from heddle.dashboards import bench_page, pages, trial_pages
+from heddle.dashboards import bench_page, compare_pages, pages, trial_pages
 from heddle.dashboards.frame import Page, empty, url, whole
 from heddle.dashboards.html import element
 from heddle.dashboards.site import Site, Watched, open_site
@@ -74,13 +74,17 @@ def app(site: Site, *, token: str | None, is_closing: Callable[[], bool] = lambd
     views = Views(site, is_closing)
     routes = [
         Route("/", views.home),
+        Route("/compare", views.compare),
         Route("/kernels", views.kernels),
         Route("/events", views.events),
         Route("/assets/{name}", views.asset),
         Route("/run/{key}", views.page(pages.front)),
         Route("/run/{key}/placement", views.page(lambda held, _: pages.placement_page(held))),
         Route("/run/{key}/latency", views.page(lambda held, _: pages.latency_page(held))),
-        Route("/run/{key}/compare", views.page(lambda held, q: trial_pages.compare_page(held, _numbers(q)))),
+        Route(
+            "/run/{key}/compare",
+            views.page(lambda held, q: compare_pages.compare_page(site, held, _numbers(q))),
+        ),
         Route("/run/{key}/trial/{number}", views.trial),
         Route("/run/{key}/graph/{number}.svg", views.graph),
     ]
@@ -148,7 +152,13 @@ def _bearer(headers: Headers) -> str:
 
 def _numbers(query: QueryParams) -> list[int]:
     """The trials chosen to be compared. Raises HeddleError "bad-argument"."""
-    return [_number(text) for text in query.getlist("t")[: trial_pages.MOST + 1]]
+    return [_number(text) for text in query.getlist("t")[: compare_pages.MOST + 1]]
+
+
+def _places(query: QueryParams) -> list[tuple[str, int]]:
+    """Runs and numbers of the trials chosen to be compared. Raises HeddleError "bad-argument"."""
+    parted = [text.rpartition(":") for text in query.getlist("t")[: compare_pages.MOST + 1]]
+    return [(key, _number(number)) for key, _, number in parted]
 
 
 def _number(text: str) -> int:
@@ -164,13 +174,22 @@ class Views:
         self.site, self.is_closing = site, is_closing
         self._assets: dict[str, tuple[bytes, str]] = {}
 
-    def home(self, request: Request) -> Response:  # noqa: ARG002
+    def home(self, request: Request) -> Response:
         """The run, or all of a folder side by side."""
-        known = self.site.runs()
         if self.site.is_run:
-            return RedirectResponse(url(next(iter(known))), 303)
-        seen = _digest([one.key + one.seen() for one in known.values()])
-        page = pages.overview(self.site)
+            return RedirectResponse(url(next(iter(self.site.runs()))), 303)
+        return self._follow_all(lambda: pages.overview(self.site, request.query_params))
+
+    def compare(self, request: Request) -> Response:
+        """Trials of several runs."""
+        query = request.query_params
+        places = _places(query)
+        return self._follow_all(lambda: compare_pages.compare_runs_page(self.site, places, query))
+
+    def _follow_all(self, make: Callable[[], Page]) -> Response:
+        """A page of all runs, with the versions that it is newer than."""
+        seen = _digest([one.key + one.seen() for one in self.site.runs().values()])
+        page = make()
         page.seen = seen
         return self._send(page)
 
@@ -287,6 +306,8 @@ class Views:
         """Pages with something to show."""
         found = [] if self.site.is_run else [("Runs", "/")]
         key = next(iter(self.site.runs())) if self.site.is_run else page.key
+        if key is None and len(self.site.runs()) > 1:
+            found.append(("Compare", url(None, "compare")))
         if key is not None:
             found.append(("Front", url(key)))
             found += [(name, url(key, name.lower())) for name in ("Compare", "Placement", "Latency")]

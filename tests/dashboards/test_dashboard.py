@@ -9,11 +9,11 @@ import subprocess
 import sys
 import urllib.request
 from collections.abc import Callable, Iterator
-from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import quote
 
 import pytest
+from seen import client, get
 from starlette.testclient import TestClient
 
 from heddle.dashboards import server
@@ -27,47 +27,6 @@ MakeRun = Callable[..., Path]
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>&\"'`{{7*7}}"
 ROOT = Path(__file__).parents[2]
 PAGES = ("", "/trial/4", "/trial/-1", "/trial/12", "/compare?t=3&t=4", "/placement", "/latency")
-
-
-class Seen(HTMLParser):
-    """Tags, attributes and visible text of a page, and its figures."""
-
-    def __init__(self, markup: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.attributes: list[tuple[str, str]] = []
-        self.words: list[str] = []
-        self.figures: list[dict[str, object]] = []
-        self._inside = ""
-        self.feed(markup)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.attributes += [(name, value or "") for name, value in attrs]
-        self._inside = tag if tag == "script" else ""
-
-    def handle_endtag(self, tag: str) -> None:  # noqa: ARG002
-        self._inside = ""
-
-    def handle_data(self, data: str) -> None:
-        if not self._inside:
-            self.words.append(data)
-        elif data.strip():
-            self.figures = json.loads(data)
-
-    @property
-    def text(self) -> str:
-        return " ".join(" ".join(self.words).split())
-
-
-def client(root: Path, bench: Path | None = None, token: str | None = None) -> TestClient:
-    return TestClient(server.app(open_site(root, bench), token=token), base_url="http://localhost:8642")
-
-
-def get(asked: TestClient, path: str, status: int = 200) -> Seen:
-    answer = asked.get(path)
-    assert answer.status_code == status, answer.text
-    return Seen(answer.text)
 
 
 def test_every_page_of_a_run_answers_with_its_figures(make_run: MakeRun) -> None:
