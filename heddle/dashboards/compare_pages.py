@@ -18,6 +18,8 @@ from heddle.search.record import BudgetInfo, Run, Trial
 MOST = 6
 # Of a front with more members those with the best scores are offered; all others are found in their run.
 OFFERED = 12
+# A longer list of differences is folded.
+OPEN = 24
 Place = tuple[str, int]
 
 
@@ -191,7 +193,11 @@ def _difference(left: Beside, right: Beside) -> Html:
         return sections.section(
             title, sections.note("The two specs are the same model, trained in the same way.")
         )
-    return sections.section(title, table(["Field", left.name, right.name], rows))
+    found_all = table(["Field", left.name, right.name], rows)
+    if len(rows) <= OPEN:
+        return sections.section(title, found_all)
+    summary = element("summary", f"{len(rows)} fields differ")
+    return sections.section(title, element("details", summary, found_all))
 
 
 def _text(value: object) -> str:

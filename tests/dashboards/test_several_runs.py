@@ -26,7 +26,7 @@ def test_trials_of_two_runs_stand_beside_each_other(two_runs: Path) -> None:
     seen = get(client(two_runs), "/compare?t=one:3&t=two:4&t=two:13&t=one:-1")
     assert "two: trial 4 against one: trial 3" in seen.text
     assert "one: all-full against one: trial 3" in seen.text
-    assert "blocks.full.mixer.window" in seen.text
+    assert "layers.4.mixer.window" in seen.text
     assert "Test CPU search two" in seen.text
     # Five layers stand below the first five of eight.
     assert answer.text.count('<span class="none"></span>') == 3
