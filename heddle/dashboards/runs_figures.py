@@ -65,18 +65,19 @@ def _hover(one: Beside) -> str:
 
 
 def compared(chosen: Sequence[Beside]) -> Figure:
-    """Each quantity that all have as a share of the largest among them, a line a trial."""
-    known = [
-        axis
-        for axis in all_axes([one.run for one in chosen]).values()
-        if all(_has(one.run, axis) and axis.value(one.trial) is not None for one in chosen)
-    ]
-    tops = {axis.key: max(abs(axis.value(one.trial) or 0.0) for one in chosen) or 1.0 for axis in known}
+    """Each quantity that two or more have as a share of the largest among them, a line a trial."""
+    known: list[tuple[Axis, list[float | None]]] = []
+    for axis in all_axes([one.run for one in chosen]).values():
+        values = [axis.value(one.trial) if _has(one.run, axis) else None for one in chosen]
+        if sum(value is not None for value in values) > 1:
+            known.append((axis, values))
+    tops = [max(abs(value) for value in values if value is not None) or 1.0 for _, values in known]
     traces = []
     for index, one in enumerate(chosen):
         line: dict[str, Any] = {"type": "scatter", "mode": "lines+markers", "name": escape(one.name)}
-        line |= {"x": [axis.label for axis in known], "line": {"dash": LINES[index % len(LINES)]}}
-        line["y"] = [(axis.value(one.trial) or 0.0) / tops[axis.key] for axis in known]
+        line |= {"x": [axis.label for axis, _ in known], "line": {"dash": LINES[index % len(LINES)]}}
+        mine = [values[index] for _, values in known]
+        line["y"] = [None if value is None else value / top for value, top in zip(mine, tops, strict=True)]
         traces.append(line | {"customdata": [one.address] * len(known)})
     drawn = layout("", "share of the largest")
     drawn["yaxis"] |= {"rangemode": "tozero"}
