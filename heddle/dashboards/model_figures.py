@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from heddle.dashboards import data, words
+from heddle.dashboards.axes import Z
 from heddle.dashboards.figures import FRONT, LINES, WINNER, Figure, escape, layout, slug
+from heddle.search.placement_terms import Term, Terms
 from heddle.search.record import Trial
 from heddle.specs.palette import look_of
 
@@ -108,6 +110,42 @@ def placement(said: str, name: str, placed: Sequence[Sequence[str]]) -> Figure:
         "hovertemplate": "layer %{x}: %{y} in %{z:.0%}<extra></extra>",
     }
     return Figure(f"placement-{name}", f"Mixers by layer in {said}", [heat], layout("layer", "mixer"))
+
+
+def terms(found: Terms) -> list[Figure]:
+    """What the placement model has learnt: the worth of each block at each layer, and of each pair of neighbours."""
+    traces = []
+    for index, (kind, row) in enumerate(found.singles.items()):
+        line: dict[str, Any] = {"type": "scatter", "mode": "lines+markers", "name": escape(kind)}
+        line |= {"x": list(range(len(row))), "y": [term.mean for term in row], "error_y": _spread(row)}
+        traces.append(line | {"line": {"dash": LINES[index % len(LINES)]}})
+    unit = "mean normalised score"
+    said = f"Worth of a block at a layer, against {found.baseline} there; bars are 95 % intervals"
+    drawn = layout("layer", unit) | {"showlegend": True}
+    names = [f"{low} → {high}" for low, high in found.pairs]
+    row = list(found.pairs.values())
+    dots: dict[str, Any] = {
+        "type": "scatter",
+        "mode": "markers",
+        "name": "pair",
+        "x": [term.mean for term in row],
+    }
+    dots |= {
+        "y": [escape(name) for name in names],
+        "error_x": _spread(row),
+        "marker": {"size": 9, "color": FRONT},
+    }
+    pairs = Figure(
+        "terms-pairs",
+        "Worth of one block right before another; bars are 95 % intervals",
+        [dots],
+        layout(unit, ""),
+    )
+    return [Figure("terms-layers", said, traces, drawn), pairs]
+
+
+def _spread(row: Sequence[Term]) -> dict[str, Any]:
+    return {"type": "data", "array": [Z * term.sd for term in row], "thickness": 1, "width": 0}
 
 
 def latency_rows(trial: Trial) -> list[list[str]]:

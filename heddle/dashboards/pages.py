@@ -10,9 +10,10 @@ from heddle.dashboards.axes import axes
 from heddle.dashboards.compare_pages import add_fronts
 from heddle.dashboards.frame import Page, choose, empty, pick, tiles, url
 from heddle.dashboards.html import Html, Row, element, join, table
-from heddle.dashboards.model_figures import placement
+from heddle.dashboards.model_figures import placement, terms
 from heddle.dashboards.site import PATIENCE_S, Site, Watched
 from heddle.errors import HeddleError
+from heddle.search.placement_terms import LEAST, Term, placement_terms
 from heddle.search.record import Run, Trial
 
 Query = Mapping[str, str]
@@ -235,6 +236,7 @@ def placement_page(watched: Watched) -> Page:
     ]
     how = "Each cell is the share of trials with that mixer at that layer; 0 is the first layer."
     page.plots("Mixer at each layer", drawn, sections.note(how))
+    _terms(page, watched, run)
     rows = [
         [link_to(watched.key)(t, run), f"{t.quality:.4f}", words.short_layers(t.layers)] for t in best[:20]
     ]
@@ -242,6 +244,32 @@ def placement_page(watched: Watched) -> Page:
         sections.section("The best", table(["Trial", "Mean normalised score", "Layers"], rows, numeric=(1,)))
     )
     return page
+
+
+def _terms(page: Page, watched: Watched, run: Run) -> None:
+    """What the model that places blocks has learnt, once there are trials to learn from."""
+    found = watched.once(run, "terms", lambda: placement_terms(run))
+    if found is None:
+        told = f"The placement model is shown from {LEAST} trained trials with different layers on."
+        page.add(sections.section("What the placement model has learnt", sections.note(told)))
+        return
+    how = (
+        f"From {found.trials} of {found.trained} trained trials: the linear model that proposes placements, fitted anew. "
+        "Where the search fixes how many layers a block gets, only differences between its layers count."
+    )
+    page.plots("What the placement model has learnt", terms(found), sections.note(how))
+    rows = [
+        [kind, f"{layer}", _term(term)]
+        for kind, row in found.singles.items()
+        for layer, term in enumerate(row)
+    ]
+    rows += [["pair", f"{low} → {high}", _term(term)] for (low, high), term in found.pairs.items()]
+    numbers = table(["Block", "Layer, or lower → upper", "Worth ± standard deviation"], rows, numeric=(2,))
+    page.add(element("section", element("details", element("summary", "The terms as a table"), numbers)))
+
+
+def _term(term: Term) -> str:
+    return f"{term.mean:+.4f} ± {term.sd:.4f}"
 
 
 def latency_page(watched: Watched) -> Page:
