@@ -20,6 +20,7 @@ from heddle import folder_commands
 from heddle.command_options import (
     Batch,
     Context,
+    Curves,
     GraphForm,
     Json,
     Phase,
@@ -328,16 +329,18 @@ def report(
     table: Annotated[
         TableForm | None, typer.Option(help="A table instead: all trials as csv, or the front.")
     ] = None,
+    tensorboard: Curves = None,
 ) -> None:
-    """Write a run as one HTML page that needs no network, or its plots, or a table."""
+    """Write a run as one HTML page that needs no network, or its plots, curves, or a table."""
     from heddle import api, terminal
 
-    for path in api.plots(run, plots) if plots is not None else ():
+    folders = ((plots, api.plots), (tensorboard, api.event_files))
+    for path in (path for folder, write in folders if folder is not None for path in write(run, folder)):
         terminal.next_steps(f"wrote {path}", [])
     if table is not None:
         text = api.table(run, table.value, out)
         typer.echo(text, nl=False) if out is None else terminal.next_steps(f"wrote {out}", [])
-    elif plots is None:
+    elif plots is None and tensorboard is None:
         terminal.next_steps(f"wrote {api.report(run, out)}", [])
 
 
