@@ -94,17 +94,20 @@ def curved(run: Run) -> list[Trial]:
 
 
 def _board(folder: Path) -> WsgiApp:
-    """TensorBoard with its pages of scalars alone: others read files that a request names."""
+    """TensorBoard with its pages of scalars alone, whose page of series asks for parameters too: others read files that a
+    request names.
+    """
     from tensorboard import assets, program
     from tensorboard.backend.application import TensorBoardWSGIApp
     from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
     from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
     from tensorboard.plugins.core.core_plugin import CorePluginLoader
+    from tensorboard.plugins.hparams.hparams_plugin import HParamsPlugin
     from tensorboard.plugins.metrics.metrics_plugin import MetricsPlugin
     from tensorboard.plugins.scalar.scalars_plugin import ScalarsPlugin
 
     provider = assets.get_default_assets_zip_provider()
-    board = program.TensorBoard([CorePluginLoader(), ScalarsPlugin, MetricsPlugin], provider)
+    board = program.TensorBoard([CorePluginLoader(), ScalarsPlugin, MetricsPlugin, HParamsPlugin], provider)
     board.configure(logdir=str(folder), path_prefix=BOARD)
     curves = EventMultiplexer()
     curves.AddRunsFromDirectory(str(folder))

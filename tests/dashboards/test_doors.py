@@ -92,7 +92,7 @@ def test_tensorboard_draws_the_curves_of_the_search(search_run: Path) -> None:
     rows = asked.get(f"/tensorboard/data/plugin/scalars/scalars?{query}").json()
     assert [(row[1], pytest.approx(row[2])) for row in rows] == list(trial.scores[task].losses)
     # Nothing that reads a file which a request names is loaded.
-    assert set(asked.get("/tensorboard/data/plugins_listing").json()) == {"scalars", "timeseries"}
+    assert set(asked.get("/tensorboard/data/plugins_listing").json()) == {"scalars", "timeseries", "hparams"}
 
 
 def test_curves_are_written_as_event_files(search_run: Path, tmp_path: Path) -> None:
