@@ -23,6 +23,7 @@ from heddle.compose.plan import plan
 from heddle.errors import HeddleError
 from heddle.folder_api import dashboard as dashboard
 from heddle.folder_api import evaluate as evaluate
+from heddle.folder_api import event_files as event_files
 from heddle.folder_api import import_model as import_model
 from heddle.folder_api import plots as plots
 from heddle.folder_api import replay as replay

@@ -26,11 +26,9 @@ from heddle.command_options import (
     Phase,
     RayAddress,
     Replay,
-    RunPath,
     SpecPath,
     SpecToSearch,
     Storage,
-    TableForm,
     example,
 )
 from heddle.errors import FAILED, HeddleError
@@ -320,32 +318,6 @@ def import_model(
 
     result = api.import_model(folder, out)
     terminal.show_json(result) if json else target_tables.show_imported(result)
-
-
-@app.command(epilog=example("heddle report runs/quickstart --out report.html"))
-def report(
-    run: RunPath,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="File to write; RUN/report.html if not given, a table to the terminal."),
-    ] = None,
-    plots: Annotated[
-        Path | None, typer.Option(help="Folder for the plots as SVG and PNG instead.", show_default=False)
-    ] = None,
-    table: Annotated[
-        TableForm | None, typer.Option(help="A table instead: all trials as csv, or the front.")
-    ] = None,
-) -> None:
-    """Write a run as one HTML page that needs no network, or its plots, or a table."""
-    from heddle import api, terminal
-
-    for path in api.plots(run, plots) if plots is not None else ():
-        terminal.next_steps(f"wrote {path}", [])
-    if table is not None:
-        text = api.table(run, table.value, out)
-        typer.echo(text, nl=False) if out is None else terminal.next_steps(f"wrote {out}", [])
-    elif plots is None:
-        terminal.next_steps(f"wrote {api.report(run, out)}", [])
 
 
 app.registered_commands += folder_commands.app.registered_commands

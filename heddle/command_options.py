@@ -76,3 +76,6 @@ Context = Annotated[
     int | None, typer.Option(min=1, help="Tokens of context; the spec's context_length if not given.")
 ]
 Batch = Annotated[int, typer.Option(min=1, help="Sequences at once.")]
+Curves = Annotated[
+    Path | None, typer.Option(help="Folder for training curves as TensorBoard's files.", show_default=False)
+]

@@ -117,6 +117,18 @@ def plots(run: Path | str, folder: Path | str) -> list[Path]:
     return draw_all(read_run(run), Path(folder))
 
 
+def event_files(run: Path | str, folder: Path | str) -> list[Path]:
+    """Write the training curves of the search in folder `run` into `folder`, as files that TensorBoard reads.
+
+    Raises:
+        HeddleError: "run-not-found", "package-missing".
+    """
+    from heddle.dashboards.event_files import write_events
+    from heddle.search.record import read_run
+
+    return write_events(read_run(run), Path(folder))
+
+
 def table(run: Path | str, form: Literal["csv", "md", "latex"] = "md", out: Path | str | None = None) -> str:
     """The front of the search in folder `run` as Markdown or LaTeX, or all its trials as CSV; written to `out`.
 

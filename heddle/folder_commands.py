@@ -1,5 +1,5 @@
-"""Commands on folders, which `heddle.cli` adds to its own: `verify` and `eval` (`heddle.api.evaluate`) on models, `dashboard`
-on runs."""
+"""Commands on folders, which `heddle.cli` adds to its own: `verify` and `eval` (`heddle.api.evaluate`) on models, `report` and
+`dashboard` on runs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from heddle.command_options import Json, example
+from heddle.command_options import Curves, Json, RunPath, TableForm, example
 from heddle.errors import FAILED, HeddleError
 
 if TYPE_CHECKING:
@@ -26,6 +26,34 @@ Trust = Annotated[
     typer.Option("--trust-remote-code", help="Run the folder's own model code, which you made or have read."),
 ]
 app = typer.Typer()
+
+
+@app.command(epilog=example("heddle report runs/quickstart --out report.html"))
+def report(
+    run: RunPath,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="File to write; RUN/report.html if not given, a table to the terminal."),
+    ] = None,
+    plots: Annotated[
+        Path | None, typer.Option(help="Folder for the plots as SVG and PNG instead.", show_default=False)
+    ] = None,
+    table: Annotated[
+        TableForm | None, typer.Option(help="A table instead: all trials as csv, or the front.")
+    ] = None,
+    tensorboard: Curves = None,
+) -> None:
+    """Write a run as one HTML page that needs no network, or its plots, curves, or a table."""
+    from heddle import api, terminal
+
+    folders = ((plots, api.plots), (tensorboard, api.event_files))
+    for path in (path for folder, write in folders if folder is not None for path in write(run, folder)):
+        terminal.next_steps(f"wrote {path}", [])
+    if table is not None:
+        text = api.table(run, table.value, out)
+        typer.echo(text, nl=False) if out is None else terminal.next_steps(f"wrote {out}", [])
+    elif plots is None and tensorboard is None:
+        terminal.next_steps(f"wrote {api.report(run, out)}", [])
 
 
 @app.command(epilog=example("heddle verify my-model --trust-remote-code"))

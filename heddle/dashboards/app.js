@@ -5,11 +5,13 @@
   const trials = document.body.dataset.trials;
 
   window.heddleDrawn = function (place) {
-    if (places.has(place) || !trials) return;
+    if (places.has(place)) return;
     places.add(place);
     place.on("plotly_click", function (event) {
-      const number = event.points[0].customdata;
-      if (Number.isInteger(number)) window.location.href = trials + number;
+      // The number of a trial of this run, or the address of one of any run.
+      const found = event.points[0].customdata;
+      if (Number.isInteger(found) && trials) window.location.href = trials + found;
+      else if (typeof found === "string" && found.startsWith("/run/")) window.location.href = found;
     });
   };
 
@@ -95,7 +97,7 @@
   document.addEventListener("change", function (event) {
     if (!event.target.matches("select[data-submit]")) return;
     const chosen = new URLSearchParams(window.location.search);
-    for (const [name, value] of new FormData(event.target.form)) chosen.set(name, value);
+    chosen.set(event.target.name, event.target.value);
     // Another choice of trials begins at their first page.
     chosen.delete("page");
     go(window.location.pathname + "?" + chosen);

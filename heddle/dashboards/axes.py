@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from heddle.dashboards import words
@@ -21,6 +22,13 @@ class Axis:
     text: str
     task: TaskInfo | None = None
     budget: BudgetInfo | None = None
+
+    @property
+    def plain(self) -> str:
+        """The name alone, for a list to choose from."""
+        if self.task is not None:
+            return self.task.name
+        return "parameters" if self.budget is None else words.budget_name(self.budget)
 
     @property
     def limit(self) -> float | None:
@@ -65,6 +73,16 @@ def axes(run: Run) -> list[Axis]:
         name = html.escape(words.budget_name(budget), quote=False)
         found.append(Axis(f"budget:{budget.label}", name, words.budget_text(budget), budget=budget))
     return [*found, Axis("parameters", "parameters", "parameters (fewer are cheaper)")]
+
+
+def all_axes(runs: Iterable[Run]) -> dict[str, Axis]:
+    """The axes of some runs by their keys, those of tasks first; of two that share a key the first."""
+    found: dict[str, Axis] = {}
+    for run in runs:
+        for axis in axes(run):
+            found.setdefault(axis.key, axis)
+    order = ("task", "budget", "parameters")
+    return dict(sorted(found.items(), key=lambda item: order.index(item[0].partition(":")[0])))
 
 
 def axis_label(task: TaskInfo) -> str:

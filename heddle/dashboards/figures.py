@@ -64,18 +64,18 @@ def pair(run: Run, x: Axis, y: Axis) -> Figure:
     if x.budget is not None:
         refused = [t for t in run.trials if t.state != "complete" and x.value(t) is not None]
         _add_rug(traces, drawn, _rug(run, refused, [x.value(t) for t in refused]))
-    _draw_limit(drawn, "x", x)
-    _draw_limit(drawn, "y", y)
+    draw_limit(drawn, "x", x.limit)
+    draw_limit(drawn, "y", y.limit)
     caption = f"{y.text} against {x.text}. Bars are 95 % intervals (scores: 1.96 standard errors)."
     return Figure(slug(f"{y.key} against {x.key}"), caption, traces, drawn)
 
 
-def _draw_limit(layout: dict[str, Any], side: str, axis: Axis) -> None:
-    """The budget as a dashed line across the plot."""
-    if axis.limit is None:
+def draw_limit(layout: dict[str, Any], side: str, limit: float | None) -> None:
+    """The budget as a dashed line across the plot; nothing where there is none."""
+    if limit is None:
         return
     other = "y" if side == "x" else "x"
-    ends = {f"{side}0": axis.limit, f"{side}1": axis.limit, f"{other}0": 0, f"{other}1": 1}
+    ends = {f"{side}0": limit, f"{side}1": limit, f"{other}0": 0, f"{other}1": 1}
     line = {
         "type": "line",
         f"{other}ref": "paper",
@@ -83,7 +83,7 @@ def _draw_limit(layout: dict[str, Any], side: str, axis: Axis) -> None:
         **ends,
     }
     note = {
-        side: axis.limit,
+        side: limit,
         other: 1,
         f"{other}ref": "paper",
         f"{other}anchor": "bottom",
@@ -92,7 +92,7 @@ def _draw_limit(layout: dict[str, Any], side: str, axis: Axis) -> None:
     if side == "y":
         note["xanchor"], note["yanchor"] = "right", "bottom"
     layout.setdefault("shapes", []).append(line)
-    layout.setdefault("annotations", []).append(note | {"text": f"budget {axis.limit:g}"})
+    layout.setdefault("annotations", []).append(note | {"text": f"budget {limit:g}"})
 
 
 def progress(run: Run, over: str = "trial") -> Figure:

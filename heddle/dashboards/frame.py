@@ -114,7 +114,11 @@ def choose(label: str, name: str, options: Mapping[str, str], chosen: str | None
 
 def pick(*fields: Html, hidden: Mapping[str, object] | None = None) -> Html:
     """A form that asks for the same page with other choices; its button is for those without scripts."""
-    kept = (element("input", type="hidden", name=name, value=value) for name, value in (hidden or {}).items())
+    kept = (
+        element("input", type="hidden", name=name, value=one)
+        for name, value in (hidden or {}).items()
+        for one in (value if isinstance(value, list) else [value])
+    )
     button = element("noscript", element("button", "Show", type="submit"))
     return element("form", *kept, *fields, button, method="get", cls="pick")
 

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from heddle.dashboards import data, words
-from heddle.dashboards.axes import axes
+from heddle.dashboards.axes import Z
 from heddle.dashboards.figures import FRONT, LINES, WINNER, Figure, escape, layout, slug
-from heddle.search.record import Run, Trial
+from heddle.search.placement_terms import Term, Terms
+from heddle.search.record import Trial
 from heddle.specs.palette import look_of
 
 # Field of a layer's costs, its name, its unit.
@@ -111,28 +112,40 @@ def placement(said: str, name: str, placed: Sequence[Sequence[str]]) -> Figure:
     return Figure(f"placement-{name}", f"Mixers by layer in {said}", [heat], layout("layer", "mixer"))
 
 
-def compared(run: Run, trials: Sequence[Trial]) -> Figure:
-    """Each quantity as a share of the largest among the compared, a line a trial."""
-    known = [axis for axis in axes(run) if all(axis.value(trial) is not None for trial in trials)]
+def terms(found: Terms) -> list[Figure]:
+    """What the placement model has learnt: the worth of each block at each layer, and of each pair of neighbours."""
     traces = []
-    tops = {axis.key: max(abs(axis.value(trial) or 0.0) for trial in trials) or 1.0 for axis in known}
-    for index, trial in enumerate(trials):
-        values = [(axis.value(trial) or 0.0) / tops[axis.key] for axis in known]
-        line: dict[str, Any] = {
-            "type": "scatter",
-            "mode": "lines+markers",
-            "name": escape(data.name_of(trial, run)),
-        }
-        line |= {
-            "x": [axis.label for axis in known],
-            "y": values,
-            "line": {"dash": LINES[index % len(LINES)]},
-        }
-        traces.append(line | {"customdata": [trial.number] * len(known)})
-    drawn = layout("", "share of the largest")
-    drawn["yaxis"] |= {"rangemode": "tozero"}
-    said = "Objectives, budgets and parameters, each as a share of the largest among these trials"
-    return Figure("compared", said, traces if len(known) > 1 else [], drawn)
+    for index, (kind, row) in enumerate(found.singles.items()):
+        line: dict[str, Any] = {"type": "scatter", "mode": "lines+markers", "name": escape(kind)}
+        line |= {"x": list(range(len(row))), "y": [term.mean for term in row], "error_y": _spread(row)}
+        traces.append(line | {"line": {"dash": LINES[index % len(LINES)]}})
+    unit = "mean normalised score"
+    said = f"Worth of a block at a layer, against {found.baseline} there; bars are 95 % intervals"
+    drawn = layout("layer", unit) | {"showlegend": True}
+    names = [f"{low} → {high}" for low, high in found.pairs]
+    row = list(found.pairs.values())
+    dots: dict[str, Any] = {
+        "type": "scatter",
+        "mode": "markers",
+        "name": "pair",
+        "x": [term.mean for term in row],
+    }
+    dots |= {
+        "y": [escape(name) for name in names],
+        "error_x": _spread(row),
+        "marker": {"size": 9, "color": FRONT},
+    }
+    pairs = Figure(
+        "terms-pairs",
+        "Worth of one block right before another; bars are 95 % intervals",
+        [dots],
+        layout(unit, ""),
+    )
+    return [Figure("terms-layers", said, traces, drawn), pairs]
+
+
+def _spread(row: Sequence[Term]) -> dict[str, Any]:
+    return {"type": "data", "array": [Z * term.sd for term in row], "thickness": 1, "width": 0}
 
 
 def latency_rows(trial: Trial) -> list[list[str]]:

@@ -6,12 +6,14 @@ from collections.abc import Callable, Mapping
 from math import ceil
 
 from heddle.dashboards import data, figures, sections, words
-from heddle.dashboards.axes import Axis, axes
+from heddle.dashboards.axes import axes
+from heddle.dashboards.compare_pages import add_fronts
 from heddle.dashboards.frame import Page, choose, empty, pick, tiles, url
 from heddle.dashboards.html import Html, Row, element, join, table
-from heddle.dashboards.model_figures import placement
+from heddle.dashboards.model_figures import placement, terms
 from heddle.dashboards.site import PATIENCE_S, Site, Watched
 from heddle.errors import HeddleError
+from heddle.search.placement_terms import LEAST, Term, placement_terms
 from heddle.search.record import Run, Trial
 
 Query = Mapping[str, str]
@@ -35,7 +37,7 @@ def link_to(key: str) -> sections.Name:
     return name
 
 
-def overview(site: Site) -> Page:
+def overview(site: Site, query: Query) -> Page:
     """All runs, side by side."""
     page = Page("Runs", here="Runs")
     page.add(element("header", element("h1", "Runs"), sections.note(str(site.root))))
@@ -49,18 +51,18 @@ def overview(site: Site) -> Page:
             )
         )
         return page
-    rows, drawn = [], []
+    rows, drawn = [], {}
     for key, watched in known.items():
         try:
-            run = watched.run(PATIENCE_S / len(known))
+            drawn[key] = watched.run(PATIENCE_S / len(known))
         except HeddleError as error:
             rows.append(Row([key, "cannot be read", "", "", "", error.what], "failed"))
             continue
-        rows.append(_run_row(key, run))
-        drawn.append((key, run))
+        rows.append(_run_row(key, drawn[key]))
     header = ["Run", "Status", "Trials", "Winner", "Mean normalised score", "Took"]
     page.add(sections.section("Side by side", table(header, rows, numeric=(4,))))
-    page.plots("Best so far", [figures.progress_of(drawn)])
+    page.plots("Best so far", [figures.progress_of(list(drawn.items()))])
+    add_fronts(page, drawn, query)
     return page
 
 
@@ -134,7 +136,7 @@ def _plots(page: Page, watched: Watched, run: Run, query: Query) -> None:
     y = known.get(query.get("y", ""), next(iter(known.values())))
     over = query.get("over", "trial")
     over = over if over in data.OVER else "trial"
-    names = {key: _plain(axis) for key, axis in known.items()}
+    names = {key: axis.plain for key, axis in known.items()}
     picked = pick(
         choose("Across", "x", names, x.key),
         choose("Up", "y", names, y.key),
@@ -145,12 +147,6 @@ def _plots(page: Page, watched: Watched, run: Run, query: Query) -> None:
         watched.once(run, ("progress", over), lambda: figures.progress(run, over)),
     ]
     page.plots("Plots", drawn, picked, sections.note("A click on a point leads to its trial."))
-
-
-def _plain(axis: Axis) -> str:
-    if axis.task is not None:
-        return axis.task.name
-    return "parameters" if axis.budget is None else words.budget_name(axis.budget)
 
 
 def _failures(run: Run) -> Html | None:
@@ -240,6 +236,7 @@ def placement_page(watched: Watched) -> Page:
     ]
     how = "Each cell is the share of trials with that mixer at that layer; 0 is the first layer."
     page.plots("Mixer at each layer", drawn, sections.note(how))
+    _terms(page, watched, run)
     rows = [
         [link_to(watched.key)(t, run), f"{t.quality:.4f}", words.short_layers(t.layers)] for t in best[:20]
     ]
@@ -247,6 +244,32 @@ def placement_page(watched: Watched) -> Page:
         sections.section("The best", table(["Trial", "Mean normalised score", "Layers"], rows, numeric=(1,)))
     )
     return page
+
+
+def _terms(page: Page, watched: Watched, run: Run) -> None:
+    """What the model that places blocks has learnt, once there are trials to learn from."""
+    found = watched.once(run, "terms", lambda: placement_terms(run))
+    if found is None:
+        told = f"The placement model is shown from {LEAST} trained trials with different layers on."
+        page.add(sections.section("What the placement model has learnt", sections.note(told)))
+        return
+    how = (
+        f"From {found.trials} of {found.trained} trained trials: the linear model that proposes placements, fitted anew. "
+        "Where the search fixes how many layers a block gets, only differences between its layers count."
+    )
+    page.plots("What the placement model has learnt", terms(found), sections.note(how))
+    rows = [
+        [kind, f"{layer}", _term(term)]
+        for kind, row in found.singles.items()
+        for layer, term in enumerate(row)
+    ]
+    rows += [["pair", f"{low} → {high}", _term(term)] for (low, high), term in found.pairs.items()]
+    numbers = table(["Block", "Layer, or lower → upper", "Worth ± standard deviation"], rows, numeric=(2,))
+    page.add(element("section", element("details", element("summary", "The terms as a table"), numbers)))
+
+
+def _term(term: Term) -> str:
+    return f"{term.mean:+.4f} ± {term.sd:.4f}"
 
 
 def latency_page(watched: Watched) -> Page:

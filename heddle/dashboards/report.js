@@ -37,6 +37,8 @@
         legend: { orientation: "h", x: 0, y: -0.26, yanchor: "top" },
         margin: { l: 55, r: 15, t: 28, b: 45 },
         hovermode: "closest",
+        // Of lines that have no colour of their own: Okabe and Ito's, told apart by all, on light and on dark.
+        colorway: ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00"],
         // Zoom and hidden traces outlive a redraw.
         uirevision: figure.name,
       },

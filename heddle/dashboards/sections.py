@@ -114,11 +114,13 @@ def legend(mixers: Iterable[str]) -> Html:
 
 
 def strip_table(rows: Sequence[tuple[object, Sequence[data.Cell]]]) -> Html:
-    """Names, each with its layers as a coloured strip."""
+    """Names, each with its layers as a coloured strip; a layer stands below the same layer of a deeper model."""
     parts: list[Html] = []
+    depth = max((len(cells) for _, cells in rows), default=0)
     for name, cells in rows:
         title = "layer {0.index}: {0.block}, {0.mixer}"
-        blocks = (element("span", style=paint(cell.mixer), title=title.format(cell)) for cell in cells)
+        blocks = [element("span", style=paint(cell.mixer), title=title.format(cell)) for cell in cells]
+        blocks += [element("span", cls="none")] * (depth - len(cells))
         label = f"{len(cells)} layers: {words.short_layers(tuple(cell.mixer for cell in cells))}"
         parts += [element("div", name), element("div", *blocks, cls="strip", role="img", aria_label=label)]
     return element("div", *parts, cls="strips")

@@ -24,13 +24,15 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers, QueryParams
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response, StreamingResponse
-from starlette.routing import Route
+from starlette.routing import BaseRoute, Mount, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from heddle.dashboards import bench_page, pages, trial_pages
+from heddle.dashboards import bench_page, compare_pages, pages, trial_pages
+from heddle.dashboards.doors import BOARD, Doors, tools_page
 from heddle.dashboards.frame import Page, empty, url, whole
 from heddle.dashboards.html import element
 from heddle.dashboards.site import Site, Watched, open_site
+from heddle.dashboards.wsgi import Behind
 from heddle.errors import HeddleError
 from heddle.search.costs import graph_picture
 
@@ -39,6 +41,7 @@ TOKEN = "heddle-token"
 LOOK_S, QUIET_S = 0.5, 15.0
 # How often a page is told while a large run is being read.
 BEHIND_S = 2.0
+NOT_THERE = ("run-not-found", "bad-argument", "package-missing")
 LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
 HEADERS = {
     # No script but ours, nothing from elsewhere, no page around ours; plotly sets styles of its own.
@@ -72,20 +75,36 @@ def app(site: Site, *, token: str | None, is_closing: Callable[[], bool] = lambd
     `is_closing` ends the answers that follow a run.
     """
     views = Views(site, is_closing)
-    routes = [
+    routes: list[BaseRoute] = [
         Route("/", views.home),
+        Route("/compare", views.compare),
         Route("/kernels", views.kernels),
         Route("/events", views.events),
         Route("/assets/{name}", views.asset),
         Route("/run/{key}", views.page(pages.front)),
         Route("/run/{key}/placement", views.page(lambda held, _: pages.placement_page(held))),
         Route("/run/{key}/latency", views.page(lambda held, _: pages.latency_page(held))),
-        Route("/run/{key}/compare", views.page(lambda held, q: trial_pages.compare_page(held, _numbers(q)))),
+        Route("/run/{key}/tools", views.page(lambda held, _: tools_page(held))),
+        Route("/run/{key}/open/{door}", views.open),
+        Route(
+            "/run/{key}/compare",
+            views.page(lambda held, q: compare_pages.compare_page(site, held, _numbers(q))),
+        ),
         Route("/run/{key}/trial/{number}", views.trial),
         Route("/run/{key}/graph/{number}.svg", views.graph),
     ]
+    routes += _doors(views.doors)
     handlers: dict[Any, Any] = {HeddleError: views.failed, 404: views.missing, Exception: views.failed}
     return Guard(Starlette(routes=routes, exception_handlers=handlers), token)
+
+
+def _doors(doors: Doors) -> list[BaseRoute]:
+    """The addresses of optuna-dashboard, which has them at the root, and of TensorBoard."""
+    study = Behind(lambda: doors.optuna, ("GET", "HEAD"))
+    # TensorBoard asks for its numbers with POST.
+    board = Behind(lambda: doors.board, ("GET", "HEAD", "POST"))
+    found = [(f"/{name}", study) for name in ("dashboard", "api", "static", "csv")] + [(BOARD, board)]
+    return [Mount(path, app=app) for path, app in found]
 
 
 class Guard:
@@ -148,7 +167,13 @@ def _bearer(headers: Headers) -> str:
 
 def _numbers(query: QueryParams) -> list[int]:
     """The trials chosen to be compared. Raises HeddleError "bad-argument"."""
-    return [_number(text) for text in query.getlist("t")[: trial_pages.MOST + 1]]
+    return [_number(text) for text in query.getlist("t")[: compare_pages.MOST + 1]]
+
+
+def _places(query: QueryParams) -> list[tuple[str, int]]:
+    """Runs and numbers of the trials chosen to be compared. Raises HeddleError "bad-argument"."""
+    parted = [text.rpartition(":") for text in query.getlist("t")[: compare_pages.MOST + 1]]
+    return [(key, _number(number)) for key, _, number in parted]
 
 
 def _number(text: str) -> int:
@@ -161,16 +186,25 @@ class Views:
     """The answers; each reads what it shows in a thread, so that one large run keeps no other page waiting."""
 
     def __init__(self, site: Site, is_closing: Callable[[], bool]) -> None:
-        self.site, self.is_closing = site, is_closing
+        self.site, self.is_closing, self.doors = site, is_closing, Doors()
         self._assets: dict[str, tuple[bytes, str]] = {}
 
-    def home(self, request: Request) -> Response:  # noqa: ARG002
+    def home(self, request: Request) -> Response:
         """The run, or all of a folder side by side."""
-        known = self.site.runs()
         if self.site.is_run:
-            return RedirectResponse(url(next(iter(known))), 303)
-        seen = _digest([one.key + one.seen() for one in known.values()])
-        page = pages.overview(self.site)
+            return RedirectResponse(url(next(iter(self.site.runs()))), 303)
+        return self._follow_all(lambda: pages.overview(self.site, request.query_params))
+
+    def compare(self, request: Request) -> Response:
+        """Trials of several runs."""
+        query = request.query_params
+        places = _places(query)
+        return self._follow_all(lambda: compare_pages.compare_runs_page(self.site, places, query))
+
+    def _follow_all(self, make: Callable[[], Page]) -> Response:
+        """A page of all runs, with the versions that it is newer than."""
+        seen = _digest([one.key + one.seen() for one in self.site.runs().values()])
+        page = make()
         page.seen = seen
         return self._send(page)
 
@@ -200,6 +234,13 @@ class Views:
         watched = self.site.watched(request.path_params["key"])
         number = _number(request.path_params["number"])
         return self._follow(watched, lambda: trial_pages.trial_page(watched, number))
+
+    def open(self, request: Request) -> Response:
+        """To another program's page, which shows the run as it stands now."""
+        watched = self.site.watched(request.path_params["key"])
+        doors = {"study": self.doors.open_study, "curves": self.doors.open_board}
+        door = doors.get(request.path_params["door"])
+        return self.missing(request, None) if door is None else RedirectResponse(door(watched), 303)
 
     def graph(self, request: Request) -> Response:
         watched = self.site.watched(request.path_params["key"])
@@ -271,9 +312,7 @@ class Views:
 
     def failed(self, request: Request, error: Exception) -> Response:  # noqa: ARG002
         """A user's mistake, or a run that cannot be read, told as every command tells it."""
-        status = (
-            404 if isinstance(error, HeddleError) and error.code in ("run-not-found", "bad-argument") else 500
-        )
+        status = 404 if isinstance(error, HeddleError) and error.code in NOT_THERE else 500
         text = str(error) if isinstance(error, HeddleError) else f"{type(error).__name__}: {error}"
         return self._send(_told("That cannot be shown", text), status)
 
@@ -287,9 +326,11 @@ class Views:
         """Pages with something to show."""
         found = [] if self.site.is_run else [("Runs", "/")]
         key = next(iter(self.site.runs())) if self.site.is_run else page.key
+        if key is None and len(self.site.runs()) > 1:
+            found.append(("Compare", url(None, "compare")))
         if key is not None:
             found.append(("Front", url(key)))
-            found += [(name, url(key, name.lower())) for name in ("Compare", "Placement", "Latency")]
+            found += [(name, url(key, name.lower())) for name in ("Compare", "Placement", "Latency", "Tools")]
         return [*found, ("Kernels", "/kernels")] if self.site.bench is not None else found
 
 

@@ -16,6 +16,8 @@ from heddle.search.record import CONFIRM_FILE, EVENTS_FILE, LEDGER_FOLDER, RUN_F
 # A page waits so long for a large run; what was not read by then comes with the next look.
 PATIENCE_S = 0.7
 LOGS = "logs"
+# As in `heddle.search.study`, whose import takes a second.
+JOURNAL_FILE = "study.journal"
 # What is read of a run, besides single logs.
 READ = (RUN_FILE, EVENTS_FILE, CONFIRM_FILE, LEDGER_FOLDER)
 # A log is shown from its end, where the failure is told.
@@ -83,6 +85,11 @@ class Watched:
         with open(path, "rb") as file:
             file.seek(max(0, path.stat().st_size - LOG_BYTES))
             return file.read().decode("utf-8", "replace")
+
+    def journal(self) -> Path | None:
+        """Optuna's journal of the study; None where the run has none."""
+        path = self.folder / JOURNAL_FILE
+        return path if self._inside(path) else None
 
     def _inside(self, path: Path) -> bool:
         """Whether `path` is a file of the run itself, also when links are followed."""

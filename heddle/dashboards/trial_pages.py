@@ -1,21 +1,17 @@
-"""The pages about one trial and about a few side by side."""
+"""The page about one trial."""
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
 
-from heddle import specs
 from heddle.dashboards import data, model_figures, sections, words
 from heddle.dashboards.frame import Page, copyable, empty, tiles, url
-from heddle.dashboards.html import Html, Row, element, join, table
-from heddle.dashboards.pages import link_to
+from heddle.dashboards.html import Html, element, table
 from heddle.dashboards.site import Watched
 from heddle.errors import HeddleError
 from heddle.search.costs import layer_costs
 from heddle.search.record import REFERENCE, Run, Trial
 
-MOST = 6
 # A graph of more layers is a picture that nobody can read.
 LAYERS_OF_GRAPH = 200
 
@@ -155,67 +151,3 @@ def _spec(run: Run, trial: Trial) -> Html | None:
     return sections.section(
         "Take it along", *parts, copyable(f"Its spec, hash {trial.hash}", trial.spec, "spec")
     )
-
-
-def compare_page(watched: Watched, numbers: Sequence[int]) -> Page:
-    """Two to six trials: layers aligned, figures side by side, what differs."""
-    run, key = watched.run(), watched.key
-    page = Page(f"Compare · {run.name}", key, "Compare")
-    page.add(element("header", element("h1", "Compare"), sections.note(run.name)))
-    chosen = [find(run, number) for number in dict.fromkeys(numbers)]
-    if not 2 <= len(chosen) <= MOST:
-        said = f"Two to {MOST} trials can be compared; {len(chosen)} were chosen."
-        where = element("a", "All trials", href=url(key) + "#trials")
-        page.add(empty(said, join(["Tick the boxes in ", where, " and press the button below them."])))
-        return page
-    name = link_to(key)
-    strips = {trial.number: data.strip(trial) for trial in chosen}
-    mixers = {cell.mixer for cells in strips.values() for cell in cells}
-    rows = [(name(trial, run), strips[trial.number]) for trial in chosen]
-    hint = sections.note("First layer on the left.")
-    page.add(sections.section("Layers", hint, sections.legend(mixers), sections.strip_table(rows)))
-    page.add(_side_by_side(key, run, chosen))
-    curves = model_figures.curves([(data.name_of(trial, run), trial) for trial in chosen])
-    page.plots("Plots", [model_figures.compared(run, chosen), *curves])
-    page.add(*(_difference(run, chosen[0], other) for other in chosen[1:]))
-    return page
-
-
-def _side_by_side(key: str, run: Run, chosen: Sequence[Trial]) -> Html:
-    """A row for each quantity and each value the search chose; what differs stands out."""
-    name = link_to(key)
-    rows: list[Row] = []
-    facts = {trial.number: _facts(trial, run) for trial in chosen}
-    fields = dict.fromkeys(field for each in facts.values() for field in each)
-    for field in fields:
-        values = [facts[trial.number].get(field, "–") for trial in chosen]
-        rows.append(Row([field, *values], "differs" if len(set(values)) > 1 else None))
-    return sections.section("Side by side", table(["", *(name(trial, run) for trial in chosen)], rows))
-
-
-def _facts(trial: Trial, run: Run) -> dict[str, str]:
-    heads = [*(task.name for task in run.tasks), *(words.budget_name(budget) for budget in run.budgets)]
-    cells = [*words.score_cells(trial, run), *words.budget_cells(trial, run)]
-    facts = {"state": words.STATE_WORDS.get(trial.state, trial.state), **dict(zip(heads, cells, strict=True))}
-    facts |= {"parameters": words.count_text(trial.parameters), "layers": words.short_layers(trial.layers)}
-    return facts | dict(sections.flat(trial.params))
-
-
-def _difference(run: Run, left: Trial, right: Trial) -> Html:
-    """What `heddle diff` tells of two specs."""
-    names = [data.name_of(left, run), data.name_of(right, run)]
-    title = f"{names[1]} against {names[0]}"
-    try:
-        found = specs.differences(specs.loads(left.spec).spec, specs.loads(right.spec).spec)
-    except HeddleError as error:
-        return sections.section(title, empty("A spec cannot be read by this heddle:", error))
-    rows = [[each.path, _text(each.left), _text(each.right)] for each in found]
-    if not rows:
-        return sections.section(
-            title, sections.note("The two specs are the same model, trained in the same way.")
-        )
-    return sections.section(title, table(["Field", *names], rows))
-
-
-def _text(value: object) -> str:
-    return "–" if value is None else str(value)

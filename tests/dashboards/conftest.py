@@ -248,3 +248,13 @@ class _Writer:
         else:
             self.event("front", front=[], best=None, least_violating=[0, 7])
         self.event("search_finished", status=status)
+
+
+@pytest.fixture
+def two_runs(make_run: MakeRun, tmp_path: Path) -> Path:
+    """A folder with the runs `one` and `two`."""
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    for name in ("one", "two"):
+        make_run(name=f"search {name}").rename(runs / name)
+    return runs
