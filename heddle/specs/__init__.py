@@ -11,13 +11,15 @@ from heddle.specs.parameter import Parameter
 from heddle.specs.pattern import expand_layers, uniform_layers
 from heddle.specs.recipe import DataSpec, TrainSpec
 from heddle.specs.schema import json_schema
-from heddle.specs.search import Budget, MqarTask, PerDevice, SearchSpec, TextTask
+from heddle.specs.search import Budget, PerDevice, SearchSpec
 from heddle.specs.space import Placement, Space
 from heddle.specs.spec import Spec
+from heddle.specs.tasks import TASKS, MqarTask, TaskSchema, TaskSpec, TextTask
 
 __all__ = [
     "CHANNELS",
     "MIXERS",
+    "TASKS",
     "BlockSpec",
     "Budget",
     "DataSpec",
@@ -33,6 +35,8 @@ __all__ = [
     "Space",
     "Spec",
     "SpecFile",
+    "TaskSchema",
+    "TaskSpec",
     "TextTask",
     "TrainSpec",
     "canonical",

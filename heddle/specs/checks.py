@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
 from typing import Any
+
+from pydantic import ValidationError
 
 from heddle.specs.base import NAME_HINT, NAME_PATTERN, nearest
 from heddle.specs.explain import Finding, shown
@@ -18,9 +21,9 @@ from heddle.specs.open_values import RESERVED
 from heddle.specs.pattern import Layer, layers_of
 from heddle.specs.reader import MAX_ERRORS, Path_, steps_of
 from heddle.specs.references import EMBEDDING, references_of
-from heddle.specs.search import MqarTask
 from heddle.specs.sight import reach
 from heddle.specs.spec import Spec
+from heddle.specs.tasks import TASKS, TaskSchema
 
 # Token ids of the bytes tokenizer.
 BYTES = 256
@@ -132,25 +135,18 @@ def vocabulary_findings(vocab_size: int, tokenizer: object, search: Any) -> list
     if tokenizer == "bytes" and vocab_size < BYTES:
         what = f"{vocab_size} is too small for the bytes tokenizer, which has {BYTES} tokens"
         return [Finding("tokenizer-mismatch", what, (), f"vocab_size: {BYTES}")]
-    # A vocabulary of V has V/2 - 1 keys; the rest are values and the filler.
-    most = max((pairs for _, pairs, _ in _recalls(search)), default=0)
-    if most > vocab_size // 2 - 1:
-        what = f"{vocab_size} is too small for mqar with {most} pairs, which needs {2 * (most + 1)} tokens"
-        return [Finding("out-of-range", what, (), f"vocab_size: {2 * (most + 1)}, or fewer pairs")]
+    most = max((task for _, task in _tasks(search)), key=lambda task: task.ids, default=None)
+    if most is not None and most.ids > vocab_size:
+        what = f"{vocab_size} is too small for {most.told}, which needs {most.ids} tokens"
+        return [Finding("out-of-range", what, (), f"vocab_size: {most.ids}, or {most.fewer}")]
     return []
 
 
 def search_findings(search: Any, blocks: Mapping[str, Any], *, is_open: bool) -> list[Finding]:
     """What does not hold in a `search` in full (see `short_forms`), by path below it."""
     found = []
-    for path, pairs, length in _recalls(search):
-        if 4 * pairs > length:
-            what = f"{pairs} pairs need {4 * pairs} tokens, and length is {length}"
-            found.append(
-                Finding(
-                    "out-of-range", what, (*path, "pairs"), f"length: {4 * pairs}, or pairs: {length // 4}"
-                )
-            )
+    for path, task in _tasks(search):
+        found += [Finding("out-of-range", what, (*path, field), hint) for field, what, hint in task.misfits()]
     for path, budget in _items(search, "budgets"):
         name = budget.get("relative_to")
         if isinstance(name, str) and blocks:
@@ -170,8 +166,8 @@ def reach_problems(spec: Spec) -> Iterator[tuple[Path_, str, str]]:
     site = Site(model.hidden_size, 0, 1, model.norm_eps, model.context_length)
     seen = reach(layers_of(model), site)
     for index, task in enumerate(spec.search.tasks):
-        if seen is not None and isinstance(task, MqarTask) and seen < task.length - 1:
-            what = f"the layers together see {seen} tokens back, and mqar asks for what stood up to {task.length - 1} back"
+        if seen is not None and seen < task.back:
+            what = f"the layers together see {seen} tokens back, and {task.kind} asks for what stood up to {task.back} back"
             yield ("search", "tasks", index), what, "a wider window, one layer without, or more layers"
 
 
@@ -182,15 +178,11 @@ def _items(search: Any, key: str) -> Iterator[tuple[Path_, Mapping[str, Any]]]:
             yield (key, index), item
 
 
-def _recalls(search: Any) -> Iterator[tuple[Path_, int, int]]:
-    """Pairs and length of each mqar task, as far as they are numbers."""
+def _tasks(search: Any) -> Iterator[tuple[Path_, TaskSchema]]:
+    """The tasks whose fields are all of their types; of the others the schema tells."""
     for path, task in _items(search, "tasks"):
-        if task["kind"] == "mqar":
-            pairs, length = (
-                task.get(name, MqarTask.model_fields[name].default) for name in ("pairs", "length")
-            )
-            if type(pairs) is int and type(length) is int:
-                yield path, pairs, length
+        with suppress(ValidationError):
+            yield path, TASKS[task["kind"]].model_validate(task)
 
 
 def _lonely_findings(name: str, blocks: Mapping[str, Any]) -> Iterator[Finding]:

@@ -7,8 +7,9 @@ from typing import Any
 from heddle.specs.layer import MAX_LAYERS
 from heddle.specs.open_values import FORMS, RESERVED
 from heddle.specs.schema_parts import REF, Schema, add_notes, add_partials, name_unions, reachable
-from heddle.specs.search import PHASES, TASKS
+from heddle.specs.search import PHASES
 from heddle.specs.spec import Spec
+from heddle.specs.tasks import TASKS
 
 _NOTES = ("description", "default", "examples")
 

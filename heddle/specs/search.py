@@ -6,35 +6,9 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Discriminator, Field, Tag
 
-from heddle.specs.base import Count, Duration, Schema
+from heddle.specs.base import Duration, Schema
+from heddle.specs.tasks import TaskSpec
 
-
-class MqarTask(Schema):
-    """Multi-query associative recall (arXiv 2312.04927), generated as it is needed; scored by accuracy."""
-
-    kind: Literal["mqar"] = "mqar"
-    pairs: Annotated[int, Field(ge=1, le=65_536, description="Key-value pairs of a sequence (a count).")] = 8
-    length: Annotated[int, Field(ge=4, le=10**6, description="Tokens of a sequence, at least 4 × pairs.")] = (
-        64
-    )
-    tokens: Annotated[Count | None, Field(description="Tokens to train on; null: train.tokens.")] = None
-    learning_rate: Annotated[
-        float | None, Field(gt=0, le=10, description="Highest learning rate; null: train.learning_rate.")
-    ] = None
-
-
-class TextTask(Schema):
-    """Language modelling on `data`; scored in bits per byte."""
-
-    kind: Literal["text"] = "text"
-    tokens: Annotated[Count | None, Field(description="Tokens to train on; null: train.tokens.")] = None
-    learning_rate: Annotated[
-        float | None, Field(gt=0, le=10, description="Highest learning rate; null: train.learning_rate.")
-    ] = None
-
-
-TaskSpec = Annotated[MqarTask | TextTask, Field(discriminator="kind")]
-TASKS: dict[str, type[Schema]] = {"mqar": MqarTask, "text": TextTask}
 Phase = Literal["decode_ms", "prefill_ms"]
 PHASES: tuple[str, ...] = get_args(Phase)
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from heddle.specs.explain import Finding, meant, shown
 from heddle.specs.reader import HOLE, Path_
-from heddle.specs.search import PHASES, TASKS
+from heddle.specs.search import PHASES
+from heddle.specs.tasks import TASKS
 
 
 def full_search(search: Any) -> tuple[Any, list[Finding], dict[Path_, Path_]]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
+from functools import cache, partial
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,11 +14,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from heddle.compose.train import IGNORE, Recipe
+from heddle.errors import HeddleError
+from heddle.search.tasks.catalogue import GENERATED, make_task
 from heddle.search.tasks.corpus import Corpus
 from heddle.search.tasks.mqar import Mqar
 from heddle.search.tasks.task import Task, batches
 from heddle.search.tasks.text import Text
 from heddle.search.tasks.tokens import tokens_of
+from heddle.specs import TASKS as SCHEMAS
+from heddle.specs import DataSpec
 
 VOCAB = 256
 CPU = torch.device("cpu")
@@ -33,17 +39,58 @@ def text() -> Task:
     return Text(tokens_of(corpus, "bytes", VOCAB), sequence_length=32, vocab_size=VOCAB)
 
 
+def drawn(kind: str, **fields: Any) -> Task:
+    return make_task(SCHEMAS[kind](**fields), DataSpec(source="none"), vocab_size=VOCAB)
+
+
+# Small, but large enough that no row is drawn twice.
+DRAWN: dict[str, tuple[str, dict[str, Any]]] = {
+    "in-context-recall": ("in_context_recall", {"keys": 4, "values": 6, "length": 40}),
+    "noisy-recall": ("in_context_recall", {"keys": 3, "values": 3, "length": 48, "noise": 0.4}),
+    "fuzzy-recall": ("fuzzy_recall", {"key_symbols": 4, "value_symbols": 5, "pairs": 3, "length": 50}),
+    "selective-copying": ("selective_copying", {"symbols": 5, "data_tokens": 8, "length": 40}),
+    "memorization": ("memorization", {"keys": 50, "values": 20, "length": 32}),
+    "induction-heads": ("induction_heads", {"symbols": 9, "length": 32}),
+    "copying": ("copying", {"symbols": 7, "data_tokens": 20}),
+    "parity": ("parity", {"length": 40}),
+    "word-s3": ("word_problem", {"group": "S3", "length": 32}),
+    "word-s5-swaps": ("word_problem", {"group": "S5", "moves": "swaps", "length": 16}),
+    "word-a5": ("word_problem", {"group": "A5", "length": 16}),
+    "word-z60": ("word_problem", {"group": "Z60", "length": 16}),
+    "word-a4xz5": ("word_problem", {"group": "A4xZ5", "length": 16}),
+    "modular-arithmetic": ("modular_arithmetic", {"length": 40}),
+    "niah": ("niah", {"length": 40}),
+    "niah-many": ("niah", {"needles": 5, "width": 2, "keys": 4, "values": 7, "length": 48}),
+    "variable-tracking": ("variable_tracking", {"hops": 2, "chains": 3, "names": 12, "length": 40}),
+    "common-words": ("common_words", {"symbols": 30, "words": 8, "repeats": 2, "common_repeats": 5}),
+    "in-context-regression": ("in_context_regression", {"examples": 30}),
+}
 TASKS: dict[str, Callable[[], Task]] = {
     "mqar": lambda: Mqar(vocab_size=VOCAB, pairs=4, length=32),
     "mqar-quiet": lambda: Mqar(vocab_size=64, pairs=8, length=47, random_non_queries=False),
     "mqar-tight": lambda: Mqar(vocab_size=VOCAB, pairs=8, length=32),
     "text": text,
+    **{name: partial(drawn, kind, **fields) for name, (kind, fields) in DRAWN.items()},
 }
+# Scored by the distance to a noisy number, which no solver knows.
+NUMERIC = ("in-context-regression",)
+EXACT = [name for name in TASKS if name not in NUMERIC]
+
+
+made = cache(lambda name: TASKS[name]())
 
 
 @pytest.fixture(params=TASKS)
 def task(request: pytest.FixtureRequest) -> Task:
-    return TASKS[request.param]()
+    found: Task = made(request.param)
+    return found
+
+
+@pytest.fixture(params=EXACT)
+def exact(request: pytest.FixtureRequest) -> Task:
+    """A task whose answers follow from its inputs."""
+    found: Task = made(request.param)
+    return found
 
 
 class Answering(nn.Module):
@@ -83,23 +130,34 @@ def test_every_row_has_as_many_labels_as_every_other(task: Task) -> None:
     assert len(counts.unique()) == 1
 
 
-def test_the_solver_is_right_at_every_label(task: Task) -> None:
-    for inputs, targets in (task.sample(64, seed=5, device=CPU), task.held_out(CPU)):
+def test_the_solver_is_right_at_every_label(exact: Task) -> None:
+    for inputs, targets in (exact.sample(64, seed=5, device=CPU), exact.held_out(CPU)):
         asked = targets != IGNORE
-        assert torch.equal(task.oracle(inputs)[asked], targets[asked])
+        assert torch.equal(exact.oracle(inputs)[asked], targets[asked])
 
 
-def test_a_model_that_answers_as_the_solver_does_scores_best(task: Task) -> None:
-    score = task.evaluate(Answering(task.oracle), device=CPU)
-    assert score.value == pytest.approx(task.best, abs=1e-6)
-    assert task.normalised(score) == pytest.approx(1.0, abs=1e-6)
+@pytest.mark.parametrize("name", [name for name in EXACT if name != "text"])
+def test_answers_do_not_rest_on_what_stands_behind_the_question(name: str) -> None:
+    exact = made(name)
+    inputs, targets = exact.sample(16, seed=5, device=CPU)
+    other, _ = exact.sample(16, seed=6, device=CPU)
+    first = int((targets != IGNORE).any(dim=0).nonzero()[0])
+    mixed = torch.cat([inputs[:, : first + 1], other[:, first + 1 :]], dim=1)
+    asked = targets[:, first] != IGNORE
+    assert torch.equal(exact.oracle(mixed)[asked, first], targets[asked, first])
+
+
+def test_a_model_that_answers_as_the_solver_does_scores_best(exact: Task) -> None:
+    score = exact.evaluate(Answering(exact.oracle), device=CPU)
+    assert score.value == pytest.approx(exact.best, abs=1e-6)
+    assert exact.normalised(score) == pytest.approx(1.0, abs=1e-6)
     assert score.se == pytest.approx(0.0, abs=1e-6)
-    assert score.n == len(task.held_out(CPU)[0])
+    assert score.n == len(exact.held_out(CPU)[0])
 
 
-def test_a_model_that_is_wrong_everywhere_scores_no_better_than_chance(task: Task) -> None:
-    score = task.evaluate(Answering(lambda inputs: (task.oracle(inputs) + 1) % VOCAB), device=CPU)
-    assert task.normalised(score) < 0
+def test_a_model_that_is_wrong_everywhere_scores_no_better_than_chance(exact: Task) -> None:
+    score = exact.evaluate(Answering(lambda inputs: (exact.oracle(inputs) + 1) % VOCAB), device=CPU)
+    assert exact.normalised(score) < 0
 
 
 def test_equal_seeds_give_equal_examples_and_others_do_not(task: Task) -> None:
@@ -139,6 +197,7 @@ def test_reach_stays_inside_the_sequence_and_the_past(task: Task) -> None:
     inputs, _ = task.sample(16, seed=0, device=CPU)
     reach = task.reach(inputs)
     assert reach.shape == inputs.shape
+    assert reach.dtype == torch.int64
     assert bool((reach >= 0).all())
     assert bool((reach <= torch.arange(task.sequence_length)).all())
 
@@ -162,3 +221,53 @@ def test_evaluation_leaves_the_mode_of_the_model_alone(task: Task) -> None:
         model.train(training)
         task.evaluate(model, device=CPU)
         assert model.training is training
+
+
+@pytest.mark.parametrize("name", [name for name in DRAWN if name not in NUMERIC])
+def test_one_who_guesses_scores_chance(name: str) -> None:
+    task = made(name)
+    generator = torch.Generator().manual_seed(0)
+    score = task.evaluate(Answering(lambda inputs: task.guess(inputs, generator)), device=CPU)
+    assert score.value == pytest.approx(task.chance, abs=4 * score.se)
+    assert 0 < task.chance < 0.6
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_answers_rest_no_further_back_than_the_schema_says(name: str) -> None:
+    kind, fields = DRAWN[name]
+    task = made(name)
+    inputs, targets = task.sample(400, seed=0, device=CPU)
+    lags = task.reach(inputs)[targets != IGNORE]
+    back = SCHEMAS[kind](**fields).back
+    assert 0 < int(lags.min()) <= int(lags.max()) <= back
+    # And no nearer: some row asks for nearly as much.
+    assert int(lags.max()) >= 0.8 * back
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_all_symbols_and_no_others_are_drawn(name: str) -> None:
+    kind, fields = DRAWN[name]
+    inputs, targets = made(name).sample(400, seed=0, device=CPU)
+    seen = torch.cat([inputs.flatten(), targets[targets != IGNORE]])
+    ids = SCHEMAS[kind](**fields).ids
+    assert int(seen.max()) < ids
+    if kind not in ("word_problem", "memorization", "in_context_regression"):
+        assert len(seen.unique()) == ids
+
+
+def test_every_task_of_the_schema_is_held_to_these_contracts() -> None:
+    assert {kind for kind, _ in DRAWN.values()} | {"mqar", "text"} == set(SCHEMAS)
+    assert {kind for kind, _ in DRAWN.values()} == set(GENERATED)
+
+
+@pytest.mark.parametrize("kind", GENERATED)
+def test_a_task_fits_together_as_it_is_by_default(kind: str) -> None:
+    schema = SCHEMAS[kind]()
+    assert not list(schema.misfits())
+    assert schema.ids <= VOCAB
+    task = make_task(schema, DataSpec(source="none"), vocab_size=schema.ids)
+    inputs, _ = task.sample(4, seed=0, device=CPU)
+    assert int(inputs.max()) < schema.ids
+    with pytest.raises(HeddleError, match=r"hint: model\.vocab_size") as caught:
+        make_task(schema, DataSpec(source="none"), vocab_size=schema.ids - 1)
+    assert caught.value.code == "out-of-range"

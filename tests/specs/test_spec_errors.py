@@ -360,6 +360,18 @@ SEARCH_MISTAKES: list[tuple[str, str, str]] = [
     ),
     (
         "[text]",
+        "[{word_problem: {group: A5, moves: swaps}}]",
+        "a.yaml:20:45: search.tasks.0.word_problem.moves: no element of A5 swaps two and leaves the rest   [out-of-range]"
+        "  | moves: all, or group: S5",
+    ),
+    (
+        "[text]",
+        "[{memorization: {keys: 200, values: 60}}]",
+        "a.yaml:4:15: vocab_size: 256 is too small for memorization, which needs 261 tokens   [out-of-range]"
+        "  | vocab_size: 261, or fewer keys or values",
+    ),
+    (
+        "[text]",
         "[{mqar: {pair: 4}}]",
         "a.yaml:20:19: search.tasks.0.mqar.pair: there is no field 'pair' here   [unknown-field]  | did you mean pairs?",
     ),

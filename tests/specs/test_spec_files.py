@@ -13,8 +13,9 @@ from heddle.specs import CHANNELS, MIXERS, load, loads, spec_hash, to_yaml
 from heddle.specs.dims import DIMS
 from heddle.specs.model import BlockSpec, ModelSpec
 from heddle.specs.recipe import DataSpec, TrainSpec
-from heddle.specs.search import TASKS, Budget, PerDevice, SearchSpec
+from heddle.specs.search import Budget, PerDevice, SearchSpec
 from heddle.specs.spec import Spec
+from heddle.specs.tasks import TASKS
 
 ROOT = Path(__file__).parents[2]
 # The example of a plugin needs the plugin: tests/test_plugin.py.

@@ -2,31 +2,68 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from heddle.compose.train import Recipe
+from heddle.search.tasks.common_words import CommonWords
+from heddle.search.tasks.copying import Copying
 from heddle.search.tasks.corpus import load_corpus
+from heddle.search.tasks.fuzzy_recall import FuzzyRecall
+from heddle.search.tasks.generated import Generated
+from heddle.search.tasks.in_context_recall import InContextRecall
+from heddle.search.tasks.in_context_regression import InContextRegression
+from heddle.search.tasks.induction_heads import InductionHeads
+from heddle.search.tasks.memorization import Memorization
+from heddle.search.tasks.modular_arithmetic import ModularArithmetic
 from heddle.search.tasks.mqar import Mqar
+from heddle.search.tasks.niah import Niah
+from heddle.search.tasks.parity import Parity
+from heddle.search.tasks.selective_copying import SelectiveCopying
 from heddle.search.tasks.task import Task
 from heddle.search.tasks.text import Text
 from heddle.search.tasks.tokens import tokens_of
-from heddle.specs import DataSpec, MqarTask, TextTask, TrainSpec
+from heddle.search.tasks.variable_tracking import VariableTracking
+from heddle.search.tasks.word_problem import WordProblem
+from heddle.specs import DataSpec, MqarTask, TaskSpec, TextTask, TrainSpec
+
+# The tasks whose examples are drawn, by name; `mqar` and `text` are made in their own way.
+GENERATED: dict[str, Callable[..., Generated[Any]]] = {
+    one.name: one
+    for one in (
+        InContextRecall,
+        FuzzyRecall,
+        SelectiveCopying,
+        Memorization,
+        InductionHeads,
+        Copying,
+        Parity,
+        WordProblem,
+        ModularArithmetic,
+        Niah,
+        VariableTracking,
+        CommonWords,
+        InContextRegression,
+    )
+}
 
 
-def make_task(
-    task: MqarTask | TextTask, data: DataSpec, *, vocab_size: int, tokenizer: str = "bytes"
-) -> Task:
+def make_task(task: TaskSpec, data: DataSpec, *, vocab_size: int, tokenizer: str = "bytes") -> Task:
     """The task that `search.tasks` or `heddle train` names; the text task reads its corpus here, once.
 
     Raises what `load_corpus`, `tokens_of` and the tasks raise: `corpus-missing`, `corpus-too-small`,
-    `tokenizer-mismatch` …
+    `tokenizer-mismatch`, `out-of-range` …
     """
     if isinstance(task, MqarTask):
         return Mqar(vocab_size=vocab_size, pairs=task.pairs, length=task.length)
+    if not isinstance(task, TextTask):
+        return GENERATED[task.kind](task, vocab_size=vocab_size)
     corpus = load_corpus(data.source, text_field=data.text_field)
     tokens = tokens_of(corpus, tokenizer, vocab_size)
     return Text(tokens, sequence_length=data.sequence_length, vocab_size=vocab_size)
 
 
-def recipe_for(task: MqarTask | TextTask, train: TrainSpec, *, seed: int | None = None) -> Recipe:
+def recipe_for(task: TaskSpec, train: TrainSpec, *, seed: int | None = None) -> Recipe:
     """The recipe of `train`, with the tokens and the learning rate that the task may name for itself."""
     return Recipe(
         tokens=task.tokens if task.tokens is not None else train.tokens,

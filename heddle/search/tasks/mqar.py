@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from heddle.compose.train import IGNORE
 from heddle.errors import HeddleError, Where
+from heddle.search.tasks.drawing import distinct, generator_for
 from heddle.search.tasks.scoring import accuracy
 from heddle.search.tasks.task import Score, Task, digest_of, seed_of
 
@@ -62,15 +63,15 @@ class Mqar(Task):
         self.digest = digest_of("mqar", REVISION, vocab_size, pairs, length, random_non_queries, HELD_OUT)
 
     def sample(self, batch: int, *, seed: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
-        return self._form.draw(batch, _generator("sample", seed, device))
+        return self._form.draw(batch, generator_for("mqar", "sample", seed, device))
 
     def training_batch(self, tokens: int, *, seed: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
         form = self._easier[seed_of("mqar", "form", seed) % len(self._easier)]
-        return form.draw(max(1, tokens // form.length), _generator("sample", seed, device))
+        return form.draw(max(1, tokens // form.length), generator_for("mqar", "sample", seed, device))
 
     def held_out(self, device: torch.device | str) -> tuple[Tensor, Tensor]:
         # Drawn on the CPU, whose generator gives the same everywhere.
-        inputs, targets = self._form.draw(HELD_OUT, _generator("held-out", 0, "cpu"))
+        inputs, targets = self._form.draw(HELD_OUT, generator_for("mqar", "held-out", 0, "cpu"))
         return inputs.to(device), targets.to(device)
 
     def evaluate(self, model: nn.Module, *, device: torch.device | str) -> Score:
@@ -122,8 +123,8 @@ class Form:
         """Inputs and targets, int64 [B, length]."""
         device, n, half = generator.device, self.pairs, self.vocab_size // 2
         shape = (batch, self.length)
-        keys = 1 + _distinct(batch, half - 1, n, generator)
-        values = half + _distinct(batch, self.vocab_size - half, n, generator)
+        keys = 1 + distinct(batch, half - 1, n, generator)
+        values = half + distinct(batch, self.vocab_size - half, n, generator)
         if self.random_non_queries:
             inputs = torch.randint(self.vocab_size, shape, generator=generator, device=device)
         else:
@@ -143,7 +144,7 @@ class Form:
 
     def chance(self) -> float:
         """How often the key that most often fills a slot is the one asked there."""
-        generator = _generator("chance", 0, "cpu")
+        generator = generator_for("mqar", "chance", 0, "cpu")
         draws = CHANCE_DRAWS // 2
         keys = torch.arange(self.pairs).expand(draws, -1)
         seen, scored = (
@@ -155,16 +156,6 @@ class Form:
         )
         hits = scored.gather(1, seen.argmax(dim=1, keepdim=True)).sum()
         return max(float(hits / scored.sum()), 1.0 / self.pairs)
-
-
-def _generator(purpose: str, seed: int, device: torch.device | str) -> torch.Generator:
-    """Streams of different purposes never meet, whatever the seeds."""
-    return torch.Generator(device).manual_seed(seed_of("mqar", purpose, seed))
-
-
-def _distinct(batch: int, pool: int, count: int, generator: torch.Generator) -> Tensor:
-    """`count` distinct numbers below `pool` a row, every choice and order equally likely. [B, count]"""
-    return torch.rand(batch, pool, generator=generator, device=generator.device).topk(count, dim=1).indices
 
 
 def _check(vocab_size: int, pairs: int, length: int) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -34,20 +35,31 @@ def judge(model: nn.Module, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Te
     Shapes:  inputs, targets: [B, T] on the model's device;  losses (float64), hits (bool): [B, T] on the CPU.
     """
     losses, hits = torch.zeros(inputs.shape, dtype=torch.float64), torch.zeros(inputs.shape, dtype=torch.bool)
-    labels_per_row = int((targets >= 0).sum(dim=1).max())
-    rows = _rows_at_once(inputs.shape[1], labels_per_row, _vocab_size(model))
-    training = model.training
-    model.eval()
-    with torch.no_grad():
-        for start in range(0, len(inputs), rows):
-            piece = slice(start, start + rows)
-            _judge_rows(model, inputs[piece], targets[piece], losses[piece], hits[piece])
-    model.train(training)
-    if not bool(losses.isfinite().all()):
-        raise HeddleError(
-            "loss-not-finite", "the trained model's loss on the held-out examples is not finite"
-        )
+
+    def write(at: _Labels, logits: Tensor) -> None:
+        found = F.cross_entropy(logits, at.ids, reduction="none").double().cpu()
+        losses[at.rows].view(-1)[at.places] = found
+        hits[at.rows].view(-1)[at.places] = (logits.argmax(dim=-1) == at.ids).cpu()
+
+    _over_rows(model, inputs, targets, write)
+    _check_finite(losses)
     return losses, hits
+
+
+def predicted_means(model: nn.Module, inputs: Tensor, targets: Tensor, first: int, levels: Tensor) -> Tensor:
+    """The mean of `levels` under the model's probabilities for ids first, first + 1, …; other ids left out.
+
+    Shapes:  inputs, targets: [B, T], one label a row;  levels: [n] float64;  out: [B] float64 on the CPU.
+    """
+    means = torch.zeros(len(inputs), dtype=torch.float64)
+
+    def write(at: _Labels, logits: Tensor) -> None:
+        shares = logits[:, first : first + len(levels)].double().softmax(dim=1).cpu()
+        means[at.rows] = shares @ levels
+
+    _over_rows(model, inputs, targets, write)
+    _check_finite(means)
+    return means
 
 
 def ratio_with_error(sums: Sequence[float], counts: Sequence[float]) -> tuple[float, float]:
@@ -66,14 +78,39 @@ def ratio_with_error(sums: Sequence[float], counts: Sequence[float]) -> tuple[fl
     return ratio, math.sqrt(n / (n - 1) * squares) / total
 
 
-def _judge_rows(model: nn.Module, inputs: Tensor, targets: Tensor, losses: Tensor, hits: Tensor) -> None:
-    """Writes into `losses` and `hits`, which are views of the caller's."""
-    positions = labelled_positions(targets)
-    logits = labelled_logits(model, inputs, positions).float()
-    labels = targets.reshape(-1) if positions is None else targets.reshape(-1)[positions]
-    where = slice(None) if positions is None else positions.cpu()
-    losses.view(-1)[where] = F.cross_entropy(logits, labels, reduction="none").double().cpu()
-    hits.view(-1)[where] = (logits.argmax(dim=-1) == labels).cpu()
+@dataclass(frozen=True, slots=True)
+class _Labels:
+    """The labels of a few rows: their flat places among these rows, and the token ids asked for."""
+
+    rows: slice
+    places: Tensor | slice
+    ids: Tensor
+
+
+def _over_rows(
+    model: nn.Module, inputs: Tensor, targets: Tensor, write: Callable[[_Labels, Tensor], None]
+) -> None:
+    """Hands `write` a few rows' labels and the logits there, in float32 and eval mode; `model` keeps its mode."""
+    labels_per_row = int((targets >= 0).sum(dim=1).max())
+    rows = _rows_at_once(inputs.shape[1], labels_per_row, _vocab_size(model))
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        for start in range(0, len(inputs), rows):
+            piece = slice(start, start + rows)
+            positions = labelled_positions(targets[piece])
+            logits = labelled_logits(model, inputs[piece], positions).float()
+            flat = targets[piece].reshape(-1)
+            ids = flat if positions is None else flat[positions]
+            write(_Labels(piece, slice(None) if positions is None else positions.cpu(), ids), logits)
+    model.train(training)
+
+
+def _check_finite(found: Tensor) -> None:
+    if not bool(found.isfinite().all()):
+        raise HeddleError(
+            "loss-not-finite", "the trained model's loss on the held-out examples is not finite"
+        )
 
 
 def _vocab_size(model: nn.Module) -> int:

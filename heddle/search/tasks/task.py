@@ -35,7 +35,7 @@ class Task(ABC):
     """
 
     name: str
-    metric: Literal["accuracy", "bits_per_byte"]
+    metric: Literal["accuracy", "bits_per_byte", "mean_squared_error"]
     higher_is_better: bool
     # The score of one who knows the format and nothing else; each task says how it is found.
     chance: float

@@ -1,0 +1,76 @@
+"""The tasks that a search may name: what each asks, how large it is, and what its fields must keep."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from heddle.specs.tasks.base import TaskSchema
+from heddle.specs.tasks.copying import CopyingTask, InductionHeadsTask, SelectiveCopyingTask
+from heddle.specs.tasks.recall import (
+    FuzzyRecallTask,
+    InContextRecallTask,
+    MqarTask,
+    NiahTask,
+    VariableTrackingTask,
+)
+from heddle.specs.tasks.states import GROUP_ORDERS, ModularArithmeticTask, ParityTask, WordProblemTask
+from heddle.specs.tasks.statistics import CommonWordsTask, InContextRegressionTask, MemorizationTask, TextTask
+
+Generated = (
+    InContextRecallTask
+    | FuzzyRecallTask
+    | SelectiveCopyingTask
+    | MemorizationTask
+    | InductionHeadsTask
+    | CopyingTask
+    | ParityTask
+    | WordProblemTask
+    | ModularArithmeticTask
+    | NiahTask
+    | VariableTrackingTask
+    | CommonWordsTask
+    | InContextRegressionTask
+)
+TaskSpec = Annotated[MqarTask | TextTask | Generated, Field(discriminator="kind")]
+TASKS: dict[str, type[TaskSchema]] = {
+    "mqar": MqarTask,
+    "text": TextTask,
+    "in_context_recall": InContextRecallTask,
+    "fuzzy_recall": FuzzyRecallTask,
+    "selective_copying": SelectiveCopyingTask,
+    "memorization": MemorizationTask,
+    "induction_heads": InductionHeadsTask,
+    "copying": CopyingTask,
+    "parity": ParityTask,
+    "word_problem": WordProblemTask,
+    "modular_arithmetic": ModularArithmeticTask,
+    "niah": NiahTask,
+    "variable_tracking": VariableTrackingTask,
+    "common_words": CommonWordsTask,
+    "in_context_regression": InContextRegressionTask,
+}
+
+__all__ = [
+    "GROUP_ORDERS",
+    "TASKS",
+    "CommonWordsTask",
+    "CopyingTask",
+    "FuzzyRecallTask",
+    "Generated",
+    "InContextRecallTask",
+    "InContextRegressionTask",
+    "InductionHeadsTask",
+    "MemorizationTask",
+    "ModularArithmeticTask",
+    "MqarTask",
+    "NiahTask",
+    "ParityTask",
+    "SelectiveCopyingTask",
+    "TaskSchema",
+    "TaskSpec",
+    "TextTask",
+    "VariableTrackingTask",
+    "WordProblemTask",
+]

@@ -1,0 +1,48 @@
+"""What the tasks of a search share: their common fields, and what each tells the checks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any, ClassVar
+
+from pydantic import Field
+
+from heddle.specs.base import Count, Schema
+
+Tokens = Annotated[Count | None, Field(description="Tokens to train on; null: train.tokens.")]
+Rate = Annotated[
+    float | None, Field(gt=0, le=10, description="Highest learning rate; null: train.learning_rate.")
+]
+Length = Annotated[int, Field(ge=4, le=10**6, description="Tokens of a sequence.")]
+# A field, what is wrong with it, and what would be right.
+Misfit = tuple[str, str, str]
+
+
+def counted(most: int, description: str, *, least: int = 1) -> Any:
+    """The limits of a field that counts something."""
+    return Field(ge=least, le=most, description=description)
+
+
+class TaskSchema(Schema):
+    """What every task tells the checks; a task of the user's own data asks for nothing."""
+
+    fewer: ClassVar[str] = "fewer symbols"
+
+    @property
+    def told(self) -> str:
+        """The task in a message."""
+        return str(getattr(self, "kind", ""))
+
+    @property
+    def ids(self) -> int:
+        """Token ids it needs: 0 … ids - 1."""
+        return 0
+
+    @property
+    def back(self) -> int:
+        """How many tokens back what an answer rests on may stand; 0: nothing is asked for."""
+        return 0
+
+    def misfits(self) -> Iterator[Misfit]:
+        """Fields that do not go together."""
+        yield from ()

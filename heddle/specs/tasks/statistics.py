@@ -1,0 +1,92 @@
+"""Tasks of weights and of averages: what is learnt by heart, what is counted, what is fitted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from heddle.specs.tasks.base import Length, Misfit, Rate, TaskSchema, Tokens, counted
+
+
+class TextTask(TaskSchema):
+    """Language modelling on `data`; scored in bits per byte."""
+
+    kind: Literal["text"] = "text"
+    tokens: Tokens = None
+    learning_rate: Rate = None
+
+
+class MemorizationTask(TaskSchema):
+    """A fixed map of keys to values, held by weights alone: nothing in a sequence tells it (MAD, arXiv 2403.17844)."""
+
+    fewer: ClassVar[str] = "fewer keys or values"
+    kind: Literal["memorization"] = "memorization"
+    keys: Annotated[int, counted(65_536, "Keys of the map (a count).")] = 127
+    values: Annotated[int, counted(65_536, "Values of the map (a count).", least=2)] = 128
+    length: Length = 32
+    tokens: Tokens = None
+    learning_rate: Rate = None
+
+    @property
+    def ids(self) -> int:
+        return 1 + self.keys + self.values
+
+    @property
+    def back(self) -> int:
+        return 1
+
+    def misfits(self) -> Iterator[Misfit]:
+        if self.length % 2:
+            what = f"{self.length} tokens are no whole pairs of a key and its question"
+            yield "length", what, f"length: {self.length + 1}"
+
+
+class CommonWordsTask(TaskSchema):
+    """The most frequent word: a histogram, which needs no attention (RULER, arXiv 2404.06654)."""
+
+    kind: Literal["common_words"] = "common_words"
+    symbols: Annotated[int, counted(65_536, "Words to draw from (a count).", least=2)] = 64
+    words: Annotated[int, counted(65_536, "Different words of a sequence (a count).", least=2)] = 16
+    repeats: Annotated[int, counted(1000, "How often each word stands, but one.")] = 3
+    common_repeats: Annotated[int, counted(10_000, "How often the common one stands.", least=2)] = 18
+    tokens: Tokens = None
+    learning_rate: Rate = None
+
+    @property
+    def ids(self) -> int:
+        return self.symbols + 1
+
+    @property
+    def back(self) -> int:
+        return (self.words - 1) * self.repeats + self.common_repeats
+
+    def misfits(self) -> Iterator[Misfit]:
+        if self.words > self.symbols:
+            what = f"{self.symbols} symbols are no {self.words} words"
+            yield "words", what, f"symbols: {self.words}, or words: {self.symbols}"
+        if self.common_repeats <= self.repeats:
+            what = f"the common word stands {self.common_repeats} times, the others {self.repeats}"
+            yield "common_repeats", what, f"common_repeats: {self.repeats + 1}"
+
+
+class InContextRegressionTask(TaskSchema):
+    """Linear regression from examples in context (arXiv 2208.01066), its numbers written as tokens; scored by squared error."""
+
+    fewer: ClassVar[str] = "fewer dimensions or levels"
+    kind: Literal["in_context_regression"] = "in_context_regression"
+    dimensions: Annotated[int, counted(10, "Dimensions of x, each +1 or -1 (a count).")] = 5
+    examples: Annotated[int, counted(10**5, "Examples before the question (a count).")] = 40
+    noise: Annotated[float, Field(gt=0, le=10, description="Variance of the noise of y.")] = 0.1
+    levels: Annotated[int, counted(4096, "Values that y is rounded to (a count).", least=8)] = 64
+    tokens: Tokens = None
+    learning_rate: Rate = None
+
+    @property
+    def ids(self) -> int:
+        return int(2**self.dimensions) + self.levels
+
+    @property
+    def back(self) -> int:
+        return 2 * self.examples
