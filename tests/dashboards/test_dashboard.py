@@ -38,7 +38,14 @@ def test_every_page_of_a_run_answers_with_its_figures(make_run: MakeRun) -> None
     names = [figure["name"] for figure in seen[""].figures]
     assert names == ["task-mqar-against-budget-decode-ms-1x4096", "best-so-far-by-trial"]
     costs = [figure["name"] for figure in seen["/trial/4"].figures]
-    assert {"layers-parameters", "layers-cache-bytes", "curve-mqar", "curve-text"} <= set(costs)
+    assert {
+        "layers-parameters",
+        "layers-cache-bytes",
+        "layers-state-bytes",
+        "latency",
+        "curve-mqar",
+        "curve-text",
+    } <= set(costs)
     assert "loss-not-finite: the loss is nan" in seen["/trial/12"].text
     assert "heddle export" in seen["/trial/4"].text
     assert "trial 4 against trial 3" in seen["/compare?t=3&t=4"].text
