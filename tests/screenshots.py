@@ -1,6 +1,9 @@
 """Takes the pictures of docs/img: each page of the dashboard in both themes, and two at the width of a phone.
 
-    python tests/screenshots.py RUN [--out docs/img] [--bench tests/bench/results]
+    python tests/screenshots.py RUN [--out docs/img] [--bench tests/bench/results] [--only trial,tools]
+    python tests/screenshots.py FOLDER --only runs,beside,placement
+
+A folder of runs gives the pages of several runs, and those of its first one.
 
 Needs Chromium (apt-get install chromium).
 """
@@ -20,16 +23,21 @@ HEIGHT = 1150
 WIDE, NARROW = {"width": 1280, "height": 800}, {"width": 390, "height": 780}
 
 
-def pages(key: str, trial: int, other: int) -> dict[str, str]:
+def pages(keys: list[str], trial: int, other: int) -> dict[str, str]:
     """Names of pictures and the addresses they show."""
-    return {
+    key = keys[0]
+    found = {
         "front": f"/run/{key}",
         "trial": f"/run/{key}/trial/{trial}",
         "compare": f"/run/{key}/compare?t={trial}&t={other}",
         "placement": f"/run/{key}/placement",
         "latency": f"/run/{key}/latency",
+        "tools": f"/run/{key}/tools",
         "kernels": "/kernels",
     }
+    if len(keys) > 1:
+        found |= {"runs": "/", "beside": f"/compare?t={key}:{trial}&t={key}:{other}&t={keys[1]}:{other}"}
+    return found
 
 
 def take(page: Page, address: str, out: Path) -> None:
@@ -50,14 +58,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "docs/img")
     parser.add_argument("--bench", type=Path, default=ROOT / "tests/bench/results")
     parser.add_argument("--trials", type=int, nargs=2, default=(0, 1))
+    parser.add_argument("--only", help="names of pictures, with commas between; all if not given")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory() as held:
         # Copied, so that the pages name short folders.
         run = copytree(given.run, Path(held) / "runs" / given.run.resolve().name)
         bench = copytree(given.bench, Path(held) / "bench")
+        is_run = (run / "run.json").exists()
+        keys = [run.name] if is_run else sorted(path.parent.name for path in run.glob("*/run.json"))
+        wanted = pages(keys, *given.trials)
+        only = given.only.split(",") if given.only else list(wanted)
         with serving(run, bench=bench) as base, sync_playwright() as playwright:
-            named = {name: base + path for name, path in pages(run.name, *given.trials).items()}
+            named = {name: base + wanted[name] for name in only}
             take_all(chromium(playwright), named, given.out)
 
 
@@ -69,7 +82,7 @@ def take_all(browser: Browser, named: dict[str, str], out: Path) -> None:
             take(page, address, out / f"{name}-{theme}.png")
         page.context.close()
     page = browser.new_context(viewport=NARROW).new_page()
-    for name in ("front", "trial"):
+    for name in {"front", "trial"} & set(named):
         take(page, named[name], out / f"{name}-phone.png")
 
 

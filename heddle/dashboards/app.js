@@ -65,13 +65,15 @@
     } finally { busy = false; }
   }
 
-  const source = document.body.dataset.events ? new EventSource(document.body.dataset.events) : null;
-  if (source) {
-    source.onmessage = follow;
+  // Once the page is drawn: what the server reads on for its events would keep it from sending the page's own files.
+  window.addEventListener("load", function () {
+    if (!document.body.dataset.events) return;
+    const source = new EventSource(document.body.dataset.events);
     const tell = (text) => { document.getElementById("link").textContent = text; };
+    source.onmessage = follow;
     source.onopen = () => tell("live");
     source.onerror = () => tell("not connected: is heddle dashboard still running?");
-  }
+  });
 
   document.addEventListener("click", function (event) {
     const link = event.target.closest(".pages a[data-stay]");

@@ -17,7 +17,8 @@ COSTS = (
     ("parameters", "Parameters", "parameters"),
     ("prefill_flops_per_token", "FLOPs of prefill", "FLOPs per token"),
     ("decode_flops_per_token", "FLOPs of decoding", "FLOPs per token"),
-    ("cache_bytes", "Cache and state", "bytes"),
+    ("cache_bytes", "Cache, which grows with the context,", "bytes"),
+    ("state_bytes", "State, which does not grow,", "bytes"),
 )
 
 
@@ -28,17 +29,15 @@ def costs(layers: Sequence[Mapping[str, Any]], context: int, batch: int) -> list
         traces = []
         for mixer in sorted({str(layer["mixer"]) for layer in layers}, key=data.natural):
             mine = [layer for layer in layers if layer["mixer"] == mixer]
-            values = [_bytes(layer) if field == "cache_bytes" else layer[field] for layer in mine]
+            values = [layer.get(field, 0) for layer in mine]
             bars: dict[str, Any] = {"type": "bar", "name": escape(mixer), "marker": _fill(mixer)}
             traces.append(bars | {"x": [layer["index"] for layer in mine], "y": values})
+        if not any(value for trace in traces for value in trace["y"]):
+            continue
         drawn = layout("layer", unit) | {"barmode": "stack", "showlegend": True}
         said = f"{name} of each layer at context {context}, batch {batch}"
         found.append(Figure(slug(f"layers {field}"), said, traces, drawn))
     return found
-
-
-def _bytes(layer: Mapping[str, Any]) -> float:
-    return float(layer["cache_bytes"]) + float(layer.get("state_bytes", 0))
 
 
 def _fill(mixer: str) -> dict[str, Any]:

@@ -306,7 +306,7 @@ class Views:
             if one.follower.share_read < 1:
                 # A run that cannot be read is told by its pages.
                 with suppress(HeddleError):
-                    one.run()
+                    one.read_on()
         behind = any(0 < one.follower.share_read < 1 for one in known)
         return _digest([one.key + one.version() for one in known]), behind
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,11 @@ from heddle.search.durable import is_name
 from heddle.search.follow import Follower
 from heddle.search.record import CONFIRM_FILE, EVENTS_FILE, LEDGER_FOLDER, RUN_FILE, Run
 
-# A page waits so long for a large run; what was not read by then comes with the next look.
-PATIENCE_S = 0.7
+# A page waits so long, or for so many lines of the record, for a large run; what was not read by then comes with the next
+# looks, which are short, since a page that is asked for meanwhile waits for the one at work.
+PATIENCE_S, PATIENCE_LINES, LOOK_S = 0.25, 1000, 0.1
+# Pages asked for while a run is being read show what was read so short a time ago, and leave the reading to the looks.
+RECENT_S = 1.0
 LOGS = "logs"
 # As in `heddle.search.study`, whose import takes a second.
 JOURNAL_FILE = "study.journal"
@@ -40,13 +44,20 @@ class Watched:
         Raises:
             HeddleError: "run-not-found", also where the record is damaged.
         """
+        return self.follower.recent(RECENT_S) or self._read(seconds, PATIENCE_LINES)
+
+    def read_on(self) -> None:
+        """Take up some more of a run that is not read to its end. Raises HeddleError as `run`."""
+        self._read(LOOK_S, inf)
+
+    def _read(self, seconds: float, lines: float) -> Run:
         inside = self.folder.resolve()
         for name in READ:
             if not (self.folder / name).resolve().is_relative_to(inside):
                 told = f"{name} of {self.folder} is a link that leads out of it"
                 raise HeddleError("run-not-found", told, hint="name the folder that it leads to")
         try:
-            return self.follower.read(seconds)
+            return self.follower.read(seconds, lines)
         except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             told = f"{self.folder} cannot be read: {type(error).__name__}: {error}"
             raise HeddleError(

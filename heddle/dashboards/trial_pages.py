@@ -32,6 +32,7 @@ def trial_page(watched: Watched, number: int) -> Page:
     page.add(_head(key, run, trial), _fate(trial))
     if trial.layers:
         _model(page, watched, run, trial)
+    page.plots("Time", [model_figures.timings(trial)])
     page.add(_timed(trial), _scores(run, trial))
     page.plots("Training", model_figures.curves([(name, trial)]))
     page.add(_params(trial), _logs(watched, trial), _spec(run, trial))

@@ -46,6 +46,7 @@ class Follower:
         self._trials: dict[int, Trial] = {}
         self._run: Run | None = None
         self._stamp: Stamp = ()
+        self._read_at = 0.0
 
     @property
     def share_read(self) -> float:
@@ -67,8 +68,14 @@ class Follower:
     def _taken(self) -> Stamp:
         return ((self._offset, len(self._trials)),)
 
-    def read(self, seconds: float = inf) -> Run:
-        """The run as it stands, the same object as before while nothing changed; after `seconds` what was read by then.
+    def recent(self, seconds: float) -> Run | None:
+        """What was read last of a run that is still being read, if that ended less than `seconds` ago; waits for nobody."""
+        run, at = self._run, self._read_at
+        return run if run is not None and self.share_read < 1 and monotonic() - at < seconds else None
+
+    def read(self, seconds: float = inf, lines: float = inf) -> Run:
+        """The run as it stands, the same object as before while nothing changed; after `seconds` or so many new `lines` what
+        was read by then.
 
         Raises:
             HeddleError: "run-not-found".
@@ -77,13 +84,14 @@ class Follower:
             if self._run is None or self.stamp() != self._stamp or self.share_read < 1:
                 # Before the reading: what is written meanwhile shall be seen to be new.
                 files = self._files()
-                self._take_new(monotonic() + seconds)
+                self._take_new(monotonic() + seconds, lines)
                 trials = dict(sorted(self._trials.items()))
                 self._run = run_from(self.folder, read_meta(self.folder), self._events, trials)
                 self._stamp = files + self._taken()
+                self._read_at = monotonic()
             return self._run
 
-    def _take_new(self, until: float) -> None:
+    def _take_new(self, until: float, lines: float) -> None:
         """Take up whole lines that were not read yet; a file that became shorter was cut, and is read anew."""
         path = self.folder / EVENTS_FILE
         if not path.exists():
@@ -94,14 +102,14 @@ class Follower:
                 self._forget()
             self._size = size
             file.seek(self._offset)
-            for line in file:
+            for count, line in enumerate(file, 1):
                 if not line.endswith(b"\n"):
                     # Still being written: there is nothing more to read now.
                     self._size = self._offset
                     return
                 self._take(line)
                 self._offset += len(line)
-                if monotonic() > until:
+                if count >= lines or monotonic() > until:
                     return
         self._size = self._offset
 

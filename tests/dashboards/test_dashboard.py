@@ -10,15 +10,17 @@ import sys
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import pytest
 from seen import client, get
 from starlette.testclient import TestClient
 
-from heddle.dashboards import server
-from heddle.dashboards.site import Site, open_site
+from heddle.dashboards import pages, server, site
+from heddle.dashboards.site import Site, Watched, open_site
 from heddle.errors import HeddleError
+from heddle.search import record
 from heddle.search.durable import read_lines
 from heddle.search.follow import Follower
 from heddle.search.record import read_run
@@ -36,7 +38,14 @@ def test_every_page_of_a_run_answers_with_its_figures(make_run: MakeRun) -> None
     names = [figure["name"] for figure in seen[""].figures]
     assert names == ["task-mqar-against-budget-decode-ms-1x4096", "best-so-far-by-trial"]
     costs = [figure["name"] for figure in seen["/trial/4"].figures]
-    assert {"layers-parameters", "layers-cache-bytes", "curve-mqar", "curve-text"} <= set(costs)
+    assert {
+        "layers-parameters",
+        "layers-cache-bytes",
+        "layers-state-bytes",
+        "latency",
+        "curve-mqar",
+        "curve-text",
+    } <= set(costs)
     assert "loss-not-finite: the loss is nan" in seen["/trial/12"].text
     assert "heddle export" in seen["/trial/4"].text
     assert "trial 4 against trial 3" in seen["/compare?t=3&t=4"].text
@@ -292,6 +301,54 @@ def test_a_large_run_is_read_in_parts(make_run: MakeRun) -> None:
     while follower.share_read < 1:
         parts.append(len(follower.read(0.0).events))
     assert parts == list(range(1, len(read_lines(folder / "events.jsonl")) + 1))
+
+
+def _repeated(folder: Path, times: int) -> int:
+    """The made-up run told again and again, so that its trials are many; gives the lines of its record."""
+    whole = (folder / "events.jsonl").read_bytes()
+    (folder / "events.jsonl").write_bytes(whole * times)
+    return whole.count(b"\n") * times
+
+
+class _Opened:
+    """`open`, counting the entries of the ledger that are read."""
+
+    def __init__(self) -> None:
+        self.entries = 0
+
+    def __call__(self, path: object, *given: Any, **named: Any) -> Any:
+        self.entries += str(path).endswith(".json")
+        return open(path, *given, **named)
+
+
+def test_the_first_view_of_a_large_run_reads_little_and_no_page_reads_twice(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Time alone shall not cut the reading short here.
+    monkeypatch.setattr(site, "PATIENCE_S", 1e9)
+    monkeypatch.setattr(Watched.run, "__defaults__", (1e9,))
+    monkeypatch.setattr(site, "RECENT_S", 1e9)
+    opened = _Opened()
+    monkeypatch.setattr(record, "open", opened, raising=False)
+    folder = make_run()
+    lines = _repeated(folder, 100)
+    views = server.Views(open_site(folder), lambda: False)
+    watched = views.site.watched("run")
+    page = views._follow(watched, lambda: pages.front(watched, {}))
+    assert b"The record is being read" in page.body
+    first = len(watched.run().events)
+    assert first == site.PATIENCE_LINES < lines
+    # A trial is put together at its start and at its end, and has up to four entries.
+    assert 0 < opened.entries <= 4 * first
+    entries = opened.entries
+    views._follow(watched, lambda: pages.placement_page(watched))
+    assert (opened.entries, len(watched.run().events)) == (entries, first)
+    while watched.follower.share_read < 1:
+        watched.read_on()
+    entries = opened.entries
+    assert b"The record is being read" not in views._follow(watched, lambda: pages.front(watched, {})).body
+    assert opened.entries == entries
+    assert len(watched.run().events) == lines
 
 
 @pytest.fixture
