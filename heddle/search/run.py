@@ -24,8 +24,9 @@ from heddle.errors import HeddleError
 from heddle.search import cluster, environment, finish, space
 from heddle.search.driver import Driver
 from heddle.search.durable import full_disk_told, write_json
-from heddle.search.evaluate import Evaluate, train_and_score
+from heddle.search.evaluate import Evaluate
 from heddle.search.evaluations import Evaluations
+from heddle.search.evaluators import evaluator_of
 from heddle.search.events import EventLog
 from heddle.search.latency import Effort, Place
 from heddle.search.ledger import key_of
@@ -54,13 +55,13 @@ def search(
     storage: str | None = None,
     ray_address: str | None = None,
     progress: Progress | None = None,
-    evaluate: Evaluate = train_and_score,
+    evaluate: Evaluate | None = None,
     effort: Effort = Effort(),  # noqa: B008 - frozen
 ) -> Run:
     """Search the space of `file`, and leave in `out` all that was measured, the best model and its export.
 
     `trials` counts all trials that are told, also those of earlier sessions; no round is begun after `time`
-    ("5m", or seconds). `evaluate` takes the place of training and scoring; `effort` says how long to time.
+    ("5m", or seconds). `evaluate` takes the place of `search.evaluator`; `effort` says how long to time.
 
     Ctrl-C once lets the running evaluations finish, twice stops at once; `resume=True` goes on from there, as
     it does after a kill.
@@ -72,9 +73,10 @@ def search(
     """
     require_causal_lm(file, "search")
     _check_folder(out, resume=resume)
-    given = Given(trials, _seconds(time), resume, storage, ray_address, evaluate, effort)
     # Before anything is written: a missing corpus or cluster leaves no folder behind.
     tasks = _tasks(file)
+    evaluate = evaluate or evaluator_of(file)
+    given = Given(trials, _seconds(time), resume, storage, ray_address, evaluate, effort)
     if ray_address is not None:
         cluster.check_address(ray_address)
     with ExitStack() as stack:
