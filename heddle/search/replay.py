@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from heddle.errors import HeddleError
-from heddle.search.evaluate import Evaluate, train_and_score
+from heddle.search.evaluate import Evaluate
 from heddle.search.evaluations import LATENCY
 from heddle.search.latency import Effort
 from heddle.search.ledger import Ledger
@@ -71,7 +71,7 @@ def replay(
     storage: str | None = None,
     ray_address: str | None = None,
     progress: Progress | None = None,
-    evaluate: Evaluate = train_and_score,
+    evaluate: Evaluate | None = None,
     effort: Effort | None = None,
 ) -> Replay:
     """Make the search of the lockfile at `path`, or of the run in the folder `path`, again in the folder `out`.

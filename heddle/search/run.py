@@ -23,8 +23,9 @@ from heddle.errors import HeddleError
 from heddle.search import cluster, environment, finish, lock, space
 from heddle.search.driver import Driver
 from heddle.search.durable import full_disk_told, write_json
-from heddle.search.evaluate import Evaluate, train_and_score
+from heddle.search.evaluate import Evaluate
 from heddle.search.evaluations import Evaluations
+from heddle.search.evaluators import evaluator_of
 from heddle.search.events import EventLog
 from heddle.search.given import Given
 from heddle.search.latency import Effort, Place
@@ -56,7 +57,7 @@ def search(
     storage: str | None = None,
     ray_address: str | None = None,
     progress: Progress | None = None,
-    evaluate: Evaluate = train_and_score,
+    evaluate: Evaluate | None = None,
     effort: Effort = Effort(),  # noqa: B008 - frozen
     deterministic: bool = False,
     frozen: Frozen | None = None,
@@ -64,7 +65,7 @@ def search(
     """Search the space of `file`, and leave in `out` all that was measured, the best model and its export.
 
     `trials` counts all trials that are told, also those of earlier sessions; no round is begun after `time`
-    ("5m", or seconds). `evaluate` takes the place of training and scoring; `effort` says how long to time.
+    ("5m", or seconds). `evaluate` takes the place of `search.evaluator`; `effort` says how long to time.
     `deterministic` trains with deterministic kernels alone and lets no second timing choose the winner; `frozen` is the
     lockfile of a search that is made again, with its latencies (`heddle.search.replay`).
 
@@ -78,11 +79,12 @@ def search(
     """
     require_causal_lm(file, "search")
     _check_folder(out, resume=resume)
+    # Before anything is written: a missing corpus or cluster leaves no folder behind.
+    tasks = _tasks(file)
+    evaluate = evaluate or evaluator_of(file)
     given = Given(
         trials, _seconds(time), resume, storage, ray_address, evaluate, effort, deterministic, frozen
     )
-    # Before anything is written: a missing corpus or cluster leaves no folder behind.
-    tasks = _tasks(file)
     if frozen is not None:
         lock.refuse_other_data(frozen, {info.name: task.digest for task, _, info in tasks})
     if ray_address is not None:

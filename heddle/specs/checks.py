@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from heddle.specs.base import NAME_HINT, NAME_PATTERN, nearest
-from heddle.specs.explain import Finding, shown
+from heddle.specs.explain import Finding, meant, shown
 from heddle.specs.kinds import MixerSpec, Problem
 from heddle.specs.layer import MAX_LAYERS, Site
 from heddle.specs.model import BlockSpec
@@ -21,12 +21,15 @@ from heddle.specs.open_values import RESERVED
 from heddle.specs.pattern import Layer, layers_of
 from heddle.specs.reader import MAX_ERRORS, Path_, steps_of
 from heddle.specs.references import EMBEDDING, references_of
+from heddle.specs.search import EVALUATORS, OWN_EVALUATOR
 from heddle.specs.sight import reach
 from heddle.specs.spec import Spec
 from heddle.specs.tasks import TASKS, TaskSchema
 
 # Token ids of the bytes tokenizer.
 BYTES = 256
+# Tasks that are not scored by right and wrong answers.
+WITHOUT_ANSWERS = ("text", "in_context_regression")
 # Levels of mixers in a layer: one that holds one that holds one that holds plain ones.
 MAX_NESTING = 4
 
@@ -151,11 +154,27 @@ def search_findings(search: Any, blocks: Mapping[str, Any], *, is_open: bool) ->
         name = budget.get("relative_to")
         if isinstance(name, str) and blocks:
             found += [one.below((*path, "relative_to")) for one in _relative_findings(name, blocks)]
+    if isinstance(search, Mapping):
+        found += _evaluator_findings(search.get("evaluator"), [task for _, task in _items(search, "tasks")])
     if isinstance(search, Mapping) and not is_open and search.get("trials") != 1:
         what = "there is nothing to search: the model leaves nothing open"
         hint = "put a choice, int, float or placement inside model; heddle train takes a plain model"
         found.append(Finding("bad-space", what, (), hint, key=True))
     return found
+
+
+def _evaluator_findings(name: object, tasks: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
+    """An evaluator that there is not, or that cannot score a task."""
+    if not isinstance(name, str) or re.fullmatch(OWN_EVALUATOR, name):
+        return
+    if name not in EVALUATORS:
+        hint = meant(name, list(EVALUATORS)) or f"{', '.join(EVALUATORS)}, or module:function"
+        yield Finding("unknown-kind", f"there is no evaluator {shown(name)}", ("evaluator",), hint)
+    elif name != "train":
+        for kind in (task["kind"] for task in tasks if task["kind"] in WITHOUT_ANSWERS):
+            what = f"{name} scores right and wrong answers, and {kind} has none"
+            yield Finding("conflicting-fields", what, ("evaluator",), f"evaluator: train, or no {kind} task")
+            return
 
 
 def reach_problems(spec: Spec) -> Iterator[tuple[Path_, str, str]]:

@@ -9,6 +9,9 @@ from pydantic import Discriminator, Field, Tag
 from heddle.specs.base import Duration, Schema
 from heddle.specs.tasks import TaskSpec
 
+# How a candidate is judged by name; any other is module:function.
+EVALUATORS = ("train", "random_features", "reach")
+OWN_EVALUATOR = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*"
 Phase = Literal["decode_ms", "prefill_ms"]
 PHASES: tuple[str, ...] = get_args(Phase)
 
@@ -88,6 +91,14 @@ class SearchSpec(Schema):
     tasks: Annotated[
         list[TaskSpec], Field(min_length=1, max_length=16, description="Each task is an objective.")
     ]
+    evaluator: Annotated[
+        str,
+        Field(
+            max_length=200,
+            description="How a spec is judged at a task: train, or without training random_features or reach, or a function of "
+            "yours as module:function.",
+        ),
+    ] = "train"
     trials: Annotated[
         int, Field(ge=1, le=10**6, description="Specs to try in all, those over a budget included.")
     ] = 20

@@ -1,17 +1,26 @@
-"""Rung 0: what masks and random features tell without any training."""
+"""How candidates are judged: rung 0, which trains nothing, and functions of the user's."""
 
 from __future__ import annotations
 
+import pickle
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+from ray import cloudpickle
 
+from heddle.compose.train import Recipe
 from heddle.errors import HeddleError
-from heddle.search.evaluators import random_feature_score, reach_score
+from heddle.search.evaluate import Training, train_and_score
+from heddle.search.evaluators import evaluator_of, random_feature_score, reach_score
 from heddle.search.evaluators import random_features as probe
+from heddle.search.record import score_from
 from heddle.search.tasks import Mqar, make_task
 from heddle.search.tasks.task import Task
-from heddle.specs import TASKS, DataSpec, ModelSpec, loads
+from heddle.specs import TASKS, DataSpec, ModelSpec, SearchSpec, SpecFile, loads
 
+SEARCH = "search: {{tasks: [{task}], evaluator: {evaluator}, trials: 1}}\n"
 SPEC = """
 version: 1
 name: tiny
@@ -119,3 +128,87 @@ def test_many_features_are_mixed_down_alike_each_time() -> None:
     mixed = probe._Mixing(0)(features)
     assert mixed.shape == (3, probe.FEATURES)
     assert torch.equal(mixed, probe._Mixing(0)(features))
+
+
+OWN = """
+from heddle.search.tasks import Score
+
+def parameters(model, task, *, seed, device):
+    return Score(1.0 / model.hidden_size, 0.0, 1, {"seed": float(seed)})
+
+def wrong(model, task, *, seed, device):
+    return 1.0
+
+number = 3
+"""
+
+
+def search_file(evaluator: str, task: str = "parity") -> SpecFile:
+    text = SPEC.format(mixer=window(4), layers="one") + SEARCH.format(task=task, evaluator=evaluator)
+    return loads(text, file="a.yaml")
+
+
+def training() -> Training:
+    return Training(model(window(4)), Recipe(tokens=1, seed=5), "cpu")
+
+
+def test_a_search_trains_unless_it_is_told_otherwise() -> None:
+    assert evaluator_of(search_file("train")) is train_and_score
+    assert SearchSpec(tasks=[TASKS["parity"]()]).evaluator == "train"  # type: ignore[list-item]
+
+
+def test_what_is_not_trained_is_recorded_as_a_training_of_no_steps() -> None:
+    task = drawn("parity", length=16)
+    found = evaluator_of(search_file("reach"))(training(), task)
+    assert found.weights is None
+    score = score_from(found.result)
+    assert (score.steps, score.losses, score.seed) == (0, (), 5)
+    assert score.value == reach_score(model(window(4)), task).value
+
+
+def test_a_function_of_the_users_judges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_judge.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    evaluate = evaluator_of(search_file("own_judge:parameters"))
+    task = drawn("parity", length=16)
+    assert evaluate(training(), task).result["value"] == 1 / 32
+    # A process that does not have the module gets its code with the function.
+    sent = cloudpickle.dumps(evaluate)
+    with monkeypatch.context() as elsewhere:
+        elsewhere.delitem(sys.modules, "own_judge")
+        elsewhere.setattr(sys, "path", [one for one in sys.path if one != str(tmp_path)])
+        got = pickle.loads(sent)
+        assert got(training(), task).result["extras"] == {"seed": 5.0}
+    with pytest.raises(HeddleError, match="own_judge:wrong gave float, not a heddle"):
+        evaluator_of(search_file("own_judge:wrong"))(training(), task)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("no_such_module:score", "cannot import no_such_module: ModuleNotFoundError"),
+        ("math:no_such", "math has no function 'no_such'"),
+        ("math:pi", "math:pi is no function"),
+    ],
+)
+def test_a_function_that_cannot_be_had_is_told_where_it_is_named(name: str, told: str) -> None:
+    with pytest.raises(HeddleError) as caught:
+        evaluator_of(search_file(name))
+    assert caught.value.code == "bad-argument"
+    assert caught.value.what.startswith(told)
+    assert caught.value.where is not None
+    assert (caught.value.where.file, caught.value.where.path) == ("a.yaml", "search.evaluator")
+    assert caught.value.where.line == 10
+
+
+@pytest.mark.parametrize(
+    ("evaluator", "task", "told"),
+    [
+        ("reech", "parity", "there is no evaluator 'reech'"),
+        ("reach", "text", "reach scores right and wrong answers, and text has none"),
+    ],
+)
+def test_an_evaluator_that_does_not_fit_is_found_in_the_spec(evaluator: str, task: str, told: str) -> None:
+    with pytest.raises(HeddleError, match=told) as caught:
+        search_file(evaluator, task)
+    assert "a.yaml:10:" in str(caught.value)

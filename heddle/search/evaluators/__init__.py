@@ -1,6 +1,7 @@
 """How a candidate is judged, from what costs nothing to a training of its own."""
 
+from heddle.search.evaluators.evaluator import NAMED, Scored, evaluator_of, own_evaluator
 from heddle.search.evaluators.random_features import random_feature_score
 from heddle.search.evaluators.reach import reach_score
 
-__all__ = ["random_feature_score", "reach_score"]
+__all__ = ["NAMED", "Scored", "evaluator_of", "own_evaluator", "random_feature_score", "reach_score"]

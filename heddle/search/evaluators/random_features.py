@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from heddle.compose.build import build_causal_lm
+from heddle.compose.hf.model import HeddleForCausalLM
 from heddle.compose.train import labelled_positions
 from heddle.errors import HeddleError, Where
 from heddle.search.tasks.scoring import ratio_with_error
@@ -82,10 +83,11 @@ class _Mixing:
             return features
         generator = torch.Generator().manual_seed(self._seed)
         matrix = torch.randn(features.shape[1], FEATURES, generator=generator, dtype=features.dtype)
-        return features @ matrix / features.shape[1] ** 0.5
+        mixed: Tensor = features @ matrix / features.shape[1] ** 0.5
+        return mixed
 
 
-def _rows(network: nn.Module, inputs: Tensor, targets: Tensor, mixed: _Mixing) -> _Rows:
+def _rows(network: HeddleForCausalLM, inputs: Tensor, targets: Tensor, mixed: _Mixing) -> _Rows:
     at_once = max(1, TOKENS_AT_ONCE // inputs.shape[1])
     features = torch.cat(
         [
@@ -100,7 +102,7 @@ def _rows(network: nn.Module, inputs: Tensor, targets: Tensor, mixed: _Mixing) -
 
 
 @torch.no_grad()
-def _features(network: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+def _features(network: HeddleForCausalLM, inputs: Tensor, targets: Tensor) -> Tensor:
     """Features of the labelled tokens, each part at unit mean square. [N, F] float64 on the CPU"""
     positions = labelled_positions(targets)
 
