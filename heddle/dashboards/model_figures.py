@@ -63,26 +63,31 @@ def curves(trials: Sequence[tuple[str, Trial]]) -> list[Figure]:
     return found
 
 
-def timings(trial: Trial) -> Figure:
-    """What was measured in the search, and again at its end, with intervals."""
-    traces = []
-    for name, seen, colour in (
-        ("in the search", trial.latency, FRONT),
-        ("at the end", trial.remeasured, WINNER),
-    ):
-        rows = list(seen.values())
-        bars: dict[str, Any] = {"type": "bar", "name": name, "marker": {"color": colour}}
-        bars |= {"x": [escape(row.label) for row in rows], "y": [row.median_ms for row in rows]}
-        above = [row.high_ms - row.median_ms for row in rows]
-        below = [row.median_ms - row.low_ms for row in rows]
-        traces.append(
-            bars | {"error_y": {"type": "data", "array": above, "arrayminus": below, "symmetric": False}}
-        )
-    drawn = layout("phase, batch × context", "ms") | {
-        "barmode": "group",
-        "showlegend": bool(trial.remeasured),
-    }
-    return Figure("latency", "Measured latency, medians with 95 % intervals", traces, drawn)
+def timings(trial: Trial) -> list[Figure]:
+    """What was measured in the search, and again at its end, with intervals; one plot a measurement."""
+    found = []
+    for label in dict.fromkeys([*trial.latency, *trial.remeasured]):
+        traces = []
+        for name, seen, colour in (
+            ("in the search", trial.latency.get(label), FRONT),
+            ("at the end", trial.remeasured.get(label), WINNER),
+        ):
+            if seen is None:
+                continue
+            spread: dict[str, Any] = {"type": "data", "symmetric": False}
+            spread |= {"array": [seen.high_ms - seen.median_ms], "arrayminus": [seen.median_ms - seen.low_ms]}
+            bar: dict[str, Any] = {
+                "type": "bar",
+                "orientation": "h",
+                "name": name,
+                "marker": {"color": colour},
+            }
+            traces.append(bar | {"x": [seen.median_ms], "y": [name], "error_x": spread})
+        drawn = layout("ms", "") | {"showlegend": False}
+        drawn["xaxis"] |= {"rangemode": "tozero"}
+        said = f"{label}: medians with 95 % intervals"
+        found.append(Figure(slug(f"latency {label}"), said, traces, drawn))
+    return found
 
 
 def placement(said: str, name: str, placed: Sequence[Sequence[str]]) -> Figure:

@@ -12,6 +12,7 @@ from heddle.dashboards.frame import Page, choose, empty, pick, tiles, url
 from heddle.dashboards.html import Html, Row, element, join, table
 from heddle.dashboards.model_figures import placement, terms
 from heddle.dashboards.site import PATIENCE_S, Site, Watched
+from heddle.dashboards.training_page import trainings
 from heddle.errors import HeddleError
 from heddle.search.placement_terms import LEAST, Term, placement_terms
 from heddle.search.record import Run, Trial
@@ -41,8 +42,8 @@ def overview(site: Site, query: Query) -> Page:
     """All runs, side by side."""
     page = Page("Runs", here="Runs")
     page.add(element("header", element("h1", "Runs"), sections.note(str(site.root))))
-    known = site.runs()
-    if not known:
+    known, trained = site.runs(), trainings(site)
+    if not known and trained is None:
         page.add(
             empty(
                 f"There is no run in {site.root} yet.",
@@ -60,9 +61,10 @@ def overview(site: Site, query: Query) -> Page:
             continue
         rows.append(_run_row(key, drawn[key]))
     header = ["Run", "Status", "Trials", "Winner", "Mean normalised score", "Took"]
-    page.add(sections.section("Side by side", table(header, rows, numeric=(4,))))
+    page.add(sections.section("Side by side", table(header, rows, numeric=(4,))) if rows else None)
     page.plots("Best so far", [figures.progress_of(list(drawn.items()))])
     add_fronts(page, drawn, query)
+    page.add(trained)
     return page
 
 

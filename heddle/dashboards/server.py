@@ -32,6 +32,7 @@ from heddle.dashboards.doors import BOARD, Doors, tools_page
 from heddle.dashboards.frame import Page, empty, url, whole
 from heddle.dashboards.html import element
 from heddle.dashboards.site import Site, Watched, open_site
+from heddle.dashboards.training_page import training_page
 from heddle.dashboards.wsgi import Behind
 from heddle.errors import HeddleError
 from heddle.search.costs import graph_picture
@@ -78,6 +79,7 @@ def app(site: Site, *, token: str | None, is_closing: Callable[[], bool] = lambd
     routes: list[BaseRoute] = [
         Route("/", views.home),
         Route("/compare", views.compare),
+        Route("/training/{key}", views.training),
         Route("/kernels", views.kernels),
         Route("/events", views.events),
         Route("/assets/{name}", views.asset),
@@ -193,7 +195,12 @@ class Views:
         """The run, or all of a folder side by side."""
         if self.site.is_run:
             return RedirectResponse(url(next(iter(self.site.runs()))), 303)
+        if self.site.is_training:
+            return RedirectResponse(url(None, "training", self.site.trainings()[0]), 303)
         return self._follow_all(lambda: pages.overview(self.site, request.query_params))
+
+    def training(self, request: Request) -> Response:
+        return self._send(training_page(self.site, request.path_params["key"]))
 
     def compare(self, request: Request) -> Response:
         """Trials of several runs."""

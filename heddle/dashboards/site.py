@@ -20,6 +20,8 @@ PATIENCE_S, PATIENCE_LINES, LOOK_S = 0.25, 1000, 0.1
 # Pages asked for while a run is being read show what was read so short a time ago, and leave the reading to the looks.
 RECENT_S = 1.0
 LOGS = "logs"
+# As in `heddle.search.training`, whose import brings PyTorch.
+TRAIN_FILE = "train.json"
 # As in `heddle.search.study`, whose import takes a second.
 JOURNAL_FILE = "study.journal"
 # What is read of a run, besides single logs.
@@ -130,6 +132,25 @@ class Site:
         for key, folder in found.items():
             self._known.setdefault(key, Watched(key, folder))
         return {key: self._known[key] for key in found}
+
+    @property
+    def is_training(self) -> bool:
+        """Whether `root` is a finished training."""
+        return not self.is_run and (self.root / TRAIN_FILE).is_file()
+
+    def trainings(self) -> list[str]:
+        """The finished trainings by their names; as with runs, no link leads out of `root`."""
+        if self.is_training:
+            return [self.root.resolve().name]
+        inside = self.root.resolve()
+        found = sorted(self.root.glob(f"*/{TRAIN_FILE}"))
+        return [path.parent.name for path in found if path.resolve().is_relative_to(inside)]
+
+    def training(self, key: str) -> Path:
+        """The folder of that training. Raises HeddleError "run-not-found"."""
+        if key not in self.trainings():
+            raise HeddleError("run-not-found", f"there is no training {key!r} in {self.root}")
+        return self.root if self.is_training else self.root / key
 
     def watched(self, key: str) -> Watched:
         """The run of that key. Raises HeddleError "run-not-found"."""

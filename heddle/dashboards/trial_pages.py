@@ -32,8 +32,8 @@ def trial_page(watched: Watched, number: int) -> Page:
     page.add(_head(key, run, trial), _fate(trial))
     if trial.layers:
         _model(page, watched, run, trial)
-    page.plots("Time", [model_figures.timings(trial)])
-    page.add(_timed(trial), _scores(run, trial))
+    _timed(page, trial)
+    page.add(_scores(run, trial))
     page.plots("Training", model_figures.curves([(name, trial)]))
     page.add(_params(trial), _logs(watched, trial), _spec(run, trial))
     return page
@@ -97,17 +97,18 @@ def _model(page: Page, watched: Watched, run: Run, trial: Trial) -> None:
         page.add(sections.section("Graph", element("details", element("summary", "Show the graph"), picture)))
 
 
-def _timed(trial: Trial) -> Html | None:
+def _timed(page: Page, trial: Trial) -> None:
     rows = model_figures.latency_rows(trial)
     if not rows:
-        return None
+        return
     header = ["Measurement", "In the search", "Ratio", "At the end", "Ratio at the end"]
     over = [
         element("p", f"{label}: {100 * abs(value):.1f} % {'over' if value > 0 else 'under'} the budget")
         for label, value in trial.constraints.items()
     ]
     told = sections.note("Medians with 95 % intervals.")
-    return sections.section("Latency", told, table(header, rows, numeric=range(1, 5)), *over)
+    numbers = table(header, rows, numeric=range(1, 5))
+    page.plots("Latency", model_figures.timings(trial), told, numbers, *over)
 
 
 def _scores(run: Run, trial: Trial) -> Html | None:

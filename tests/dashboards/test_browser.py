@@ -18,7 +18,10 @@ from heddle import api
 MakeRun = Callable[..., Path]
 ROOT = Path(__file__).parents[2]
 EVERYTHING = [
-    *(f"/run/run{path}" for path in ("", "/trial/4", "/compare?t=3&t=4&t=0", "/placement", "/latency")),
+    *(
+        f"/run/run{path}"
+        for path in ("", "/trial/4", "/compare?t=3&t=4&t=0", "/placement", "/latency", "/tools")
+    ),
     "/kernels",
 ]
 
@@ -159,6 +162,28 @@ def test_no_page_is_wider_than_a_phone(browser: Browser, make_run: MakeRun, tmp_
         for path in EVERYTHING:
             _open(page, base + path)
             assert page.evaluate("document.documentElement.scrollWidth - window.innerWidth") <= 0, path
+        page.context.close()
+    assert not wrong
+
+
+def test_runs_side_by_side_are_whole_on_a_phone_and_without_fault(browser: Browser, two_runs: Path) -> None:
+    axe = Axe()
+    page, wrong = _watched(browser, viewport={"width": 390, "height": 780})
+    with serving(two_runs) as base:
+        for path in ("/", "/compare?t=one:3&t=two:4&t=two:0"):
+            _open(page, base + path)
+            assert page.evaluate("document.documentElement.scrollWidth - window.innerWidth") <= 0, path
+            faults = axe.run(page, {"exclude": [[".plot > *"]]}).response["violations"]
+            assert not [fault["id"] for fault in faults if fault["impact"] in ("serious", "critical")], path
+        _open(page, f"{base}/")
+        for name in ("one: trial 4", "two: trial 2"):
+            page.get_by_label(f"Compare {name}", exact=True).check()
+        page.get_by_role("button", name="Compare the chosen").click()
+        expect(page.get_by_role("heading", name="two: trial 2 against one: trial 4")).to_be_visible()
+        # What was chosen stays while the fronts below are drawn over something else.
+        page.get_by_label("Across").select_option("parameters")
+        page.wait_for_url("**x=parameters**")
+        assert page.url.count("t=") == 2
         page.context.close()
     assert not wrong
 

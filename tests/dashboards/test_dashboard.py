@@ -42,7 +42,7 @@ def test_every_page_of_a_run_answers_with_its_figures(make_run: MakeRun) -> None
         "layers-parameters",
         "layers-cache-bytes",
         "layers-state-bytes",
-        "latency",
+        "latency-decode-ms-1x4096",
         "curve-mqar",
         "curve-text",
     } <= set(costs)
