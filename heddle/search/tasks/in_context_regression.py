@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 from typing import ClassVar
 
 import torch
@@ -21,7 +21,7 @@ from heddle.specs.tasks import InContextRegressionTask
 # Levels of y reach so many standard deviations to both sides.
 SPREAD = 4.0
 # Sequences on which the rates of the lines are chosen.
-RATE_ROWS = 1024
+RATE_ROWS = 512
 
 
 class InContextRegression(Generated[InContextRegressionTask]):
@@ -91,9 +91,10 @@ class InContextRegression(Generated[InContextRegressionTask]):
         predicted = predicted_means(model, inputs, targets, self._vectors, self.levels)
         errors = (predicted - truth).square().tolist()
         value, se = ratio_with_error(errors, [1.0] * len(errors))
-        return Score(value, se, len(inputs), self.lines())
+        return Score(value, se, len(inputs), self.line_scores)
 
-    def lines(self) -> dict[str, float]:
+    @cached_property
+    def line_scores(self) -> dict[str, float]:
         """What simpler predictors score on the held-out sequences, at rates found on sequences of their own."""
         generator = generator_for(self.name, "rates", 0, "cpu")
         *known, truth = self.examples(*self.draw(RATE_ROWS, generator))
