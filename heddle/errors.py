@@ -62,6 +62,7 @@ CODES: dict[str, int] = {
     "loss-not-finite": FAILED,
     "out-of-memory": FAILED,
     "worker-died": FAILED,
+    "cluster-lost": FAILED,
     "timed-out": FAILED,
     "storage-lost": FAILED,
     "interrupted": FAILED,

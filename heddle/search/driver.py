@@ -53,6 +53,13 @@ class Driver:
         self.trials: dict[int, Trial] = read_trials(setting.folder, log.events)
         self._asked = {e["number"]: e for e in log.events if e["event"] == "trial_started"}
         self._ended = {e["number"]: e for e in log.events if e["event"] == "trial_finished"}
+        own = [trial for number, trial in self.trials.items() if number >= 0]
+        # Kept as trials come, since to look through thousands of them for each new one takes longer than to make it.
+        self._front = pareto.front(own, setting.infos)
+        self._first: dict[str, int] = {}
+        for number, event in sorted(self._asked.items()):
+            if number >= 0 and event["hash"]:
+                self._first.setdefault(event["hash"], number)
         self._candidates: dict[int, space.Candidate] = {}
         self._illegal: dict[int, str] = {}
         self._spent_s = elapsed(log.events)
@@ -105,7 +112,7 @@ class Driver:
             failed=states.count("failed"),
             infeasible=states.count("infeasible"),
             total=self.setting.trials,
-            best=pareto.best(pareto.front(trials, self.setting.infos)),
+            best=pareto.best(self._front),
             elapsed_s=self.elapsed_s,
             seconds_left=self._seconds_left(),
         )
@@ -166,9 +173,11 @@ class Driver:
         for number in pending:
             self.study.adopt(number)
             self._settle(number)
-        while not was_told and len(self.study.trials) < last and not self._is_over():
-            self._settle(self.study.ask())
-            pending.append(len(self.study.trials) - 1)
+        count = len(frozen)
+        while not was_told and count < last and not self._is_over():
+            pending.append(self.study.ask())
+            self._settle(pending[-1])
+            count += 1
         return pending
 
     def _is_over(self) -> bool:
@@ -176,14 +185,13 @@ class Driver:
         limit = self.setting.seconds
         if limit is not None and self.elapsed_s >= limit:
             return True
-        asked = {event["hash"] for number, event in self._asked.items() if number >= 0}
-        return len(asked) >= self.setting.file.space.size()
+        return len(self._first) >= self.setting.file.space.size()
 
     def _settle(self, number: int) -> None:
         """Give trial `number` its values and its layers, and store both before anything is evaluated."""
         file, study = self.setting.file, self.study
         values = space.suggest_all(study, number, file.space)
-        layers = study.trials[number].user_attrs.get("layers")
+        layers = study.attr(number, "layers")
         try:
             one = space.candidate(file, values, layers) if layers else self._place(number, values)
             planned = plan(one.model)
@@ -219,6 +227,8 @@ class Driver:
             parameters=parameters,
         )
         self._asked[number] = event
+        if number >= 0 and one:
+            self._first.setdefault(one.hash, number)
         self.trials[number] = assemble(self.evaluations.ledger.folder, event)
         self.progress.trial_started(self.trials[number])
 
@@ -291,8 +301,11 @@ class Driver:
         event = self._ended[number] = self.log.write("trial_finished", number=number, **outcome)
         self.trials[number] = trial = assemble(self.evaluations.ledger.folder, self._asked[number], event)
         if number != REFERENCE:
+            self._front = pareto.front([*self._front, trial], self.setting.infos)
             self._tell_optuna(trial)
-        self.progress.status(self.status())
+        # A spec takes tens of kilobytes, and nothing is asked about it any more.
+        self._candidates.pop(number, None)
+        self.tick()
         self.progress.trial_finished(trial)
 
     def _outcome(
@@ -308,11 +321,7 @@ class Driver:
         reasons = [self._illegal[number]] if number in self._illegal else failed
         constraints = {} if reasons else self._violations(timed)
         state = "failed" if reasons else "complete" if scored else "infeasible"
-        twins = [
-            other
-            for other, event in self._asked.items()
-            if 0 <= other < number and event["hash"] == self._asked[number]["hash"] != ""
-        ]
+        first = self._first.get(self._asked[number]["hash"], number)
         return {
             "state": state,
             "scores": {name: entry.key for name, entry in scored.items()},
@@ -321,7 +330,7 @@ class Driver:
             "reason": "; ".join(reasons) or None,
             "attempts": max((entry.attempts for entry in entries.values()), default=0),
             "wall_s": round(sum(entry.wall_s for entry in entries.values()), 3),
-            "duplicate_of": min(twins, default=None),
+            "duplicate_of": first if first < number else None,
         }
 
     def _tell_optuna(self, trial: Trial) -> None:
@@ -345,7 +354,7 @@ class Driver:
         `best` overrides the choice: the one that kept its budgets when it was timed again.
         """
         trials = [trial for number, trial in self.trials.items() if number >= 0]
-        front = pareto.front(trials, self.setting.infos)
+        front = [self.trials[trial.number] for trial in self._front]
         if best is None and (chosen := pareto.best(front)) is not None:
             best = chosen.number
         least = pareto.least_violating(trials)

@@ -134,13 +134,21 @@ class StudyHold:
         self._file: IO[str] | None = None
 
     def __enter__(self) -> StudyHold:
-        self.renew()
+        try:
+            self.renew()
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
+        """Let go of the study, and of all connections to its database."""
         if self._file is not None:
             self._file.close()
+            self._file = None
         self._drop()
+        if self._engine is not None:
+            self._engine.dispose()
 
     def renew(self) -> None:
         """Hold the study, again if the server has ended our connection and with it our lock."""

@@ -15,6 +15,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import IO, Any, Literal, TypeVar
 
@@ -143,6 +144,9 @@ class Study:
             )
         )
         self._live: dict[int, optuna.Trial] = {}
+        # Of this driver's own: to list all trials takes a storage as long as they are many.
+        self._count = len(self.trials)
+        self._adopted: set[int] = set()
 
     def _patiently(self, action: Callable[[], Result], number: int | None = None) -> Result:
         """`action()` as `storage.patiently` does it; trial `number` is read anew first, as a write may or may not be in."""
@@ -162,18 +166,19 @@ class Study:
 
     def ask(self) -> int:
         """The number of a new trial; its values are drawn by `suggest`."""
-        number = len(self.trials)
+        number, tries = self._count, count()
 
         def attempt() -> int:
             if self._hold is not None:
                 self._hold.renew()
-            if len(self.trials) > number:
+            if next(tries) and len(self.trials) > number:
                 # The storage made it, and went away before it could say so.
                 self.adopt(number)
                 return number
             return self._open(number, self._study.ask)
 
-        return self._patiently(attempt)
+        self._count = self._patiently(attempt) + 1
+        return number
 
     def adopt(self, number: int) -> None:
         """Take over a RUNNING trial of a driver that died, as if it had just been asked for.
@@ -182,6 +187,7 @@ class Study:
         """
         # Optuna has no public way to continue a running trial; tests/search/test_study.py holds this one.
         trial_id = self.trials[number]._trial_id
+        self._adopted.add(number)
         self._open(number, lambda: optuna.Trial(self._study, trial_id))
 
     def _open(self, number: int, make: Callable[[], optuna.Trial]) -> int:
@@ -206,6 +212,10 @@ class Study:
 
     def _reseed(self, number: int, step: str) -> None:
         self._study.sampler = make_sampler(self._kind, seed_from(self._seed, number, step), self._startup)
+
+    def attr(self, number: int, name: str) -> Any:
+        """A user attribute of a running trial, as it was when it was asked for or adopted; None without."""
+        return self._live[number].user_attrs.get(name)
 
     def set_attr(self, number: int, name: str, value: Any) -> None:
         """A user attribute of a running trial, in plain JSON data."""
@@ -247,13 +257,13 @@ class Study:
         self._tell(number, None, TrialState.FAIL)
 
     def _constrain(self, number: int, constraints: Mapping[str, float]) -> None:
-        present = self.trials[number].constraints
+        present = self.trials[number].constraints if number in self._adopted else {}
         for name, value in constraints.items():
             if name not in present:
                 self._patiently(partial(self._set_constraint, number, name, value), number)
 
     def _set_constraint(self, number: int, name: str, value: float) -> None:
-        if name not in self.trials[number].constraints:
+        if number not in self._adopted or name not in self.trials[number].constraints:
             self._live[number].set_constraint(name, value)
 
     def _tell(self, number: int, values: Sequence[float] | None, state: TrialState | None) -> None:

@@ -43,7 +43,7 @@ from heddle.search.cores import usable_cores
 RETRIES = 2
 MADE_AGAIN = ("worker-died", "timed-out")
 # Its process or its node is gone, or with the node the result that it had given.
-DIED = (WorkerCrashedError, OutOfMemoryError, NodeDiedError, LocalRayletDiedError, ObjectLostError)
+DIED = (WorkerCrashedError, OutOfMemoryError, NodeDiedError, ObjectLostError)
 # How often a waiting driver looks up: for Ctrl-C, for the display.
 TICK_S = 0.5
 # Threads that wait for each other sleep instead of spinning: where anything else runs on the machine, a
@@ -173,6 +173,8 @@ class Workers:
                 watcher.begun(job)
                 flying[remote.remote(_call_of(job), self.device, *job.arguments)] = (job, time.monotonic())
             done, _ = ray.wait(list(flying), timeout=TICK_S)
+            if not done:
+                _require_a_node()
             watcher.tick()
             for reference in done:
                 job, began = flying.pop(reference)
@@ -264,6 +266,8 @@ def _portable(error: Exception) -> Exception:
 def _answer(job: Job, reference: Any) -> Answer:
     try:
         outcome: _Outcome = ray.get(reference)
+    except LocalRayletDiedError as error:
+        raise _cluster_lost() from error
     except DIED as error:
         return Answer(job, code="worker-died", message=_first_line(error))
     except RayError as error:
@@ -273,6 +277,17 @@ def _answer(job: Job, reference: Any) -> Answer:
     if isinstance(outcome.error, HeddleError):
         return Answer(job, code=outcome.error.code, message=outcome.error.what, log=outcome.log)
     return Answer(job, code="evaluation-failed", message=_first_line(outcome.error), log=outcome.log)
+
+
+def _require_a_node() -> None:
+    """Raises HeddleError "cluster-lost" where no call can come back: Ray itself would wait for ever."""
+    if not any(node["Alive"] for node in ray.nodes()):
+        raise _cluster_lost()
+
+
+def _cluster_lost() -> HeddleError:
+    hint = "everything finished so far is kept; go on with --resume"
+    return HeddleError("cluster-lost", "Ray's process on this machine (the raylet) has ended", hint=hint)
 
 
 def _first_line(error: Exception) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fast_search import scored
 
 from heddle.errors import HeddleError
 from heddle.search.environment import kernel_digest
@@ -127,8 +128,10 @@ def test_other_data_is_told_before_anything_runs(lock: dict[str, Any], tmp_path:
 @pytest.mark.usefixtures("workers")
 def test_a_deterministic_search_is_chosen_by_its_first_timings(tiny_text: str, tmp_path: Path) -> None:
     """The first timings keep the budget; the second ones, which would unseat everybody, are told alone."""
-    run = search(loads(tiny_text), tmp_path / "run", trials=2, deterministic=True, effort=QUICK)
-    scored = {trial.hash: trial for trial in run.trials}
+    run = search(
+        loads(tiny_text), tmp_path / "run", trials=2, deterministic=True, effort=QUICK, evaluate=scored
+    )
+    hashes = [trial.hash for trial in run.trials]
     assert run.best is not None
     assert all(
         "deterministic" in json.loads(path.read_bytes())["inputs"]
@@ -141,8 +144,8 @@ def test_a_deterministic_search_is_chosen_by_its_first_timings(tiny_text: str, t
         if row["purpose"] == "again":
             row["result"]["ratio"] = row["result"]["ratio_low"] = row["result"]["median_ms"] = 1e9
     (tmp_path / LOCK_FILE).write_text(json.dumps(slow))
-    again = replay(tmp_path / LOCK_FILE, tmp_path / "again")
-    assert (again.run.best, [trial.hash for trial in again.run.trials]) == (run.best, list(scored))
+    again = replay(tmp_path / LOCK_FILE, tmp_path / "again", evaluate=scored)
+    assert (again.run.best, [trial.hash for trial in again.run.trials]) == (run.best, hashes)
     assert again.same
     assert read_run(tmp_path / "again").meta["deterministic"]
 

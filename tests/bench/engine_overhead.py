@@ -1,0 +1,168 @@
+"""What the engine itself costs a trial late in a long search: seconds of the driver, and memory, without sampler and placement.
+
+python tests/bench/engine_overhead.py --trials 10000 --last 1000 --commit "$(git rev-parse --short=12 HEAD)"
+
+Evaluations are arithmetic and are answered in this process, so that neither Ray nor the workers are in the figure; ledger,
+events and journal are written and synced as ever. The sampler's time and the placement solver's are given beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from fast_search import fast_file, scored  # noqa: E402
+
+from heddle.search import run as search_run  # noqa: E402
+from heddle.search import space, study  # noqa: E402
+from heddle.search.environment import device_name, package_versions  # noqa: E402
+from heddle.search.progress import Silent  # noqa: E402
+from heddle.search.record import Run, Trial  # noqa: E402
+from heddle.search.workers import Answer, Job, Watcher  # noqa: E402
+
+
+class Here:
+    """Workers that answer in this process and at once."""
+
+    device, parallel = "cpu", 4
+
+    def __init__(self, **_: object) -> None:
+        pass
+
+    def __enter__(self) -> Here:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def warm_up(self) -> None:
+        pass
+
+    def share(self, value: Any) -> Any:
+        return value
+
+    def call(self, call: Callable[..., Any], *arguments: Any) -> Any:
+        return call(*arguments)
+
+    def side_by_side(self, jobs: Iterable[Job], watcher: Watcher) -> Iterator[Answer]:
+        for job in jobs:
+            watcher.begun(job)
+            yield Answer(job, value=job.call(*job.arguments), wall_s=0.0)
+
+    on_whole_device = side_by_side
+
+
+class Clock(Silent):
+    """When each trial was told, what of it was the sampler's and the placement's, and the memory at that time."""
+
+    def __init__(self) -> None:
+        self.told, self.memory, self.spent = list[float](), list[int](), {"sampler": 0.0, "placement": 0.0}
+        self.others = list[dict[str, float]]()
+
+    def timed(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def within(*arguments: Any, **named: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return call(*arguments, **named)
+            finally:
+                self.spent[name] += time.perf_counter() - began
+
+        return within
+
+    def trial_finished(self, trial: Trial) -> None:
+        self.told.append(time.perf_counter())
+        self.others.append(dict(self.spent))
+        self.memory.append(psutil.Process().memory_info().rss)
+        if trial.number % 500 == 0:
+            print(trial.number, f"{self.told[-1] - self.told[0]:.1f} s", self.spent, flush=True)
+
+    def rounds(self, size: int, last: int) -> list[dict[str, float]]:
+        """Milliseconds a trial of each of the last rounds, which are asked and told whole."""
+        found = []
+        ends = range(len(self.told) - 1, len(self.told) - 1 - last, -size)
+        for end in ends:
+            start = end - size
+            whole = (self.told[end] - self.told[start]) / size
+            parts = {name: (self.others[end][name] - self.others[start][name]) / size for name in self.spent}
+            found.append({"engine": whole - sum(parts.values()), **parts})
+        return found
+
+
+def measured(chosen: argparse.Namespace) -> tuple[Run, Clock]:
+    """The search, with samplers and placement on the clock."""
+    clock = Clock()
+    make = study.make_sampler
+
+    def on_the_clock(*arguments: Any) -> Any:
+        sampler = clock.timed("sampler", make)(*arguments)
+        for name in (
+            "infer_relative_search_space",
+            "sample_relative",
+            "sample_independent",
+            "before_trial",
+            "after_trial",
+        ):
+            setattr(sampler, name, clock.timed("sampler", getattr(sampler, name)))
+        return sampler
+
+    study.make_sampler = on_the_clock
+    space.propose = clock.timed("placement", space.propose)
+    search_run.Workers = Here
+    file = fast_file(trials=chosen.trials, round=chosen.round, length=12, sampler=chosen.sampler)
+    with tempfile.TemporaryDirectory(dir=chosen.folder) as folder:
+        return search_run.search(file, Path(folder, "run"), evaluate=scored, progress=clock), clock
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--trials", type=int, default=10_000)
+    parser.add_argument("--last", type=int, default=1000, help="trials at the end that count")
+    parser.add_argument("--round", type=int, default=8)
+    parser.add_argument("--sampler", default="random")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        help="where the run is written: a local disk; the temporary folder if not given",
+    )
+    parser.add_argument("--commit", help="the code that searched")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "results" / "evidence-engine.jsonl"
+    )
+    chosen = parser.parse_args()
+    _, clock = measured(chosen)
+    rounds = clock.rounds(chosen.round, chosen.last)
+    half = len(clock.memory) // 2
+    row = {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": chosen.commit,
+        "device": device_name("cpu"),
+        "packages": package_versions(),
+        "sampler": chosen.sampler,
+        "trials": len(clock.told),
+        "last": chosen.last,
+        "median_ms": {name: round(1e3 * median(each[name] for each in rounds), 2) for name in rounds[0]},
+        "kb_per_trial": round((clock.memory[-1] - clock.memory[half]) / (len(clock.memory) - half) / 1e3, 1),
+        "load": psutil.getloadavg()[0],
+    }
+    with chosen.out.open("a") as rows:
+        rows.write(json.dumps(row) + "\n")
+    print(json.dumps(row, indent=1))
+
+
+if __name__ == "__main__":
+    main()
