@@ -56,6 +56,7 @@ CODES: dict[str, int] = {
     "run-not-found": BAD_INPUT,
     "run-mismatch": BAD_INPUT,
     "run-locked": FAILED,
+    "latency-model": BAD_INPUT,
     "disk-full": FAILED,
     "system-error": FAILED,
     "loss-not-finite": FAILED,

@@ -13,6 +13,7 @@ from heddle.compose.train import Recipe
 from heddle.search.evaluate import Evaluate, Training
 from heddle.search.evaluations import LATENCY, Request
 from heddle.search.latency import Effort, Place, measure
+from heddle.search.limits import Limits
 from heddle.search.record import BudgetInfo, TaskInfo
 from heddle.search.space import Candidate
 from heddle.search.tasks import Task
@@ -54,6 +55,13 @@ class Setting:
     confirm_seeds: int
     effort: Effort
     evaluate: Evaluate
+    # What is known of the budgets before anything is timed.
+    limits: Limits
+
+    @property
+    def timed(self) -> tuple[BudgetInfo, ...]:
+        """The budgets that are about latency."""
+        return tuple(budget for budget in self.budgets if budget.is_timed)
 
     @property
     def must_fit(self) -> tuple[str, ...]:

@@ -143,6 +143,17 @@ def test_noise_costs_about_as_much_as_it_is_and_the_margin_covers_it(drawn: Desi
     assert np.mean([(new <= conformal(old)).mean() for old, new in zip(seen, fresh, strict=True)]) >= 0.95
 
 
+def test_noise_of_a_fifth_makes_predictions_wrong_but_not_too_low(drawn: Design) -> None:
+    of, rng = table(drawn.fitted), np.random.default_rng(1)
+    truth, biases = times(drawn.held_out, of), []
+    for _ in range(5):
+        noisy = times(drawn.fitted, of) * rng.lognormal(0, 0.2, len(drawn.fitted))
+        found, _ = fit(drawn.fitted, noisy)
+        biases.append(np.mean([found.predict(stack) for stack in drawn.held_out] / truth - 1))
+    # The mean of the noise is e^(0.2²/2), 2 % above its middle.
+    assert abs(np.mean(biases) - 0.02) < 3 * np.std(biases) / np.sqrt(5)
+
+
 def test_the_conformal_margin_covers_as_often_as_it_says() -> None:
     rng, hits = np.random.default_rng(0), 0
     for _ in range(2000):
