@@ -11,7 +11,7 @@ Heavy packages (torch, ray, transformers), and what only one function needs, are
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,6 +19,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from heddle import specs
+from heddle.bench_api import bench as bench
+from heddle.bench_api import bench_fit as bench_fit
+from heddle.bench_api import bench_ops as bench_ops
 from heddle.compose.plan import plan
 from heddle.errors import HeddleError
 from heddle.folder_api import dashboard as dashboard
@@ -37,11 +40,10 @@ if TYPE_CHECKING:
     from heddle.compose.hf.export import ExportResult
     from heddle.doctor import Diagnosis
     from heddle.search.progress import Progress
-    from heddle.search.record import Latency, Run
+    from heddle.search.record import Run
     from heddle.search.training import TrainRun
 
 RUNS = Path("runs")
-PHASES = ("prefill", "decode")
 
 
 def init(path: Path | str = "spec.yaml", *, of: str | None = None, force: bool = False) -> Path:
@@ -195,30 +197,6 @@ def train(
     file = check(path)
     folder = fresh_folder(f"{file.spec.name}-train") if out is None else Path(out)
     return train_spec(file, folder, seed=seed, on_step=on_step)
-
-
-def bench(
-    path: Path | str, *, context: int | None = None, batch: int = 1, phases: Sequence[str] = PHASES
-) -> list[Latency]:
-    """The latency of the spec's model on this machine, one row a phase.
-
-    Raises:
-        HeddleErrors: as `check`; "out-of-memory".
-    """
-    from heddle.search.latency import measure_spec
-    from heddle.search.model_kinds import require_causal_lm
-
-    file = check(path)
-    require_causal_lm(file, "bench")
-    model = file.spec.model
-    return measure_spec(model, batch=batch, context=context or model.context_length, phases=phases)
-
-
-def bench_ops() -> list[dict[str, Any]]:
-    """The speed of each op on this machine: a benchmark row for each phase, shape and implementation."""
-    from heddle.kernels.bench import bench_ops as time_ops
-
-    return time_ops()
 
 
 def run_folder(path: Path | str, out: Path | str | None = None, *, resume: bool = False) -> Path:

@@ -16,14 +16,13 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 import heddle
-from heddle import folder_commands
+from heddle import bench_commands, folder_commands
 from heddle.command_options import (
     Batch,
     Context,
     Deterministic,
     GraphForm,
     Json,
-    Phase,
     RayAddress,
     Replay,
     SpecPath,
@@ -204,30 +203,6 @@ def train(
     terminal.show_json(run) if json else terminal.show_trained(run)
 
 
-@app.command(epilog=example("heddle bench spec.yaml --context 8192 --phase decode", "heddle bench --ops"))
-def bench(
-    file: Annotated[
-        Path | None, typer.Argument(metavar="[SPEC]", help="Spec file.", show_default=False)
-    ] = None,
-    ops: Annotated[bool, typer.Option("--ops", help="Time the kernels instead of a spec.")] = False,
-    context: Context = None,
-    batch: Batch = 1,
-    phase: Annotated[Phase, typer.Option(help="What to time.")] = Phase.both,
-    json: Json = False,
-) -> None:
-    """Measure the latency of a spec's model, or of the kernels, on this machine."""
-    from heddle import api, terminal
-
-    if ops == (file is not None):
-        raise HeddleError("bad-argument", "heddle bench takes a SPEC or --ops, one of the two")
-    if file is None:
-        rows = api.bench_ops()
-        terminal.show_json(rows) if json else terminal.show_ops(rows)
-        return
-    timings = api.bench(file, context=context, batch=batch, phases=phase.phases)
-    terminal.show_json(timings) if json else terminal.show_timings(timings)
-
-
 @app.command(
     epilog=example("heddle search spec.yaml --time 30m", "heddle search spec.yaml --out runs/a --resume")
 )
@@ -320,7 +295,7 @@ def import_model(
     terminal.show_json(result) if json else target_tables.show_imported(result)
 
 
-app.registered_commands += folder_commands.app.registered_commands
+app.registered_commands += folder_commands.app.registered_commands + bench_commands.app.registered_commands
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

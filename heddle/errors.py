@@ -57,6 +57,7 @@ CODES: dict[str, int] = {
     "run-mismatch": BAD_INPUT,
     "run-locked": FAILED,
     "lock-broken": BAD_INPUT,
+    "latency-model": BAD_INPUT,
     "disk-full": FAILED,
     "system-error": FAILED,
     "loss-not-finite": FAILED,

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from heddle.dashboards import data, words
+from heddle.dashboards import data, latency_section, words
 from heddle.dashboards.figures import Figure, figures
 from heddle.dashboards.html import Html, Row, element, join, table
 from heddle.search.record import Confirm, Latency, Run, TaskInfo, Trial
@@ -220,6 +220,23 @@ def remeasured(run: Run) -> Html | None:
     )
 
 
+def predictions(run: Run) -> Html | None:
+    """What a latency model predicted, how good it was, and what came of it."""
+    fits = latency_section.rows_of_fits(run)
+    if not fits:
+        return None
+    said = "Errors on stacks that were held out, beside those of one number for all and of a line in FLOPs."
+    rows = latency_section.front_rows(run)
+    header = latency_section.FRONT_HEADER
+    return section(
+        "Predicted latencies",
+        note(said),
+        table(latency_section.FIT_HEADER, fits, numeric=range(2, 9)),
+        *latency_section.paragraphs(run),
+        *([table(header, rows, numeric=range(2, 5))] if rows else []),
+    )
+
+
 def _kept(run: Run, label: str, latency: Latency) -> str:
     for budget in run.budgets:
         if budget.label == label:
@@ -332,6 +349,7 @@ SECTIONS: tuple[Callable[[Run], Html | None], ...] = (
     plots,
     confirmation,
     remeasured,
+    predictions,
     latencies,
     trials,
     best_spec,

@@ -77,7 +77,7 @@ def _model(page: Page, watched: Watched, run: Run, trial: Trial) -> None:
     hint = sections.note("First layer on the left; the pointer names a layer.")
     scroll = element("div", strip, cls="scroll", tabindex="0")
     page.add(sections.section("Layers", hint, legend, scroll))
-    budget = run.budgets[0] if run.budgets else None
+    budget = next((one for one in run.budgets if one.context), None)
     context, batch = (budget.context, budget.batch) if budget else (4096, 1)
     try:
         layers = watched.once(

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from heddle.search.record import BudgetInfo, Difference, Latency, Run, Score, TaskInfo, Trial
+    from heddle.search.record import BudgetInfo, Difference, Figure, Latency, Run, Score, TaskInfo, Trial
 
 PATH_WORDS = {
     "triton": "Triton kernel",
@@ -67,37 +67,59 @@ def bytes_text(value: float) -> str:
 def budget_text(budget: BudgetInfo) -> str:
     """What a budget demands, in one clause."""
     limit = (
-        f"{budget.at_most:g} ms"
+        figure_text(budget, budget.at_most)
         if budget.relative_to is None
         else f"{budget.at_most:g} × {budget.relative_to}"
     )
-    return f"{budget.phase} at most {limit} (batch {budget.batch}, context {budget.context})"
+    place = f" (batch {budget.batch}, context {budget.context})" if budget.context else ""
+    return f"{budget.phase} at most {limit}{place}"
 
 
 def budget_name(budget: BudgetInfo) -> str:
     """What a budget measures, short enough for a column or an axis."""
-    unit = "ms" if budget.relative_to is None else f"÷ {budget.relative_to}"
-    return f"{budget.phase} {unit}"
+    if budget.relative_to is not None:
+        return f"{budget.phase} ÷ {budget.relative_to}"
+    return f"{budget.phase} ms" if budget.is_timed else budget.phase
+
+
+def figure_text(budget: BudgetInfo, value: float) -> str:
+    """A figure in the budget's own unit."""
+    if budget.is_timed:
+        return f"{value:g} ms"
+    return bytes_text(value) if budget.phase == "cache_bytes" else count_text(value)
 
 
 def budget_value(trial: Trial, budget: BudgetInfo) -> float | None:
-    """What a trial measured against a budget: milliseconds or the ratio; None when it was never timed."""
-    latency = trial.latency.get(budget.label)
+    """What a trial measured against a budget: milliseconds or the ratio, or what was computed exactly; None when it was never
+    timed."""
+    latency, known = trial.latency.get(budget.label), trial.figures.get(budget.label)
     if latency is None:
-        return None
+        return known.limited if known is not None and known.source == "computed" else None
     return latency.median_ms if budget.relative_to is None else latency.ratio
 
 
 def budget_cells(trial: Trial, run: Run) -> list[str]:
-    """What a trial measured against each budget, with its interval; a dash where it was not timed."""
+    """What a trial measured against each budget, with its interval; a dash where it was not timed, but what was computed or
+    predicted in its place."""
     cells = []
     for budget in run.budgets:
-        latency = trial.latency.get(budget.label)
-        if latency is None:
-            cells.append("–")
-        else:
+        latency, known = trial.latency.get(budget.label), trial.figures.get(budget.label)
+        if latency is not None:
             cells.append(latency_text(latency) if budget.relative_to is None else ratio_text(latency))
+        else:
+            cells.append("–" if known is None else _known_text(budget, known))
     return cells
+
+
+def _known_text(budget: BudgetInfo, figure: Figure) -> str:
+    """A figure that was computed, or predicted and says so."""
+    ratio = budget.relative_to is not None
+    if figure.source == "computed":
+        return f"{figure.limited:.3f}" if ratio else figure_text(budget, figure.value)
+    value = f"{figure.limited:.3f}" if ratio else f"{figure.value:.3f} ms"
+    if figure.least is None:
+        return f"{value} predicted, never timed"
+    return f"{value} ± {figure.limited - figure.least:.3f} predicted, never timed"
 
 
 def score_cells(trial: Trial, run: Run) -> list[str]:
@@ -171,6 +193,8 @@ def headline(run: Run) -> str:
                 else f"{ratio_text(latency)} × {budget.relative_to}"
             )
             parts.append(f"{budget.phase} {measured}, allowed {budget.at_most:g}")
+        elif (known := best.figures.get(budget.label)) is not None:
+            parts.append(f"{budget_name(budget)} {_known_text(budget, known)}, allowed {budget.at_most:g}")
     return f"{'; '.join(parts)}. {counts}."
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from optuna.trial import TrialState
@@ -27,6 +28,7 @@ from heddle.search.progress import Progress, Status
 from heddle.search.record import (
     REFERENCE,
     WEIGHTS_FOLDER,
+    Figure,
     Latency,
     Trial,
     assemble,
@@ -62,6 +64,7 @@ class Driver:
                 self._first.setdefault(event["hash"], number)
         self._candidates: dict[int, space.Candidate] = {}
         self._illegal: dict[int, str] = {}
+        self._figures: dict[int, dict[str, Figure]] = {}
         self._spent_s = elapsed(log.events)
         self._told_before = self.told
         self._phase, self._trained_before = "start", 0
@@ -157,6 +160,7 @@ class Driver:
             return []
         one = next(iter(self.setting.references.values()))
         self._candidates[REFERENCE] = one
+        self._figures[REFERENCE] = self.setting.limits.figures(one.model)
         if REFERENCE not in self.trials:
             self._start(REFERENCE, {}, one, plan(one.model).parameters)
         return [REFERENCE]
@@ -205,6 +209,7 @@ class Driver:
             self._start(number, values)
             return
         self._candidates[number] = one
+        self._figures[number] = self.setting.limits.figures(one.model)
         self._start(number, values, one, parameters)
         study.set_attr(number, "spec_hash", one.hash)
         study.set_attr(number, "layers", list(one.layers))
@@ -251,7 +256,7 @@ class Driver:
         )
 
     def _time(self, numbers: Sequence[int]) -> None:
-        """Time every spec of the round at every budget's place."""
+        """Time every spec of the round at every budget's place, but those that are over a budget for certain."""
         self.enter("timing", f"{len(numbers)} specs")
         self.evaluations.time_all(request for number in numbers for request in self._timings(number).values())
 
@@ -265,7 +270,8 @@ class Driver:
 
     def _timings(self, number: int) -> dict[str, Request]:
         one = self._candidates.get(number)
-        budgets = self.setting.budgets if one else ()
+        is_over = number != REFERENCE and self.setting.limits.rule_out(self._figures.get(number, {}))
+        budgets = self.setting.timed if one and not is_over else ()
         return {budget.label: self.setting.timing(number, one, budget) for budget in budgets if one}
 
     def _trainings(self, number: int) -> dict[str, Request]:
@@ -280,15 +286,15 @@ class Driver:
         return entries if len(entries) == len(found) else None
 
     def _may_train(self, number: int) -> bool:
-        """Whether the spec was timed and keeps every budget; the reference is trained in any case."""
+        """Whether the spec keeps every budget, and was timed to know it; the reference is trained in any case."""
         timed = self._entries(self._timings(number))
         if number in self._illegal or timed is None or not all(entry.ok for entry in timed.values()):
             return False
-        return number == REFERENCE or all(value <= 0 for value in self._violations(timed).values())
+        return number == REFERENCE or all(value <= 0 for value in self._violations(number, timed).values())
 
-    def _violations(self, timed: Mapping[str, Entry]) -> dict[str, float]:
+    def _violations(self, number: int, timed: Mapping[str, Entry]) -> dict[str, float]:
         rows = {label: Latency(**entry.result) for label, entry in timed.items() if entry.result}
-        return pareto.violations(rows, self.setting.budgets)
+        return pareto.violations(rows, self.setting.budgets, self._figures.get(number, {}))
 
     def _tell(self, number: int) -> None:
         """End a trial whose evaluations are all in: first in the record, then in Optuna. Others stay
@@ -319,13 +325,14 @@ class Driver:
             if entry.reason
         ]
         reasons = [self._illegal[number]] if number in self._illegal else failed
-        constraints = {} if reasons else self._violations(timed)
+        constraints = {} if reasons else self._violations(number, timed)
         state = "failed" if reasons else "complete" if scored else "infeasible"
         first = self._first.get(self._asked[number]["hash"], number)
         return {
             "state": state,
             "scores": {name: entry.key for name, entry in scored.items()},
             "latency": {label: entry.key for label, entry in timed.items()},
+            "figures": {label: asdict(one) for label, one in self._figures.get(number, {}).items()},
             "constraints": constraints,
             "reason": "; ".join(reasons) or None,
             "attempts": max((entry.attempts for entry in entries.values()), default=0),
@@ -334,14 +341,16 @@ class Driver:
         }
 
     def _tell_optuna(self, trial: Trial) -> None:
+        before = [one for number, one in self.trials.items() if 0 <= number < trial.number]
+        constraints = self.setting.limits.all_constraints(trial, before)
         if trial.state == "failed":
             self.study.tell_failed(trial.number, str(trial.reason))
         elif trial.state == "infeasible":
             neutral = [info.chance for info in self.setting.infos]
-            self.study.tell_infeasible(trial.number, trial.constraints, neutral)
+            self.study.tell_infeasible(trial.number, constraints, neutral)
         else:
             values = [trial.scores[info.name].value for info in self.setting.infos]
-            self.study.tell_complete(trial.number, values, trial.constraints)
+            self.study.tell_complete(trial.number, values, constraints)
 
     def events_of(self, number: int) -> tuple[dict[str, Any], dict[str, Any] | None]:
         """The events with which a trial was asked for and told."""

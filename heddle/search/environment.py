@@ -63,12 +63,12 @@ def device_name(device: str) -> str:
 def driver_version() -> str | None:
     """The NVIDIA driver's version; None without one."""
     path = Path("/proc/driver/nvidia/version")
-    if nvml := _nvml():
+    if library := nvml():
         try:
-            found = nvml.nvmlSystemGetDriverVersion()
+            found = library.nvmlSystemGetDriverVersion()
             return found.decode() if isinstance(found, bytes) else str(found)
         finally:
-            nvml.nvmlShutdown()
+            library.nvmlShutdown()
     if not path.exists():
         return None
     words = path.read_text().split()
@@ -81,17 +81,16 @@ def foreign_processes() -> int | None:
 
     Ours are this process and the other workers of its raylet, which wait while one of them times.
     """
-    nvml = _nvml()
-    if nvml is None or not torch.cuda.is_available():
+    library = nvml()
+    if library is None or not torch.cuda.is_available():
         return None
     try:
-        uuid = f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"
-        handle = nvml.nvmlDeviceGetHandleByUUID(uuid)
-        pids = {process.pid for process in nvml.nvmlDeviceGetComputeRunningProcesses(handle)}
-    except nvml.NVMLError:
+        handle = nvml_handle(library)
+        pids = {process.pid for process in library.nvmlDeviceGetComputeRunningProcesses(handle)}
+    except library.NVMLError:
         return None
     finally:
-        nvml.nvmlShutdown()
+        library.nvmlShutdown()
     # A container that hides its process numbers from the driver shows none of ours: nothing can be said then.
     return len([pid for pid in pids if not _ours(pid)]) if os.getpid() in pids else None
 
@@ -146,7 +145,13 @@ def _parent_of(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
-def _nvml() -> Any:
+def nvml_handle(library: Any) -> Any:
+    """The current CUDA device, as the started NVML module knows it. Raises its NVMLError."""
+    uuid = f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"
+    return library.nvmlDeviceGetHandleByUUID(uuid)
+
+
+def nvml() -> Any:
     """The started NVML module; None when it is not installed or finds no driver. The caller shuts it down."""
     try:
         with warnings.catch_warnings():

@@ -56,9 +56,8 @@ def remeasure_front(driver: Driver, best: int) -> int:
 
 def again_violations(driver: Driver, trial: Trial) -> dict[str, float]:
     """The constraints of `trial` by its second timing; a budget that could not be timed again is not kept."""
-    budgets = driver.setting.budgets
-    missing = {budget.label: inf for budget in budgets if budget.label not in trial.remeasured}
-    return missing or pareto.violations(trial.remeasured, budgets)
+    missing = {one.label: inf for one in driver.setting.timed if one.label not in trial.remeasured}
+    return missing or pareto.violations(trial.remeasured, driver.setting.budgets, trial.figures)
 
 
 def _front(driver: Driver) -> set[int]:
@@ -72,7 +71,7 @@ def _own(driver: Driver) -> list[Trial]:
 def _again(driver: Driver, number: int) -> dict[str, Request]:
     """Requests for a fresh timing at every budget, and of a phase that has none at the same places."""
     one = _candidate(driver, driver.trials[number])
-    budgets = driver.setting.budgets
+    budgets = driver.setting.timed
     places = {(b.batch, b.context, b.relative_to) for b in budgets}
     wanted = list(budgets)
     for (batch, context, beside), phase in product(sorted(places, key=repr), PHASES):

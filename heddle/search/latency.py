@@ -27,6 +27,7 @@ from heddle.compose.build import build_causal_lm, kernel_paths
 from heddle.compose.memory import memory_told
 from heddle.search import environment
 from heddle.search.cores import usable_cores
+from heddle.search.gpu_state import both, gpu_state
 from heddle.search.record import Latency
 from heddle.specs import ModelSpec
 
@@ -101,7 +102,9 @@ def measure(
     specs = [model] if reference is None else [model, reference]
     guard = memory_told(f"no memory to time {place.label}", "a smaller context or batch needs less")
     with _threads(device) as threads, _quiet(), guard:
+        before = gpu_state() if device == "cuda" else None
         times, method, foreign = _timed(specs, place, device, dtype, effort=effort)
+        state = both(before, gpu_state()) if device == "cuda" else None
     return Latency(
         label=place.label,
         **asdict(place),
@@ -114,6 +117,7 @@ def measure(
         threads=threads,
         paths=dict(kernel_paths(model, device, dtype)),
         foreign=foreign,
+        gpu=state,
     )
 
 

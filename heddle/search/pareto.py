@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 
-from heddle.search.record import BudgetInfo, Latency, TaskInfo, Trial
+from heddle.search.record import BudgetInfo, Figure, Latency, TaskInfo, Trial
 
 
 def front(trials: Iterable[Trial], tasks: Sequence[TaskInfo]) -> tuple[Trial, ...]:
@@ -41,15 +42,27 @@ def least_violating(trials: Iterable[Trial], most: int = 5) -> tuple[Trial, ...]
     return tuple(by_spec.values())[:most]
 
 
-def violations(latency: Mapping[str, Latency], budgets: Iterable[BudgetInfo]) -> dict[str, float]:
+def violations(
+    latency: Mapping[str, Latency],
+    budgets: Iterable[BudgetInfo],
+    figures: Mapping[str, Figure] = MappingProxyType({}),
+) -> dict[str, float]:
     """How far each budgeted figure lies over its limit, as a share of the limit; at most 0 keeps the
-    budget."""
+    budget.
+
+    A measurement goes before a figure of `figures`; a budget with neither is left out.
+    """
     found = {}
     for budget in budgets:
-        row = latency[budget.label]
-        figure = row.median_ms if budget.relative_to is None else row.ratio
-        assert figure is not None, f"{budget.label} was not timed beside {budget.relative_to}"
-        found[budget.label] = figure / budget.at_most - 1.0
+        row, told = latency.get(budget.label), figures.get(budget.label)
+        if row is not None:
+            value = row.median_ms if budget.relative_to is None else row.ratio
+            assert value is not None, f"{budget.label} was not timed beside {budget.relative_to}"
+        elif told is not None:
+            value = told.limited
+        else:
+            continue
+        found[budget.label] = value / budget.at_most - 1.0
     return found
 
 

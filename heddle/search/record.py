@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from heddle.errors import HeddleError
+from heddle.search import curse
 from heddle.search.durable import is_name, read_lines
-from heddle.search.results import BudgetInfo, Confirm, Difference, Latency, Score, TaskInfo, Trial
+from heddle.search.results import BudgetInfo, Confirm, Difference, Figure, Latency, Score, TaskInfo, Trial
 
 __all__ = [
     "BudgetInfo",
     "Confirm",
     "Difference",
+    "Figure",
     "Latency",
     "Run",
     "Score",
@@ -97,6 +99,7 @@ class Run:
             "best": None if best is None else best.summary(),
             "least_violating": [self.trial(number).summary() for number in self.least_violating],
             "confirm": None if self.confirm is None else asdict(self.confirm),
+            "latency_model": curse.summary(self),
             "export": str(self.export) if self.export is not None else None,
         }
 
@@ -193,6 +196,7 @@ def assemble(
         wall_s=told.get("wall_s", 0.0),
         duplicate_of=told.get("duplicate_of"),
         remeasured=_latencies(ledger, spec, (again or {}).get("latency", {})),
+        figures={label: Figure(**one) for label, one in told.get("figures", {}).items()},
     )
 
 

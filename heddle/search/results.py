@@ -22,7 +22,10 @@ class TaskInfo:
 
 @dataclass(frozen=True, slots=True)
 class BudgetInfo:
-    """One measured limit. `at_most` is milliseconds, or with `relative_to` a ratio to that model's time."""
+    """One limit. `at_most` is milliseconds, bytes or parameters, or with `relative_to` a ratio to that model's.
+
+    `batch` and `context` are 0 where they mean nothing.
+    """
 
     label: str
     phase: str
@@ -30,6 +33,38 @@ class BudgetInfo:
     relative_to: str | None
     batch: int
     context: int
+
+    @property
+    def is_timed(self) -> bool:
+        """Whether it is about a latency, which is measured; the others are computed from the spec."""
+        return self.phase in ("decode", "prefill")
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """What is known of a budget's figure without a timing: `source` is "computed", and exact, or "predicted".
+
+    `value` and `margin` are in the budget's unit; `reference` is the same of the model the budget is relative to. A margin
+    of None says that nobody knows how far off a prediction may be.
+    """
+
+    value: float
+    margin: float | None
+    reference: float | None
+    source: str
+
+    @property
+    def limited(self) -> float:
+        """What the budget limits: the value, or its ratio to the reference."""
+        return self.value if self.reference is None else self.value / self.reference
+
+    @property
+    def least(self) -> float | None:
+        """The smallest that `limited` may be, by the margin."""
+        if self.margin is None:
+            return None
+        low = self.value - self.margin
+        return low if self.reference is None else low / self.reference
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +116,8 @@ class Latency:
     threads: int
     paths: dict[str, str]
     foreign: int | None
+    # Clocks, power, temperature and throttling of the GPU while it was timed; None where NVML does not tell.
+    gpu: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +146,8 @@ class Trial:
     duplicate_of: int | None
     # The timing taken again at the end, for members of the Pareto front; all phases, not only budgeted ones.
     remeasured: dict[str, Latency] = field(default_factory=dict)
+    # By label of the budget: what was computed, and what a latency model predicted. Never a measurement.
+    figures: dict[str, Figure] = field(default_factory=dict)
 
     @property
     def feasible(self) -> bool:
@@ -142,6 +181,10 @@ class Trial:
             "quality": self.quality,
             "latency": {
                 label: {"median_ms": row.median_ms, "ratio": row.ratio} for label, row in self.latency.items()
+            },
+            "figures": {
+                label: {"value": one.value, "margin": one.margin, "source": one.source}
+                for label, one in self.figures.items()
             },
             "constraints": self.constraints,
             "reason": self.reason,

@@ -28,8 +28,11 @@ from heddle.search.evaluations import Evaluations
 from heddle.search.evaluators import evaluator_of
 from heddle.search.events import EventLog
 from heddle.search.given import Given
-from heddle.search.latency import Effort, Place
+from heddle.search.latency import Effort
+from heddle.search.latency_model import find
+from heddle.search.latency_model.table import timing_environment
 from heddle.search.ledger import key_of
+from heddle.search.limits import Limits, budgets_on
 from heddle.search.lock import Frozen
 from heddle.search.model_kinds import require_causal_lm
 from heddle.search.progress import Progress, Silent
@@ -39,8 +42,9 @@ from heddle.search.storage import StudyHold
 from heddle.search.study import Direction, RunLock, Study, open_storage
 from heddle.search.tasks import Task, make_task, recipe_for
 from heddle.search.workers import Workers
-from heddle.specs import PerDevice, SpecFile
+from heddle.specs import SpecFile
 from heddle.specs.base import Duration
+from heddle.specs.search import names_file
 
 FORMAT = 1
 # Rounds of a search with few trials: fewer would leave the sampler nothing to learn from.
@@ -74,7 +78,7 @@ def search(
 
     Raises:
         HeddleError: "run-exists", "run-not-found", "run-mismatch", "run-locked", "bad-argument", "disk-full",
-            "interrupted", and what the corpus of the tasks raises. A trial that fails, or a budget that
+            "interrupted", "latency-model", and what the corpus of the tasks raises. A trial that fails, or a budget that
             nothing keeps, is no error: the run says so.
     """
     require_causal_lm(file, "search")
@@ -122,6 +126,9 @@ def _open(
     if given.resume:
         new, meta = meta, read_meta(out)
         _refuse_other(meta, new, out)
+    elif meta["latency"] == "model":
+        made_with = workers.call(timing_environment, workers.device)
+        meta["latency_model"] = find.into_run(file, out, made_with, meta["budgets"])
     meta |= {"trials": given.trials or meta["trials"], "seconds": given.seconds or meta["seconds"]}
     if given.frozen is not None:
         write_json(out / lock.FOLLOWED_FILE, given.frozen.lock)
@@ -245,30 +252,20 @@ def _tasks(file: SpecFile) -> Tasks:
     return found
 
 
-def _budgets(file: SpecFile, device: str) -> tuple[BudgetInfo, ...]:
-    """The budgets as they stand on `device`; a second one at the same place gets a number in its label."""
-    assert file.spec.search is not None
-    found, names = [], Counter[str]()
-    for budget in file.spec.search.budgets:
-        batch, context = _on(budget.batch, device), _on(budget.context, device)
-        place = Place(budget.phase.removesuffix("_ms"), batch, context)
-        names[place.label] += 1
-        label = place.label if names[place.label] == 1 else f"{place.label}#{names[place.label]}"
-        found.append(BudgetInfo(label, place.phase, budget.at_most, budget.relative_to, batch, context))
-    return tuple(found)
-
-
-def _on(value: Any, device: str) -> int:
-    """A number that may be given for each kind of device."""
-    return int(getattr(value, device)) if isinstance(value, PerDevice) else int(value)
-
-
 def _space_digest(file: SpecFile) -> str:
     """A digest of what a resumed search may not change; how long it runs, and its name, it may."""
-    spec = file.spec.model_dump(mode="json", exclude={"name": True, "search": {"trials", "time", "timeout"}})
+    # The latency fields are at their defaults in older runs, which go on.
+    left = {"trials", "time", "timeout", "latency_model"}
+    assert file.spec.search is not None
+    if file.spec.search.latency == "measure":
+        left.add("latency")
+    spec = file.spec.model_dump(mode="json", exclude={"name": True, "search": left})
     parameters = [asdict(parameter) for parameter in file.space.parameters]
     placement = file.space.placement
-    return key_of({"spec": spec, "space": repr(parameters), "placement": repr(placement)})
+    names = {one.relative_to for one in file.spec.search.budgets if one.relative_to}
+    beside = {name: space.reference(file, name).hash for name in sorted(names) if names_file(name)}
+    others = {"beside": beside} if beside else {}
+    return key_of({"spec": spec, "space": repr(parameters), "placement": repr(placement), **others})
 
 
 def _new_meta(
@@ -288,7 +285,8 @@ def _new_meta(
         "spec": file.text,
         "tasks": [asdict(each.info) for each in objectives],
         "exported": (text or [objectives[0].info.name])[0],
-        "budgets": [asdict(budget) for budget in _budgets(file, machine["device"])],
+        "budgets": [asdict(budget) for budget in budgets_on(file, machine["device"])],
+        "latency": search.latency,
         "trials": trials,
         "seconds": search.time,
         "sampler": search.sampler,
@@ -337,6 +335,8 @@ def _setting(
     budgets = tuple(BudgetInfo(**budget) for budget in meta["budgets"])
     names = dict.fromkeys(budget.relative_to for budget in budgets if budget.relative_to)
     machine = meta["environment"]
+    references = {name: space.reference(file, name) for name in names}
+    model = find.of_run(out) if meta.get("latency") == "model" else None
     assert file.spec.search is not None
     return Setting(
         folder=out,
@@ -344,7 +344,8 @@ def _setting(
         objectives=objectives,
         exported=meta["exported"],
         budgets=budgets,
-        references={name: space.reference(file, name) for name in names},
+        references=references,
+        limits=Limits(budgets, references, model),
         device=machine["device"],
         environment=environment.deciding(machine),
         trials=meta["trials"],

@@ -14,6 +14,7 @@ from heddle.search.evaluate import Evaluate, Training
 from heddle.search.evaluations import LATENCY, Request
 from heddle.search.latency import Effort, Place, measure
 from heddle.search.ledger import key_of
+from heddle.search.limits import Limits
 from heddle.search.lock import NOW, Frozen, deterministically
 from heddle.search.record import BudgetInfo, TaskInfo
 from heddle.search.space import Candidate
@@ -56,10 +57,17 @@ class Setting:
     confirm_seeds: int
     effort: Effort
     evaluate: Evaluate
+    # What is known of the budgets before anything is timed.
+    limits: Limits
     # Trainings with deterministic kernels alone, and a winner that no second timing unseats.
     deterministic: bool = False
     # Where latencies are taken from rather than measured.
     frozen: Frozen | None = None
+
+    @property
+    def timed(self) -> tuple[BudgetInfo, ...]:
+        """The budgets that are about latency."""
+        return tuple(budget for budget in self.budgets if budget.is_timed)
 
     @property
     def feeds_back(self) -> bool:

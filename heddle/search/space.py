@@ -23,7 +23,9 @@ from heddle.specs import (
     expand_layers,
     spec_hash,
 )
+from heddle.specs.beside import spec_beside
 from heddle.specs.pattern import layers_of
+from heddle.specs.search import names_file
 from heddle.specs.sight import reach
 
 
@@ -129,8 +131,12 @@ def check_reach(model: ModelSpec, least: int | None) -> None:
 
 
 def reference(file: SpecFile, name: str) -> Candidate:
-    """The model that a budget's `relative_to: all-<block>` means: every layer is that block, the rest as the
-    file's first choices."""
+    """The model that a budget's `relative_to` means: of all-<block> every layer is that block, the rest as the
+    file's first choices; else it is that of the spec file of this name."""
+    if names_file(name):
+        beside = spec_beside(file.file, name)
+        spec = file.spec.model_copy(update={"model": beside.model})
+        return Candidate(spec, {}, tuple(expand_layers(spec.model)), spec_hash(spec.model))
     model = file.spec.model
     layers = [name.removeprefix("all-")] * len(expand_layers(model))
     spec = file.spec.model_copy(update={"model": model.model_copy(update={"layers": layers})})

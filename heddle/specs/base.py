@@ -94,15 +94,14 @@ def duration_of(value: Any) -> Any:
     return float(Decimal(match[1]) * _SECONDS[match[2]])
 
 
+CountText = Annotated[str, Field(pattern=f"^{_SOME_DIGIT}\\s*{_COUNT.pattern}\\s*$")]
 Count = Annotated[
     int,
     Field(ge=1, le=10**15),
     BeforeValidator(
         count_of,
         json_schema_input_type=Annotated[
-            Annotated[int, Field(ge=1, le=10**15)]
-            | Annotated[str, Field(pattern=f"^{_SOME_DIGIT}\\s*{_COUNT.pattern}\\s*$")],
-            Field(examples=["400k", "20M"]),
+            Annotated[int, Field(ge=1, le=10**15)] | CountText, Field(examples=["400k", "20M"])
         ],
     ),
 ]

@@ -21,7 +21,7 @@ from heddle.specs.open_values import RESERVED
 from heddle.specs.pattern import Layer, layers_of
 from heddle.specs.reader import MAX_ERRORS, Path_, steps_of
 from heddle.specs.references import EMBEDDING, references_of
-from heddle.specs.search import EVALUATORS, OWN_EVALUATOR
+from heddle.specs.search import EVALUATORS, OWN_EVALUATOR, names_file
 from heddle.specs.sight import reach
 from heddle.specs.spec import Spec
 from heddle.specs.tasks import TASKS, TaskSchema
@@ -152,10 +152,13 @@ def search_findings(search: Any, blocks: Mapping[str, Any], *, is_open: bool) ->
         found += [Finding("out-of-range", what, (*path, field), hint) for field, what, hint in task.misfits()]
     for path, budget in _items(search, "budgets"):
         name = budget.get("relative_to")
-        if isinstance(name, str) and blocks:
+        if isinstance(name, str) and blocks and not names_file(name):
             found += [one.below((*path, "relative_to")) for one in _relative_findings(name, blocks)]
     if isinstance(search, Mapping):
         found += _evaluator_findings(search.get("evaluator"), [task for _, task in _items(search, "tasks")])
+    if isinstance(search, Mapping) and "latency_model" in search and search.get("latency") != "model":
+        what, hint = "there is a latency model, and latency is not model", "latency: model"
+        found.append(Finding("conflicting-fields", what, ("latency_model",), hint))
     if isinstance(search, Mapping) and not is_open and search.get("trials") != 1:
         what = "there is nothing to search: the model leaves nothing open"
         hint = "put a choice, int, float or placement inside model; heddle train takes a plain model"
@@ -221,4 +224,11 @@ def _relative_findings(name: str, blocks: Mapping[str, Any]) -> list[Finding]:
         return list(_lonely_findings(name.removeprefix("all-"), blocks))
     close = f"all-{name}" if name in blocks else nearest(name, known)
     hint = f"did you mean {close}?" if close else f"one of {', '.join(known[:20])}"
-    return [Finding("unknown-block", f"{shown(name)} names no model; it is all-, then a block", (), hint)]
+    return [
+        Finding(
+            "unknown-block",
+            f"{shown(name)} names no model; it is all-, then a block, or a spec file",
+            (),
+            hint,
+        )
+    ]

@@ -122,7 +122,8 @@ class _Walk:
         here, owner, is_key = self.annotation, None, False
         for step in loc:
             members = _members(here)
-            if len(members) > 1:
+            # A budget of a latency has two tags, and is no union by itself.
+            if len({kind for _, kind in members}) > 1:
                 here = next((kind for tag, kind in members if tag == step), None)
                 continue
             kind = members[0][1] if members else None
@@ -342,9 +343,16 @@ def _members(annotation: Any, tag: str | None = None) -> list[tuple[str | None, 
     if annotation is None or annotation is type(None):
         return []
     if tag is None and isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        kind = annotation.model_fields.get("kind")
-        tag = None if kind is None else str(kind.default)
+        return [(one, annotation) for one in _own_tags(annotation)] or [(None, annotation)]
     return [(tag, annotation)]
+
+
+def _own_tags(schema: type[BaseModel]) -> list[str]:
+    """The tags by which a union knows a schema: its kind, or the phases of a budget."""
+    kind, phase = (schema.model_fields.get(name) for name in ("kind", "phase"))
+    if kind is not None:
+        return [str(kind.default)]
+    return [] if phase is None else [str(one) for one in typing.get_args(phase.annotation)]
 
 
 def _tags(annotation: Any) -> list[str]:

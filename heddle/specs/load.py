@@ -9,6 +9,7 @@ from typing import Any
 
 from heddle.errors import HeddleError, HeddleErrors, Where
 from heddle.specs.base import nearest
+from heddle.specs.beside import beside_problems
 from heddle.specs.check_file import Checked, check_file, check_model
 from heddle.specs.check_references import arranged, order_at
 from heddle.specs.model import ModelSpec
@@ -26,9 +27,14 @@ def load(path: str | Path) -> SpecFile:
     """The spec in a YAML or JSON file.
 
     Raises:
-        HeddleErrors: every error of the file in one go, each with its place (of a syntax error, the first).
+        HeddleErrors: every error of the file in one go, each with its place (of a syntax error, the first); else those of the
+            files that its budgets are relative to.
     """
-    return _spec_file(check_file(read(Path(path))))
+    file = _spec_file(check_file(read(Path(path))))
+    wrong = list(beside_problems(file.spec, file.file, file.where))
+    if wrong:
+        raise HeddleErrors(wrong)
+    return file
 
 
 def loads(text: str, file: str = "<string>") -> SpecFile:

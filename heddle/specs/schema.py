@@ -7,7 +7,7 @@ from typing import Any
 from heddle.specs.layer import MAX_LAYERS
 from heddle.specs.open_values import FORMS, RESERVED
 from heddle.specs.schema_parts import REF, Schema, add_notes, add_partials, name_unions, reachable
-from heddle.specs.search import PHASES
+from heddle.specs.search import BUDGETS
 from heddle.specs.spec import Spec
 from heddle.specs.tasks import TASKS
 
@@ -163,8 +163,10 @@ def _short_forms(definitions: dict[str, Schema]) -> None:
         _named(kind, definitions.pop(one.__name__), "kind", optional=True) for kind, one in TASKS.items()
     ]
     search["tasks"]["items"] = {"anyOf": [{"enum": list(TASKS)}, *tasks]}
-    budget = definitions.pop("Budget")
-    search["budgets"]["items"] = {"anyOf": [_named(phase, budget, "phase") for phase in PHASES]}
+    budgets = {one.__name__: definitions.pop(one.__name__) for one in dict.fromkeys(BUDGETS.values())}
+    search["budgets"]["items"] = {
+        "anyOf": [_named(phase, budgets[one.__name__], "phase") for phase, one in BUDGETS.items()]
+    }
 
 
 def _named(name: str, schema: Schema, tag: str, *, optional: bool = False) -> Schema:

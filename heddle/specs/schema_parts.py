@@ -34,6 +34,7 @@ EXAMPLES: dict[str, list[Any]] = {
     "text_field": ["text"],
     "time": ["30m", "2h"],
     "relative_to": ["all-full"],
+    "latency_model": ["latency.json"],
     "context": [8192],
     "at_most": [0.6],
     "tasks": [["text", {"mqar": {"pairs": 8}}]],

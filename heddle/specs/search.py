@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import BeforeValidator, Discriminator, Field, Tag
 
-from heddle.specs.base import Duration, Schema
+from heddle.specs.base import CountText, Duration, Schema, count_of
 from heddle.specs.tasks import TaskSpec
 
 # How a candidate is judged by name; any other is module:function.
 EVALUATORS = ("train", "random_features", "reach")
 OWN_EVALUATOR = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*"
 Phase = Literal["decode_ms", "prefill_ms"]
-PHASES: tuple[str, ...] = get_args(Phase)
 
 
 class PerDevice(Schema):
@@ -33,6 +32,23 @@ OnDevice = Annotated[
 ]
 
 
+RelativeTo = Annotated[
+    str | None,
+    Field(
+        max_length=1024,
+        description="all-<block>, the model with that block in every layer, or a spec file beside this one; null: none.",
+    ),
+]
+Batch = Annotated[OnDevice, Field(description="Sequences at once: a count, or {cpu: …, cuda: …}.")]
+Context = Annotated[OnDevice, Field(description="Tokens of a sequence: a count, or {cpu: …, cuda: …}.")]
+# `64M` as well as 64000000; with relative_to it is a ratio, so it need not be whole.
+Amount = Annotated[
+    float,
+    Field(gt=0, le=1e15),
+    BeforeValidator(count_of, json_schema_input_type=Annotated[float, Field(gt=0, le=1e15)] | CountText),
+]
+
+
 class Budget(Schema):
     """A limit on a latency measured on the device present: milliseconds, or a ratio to another model's."""
 
@@ -43,14 +59,42 @@ class Budget(Schema):
         ),
     ]
     at_most: Annotated[float, Field(gt=0, le=1e9, description="Milliseconds; with relative_to, a ratio.")]
-    relative_to: Annotated[
-        str | None,
-        Field(
-            max_length=80, description="all-<block>, the model with that block in every layer; null: none."
-        ),
-    ] = None
-    batch: Annotated[OnDevice, Field(description="Sequences at once: a count, or {cpu: …, cuda: …}.")] = 1
-    context: Annotated[OnDevice, Field(description="Tokens of a sequence: a count, or {cpu: …, cuda: …}.")]
+    relative_to: RelativeTo = None
+    batch: Batch = 1
+    context: Context
+
+
+class CacheBudget(Schema):
+    """A limit on what decoding holds in memory besides the weights, computed from the spec: caches and states, in bfloat16."""
+
+    phase: Literal["cache_bytes"]
+    at_most: Annotated[Amount, Field(description="Bytes of the whole batch; with relative_to, a ratio.")]
+    relative_to: RelativeTo = None
+    batch: Batch = 1
+    context: Context
+
+
+class ParameterBudget(Schema):
+    """A limit on the parameters of the whole model, computed from the spec; a tied head has none of its own."""
+
+    phase: Literal["parameters"]
+    at_most: Annotated[Amount, Field(description="Parameters; with relative_to, a ratio.")]
+    relative_to: RelativeTo = None
+
+
+BudgetSpec = Annotated[Budget | CacheBudget | ParameterBudget, Field(discriminator="phase")]
+# What a budget is written under -> its schema.
+BUDGETS: dict[str, type[Schema]] = {
+    **dict.fromkeys(get_args(Phase), Budget),
+    "cache_bytes": CacheBudget,
+    "parameters": ParameterBudget,
+}
+SPEC_FILES = (".yaml", ".yml", ".json")
+
+
+def names_file(relative_to: str) -> bool:
+    """Whether it is a spec file that a budget is relative to, not a block of this one."""
+    return relative_to.lower().endswith(SPEC_FILES)
 
 
 # The names of `heddle.compose.targets.catalogue`, which this package may not read.
@@ -121,9 +165,24 @@ class SearchSpec(Schema):
         int | None,
         Field(ge=1, le=10_000, description="Trials asked for at once (a count); null: by the workers."),
     ] = None
-    budgets: list[Budget] = Field(
+    budgets: list[BudgetSpec] = Field(
         default_factory=list, max_length=16, description="Limits that a winner keeps."
     )
+    latency: Annotated[
+        Literal["measure", "model"],
+        Field(
+            description="measure: every spec is timed. model: one that the model of `heddle bench SPEC --fit` puts over a budget "
+            "by more than its margin is not."
+        ),
+    ] = "measure"
+    latency_model: Annotated[
+        str | None,
+        Field(
+            min_length=1,
+            max_length=4096,
+            description="File of that model, beside this one; null: what was fitted last for this space on this machine.",
+        ),
+    ] = None
     min_reach: Annotated[
         int | None,
         Field(

@@ -7,7 +7,7 @@ from typing import Any
 
 from heddle.specs.explain import Finding, meant, shown
 from heddle.specs.reader import HOLE, Path_
-from heddle.specs.search import PHASES
+from heddle.specs.search import BUDGETS
 from heddle.specs.tasks import TASKS
 
 
@@ -21,7 +21,7 @@ def full_search(search: Any) -> tuple[Any, list[Finding], dict[Path_, Path_]]:
     if not isinstance(search, dict):
         return search, found, moves
     made = dict(search)
-    for key, tag, names in (("tasks", "kind", tuple(TASKS)), ("budgets", "phase", PHASES)):
+    for key, tag, names in (("tasks", "kind", tuple(TASKS)), ("budgets", "phase", tuple(BUDGETS))):
         if isinstance(search.get(key), list):
             made[key] = []
             for index, item in enumerate(search[key]):

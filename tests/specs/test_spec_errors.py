@@ -384,7 +384,7 @@ SEARCH_MISTAKES: list[tuple[str, str, str]] = [
     (
         "at_most: 0.5",
         "at_most: 0.5, relative_to: full",
-        "a.yaml:21:53: search.budgets.0.decode_ms.relative_to: 'full' names no model; it is all-, then a block"
+        "a.yaml:21:53: search.budgets.0.decode_ms.relative_to: 'full' names no model; it is all-, then a block, or a spec file"
         "   [unknown-block]  | did you mean all-full?",
     ),
     (

@@ -1,0 +1,120 @@
+"""The functions of `heddle.api` that measure: a spec, a space by a designed set of its specs, the kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from heddle import specs
+from heddle.compose.plan import plan
+from heddle.errors import HeddleError
+from heddle.specs import SpecFile
+
+if TYPE_CHECKING:
+    from heddle.search.latency import Effort
+    from heddle.search.latency_model.measuring import Site
+    from heddle.search.latency_model.model import LatencyModel
+    from heddle.search.record import Latency
+
+PHASES = ("prefill", "decode")
+
+
+def bench(
+    path: Path | str, *, context: int | None = None, batch: int = 1, phases: Sequence[str] = PHASES
+) -> list[Latency]:
+    """The latency of the spec's model on this machine, one row a phase.
+
+    Raises:
+        HeddleErrors: as `check`; "out-of-memory".
+    """
+    from heddle.search.latency import measure_spec
+
+    file = _causal(path)
+    model = file.spec.model
+    return measure_spec(model, batch=batch, context=context or model.context_length, phases=phases)
+
+
+def bench_fit(
+    path: Path | str,
+    out: Path | str | None = None,
+    *,
+    context: int | None = None,
+    batch: int = 1,
+    phases: Sequence[str] = PHASES,
+    stacks: int | None = None,
+    seed: int = 0,
+    effort: Effort | None = None,
+    on_stack: Callable[[int, int, bool], None] = lambda *_: None,
+) -> tuple[LatencyModel, Path]:
+    """Measure a designed set of stacks of the spec's space on this machine, and fit a latency model; gives it and its file.
+
+    Fitted are the places of the spec's latency budgets; with `context`, or without such budgets, `phases` at `batch` and
+    `context`. `stacks` are measured to fit on, by default three for each coefficient, and 30 held out to tell the error.
+    Where the model is kept a search with `latency: model` finds it; it is written to `out` as well.
+
+    Raises:
+        HeddleErrors: as `check`; "bad-argument" for a space too small to fit, "out-of-memory", "disk-full".
+    """
+    from heddle.search import environment
+    from heddle.search.latency import Effort as Usual
+    from heddle.search.latency_model import find
+    from heddle.search.latency_model.measuring import How, fit_model
+
+    file, device = _causal(path), environment.pick_device()
+    if not file.space.parameters and file.space.placement is None:
+        hint = "heddle bench SPEC times it"
+        raise HeddleError(
+            "bad-argument", f"{path} leaves nothing open: there is nothing to predict", hint=hint
+        )
+    sites = [] if context is not None else _budgeted(file, device)
+    sites = sites or _given(file, batch, context or file.spec.model.context_length, phases)
+    how = How(device, effort or Usual(), None, on_stack)
+    model = fit_model(file, sites, stacks=stacks, seed=seed, how=how)
+    kept = find.kept_at(file, model.environment)
+    model = find.keep(model, kept)
+    if out is not None:
+        model.save(Path(out))
+    return model, kept if out is None else Path(out)
+
+
+def bench_ops() -> list[dict[str, Any]]:
+    """The speed of each op on this machine: a benchmark row for each phase, shape and implementation."""
+    from heddle.kernels.bench import bench_ops as time_ops
+
+    return time_ops()
+
+
+def _causal(path: Path | str) -> SpecFile:
+    """The spec in `path`, read and planned."""
+    from heddle.search.model_kinds import require_causal_lm
+
+    file = specs.load(path)
+    plan(file.spec.model, where=file.where)
+    require_causal_lm(file, "bench")
+    return file
+
+
+def _budgeted(file: SpecFile, device: str) -> list[Site]:
+    """The places of the latency budgets, each beside the model it is relative to; one of several at a place."""
+    from heddle.search import space
+    from heddle.search.latency import Place
+    from heddle.search.latency_model.measuring import Site
+    from heddle.search.limits import budgets_on
+
+    found: dict[tuple[Place, str | None], Site] = {}
+    for budget in () if file.spec.search is None else budgets_on(file, device):
+        if not budget.is_timed:
+            continue
+        place, name = Place(budget.phase, budget.batch, budget.context), budget.relative_to
+        model = file.spec.model if name is None else space.reference(file, name).model
+        site = Site(place, model, name or "the defaults", budget.at_most, name is not None)
+        found.setdefault((place, name), site)
+    return list(found.values())
+
+
+def _given(file: SpecFile, batch: int, context: int, phases: Sequence[str]) -> list[Site]:
+    from heddle.search.latency import Place
+    from heddle.search.latency_model.measuring import Site
+
+    return [Site(Place(phase, batch, context), file.spec.model, "the defaults") for phase in phases]

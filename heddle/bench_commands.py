@@ -1,0 +1,141 @@
+"""`heddle bench`, which `heddle.cli` adds to its commands: a spec, a space of specs, or the kernels, on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from heddle.command_options import Batch, Context, Json, Phase, example
+from heddle.errors import HeddleError
+
+if TYPE_CHECKING:
+    from heddle.search.latency_model.model import LatencyModel, PlaceFit
+
+app = typer.Typer()
+
+
+@app.command(
+    epilog=example(
+        "heddle bench spec.yaml --context 8192 --phase decode",
+        "heddle bench space.yaml --fit",
+        "heddle bench --ops",
+    )
+)
+def bench(
+    file: Annotated[
+        Path | None, typer.Argument(metavar="[SPEC]", help="Spec file.", show_default=False)
+    ] = None,
+    ops: Annotated[bool, typer.Option("--ops", help="Time the kernels instead of a spec.")] = False,
+    fit: Annotated[
+        bool, typer.Option("--fit", help="Fit a latency model of the spec's space, for its search to go by.")
+    ] = False,
+    context: Context = None,
+    batch: Batch = 1,
+    phase: Annotated[Phase, typer.Option(help="What to time.")] = Phase.both,
+    stacks: Annotated[
+        int | None, typer.Option(min=2, help="With --fit: specs to fit on; three a coefficient if not given.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="With --fit: a file to write the model to as well.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Measure the latency of a spec's model, of a space of specs, or of the kernels, on this machine."""
+    from heddle import api, terminal
+
+    if ops == (file is not None):
+        raise HeddleError("bad-argument", "heddle bench takes a SPEC or --ops, one of the two")
+    if not fit and (stacks is not None or out is not None):
+        raise HeddleError("bad-argument", "--stacks and --out are for --fit")
+    if file is None:
+        if fit:
+            raise HeddleError("bad-argument", "--fit takes a SPEC whose space it fits")
+        rows = api.bench_ops()
+        terminal.show_json(rows) if json else terminal.show_ops(rows)
+        return
+    place: dict[str, Any] = {"context": context, "batch": batch, "phases": phase.phases}
+    if not fit:
+        timings = api.bench(file, **place)
+        terminal.show_json(timings) if json else terminal.show_timings(timings)
+        return
+    tell = _silent if json else _tell
+    model, path = api.bench_fit(file, out, stacks=stacks, on_stack=tell, **place)
+    terminal.show_json({**model.data(), "file": str(path)}) if json else _show(model, path, file)
+
+
+def _silent(done: int, total: int, known: bool) -> None:
+    """Nothing: a program reads the output."""
+
+
+def _tell(done: int, total: int, known: bool) -> None:
+    typer.echo(f"stack {done} of {total}: {'in the table' if known else 'timing'}", err=True)
+
+
+def _show(model: LatencyModel, path: Path, spec: Path) -> None:
+    from heddle import terminal
+
+    screen = terminal.console()
+    screen.print(f"{model.environment['device']}, {model.environment['dtype']}", style="bold")
+    for fit in model.fits:
+        _show_fit(model, fit)
+    done = f"wrote {path}"
+    terminal.next_steps(done, [f"heddle search {spec}   # with latency: model under search"])
+
+
+def _show_fit(model: LatencyModel, fit: PlaceFit) -> None:
+    """The terms, the meetings, and the held-out errors in plain sentences."""
+    from rich.table import Table
+
+    from heddle import terminal
+
+    screen, weights = terminal.console(), fit.sum.weights
+    screen.print()
+    timer = f"{fit.method}, beside {fit.reference} ({fit.reference_ms:.3f} ms)"
+    screen.print(f"{fit.place.label}: {timer}", style="bold")
+    table = Table("term", "ms", box=None, pad_edge=False, header_style="dim")
+    constants = [ms for name, ms in weights.items() if name[0] == "frame"]
+    for ms in constants:
+        table.add_row("without layers", f"{ms:.4f}")
+    for name, ms in weights.items():
+        if name[0] == "term":
+            table.add_row(f"a layer of {model.labels[name[1]]}", f"{ms:.4f}")
+    for name, ms in weights.items():
+        if name[0] == "pair":
+            table.add_row(f"{model.labels[name[1]]} | {model.labels[name[2]]}", f"{ms:+.4f}")
+    screen.print(table)
+    for line in held_out_lines(fit):
+        screen.print(line, soft_wrap=True)
+
+
+def held_out_lines(fit: PlaceFit) -> list[str]:
+    """What the held-out errors are, and what they mean."""
+    seen = fit.held_out
+    lines = [
+        f"fitted on {fit.measured} stacks: {fit.sum.way.told} (cross-validated error {_percent(fit.crossed)})",
+        f"{seen.n} held-out stacks, slowest {seen.span:.2f} times the fastest: MAPE {_percent(seen.mape)}, worst "
+        f"{_percent(seen.worst)}, Spearman {seen.spearman:.3f}, bias {100 * seen.bias:+.1f} %",
+        f"for comparison: one number for all {_percent(seen.constant_mape)}, a line in FLOPs {_percent(seen.flops_mape)}",
+    ]
+    if seen.bias_near_budget is not None:
+        near = f"{seen.near_budget} stacks within a fifth of the budget"
+        lines.append(f"bias near the budget ({near}): {100 * seen.bias_near_budget:+.1f} %")
+    if seen.margin is None:
+        lines.append("too few were held out for a margin: a search will time every spec")
+    else:
+        lines.append(
+            f"margin {_percent(seen.margin)} of the prediction: 95 of 100 specs like these are measured within it; a search "
+            "leaves out what is over its budget by more"
+        )
+    if seen.mape >= min(seen.constant_mape, seen.flops_mape):
+        lines.append("the model is no better than a simpler one: do not go by it here")
+    if fit.method == "cpu-timer":
+        lines.append("timed by the wall clock of a CPU, whatever else runs on it")
+    if fit.taken_over:
+        lines.append(f"{fit.taken_over} rows are of older software; the sentinels agreed within 2 %")
+    return lines
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f} %"

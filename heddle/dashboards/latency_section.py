@@ -1,0 +1,81 @@
+"""The report's section on predicted latencies: how good the model was, and what came of going by it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from heddle.dashboards import data
+from heddle.dashboards.html import Html, element
+from heddle.search.curse import Curse, compared, curses, summary
+
+if TYPE_CHECKING:
+    from heddle.search.record import Run
+
+
+def rows_of_fits(run: Run) -> list[list[object]]:
+    """A row for each fit: where, how, and its errors on stacks it had not seen."""
+    rows: list[list[object]] = []
+    for fit in run.meta.get("latency_model", []):
+        unseen = fit["held_out"]
+        margin = "none" if unseen["margin"] is None else percent(unseen["margin"])
+        errors = [percent(unseen[name]) for name in ("mape", "worst", "constant_mape", "flops_mape")]
+        rows.append([fit["label"], fit["method"], unseen["n"], *errors, f"{unseen['spearman']:.3f}", margin])
+    return rows
+
+
+FIT_HEADER = [
+    "Measurement",
+    "Timed by",
+    "Held out",
+    "MAPE",
+    "Worst",
+    "MAPE of a constant",
+    "MAPE of FLOPs",
+    "Spearman",
+    "Margin",
+]
+FRONT_HEADER = ["Spec", "Measurement", "Predicted", "Measured again", "Error"]
+
+
+def front_rows(run: Run) -> list[list[object]]:
+    """Predicted beside measured again, a row for each member of the front and budget."""
+    rows: list[list[object]] = []
+    for one in compared(run):
+        least = one.predicted.least
+        margin = "" if least is None else f" ± {one.predicted.limited - least:.3f}"
+        name = data.name_of(run.trial(one.number), run)
+        said = f"{one.predicted.limited:.3f}{margin}"
+        rows.append([name, one.label, said, f"{one.measured:.3f}", percent(one.error, sign=True)])
+    return rows
+
+
+def sentences(run: Run) -> list[str]:
+    """What the search did by predictions alone, and the winner's curse."""
+    told = summary(run)
+    if told is None:
+        return []
+    never = told["never_timed"]
+    first = f"{never} specs were over a budget by more than the margin, by prediction: they were never timed, nor trained."
+    return [first, *map(_curse, curses(run))]
+
+
+def _curse(one: Curse) -> str:
+    """The errors of the selected beside those of the others."""
+    parts = [
+        f"the front {percent(one.selected, sign=True)} ({one.n_selected} specs)",
+        f"other timed specs {percent(one.others, sign=True)} ({one.n_others})",
+        f"the model's held-out stacks {percent(one.held_out, sign=True)}",
+    ]
+    return f"{one.label}, measured over predicted in the mean: {', '.join(parts)}."
+
+
+def percent(value: float | None, *, sign: bool = False) -> str:
+    """A share in percent, or a dash."""
+    if value is None:
+        return "–"
+    return f"{100 * value:+.1f} %" if sign else f"{100 * value:.1f} %"
+
+
+def paragraphs(run: Run) -> list[Html]:
+    """The sentences as HTML."""
+    return [element("p", line) for line in sentences(run)]

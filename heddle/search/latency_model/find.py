@@ -1,0 +1,104 @@
+"""Where the latency model of a space is kept, and the one that a search goes by.
+
+`heddle bench SPEC --fit` keeps its model in the user's cache under the space, the machine with its software, and the places.
+A search copies the model that it found into its run folder, and goes by that copy from then on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from heddle.errors import HeddleError
+from heddle.search import space
+from heddle.search.latency import Place
+from heddle.search.latency_model.model import LatencyModel, load_model
+from heddle.search.latency_model.table import MACHINE, cache_folder
+from heddle.search.ledger import key_of
+from heddle.specs import SpecFile
+
+RUN_COPY = "latency_model.json"
+
+
+def kept_at(file: SpecFile, made_with: Mapping[str, Any], folder: Path | None = None) -> Path:
+    """The file in the cache for the model of this space on this machine."""
+    space = {
+        "model": file.spec.model.model_dump(mode="json"),
+        "parameters": repr([asdict(parameter) for parameter in file.space.parameters]),
+        "placement": repr(file.space.placement),
+        "environment": dict(made_with),
+    }
+    root = cache_folder() if folder is None else folder
+    return root / "latency" / "models" / f"{key_of(space)}.json"
+
+
+def keep(model: LatencyModel, path: Path) -> LatencyModel:
+    """Write `model` to `path`, together with fits of other places that are there already; gives what was written.
+
+    Raises:
+        HeddleError: "disk-full".
+    """
+    try:
+        before = load_model(path)
+    except HeddleError:
+        before = None
+    if before is not None and before.environment == model.environment:
+        fitted = {(one.place, one.reference_hash) for one in model.fits}
+        others = [one for one in before.fits if (one.place, one.reference_hash) not in fitted]
+        labels = {**before.labels, **model.labels}
+        model = LatencyModel(model.name, model.environment, labels, (*model.fits, *others))
+    model.save(path)
+    return model
+
+
+def into_run(
+    file: SpecFile, run: Path, made_with: Mapping[str, Any], budgets: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Copy the model that the search of `file` names, or the cache's, into the folder `run`; gives what its record says of the
+    fits for `budgets`.
+
+    Raises:
+        HeddleError: "latency-model" where there is none, or it is another machine's.
+    """
+    search = file.spec.search
+    assert search is not None
+    named = search.latency_model
+    path = kept_at(file, made_with) if named is None else Path(file.file or "").parent / named
+    where = file.where("search.latency" if named is None else "search.latency_model")
+    hint = f"heddle bench {file.file or 'SPEC'} --fit makes one"
+    if not path.exists():
+        what = (
+            "no latency model was fitted for this space on this machine"
+            if named is None
+            else f"no file {path}"
+        )
+        raise HeddleError("latency-model", what, where=where, hint=hint)
+    try:
+        model = load_model(path)
+    except HeddleError as error:
+        raise HeddleError("latency-model", f"{path}: {error.what}", where=where, hint=hint) from None
+    for name in MACHINE:
+        theirs, ours = model.environment.get(name), made_with.get(name)
+        if theirs != ours:
+            what = f"{path} was fitted with {name} {theirs}, and here it is {ours}"
+            raise HeddleError("latency-model", what, where=where, hint=hint)
+    model.save(run / RUN_COPY)
+    return [told for budget in budgets if (told := _told(file, model, budget)) is not None]
+
+
+def _told(file: SpecFile, model: LatencyModel, budget: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The fit for a budget in figures; None where the model has none."""
+    beside = budget["relative_to"]
+    reference = None if beside is None else space.reference(file, beside).hash
+    fit = model.at(Place(budget["phase"], budget["batch"], budget["context"]), reference)
+    if fit is None:
+        return None
+    names = {"label": budget["label"], "reference": fit.reference, "method": fit.method}
+    return {**names, "way": fit.sum.way.told, "measured": fit.measured, "held_out": asdict(fit.held_out)}
+
+
+def of_run(run: Path) -> LatencyModel:
+    """The model that the search in `run` goes by. Raises HeddleError "latency-model", "file-not-found"."""
+    return load_model(run / RUN_COPY)

@@ -1,0 +1,110 @@
+"""The budgets of a search as they stand on a device, and what of them is known before anything is timed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from heddle.compose.plan import plan
+from heddle.search.latency import Place
+from heddle.search.latency_model.model import LatencyModel
+from heddle.search.latency_model.stacks import stack_of
+from heddle.search.record import BudgetInfo, Figure, Trial
+from heddle.search.space import Candidate
+from heddle.specs import ModelSpec, PerDevice, SpecFile
+from heddle.specs.search import Budget, CacheBudget
+
+
+def budgets_on(file: SpecFile, device: str) -> tuple[BudgetInfo, ...]:
+    """The budgets as they stand on `device`; a second one at the same place gets a number in its label."""
+    assert file.spec.search is not None
+    found, names = [], Counter[str]()
+    for budget in file.spec.search.budgets:
+        batch, context = 0, 0
+        label: str = budget.phase
+        if isinstance(budget, (Budget, CacheBudget)):
+            batch, context = _on(budget.batch, device), _on(budget.context, device)
+            label = f"{budget.phase}@{batch}x{context}"
+        names[label] += 1
+        label = label if names[label] == 1 else f"{label}#{names[label]}"
+        found.append(
+            BudgetInfo(
+                label, budget.phase.removesuffix("_ms"), budget.at_most, budget.relative_to, batch, context
+            )
+        )
+    return tuple(found)
+
+
+def _on(value: Any, device: str) -> int:
+    """A number that may be given for each kind of device."""
+    return int(getattr(value, device)) if isinstance(value, PerDevice) else int(value)
+
+
+class Limits:
+    """What is known of each spec before it is timed: costs by the plan, latencies by a model where there is one."""
+
+    def __init__(
+        self,
+        budgets: Sequence[BudgetInfo],
+        references: Mapping[str, Candidate],
+        model: LatencyModel | None = None,
+    ) -> None:
+        self._budgets, self._model = tuple(budgets), model
+        self._references = references
+        self._costs = {
+            budget.label: None
+            if budget.relative_to is None
+            else _cost(references[budget.relative_to].model, budget)
+            for budget in budgets
+            if not budget.is_timed
+        }
+
+    def figures(self, model: ModelSpec) -> dict[str, Figure]:
+        """By the budget's label; without those that nothing is known of."""
+        found = {}
+        for budget in self._budgets:
+            figure = self._predicted(model, budget) if budget.is_timed else self._computed(model, budget)
+            if figure is not None:
+                found[budget.label] = figure
+        return found
+
+    def rule_out(self, figures: Mapping[str, Figure]) -> bool:
+        """Whether a budget is broken for certain: by a cost, or by a prediction less its margin."""
+        told = ((budget, figures[budget.label]) for budget in self._budgets if budget.label in figures)
+        return any(one.least is not None and one.least > budget.at_most for budget, one in told)
+
+    def all_constraints(self, trial: Trial, others: Sequence[Trial]) -> dict[str, float]:
+        """The constraints of `trial` with one for every budget, as some samplers ask for.
+
+        Of a budget that nothing is known of it is the mean over the other trials, which tells a sampler nothing new; without
+        any, the edge of the budget.
+        """
+        found = {}
+        for budget in self._budgets:
+            known = [one.constraints[budget.label] for one in others if budget.label in one.constraints]
+            found[budget.label] = trial.constraints.get(budget.label, fmean(known) if known else 0.0)
+        return found
+
+    def _computed(self, model: ModelSpec, budget: BudgetInfo) -> Figure:
+        return Figure(_cost(model, budget), 0.0, self._costs[budget.label], "computed")
+
+    def _predicted(self, model: ModelSpec, budget: BudgetInfo) -> Figure | None:
+        if self._model is None:
+            return None
+        beside = None if budget.relative_to is None else self._references[budget.relative_to].hash
+        fit = self._model.at(Place(budget.phase, budget.batch, budget.context), beside)
+        told = None if fit is None else fit.predict(stack_of(model))
+        if fit is None or told is None:
+            return None
+        return Figure(told.ms, told.margin_ms, None if beside is None else fit.reference_ms, "predicted")
+
+
+def _cost(model: ModelSpec, budget: BudgetInfo) -> float:
+    """Parameters, or the bytes of caches and states in bfloat16, on whatever device."""
+    planned = plan(model)
+    if budget.phase == "parameters":
+        return float(planned.parameters)
+    cost = planned.cost(budget.context, budget.batch)
+    return cost["cache_bytes"] + cost["state_bytes"]

@@ -1,0 +1,69 @@
+"""Fits a latency model of a spec's space, as `heddle bench SPEC --fit` does, and appends a row for each place it was fitted at.
+
+    taskset -c 0 python tests/bench/latency_row.py examples/quickstart.yaml --commit "$(git rev-parse --short=12 HEAD)"
+
+What the user's table (HEDDLE_CACHE) holds is not measured again. `load` is the least and the greatest load average of a minute
+while stacks were timed, null where all were in the table: of a machine that others use, the figures are worth no more than it
+lets them be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+
+from heddle import api
+from heddle.bench_commands import held_out_lines
+from heddle.specs import load
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("spec", type=Path)
+    parser.add_argument("--commit", help="the code that measured")
+    parser.add_argument("--note", help="what else a reader must know")
+    chosen = parser.parse_args()
+    loads: list[float] = []
+
+    def seen(done: int, total: int, known: bool) -> None:
+        if not known:
+            loads.append(round(os.getloadavg()[0], 1))
+        print(f"stack {done} of {total}", flush=True)
+
+    model, _ = api.bench_fit(chosen.spec, on_stack=seen)
+    for fit in model.fits:
+        terms = {
+            model.labels[name[1]]: round(ms, 4) for name, ms in fit.sum.weights.items() if name[0] == "term"
+        }
+        row = {
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "commit": chosen.commit,
+            "environment": model.environment,
+            "spec": load(chosen.spec).spec.name,
+            "place": fit.place.label,
+            "method": fit.method,
+            "reference": fit.reference,
+            "reference_ms": round(fit.reference_ms, 4),
+            "stacks": fit.measured,
+            "way": fit.sum.way.told,
+            "cross_validated": round(fit.crossed, 4),
+            "terms_ms": terms,
+            "held_out": asdict(fit.held_out),
+            "load": [min(loads), max(loads)] if loads else None,
+            "note": chosen.note,
+        }
+        with (RESULTS / "evidence-latency.jsonl").open("a") as rows:
+            rows.write(json.dumps(row) + "\n")
+        print(fit.place.label, *held_out_lines(fit), sep="\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,306 @@
+"""A search that knows before it times: budgets of costs, budgets beside another file, and predictions of a latency model."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray.cloudpickle
+
+from heddle.compose.plan import plan
+from heddle.dashboards.report import write_report
+from heddle.errors import HeddleError
+from heddle.search import space
+from heddle.search.evaluate import Evaluation, Training
+from heddle.search.latency import Effort, Place
+from heddle.search.latency_model.find import RUN_COPY, keep, kept_at
+from heddle.search.latency_model.fit import HeldOut, Sum, Way
+from heddle.search.latency_model.model import LatencyModel, PlaceFit, load_model
+from heddle.search.latency_model.stacks import stack_of
+from heddle.search.latency_model.table import timing_environment
+from heddle.search.limits import Limits, budgets_on
+from heddle.search.record import Run, Trial, read_run
+from heddle.search.run import search
+from heddle.search.workers import Workers
+from heddle.specs import SpecFile, load, loads
+
+# The workers cannot import this file.
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+QUICK = Effort(warmup=1, least=3, most=4, seconds=0.1, builds=1)
+SPEC = """
+version: 1
+name: limits
+model:
+  vocab_size: 256
+  hidden_size: 32
+  context_length: 256
+  blocks:
+    near: {mixer: {kind: attention, heads: 2, window: 8}, channel: {kind: gelu, ratio: 1.0}}
+    full: {mixer: {kind: attention, heads: 2}, channel: {kind: gelu, ratio: {choice: [1.0, 2.0]}}}
+  layers: {placement: {length: 3, of: [near, full], count: {full: {int: [1, 2]}}}}
+search:
+  tasks: [{mqar: {pairs: 2, length: 16}}]
+  trials: 12
+  round: 12
+  confirm_seeds: 0
+  budgets: []
+"""
+DECODE = "decode_ms: {at_most: 1.0, relative_to: all-full, context: 64}"
+
+
+def spec_with(*budgets: str, more: str = "") -> str:
+    lines = "".join(f"\n    - {one}" for one in budgets)
+    return SPEC.replace("  budgets: []", f"  budgets:{lines}\n{more}".rstrip())
+
+
+def between() -> int:
+    """A number of parameters between those of narrow and of wide specs."""
+    file = loads(SPEC)
+    ratios = ({"blocks.full.channel.ratio": ratio} for ratio in (1.0, 2.0))
+    return sum(plan(file.resolve(values).model).parameters for values in ratios) // 2
+
+
+def scored(training: Training, task: Any) -> Evaluation:
+    """More parameters, more quality: no training."""
+    value = plan(training.model).parameters / 1e5
+    result = {
+        "task": task.name,
+        "metric": task.metric,
+        "value": value,
+        "se": 0.01,
+        "n": 1,
+        "normalised": value,
+    }
+    spent = {"seed": training.recipe.seed, "steps": 1, "tokens": 1, "wall_s": 0.0, "losses": [(1, 0.0)]}
+    return Evaluation({**result, **spent, "extras": {}})
+
+
+def searched(text: str, out: Path, **given: Any) -> Run:
+    file = loads(text, file=str(out.parent / "limits.yaml"))
+    return search(file, out, effort=QUICK, evaluate=scored, **given)
+
+
+def model_of(
+    file: SpecFile, *, margin: float | None = 0.05, machine: dict[str, Any] | None = None
+) -> LatencyModel:
+    """1 ms without layers, 1 ms a layer, 2 ms a full one that is wide: all-full has 4 ms, and 7 ms with wide ones."""
+    wide = file.resolve({"blocks.full.channel.ratio": 2.0}).model
+    stacks = [stack_of(file.spec.model), stack_of(wide)]
+    weights: dict[tuple[str, ...], float] = {("frame", stacks[0].frame): 1.0}
+    weights |= {("term", term): 1.0 for stack in stacks for term in stack.terms}
+    weights["term", stacks[1].terms[-1]] = 2.0
+    unseen = HeldOut(30, 0.02, 0.06, 0.99, 0.001, None, 0, 0.2, 0.1, 2.0, -0.001, margin)
+    reference = space.reference(file, "all-full")
+    how = Sum(Way(non_negative=False, has_pairs=False, penalty=1e-3), weights)
+    fit = PlaceFit(
+        Place("decode", 1, 64), "all-full", reference.hash, 4.0, 4.0, "cpu-timer", 20, 0, 0.02, how, unseen
+    )
+    return LatencyModel("limits", machine or timing_environment("cpu"), {}, (fit,))
+
+
+@pytest.fixture
+def cached(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setenv("HEDDLE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_costs_are_exact_and_relative_ones_are_ratios() -> None:
+    budgets = (
+        "parameters: {at_most: 15k}",
+        "parameters: {at_most: 0.9, relative_to: all-near}",
+        "cache_bytes: {at_most: 64k, context: 128, batch: {cpu: 2, cuda: 4}}",
+    )
+    file = loads(spec_with(*budgets))
+    found = budgets_on(file, "cpu")
+    assert [one.label for one in found] == ["parameters", "parameters#2", "cache_bytes@2x128"]
+    near = space.reference(file, "all-near")
+    known = Limits(found, {"all-near": near}).figures(file.spec.model)
+    planned, cost = plan(file.spec.model), plan(file.spec.model).cost(128, 2)
+    assert known["parameters"].limited == planned.parameters
+    assert known["parameters#2"].limited == planned.parameters / plan(near.model).parameters
+    assert known["cache_bytes@2x128"].value == cost["cache_bytes"] + cost["state_bytes"]
+    assert {one.source for one in known.values()} == {"computed"}
+
+
+def test_what_breaks_a_cost_is_neither_timed_nor_trained(workers: Workers, tmp_path: Path) -> None:
+    assert workers.parallel
+    limit = between()
+    run = searched(
+        spec_with(f"parameters: {{at_most: {limit}}}", DECODE.replace("1.0", "100.0")), tmp_path / "run"
+    )
+    over = [trial for trial in run.trials if trial.parameters > limit]
+    assert over
+    assert len(over) < len(run.trials)
+    for trial in run.trials:
+        is_over = trial.parameters > limit
+        assert trial.state == ("infeasible" if is_over else "complete")
+        assert bool(trial.latency) != is_over
+        assert (run.path / "ledger" / trial.hash).exists() != is_over
+        assert trial.constraints["parameters"] == trial.parameters / limit - 1
+    assert run.best_trial is not None
+    assert run.best_trial.parameters <= limit
+
+
+@pytest.mark.parametrize("sampler", ["gp", "nsga2"])
+def test_samplers_get_a_constraint_for_every_budget(workers: Workers, tmp_path: Path, sampler: str) -> None:
+    assert workers.parallel
+    text = spec_with(
+        f"parameters: {{at_most: {between()}}}", DECODE.replace("1.0", "100.0"), more=f"  sampler: {sampler}"
+    )
+    run = searched(text.replace("round: 12", "round: 4"), tmp_path / "run", trials=8)
+    assert {trial.state for trial in run.trials} == {"complete", "infeasible"}
+
+
+def test_a_file_that_a_budget_is_relative_to_is_the_reference(workers: Workers, tmp_path: Path) -> None:
+    assert workers.parallel
+    other = SPEC.replace("hidden_size: 32", "hidden_size: 16")
+    (tmp_path / "small.yaml").write_text(other)
+    text = spec_with("parameters: {at_most: 3.0, relative_to: small.yaml}")
+    (tmp_path / "limits.yaml").write_text(text)
+    file = load(tmp_path / "limits.yaml")
+    run = search(file, tmp_path / "run", effort=QUICK, evaluate=scored, trials=2)
+    small = plan(loads(other).spec.model).parameters
+    assert run.reference is not None
+    assert run.reference.parameters == small
+    assert run.trials[0].figures["parameters"].limited == run.trials[0].parameters / small
+    # Another file of that name is another reference.
+    (tmp_path / "small.yaml").write_text(other.replace("hidden_size: 16", "hidden_size: 8"))
+    with pytest.raises(HeddleError) as caught:
+        search(file, tmp_path / "run", effort=QUICK, evaluate=scored, trials=3, resume=True)
+    assert caught.value.code == "run-mismatch"
+
+
+@pytest.mark.parametrize(
+    ("content", "code"),
+    [
+        (None, "file-not-found"),
+        ("version: 1\nname: a\nmodel: {}\n", "missing-field"),
+        (f"{SPEC.replace('vocab_size: 256', 'vocab_size: 64')}tokenizer: own\n", "conflicting-fields"),
+    ],
+)
+def test_a_file_that_is_no_reference_is_told_at_the_budget(
+    tmp_path: Path, content: str | None, code: str
+) -> None:
+    if content is not None:
+        (tmp_path / "small.yaml").write_text(content)
+    path = tmp_path / "limits.yaml"
+    path.write_text(spec_with("parameters: {at_most: 3.0, relative_to: small.yaml}"))
+    with pytest.raises(HeddleError) as caught:
+        load(path)
+    assert caught.value.code == code
+    assert caught.value.where.path == "search.budgets.0.relative_to"
+    assert (
+        caught.value.where.line
+        == path.read_text().splitlines().index("    - parameters: {at_most: 3.0, relative_to: small.yaml}")
+        + 1
+    )
+
+
+@pytest.fixture(scope="module")
+def predicted_run(workers: Workers, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A search that goes by a model: specs with wide full layers are predicted at 1.25 and 1.5 of all-full."""
+    assert workers.parallel
+    folder = tmp_path_factory.mktemp("predicted")
+    text = spec_with(DECODE.replace("1.0", "1.1"), more="  latency: model\n  latency_model: model.json")
+    model_of(loads(text)).save(folder / "model.json")
+    return searched(text, folder / "run")
+
+
+def is_wide(trial: Trial) -> bool:
+    return trial.params["blocks.full.channel.ratio"] == 2.0
+
+
+def test_what_is_predicted_over_budget_is_never_timed_and_says_so(predicted_run: Run) -> None:
+    run = predicted_run
+    assert {is_wide(trial) for trial in run.trials} == {True, False}
+    for trial in run.trials:
+        figure = trial.figures["decode_ms@1x64"]
+        assert figure.source == "predicted"
+        full = trial.layers.count("full")
+        assert figure.limited == pytest.approx(1 + full / 4 if is_wide(trial) else 1.0)
+        if is_wide(trial):
+            assert (trial.state, trial.latency, trial.scores) == ("infeasible", {}, {})
+            assert not (run.path / "ledger" / trial.hash).exists()
+            assert trial.constraints["decode_ms@1x64"] == pytest.approx(figure.limited / 1.1 - 1)
+        else:
+            assert trial.latency
+    assert load_model(run.path / RUN_COPY).fits
+
+
+def test_the_sampler_learns_the_predicted_violation_and_nothing_measured_again(predicted_run: Run) -> None:
+    journal = (predicted_run.path / "study.journal").read_text()
+    wide = next(trial for trial in predicted_run.trials if is_wide(trial))
+    assert repr(wide.constraints["decode_ms@1x64"]) in journal
+    told = [event["event"] for event in predicted_run.events]
+    assert "trial_finished" not in told[told.index("remeasured") :] if "remeasured" in told else True
+
+
+def test_the_report_sets_predicted_beside_measured_again(predicted_run: Run, tmp_path: Path) -> None:
+    page = write_report(predicted_run, tmp_path / "report.html").read_text()
+    assert "Predicted latencies" in page
+    assert "were never timed" in page
+    never = sum(is_wide(trial) for trial in predicted_run.trials)
+    told = predicted_run.summary()["latency_model"]
+    assert told["never_timed"] == never
+    assert told["fits"][0]["held_out"]["mape"] == 0.02
+    (curse,) = told["curse"]
+    front = [trial for trial in predicted_run.front_trials if trial.remeasured]
+    assert curse["n_selected"] == len(front)
+    assert curse["held_out"] == -0.001
+    assert curse["n_selected"] + curse["n_others"] <= len(predicted_run.trials) - never
+
+
+def test_a_resumed_search_goes_by_the_model_it_began_with(predicted_run: Run, tmp_path: Path) -> None:
+    assert read_run(predicted_run.path).meta["latency"] == "model"
+    file = loads(predicted_run.meta["spec"], file=str(tmp_path / "elsewhere.yaml"))
+    again = search(file, predicted_run.path, effort=QUICK, evaluate=scored, resume=True)
+    assert [trial.state for trial in again.trials] == [trial.state for trial in predicted_run.trials]
+
+
+def test_without_a_margin_nothing_is_ruled_out() -> None:
+    file = loads(spec_with(DECODE))
+    references = {"all-full": space.reference(file, "all-full")}
+    wide = file.resolve({"blocks.full.channel.ratio": 2.0}).model
+    for margin, is_out in ((0.05, True), (0.5, False), (None, False)):
+        limits = Limits(budgets_on(file, "cpu"), references, model_of(file, margin=margin))
+        assert limits.rule_out(limits.figures(wide)) == is_out
+
+
+@pytest.mark.usefixtures("cached")
+def test_a_search_without_its_model_is_refused_at_the_field(workers: Workers, tmp_path: Path) -> None:
+    assert workers.parallel
+    text = spec_with(DECODE, more="  latency: model")
+    with pytest.raises(HeddleError) as caught:
+        searched(text, tmp_path / "run")
+    assert (caught.value.code, caught.value.where.path) == ("latency-model", "search.latency")
+    other = {**timing_environment("cpu"), "device": "another"}
+    model_of(loads(text), machine=other).save(tmp_path / "model.json")
+    with pytest.raises(HeddleError) as caught:
+        searched(f"{text}\n  latency_model: model.json", tmp_path / "run")
+    assert (caught.value.code, caught.value.where.path) == ("latency-model", "search.latency_model")
+    assert "another" in str(caught.value)
+
+
+def test_a_kept_model_is_found_and_grows_by_places(cached: Path) -> None:
+    file = loads(spec_with(DECODE))
+    model = model_of(file)
+    path = kept_at(file, model.environment)
+    assert path.is_relative_to(cached)
+    keep(model, path)
+    (fit,) = model.fits
+    longer = replace(model, fits=(replace(fit, place=Place("decode", 1, 128)),))
+    assert len(keep(longer, path).fits) == 2
+    assert len(keep(longer, path).fits) == 2
+    found = load_model(path)
+    assert found.at(Place("decode", 1, 64), fit.reference_hash) == fit
+    assert found.at(Place("decode", 1, 64), "other") is None
+
+
+def test_latency_model_without_latency_is_told() -> None:
+    with pytest.raises(HeddleError) as caught:
+        loads(spec_with(DECODE, more="  latency_model: model.json"))
+    assert (caught.value.code, caught.value.where.path) == ("conflicting-fields", "search.latency_model")
