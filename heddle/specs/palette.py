@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 PLAIN = {
     "attention": "#0072b2",
+    "mla": "#000022",
     "gated_deltanet": "#d55e00",
     "decay_attention": "#009e73",
     "lightning": "#ffbb00",
