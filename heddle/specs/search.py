@@ -91,6 +91,8 @@ TargetName = Literal[
     "olmo3",
     "smollm3",
     "gemma3_text",
+    "kimi_linear",
+    "minimax",
 ]
 
 
