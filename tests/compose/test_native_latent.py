@@ -12,6 +12,8 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 
 from heddle.compose.build import build
+from heddle.compose.hf.card import Card
+from heddle.compose.hf.export import export
 from heddle.compose.hf.load_native import read_native
 from heddle.compose.hf.native import write_native
 from heddle.compose.hf.verify import rounded_apart
@@ -22,6 +24,7 @@ from heddle.compose.targets.verdict import verdict
 from heddle.errors import HeddleError
 from heddle.specs import ModelSpec, spec_hash
 
+CARD = Card("it", "version: 1\nname: it\n")
 SIZES = {
     "vocab_size": 256,
     "hidden_size": 32,
@@ -220,13 +223,29 @@ def test_minimax_with_a_linear_first_layer_is_exact_without_a_cache_alone(minima
         ours, {"ids": ids}, {"ids": theirs(ids, use_cache=False).logits}, {"ids": ours(ids).logits}
     )
     assert error <= allowed
-    # Today's behaviour of the class: it counts the tokens of its first layer, and places all later ones at 0.
-    start = theirs(ids[:, :40], use_cache=True)
-    ends = theirs(ids[:, 40:41], past_key_values=start.past_key_values, use_cache=True).logits[:, 0]
-    assert (ends - ours(ids).logits[:, 40]).abs().max() > 100 * allowed
+    # Today's behaviour of the class: it counts the tokens of its first layer, and places all later ones at 0 unless it is told.
+    for placed in (False, True):
+        start = theirs(ids[:, :40], use_cache=True)
+        given = {"position_ids": torch.full((2, 1), 40)} if placed else {}
+        ends = theirs(ids[:, 40:41], past_key_values=start.past_key_values, use_cache=True, **given).logits[
+            :, 0
+        ]
+        apart = (ends - ours(ids).logits[:, 40]).abs().max()
+        assert apart <= 2 * allowed if placed else apart > 100 * allowed
     rows = {row["target"]: row for row in target_rows(plan(ModelSpec.model_validate(MINIMAX)).runtime())}
     assert rows["minimax"]["fits"]
-    assert "its logits are right, and with its cache" in rows["minimax"]["warning"]
+    assert "right without a cache; with one" in rows["minimax"]["warning"]
     after = {**MINIMAX, "layers": ["full", "linear"]}
     rows = {row["target"]: row for row in target_rows(plan(ModelSpec.model_validate(after)).runtime())}
     assert (rows["minimax"]["fits"], rows["minimax"]["warning"]) == (True, "")
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [("kimi_linear", KIMI), ("minimax", {**MINIMAX, "layers": ["full", "linear"]}), ("minimax", MINIMAX)],
+)
+def test_the_check_of_an_export_passes_them(name: str, data: dict[str, Any], tmp_path: Path) -> None:
+    made = export(model_of(data), tmp_path / "out", card=CARD, target=name)
+    assert (made.target, made.max_difference <= 1e-5) == (name, True)

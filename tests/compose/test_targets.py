@@ -132,6 +132,16 @@ def olmo_hybrid(some: random.Random) -> Data:
 def granite(some: random.Random) -> Data:
     mixer = heads(some) | {"rope": some.choice([None, rope(some)]), "scale": some.choice([None, 0.2])}
     blocks = dense(some, mixer, mamba(some, groups=1), residual={"branch": some.choice([1.0, 0.3])})
+    if some.random() < 0.5:
+        experts = {
+            "kind": "moe",
+            "experts": 4,
+            "active": 2,
+            "width": 8,
+            "shared_width": some.choice([12, 24]),
+        }
+        for block in blocks.values():
+            block["channel"] = experts | {"balance": 0.001}
     factors = {"embedding_multiplier": some.choice([1.0, 3.0]), "logit_multiplier": some.choice([1.0, 0.3])}
     return stack(some, blocks, **factors)
 

@@ -16,8 +16,8 @@ LINEAR_EPS = 1e-6
 class MiniMax(Target):
     """MiniMax-Text-01 (arXiv 2501.08313): what goes past a part is the normed stream.
 
-    With a cache the class is right where the first layer is a softmax one: it asks that layer how many tokens there were. A
-    folder whose first layer is linear is exact without a cache, and the checks of an export tell the rest as expected.
+    The class asks its first layer how many tokens there were. A folder whose first layer is linear is exact without a cache; with
+    one, single steps with positions are right, as `generate` makes them of a prompt without padding, and the rest is not.
     """
 
     name = "minimax"
@@ -103,8 +103,8 @@ class MiniMax(Target):
         if model["layers"][0]["mixer"]["kind"] != "lightning":
             return ""
         return (
-            "its logits are right, and with its cache transformers 5.23 generates other text: the class asks its first layer for "
-            "the number of tokens, and a linear one has none"
+            "right without a cache; with one transformers 5.23 is wrong where a call goes on with several tokens or without "
+            "position_ids: the class asks its first layer for the number of tokens, and a linear one has none"
         )
 
     def idle(self, config: Config) -> frozenset[str]:
