@@ -21,6 +21,7 @@ PLAIN = {
     "deltanet": "#662200",
     "gla": "#77ccaa",
     "kda": "#bb1100",
+    "gated_pool": "#440022",
     "retnet": "#aa99dd",
     "rat": "#ccddff",
     "hgrn2": "#003377",

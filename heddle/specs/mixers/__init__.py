@@ -11,6 +11,7 @@ from heddle.specs.mixers.attention import Attention as Attention
 from heddle.specs.mixers.decay_attention import DecayAttention as DecayAttention
 from heddle.specs.mixers.deltanet import DeltaNet as DeltaNet
 from heddle.specs.mixers.gated_deltanet import GatedDeltaNet as GatedDeltaNet
+from heddle.specs.mixers.gated_pool import GatedPool as GatedPool
 from heddle.specs.mixers.gla import Gla as Gla
 from heddle.specs.mixers.head_split import HeadSplit as HeadSplit
 from heddle.specs.mixers.hgrn2 import Hgrn2 as Hgrn2
