@@ -21,12 +21,11 @@ def show_targets(found: Mapping[str, Any]) -> None:
     screen = console()
     screen.print(f"{found['name']}   hash {found['hash']}", style="bold")
     for row in found["targets"]:
-        fits = "not yet" if row["fits"] is None else _WORDS[row["fits"]]
-        screen.print(f"{row['target']:18}{fits}", style="bold" if row["fits"] else "")
+        screen.print(f"{row['target']:18}{_WORDS[row['fits']]}", style="bold" if row["fits"] else "")
         servers = [
             _served(name, row["servers"].get(key)) for name, key in (("vLLM", "vllm"), ("SGLang", "sglang"))
         ]
-        for line in (*_refused(row["refused"]), *filter(None, servers)):
+        for line in (*_refused(row["refused"]), *filter(None, (row["warning"], *servers))):
             screen.print(Padding(Text(line, style="dim"), (0, 0, 0, 4), expand=False))
     versions = {one["version"]: None for row in found["targets"] for one in row["servers"].values()}
     screen.print(f"{' and '.join(versions)}: read in their source, not run", style="dim")

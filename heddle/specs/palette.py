@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 PLAIN = {
     "attention": "#0072b2",
+    "mla": "#000022",
     "gated_deltanet": "#d55e00",
     "decay_attention": "#009e73",
     "lightning": "#ffbb00",
@@ -20,6 +21,7 @@ PLAIN = {
     "deltanet": "#662200",
     "gla": "#77ccaa",
     "kda": "#bb1100",
+    "gated_pool": "#440022",
     "retnet": "#aa99dd",
     "rat": "#ccddff",
     "hgrn2": "#003377",

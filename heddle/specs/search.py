@@ -112,6 +112,8 @@ TargetName = Literal[
     "olmo3",
     "smollm3",
     "gemma3_text",
+    "kimi_linear",
+    "minimax",
 ]
 
 

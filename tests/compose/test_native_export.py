@@ -75,7 +75,7 @@ def test_verdicts_name_the_field_its_line_and_what_the_class_has(hybrid: Path) -
     (first, *_) = row(found, "olmo3")["refused"]
     assert first["path"] == "layers.0.mixer.kind"
     assert (first["line"], "gated_deltanet" in first["why"]) == (8, True)
-    assert row(found, "kimi_linear")["fits"] is None
+    assert "there it is kda or mla" in row(found, "kimi_linear")["refused"][0]["why"]
     assert row(found, "remote")["fits"]
 
 
@@ -94,8 +94,6 @@ def test_an_unknown_target_is_told_with_the_nearest(hybrid: Path, tmp_path: Path
     with pytest.raises(HeddleError, match="no target 'qwen35_text'") as told:
         api.export(hybrid, tmp_path / "out", target="qwen35_text")
     assert told.value.hint == "did you mean qwen3_5_text?"
-    with pytest.raises(HeddleError, match="not there yet"):
-        api.export(hybrid, tmp_path / "out", target="minimax")
 
 
 @pytest.fixture

@@ -132,6 +132,16 @@ def olmo_hybrid(some: random.Random) -> Data:
 def granite(some: random.Random) -> Data:
     mixer = heads(some) | {"rope": some.choice([None, rope(some)]), "scale": some.choice([None, 0.2])}
     blocks = dense(some, mixer, mamba(some, groups=1), residual={"branch": some.choice([1.0, 0.3])})
+    if some.random() < 0.5:
+        experts = {
+            "kind": "moe",
+            "experts": 4,
+            "active": 2,
+            "width": 8,
+            "shared_width": some.choice([12, 24]),
+        }
+        for block in blocks.values():
+            block["channel"] = experts | {"balance": 0.001}
     factors = {"embedding_multiplier": some.choice([1.0, 3.0]), "logit_multiplier": some.choice([1.0, 0.3])}
     return stack(some, blocks, **factors)
 
@@ -172,10 +182,45 @@ def gemma3(some: random.Random) -> Data:
     return stack(some, blocks, embedding_multiplier=HIDDEN**0.5, logit_softcap=softcap)
 
 
+def kimi(some: random.Random) -> Data:
+    delta_heads, size = some.choice([1, 2]), some.choice([8, 12])
+    linear = {"kind": "kda", "heads": delta_heads, "head_dim": size, "short_conv": some.choice([2, 4])}
+    full = {
+        "kind": "mla",
+        "heads": some.choice([1, 3]),
+        "kv_lora_rank": some.choice([6, 20]),
+        "norm_eps": 1e-6,
+    }
+    full |= {"qk_nope_head_dim": some.choice([6, 10]), "qk_rope_head_dim": some.choice([2, 4])}
+    full |= {"q_lora_rank": some.choice([None, 12]), "v_head_dim": some.choice([8, 12])}
+    blocks = dense(some, full, linear)
+    moe = {"kind": "moe", "experts": 4, "active": 2, "width": 8, "shared_width": some.choice([8, 16])}
+    moe |= {"score": "sigmoid", "correction_bias": True, "scale": some.choice([1.0, 2.5])}
+    moe |= {"normalise": some.random() < 0.5, "balance": some.choice([0.0, 0.01])}
+    for name in some.choice([(), ("a",), ("b",), ("a", "b")]):
+        blocks[name]["channel"] = moe
+    return stack(some, blocks, tie_embeddings=False)
+
+
+def minimax(some: random.Random) -> Data:
+    count, size = some.choice([2, 4]), some.choice([8, 12])
+    full = {"kind": "attention", "heads": count, "kv_heads": some.choice([1, 2]), "head_dim": size}
+    full |= {"rope": rope(some), "window": some.choice([None, 7])}
+    linear = {"kind": "lightning", "heads": count, "head_dim": size, "norm_eps": 1e-6}
+    moe = {"kind": "moe", "experts": 4, "active": 2, "width": 8, "balance": some.choice([0.001, 0.1])}
+    past = {"of": "normed", "stream": some.choice([1.0, 2.0]), "branch": some.choice([1.0, 0.5])}
+    blocks = {
+        "a": {"mixer": full, "channel": moe, "residual": past},
+        "b": {"mixer": linear, "channel": moe, "residual": {"of": "normed"}, "channel_residual": past},
+    }
+    # With its cache the class is right where a softmax layer comes first.
+    return stack(some, blocks) | {"layers": ["a", *some.choice([["b"], ["b", "a"], ["b", "b"]])]}
+
+
 SPECS: dict[str, Callable[[random.Random], Data]] = {
     "llama": llama, "mistral": mistral, "qwen2": qwen2, "qwen3": qwen3, "qwen3_5_text": qwen_hybrid, "qwen3_next": qwen_next,
     "olmo_hybrid": olmo_hybrid, "granitemoehybrid": granite, "bamba": bamba, "falcon_h1": falcon_h1, "olmo3": olmo3,
-    "smollm3": smollm3, "gemma3_text": gemma3,
+    "smollm3": smollm3, "gemma3_text": gemma3, "kimi_linear": kimi, "minimax": minimax,
 }  # fmt: skip
 SEEDS = [*range(2), *(pytest.param(seed, marks=pytest.mark.long) for seed in range(2, 50))]
 every_target = pytest.mark.parametrize("name", SPECS)

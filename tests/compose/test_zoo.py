@@ -89,6 +89,22 @@ TWINS: dict[str, tuple[str, str, dict[str, Any]]] = {
             "layer_types": (["linear_attention"] * 7 + [FULL]) * 10,
         },
     ),
+    "kimi-linear-48b-a3b": (
+        "KimiLinearForCausalLM",
+        "KimiLinearConfig",
+        {"layer_types": [FULL if layer in (4, 8, 12, 16, 20, 24, 27) else "linear_attention" for layer in range(1, 28)]},
+    ),
+    # Its second token's predictor is left out.
+    "deepseek-v3": ("DeepseekV3ForCausalLM", "DeepseekV3Config", {"num_mtp_layers": 0}),
+    "deepseek-v2-lite": (
+        "DeepseekV2ForCausalLM",
+        "DeepseekV2Config",
+        {
+            "hidden_size": 2048, "intermediate_size": 10_944, "num_hidden_layers": 27, "num_attention_heads": 16,
+            "q_lora_rank": None, "first_k_dense_replace": 1, "n_routed_experts": 64, "n_shared_experts": 2,
+            "moe_intermediate_size": 1408, "num_experts_per_tok": 6,
+        },
+    ),
     "mamba-2-1.3b": (
         "Mamba2ForCausalLM",
         "Mamba2Config",

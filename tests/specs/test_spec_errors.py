@@ -96,7 +96,7 @@ ONE: list[tuple[str, str, str]] = [
         "kind: gated_deltanet, heads: 4",
         "kind: gated_deltanet, heads: 4, window: 8",
         "a.yaml:8:47: blocks.linear.mixer.window: there is no field 'window' here   [unknown-field]  | window is a"
-        " field of attention, liger, local_linear_attention; known here: kind, heads, head_dim, value_heads, value_dim,"
+        " field of attention, liger, local_linear_attention, mla; known here: kind, heads, head_dim, value_heads, value_dim,"
         " short_conv,"
         " negative_eigenvalues",
     ),

@@ -13,9 +13,10 @@ import transformers
 from heddle.compose.build import build_causal_lm
 from heddle.compose.hf.checkpoint import CONFIG, Checkpoint, open_checkpoint
 from heddle.compose.hf.model import HeddleForCausalLM
+from heddle.compose.hf.native_tables import tables, wrong_table
 from heddle.compose.hf.native_weights import their_shapes, to_ours
 from heddle.compose.plan import plan
-from heddle.compose.targets.catalogue import BY_NAME, NOT_YET
+from heddle.compose.targets.catalogue import BY_NAME
 from heddle.compose.targets.target import Config, Target
 from heddle.compose.targets.verdict import verdict
 from heddle.errors import HeddleError, Where
@@ -71,8 +72,7 @@ def _target(checkpoint: Checkpoint) -> Target:
         what = "names code of the folder, which is not run, so that nobody can tell what it computes"
         raise _mismatch(checkpoint.folder, "auto_map", what)
     if not isinstance(name, str) or name not in BY_NAME:
-        why = NOT_YET.get(str(name), f"known are {', '.join(BY_NAME)}")
-        raise _mismatch(checkpoint.folder, "model_type", f"is {name!r}: {why}")
+        raise _mismatch(checkpoint.folder, "model_type", f"is {name!r}: known are {', '.join(BY_NAME)}")
     return BY_NAME[name]
 
 
@@ -142,15 +142,32 @@ def _weights(
     ours = {name: one for name, one in model.state_dict().items() if not tied or name != HEAD}
     shapes = {name: tuple(shape) for name, shape in their_shapes(target.keys(config), ours).items()}
     again = tied and HEAD in checkpoint.stored
-    checkpoint.expect({**shapes, HEAD: shapes[EMBEDDING]} if again else shapes)
-    theirs = checkpoint.load()
+    made = {name: one for name, one in tables(target.name, config).items() if name in checkpoint.stored}
+    shapes |= {name: tuple(one.shape) for name, one in made.items()}
+    shapes |= {HEAD: shapes[EMBEDDING]} if again else {}
+    names = {name: _stored_as(name, target, checkpoint) for name in shapes}
+    checkpoint.expect({names[name]: shape for name, shape in shapes.items()})
+    loaded = checkpoint.load()
+    theirs = {name: loaded[stored] for name, stored in names.items()}
+    wrong = wrong_table(made, {name: theirs.pop(name) for name in made})
+    if wrong is not None:
+        raise _mismatch(checkpoint.folder, wrong, "is another table than the class computes")
     if again and not torch.equal(theirs.pop(HEAD), theirs[EMBEDDING]):
         what = f"is true, and {HEAD} is stored and is another than {EMBEDDING}"
         raise _mismatch(checkpoint.folder, "tie_word_embeddings", what)
-    found, names = to_ours(target.keys(config), theirs)
-    assert not names.missing, names.missing
+    found, left = to_ours(target.keys(config), theirs)
+    assert not left.missing, left.missing
     assert found.keys() == ours.keys()
     return found
+
+
+def _stored_as(name: str, target: Target, checkpoint: Checkpoint) -> str:
+    """The name under which a tensor is stored: as published, or as the class itself writes it."""
+    if name not in checkpoint.stored:
+        for published, written in target.written.items():
+            if name.replace(published, written) in checkpoint.stored:
+                return name.replace(published, written)
+    return name
 
 
 def _mismatch(folder: Path, field: str, what: str) -> HeddleError:

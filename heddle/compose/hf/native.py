@@ -11,9 +11,10 @@ from transformers import GenerationConfig
 
 from heddle import __version__
 from heddle.compose.hf.model import HeddlePreTrainedModel
+from heddle.compose.hf.native_tables import tables
 from heddle.compose.hf.native_weights import to_theirs
 from heddle.compose.hf.shards import MAX_SHARD_SIZE, write_weights
-from heddle.compose.targets.catalogue import BY_NAME, NOT_YET
+from heddle.compose.targets.catalogue import BY_NAME
 from heddle.compose.targets.target import Config, Target
 from heddle.compose.targets.verdict import require, verdicts
 from heddle.errors import HeddleError
@@ -55,8 +56,6 @@ def target_named(name: str) -> Target:
     """
     if name in BY_NAME:
         return BY_NAME[name]
-    if name in NOT_YET:
-        raise HeddleError("bad-argument", f"the target {name} is not there yet: {NOT_YET[name]}")
     close = nearest(name, [*BY_NAME, AUTO, REMOTE])
     hint = f"did you mean {close}?" if close else f"auto, remote, {', '.join(BY_NAME)}"
     raise HeddleError("bad-argument", f"there is no target {name!r}", hint=hint)
@@ -83,7 +82,7 @@ def write_native(
     assert not names.left, names.left
     _write_json(folder / "config.json", _file(model, target, config, ids))
     GenerationConfig(**ids).save_pretrained(folder)
-    stored = {name: one.clone() for name, one in weights.items()}
+    stored = {name: one.clone() for name, one in weights.items()} | tables(target.name, config)
     write_weights(stored, folder, max_shard_size)
     _write_json(folder / MARK, {"heddle": __version__, "target": target.name})
 

@@ -64,10 +64,14 @@ def _there(key: Key, tensors: Sequence[Tensor]) -> list[Tensor]:
         ]
         tensors = [_joined([cut[number] for number in numbers], key.groups) for numbers in key.made]
     tensors = [one.unsqueeze(1) for one in tensors] if key.middle else tensors
+    before, after = key.around
+    tensors = [one[(None,) * before + (...,) + (None,) * after] for one in tensors]
     return [shifted(one, -key.less).contiguous() for one in tensors]
 
 
 def _back(key: Key, tensors: Sequence[Tensor]) -> list[Tensor]:
+    before, after = key.around
+    tensors = [one[(0,) * before + (...,) + (0,) * after] for one in tensors]
     tensors = [one.squeeze(1) for one in tensors] if key.middle else tensors
     if key.pieces:
         rows = [size for sizes in key.pieces for size in sizes]

@@ -36,8 +36,8 @@ def banded_attention(
     before them (without `causal` after them, too) as a window can reach, so the work is T * (block + reach) instead of
     T * S. A query always sees itself, padding or not.
 
-    Shapes:  q, out: [B, H, T, d];  k, v: [B, KV heads, S, d];  real: [1 or B, S] bool, or None if all keys are;
-             written: [B, S], as in `key_mask`
+    Shapes:  q: [B, H, T, d];  k: [B, KV heads, S, d];  v: [B, KV heads, S, V];  out: [B, H, T, V];
+             real: [1 or B, S] bool, or None if all keys are;  written: [B, S], as in `key_mask`
     """
     assert view.window is not None
     B, H, T, d = q.shape
@@ -58,7 +58,7 @@ def banded_attention(
     q = F.pad(q, (0, 0, 0, tail)).view(B, H, blocks, size, d).transpose(1, 2)
     k, v = (side.unfold(2, width, size).permute(0, 2, 1, 4, 3) for side in (k, v))
     o = attend(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), mask.flatten(0, 1))
-    return o.view(B, blocks, H, size, d).transpose(1, 2).flatten(2, 3)[:, :, :T]
+    return o.view(B, blocks, H, size, v.shape[-1]).transpose(1, 2).flatten(2, 3)[:, :, :T]
 
 
 def _unfold(keys: Tensor, size: int, width: int) -> Tensor:

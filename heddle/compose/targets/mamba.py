@@ -101,12 +101,13 @@ _MAMBA_WHY = {
 
 
 class Granite(Target):
-    """Granite 4.0 hybrid (IBM, October 2025) without experts. A layer's dense block is its "shared" one."""
+    """Granite 4.0 hybrid (IBM, October 2025), dense or with experts in every layer. A dense block is its "shared" one."""
 
     name = "granitemoehybrid"
     config_class, model_class = "GraniteMoeHybridConfig", "GraniteMoeHybridForCausalLM"
-    holds = "Mamba-2 and softmax attention in any order, with or without positions, fixed factors, dense"
+    holds = "Mamba-2 and softmax attention in any order, with or without positions, fixed factors, dense or all with experts"
     mixers = ("mamba2", "attention")
+    channels = ("swiglu", "moe")
     needs = ("attention",)
     why: ClassVar = {
         **_MAMBA_WHY,
@@ -114,6 +115,13 @@ class Granite(Target):
         "residual": "all parts have one factor of their output, and nothing else",
         "channel_residual": "all parts have one factor of their output, and nothing else",
         "logit_multiplier": "it is the reciprocal of a number",
+        "channel": "all layers have the same experts, or none has",
+        "channel.shared_width": "there is a shared expert",
+        "channel.shared_gate": "the shared expert has no gate",
+        "channel.normalise": "the weights of a token's experts sum to 1",
+        "channel.score": "scores are a softmax",
+        "channel.scale": "the experts' sum has no factor",
+        "channel.correction_bias": "the choice has no bias",
     }
 
     def fields(self, model: Model) -> dict[str, Any]:
@@ -123,7 +131,7 @@ class Granite(Target):
         return {
             **sizes,
             **(mamba_fields(linear[0], model["hidden_size"]) if linear else {}),
-            "shared_intermediate_size": parts.width_of(model),
+            **_expert_fields(model),
             "hidden_act": "silu",
             "rope_parameters": rope_parameters(first["rope"]),
             "position_embedding_type": None if first["rope"] is None else "rope",
@@ -132,7 +140,6 @@ class Granite(Target):
             "embedding_multiplier": model["embedding_multiplier"],
             "residual_multiplier": model["layers"][0].get("residual", {}).get("branch", 1.0),
             "logits_scaling": reciprocal(model["logit_multiplier"]),
-            "num_local_experts": 0,
             "layer_types": parts.placed(model),
         }
 
@@ -142,7 +149,7 @@ class Granite(Target):
 
     def block(self, config: Config, index: int) -> dict[str, Any]:
         common = {
-            "channel": {"kind": "swiglu", "width": config["shared_intermediate_size"]},
+            "channel": _channel_of(config),
             "residual": {"branch": config["residual_multiplier"]},
         }
         if config["layer_types"][index] == parts.LINEAR:
@@ -157,14 +164,19 @@ class Granite(Target):
 
     def layer_keys(self, config: Config, index: int) -> Iterator[Key]:
         yield from parts.pre_norm_keys()
-        width = config["shared_intermediate_size"]
+        width, shared = config["shared_intermediate_size"], "channel"
+        if config["num_local_experts"]:
+            shared = "channel.shared_expert"
+            yield same("channel.gate.weight", "block_sparse_moe.router.layer.weight")
+            yield same("channel.experts.gate_up_proj", "block_sparse_moe.input_linear.weight")
+            yield same("channel.experts.down_proj", "block_sparse_moe.output_linear.weight")
         yield Key(
-            ("channel.gate_proj.weight", "channel.up_proj.weight"),
+            (f"{shared}.gate_proj.weight", f"{shared}.up_proj.weight"),
             ("shared_mlp.input_linear.weight",),
             pieces=((width,), (width,)),
             made=((0, 1),),
         )
-        yield same("channel.down_proj.weight", "shared_mlp.output_linear.weight")
+        yield same(f"{shared}.down_proj.weight", "shared_mlp.output_linear.weight")
         if config["layer_types"][index] == parts.LINEAR:
             yield from mamba_keys(config)
         else:
@@ -176,10 +188,38 @@ class Granite(Target):
 
     def idle(self, config: Config) -> frozenset[str]:
         # Published files tell things that the class does not read, and anything but "rope" means no positions.
-        unread = {"intermediate_size", "init_method", "normalization_function", "position_embedding_type"}
+        unread = {"init_method", "normalization_function", "position_embedding_type"}
         found = super().idle(config) | parts.idle_linear(config, "mamba_") | unread
-        found |= {"num_experts_per_tok"} if config["num_local_experts"] == 0 else set()
+        found |= set() if config["num_local_experts"] else {"num_experts_per_tok", "intermediate_size"}
         return found if config["position_embedding_type"] == "rope" else found | {"rope_parameters"}
+
+
+def _expert_fields(model: Model) -> dict[str, Any]:
+    """Widths of Granite's channel blocks and, if it has some, of its experts; of several the first."""
+    routed = next((one for layer in model["layers"] if (one := layer["channel"])["kind"] == "moe"), None)
+    if routed is None:
+        return {"shared_intermediate_size": parts.width_of(model), "num_local_experts": 0}
+    return {
+        "shared_intermediate_size": routed["shared_width"] or routed["width"],
+        "num_local_experts": routed["experts"],
+        "num_experts_per_tok": routed["active"],
+        "intermediate_size": routed["width"],
+        "router_aux_loss_coef": routed["balance"],
+    }
+
+
+def _channel_of(config: Config) -> dict[str, Any]:
+    """The channel block of every layer of Granite."""
+    if not config["num_local_experts"]:
+        return {"kind": "swiglu", "width": config["shared_intermediate_size"]}
+    return {
+        "kind": "moe",
+        "experts": config["num_local_experts"],
+        "active": config["num_experts_per_tok"],
+        "width": config["intermediate_size"],
+        "shared_width": config["shared_intermediate_size"],
+        "balance": config["router_aux_loss_coef"],
+    }
 
 
 class Bamba(Target):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from heddle.compose.targets.catalogue import NOT_YET, TARGETS
+from heddle.compose.targets.catalogue import TARGETS
 from heddle.compose.targets.servers import ALWAYS, SOMETIMES, VERSIONS, Serves
 
 BEGIN, END = "<!-- targets: begin -->", "<!-- targets: end -->"
@@ -18,7 +18,6 @@ def matrix() -> str:
     for target in TARGETS:
         servers = SOMETIMES.get(target.name) or tuple(_cell(one) for one in ALWAYS[target.name])
         lines.append(f"| `{target.name}` | {target.model_class} | {target.holds} | {' | '.join(servers)} |")
-    lines += [f"| `{name}` | not yet | {why} | | |" for name, why in NOT_YET.items()]
     servers = tuple(_cell(one) for one in ALWAYS["remote"])
     lines.append(f"| `remote` | code in the folder | everything | {' | '.join(servers)} |")
     return "\n".join(lines)

@@ -89,6 +89,16 @@ def channel_keys(theirs: str = "mlp") -> Iterator[Key]:
         yield same(f"channel.{one}_proj.weight", f"{theirs}.{one}_proj.weight")
 
 
+def stacked_keys(count: int, width: int, hidden_size: int) -> Iterator[Key]:
+    """Experts under the names of Mixtral: on disk each has three matrices of its own, w1 the gate, w3 up, w2 down."""
+    for ours, theirs, rows in (("gate_up_proj", ("w1", "w3"), width), ("down_proj", ("w2",), hidden_size)):
+        names = tuple(
+            f"block_sparse_moe.experts.{expert}.{one}.weight" for expert in range(count) for one in theirs
+        )
+        cut, made = ((rows,) * len(names),), tuple((number,) for number in range(len(names)))
+        yield Key((f"channel.experts.{ours}",), names, pieces=cut, made=made, stacked=count)
+
+
 def pre_norm_keys(less: float = 0.0, channel: str = "post_attention_layernorm") -> Iterator[Key]:
     """The norms of a plain pre-norm layer, as they are usually called."""
     yield same("mixer_norm.weight", "input_layernorm.weight", less=less)

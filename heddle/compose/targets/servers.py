@@ -38,6 +38,8 @@ ALWAYS: Mapping[str, tuple[Serves, Serves]] = {
         Serves(None, "no file of its own; a generic fallback"),
     ),
     "gemma3_text": (YES, YES),
+    "kimi_linear": (YES, YES),
+    "minimax": (Serves(False, "removed after 0.23"), _NO_CLASS),
     "remote": (
         Serves(False, "a layer must go through its attention interface"),
         Serves(False, "it has no such class"),

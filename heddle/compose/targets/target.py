@@ -47,8 +47,8 @@ class Key:
     Each of ours is cut into `pieces` of so many rows, and each of theirs is `made` of pieces, by their number. With `groups`
     every piece is cut into so many equal parts, and theirs has the first part of each piece, then the second, … `less` is
     what theirs lacks of ours: 1 where the class adds 1 to the weight of a norm. `middle`: theirs has a dimension of one in
-    the middle, as convolutions have. `stacked`: ours holds so many matrices in one tensor, as experts do, whose rows are
-    those of all of them.
+    the middle, as convolutions have; `around`: so many such dimensions before and after all others. `stacked`: ours holds so
+    many matrices in one tensor, as experts do, whose rows are those of all of them.
     """
 
     ours: tuple[str, ...]
@@ -58,6 +58,7 @@ class Key:
     groups: int = 1
     less: float = 0.0
     middle: bool = False
+    around: tuple[int, int] = (0, 0)
     stacked: int = 0
 
     def below(self, prefix: str) -> Key:
@@ -89,6 +90,8 @@ class Target:
     # How theirs names the last norm, and what it lacks of ours.
     last_norm: ClassVar[str] = "model.norm.weight"
     less: ClassVar[float] = 0.0
+    # Pieces of names that its own writer has otherwise: what is published, and what it writes.
+    written: ClassVar[Mapping[str, str]] = {}
 
     def fields(self, model: Model) -> dict[str, Any]:
         """What the class needs beside the sizes of every class; of a model that has its kinds of mixers and channels."""
@@ -122,6 +125,10 @@ class Target:
     def problems(self, model: Model) -> Iterator[Refusal]:  # noqa: ARG002
         """What the class cannot hold, and the way there and back does not show."""
         yield from ()
+
+    def warning(self, model: Model) -> str:  # noqa: ARG002
+        """What the class does wrong with a model that it holds, or nothing."""
+        return ""
 
     def idle(self, config: Config) -> frozenset[str]:  # noqa: ARG002
         """Dotted paths of fields that change no logits of a model of this configuration."""

@@ -11,6 +11,7 @@ from heddle.specs.mixers.attention import Attention as Attention
 from heddle.specs.mixers.decay_attention import DecayAttention as DecayAttention
 from heddle.specs.mixers.deltanet import DeltaNet as DeltaNet
 from heddle.specs.mixers.gated_deltanet import GatedDeltaNet as GatedDeltaNet
+from heddle.specs.mixers.gated_pool import GatedPool as GatedPool
 from heddle.specs.mixers.gla import Gla as Gla
 from heddle.specs.mixers.head_split import HeadSplit as HeadSplit
 from heddle.specs.mixers.hgrn2 import Hgrn2 as Hgrn2
@@ -22,6 +23,7 @@ from heddle.specs.mixers.liger import Liger as Liger
 from heddle.specs.mixers.lightning import Lightning as Lightning
 from heddle.specs.mixers.local_linear_attention import LocalLinearAttention as LocalLinearAttention
 from heddle.specs.mixers.mamba2 import Mamba2 as Mamba2
+from heddle.specs.mixers.mla import Mla as Mla
 from heddle.specs.mixers.moh import Moh as Moh
 from heddle.specs.mixers.parallel import Parallel as Parallel
 from heddle.specs.mixers.rat import Rat as Rat
