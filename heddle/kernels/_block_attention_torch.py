@@ -32,7 +32,8 @@ class Given:
     """The inputs in the wide dtype, keys up to whole blocks, query heads beside the key head that they share.
 
     Shapes:  q: [B, N, G, T, d];  k: [B, N, C block, d];  v: [B, N, C block, V];  landmarks: [B, N, C, d] or None;
-             chosen: [B, N, T, C] bool or None;  start: [B] int64;  seen: [1 or B, C block] bool;  length: S
+             chosen: [B, N, T, C] bool or None;  gates: [B, N, C] or None;  start: [B] int64;  seen: [1 or B, C block] bool;
+             length: S
     """
 
     q: Tensor
@@ -40,6 +41,7 @@ class Given:
     v: Tensor
     landmarks: Tensor | None
     chosen: Tensor | None
+    gates: Tensor | None
     start: Tensor
     seen: Tensor
     length: int
@@ -48,13 +50,12 @@ class Given:
     def of(
         cls,
         sides: tuple[Tensor, Tensor, Tensor],
-        landmarks: Tensor | None,
-        chosen: Tensor | None,
+        choice: tuple[Tensor | None, Tensor | None, Tensor | None],
         start: Tensor,
         limits: tuple[Tensor | None, Tensor | None],
         block: int,
     ) -> Given:
-        (q, k, v), wide = sides, wide_dtype(sides[0].dtype)
+        (q, k, v), (landmarks, chosen, gates), wide = sides, choice, wide_dtype(sides[0].dtype)
         length, tail = k.shape[2], -k.shape[2] % block
         seen = torch.ones(1, length, dtype=torch.bool, device=q.device)
         for limit in limits:
@@ -62,23 +63,25 @@ class Given:
         k, v = (F.pad(side.to(wide), (0, 0, 0, tail)) for side in (k, v))
         queries = q.to(wide).unflatten(1, (k.shape[1], -1))  # type: ignore[no-untyped-call]
         marks = None if landmarks is None else landmarks.to(wide)
-        return cls(queries, k, v, marks, chosen, start, F.pad(seen, (0, tail)), length)
+        return cls(queries, k, v, marks, chosen, gates, start, F.pad(seen, (0, tail)), length)
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
     """One block of queries and the first `keys` keys, C blocks of them; R = G times its queries.
 
-    `own` is the query's own key. `p` are the weights of the keys, `inner` those inside each earlier block that a landmark
-    stands for, `kept` the landmarks that count; both None without landmarks.
+    `own` is the query's own key, `own_block` its block. `p` are the weights of the keys, `inner` those inside each earlier block
+    that a landmark stands for, `kept` the landmarks that count; both None without landmarks.
 
-    Shapes:  q: [B, N, R, d];  own: [B, 1, R, keys] bool;  p, inner: [B, N, R, keys];  kept: [B, N, R, C] bool
+    Shapes:  q: [B, N, R, d];  own: [B, 1, R, keys] bool;  own_block: [B, 1, R, C] bool;  p, inner: [B, N, R, keys];
+             kept: [B, N, R, C] bool
     """
 
     rows: slice
     keys: int
     q: Tensor
     own: Tensor
+    own_block: Tensor
     p: Tensor
     inner: Tensor | None
     kept: Tensor | None
@@ -94,33 +97,38 @@ def forward(given: Given, form: Form) -> Tensor:
     return torch.cat(found, dim=3)
 
 
-def backward(d_out: Tensor, given: Given, form: Form) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, landmarks (empty without them) and of a bias of the logits of each key but a query's own.
+def backward(d_out: Tensor, given: Given, form: Form) -> tuple[Tensor, ...]:
+    """Gradients of q, k, v, landmarks and gates (empty without them) and of a bias of the logits of each key but a query's own.
 
     With e_j = p_j (v_j · g - p · v g) and E_b its sum over block b: ds_j = e_j, and of blocks behind landmarks
     ds_j = e_j - inner_j E_b, dl_b = E_b.
     """
     dq, dk, dv = (torch.zeros_like(x) for x in (given.q, given.k, given.v))
     d_marks = given.q.new_zeros(0) if given.landmarks is None else torch.zeros_like(given.landmarks)
+    d_gates = dk.new_zeros(0 if given.gates is None else given.gates.shape)
     d_bias = dk.new_zeros(dk.shape[0], given.k.shape[2])
     for one in _parts(given, form):
         keys, shape = slice(0, one.keys), given.q[:, :, :, one.rows].shape
         k, g = given.k[:, :, keys], d_out[:, :, :, one.rows].flatten(2, 3)
         ds = g @ given.v[:, :, keys].mT
         ds = one.p * (ds - (one.p * ds).sum(-1, keepdim=True))
-        dq_part = 0.0
+        dq_part = None
         if one.inner is not None and one.kept is not None and given.landmarks is not None:
             d_block = _blocks(ds, form.block).sum(-1) * one.kept
             ds = ds - (_blocks(one.inner, form.block) * d_block[..., None]).flatten(-2)
             count = one.kept.shape[-1]
             dq_part = d_block @ given.landmarks[:, :, :count]
             d_marks[:, :, :count] += form.scale * d_block.mT @ one.q
-        dq[:, :, :, one.rows] = (form.scale * (ds @ k + dq_part)).view(shape)
+        dq_part = ds @ k if dq_part is None else ds @ k + dq_part
+        dq[:, :, :, one.rows] = (form.scale * dq_part).view(shape)
         dk[:, :, keys] += form.scale * ds.mT @ one.q
         dv[:, :, keys] += one.p.mT @ g
         d_bias[:, keys] += ds.masked_fill(one.own, 0.0).sum((1, 2))
+        if given.gates is not None:
+            earlier = _blocks(ds, form.block).sum(-1).masked_fill(one.own_block, 0.0)
+            d_gates[:, :, : earlier.shape[-1]] += earlier.sum(2)
     held = slice(0, given.length)
-    return dq, dk[:, :, held], dv[:, :, held], d_marks, d_bias[:, held]
+    return dq, dk[:, :, held], dv[:, :, held], d_marks, d_gates, d_bias[:, held]
 
 
 def _parts(given: Given, form: Form) -> Iterator[Part]:
@@ -141,12 +149,16 @@ def _parts(given: Given, form: Form) -> Iterator[Part]:
         if given.landmarks is None:
             kept, inner = None, None
             if given.chosen is not None:
-                read = given.chosen[:, :, first:last, :count].repeat(1, 1, given.q.shape[2], 1) | is_own
-                logits = _blocks(logits, form.block).masked_fill(~read[..., None], -torch.inf).flatten(-2)
+                read = given.chosen[:, :, first:last, :count].repeat(1, 1, given.q.shape[2], 1)
+                read = read.repeat_interleave(form.block, dim=-1) | own
+                logits = logits.masked_fill(~read, -torch.inf)
+            if given.gates is not None:
+                read = (given.gates[:, :, None, :count] > 0.5) | is_own
+                logits = logits.masked_fill(~read.repeat_interleave(form.block, dim=-1), -torch.inf)
         else:
             marks = (q @ given.landmarks[:, :, :count].mT) * form.scale
             logits, inner, kept = _gated(logits, marks, is_own, form)
-        yield Part(slice(first, last), keys, q, own, _softmax(logits), inner, kept)
+        yield Part(slice(first, last), keys, q, own, is_own, _softmax(logits), inner, kept)
 
 
 def _gated(logits: Tensor, marks: Tensor, is_own: Tensor, form: Form) -> tuple[Tensor, Tensor, Tensor]:

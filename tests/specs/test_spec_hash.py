@@ -296,6 +296,8 @@ CHANGES: list[tuple[str, Any]] = [
     ("blocks.a.mixer.selection", {"sink": 2}),
     ("blocks.a.mixer.selection", {"recent": 3}),
     ("blocks.a.mixer.selection", {"source": "a"}),
+    ("blocks.a.mixer.selection", {"scores": "kernels"}),
+    ("blocks.a.mixer.selection", {"dense_length": 8192}),
     ("blocks.a.mixer.rope", {"scaling": {"kind": "linear", "factor": 2.0}}),
     ("blocks.a.mixer.rope", {"scaling": {"kind": "linear", "factor": 3.0}}),
     ("blocks.a.mixer.rope", {"scaling": {"kind": "llama3", "factor": 2.0}}),

@@ -23,7 +23,7 @@ from heddle.specs.kinds import (
 from heddle.specs.layer import Reference as LayerName
 from heddle.specs.layer import Site
 from heddle.specs.rope import Rope
-from heddle.specs.selection import Selection
+from heddle.specs.selection import QUARTERS, Selection
 from heddle.specs.sight import Sight
 
 # Fields of the language that came later: at their defaults they are left out of the data, as if they did not exist.
@@ -270,6 +270,9 @@ class Attention(HeadedMixer):
         if selects is not None and selects.source is None and selects.count < selects.sink + selects.recent:
             what = f"{selects.count} blocks, and {selects.sink + selects.recent} are always read"
             found.append(Problem("selection.count", what, "at least sink + recent", "out-of-range"))
+        if selects is not None and selects.scores == "kernels" and selects.block % QUARTERS:
+            what = f"{selects.block} keys of a block have no quarters, and kernels are a quarter apart"
+            found.append(Problem("selection.block", what, f"a multiple of {QUARTERS}, or scores: mean"))
         return found
 
     def _rope_problems(self, rope: Rope, site: Site) -> list[Problem]:
@@ -308,12 +311,12 @@ class Attention(HeadedMixer):
         if self.selection is None:
             seen, before = self._visible(tokens), 0
         else:
-            seen, before = self.selection.keys_read(tokens), self.selection.blocks_before(tokens)
+            seen, before = self.selection.keys_read(tokens), self.selection.scored(tokens)
         return 2 * self._weights(site) + self._core(site) * seen + self._scoring(site) * before
 
     def prefill_flops(self, site: Site, length: int) -> float:
         if self.selection is not None:
-            mean, before = self.selection.mean_keys_read(length), self.selection.mean_blocks_before(length)
+            mean, before = self.selection.mean_keys_read(length), self.selection.mean_scored(length)
             return 2 * self._weights(site) + self._core(site) * mean + self._scoring(site) * before
         seen = self._visible(length)
         # The sum of min(t, window) over t = 1 … length, over length; from both sides, a token's own counted once.
@@ -336,7 +339,7 @@ class Attention(HeadedMixer):
             seen, means = self._visible(context + 1) - 1, 0
         else:
             seen = self.selection.keys_read(context + 1) - 1
-            means = self.selection.blocks_before(context + 1) if self.selection.source is None else 0
+            means = self.selection.scored(context + 1)
         row = (self.kv_heads or self.heads) * head_dim_of(self, site) * element
         return min(2 * seen + means, 2 * context) * row
 
@@ -353,9 +356,10 @@ class Attention(HeadedMixer):
         return 4 * self.heads * head_dim_of(self, site)
 
     def _scoring(self, site: Site) -> int:
-        """FLOPs of one query against one block's mean, where this layer chooses."""
-        chooses = self.selection is not None and self.selection.source is None
-        return 2 * (self.kv_heads or self.heads) * head_dim_of(self, site) if chooses else 0
+        """FLOPs of one query against one mean, of all its heads or of the heads' mean."""
+        is_split = self.selection is not None and self.selection.scores == "kernels"
+        heads = self.heads if is_split else self.kv_heads or self.heads
+        return 2 * heads * head_dim_of(self, site)
 
     def _visible(self, tokens: int) -> int:
         return tokens if self.window is None else min(tokens, self.window)
