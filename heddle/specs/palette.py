@@ -32,6 +32,7 @@ PLAIN = {
     "fla": "#775555",
     "landmark": "#330000",
     "routing": "#110044",
+    "nats_l": "#000000",
 }
 HATCHED = {
     "parallel": "#0072b2",

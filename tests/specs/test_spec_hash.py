@@ -282,6 +282,7 @@ CHANGES: list[tuple[str, Any]] = [
     ("blocks.a.mixer.window", 8),
     ("blocks.a.mixer.qk_norm", "full"),
     ("blocks.a.mixer.causal", False),
+    ("blocks.a.mixer.boundary", "inward"),
     ("blocks.a.mixer.scale", 0.1),
     ("blocks.a.mixer.key_multiplier", 2.0),
     ("blocks.a.mixer.softcap", 50.0),

@@ -19,6 +19,7 @@ from heddle.compose.cache import (
 )
 from heddle.compose.init import Initialised, fill
 from heddle.compose.modules.in_view import attend_in_view, keys_so_far
+from heddle.compose.modules.inward import inward_attention, inward_range
 from heddle.compose.modules.masks import View, distances, key_mask, real_keys
 from heddle.compose.modules.norm import RMSNorm
 from heddle.compose.modules.precision import wide
@@ -40,6 +41,8 @@ class AttentionModule(Initialised):
     perhaps "scaling", or None for no positions. With `gate`, each head of `q_proj` holds d query rows, then d gate rows. A
     window counts the current token. Without `causal` a query also sees later tokens, those less than a window ahead; there
     is nothing to decode then, and no cache. `softcap` and `sinks` are those of `softmax_attention`.
+
+    With `boundary` "inward" such a window slides inward at the ends, and every query sees as many keys (arXiv 2511.14712).
 
     `keys_from`: the keys and values are those of an earlier layer, and so is their cache (arXiv 2405.12981, 2405.05254).
     `values_from`: v = (1 - l) v + l v', v' those of an earlier layer, l learned from 1/2 on (arXiv 2410.17897).
@@ -65,6 +68,7 @@ class AttentionModule(Initialised):
         gate: bool,
         window: int | None,
         causal: bool = True,
+        boundary: str = "clip",
         scale: float | None = None,
         key_multiplier: float = 1.0,
         softcap: float | None = None,
@@ -82,6 +86,7 @@ class AttentionModule(Initialised):
             key_multiplier,
             softcap,
         )
+        self.boundary = boundary
         self.keys_from, self.values_from, self.selection = keys_from, values_from, dict(selection or {})
         self.takes = _taken(keys_from, values_from, self.selection.get("source"))
         self.rotary, self.norms_jointly = rotary_key(rope, head_dim), qk_norm == "full"
@@ -167,6 +172,8 @@ class AttentionModule(Initialised):
         """Shapes:  q, out: [B, H, T, d];  k, v: [B, KV heads, S, d];  written: [B, S] or None"""
         queries, keys = q.shape[2], k.shape[2]
         attend = partial(softmax_attention, scale=self.scale, softcap=self.softcap, sinks=self.sinks)
+        if self.boundary == "inward" and self.view.window is not None:
+            return inward_attention(q, k, v, call, window=self.view.window, scale=self.scale)
         if not self.selection:
             return attend_in_view(q, (k, v, written), call, self.view, attend)
         places, blocks = self._choice(q, k, written, call)
@@ -188,8 +195,12 @@ class AttentionModule(Initialised):
         if self.selection:
             places, blocks = self._choice(q, k, written, call)
             chosen = places.keys_of(blocks)[:, :, rows]
-        marks = None if written is None else written[:, None, None]
-        mask = key_mask(distance, self.view, real_keys(call, keys), chosen, written=marks)
+        marks, view = None if written is None else written[:, None, None], self.view
+        if self.boundary == "inward" and view.window is not None:
+            first, last = (one[:, None, rows, None] for one in inward_range(call, keys, view.window))
+            place, view = torch.arange(keys, device=q.device), View(None, causal=False)
+            chosen = (place >= first) & (place <= last)
+        mask = key_mask(distance, view, real_keys(call, keys), chosen, written=marks)
         mask = mask if mask.dim() == 4 else mask[None, None]
         p = softmax_weights(q[:, :, rows], k, mask, scale=self.scale, softcap=self.softcap, sinks=self.sinks)
         return p.flatten(1, 2)
@@ -224,7 +235,9 @@ class AttentionModule(Initialised):
 
     def kernel_path(self, device: torch.device, dtype: torch.dtype) -> str:  # noqa: ARG002
         """The name of the code that does the mixing."""
-        is_fused = self.softcap is None and self.sinks is None and not self.selection
+        is_fused = (
+            self.softcap is None and self.sinks is None and not self.selection and self.boundary == "clip"
+        )
         return "sdpa" if is_fused else "torch"
 
 

@@ -24,6 +24,7 @@ from heddle.specs.mixers.lightning import Lightning as Lightning
 from heddle.specs.mixers.local_linear_attention import LocalLinearAttention as LocalLinearAttention
 from heddle.specs.mixers.mamba2 import Mamba2 as Mamba2
 from heddle.specs.mixers.moh import Moh as Moh
+from heddle.specs.mixers.nats_l import NatsL as NatsL
 from heddle.specs.mixers.parallel import Parallel as Parallel
 from heddle.specs.mixers.rat import Rat as Rat
 from heddle.specs.mixers.retnet import RetNet as RetNet

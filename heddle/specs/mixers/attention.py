@@ -29,6 +29,7 @@ from heddle.specs.sight import Sight
 # Fields of the language that came later: at their defaults they are left out of the data, as if they did not exist.
 LATER = (
     "causal",
+    "boundary",
     "scale",
     "key_multiplier",
     "softcap",
@@ -83,6 +84,13 @@ class Attention(HeadedMixer):
     causal: Annotated[
         bool, Field(description="false: queries see later tokens, too; for encoders, without a cache.")
     ] = True
+    boundary: Annotated[
+        Literal["clip", "inward"],
+        Field(
+            description="What a window to both sides does at the ends: clip; or inward, it slides, and every query sees 2 · "
+            "window - 1 tokens (FreeSwim)."
+        ),
+    ] = "clip"
     scale: Annotated[
         float | None, Field(gt=0, le=1e6, description="Factor of q · k; null: 1 / sqrt(head_dim).")
     ] = None
@@ -129,6 +137,8 @@ class Attention(HeadedMixer):
             found |= {"causality": _BOTH_SIDES, "step": _BOTH_SIDES, "chunks": _BOTH_SIDES}
         if self.keys_from is not None:
             found["written"] = "it reads the memory of another layer and has none of its own"
+        if self.boundary == "inward":
+            found["written"] = "the places of its window count every token"
         return found
 
     def references(self) -> tuple[Reference, ...]:
@@ -203,7 +213,8 @@ class Attention(HeadedMixer):
 
     def sights(self, site: Site) -> tuple[Sight, ...]:  # noqa: ARG002
         if self.selection is None:
-            return (Sight(self.window, is_causal=self.causal),)
+            widest = self.window if self.boundary == "clip" or self.window is None else 2 * self.window - 1
+            return (Sight(widest, is_causal=self.causal),)
         # A source's choice is not known here, but that its own block is in it.
         recent = self.selection.recent if self.selection.source is None else 1
         return (Sight((recent - 1) * self.selection.block + 1), Sight(is_certain=False))
@@ -243,6 +254,7 @@ class Attention(HeadedMixer):
     def _conflicts(self) -> list[Problem]:
         """Fields that ask for what another one rules out."""
         takes, selects, one = self.keys_from is not None, self.selection, "leave one of them out"
+        slides = self.boundary == "inward"
         rules = [
             (
                 takes and self.values_from is not None,
@@ -256,6 +268,14 @@ class Attention(HeadedMixer):
                 "with keys_from there are no own keys",
                 "use scale",
             ),
+            (
+                slides and (self.causal or self.window is None),
+                "boundary",
+                "a window to both sides alone slides inward",
+                "causal: false and a window, or boundary: clip",
+            ),
+            (slides and self.softcap, "boundary", "no logits of an inward window are capped", one),
+            (slides and self.sinks, "boundary", "an inward window has no sinks", one),
             (selects and self.window, "selection", "a window drops keys that could be selected", one),
             (
                 selects and not self.causal,
@@ -319,6 +339,8 @@ class Attention(HeadedMixer):
             mean, before = self.selection.mean_keys_read(length), self.selection.mean_scored(length)
             return 2 * self._weights(site) + self._core(site) * mean + self._scoring(site) * before
         seen = self._visible(length)
+        if self.boundary == "inward":
+            return 2 * self._weights(site) + self._core(site) * min(length, 2 * seen - 1)
         # The sum of min(t, window) over t = 1 … length, over length; from both sides, a token's own counted once.
         mean = (seen * (seen + 1) / 2 + (length - seen) * seen) / max(length, 1)
         return 2 * self._weights(site) + self._core(site) * (mean if self.causal else 2 * mean - 1)
