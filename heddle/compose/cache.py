@@ -294,8 +294,9 @@ class Call:
     losses: list[tuple[str, Tensor, float]] = field(default_factory=list)
     # Shares with one target for their mean over the layers: name, share, target, and the factor of the loss.
     targets: list[tuple[str, Tensor, float, float]] = field(default_factory=list)
-    # [E] int64 each: how often every expert was chosen. The layer's channel block counts them afterwards.
+    # How often every expert was chosen, [E] int64 each, and sums over members of clusters, in the order of the calls.
     loads: list[Tensor] = field(default_factory=list)
+    members: list[Tensor] = field(default_factory=list)
     # [B, T, H], or None: factors of the heads of the mixer that is called, before its output projection.
     head_gates: Tensor | None = None
     # [B, T] of 0 and 1, or None for 1: which of these tokens the mixer remembers. Every token is answered.
@@ -309,7 +310,7 @@ class Call:
         """The same call at another layer; None: at the same."""
         made = Call(self.positions, self.padding, self.key_padding, cache)
         made.losses, made.targets, made.loads, made.given = self.losses, self.targets, self.loads, self.given
-        made.memo, made.handed, made.wanted = self.memo, self.handed, self.wanted
+        made.memo, made.handed, made.wanted, made.members = self.memo, self.handed, self.wanted, self.members
         made.layer = self.layer if layer is None else layer
         return made
 

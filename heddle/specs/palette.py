@@ -32,6 +32,9 @@ PLAIN = {
     "hierarchical_attention": "#ee66aa",
     "ttt": "#7700aa",
     "fla": "#775555",
+    "landmark": "#330000",
+    "routing": "#110044",
+    "nats_l": "#000000",
 }
 HATCHED = {
     "parallel": "#0072b2",

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from heddle.specs.base import Schema
 from heddle.specs.layer import Reference
 
+# Fields of the language that came later: at their defaults they are left out of the data, as if they did not exist.
+LATER = ("scores", "dense_length")
+# Kernels are half a block long and a quarter apart.
+QUARTERS = 4
+
 
 class Selection(Schema):
-    """The best blocks of keys for each query and KV head, chosen by the mean of a block's keys.
+    """The best blocks of keys for each query and KV head, b a complete block before the query's own.
 
-        score_b = mean_{h in group} q_h · mean_{j in b} k_j,   b a complete block before the query's own
+        mean     score_b = mean_{h in group} q_h · mean_{j in b} k_j
+        kernels  score_b = max_{i overlaps b} sum_{h in group} softmax_i(q_h · mean_{j in i} k_j)        (arXiv 2509.24663)
 
-    The first `sink` blocks and the last `recent` ones, the query's own among them, are always read and count among
-    `count`. With `source` the blocks are those that an earlier layer chose (HyLRA, arXiv 2602.00777).
+    Kernels i are half a block long and a quarter apart; those that end at the query or before count. The first `sink` blocks and
+    the last `recent` ones, the query's own among them, are always read and count among `count`. With `source` the blocks are
+    those that an earlier layer chose (HyLRA, arXiv 2602.00777).
     """
 
     block: Annotated[int, Field(ge=1, le=65_536, description="Keys of a block (tokens).")] = 64
@@ -31,6 +38,16 @@ class Selection(Schema):
         int,
         Field(ge=1, le=10**6, description="Last blocks, always read, the query's own among them (a count)."),
     ] = 2
+    scores: Annotated[
+        Literal["mean", "kernels"],
+        Field(
+            description="What is compared with a query: the mean of each block; or, as in InfLLM-V2, means over half a block, a "
+            "quarter apart, by a softmax for each head."
+        ),
+    ] = "mean"
+    dense_length: Annotated[
+        int, Field(ge=0, le=10**8, description="A query with fewer tokens before it reads all of them.")
+    ] = 0
     source: Annotated[
         Reference | None,
         Field(
@@ -43,7 +60,9 @@ class Selection(Schema):
         """Plain data for the module; who takes blocks from another layer chooses none."""
         if self.source is not None:
             return {"block": self.block, "source": self.source}
-        return self.model_dump(exclude={"source"})
+        defaults = {name: type(self).model_fields[name].default for name in LATER}
+        data = self.model_dump(exclude={"source"})
+        return {name: value for name, value in data.items() if name not in LATER or value != defaults[name]}
 
     def blocks_before(self, tokens: int) -> int:
         """Complete blocks before the own one of the last of `tokens`."""
@@ -51,20 +70,50 @@ class Selection(Schema):
 
     def keys_read(self, tokens: int) -> int:
         """Keys that the last of `tokens` reads, its own among them."""
+        if tokens <= self.dense_length:
+            return tokens
         before = self.blocks_before(tokens)
         return min(before, self.count - 1) * self.block + tokens - before * self.block
+
+    def scored(self, tokens: int) -> int:
+        """Means that the last of `tokens` is compared with."""
+        if self.source is not None or tokens <= self.dense_length:
+            return 0
+        if self.scores == "mean":
+            return self.blocks_before(tokens)
+        return max(0, tokens * QUARTERS // self.block - 1)
+
+    def mean_scored(self, length: int) -> float:
+        """`scored`, the mean over a pass of `length` tokens."""
+        if self.source is not None:
+            return 0.0
+        dense = min(length, self.dense_length)
+        return (self._all_scored(length) - self._all_scored(dense)) / max(length, 1)
+
+    def mean_keys_read(self, length: int) -> float:
+        """`keys_read`, the mean over a pass of `length` tokens."""
+        dense = min(length, self.dense_length)
+        return (self._all_read(length) - self._all_read(dense) + dense * (dense + 1) / 2) / max(length, 1)
 
     def mean_blocks_before(self, length: int) -> float:
         """`blocks_before`, the mean over a pass of `length` tokens."""
         full, rest = divmod(length, self.block)
         return (self.block * full * (full - 1) / 2 + rest * full) / max(length, 1)
 
-    def mean_keys_read(self, length: int) -> float:
-        """`keys_read`, the mean over a pass of `length` tokens."""
+    def _all_scored(self, length: int) -> float:
+        """The sum of what tokens 1 … length are compared with."""
+        if self.scores == "mean":
+            return self.mean_blocks_before(length) * max(length, 1)
+        step = self.block // QUARTERS
+        # The sum of t // step - 1 over the tokens t with at least one quarter before their end.
+        full, rest = divmod(length, step)
+        return max(0, step * full * (full - 1) / 2 + (rest + 1) * full - max(0, length - step + 1))
+
+    def _all_read(self, length: int) -> float:
+        """The sum of the keys that tokens 1 … length read by choice."""
         (full, rest), most = divmod(length, self.block), self.count - 1
         # The sum of min(b, most) over the blocks b = 0 … full - 1.
         ramp = min(full, most + 1)
         chosen = ramp * (ramp - 1) / 2 + (full - ramp) * most
         own = full * self.block * (self.block + 1) / 2 + rest * (rest + 1) / 2
-        read = self.block * (self.block * chosen + rest * min(full, most)) + own
-        return read / max(length, 1)
+        return self.block * (self.block * chosen + rest * min(full, most)) + own

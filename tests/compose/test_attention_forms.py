@@ -29,7 +29,7 @@ from heddle.compose.build import build
 from heddle.compose.cache import Call, KVLayer, cache_bytes
 from heddle.compose.mixers.attention import AttentionModule
 from heddle.compose.modules.rope import rotary_tables, scaled_frequencies, scaling_key
-from heddle.compose.modules.selection import Places, choose_blocks
+from heddle.compose.modules.selection import Places, Rule, choose_blocks
 from heddle.compose.modules.site import Site
 from heddle.compose.modules.softmax import softmax_attention
 from heddle.compose.plan import plan
@@ -333,8 +333,8 @@ PICKS = [
 ]
 
 
-def picked(how: dict[str, int]) -> dict[str, int]:
-    return {name: how[name] for name in ("count", "sink", "recent")}
+def picked(how: dict[str, int]) -> Rule:
+    return Rule(**{name: how[name] for name in ("count", "sink", "recent")})
 
 
 @pytest.mark.parametrize("how", PICKS)
@@ -342,10 +342,10 @@ def picked(how: dict[str, int]) -> dict[str, int]:
 def test_chosen_blocks_are_those_of_a_loop(how: dict[str, int], length: int) -> None:
     q, k = noise(2, 6, length, 5), noise(2, 3, length, 5, seed=3)
     places = Places(how["block"], length, None, q.device)
-    chosen = choose_blocks(q, k, places, weights=None, **picked(how))
+    chosen = choose_blocks(q, k, places, picked(how))
     assert torch.equal(chosen, blocks_of_loops(q, k, **how))
     assert chosen.sum(-1).max() <= how["count"]
-    last = choose_blocks(q[:, :, -1:], k, places, weights=None, **picked(how))
+    last = choose_blocks(q[:, :, -1:], k, places, picked(how))
     assert torch.equal(last, chosen[:, :, -1:])
 
 
@@ -354,7 +354,7 @@ def test_blocks_are_counted_from_the_first_real_token_of_each_row() -> None:
     real = torch.ones(2, 23, dtype=torch.bool)
     real[0, :3], real[1, :9] = False, False
     places = Places(4, 23, real, q.device)
-    chosen = choose_blocks(q, k, places, weights=None, **picked(how))
+    chosen = choose_blocks(q, k, places, picked(how))
     keys = places.keys_of(chosen)
     for row, pad in enumerate((3, 9)):
         alone = blocks_of_loops(q[row : row + 1, :, pad:], k[row : row + 1, :, pad:], **how)
@@ -364,7 +364,7 @@ def test_blocks_are_counted_from_the_first_real_token_of_each_row() -> None:
 
 def test_of_equal_blocks_the_earliest_is_chosen() -> None:
     q, k = torch.ones(1, 1, 24, 2), torch.ones(1, 1, 24, 2)
-    chosen = choose_blocks(q, k, Places(2, 24, None, q.device), weights=None, count=5, sink=1, recent=2)
+    chosen = choose_blocks(q, k, Places(2, 24, None, q.device), Rule(count=5, sink=1, recent=2))
     assert chosen[0, 0, -1].nonzero()[:, 0].tolist() == [0, 1, 2, 10, 11]
 
 

@@ -270,3 +270,40 @@ def test_it_costs_what_the_sheet_says() -> None:
     # 98 kFLOP a token and head at chunks of 64.
     assert (spec.prefill_flops(site, 4096) - 10 * D * width) / 16 == 98_304
     assert spec.state_bytes(site, 5, 2) == 16 * 128 * 128 * 4
+
+
+def test_the_layer_of_hypenet_is_its_recurrence_token_by_token() -> None:
+    """Norms of heads, rotation, slopes of ALiBi, no SiLU: S = γ S + k vᵀ, o = Sᵀ q, one norm of all heads, a sigmoid gate."""
+    spec = Lightning(heads=HEADS, slopes="alibi", activation="none", qk_norm=True, rope={"theta": 500.0})
+    site = SpecSite(HIDDEN, 1, LAYERS)
+    fields = {name: one for name, one in spec.runtime(site).items() if name != "kind"}
+    mixer = LightningModule(Site(HIDDEN, 1, LAYERS), **fields)
+    for module in mixer.modules():
+        initialise(module, std=HIDDEN**-0.5)
+    for norm in (mixer.q_norm, mixer.k_norm, mixer.norm):
+        assert norm is not None
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+    mixer, x = exact_decays(mixer.double()), noise()[:, :20]
+    assert sum(one.numel() for one in mixer.parameters()) == spec.params(site)
+    q, k, v = mixer.qkv_proj(x).view(2, 20, HEADS, 3, DIM).unbind(3)
+    angle = torch.arange(20)[:, None] * 500.0 ** (-torch.arange(0, DIM, 2) / DIM)
+    cos, sin = (torch.cat((one, one), dim=-1)[None, :, None].double() for one in (angle.cos(), angle.sin()))
+
+    def placed(y: Tensor, weight: Tensor) -> Tensor:
+        y = y / (y.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
+        return y * cos + torch.cat((-y[..., DIM // 2 :], y[..., : DIM // 2]), dim=-1) * sin
+
+    q, k = placed(q, mixer.q_norm.weight), placed(k, mixer.k_norm.weight)
+    state, rows = torch.zeros(2, HEADS, DIM, DIM, dtype=torch.float64), []
+    fade = torch.exp(-torch.exp2(-8.0 * torch.arange(1, HEADS + 1, dtype=torch.float64) / HEADS))
+    for t in range(20):
+        state = fade[:, None, None] * state + k[:, t, :, :, None] * v[:, t, :, None]
+        rows.append(torch.einsum("bhkv,bhk->bhv", state, q[:, t]))
+    o = torch.stack(rows, dim=1).flatten(2)
+    o = o / (o.square().mean(-1, keepdim=True) + 1e-6).sqrt() * mixer.norm.weight
+    expected = mixer.o_proj(o * torch.sigmoid(mixer.gate_proj(x)))
+    difference = mixer(x, Call(torch.arange(20)[None].expand(2, 20))) - expected
+    # Angles are float32.
+    assert difference.abs().max() < 20 * SINGLE * expected.abs().max()
+    fields = {"heads": HEADS, "activation": "none", "short_conv": 4}
+    assert [one.field for one in Lightning.model_validate(fields).problems(site)] == ["activation"]

@@ -123,8 +123,9 @@ class HeddleModel(HeddlePreTrainedModel):
             seen.append(x)
             layer = self.layer_at(index)
             out = layer(x, call.at(None if cache is None else cache.layers[index], index))
-            x, given, losses, targets, loads = (out, {}, [], [], []) if isinstance(out, Tensor) else out
-            layer.count(loads)
+            told = (out, {}, [], [], [], []) if isinstance(out, Tensor) else out
+            x, given, losses, targets, loads, members = told
+            layer.count(loads, members)
             call.handed.update({(what, index): value for what, value in given.items()})
             call.losses += losses
             call.targets += targets

@@ -19,12 +19,13 @@ from heddle.compose.cache import (
 )
 from heddle.compose.init import Initialised, fill
 from heddle.compose.modules.in_view import attend_in_view, keys_so_far
+from heddle.compose.modules.inward import inward_attention, inward_range
 from heddle.compose.modules.masks import View, distances, key_mask, real_keys
 from heddle.compose.modules.norm import RMSNorm
 from heddle.compose.modules.precision import wide
 from heddle.compose.modules.rope import rotary_key, rotate
 from heddle.compose.modules.rows import RowsOut
-from heddle.compose.modules.selection import Places, choose_blocks
+from heddle.compose.modules.selection import Places, Rule, attend_blocks, choose_blocks
 from heddle.compose.modules.site import Site
 from heddle.compose.modules.softmax import softmax_attention, softmax_weights
 from heddle.errors import HeddleError
@@ -41,9 +42,12 @@ class AttentionModule(Initialised):
     window counts the current token. Without `causal` a query also sees later tokens, those less than a window ahead; there
     is nothing to decode then, and no cache. `softcap` and `sinks` are those of `softmax_attention`.
 
+    With `boundary` "inward" such a window slides inward at the ends, and every query sees as many keys (arXiv 2511.14712).
+
     `keys_from`: the keys and values are those of an earlier layer, and so is their cache (arXiv 2405.12981, 2405.05254).
     `values_from`: v = (1 - l) v + l v', v' those of an earlier layer, l learned from 1/2 on (arXiv 2410.17897).
-    `selection`: blocks of keys that a query reads; see `choose_blocks`. It masks T x S weights and saves no work here.
+    `selection`: blocks of keys that a query reads; see `choose_blocks`. It saves memory and no work yet; with a soft-cap or sinks
+    it masks T x S weights.
 
     Shapes:  x, y: [B, T, D];  `heads_out` sees [B, T, H, d], `rows_out` [B, H, queries, S];
              handed on: keys, values: [B, KV heads, S, d];  indices: [B, KV heads, T, blocks] bool
@@ -64,6 +68,7 @@ class AttentionModule(Initialised):
         gate: bool,
         window: int | None,
         causal: bool = True,
+        boundary: str = "clip",
         scale: float | None = None,
         key_multiplier: float = 1.0,
         softcap: float | None = None,
@@ -81,6 +86,7 @@ class AttentionModule(Initialised):
             key_multiplier,
             softcap,
         )
+        self.boundary = boundary
         self.keys_from, self.values_from, self.selection = keys_from, values_from, dict(selection or {})
         self.takes = _taken(keys_from, values_from, self.selection.get("source"))
         self.rotary, self.norms_jointly = rotary_key(rope, head_dim), qk_norm == "full"
@@ -166,9 +172,14 @@ class AttentionModule(Initialised):
         """Shapes:  q, out: [B, H, T, d];  k, v: [B, KV heads, S, d];  written: [B, S] or None"""
         queries, keys = q.shape[2], k.shape[2]
         attend = partial(softmax_attention, scale=self.scale, softcap=self.softcap, sinks=self.sinks)
+        if self.boundary == "inward" and self.view.window is not None:
+            return inward_attention(q, k, v, call, window=self.view.window, scale=self.scale)
         if not self.selection:
             return attend_in_view(q, (k, v, written), call, self.view, attend)
-        chosen = self._chosen_keys(q, k, written, call)
+        places, blocks = self._choice(q, k, written, call)
+        if self.softcap is None and self.sinks is None:
+            return attend_blocks(q, (k, v, written), places, blocks, self.scale)
+        chosen = places.keys_of(blocks)
         marks = None if written is None else written[:, None, None]
         mask = key_mask(
             distances(queries, keys, q.device), self.view, real_keys(call, keys), chosen, written=marks
@@ -180,25 +191,31 @@ class AttentionModule(Initialised):
         queries, keys = q.shape[2], k.shape[2]
         rows = self.rows_out.places(queries)
         distance = distances(queries, keys, q.device)[rows]
-        chosen = self._chosen_keys(q, k, written, call)[:, :, rows] if self.selection else None
-        marks = None if written is None else written[:, None, None]
-        mask = key_mask(distance, self.view, real_keys(call, keys), chosen, written=marks)
+        chosen = None
+        if self.selection:
+            places, blocks = self._choice(q, k, written, call)
+            chosen = places.keys_of(blocks)[:, :, rows]
+        marks, view = None if written is None else written[:, None, None], self.view
+        if self.boundary == "inward" and view.window is not None:
+            first, last = (one[:, None, rows, None] for one in inward_range(call, keys, view.window))
+            place, view = torch.arange(keys, device=q.device), View(None, causal=False)
+            chosen = (place >= first) & (place <= last)
+        mask = key_mask(distance, view, real_keys(call, keys), chosen, written=marks)
         mask = mask if mask.dim() == 4 else mask[None, None]
         p = softmax_weights(q[:, :, rows], k, mask, scale=self.scale, softcap=self.softcap, sinks=self.sinks)
         return p.flatten(1, 2)
 
-    def _chosen_keys(self, q: Tensor, k: Tensor, written: Tensor | None, call: Call) -> Tensor:
-        """The keys of the blocks that each query reads.  Shapes:  out: [B, KV heads, T, S] bool"""
-        real = None if call.key_padding is None else call.key_padding[:, -k.shape[2] :]
+    def _choice(self, q: Tensor, k: Tensor, written: Tensor | None, call: Call) -> tuple[Places, Tensor]:
+        """The blocks of keys, and those that each query reads.  Shapes:  out: [B, KV heads, T, blocks] bool"""
+        real = None if call.key_padding is None else call.key_padding[:, -k.shape[2] :] > 0
         places = Places(self.selection["block"], k.shape[2], real, q.device)
         source = self.selection.get("source")
-        if source is None:
-            how = {name: self.selection[name] for name in ("count", "sink", "recent")}
-            chosen = choose_blocks(q, k, places, weights=written, **how)
-            call.hand(indices=chosen)
-        else:
-            chosen = call.handed["indices", source]
-        return places.keys_of(chosen)
+        if source is not None:
+            return places, call.handed["indices", source]
+        how = {name: one for name, one in self.selection.items() if name != "block"}
+        chosen = choose_blocks(q, k, places, Rule(**how, scale=self.scale), weights=written)
+        call.hand(indices=chosen)
+        return places, chosen
 
     def new_cache(self) -> StateLayer:
         return KVLayer(self.view.window) if self._keeps_keys() else TokenCount()
@@ -218,7 +235,10 @@ class AttentionModule(Initialised):
 
     def kernel_path(self, device: torch.device, dtype: torch.dtype) -> str:  # noqa: ARG002
         """The name of the code that does the mixing."""
-        return "sdpa" if self.softcap is None and self.sinks is None else "torch"
+        is_fused = (
+            self.softcap is None and self.sinks is None and not self.selection and self.boundary == "clip"
+        )
+        return "sdpa" if is_fused else "torch"
 
 
 def _taken(keys: int | None, values: int | None, indices: int | None) -> tuple[tuple[str, int], ...]:

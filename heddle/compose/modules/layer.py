@@ -83,22 +83,26 @@ class HeddleLayer(GradientCheckpointingLayer):  # type: ignore[misc]
 
     def forward(
         self, x: Tensor, call: Call
-    ) -> Tensor | tuple[Tensor, dict[str, Any], list[Any], list[Any], list[Tensor]]:
+    ) -> Tensor | tuple[Tensor, dict[str, Any], list[Any], list[Any], list[Tensor], list[Tensor]]:
         """The stream after the layer; with it, if there is any, what the mixer hands on to later layers, the auxiliary losses,
-        the shares with a target, and the load of experts, which `count` takes.
+        the shares with a target, the load of experts, and sums over members of clusters; `count` takes the last two.
 
         They are outputs, because a layer that is run again by a checkpoint may write nothing outside of it: no buffer either.
         """
         call = call.at(call.cache)
-        call.given, call.losses, call.targets, call.loads = {}, [], [], []
+        call.given, call.losses, call.targets, call.loads, call.members = {}, [], [], [], []
         x = self.stream(x, call)
-        told = (call.given, call.losses, call.targets, call.loads)
+        told = (call.given, call.losses, call.targets, call.loads, call.members)
         return (x, *told) if any(told) else x
 
-    def count(self, loads: Sequence[Tensor]) -> None:
-        """Tells the channel block the loads that a forward of the layer gave."""
+    def count(self, loads: Sequence[Tensor], members: Sequence[Tensor]) -> None:
+        """Tells the channel block the loads, and mixers with clusters the members, that a forward of the layer gave."""
         for load in loads:
             cast(Any, self.channel).count(load)
+        if members:
+            clustered = (one for one in self.mixer.modules() if hasattr(one, "count_members"))
+            for mixer, found in zip(clustered, members, strict=True):
+                cast(Any, mixer).count_members(found)
 
     def stream(self, x: Tensor, call: Call) -> Tensor:
         """The stream after the layer."""

@@ -9,6 +9,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from heddle.compose.modules.precision import wide
+from heddle.kernels.block_attention import block_attention
+
+# Queries whose scores stand in memory at once.
+QUERIES = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,20 +45,50 @@ class Places:
 
         Shapes:  k: [B, KV heads, S, d];  weights: [B, S] of 0 and 1, or None;  out: [B, KV heads, blocks, d]
         """
+        total, kept = self.sums(k, weights)
+        return total / kept.clamp(min=1)
+
+    def sums(self, k: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The sum of each block's keys, those of weight 0 left out, and how many they are.
+
+        Shapes:  as `means`, and the second [1 or B, 1, blocks, 1]
+        """
         kept = k.new_ones(1, self.keys) if weights is None else weights.to(k.dtype)
-        shift, end = self.shift(), self.blocks * self.block
         if self.real is not None:
-            kept = kept * self.real
-        if shift is None:
-            k, kept = F.pad(k, (0, 0, 0, end - self.keys)), F.pad(kept, (0, end - self.keys))
-        else:
-            place = torch.arange(end, device=self.device) + shift
-            inside, place = place < self.keys, place.clamp(max=self.keys - 1)
-            k = k.gather(2, place[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3]))
-            kept = kept.expand(k.shape[0], -1).gather(1, place) * inside
+            kept = (kept * self.real).expand(k.shape[0], -1)
+        tail = self.blocks * self.block - self.keys
+        k, kept = F.pad(self.aligned(k), (0, 0, 0, tail)), F.pad(self.aligned_marks(kept), (0, tail))
         kept = kept.view(-1, 1, self.blocks, self.block, 1)
-        total = (k.view(*k.shape[:2], self.blocks, self.block, -1) * kept).sum(dim=3)
-        return total / kept.sum(dim=3).clamp(min=1)
+        return (k.view(*k.shape[:2], self.blocks, self.block, -1) * kept).sum(dim=3), kept.sum(dim=3)
+
+    def aligned(self, k: Tensor) -> Tensor:
+        """Each row from its first real key on, and then its first keys again, hidden by whoever looks at `aligned_marks`.
+
+        Shapes:  k, out: [B, KV heads, S, d]
+        """
+        shift = self.shift()
+        if shift is None:
+            return k
+        place = (torch.arange(self.keys, device=self.device) + shift) % self.keys
+        return k.gather(2, place[:, None, :, None].expand(k.shape[0], k.shape[1], -1, k.shape[3]))
+
+    def aligned_marks(self, marks: Tensor) -> Tensor:
+        """Marks of keys from each row's first real one on; of what lies behind the last they are 0.
+
+        Shapes:  marks, out: [1 or B, S]
+        """
+        shift = self.shift()
+        if shift is None:
+            return marks
+        place = torch.arange(self.keys, device=self.device) + shift
+        inside = place < self.keys
+        return marks.expand(len(place), -1).gather(1, place % self.keys) * inside.to(marks.dtype)
+
+    def first(self, batch: int, queries: int) -> Tensor:
+        """The place of the first of the last `queries` keys, counted from the row's first real one.  Shapes:  out: [B] int64"""
+        place = torch.full((batch,), self.keys - queries, device=self.device)
+        shift = self.shift()
+        return place if shift is None else place - shift[:, 0]
 
     def keys_of(self, chosen: Tensor) -> Tensor:
         """The keys of chosen blocks.  Shapes:  chosen: [B, KV heads, T, blocks] bool;  out: [B, KV heads, T, keys] bool"""
@@ -64,28 +98,112 @@ class Places:
         return chosen.gather(-1, place)
 
 
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """How blocks are chosen: `count` of them, the first `sink` and the last `recent` always, the others by their scores.
+
+        mean     score_b = mean_{h in group} q_h · mean_{j in b} k_j
+        kernels  score_b = max_{i overlaps b} sum_{h in group} softmax_i(scale · q_h · mean_{j in i} k_j)    (arXiv 2509.24663)
+
+    Kernels are half a block long and a quarter apart; those that end at the query's place or before count. A query at a place
+    below `dense_length` reads all blocks.
+    """
+
+    count: int
+    sink: int
+    recent: int
+    scores: str = "mean"
+    dense_length: int = 0
+    scale: float | None = None
+
+
 @torch.no_grad()
 def choose_blocks(
-    q: Tensor, k: Tensor, places: Places, *, count: int, sink: int, recent: int, weights: Tensor | None = None
+    q: Tensor, k: Tensor, places: Places, rule: Rule, *, weights: Tensor | None = None
 ) -> Tensor:
     """The blocks that each query reads, one set for the query heads of a KV head. No gradient comes back from the choice.
 
-        score_b = mean_{h in group} q_h · mean_{j in b} k_j
-
-    The first `sink` blocks and the last `recent` ones up to the query's own are always read. The best of the complete blocks
-    between fill up to `count`; of equal ones the earlier is taken. The queries belong to the last T of the S keys.
+    Of the complete blocks between the first and the last the best fill up to `count`; of equal ones the earlier is taken. The
+    queries belong to the last T of the S keys, and are worked on in blocks.
 
     Shapes:  q: [B, H, T, d];  k: [B, KV heads, S, d];  weights: as in `Places.means`;
              out: [B, KV heads, T, blocks] bool
     """
-    means = places.means(wide(k), weights)
-    score = wide(q).view(q.shape[0], k.shape[1], -1, *q.shape[2:]).mean(dim=2) @ means.mT
-    own = places.of_keys()[:, None, -q.shape[2] :, None]
-    block = torch.arange(places.blocks, device=q.device)
-    always = (block <= own) & ((block < sink) | (block > own - recent))
+    is_mean = rule.scores == "mean"
+    rows = (places.means(wide(k), weights), None) if is_mean else _kernels(wide(k), places, weights)
+    first, found = places.first(q.shape[0], q.shape[2]), []
+    for start in range(0, q.shape[2], QUERIES):
+        part = q[:, :, start : start + QUERIES]
+        place = first[:, None] + torch.arange(start, start + part.shape[2], device=q.device)
+        heads = wide(part).unflatten(1, (k.shape[1], -1))  # type: ignore[no-untyped-call]
+        if rows[1] is None:
+            score = heads.mean(dim=2) @ rows[0].mT
+        else:
+            score = _kernel_scores(heads, (rows[0], rows[1]), place, places.block, rule.scale)
+        found.append(_best(score, place, places.block, rule))
+    return found[0] if len(found) == 1 else torch.cat(found, dim=2)
+
+
+def _best(score: Tensor, place: Tensor, size: int, rule: Rule) -> Tensor:
+    """Shapes:  score: [B, KV heads, T, blocks];  place: [B, T];  out: as score, bool"""
+    own = (place // size)[:, None, :, None]
+    block = torch.arange(score.shape[-1], device=score.device)
+    always = (block <= own) & ((block < rule.sink) | (block > own - rule.recent))
     score = score.masked_fill(always, torch.inf).masked_fill(block > own, -torch.inf)
-    best = score.sort(dim=-1, descending=True, stable=True).indices[..., :count]
+    best = score.sort(dim=-1, descending=True, stable=True).indices[..., : rule.count]
     chosen = torch.zeros_like(score, dtype=torch.bool).scatter(
         -1, best, torch.ones_like(best, dtype=torch.bool)
     )
-    return chosen & (block <= own)
+    return (chosen | (place < rule.dense_length)[:, None, :, None]) & (block <= own)
+
+
+def _kernels(k: Tensor, places: Places, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The mean of the keys of each kernel, and whether it has any; kernel i holds the quarters i and i + 1 of blocks.
+
+    Shapes:  out: [B, KV heads, 4 blocks - 1, d], [1 or B, 4 blocks - 1] bool
+    """
+    quarters = Places(places.block // 4, places.keys, places.real, places.device)
+    total, kept = quarters.sums(k, weights)
+    missing = 4 * places.blocks - total.shape[2]
+    total, kept = F.pad(total, (0, 0, 0, missing)), F.pad(kept, (0, 0, 0, missing))
+    total, kept = (one[:, :, :-1] + one[:, :, 1:] for one in (total, kept))
+    return total / kept.clamp(min=1), kept[:, 0, :, 0] > 0
+
+
+def _kernel_scores(
+    q: Tensor, kernels: tuple[Tensor, Tensor], place: Tensor, block: int, scale: float | None
+) -> Tensor:
+    """Shapes:  q: [B, KV heads, G, T, d];  kernels: as `_kernels`;  place: [B, T];  out: [B, KV heads, T, blocks]"""
+    (means, held), quarter = kernels, block // 4
+    ends = torch.arange(held.shape[-1], device=q.device) * quarter + 2 * quarter
+    seen = ((ends <= place[..., None] + 1) & held[:, None])[:, None, None]
+    logits = (q @ means[:, :, None].mT) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    logits = logits.masked_fill(~seen, torch.finfo(logits.dtype).min)
+    share = torch.softmax(logits, dim=-1).masked_fill(~seen, 0.0).sum(dim=2)
+    # Five kernels overlap a block: one begins before it, one ends behind it.
+    return F.pad(share, (1, 1)).unfold(-1, 5, 4).amax(dim=-1)
+
+
+def attend_blocks(
+    q: Tensor,
+    keys: tuple[Tensor, Tensor, Tensor | None],
+    places: Places,
+    chosen: Tensor,
+    scale: float | None,
+) -> Tensor:
+    """Softmax attention over the own key and the chosen blocks, the keys as `keys_so_far` gives them.
+
+    Shapes:  q, out: [B, H, T, d];  chosen: [B, KV heads, T, blocks] bool
+    """
+    (k, v, written), real = keys, places.real
+    return block_attention(
+        q,
+        places.aligned(k),
+        places.aligned(v),
+        block=places.block,
+        start=places.first(q.shape[0], q.shape[2]),
+        chosen=chosen,
+        real=None if real is None else places.aligned_marks(real),
+        written=None if written is None else places.aligned_marks(written),
+        scale=scale,
+    )

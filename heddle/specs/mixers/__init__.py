@@ -18,6 +18,7 @@ from heddle.specs.mixers.hgrn2 import Hgrn2 as Hgrn2
 from heddle.specs.mixers.hierarchical_attention import HierarchicalAttention as HierarchicalAttention
 from heddle.specs.mixers.inline import Inline as Inline
 from heddle.specs.mixers.kda import Kda as Kda
+from heddle.specs.mixers.landmark import Landmark as Landmark
 from heddle.specs.mixers.layer_router import LayerRouter as LayerRouter
 from heddle.specs.mixers.liger import Liger as Liger
 from heddle.specs.mixers.lightning import Lightning as Lightning
@@ -25,10 +26,12 @@ from heddle.specs.mixers.local_linear_attention import LocalLinearAttention as L
 from heddle.specs.mixers.mamba2 import Mamba2 as Mamba2
 from heddle.specs.mixers.mla import Mla as Mla
 from heddle.specs.mixers.moh import Moh as Moh
+from heddle.specs.mixers.nats_l import NatsL as NatsL
 from heddle.specs.mixers.parallel import Parallel as Parallel
 from heddle.specs.mixers.rat import Rat as Rat
 from heddle.specs.mixers.retnet import RetNet as RetNet
 from heddle.specs.mixers.rf_attention import RfAttention as RfAttention
+from heddle.specs.mixers.routing import Routing as Routing
 from heddle.specs.mixers.sequential import Sequential as Sequential
 from heddle.specs.mixers.token_router import TokenRouter as TokenRouter
 from heddle.specs.mixers.ttt import Ttt as Ttt

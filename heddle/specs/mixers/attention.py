@@ -23,12 +23,13 @@ from heddle.specs.kinds import (
 from heddle.specs.layer import Reference as LayerName
 from heddle.specs.layer import Site
 from heddle.specs.rope import Rope
-from heddle.specs.selection import Selection
+from heddle.specs.selection import QUARTERS, Selection
 from heddle.specs.sight import Sight
 
 # Fields of the language that came later: at their defaults they are left out of the data, as if they did not exist.
 LATER = (
     "causal",
+    "boundary",
     "scale",
     "key_multiplier",
     "softcap",
@@ -83,6 +84,13 @@ class Attention(HeadedMixer):
     causal: Annotated[
         bool, Field(description="false: queries see later tokens, too; for encoders, without a cache.")
     ] = True
+    boundary: Annotated[
+        Literal["clip", "inward"],
+        Field(
+            description="What a window to both sides does at the ends: clip; or inward, it slides, and every query sees 2 · "
+            "window - 1 tokens (FreeSwim)."
+        ),
+    ] = "clip"
     scale: Annotated[
         float | None, Field(gt=0, le=1e6, description="Factor of q · k; null: 1 / sqrt(head_dim).")
     ] = None
@@ -129,6 +137,8 @@ class Attention(HeadedMixer):
             found |= {"causality": _BOTH_SIDES, "step": _BOTH_SIDES, "chunks": _BOTH_SIDES}
         if self.keys_from is not None:
             found["written"] = "it reads the memory of another layer and has none of its own"
+        if self.boundary == "inward":
+            found["written"] = "the places of its window count every token"
         return found
 
     def references(self) -> tuple[Reference, ...]:
@@ -203,7 +213,8 @@ class Attention(HeadedMixer):
 
     def sights(self, site: Site) -> tuple[Sight, ...]:  # noqa: ARG002
         if self.selection is None:
-            return (Sight(self.window, is_causal=self.causal),)
+            widest = self.window if self.boundary == "clip" or self.window is None else 2 * self.window - 1
+            return (Sight(widest, is_causal=self.causal),)
         # A source's choice is not known here, but that its own block is in it.
         recent = self.selection.recent if self.selection.source is None else 1
         return (Sight((recent - 1) * self.selection.block + 1), Sight(is_certain=False))
@@ -243,6 +254,7 @@ class Attention(HeadedMixer):
     def _conflicts(self) -> list[Problem]:
         """Fields that ask for what another one rules out."""
         takes, selects, one = self.keys_from is not None, self.selection, "leave one of them out"
+        slides = self.boundary == "inward"
         rules = [
             (
                 takes and self.values_from is not None,
@@ -256,6 +268,14 @@ class Attention(HeadedMixer):
                 "with keys_from there are no own keys",
                 "use scale",
             ),
+            (
+                slides and (self.causal or self.window is None),
+                "boundary",
+                "a window to both sides alone slides inward",
+                "causal: false and a window, or boundary: clip",
+            ),
+            (slides and self.softcap, "boundary", "no logits of an inward window are capped", one),
+            (slides and self.sinks, "boundary", "an inward window has no sinks", one),
             (selects and self.window, "selection", "a window drops keys that could be selected", one),
             (
                 selects and not self.causal,
@@ -270,6 +290,9 @@ class Attention(HeadedMixer):
         if selects is not None and selects.source is None and selects.count < selects.sink + selects.recent:
             what = f"{selects.count} blocks, and {selects.sink + selects.recent} are always read"
             found.append(Problem("selection.count", what, "at least sink + recent", "out-of-range"))
+        if selects is not None and selects.scores == "kernels" and selects.block % QUARTERS:
+            what = f"{selects.block} keys of a block have no quarters, and kernels are a quarter apart"
+            found.append(Problem("selection.block", what, f"a multiple of {QUARTERS}, or scores: mean"))
         return found
 
     def _rope_problems(self, rope: Rope, site: Site) -> list[Problem]:
@@ -308,14 +331,16 @@ class Attention(HeadedMixer):
         if self.selection is None:
             seen, before = self._visible(tokens), 0
         else:
-            seen, before = self.selection.keys_read(tokens), self.selection.blocks_before(tokens)
+            seen, before = self.selection.keys_read(tokens), self.selection.scored(tokens)
         return 2 * self._weights(site) + self._core(site) * seen + self._scoring(site) * before
 
     def prefill_flops(self, site: Site, length: int) -> float:
         if self.selection is not None:
-            mean, before = self.selection.mean_keys_read(length), self.selection.mean_blocks_before(length)
+            mean, before = self.selection.mean_keys_read(length), self.selection.mean_scored(length)
             return 2 * self._weights(site) + self._core(site) * mean + self._scoring(site) * before
         seen = self._visible(length)
+        if self.boundary == "inward":
+            return 2 * self._weights(site) + self._core(site) * min(length, 2 * seen - 1)
         # The sum of min(t, window) over t = 1 … length, over length; from both sides, a token's own counted once.
         mean = (seen * (seen + 1) / 2 + (length - seen) * seen) / max(length, 1)
         return 2 * self._weights(site) + self._core(site) * (mean if self.causal else 2 * mean - 1)
@@ -336,7 +361,7 @@ class Attention(HeadedMixer):
             seen, means = self._visible(context + 1) - 1, 0
         else:
             seen = self.selection.keys_read(context + 1) - 1
-            means = self.selection.blocks_before(context + 1) if self.selection.source is None else 0
+            means = self.selection.scored(context + 1)
         row = (self.kv_heads or self.heads) * head_dim_of(self, site) * element
         return min(2 * seen + means, 2 * context) * row
 
@@ -353,9 +378,10 @@ class Attention(HeadedMixer):
         return 4 * self.heads * head_dim_of(self, site)
 
     def _scoring(self, site: Site) -> int:
-        """FLOPs of one query against one block's mean, where this layer chooses."""
-        chooses = self.selection is not None and self.selection.source is None
-        return 2 * (self.kv_heads or self.heads) * head_dim_of(self, site) if chooses else 0
+        """FLOPs of one query against one mean, of all its heads or of the heads' mean."""
+        is_split = self.selection is not None and self.selection.scores == "kernels"
+        heads = self.heads if is_split else self.kv_heads or self.heads
+        return 2 * heads * head_dim_of(self, site)
 
     def _visible(self, tokens: int) -> int:
         return tokens if self.window is None else min(tokens, self.window)

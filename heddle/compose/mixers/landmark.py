@@ -1,0 +1,171 @@
+"""Landmark attention: a key for each block of tokens, which gates what is read of the block."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from heddle.compose.cache import (
+    Call,
+    CompositeLayer,
+    KVLayer,
+    PreallocatedKVLayer,
+    PreallocatedRecurrentLayer,
+    StateLayer,
+)
+from heddle.compose.modules.in_view import keys_so_far
+from heddle.compose.modules.norm import RMSNorm
+from heddle.compose.modules.precision import wide, wide_dtype
+from heddle.compose.modules.rope import rotary_key, rotary_tables, rotate
+from heddle.compose.modules.selection import Places
+from heddle.compose.modules.site import Site
+from heddle.kernels.block_attention import block_attention
+
+KEPT = "tokens"
+
+
+class LandmarkModule(nn.Module):
+    """Grouped softmax over landmarks of earlier blocks and the keys of the own one.        (arXiv 2305.16300)
+
+        l_b = W_l mean_{j in b} x_j;   o by `block_attention` with these landmarks;   y = W_o o
+
+    Blocks are counted from each row's first real token. A landmark is normed as a key and turned as one at its block's end;
+    what is padding or not written has no part in it. Training reads all blocks, evaluation the `top` best. Sums over an open
+    block are float32.
+
+    Shapes:  x, y: [B, T, D];  states: landmarks: [B, KV heads, complete blocks, d];  open: [B, KV heads, d + 1], the sum over
+             the open block and its tokens, float32; keys, values: [B, KV heads, S, d];  `heads_out` sees [B, T, H, d]
+    """
+
+    def __init__(
+        self,
+        site: Site,
+        *,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        rope: Mapping[str, Any] | None,
+        qk_norm: bool,
+        block: int,
+        top: int | None,
+    ) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
+        self.rotary, self.block, self.top = rotary_key(rope, head_dim), block, top
+        self.q_proj, self.k_proj, self.v_proj, self.landmark_proj = (
+            nn.Linear(site.hidden_size, count * head_dim, bias=False)
+            for count in (heads, kv_heads, kv_heads, kv_heads)
+        )
+        self.q_norm, self.k_norm = (RMSNorm(head_dim, site.norm_eps) if qk_norm else None for _ in range(2))
+        self.heads_out = nn.Identity()
+        self.o_proj = nn.Linear(heads * head_dim, site.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, call: Call) -> Tensor:
+        sides = ((self.q_proj, self.heads), (self.k_proj, self.kv_heads), (self.v_proj, self.kv_heads))
+        q, k, v = (proj(x).unflatten(-1, (count, -1)) for proj, count in sides)
+        tables = None if self.rotary is None else call.rotary_tables(*self.rotary)
+        q, k = (
+            _placed(side, norm, tables).transpose(1, 2) for side, norm in ((q, self.q_norm), (k, self.k_norm))
+        )
+        k, v, written = keys_so_far(k, v.transpose(1, 2), call.part(KEPT))
+        real = None if call.key_padding is None else call.key_padding[:, -k.shape[2] :] > 0
+        places = Places(self.block, k.shape[2], real, k.device)
+        landmarks = self._landmarks(x, call, places)
+        o = block_attention(
+            q,
+            places.aligned(k),
+            places.aligned(v),
+            block=self.block,
+            start=places.first(x.shape[0], x.shape[1]),
+            landmarks=landmarks,
+            top=None if self.training else self.top,
+            real=None if real is None else places.aligned_marks(real),
+            written=None if written is None else places.aligned_marks(written),
+        )
+        y: Tensor = self.o_proj(self.heads_out(call.gated(o.transpose(1, 2))).flatten(2))
+        return y
+
+    def _landmarks(self, x: Tensor, call: Call, places: Places) -> Tensor:
+        """The landmarks of all blocks, those of earlier calls among them; of the open block what it has come to so far.
+
+        Shapes:  x: [B, T, D];  out: [B, KV heads, blocks, d]
+        """
+        rows = self.landmark_proj(x).unflatten(-1, (self.kv_heads, -1))
+        first = places.first(*x.shape[:2])
+        index = places.of_keys()[:, -x.shape[1] :].clamp(min=0).expand(x.shape[:2])
+        begun = (first.clamp(min=0) // self.block)[:, None]
+        sums = self._sums(rows, call, index, begun)
+        opened = sums.gather(2, _spread((first + x.shape[1])[:, None] // self.block, sums))[:, :, 0]
+        ends = call.positions.new_zeros(len(x), places.blocks)
+        ends = ends.scatter_reduce(1, index, call.positions, reduce="amax")
+        means = sums[:, :, :-1, :-1] / sums[:, :, :-1, -1:].clamp(min=1.0)
+        tables = None if self.rotary is None else rotary_tables(ends, *self.rotary)
+        made = _placed(means.transpose(1, 2), self.k_norm, tables).transpose(1, 2).to(rows.dtype)
+        held = call.state("landmarks")
+        if held is not None and held.shape[2] > 0:
+            held = F.pad(held, (0, 0, 0, places.blocks))[:, :, : places.blocks]
+            is_past = torch.arange(places.blocks, device=x.device) < begun
+            made = torch.where(is_past[:, None, :, None], held, made)
+        # A view would keep what is not complete, and all of a long prefill's sums.
+        call.keep(landmarks=made[:, :, : places.keys // self.block].clone(), open=opened)
+        return made
+
+    def _sums(self, rows: Tensor, call: Call, index: Tensor, begun: Tensor) -> Tensor:
+        """The sums of blocks over this call's tokens, on top of what the open block `begun` had come to.
+
+        Shapes:  rows: [B, T, KV heads, d];  index: [B, T];  begun: [B, 1];  out: [B, KV heads, blocks + 1, d + 1]
+        """
+        # The number of a block's tokens is summed beside them.
+        rows = F.pad(wide(rows), (0, 1), value=1.0).flatten(2)
+        rows = call.hide_padding(call.hide_unwritten(rows))
+        rows = rows.view(*rows.shape[:2], self.kv_heads, -1).transpose(1, 2)
+        held = 0 if call.cache is None else call.cache.get_seq_length()
+        blocks = -(-(held + rows.shape[2]) // self.block)
+        sums = rows.new_zeros(*rows.shape[:2], blocks + 1, rows.shape[-1])
+        past = call.state("open")
+        if past is not None:
+            sums = sums.scatter(2, _spread(begun, sums), past.to(rows.dtype)[:, :, None])
+        return sums.scatter_add(2, _spread(index, rows), rows)
+
+    def new_cache(self) -> StateLayer:
+        made = CompositeLayer({KEPT: KVLayer()})
+        # What a block came to cannot be taken back.
+        made.is_croppable = False
+        return made
+
+    def filled_cache(self, batch: int, context: int, like: Tensor) -> StateLayer:
+        """A cache of random contents after `context` tokens, whose step repeats."""
+        shape = (batch, self.kv_heads, context + 1, self.head_dim)
+        part = PreallocatedKVLayer(
+            like.new_empty(shape).normal_(), like.new_empty(shape).normal_(), context=context
+        )
+        marks = (batch, self.kv_heads, (context + 1) // self.block, self.head_dim)
+        opened = (batch, self.kv_heads, self.head_dim + 1)
+        states = {
+            "landmarks": like.new_empty(marks).normal_(),
+            "open": like.new_empty(opened, dtype=wide_dtype(like.dtype)).normal_(),
+        }
+        states["open"][..., -1] = context % self.block
+        made = CompositeLayer({KEPT: part}, PreallocatedRecurrentLayer(states, context=context))
+        made.tokens, made.is_initialized = context, True
+        return made
+
+    def kernel_path(self, device: torch.device, dtype: torch.dtype) -> str:  # noqa: ARG002
+        """The name of the code that does the mixing."""
+        return "torch"
+
+
+def _placed(x: Tensor, norm: nn.Module | None, tables: tuple[Tensor, Tensor] | None) -> Tensor:
+    """Norm and rotation, in float32, rounded once.  Shapes:  x, out: [B, T, heads, d]"""
+    y = x if norm is None else norm(wide(x))
+    y = y if tables is None else rotate(wide(y), tables)
+    return y.to(x.dtype)
+
+
+def _spread(index: Tensor, like: Tensor) -> Tensor:
+    """An index of rows for each head and feature.  Shapes:  index: [B, N];  like: [B, H, *, d];  out: [B, H, N, d]"""
+    return index[:, None, :, None].expand(-1, like.shape[1], -1, like.shape[-1])

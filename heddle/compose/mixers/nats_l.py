@@ -1,0 +1,267 @@
+"""NAtS-L: each chunk of tokens is remembered by softmax attention or by Gated DeltaNet, head by head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from heddle.compose.cache import Call, PreallocatedRecurrentLayer, StateLayer
+from heddle.compose.mixers.gated_deltanet import GatedDeltaNetModule
+from heddle.compose.modules.norm import RMSNorm, l2_norm
+from heddle.compose.modules.open_chunk import Layout
+from heddle.compose.modules.precision import wide, wide_dtype
+from heddle.compose.modules.selection import Places
+from heddle.compose.modules.site import Site
+from heddle.kernels.block_attention import block_attention
+from heddle.kernels.gated_delta_rule import gated_delta_rule
+
+
+@dataclass(slots=True)
+class Running:
+    """What stands at a token of the loop over chunks, all of it wide.
+
+    Shapes:  memory: [B, H, K, V];  start: the memory at the beginning of the open chunk;  faded: [B, H, 1], its log-decay since;
+             opened: [B, 1, D + 2], the sum of the open chunk's inputs, how many of them are written, and how many there are
+    """
+
+    memory: Tensor
+    start: Tensor
+    faded: Tensor
+    opened: Tensor
+
+
+class NatsLModule(GatedDeltaNetModule):
+    """Chunks of tokens kept by softmax attention or folded into a Gated DeltaNet.        (arXiv 2602.03681)
+
+        p_c = softmax(W mean_{t in c} x_t);   m_c = onehot(argmax p_c), its gradient that of p_c where it is 1
+        a_t = softmax attention over the own chunk and earlier chunks c with m_c,0 = 1
+        S   = after each chunk, e^G S_start + m_c,1 (S_end - e^G S_start),   G the sum of the chunk's log-decays
+        y   = W_o ((w_0 rms(S q) + w_1 rms(a)) * silu(W_z x)),   w = softmax(W_m q), for each head of attention
+
+    q, k, v of both are those of the convolution: of length 1 for S, normed head by head for a, whose heads are `split` parts of
+    each head of S and have no positions. The names of weights are those of `GatedDeltaNetModule`. `routes_out` sees m of the
+    chunks that a call completes. The cache drops the keys of chunks that no head of any row keeps, unless there is padding.
+
+    Shapes:  x, y: [B, T, D];  states: keys: [B, H split, S, K / split];  values likewise;  written: [B, 1, S, 1] bool;
+             types: [B, H, complete chunks kept, 1], m_c,0;  memory, start, faded, open as in `Running`;
+             `heads_out` sees [B, T, H split, V / split];  `routes_out` sees [B, chunks, H, 2]
+    """
+
+    def __init__(
+        self,
+        site: Site,
+        *,
+        heads: int,
+        head_dim: int,
+        value_dim: int,
+        split: int,
+        chunk: int,
+        short_conv: int,
+        negative_eigenvalues: bool,
+        budget: float | None,
+        budget_factor: float,
+    ) -> None:
+        super().__init__(
+            site,
+            heads=heads,
+            value_heads=heads,
+            head_dim=head_dim,
+            value_dim=value_dim,
+            short_conv=short_conv,
+            negative_eigenvalues=negative_eigenvalues,
+        )
+        self.parts, self.chunk, self.budget, self.budget_factor = heads * split, chunk, budget, budget_factor
+        self.router = nn.Linear(site.hidden_size, 2 * heads, bias=False)
+        self.share_proj = nn.Linear(heads * head_dim, 2 * self.parts, bias=False)
+        self.q_norm, self.k_norm = (RMSNorm(head_dim // split, site.norm_eps) for _ in range(2))
+        self.norm = RMSNorm(value_dim // split, site.norm_eps)
+        self.routes_out = nn.Identity()
+
+    def forward(self, x: Tensor, call: Call) -> Tensor:
+        x = call.hide_padding(x)
+        q, k, v = self.conv(self.qkv_proj(x), call).split(self.sizes, dim=-1)
+        types, places = self._held(x, call)
+        layout = self._layout(x, call, places)
+        recalled, made = self._recurrence(x, (q, k, v), layout, call)
+        if self.training:
+            self._account(made, call)
+        types = self._typed(types, made, layout, places)
+        attended = self._attend((q, k, v), types, places, call)
+        shares = torch.softmax(_split(wide(self.share_proj(q)), self.parts), dim=-1).to(x.dtype)
+        recalled = _split(recalled.flatten(2), self.parts)
+        o = shares[..., :1] * self.norm(recalled) + shares[..., 1:] * self.norm(attended)
+        o = o * _split(F.silu(self.z_proj(x)), self.parts)
+        y: Tensor = self.o_proj(self.heads_out(call.gated(o)).flatten(2))
+        return y
+
+    def _held(self, x: Tensor, call: Call) -> tuple[Tensor, Places]:
+        """The types of chunks that are held, and the places of the keys that are held and of this call's.
+
+        Shapes:  types: [B, H, chunks, 1]
+        """
+        types, start = call.state("types"), 0 if call.cache is None else call.cache.get_seq_length()
+        if types is None:
+            types = wide(x).new_zeros(len(x), self.heads, 0, 1)
+        held = types.shape[2] * self.chunk + start % self.chunk
+        real = _padding(call)
+        keys = held + x.shape[1]
+        return types, Places(self.chunk, keys, None if real is None else real[:, -keys:] > 0, x.device)
+
+    def _layout(self, x: Tensor, call: Call, places: Places) -> Layout:
+        first = places.first(*x.shape[:2])
+        real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        if places.real is None:
+            return Layout.of(self.chunk, first, real, (places.keys - x.shape[1]) % self.chunk)
+        return Layout.of(self.chunk, first, real if call.padding is None else call.padding > 0, None)
+
+    def _recurrence(
+        self, x: Tensor, sides: tuple[Tensor, Tensor, Tensor], layout: Layout, call: Call
+    ) -> tuple[Tensor, Tensor]:
+        """What the memory tells each token, and the routes of the chunks, 0 where one is not complete.
+
+        Shapes:  sides: [B, T, H K], twice, and [B, T, H V];  out: [B, T, H, V], [B, chunks, H, 2]
+        """
+        q, k, v = (_split(side, self.heads) for side in sides)
+        log_decay, beta = self._gates(x, call)
+        marks = torch.ones_like(x[..., :2], dtype=wide_dtype(x.dtype))
+        inputs = call.hide_unwritten(torch.cat((wide(x), marks[..., :1]), dim=-1))
+        given = (l2_norm(q), l2_norm(k), v, log_decay, beta, torch.cat((inputs, marks[..., 1:]), dim=-1))
+        chunks = zip(*(layout.spread(one).unbind(1) for one in given), strict=True)
+        running, told, routes = self._running(x, call), [], []
+        for *five, one in chunks:
+            o, end = gated_delta_rule(*five, initial_state=running.memory)
+            told.append(o)
+            routes.append(self._close(running, end, five[3].sum(1), one.sum(1, keepdim=True)))
+        names = ("memory", "start", "faded")
+        call.keep(**{name: getattr(running, name) for name in names}, open=running.opened)
+        m: Tensor = self.routes_out(torch.stack(routes, dim=1))
+        return layout.gather(torch.stack(told, dim=1)), m
+
+    def _close(self, running: Running, end: Tensor, faded: Tensor, inputs: Tensor) -> Tensor:
+        """Goes on to the end of a piece of a chunk, and past the chunk's own end where it is complete; its routes.
+
+        Shapes:  end: [B, H, K, V];  faded: [B, H];  inputs: [B, 1, D + 2];  out: [B, H, 2]
+        """
+        opened, gone = running.opened + inputs, running.faded + faded[..., None]
+        complete = opened[:, 0, -1] >= self.chunk
+        mean = opened[:, 0, :-2] / opened[:, 0, -2:-1].clamp(min=1.0)
+        p = torch.softmax(_split(wide(self.router(mean.to(self.router.weight.dtype))), self.heads), dim=-1)
+        chosen = torch.zeros_like(p).scatter(-1, p.argmax(dim=-1, keepdim=True), 1.0)
+        # The bracket is 0. A type that was not chosen hears nothing.
+        m = chosen * (1.0 + (p - p.detach())) * complete[:, None, None]
+        kept = gone.exp()[..., None] * running.start
+        closed = kept + m[..., 1, None, None].to(kept.dtype) * (end - kept)
+        is_over = complete[:, None, None]
+        running.memory = torch.where(is_over[..., None], closed, end)
+        running.start = torch.where(is_over[..., None], closed, running.start)
+        running.faded = gone.masked_fill(is_over, 0.0)
+        running.opened = opened.masked_fill(is_over, 0.0)
+        return m
+
+    def _running(self, x: Tensor, call: Call) -> Running:
+        """Where earlier calls ended."""
+        memory, start, faded, opened = (call.state(name) for name in ("memory", "start", "faded", "open"))
+        if memory is None or start is None or faded is None or opened is None:
+            nothing = wide(x).new_zeros(len(x), self.heads, self.head_dim, self.value_dim)
+            opened = nothing.new_zeros(len(x), 1, x.shape[-1] + 2)
+            return Running(nothing, nothing, nothing[..., :1, 0], opened)
+        return Running(memory, start, faded, opened)
+
+    def _typed(self, types: Tensor, m: Tensor, layout: Layout, places: Places) -> Tensor:
+        """The types that are held and those that this call makes; 0 for a chunk that is not complete.
+
+        Shapes:  types: [B, H, kept chunks, 1];  m: [B, chunks, H, 2];  out: [B, H, all chunks]
+        """
+        held = F.pad(types[..., 0], (0, places.blocks + 1 - types.shape[2]))
+        index = layout.base[:, None] + torch.arange(m.shape[1], device=m.device)
+        index = index.clamp(max=places.blocks)[:, None].expand(-1, self.heads, -1)
+        return held.scatter_add(2, index, m[..., 0].transpose(1, 2).to(held.dtype))[..., :-1]
+
+    def _attend(
+        self, sides: tuple[Tensor, Tensor, Tensor], types: Tensor, places: Places, call: Call
+    ) -> Tensor:
+        """Shapes:  sides: [B, T, H K], twice, and [B, T, H V];  types: [B, H, all chunks];  out: [B, T, H split, V / split]"""
+        q, k, v = (_split(side, self.parts) for side in sides)
+        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        q, k, v = (side.transpose(1, 2) for side in (q, k, v))
+        held, tokens = places.keys - q.shape[2], q.shape[2]
+        written = v.new_ones(len(v), tokens) if call.written is None else call.written
+        past = [call.state(name) for name in ("keys", "values", "written")]
+        marks = (written > 0.5)[:, None, :, None]
+        if past[0] is not None and past[1] is not None and past[2] is not None:
+            k, v, marks = (
+                torch.cat((one[:, :, :held], new), dim=2)
+                for one, new in zip(past, (k, v, marks), strict=True)
+                if one is not None
+            )
+            written = torch.cat((marks[:, 0, :held, 0].to(written.dtype), written), dim=1)
+        self._keep({"keys": k, "values": v, "written": marks, "types": types}, places, call)
+        return block_attention(
+            q,
+            places.aligned(k),
+            places.aligned(v),
+            block=self.chunk,
+            start=places.first(len(q), tokens),
+            gates=types.repeat_interleave(self.parts // self.heads, dim=1),
+            real=None if places.real is None else places.aligned_marks(places.real),
+            written=places.aligned_marks(written),
+        ).transpose(1, 2)
+
+    def _keep(self, held: dict[str, Tensor], places: Places, call: Call) -> None:
+        """Remembers keys, values and types, but not those of chunks that no head of any row will look at again."""
+        complete = places.keys // self.chunk
+        held["types"] = held["types"][:, :, :complete, None]
+        # Rows with padding have their chunks at other places.
+        if call.cache is not None and places.real is None and _can_wait(held["keys"]):
+            is_kept = (held["types"] > 0.5).any(dim=3).any(dim=1).any(dim=0)
+            if not bool(is_kept.all()):
+                tail = is_kept.new_ones(places.keys - complete * self.chunk)
+                rows = torch.cat((is_kept.repeat_interleave(self.chunk), tail))
+                held = {name: one[:, :, is_kept if name == "types" else rows] for name, one in held.items()}
+        call.keep(**held)
+
+    def _account(self, m: Tensor, call: Call) -> None:
+        """Tells the share of complete chunks that are of type softmax, and asks for the share that is wanted.
+
+        Shapes:  m: [B, chunks, H, 2]
+        """
+        # Of a complete chunk one is 1.
+        share = m[..., 0].sum() / m.detach().sum().clamp(min=1.0)
+        call.add_loss("router_share", share.detach(), 0.0)
+        if self.budget is not None:
+            call.add_loss("router_budget", (share - self.budget).square(), self.budget_factor)
+
+    def filled_cache(self, batch: int, context: int, like: Tensor) -> StateLayer:
+        """A cache of random states after `context` tokens, all of type softmax, whose step repeats."""
+        made = super().filled_cache(batch, context, like)
+        states, rows = dict(made.tensors()), (batch, self.parts, context + 1)
+        states["keys"] = like.new_empty(*rows, self.q_norm.weight.shape[0]).normal_()
+        states["values"] = like.new_empty(*rows, self.norm.weight.shape[0]).normal_()
+        states["written"] = torch.ones(batch, 1, context + 1, 1, dtype=torch.bool, device=like.device)
+        exact, memory = wide_dtype(like.dtype), states["memory"]
+        states["types"] = memory.new_ones(batch, self.heads, context // self.chunk, 1)
+        states["start"], states["faded"] = memory.clone(), memory.new_zeros(batch, self.heads, 1)
+        states["open"] = torch.zeros(batch, 1, self.qkv_proj.in_features + 2, dtype=exact, device=like.device)
+        states["open"][..., -2:] = context % self.chunk
+        return PreallocatedRecurrentLayer(states, context=context)
+
+
+def _split(x: Tensor, heads: int) -> Tensor:
+    """Shapes:  x: [..., heads d];  out: [..., heads, d]"""
+    return x.reshape(*x.shape[:-1], heads, -1)
+
+
+def _padding(call: Call) -> Tensor | None:
+    """`key_padding`, or None where there is none."""
+    if call.key_padding is None or not _can_wait(call.key_padding):
+        return call.key_padding
+    return None if bool((call.key_padding > 0).all()) else call.key_padding
+
+
+def _can_wait(x: Tensor) -> bool:
+    """Whether code may look at what was computed: no compiler traces it, no graph is captured, there are numbers."""
+    is_captured = x.is_cuda and torch.cuda.is_current_stream_capturing()
+    return not (torch.compiler.is_compiling() or is_captured or x.is_meta)

@@ -1,0 +1,103 @@
+"""Tokens in clusters: centroids that follow their members, and lists of the latest members before each token."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from heddle.compose.init import Initialised, fill
+from heddle.compose.modules.precision import Float32Kept
+
+
+class Centroids(Float32Kept, Initialised):
+    """Centroids on the unit sphere, moved by online k-means without a gradient.        (arXiv 2003.05997)
+
+        z = argmax_c x · m_c,   m_c <- decay · m_c + (1 - decay) · normalise(sum of x with z = c)        after each training step
+
+    Whoever trains the model calls `after_step`, as `heddle.compose.train.fit` does; else m stays as it is. A cluster without a
+    member keeps its centroid. Sums are an output of the layer, added by the model: a layer that the backward pass runs again is
+    counted once. Each process of several has its own.
+
+    Shapes:  centroids: [H, C, d];  sums: [H, C, d], since the last step; both float32
+    """
+
+    KEPT: ClassVar[tuple[str, ...]] = ("centroids", "sums")
+
+    centroids: Tensor
+    sums: Tensor
+
+    def __init__(self, heads: int, clusters: int, head_dim: int, decay: float) -> None:
+        super().__init__()
+        self.decay = decay
+        self.register_buffer("centroids", torch.empty(heads, clusters, head_dim))
+        self.register_buffer("sums", torch.empty(heads, clusters, head_dim), persistent=False)
+
+    def initialise(self, std: float) -> None:  # noqa: ARG002 - directions have no scale
+        fill(self.centroids, F.normalize(torch.empty_like(self.centroids).normal_(), dim=-1))
+        fill(self.sums, torch.zeros_like(self.sums))
+
+    def nearest(self, x: Tensor) -> Tensor:
+        """The cluster of each token.  Shapes:  x: [B, H, T, d], wide;  out: [B, H, T] int64"""
+        return (x.detach() @ self.centroids.to(x.dtype).mT).argmax(dim=-1)
+
+    def of(self, z: Tensor) -> Tensor:
+        """The centroid of each token.  Shapes:  z: [B, H, T];  out: [B, H, T, d]"""
+        heads = torch.arange(len(self.centroids), device=z.device)[:, None]
+        return self.centroids[heads, z]
+
+    def summed(self, x: Tensor, z: Tensor, real: Tensor) -> Tensor:
+        """The sums over members.  Shapes:  x: [B, H, T, d];  z: [B, H, T];  real: [B, T];  out: [H, C, d]"""
+        rows = (x.detach() * real[:, None, :, None].to(x.dtype)).transpose(0, 1).flatten(1, 2)
+        index = z.transpose(0, 1).flatten(1)[..., None].expand_as(rows)
+        return torch.zeros_like(self.centroids, dtype=x.dtype).scatter_add(1, index, rows)
+
+    def count(self, sums: Tensor) -> None:
+        self.sums += sums.to(self.sums.dtype)
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Moves the centroids by the sums since the last time."""
+        length = self.sums.norm(dim=-1, keepdim=True)
+        moved = torch.lerp(self.sums / length.clamp_min(1e-30), self.centroids, self.decay)
+        self.centroids.copy_(torch.where(length > 0, moved, self.centroids))
+        self.sums.zero_()
+
+
+class Members:
+    """The members of clusters in the order of time: those that were kept first, then those of this call.
+
+    Shapes:  z, is_member: [B, H, N] int64 and bool, N = kept + T
+    """
+
+    def __init__(self, z: Tensor, is_member: Tensor, clusters: int) -> None:
+        order = z.argsort(dim=-1, stable=True)
+        flags = is_member.gather(-1, order).long()
+        rank = flags.cumsum(-1) - flags
+        total = z.shape[-1]
+        slot = torch.where(flags > 0, rank, total)
+        # Members alone, cluster by cluster; one place more for all that are none.
+        self.order = F.pad(torch.zeros_like(order), (0, 1)).scatter(-1, slot, order)[..., :total]
+        self.before = torch.zeros_like(rank).scatter(-1, order, rank)
+        counts = z.new_zeros(*z.shape[:-1], clusters).scatter_add(-1, z, is_member.long())
+        self.ends = counts.cumsum(-1)
+        self.begins = self.ends - counts
+        self.counts = counts
+
+    def lists(self, z: Tensor, count: int) -> Tensor:
+        """The last `count` members before each of the last T tokens, -1 for none.
+
+        Shapes:  z: [B, H, T];  out: [B, H, T, count]
+        """
+        return self._last(self.before[..., -z.shape[-1] :], self.begins.gather(-1, z), count)
+
+    def latest(self, count: int) -> Tensor:
+        """The last `count` members of each cluster, -1 for none.  Shapes:  out: [B, H, C, count]"""
+        return self._last(self.ends, self.begins, count)
+
+    def _last(self, end: Tensor, begin: Tensor, count: int) -> Tensor:
+        place = end[..., None] - count + torch.arange(count, device=end.device)
+        found = self.order.gather(-1, place.clamp(min=0, max=self.order.shape[-1] - 1).flatten(2))
+        return found.view(place.shape).masked_fill(place < begin[..., None], -1)

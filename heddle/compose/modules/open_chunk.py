@@ -1,0 +1,63 @@
+"""The tokens of a call in whole chunks, of which the first goes on with what earlier calls left open."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where a call's tokens stand in chunks of `length`: slot s of row b holds the token at place `base`_b `length` + s.
+
+    One token alone stands in a chunk of one slot, whatever its place.
+
+    Shapes:  first: [B] int64, the place of the call's first token, negative in padding;  real: [B, T] bool;  chunks: their number
+    """
+
+    length: int
+    first: Tensor
+    real: Tensor
+    chunks: int
+
+    @classmethod
+    def of(cls, length: int, first: Tensor, real: Tensor, offset: int | None) -> Layout:
+        """`offset`: tokens in the open chunk, where all rows have as many."""
+        tokens = real.shape[1]
+        most = length - 1 if offset is None else offset
+        return cls(length, first, real, 1 if tokens == 1 else -(-(most + tokens) // length))
+
+    @property
+    def base(self) -> Tensor:
+        """The chunk of each row's first token.  Shapes:  out: [B]"""
+        return self.first.clamp(min=0) // self.length
+
+    def spread(self, x: Tensor) -> Tensor:
+        """Shapes:  x: [B, T, ...];  out: [B, chunks, slots, ...], 0 where there is no real token"""
+        if x.shape[1] == 1:
+            kept = x * _like(self.real, x)
+            return kept[:, None]
+        slots = torch.arange(self.chunks * self.length, device=x.device)
+        token = slots + (self.base * self.length - self.first)[:, None]
+        inside = (token >= 0) & (token < x.shape[1])
+        token = token.clamp(min=0, max=x.shape[1] - 1)
+        inside = inside & self.real.gather(1, token)
+        index = token.view(*token.shape, *[1] * (x.dim() - 2)).expand(-1, -1, *x.shape[2:])
+        found = x.gather(1, index) * _like(inside, x)
+        return found.unflatten(1, (self.chunks, self.length))  # type: ignore[no-any-return, no-untyped-call]
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Back to the order of the tokens.  Shapes:  x: [B, chunks, slots, ...];  out: [B, T, ...]"""
+        x, tokens = x.flatten(1, 2), self.real.shape[1]
+        if tokens == 1:
+            return x
+        slot = torch.arange(tokens, device=x.device) + (self.first - self.base * self.length)[:, None]
+        slot = slot.clamp(min=0)
+        return x.gather(1, slot.view(*slot.shape, *[1] * (x.dim() - 2)).expand(-1, -1, *x.shape[2:]))
+
+
+def _like(marks: Tensor, x: Tensor) -> Tensor:
+    """Shapes:  marks: [B, N];  out: [B, N, 1, ...] of the type of x"""
+    return marks.view(*marks.shape, *[1] * (x.dim() - 2)).to(x.dtype)

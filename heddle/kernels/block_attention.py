@@ -1,0 +1,244 @@
+"""Softmax attention that reads some blocks of keys: chosen ones, or those behind landmarks; and its reference.
+
+In plain torch on every device: it makes no table of all queries by all keys, but computes all products, so it saves memory and no
+work yet. A decode step is a call with one query and all keys.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from heddle.errors import HeddleError
+from heddle.kernels._block_attention_torch import Form, Given, backward, forward
+from heddle.kernels.op import check_shapes, register
+
+
+def block_attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    block: int,
+    start: Tensor,
+    landmarks: Tensor | None = None,
+    top: int | None = None,
+    chosen: Tensor | None = None,
+    gates: Tensor | None = None,
+    real: Tensor | None = None,
+    written: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """`block_attention` in float64, query by query, by the groups of the landmark paper; shares nothing with it."""
+    group, size = q.shape[1] // k.shape[1], q.shape[-1]
+    factor = size**-0.5 if scale is None else scale
+    rows = [[one[b].double() for one in (q, k, v)] for b in range(q.shape[0])]
+    out = q.new_zeros(*q.shape[:3], v.shape[-1], dtype=torch.float64)
+    for b, h, t in (
+        (b, h, t) for b in range(q.shape[0]) for h in range(q.shape[1]) for t in range(q.shape[2])
+    ):
+        here, (qs, ks, vs), n = int(start[b]) + t, rows[b], h // group
+        seen = [j for j in range(here + 1) if j == here or _is_seen(j, b, real, written)]
+        bias = [0.0 if written is None or j == here else written[b, j] - written[b, j].detach() for j in seen]
+        s = {j: factor * (qs[h, t] @ ks[n, j]) + extra for j, extra in zip(seen, bias, strict=True)}
+        blocks = sorted({j // block for j in seen if j // block < here // block})
+        if landmarks is not None:
+            mark = {c: factor * (qs[h, t] @ landmarks[b, n, c].double()) for c in blocks}
+            worth = {c: (-float(mark[c].detach()), c) for c in blocks}
+            blocks = sorted(blocks, key=worth.__getitem__)[:top]
+            gate = [s[j] for j in seen if j // block == here // block] + [mark[c] for c in blocks]
+            total = torch.stack(gate).exp().sum() if gate else 1.0
+            for j in seen:
+                mates = [s[i] for i in seen if i // block == j // block]
+                if j // block == here // block:
+                    out[b, h, t] += s[j].exp() / total * vs[n, j]
+                elif j // block in blocks:
+                    inner = s[j].exp() / torch.stack(mates).exp().sum()
+                    out[b, h, t] += mark[j // block].exp() / total * inner * vs[n, j]
+            continue
+        read = [j for j in seen if chosen is None or j == here or chosen[b, n, t, j // block]]
+        if gates is not None:
+            own, gate = here // block, gates[b, n].detach().tolist()
+            read = [j for j in seen if j // block == own or gate[j // block] > 0.5]
+            far = [j for j in read if j // block < own]
+            s |= {j: s[j] + gates[b, n, j // block] - gate[j // block] for j in far}
+        if read:
+            p = torch.softmax(torch.stack([s[j] for j in read]), dim=0)
+            out[b, h, t] += sum(weight * vs[n, j] for weight, j in zip(p, read, strict=True))
+    return out
+
+
+def _is_seen(key: int, row: int, real: Tensor | None, written: Tensor | None) -> bool:
+    held = real is None or bool(real[row if real.shape[0] > 1 else 0, key])
+    return held and (written is None or bool(written[row, key].detach() > 0.5))
+
+
+_CHOICE = "Tensor? landmarks, Tensor? chosen, Tensor? gates"
+_TENSORS = f"Tensor q, Tensor k, Tensor v, Tensor start, {_CHOICE}, Tensor? real, Tensor? written"
+_INPUTS = f"{_TENSORS}, float scale, int block, int? top"
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    start: Tensor,
+    landmarks: Tensor | None,
+    chosen: Tensor | None,
+    gates: Tensor | None,
+    real: Tensor | None,
+    written: Tensor | None,
+    scale: float,
+    block: int,
+    top: int | None,
+) -> Tensor:
+    given = Given.of((q, k, v), (landmarks, chosen, gates), start, (real, written), block)
+    return forward(given, Form(scale, block, top)).flatten(1, 2).to(v.dtype)
+
+
+def _like(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:  # noqa: ARG001
+    return v.new_empty(*q.shape[:3], v.shape[-1])
+
+
+def _backward(
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    start: Tensor,
+    landmarks: Tensor | None,
+    chosen: Tensor | None,
+    gates: Tensor | None,
+    real: Tensor | None,
+    written: Tensor | None,
+    scale: float,
+    block: int,
+    top: int | None,
+) -> tuple[Tensor, ...]:
+    given = Given.of((q, k, v), (landmarks, chosen, gates), start, (real, written), block)
+    g = d_out.to(given.v.dtype).view(*given.q.shape[:4], v.shape[-1])
+    dq, dk, dv, d_marks, d_gates, d_bias = backward(g, given, Form(scale, block, top))
+    d_written = q.new_zeros(0) if written is None else d_bias.to(written.dtype)
+    dq, dk, dv = dq.flatten(1, 2).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+    d_gates = d_gates if gates is None else d_gates.to(gates.dtype)
+    return dq, dk.contiguous(), dv.contiguous(), d_marks.to(q.dtype), d_gates, d_written.contiguous()
+
+
+def _gradients_like(
+    d_out: Tensor,  # noqa: ARG001
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    start: Tensor,  # noqa: ARG001
+    landmarks: Tensor | None,
+    chosen: Tensor | None,  # noqa: ARG001
+    gates: Tensor | None,
+    real: Tensor | None,  # noqa: ARG001
+    written: Tensor | None,
+    *rest: Any,  # noqa: ARG001
+) -> tuple[Tensor, ...]:
+    given = (q, k, v, landmarks, gates, written)
+    return tuple(q.new_empty(0) if x is None else x.new_empty(x.shape) for x in given)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
+    *tensors, scale, block, top = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.numbers = (scale, block, top)
+
+
+def _gradients(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+    tensors = ctx.saved_tensors
+    dq, dk, dv, *rest = _backward_op(d_out.contiguous(), *tensors, *ctx.numbers)
+    asked = (tensors[4], tensors[6], tensors[8])
+    d_marks, d_gates, d_written = (
+        None if given is None else found for given, found in zip(asked, rest, strict=True)
+    )
+    return dq, dk, dv, None, d_marks, None, d_gates, None, d_written, None, None, None
+
+
+_backward_op = register(
+    "block_attention_backward",
+    f"(Tensor d_out, {_INPUTS}) -> ({', '.join(['Tensor'] * 6)})",
+    _backward,
+    fake=_gradients_like,
+)
+_forward_op = register(
+    "block_attention",
+    f"({_INPUTS}) -> Tensor",
+    _forward,
+    fake=_like,
+    setup_context=_keep,
+    backward=_gradients,
+)
+
+
+def block_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    block: int,
+    start: Tensor,
+    landmarks: Tensor | None = None,
+    top: int | None = None,
+    chosen: Tensor | None = None,
+    gates: Tensor | None = None,
+    real: Tensor | None = None,
+    written: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Causal softmax attention over blocks of keys.
+
+        o_i = sum_j p_ij v_j,   p_i = softmax over the own key and those of the `chosen` blocks up to it
+
+    With `landmarks`, one key for each block, the softmax is grouped (arXiv 2305.16300): over the landmarks of earlier blocks
+    and the keys of the own one; what a landmark gets is divided inside its block,
+
+        p_ij = gate_i(j) in the own block, else gate_i(landmark of b) · softmax_{j in b}(q_i · k_j)
+
+    and with `top` only so many of the best landmarks count, for each query and head, the earlier one of equals. The choice has
+    no gradient; all logits have. Gradients have none of their own. They are worked out again block by block: nothing of T x S
+    stands in memory.
+
+    With `gates`, of 0 and 1, the keys are those of the own block and of the earlier ones whose gate is 1; such a gate has the
+    gradient of a bias of its block's logits in later blocks, one that is 0 has none.
+
+    Keys stand at the places 0 … S - 1 and block b holds the places from b `block` on. Query t of row b stands at
+    `start[b]` + t, at most S - T + t, and sees keys at places up to its own that are `real` and `written`, its own always; one
+    at a negative place sees nothing, and gives 0. `written` has the gradient of a bias of the logits. Query head h reads key
+    head h // (H / N). `scale` defaults to d^-0.5.
+
+    Shapes:  q: [B, H, T, d];  k: [B, N, S, d];  v: [B, N, S, V];  out: [B, H, T, V];  of one dtype
+             start: [B] int64;  landmarks: [B, N, C, d], C = ceil(S / block);  chosen: [B, N, T, C] bool;  gates: [B, N, C]
+             real: [1 or B, S] bool;  written: [B, S] of 0 and 1
+
+    Raises:
+        HeddleError: "bad-argument" for shapes, dtypes or numbers that do not fit.
+    """
+    name = "block_attention"
+    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4 or not 1 <= q.shape[2] <= k.shape[2]:
+        what = "q, k, v must be [B, heads, tokens, *], with at least one query and no more than keys"
+        raise HeddleError("bad-argument", f"{name}: {what}")
+    (B, H, T, d), (N, S) = q.shape, k.shape[1:3]
+    if H % N:
+        raise HeddleError("bad-argument", f"{name}: {N} key heads do not divide {H} query heads")
+    if block < 1 or (top is not None and top < 1):
+        raise HeddleError("bad-argument", f"{name}: block {block} and top {top} must be positive")
+    if sum(one is not None for one in (landmarks, chosen, gates)) > 1 or (
+        top is not None and landmarks is None
+    ):
+        raise HeddleError("bad-argument", f"{name}: landmarks choose with top, and nothing else beside them")
+    if not q.dtype == k.dtype == v.dtype == (q if landmarks is None else landmarks).dtype:
+        raise HeddleError("bad-argument", f"{name}: q, k, v and landmarks must have one dtype")
+    rows, count = B if real is None or real.shape[0] > 1 else 1, -(-S // block)
+    expected = {"k": (k, (B, N, S, d)), "v": (v, (B, N, S, v.shape[-1])), "start": (start, (B,))}
+    limits = {"real": (real, (rows, S)), "written": (written, (B, S)), "chosen": (chosen, (B, N, T, count))}
+    check_shapes(
+        name,
+        {**expected, "landmarks": (landmarks, (B, N, count, d)), **limits, "gates": (gates, (B, N, count))},
+    )
+    scale = d**-0.5 if scale is None else scale
+    return _forward_op(q, k, v, start, landmarks, chosen, gates, real, written, scale, block, top)  # type: ignore[no-any-return]
