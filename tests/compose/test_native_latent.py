@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from heddle.compose.build import build
 from heddle.compose.hf.card import Card
 from heddle.compose.hf.export import export
-from heddle.compose.hf.load_native import read_native
+from heddle.compose.hf.load_native import read_native, spec_of_config
 from heddle.compose.hf.native import write_native
 from heddle.compose.hf.verify import rounded_apart
 from heddle.compose.plan import plan
@@ -131,6 +131,22 @@ def test_servers_find_the_placement_of_kimi_linear_under_the_published_names(kim
         True,
         512,
     )
+
+
+@pytest.mark.filterwarnings("ignore:`rope_scaling`")
+def test_a_configuration_in_published_fields_alone_is_the_same_spec(kimi: Path, tmp_path: Path) -> None:
+    config = json.loads((kimi / "config.json").read_text())
+    ours = {
+        "layer_types",
+        "mlp_layer_types",
+        "router_aux_loss_coef",
+        *(one for one in config if one.startswith("linear_")),
+    }
+    published = {name: one for name, one in config.items() if name not in ours - {"linear_attn_config"}}
+    published |= {"head_dim": 72, "rope_theta": 10000.0, "rope_scaling": None}
+    spec, _ = spec_of_config(published, tmp_path, name="it")
+    experts = with_block(KIMI, "full", "channel", balance=0.0)
+    assert spec_hash(spec.model) == spec_hash(ModelSpec.model_validate(experts))
 
 
 @pytest.mark.parametrize(
