@@ -274,8 +274,12 @@ class Attention(HeadedMixer):
                 "a window to both sides alone slides inward",
                 "causal: false and a window, or boundary: clip",
             ),
-            (slides and self.softcap, "boundary", "no logits of an inward window are capped", one),
-            (slides and self.sinks, "boundary", "an inward window has no sinks", one),
+            (
+                slides and (self.softcap or self.sinks),
+                "boundary",
+                "an inward window has no cap and no sinks",
+                one,
+            ),
             (selects and self.window, "selection", "a window drops keys that could be selected", one),
             (
                 selects and not self.causal,
@@ -287,6 +291,11 @@ class Attention(HeadedMixer):
         found = [
             Problem(field, what, hint, "conflicting-fields") for wrong, field, what, hint in rules if wrong
         ]
+        return found + self._choice_problems()
+
+    def _choice_problems(self) -> list[Problem]:
+        """Sizes of a selection that do not fit each other."""
+        selects, found = self.selection, list[Problem]()
         if selects is not None and selects.source is None and selects.count < selects.sink + selects.recent:
             what = f"{selects.count} blocks, and {selects.sink + selects.recent} are always read"
             found.append(Problem("selection.count", what, "at least sink + recent", "out-of-range"))
