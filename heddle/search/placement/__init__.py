@@ -1,7 +1,26 @@
 """Which layer gets which block: exact solvers, and a model of this run's scores that tells them what to try next."""
 
 from heddle.search.placement.counts import best_assignment
+from heddle.search.placement.curve import Point, curve
+from heddle.search.placement.dp import Answer, Certificate, Solution, nearest, solve
+from heddle.search.placement.problem import Budget, Problem, count_budget
 from heddle.search.placement.proposals import Question, propose
 from heddle.search.placement.quality import QualityModel, Seen
 
-__all__ = ["QualityModel", "Question", "Seen", "best_assignment", "propose"]
+__all__ = [
+    "Answer",
+    "Budget",
+    "Certificate",
+    "Point",
+    "Problem",
+    "QualityModel",
+    "Question",
+    "Seen",
+    "Solution",
+    "best_assignment",
+    "count_budget",
+    "curve",
+    "nearest",
+    "propose",
+    "solve",
+]
