@@ -11,13 +11,14 @@ from heddle.search.placement.problem import Problem
 ROUNDS = 80
 
 
-def relaxed_bound(problem: Problem) -> float:
-    """What no placement within the true budgets exceeds, by Lagrangian relaxation:
+def relaxed_bound(problem: Problem, found: float) -> float:
+    """What no placement within the true budgets exceeds, by Lagrangian relaxation; `found` is the worth of one that keeps them.
 
         min_{λ ≥ 0} max_k [ value(k) - Σ_i λ_i (cost_i(k) - limit_i) ]
 
     Each inner maximum is exact, by dynamic programming without budgets. Two sides of a budget have a price each. One
-    price is searched by halving its range, several by steps along the violation.
+    price is searched by halving its range, several by steps along the violation
+    (Polyak's, whose length is how far the bound still lies above `found`).
     """
     sides = _sides(problem)
     if not sides:
@@ -32,13 +33,13 @@ def relaxed_bound(problem: Problem) -> float:
             upper = min(upper, bound)
             low, high = (middle, high) if missed[0] > 0 else (low, middle)
         return min(upper, _priced(problem, sides, np.array([0.0]))[0])
-    for turn in range(ROUNDS):
+    for _ in range(ROUNDS):
         bound, missed = _priced(problem, sides, prices)
         upper = min(upper, bound)
-        length = float(np.linalg.norm(missed * scale))
-        if length < 1e-15:
+        length = float(((missed * scale) ** 2).sum())
+        if length < 1e-24 or upper <= found:
             break
-        prices = np.maximum(0.0, prices + scale * (missed * scale) / length / (1.0 + turn / 4) / 2)
+        prices = np.maximum(0.0, prices + scale**2 * missed * (bound - found) / length)
     return upper
 
 

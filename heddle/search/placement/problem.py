@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 
 import numpy as np
+from numpy.typing import NDArray
 
 from heddle.errors import HeddleError
 from heddle.search.placement.counts import Array
+
+Layers = Sequence[int] | NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -40,19 +42,21 @@ class Budget:
         beside = np.zeros((kinds, kinds)) if self.pair is None or layer == 0 else self.pair
         return np.asarray(self.cost[layer][None, :] + beside, dtype=np.float64)
 
-    def of(self, layers: Sequence[int]) -> float:
-        """What these layers cost."""
-        total = self.constant + float(sum(self.cost[layer, kind] for layer, kind in enumerate(layers)))
+    def of(self, layers: Layers) -> Array:
+        """What these layers cost: for one placement a number, for rows of placements one each."""
+        kinds = np.asarray(layers)
+        total = self.cost[np.arange(kinds.shape[-1]), kinds].sum(axis=-1) + self.constant
         if self.pair is not None:
-            total += float(sum(self.pair[a, b] for a, b in pairwise(layers)))
-        return total
+            total = total + self.pair[kinds[..., :-1], kinds[..., 1:]].sum(axis=-1)
+        return np.asarray(total, dtype=np.float64)
 
-    def excess(self, cost: float) -> float:
+    def excess(self, cost: Array | float) -> Array:
         """How far `cost` lies over what is given, or under what is asked, as a share of it; 0 keeps the budget."""
         # The sum of float64 costs that add up to the limit may end a rounding above it.
         slack = 1e-12 * max(1.0, abs(self.constant), float(np.abs(self.cost).sum(axis=0).max()))
-        over = max(cost - self.at_most, (self.at_least if self.at_least is not None else -np.inf) - cost)
-        return 0.0 if over <= slack else over / (abs(self.at_most) or 1.0)
+        least = -np.inf if self.at_least is None else self.at_least
+        over = np.maximum(np.asarray(cost) - self.at_most, least - np.asarray(cost))
+        return np.where(over <= slack, 0.0, over / (abs(self.at_most) or 1.0))
 
 
 def count_budget(kind: int, shape: tuple[int, int], most: int, least: int | None = None) -> Budget:
@@ -110,7 +114,7 @@ class Problem:
         """The worth of each kind `distance` layers back beside each kind at `layer`: [kinds, kinds]."""
         if self.pair is None or distance > layer:
             return np.zeros((self.kinds, self.kinds))
-        of_distance = self.pair[distance - 1]
+        of_distance: Array = self.pair[distance - 1]
         return of_distance[layer] if of_distance.ndim == 3 else of_distance
 
     @cached_property
@@ -126,22 +130,42 @@ class Problem:
             made.append(total)
         return made
 
-    def value(self, layers: Sequence[int]) -> float:
-        """What these layers are worth."""
-        total = float(sum(self.unary[layer, kind] for layer, kind in enumerate(layers)))
-        for layer, kind in enumerate(layers):
+    def value(self, layers: Layers) -> Array:
+        """What these layers are worth: for one placement a number, for rows of placements one each."""
+        kinds = np.asarray(layers)
+        total = self.unary[np.arange(self.length), kinds].sum(axis=-1)
+        for layer in range(self.length) if self.pair is not None else ():
             for distance in range(1, min(self.window, layer) + 1):
-                total += float(self.pair_at(distance, layer)[layers[layer - distance], kind])
-        return total
+                total = total + self.pair_at(distance, layer)[kinds[..., layer - distance], kinds[..., layer]]
+        return np.asarray(total, dtype=np.float64)
 
     def costs(self, layers: Sequence[int]) -> dict[str, float]:
         """What these layers cost of each budget."""
-        return {budget.name: budget.of(layers) for budget in self.budgets}
+        return {budget.name: float(budget.of(layers)) for budget in self.budgets}
+
+    def keeps(self, layers: Layers) -> NDArray[np.bool_]:
+        """Whether each row of layers keeps every budget."""
+        missed = [budget.excess(budget.of(layers)) > 0 for budget in self.budgets]
+        return ~np.any(missed, axis=0) if missed else np.ones(np.asarray(layers).shape[:-1], dtype=np.bool_)
 
     def over(self, costs: Mapping[str, float]) -> dict[str, float]:
         """By what share of it each budget that is not kept is missed."""
-        found = {budget.name: budget.excess(costs[budget.name]) for budget in self.budgets}
+        found = {budget.name: float(budget.excess(costs[budget.name])) for budget in self.budgets}
         return {name: share for name, share in found.items() if share > 0}
+
+
+@dataclass(frozen=True, slots=True)
+class Solution:
+    """A placement: the kind of each layer, what it is worth, and its true costs."""
+
+    layers: tuple[int, ...]
+    value: float
+    costs: dict[str, float]
+
+
+def solution_of(problem: Problem, layers: tuple[int, ...]) -> Solution:
+    """These layers with their worth and costs."""
+    return Solution(layers, float(problem.value(layers)), problem.costs(layers))
 
 
 def _dims(unary: Array) -> tuple[int, int]:
