@@ -3,8 +3,8 @@
 python tests/bench/placement_speed.py --commit "$(git rev-parse --short=12 HEAD)"
 
 64 layers of 8 kinds with pair terms: one budget of 1,000 steps, the 16 best and the whole Pareto curve; two budgets of 200
-steps each. `cpu_s` is the processor time of this process, which other processes on the machine leave nearly alone; `wall_s` is not,
-and `load` tells how many there were.
+steps each. `cpu_s` is the processor time of this process, nearly the same beside others; `wall_s` is
+not, and `load` tells how many there were.
 """
 
 from __future__ import annotations
