@@ -3,6 +3,7 @@
 from heddle.search.placement.counts import best_assignment
 from heddle.search.placement.curve import Point, curve
 from heddle.search.placement.dp import Answer, Certificate, solve
+from heddle.search.placement.limits import Timed
 from heddle.search.placement.nearest import nearest
 from heddle.search.placement.problem import Budget, Problem, Solution, count_budget
 from heddle.search.placement.proposals import Question, propose
@@ -18,6 +19,7 @@ __all__ = [
     "Question",
     "Seen",
     "Solution",
+    "Timed",
     "best_assignment",
     "count_budget",
     "curve",

@@ -52,6 +52,8 @@ class Landscape:
         self.layers, self.length = layers, int(layers.shape[1])
         self.centre = float(values.mean()) if len(values) else 0.0
         self._hot = np.eye(kinds)[layers]
+        self._alike = {alike: self._unary_kernel(alike) for alike in ALIKE}
+        self._shared = self._pair_kernels()
         target = values - self.centre
         self.prior, self.scale = _Prior(0.5, 0.1, 1e-2), 1.0
         best = -np.inf
@@ -63,15 +65,24 @@ class Landscape:
         self._inverse = np.linalg.inv(self._covariance(self.prior)) if len(values) else np.zeros((0, 0))
         self._dual = self._inverse @ target
 
+    def _unary_kernel(self, alike: float) -> Array:
+        """How far placements have the same kinds at the same or at close layers: [n, n]."""
+        wide = np.moveaxis(self._hot, 2, 0)
+        prior = _Prior(alike, 0.0, 0.0).unary(self.length)
+        return np.asarray((wide @ prior @ wide.transpose(0, 2, 1)).sum(axis=0))
+
+    def _pair_kernels(self) -> list[Array]:
+        """How many pairs of layers at each distance placements share: [n, n] each."""
+        same = self.layers[:, None] == self.layers[None]
+        distances = range(1, min(self.window, self.length - 1) + 1)
+        return [(same[..., d:] & same[..., :-d]).sum(axis=-1).astype(np.float64) for d in distances]
+
     def _covariance(self, prior: _Prior) -> Array:
-        """Of the values: same kinds at same or close layers, and same pairs; [n, n]."""
-        hot = self._hot
-        total = np.einsum("ilk,lm,jmk->ij", hot, prior.unary(self.length), hot, optimize=True)
-        same = np.einsum("ilk,jlk->ijl", hot, hot, optimize=True)
-        for distance in range(1, min(self.window, self.length - 1) + 1):
-            shared = (same[..., distance:] * same[..., :-distance]).sum(axis=-1)
+        """Of the values: [n, n]."""
+        total = self._alike[prior.alike] + prior.noise * np.eye(len(self.layers))
+        for distance, shared in enumerate(self._shared, start=1):
             total = total + prior.pair(self.length, distance) * shared
-        return np.asarray(total + prior.noise * np.eye(len(hot)))
+        return total
 
     def _weights(self, dual: Array) -> tuple[Array, Array]:
         """The weights that dual coefficients of the placements stand for."""
@@ -109,8 +120,9 @@ class Landscape:
 
 def _evidence(covariance: Array, target: Array) -> tuple[float, float]:
     """Log marginal likelihood up to a constant, at the best scale of everything, and that scale."""
-    scale = max(float(target @ np.linalg.solve(covariance, target)) / len(target), 1e-30)
-    return -0.5 * (len(target) * np.log(scale) + float(np.linalg.slogdet(covariance)[1])), scale
+    root = np.linalg.cholesky(covariance)
+    scale = max(float(np.square(np.linalg.solve(root, target)).sum()) / len(target), 1e-30)
+    return -0.5 * len(target) * np.log(scale) - float(np.log(np.diag(root)).sum()), scale
 
 
 def unseen(

@@ -23,7 +23,7 @@ class Effort:
 
     Of a round's `batch`, `expected` placements are the best of the expected landscape within the trust region; the rest are
     the best of draws from the posterior, every second of them from anywhere. `tolerance` is how far, as a share of the spread of
-    all values, the prediction of the best may be off where predicted and real are said to agree.
+    all values, the prediction of the best may be off where predicted and real are said to agree; below 0, never.
     """
 
     evaluations: int
@@ -91,12 +91,13 @@ class Loop:
             HeddleError: "nothing-feasible" where no placement keeps the budgets.
         """
         while len(self.own) < self.effort.evaluations and not self.agreed():
-            chosen = self._chosen(min(self.effort.batch, self.effort.evaluations - len(self.own)))
+            model = self.model()
+            chosen = self._chosen(model, min(self.effort.batch, self.effort.evaluations - len(self.own)))
             if not chosen and not self.own:
-                raise nothing_feasible(self.model().mean(self.budgets))
+                raise nothing_feasible(model.mean(self.budgets))
             if not chosen:
                 break
-            predicted = self.model().predicted(chosen[0]) if self.own else np.nan
+            predicted = model.predicted(chosen[0]) if self.own else np.nan
             before = self.best[1] if self.own else -np.inf
             values = [float(value) for value in self.evaluate(chosen)]
             self.own += zip(chosen, values, strict=True)
@@ -117,7 +118,7 @@ class Loop:
 
     def agreed(self) -> bool:
         """Whether the model's best is the best found, and the others' values alone predict it."""
-        if len(self.own) < 2 * self.effort.batch:
+        if len(self.own) < 2 * self.effort.batch or self.effort.tolerance < 0:
             return False
         top = next(Table(self.model().mean(self.budgets), bound=False).ranked())
         layers, value = self.best
@@ -126,9 +127,9 @@ class Loop:
         spread = float(np.ptp([one for _, one in self.own]))
         return abs(self.model(layers).predicted(layers) - value) <= self.effort.tolerance * spread
 
-    def _chosen(self, count: int) -> list[Layers]:
+    def _chosen(self, model: Landscape, count: int) -> list[Layers]:
         """The placements of the next round, the most promising first."""
-        model, seen, chosen = self.model(), {one for one, _ in self.own}, list[Layers]()
+        seen, chosen = {one for one, _ in self.own}, list[Layers]()
         near = (*self.budgets, self._near()) if self.own else self.budgets
         if self.own:
             table = Table(model.mean(near), bound=False)

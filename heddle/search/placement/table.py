@@ -40,6 +40,7 @@ class Table:
 
     def __init__(self, problem: Problem, *, bound: bool = True, gate: Gate | None = None) -> None:
         self.problem, self.gate = problem, gate
+        self._steps: dict[tuple[int, int], list[list[int]]] = {}
         self.grids: list[Grid] = [grid_of(budget) for budget in problem.budgets]
         self.feasible = all(grid.capacity >= 0 for grid in self.grids)
         self.tops = tuple(max(0, grid.top(bound=bound)) for grid in self.grids)
@@ -76,7 +77,7 @@ class Table:
         gain = problem.gains[layer]
         best = np.full(after.shape, -np.inf)
         wide: Index = (...,) + (None,) * len(self.grids)
-        gates = [self.gate(layer, kind) if self.gate else None for kind in range(problem.kinds)]
+        gates = [self._allowed(layer, kind) if self.gate else None for kind in range(problem.kinds)]
         for before, kind in product(range(problem.kinds), repeat=2):
             if np.isneginf(problem.unary[layer, kind]):
                 continue
@@ -95,6 +96,11 @@ class Table:
             target = best[view][gone]
             np.maximum(target, value, out=target)
         return best
+
+    def _allowed(self, layer: int, kind: int) -> NDArray[np.bool_]:
+        """What the gate says, for every number of steps left of each budget."""
+        assert self.gate is not None
+        return np.broadcast_to(self.gate(layer, kind), tuple(top + 1 for top in self.tops))
 
     def at(self, left: tuple[int, ...]) -> float:
         """The best value of all with these steps."""
@@ -126,17 +132,23 @@ class Table:
     def _further(self, layers: tuple[int, ...], worth: float, left: tuple[int, ...]) -> Iterator[Branch]:
         layer, window = len(layers), self.problem.window
         state = ((0,) * window + layers)[-window:]
-        for kind in range(self.problem.kinds):
-            rest = tuple(
-                have - int(grid.steps[layer, state[-1], kind])
-                for have, grid in zip(left, self.grids, strict=True)
-            )
-            if any(have < 0 for have in rest) or (self.gate and not self.gate(layer, kind)[left]):
+        gains, after = self.problem.gains[layer][state], self.tails[layer + 1][state[1:]]
+        for kind, *steps in self._choices(layer, state[-1]):
+            rest = tuple([have - step for have, step in zip(left, steps, strict=True)])
+            if (rest and min(rest) < 0) or (self.gate and not self._allowed(layer, kind)[left]):
                 continue
-            sure = worth + float(self.problem.gains[layer][state][kind])
-            reach = sure + float(self.tails[layer + 1][(*state[1:], kind, *rest)])
-            if np.isfinite(reach):
+            sure = worth + float(gains[kind])
+            reach = sure + float(after[(kind, *rest)])
+            if reach > -np.inf:
                 yield -reach, (*layers, kind), sure, rest
+
+    def _choices(self, layer: int, before: int) -> list[list[int]]:
+        """Each kind that is not forbidden at a layer, with its steps of each budget."""
+        if (layer, before) not in self._steps:
+            kinds = np.flatnonzero(np.isfinite(self.problem.unary[layer]))
+            columns = [kinds, *(grid.steps[layer, before][kinds] for grid in self.grids)]
+            self._steps[layer, before] = np.stack(columns, axis=1).tolist()
+        return self._steps[layer, before]
 
     def read(self, starts: Whole) -> Whole:
         """The best placement within each row of steps, the lowest kind of equals; each row must have one.
@@ -153,8 +165,9 @@ class Table:
                 rest = left - np.array(cost, dtype=np.int64).reshape(len(cost), len(starts)).T
                 after = (*state[1:], np.full(len(starts), kind), *np.maximum(rest, 0).T)
                 value = self.problem.gains[layer][(*state, kind)] + self.tails[layer + 1][after]
-                gate = None if self.gate is None else self.gate(layer, kind)[tuple(left.T)]
-                wrong = (rest < 0).any(axis=1) | (False if gate is None else ~gate)
+                wrong = (rest < 0).any(axis=1)
+                if self.gate:
+                    wrong |= ~self._allowed(layer, kind)[tuple(left.T)]
                 values.append(np.where(wrong, -np.inf, value))
                 rests.append(rest)
             chosen = np.stack(values).argmax(axis=0)
