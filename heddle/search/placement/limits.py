@@ -14,6 +14,8 @@ from heddle.search.placement.problem import Budget
 
 # Timings of which fewer say nothing about the next.
 LEAST_TIMED = 4
+# Of so many at most, the latest, so that a long search does not grow slow.
+MOST_TIMED = 500
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 
@@ -40,7 +42,7 @@ def latency_budgets(
     known = sorted({(name, repr(value)) for one in timed for name, value in one.params.items()})
     found = []
     for label in sorted({label for one in timed for label in one.shares}):
-        mine = [one for one in timed if label in one.shares]
+        mine = [one for one in timed if label in one.shares][-MOST_TIMED:]
         if len(mine) < LEAST_TIMED:
             continue
         features = np.stack([_features(one.layers, one.params, kinds, known) for one in mine])
@@ -76,12 +78,15 @@ def _marks(params: Mapping[str, Any], known: Sequence[tuple[str, str]]) -> Array
 
 def _ridge(features: Array, target: Array) -> Array:
     """The weights of centred features whose left-out errors are smallest."""
-    centred, wanted = features - features.mean(axis=0), target - target.mean()
+    left, sizes, right = np.linalg.svd(features - features.mean(axis=0), full_matrices=False)
+    wanted = left.T @ (target - target.mean())
     best, chosen = np.inf, np.zeros(features.shape[1])
     for ridge in RIDGES:
-        inverse = np.linalg.inv(centred @ centred.T + ridge * np.eye(len(target)))
-        dual = inverse @ wanted
-        error = float(((dual / np.diag(inverse)) ** 2).sum())
+        kept = sizes**2 / (sizes**2 + ridge)
+        missed = target - target.mean() - left @ (kept * wanted)
+        # What each trial adds to its own prediction, its share of the mean included.
+        own = (left**2) @ kept + 1.0 / len(target)
+        error = float(np.square(missed / np.maximum(1.0 - own, 1e-9)).sum())
         if error < best:
-            best, chosen = error, centred.T @ dual
+            best, chosen = error, right.T @ (sizes / (sizes**2 + ridge) * wanted)
     return chosen
