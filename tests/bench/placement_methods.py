@@ -62,9 +62,8 @@ class Landscape:
         return value
 
     def gaps(self) -> list[float]:
-        """The gap after each number of evaluations of LOOKS."""
-        best = [max(self.diary[:look], default=-np.inf) for look in LOOKS]
-        return [min(9.0, (self.top - one) / (self.top - self.median)) for one in best]
+        """The gap after each number of evaluations of LOOKS; infinite while all were probes."""
+        return [(self.top - max(self.diary[:look])) / (self.top - self.median) for look in LOOKS]
 
 
 def placed(full: Sequence[int]) -> Layers:
@@ -182,8 +181,15 @@ METHODS: dict[str, Callable[[Landscape, int], None]] = {
 }
 
 
-def interval(gaps: Sequence[float]) -> tuple[float, float]:
+def told(gap: float) -> float | None:
+    """A gap as JSON has it: nothing where no placement was evaluated yet."""
+    return gap if np.isfinite(gap) else None
+
+
+def interval(gaps: Sequence[float]) -> tuple[float, float] | None:
     """The 95 % bootstrap interval of the median."""
+    if not np.isfinite(gaps).all():
+        return None
     rng, values = np.random.default_rng(0), np.array(gaps)
     medians = np.median(values[rng.integers(0, len(values), (2000, len(values)))], axis=1)
     return float(np.quantile(medians, 0.025)), float(np.quantile(medians, 0.975))
@@ -205,9 +211,9 @@ def rows(names: Sequence[str], strengths: Sequence[float], seeds: range) -> Iter
                 "strength": strength,
                 "seeds": [seeds.start, seeds.stop],
                 "evaluations": list(LOOKS),
-                "gap": [float(np.median(one)) for one in by_look],
+                "gap": [told(float(np.median(one))) for one in by_look],
                 "gap_interval": [interval(one) for one in by_look],
-                "gap_worst": [max(one) for one in by_look],
+                "gap_worst": [told(max(one)) for one in by_look],
                 "optimum_found": [sum(gap < 1e-9 for gap in one) for one in by_look],
                 "cpu_s": (time.process_time() - used) / len(seeds),
             }
@@ -230,9 +236,9 @@ def main() -> None:
         made = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         with chosen.out.open("a") as file:
             file.write(json.dumps({**common, "time": made, "load": os.getloadavg()[0], **row}) + "\n")
-        told = ", ".join(f"{100 * gap:.2f}" for gap in row["gap"])
+        gaps = ", ".join("no" if gap is None else f"{100 * gap:.2f}" for gap in row["gap"])
         print(
-            f"{row['impl']:24} s {row['strength']:g}: gap {told} % at {row['evaluations']}, {row['cpu_s']:.2f} s",
+            f"{row['impl']:24} s {row['strength']:g}: gap {gaps} % at {row['evaluations']}, {row['cpu_s']:.2f} s",
             flush=True,
         )
 
