@@ -23,7 +23,7 @@ from heddle.search.evaluations import Evaluations, Request, weights_path
 from heddle.search.events import EventLog
 from heddle.search.ledger import Entry
 from heddle.search.lock import LockKeeper
-from heddle.search.placement import Seen
+from heddle.search.placement import Seen, Timed
 from heddle.search.progress import Progress, Status
 from heddle.search.record import (
     REFERENCE,
@@ -240,10 +240,17 @@ class Driver:
     def _place(self, number: int, values: Mapping[str, Any]) -> space.Candidate:
         """The layers for `values`, learnt from the rounds before this one alone."""
         round_start = number // self.setting.round * self.setting.round
+        before_it = [trial for other, trial in sorted(self.trials.items()) if 0 <= other < round_start]
+        outer = {trial.number: space.outer(self.setting.file, trial.params) for trial in before_it}
         history = [
-            Seen(trial.layers, space.outer(self.setting.file, trial.params), trial.quality)
-            for other, trial in sorted(self.trials.items())
-            if 0 <= other < round_start and trial.quality is not None
+            Seen(trial.layers, outer[trial.number], trial.quality)
+            for trial in before_it
+            if trial.quality is not None
+        ]
+        timed = [
+            Timed(trial.layers, outer[trial.number], {n: 1.0 + over for n, over in trial.constraints.items()})
+            for trial in before_it
+            if trial.constraints
         ]
         before = {event["hash"] for other, event in self._asked.items() if 0 <= other < number}
         return space.place(
@@ -253,6 +260,7 @@ class Driver:
             before.__contains__,
             seed=self.setting.seed,
             number=number,
+            timed=timed,
         )
 
     def _time(self, numbers: Sequence[int]) -> None:

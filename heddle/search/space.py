@@ -11,7 +11,7 @@ from typing import Any
 import optuna
 
 from heddle.errors import HeddleError
-from heddle.search.placement import Question, Seen, propose
+from heddle.search.placement import Question, Seen, Timed, propose
 from heddle.search.study import Study
 from heddle.specs import (
     ModelSpec,
@@ -87,8 +87,9 @@ def place(
     *,
     seed: int,
     number: int,
+    timed: Sequence[Timed] = (),
 ) -> Candidate:
-    """The candidate of trial `number`: `values` are Optuna's, the layers are proposed from `history`.
+    """The candidate of trial `number`: `values` are Optuna's, the layers are proposed from `history` and from what was `timed`.
 
     `is_asked(hash)` tells whether a trial of this run has that spec already.
     """
@@ -100,7 +101,9 @@ def place(
     def is_seen(layers: tuple[str, ...]) -> bool:
         return is_asked(candidate(file, values, layers).hash)
 
-    question = Question(counts, outer(file, values), uniform(file, values), is_seen, order=file.order(values))
+    question = Question(
+        counts, outer(file, values), uniform(file, values), is_seen, order=file.order(values), timed=timed
+    )
     return candidate(file, values, propose(question, history, seed=seed, number=number))
 
 

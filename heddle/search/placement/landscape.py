@@ -1,0 +1,137 @@
+"""What evaluated placements say about every other: worth of kinds at layers, and of pairs of layers close to each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+from numpy.typing import NDArray
+
+from heddle.search.placement.counts import Array
+from heddle.search.placement.problem import Budget, Problem
+
+# How alike close layers are, what pairs weigh beside single layers, how much is noise: those that explain the values best.
+ALIKE, PAIRS, NOISE = (0.0, 0.5), (0.01, 0.1, 0.4), (1e-3, 1e-2, 1e-1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Prior:
+    """cov(unary[l, k], unary[l', k]) = ((1 - alike) [l = l'] + alike e^(-4|l - l'|/L)) / L;
+
+    each pair term at distance d has a variance of pairs · 2^(1-d) / (L - d).
+    """
+
+    alike: float
+    pairs: float
+    noise: float
+
+    def unary(self, length: int) -> Array:
+        place = np.arange(length)
+        close = np.exp(-4.0 * np.abs(place[:, None] - place[None, :]) / length)
+        return np.asarray(((1 - self.alike) * np.eye(length) + self.alike * close) / length)
+
+    def pair(self, length: int, distance: int) -> float:
+        return self.pairs * 2.0 ** (1 - distance) / max(1, length - distance)
+
+
+class Landscape:
+    """Bayesian linear regression of values on placements, with single layers and pairs up to `window` layers apart:
+
+        y = c + Σ_l unary[l, k_l] + Σ_d Σ_l pair[d-1, l, k_{l-d}, k_l] + ε
+
+    The weights have a Gaussian prior of mean 0, chosen among a few by marginal likelihood. Worked in the space of the
+    placements evaluated, so many kinds and layers cost little.
+
+    Shapes:  layers: [n, L] of kinds;  values: [n].
+    """
+
+    def __init__(self, layers: NDArray[np.int64], values: Array, kinds: int, window: int) -> None:
+        self.kinds, self.window = kinds, window
+        self.layers, self.length = layers, int(layers.shape[1])
+        self.centre = float(values.mean()) if len(values) else 0.0
+        self._hot = np.eye(kinds)[layers]
+        self._alike = {alike: self._unary_kernel(alike) for alike in ALIKE}
+        self._shared = self._pair_kernels()
+        target = values - self.centre
+        self.prior, self.scale = _Prior(0.5, 0.1, 1e-2), 1.0
+        best = -np.inf
+        for alike, pairs, noise in product(ALIKE, PAIRS, NOISE) if len(values) > 1 else ():
+            prior = _Prior(alike, pairs, noise)
+            evidence, scale = _evidence(self._covariance(prior), target)
+            if evidence > best:
+                best, self.prior, self.scale = evidence, prior, scale
+        self._inverse = np.linalg.inv(self._covariance(self.prior)) if len(values) else np.zeros((0, 0))
+        self._dual = self._inverse @ target
+
+    def _unary_kernel(self, alike: float) -> Array:
+        """How far placements have the same kinds at the same or at close layers: [n, n]."""
+        wide = np.moveaxis(self._hot, 2, 0)
+        prior = _Prior(alike, 0.0, 0.0).unary(self.length)
+        return np.asarray((wide @ prior @ wide.transpose(0, 2, 1)).sum(axis=0))
+
+    def _pair_kernels(self) -> list[Array]:
+        """How many pairs of layers at each distance placements share: [n, n] each."""
+        same = self.layers[:, None] == self.layers[None]
+        distances = range(1, min(self.window, self.length - 1) + 1)
+        return [(same[..., d:] & same[..., :-d]).sum(axis=-1).astype(np.float64) for d in distances]
+
+    def _covariance(self, prior: _Prior) -> Array:
+        """Of the values: [n, n]."""
+        total = self._alike[prior.alike] + prior.noise * np.eye(len(self.layers))
+        for distance, shared in enumerate(self._shared, start=1):
+            total = total + prior.pair(self.length, distance) * shared
+        return total
+
+    def _weights(self, dual: Array) -> tuple[Array, Array]:
+        """The weights that dual coefficients of the placements stand for."""
+        unary = self.prior.unary(self.length) @ np.einsum("n,nlk->lk", dual, self._hot)
+        pair = np.zeros((self.window, self.length, self.kinds, self.kinds))
+        for distance in range(1, min(self.window, self.length - 1) + 1):
+            back, here = self._hot[:, :-distance], self._hot[:, distance:]
+            summed = np.einsum("n,nla,nlb->lab", dual, back, here, optimize=True)
+            pair[distance - 1, distance:] = self.prior.pair(self.length, distance) * summed
+        return unary, pair
+
+    def mean(self, budgets: tuple[Budget, ...] = ()) -> Problem:
+        """The expected landscape."""
+        unary, pair = self._weights(self._dual)
+        return Problem(unary, pair, budgets)
+
+    def draw(self, rng: np.random.Generator, budgets: tuple[Budget, ...] = ()) -> Problem:
+        """One landscape of the posterior: a draw of the prior, corrected by what it gets wrong (Matheron's rule)."""
+        root = np.linalg.cholesky(self.prior.unary(self.length))
+        spread = np.sqrt(self.scale)
+        unary = spread * (root @ rng.normal(size=(self.length, self.kinds)))
+        pair = spread * rng.normal(size=(self.window, self.length, self.kinds, self.kinds))
+        for distance in range(1, self.window + 1):
+            pair[distance - 1] *= np.sqrt(self.prior.pair(self.length, distance))
+            pair[distance - 1, :distance] = 0.0
+        told = Problem(unary, pair).value(self.layers)
+        told = told + np.sqrt(self.prior.noise * self.scale) * rng.normal(size=told.shape)
+        more_unary, more_pair = self._weights(self._dual - self._inverse @ told)
+        return Problem(unary + more_unary, pair + more_pair, budgets)
+
+    def predicted(self, layers: Sequence[int]) -> float:
+        """The expected value of a placement."""
+        return self.centre + float(self.mean().value(layers))
+
+
+def _evidence(covariance: Array, target: Array) -> tuple[float, float]:
+    """Log marginal likelihood up to a constant, at the best scale of everything, and that scale."""
+    root = np.linalg.cholesky(covariance)
+    scale = max(float(np.square(np.linalg.solve(root, target)).sum()) / len(target), 1e-30)
+    return -0.5 * len(target) * np.log(scale) - float(np.log(np.diag(root)).sum()), scale
+
+
+def unseen(
+    ranked: Iterator[tuple[int, ...]], seen: set[tuple[int, ...]], most: int
+) -> Iterator[tuple[int, ...]]:
+    """The first `most` of a ranking that were not seen."""
+    for layers in ranked:
+        if most <= 0:
+            return
+        if layers not in seen:
+            most -= 1
+            yield layers

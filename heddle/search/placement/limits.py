@@ -1,0 +1,92 @@
+"""What this run's timings say about the latency of a placement that was not timed yet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from heddle.search.placement.counts import Array
+from heddle.search.placement.problem import Budget
+
+# Timings of which fewer say nothing about the next.
+LEAST_TIMED = 4
+# Of so many at most, the latest, so that a long search does not grow slow.
+MOST_TIMED = 500
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Timed:
+    """A timed trial: its layers, its other parameters, and for each budget its figure as a share of the limit."""
+
+    layers: tuple[str, ...]
+    params: Mapping[str, Any]
+    shares: Mapping[str, float]
+
+
+def latency_budgets(
+    timed: Sequence[Timed], counts: Mapping[str, int], params: Mapping[str, Any], steps: int
+) -> tuple[Budget, ...]:
+    """For each budget that was timed often enough, what a placement with these counts and parameters is predicted to take.
+
+        share = c + Σ_k a_k n_k / L + Σ_{l>0} p[k_{l-1}, k_l] / (L - 1) + Σ_i b[param_i]  ≤  1
+
+    Ridge regression of the shares timed, its strength chosen by the errors of each trial predicted from the others. With
+    the counts given, only the boundaries between kinds differ from placement to placement.
+    """
+    kinds, length = tuple(counts), sum(counts.values())
+    known = sorted({(name, repr(value)) for one in timed for name, value in one.params.items()})
+    found = []
+    for label in sorted({label for one in timed for label in one.shares}):
+        mine = [one for one in timed if label in one.shares][-MOST_TIMED:]
+        if len(mine) < LEAST_TIMED:
+            continue
+        features = np.stack([_features(one.layers, one.params, kinds, known) for one in mine])
+        target = np.array([one.shares[label] for one in mine])
+        centre, weights = features.mean(axis=0), _ridge(features, target)
+        # All that the counts and the parameters settle, with no boundary yet.
+        own = np.concatenate([_counted(counts, length), np.zeros(len(kinds) ** 2), _marks(params, known)])
+        constant = float(target.mean() + (own - centre) @ weights)
+        first = len(kinds)
+        pair = weights[first : first + first * first].reshape(first, first) / max(1, length - 1)
+        found.append(Budget(label, np.zeros((length, first)), 1.0, pair=pair, constant=constant, steps=steps))
+    return tuple(found)
+
+
+def _features(
+    layers: Sequence[str], params: Mapping[str, Any], kinds: Sequence[str], known: Sequence[tuple[str, str]]
+) -> Array:
+    pair = np.zeros((len(kinds), len(kinds)))
+    for first, second in pairwise(kinds.index(name) for name in layers):
+        pair[first, second] += 1.0 / max(1, len(layers) - 1)
+    counts = {kind: layers.count(kind) for kind in kinds}
+    return np.concatenate([_counted(counts, len(layers)), pair.ravel(), _marks(params, known)])
+
+
+def _counted(counts: Mapping[str, int], length: int) -> Array:
+    return np.array([count / length for count in counts.values()])
+
+
+def _marks(params: Mapping[str, Any], known: Sequence[tuple[str, str]]) -> Array:
+    mine = {(name, repr(value)) for name, value in params.items()}
+    return np.array([float(item in mine) for item in known])
+
+
+def _ridge(features: Array, target: Array) -> Array:
+    """The weights of centred features whose left-out errors are smallest."""
+    left, sizes, right = np.linalg.svd(features - features.mean(axis=0), full_matrices=False)
+    wanted = left.T @ (target - target.mean())
+    best, chosen = np.inf, np.zeros(features.shape[1])
+    for ridge in RIDGES:
+        kept = sizes**2 / (sizes**2 + ridge)
+        missed = target - target.mean() - left @ (kept * wanted)
+        # What each trial adds to its own prediction, its share of the mean included.
+        own = (left**2) @ kept + 1.0 / len(target)
+        error = float(np.square(missed / np.maximum(1.0 - own, 1e-9)).sum())
+        if error < best:
+            best, chosen = error, right.T @ (sizes / (sizes**2 + ridge) * wanted)
+    return chosen

@@ -1,0 +1,210 @@
+"""Which placement a search tries next.
+
+Optuna chooses how many layers each block gets; where they stand is decided here, never by L free binaries.
+The first placement of every new count is the uniform one. After that a Bayesian linear model of the finished
+trials' quality is drawn from (Thompson sampling) and the draw is maximised exactly: near the best placement found so far,
+and within the latency budgets as far as the timings of this run predict them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from heddle.errors import HeddleError
+from heddle.search.placement.counts import Array
+from heddle.search.placement.limits import Timed, latency_budgets
+from heddle.search.placement.problem import Budget, Problem, count_budget
+from heddle.search.placement.quality import QualityModel, Seen
+from heddle.search.placement.table import Gate, Table
+from heddle.specs.order import Order
+
+# Draws from the posterior before the ranking of one of them is gone down instead.
+DRAWS = 16
+# Trials without a better one after which the trust region halves.
+PATIENCE = 4
+# Steps of a latency budget, fewer where the table would have more cells than this.
+STEPS, CELLS = 64, 4 * 10**6
+
+Layers = tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What Optuna asked for: how many layers of each block, and what else is set in this trial.
+
+    `uniform` is the placement tried first. `is_seen` says whether the spec with these layers was asked for
+    before. `order` is what the layers take from each other; where no placement keeps it, none is spared. `timed` are
+    the trials of this run that were timed beside latency budgets, those over one among them.
+    """
+
+    counts: Mapping[str, int]
+    params: Mapping[str, Any]
+    uniform: Layers
+    is_seen: Callable[[Layers], bool]
+    order: Order = field(default_factory=Order)
+    timed: Sequence[Timed] = ()
+
+    @property
+    def kinds(self) -> Layers:
+        return tuple(self.counts)
+
+    @property
+    def length(self) -> int:
+        return sum(self.counts.values())
+
+
+class Draws:
+    """Landscapes drawn from the posterior, each when it is first asked for."""
+
+    def __init__(self, model: QualityModel, rng: np.random.Generator) -> None:
+        self._model, self._rng = model, rng
+        self._drawn: list[tuple[Array, Array]] = []
+
+    def __call__(self, number: int) -> tuple[Array, Array]:
+        while len(self._drawn) <= number:
+            self._drawn.append(self._model.draw(self._rng))
+        return self._drawn[number]
+
+    @property
+    def last(self) -> tuple[Array, Array]:
+        return self(DRAWS - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """Where a placement is looked for: budgets besides the counts."""
+
+    question: Question
+    budgets: tuple[Budget, ...]
+    gate: Gate | None
+
+    def table(self, drawn: tuple[Array, Array], *, bound: bool = False) -> Table:
+        """The solver's table of a landscape here; with `bound` it reaches what rounding alone puts outside."""
+        unary, pair = drawn
+        return Table(Problem(unary, pair[None], self.budgets), bound=bound, gate=self.gate)
+
+    def named(self, layers: Sequence[int]) -> Layers:
+        return tuple(self.question.kinds[kind] for kind in layers)
+
+
+def propose(question: Question, history: Sequence[Seen], *, seed: int, number: int) -> Layers:
+    """The layers of trial `number`: the same for equal (question, history, seed, number).
+
+    Never a spec that was asked for before, while one with these counts and parameters is left; never one that is predicted
+    to be over a latency budget, while one that is not is left.
+    """
+    limits = latency_budgets(question.timed, question.counts, question.params, _steps(question))
+    index = [question.kinds.index(name) for name in question.uniform]
+    fits = all(budget.excess(budget.of(index)) == 0 for budget in limits)
+    if fits and not question.is_seen(question.uniform):
+        return question.uniform
+    draws = Draws(
+        QualityModel(question.kinds, question.length, history), np.random.default_rng([seed, number])
+    )
+    for budgets in _regions(question, history, limits):
+        if not budgets and not fits and not question.is_seen(question.uniform):
+            return question.uniform
+        region = Region(question, (*_counted(question), *budgets), _gate(question, budgets))
+        layers = next(_unseen(region, draws), None)
+        if layers is not None:
+            return layers
+    return region.named(next(region.table(draws.last).ranked()))
+
+
+def _unseen(region: Region, draws: Draws) -> Iterator[Layers]:
+    """The best of each draw if it is new; then all that is new in the order of the last draw."""
+    is_seen = region.question.is_seen
+    for number in range(DRAWS):
+        best = next(region.table(draws(number)).ranked(), None)
+        if best is None:
+            break
+        if not is_seen(region.named(best)):
+            yield region.named(best)
+    try:
+        table = region.table(draws.last, bound=True)
+    except HeddleError:
+        # Too large with what rounding put outside: without it.
+        table = region.table(draws.last)
+    for layers in table.ranked(table.tops) if table.feasible else ():
+        if table.problem.keeps(layers) and not is_seen(region.named(layers)):
+            yield region.named(layers)
+
+
+def _regions(
+    question: Question, history: Sequence[Seen], limits: tuple[Budget, ...]
+) -> Iterator[tuple[Budget, ...]]:
+    """Where to look, the narrowest first: around the best found, within the latency budgets, anywhere."""
+    trust = trust_budget(question, history)
+    if trust is not None:
+        yield (*limits, trust)
+    if limits:
+        yield limits
+    yield ()
+
+
+def trust_budget(question: Question, history: Sequence[Seen]) -> Budget | None:
+    """At most so many layers that differ from the best placement found with these counts and parameters; None for all.
+
+    All may differ at first, and after each better one. The number halves with every PATIENCE trials that found none, down
+    to 2, one swap; after that it starts again.
+    """
+    mine = [
+        one
+        for one in history
+        if dict(one.params) == dict(question.params)
+        and all(one.layers.count(kind) == count for kind, count in question.counts.items())
+    ]
+    if not mine:
+        return None
+    best = max(range(len(mine)), key=lambda place: (mine[place].quality, -place))
+    widths = [question.length]
+    while widths[-1] > 2:
+        widths.append(max(2, widths[-1] // 2))
+    width = widths[(len(mine) - 1 - best) // PATIENCE % len(widths)]
+    if width == question.length:
+        return None
+    cost = np.ones((question.length, len(question.kinds)))
+    cost[range(question.length), [question.kinds.index(name) for name in mine[best].layers]] = 0.0
+    return Budget("layers that differ", cost, width)
+
+
+def _counted(question: Question) -> tuple[Budget, ...]:
+    """Exactly so many layers of each kind; those of the last follow."""
+    shape = (question.length, len(question.kinds))
+    counts = list(question.counts.values())
+    return tuple(count_budget(kind, shape, count, count) for kind, count in enumerate(counts[:-1]))
+
+
+def _steps(question: Question) -> int:
+    counts = list(question.counts.values())
+    cells = float(np.prod([count + 1.0 for count in counts[:-1]])) * len(counts) * (question.length + 1)
+    return int(max(4, min(STEPS, CELLS / cells)))
+
+
+def _gate(question: Question, budgets: Sequence[Budget]) -> Gate | None:
+    """What the layers take from each other, as which kinds may stand with so many of each kind left."""
+    order, counts, kinds = question.order, list(question.counts.values()), question.kinds
+    if not order.after or not order.keeps(question.uniform):
+        return None
+    grid = tuple(count + 1 for count in counts[:-1])
+    masks = np.zeros((question.length, len(kinds), *grid), dtype=np.bool_)
+    for used in product(*(range(count + 1) for count in counts)):
+        layer = sum(used)
+        if layer == question.length:
+            continue
+        left = tuple(count - have for count, have in zip(counts[:-1], used[:-1], strict=True))
+        stand = dict(zip(kinds, used, strict=True))
+        for kind, name in enumerate(kinds):
+            masks[(layer, kind, *left)] = order.allows(name, stand, question.counts)
+
+    def gate(layer: int, kind: int) -> NDArray[np.bool_]:
+        mask: NDArray[np.bool_] = masks[layer, kind].reshape(grid + (1,) * len(budgets))
+        return mask
+
+    return gate
