@@ -40,7 +40,8 @@ def remeasure_front(driver: Driver, best: int) -> int:
     seem fast were partly lucky. When none keeps them the best stays, and the record shows it.
     """
     driver.enter("remeasure")
-    members = [number for number, trial in driver.trials.items() if number in _front(driver) or number < 0]
+    of_front = _front(driver)
+    members = [number for number in driver.trials if number in of_front or number < 0]
     requests = {number: _again(driver, number) for number in members}
     driver.evaluations.time_all(request for each in requests.values() for request in each.values())
     for number, each in requests.items():

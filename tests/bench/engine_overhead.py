@@ -19,6 +19,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 import psutil
 
 ROOT = Path(__file__).parents[2]
@@ -65,39 +66,48 @@ class Here:
     on_whole_device = side_by_side
 
 
+Times = np.ndarray
+
+
+def now() -> Times:
+    """Seconds on the wall, and of this process on a core: the second hardly depends on who else is on the machine."""
+    return np.array([time.perf_counter(), time.process_time()])
+
+
 class Clock(Silent):
     """When each trial was told, what of it was the sampler's and the placement's, and the memory at that time."""
 
     def __init__(self) -> None:
-        self.told, self.memory, self.spent = list[float](), list[int](), {"sampler": 0.0, "placement": 0.0}
-        self.others = list[dict[str, float]]()
+        self.told, self.memory = list[Times](), list[int]()
+        self.spent: dict[str, Times] = {"sampler": np.zeros(2), "placement": np.zeros(2)}
+        self.others = list[dict[str, Times]]()
 
     def timed(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def within(*arguments: Any, **named: Any) -> Any:
-            began = time.perf_counter()
+            began = now()
             try:
                 return call(*arguments, **named)
             finally:
-                self.spent[name] += time.perf_counter() - began
+                self.spent[name] = self.spent[name] + now() - began
 
         return within
 
     def trial_finished(self, trial: Trial) -> None:
-        self.told.append(time.perf_counter())
+        self.told.append(now())
         self.others.append(dict(self.spent))
         self.memory.append(psutil.Process().memory_info().rss)
         if trial.number % 500 == 0:
-            print(trial.number, f"{self.told[-1] - self.told[0]:.1f} s", self.spent, flush=True)
+            print(trial.number, self.told[-1] - self.told[0], self.spent, flush=True)
 
-    def rounds(self, size: int, last: int) -> list[dict[str, float]]:
-        """Milliseconds a trial of each of the last rounds, which are asked and told whole."""
+    def rounds(self, size: int, last: int) -> list[dict[str, Times]]:
+        """Seconds a trial of each of the last rounds, which are asked and told whole."""
         found = []
         ends = range(len(self.told) - 1, len(self.told) - 1 - last, -size)
         for end in ends:
             start = end - size
             whole = (self.told[end] - self.told[start]) / size
             parts = {name: (self.others[end][name] - self.others[start][name]) / size for name in self.spent}
-            found.append({"engine": whole - sum(parts.values()), **parts})
+            found.append({"engine": whole - parts["sampler"] - parts["placement"], **parts})
         return found
 
 
@@ -155,7 +165,12 @@ def main() -> None:
         "sampler": chosen.sampler,
         "trials": len(clock.told),
         "last": chosen.last,
-        "median_ms": {name: round(1e3 * median(each[name] for each in rounds), 2) for name in rounds[0]},
+        **{
+            f"{kind}_ms": {
+                name: round(1e3 * median(each[name][index] for each in rounds), 2) for name in rounds[0]
+            }
+            for index, kind in enumerate(("wall", "cpu"))
+        },
         "kb_per_trial": round((clock.memory[-1] - clock.memory[half]) / (len(clock.memory) - half) / 1e3, 1),
         "load": psutil.getloadavg()[0],
     }

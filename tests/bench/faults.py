@@ -43,7 +43,7 @@ folder, trials = Path(sys.argv[1]), int(sys.argv[2])
 search(fast_file(trials=trials, round=4), folder, resume=(folder / "run.json").exists(), evaluate=scored_in(0.05))
 """
 # Of one driver without a new event: the search hangs.
-PATIENCE_S = 300.0
+PATIENCE_S = 900.0
 
 
 def started(folder: Path, trials: int) -> subprocess.Popen[bytes]:
