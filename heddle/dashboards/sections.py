@@ -99,7 +99,7 @@ def strips(run: Run, name: Name = data.name_of) -> Html | None:
     strips = {trial.number: data.strip(trial) for trial in shown}
     return section(
         "Layers",
-        note("First layer on the left. Mixers made of others are hatched."),
+        note("First layer on the left. Mixers made of others, and those that choose tokens, are hatched."),
         legend({cell.mixer for cells in strips.values() for cell in cells}),
         strip_table([(names[key], cells) for key, cells in strips.items()]),
     )

@@ -1,9 +1,9 @@
 """One fixed colour for each kind of mixer, the same in every picture, plot and page.
 
-No hue tells two dozen kinds apart, and least of all to the colour-blind. So mixers that are made of others are hatched
-as well, and within the plain and within the hatched kinds any two colours differ in lightness or hue to a normal eye and
-with each of the three dichromacies (simulated after Machado 2009; `tests/specs/test_palette.py` measures it). Every
-picture names its kinds in words too.
+No hue tells two dozen kinds apart, and least of all to the colour-blind. So mixers that are made of others, and those that
+choose which tokens go together, are hatched as well, and within the plain and within the hatched kinds any two colours
+differ in lightness or hue to a normal eye and with each of the three dichromacies (simulated after Machado 2009;
+`tests/specs/test_palette.py` measures it). Every picture names its kinds in words too.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 PLAIN = {
     "attention": "#0072b2",
-    "mla": "#000022",
+    "mla": "#001133",
     "gated_deltanet": "#d55e00",
     "decay_attention": "#009e73",
     "lightning": "#ffbb00",
@@ -21,7 +21,7 @@ PLAIN = {
     "deltanet": "#662200",
     "gla": "#77ccaa",
     "kda": "#bb1100",
-    "gated_pool": "#440022",
+    "gated_pool": "#330000",
     "retnet": "#aa99dd",
     "rat": "#ccddff",
     "hgrn2": "#003377",
@@ -32,9 +32,6 @@ PLAIN = {
     "hierarchical_attention": "#ee66aa",
     "ttt": "#7700aa",
     "fla": "#775555",
-    "landmark": "#330000",
-    "routing": "#110044",
-    "nats_l": "#000000",
 }
 HATCHED = {
     "parallel": "#0072b2",
@@ -43,6 +40,9 @@ HATCHED = {
     "moh": "#ffbb00",
     "token_router": "#bb33ff",
     "layer_router": "#662200",
+    "landmark": "#994455",
+    "routing": "#bb88ff",
+    "nats_l": "#220088",
 }
 # Kinds of plugins: always the same one for a name, though not one of its own.
 OTHERS = ("#0011dd", "#998800", "#cc6699", "#446655", "#888888")

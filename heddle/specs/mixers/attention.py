@@ -254,55 +254,26 @@ class Attention(HeadedMixer):
     def _conflicts(self) -> list[Problem]:
         """Fields that ask for what another one rules out."""
         takes, selects, one = self.keys_from is not None, self.selection, "leave one of them out"
-        slides = self.boundary == "inward"
+        slides, both = self.boundary == "inward", "a window to both sides alone slides inward"
+        bare, blind = "with keys_from there are no own keys", "blocks are selected among those before a query"
+        no_values, dropped = (
+            "with keys_from there are no own values to mix",
+            "a window drops keys that could be selected",
+        )
+        sided = slides and (self.causal or self.window is None)
         rules = [
-            (
-                takes and self.values_from is not None,
-                "values_from",
-                "with keys_from there are no own values to mix",
-                one,
-            ),
-            (
-                takes and self.key_multiplier != 1,
-                "key_multiplier",
-                "with keys_from there are no own keys",
-                "use scale",
-            ),
-            (
-                slides and (self.causal or self.window is None),
-                "boundary",
-                "a window to both sides alone slides inward",
-                "causal: false and a window, or boundary: clip",
-            ),
-            (
-                slides and (self.softcap or self.sinks),
-                "boundary",
-                "an inward window has no cap and no sinks",
-                one,
-            ),
-            (selects and self.window, "selection", "a window drops keys that could be selected", one),
-            (
-                selects and not self.causal,
-                "selection",
-                "blocks are selected among those before a query",
-                "causal: true",
-            ),
+            (takes and self.values_from is not None, "values_from", no_values, one),
+            (takes and self.key_multiplier != 1, "key_multiplier", bare, "use scale"),
+            (sided, "boundary", both, "causal: false and a window, or boundary: clip"),
+            (slides and self.softcap, "boundary", "no logits of an inward window are capped", one),
+            (slides and self.sinks, "boundary", "an inward window has no sinks", one),
+            (selects and self.window, "selection", dropped, one),
+            (selects and not self.causal, "selection", blind, "causal: true"),
         ]
         found = [
             Problem(field, what, hint, "conflicting-fields") for wrong, field, what, hint in rules if wrong
         ]
-        return found + self._choice_problems()
-
-    def _choice_problems(self) -> list[Problem]:
-        """Sizes of a selection that do not fit each other."""
-        selects, found = self.selection, list[Problem]()
-        if selects is not None and selects.source is None and selects.count < selects.sink + selects.recent:
-            what = f"{selects.count} blocks, and {selects.sink + selects.recent} are always read"
-            found.append(Problem("selection.count", what, "at least sink + recent", "out-of-range"))
-        if selects is not None and selects.scores == "kernels" and selects.block % QUARTERS:
-            what = f"{selects.block} keys of a block have no quarters, and kernels are a quarter apart"
-            found.append(Problem("selection.block", what, f"a multiple of {QUARTERS}, or scores: mean"))
-        return found
+        return found if selects is None else found + _selection_problems(selects)
 
     def _rope_problems(self, rope: Rope, site: Site) -> list[Problem]:
         wrong = rope.problem()
@@ -394,3 +365,15 @@ class Attention(HeadedMixer):
 
     def _visible(self, tokens: int) -> int:
         return tokens if self.window is None else min(tokens, self.window)
+
+
+def _selection_problems(selects: Selection) -> list[Problem]:
+    """Numbers of a selection that do not go together."""
+    found = []
+    if selects.source is None and selects.count < selects.sink + selects.recent:
+        what = f"{selects.count} blocks, and {selects.sink + selects.recent} are always read"
+        found.append(Problem("selection.count", what, "at least sink + recent", "out-of-range"))
+    if selects.scores == "kernels" and selects.block % QUARTERS:
+        what = f"{selects.block} keys of a block have no quarters, and kernels are a quarter apart"
+        found.append(Problem("selection.block", what, f"a multiple of {QUARTERS}, or scores: mean"))
+    return found
