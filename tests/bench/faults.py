@@ -48,9 +48,9 @@ PATIENCE_S = 900.0
 
 def started(folder: Path, trials: int) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    log = (folder.parent / "drivers.log").open("ab")
     command = [sys.executable, "-c", DRIVER, str(folder), str(trials)]
-    return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+    with (folder.parent / "drivers.log").open("ab") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
 
 
 def victims(driver: subprocess.Popen[bytes], kind: str) -> list[psutil.Process]:

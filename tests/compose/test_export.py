@@ -164,7 +164,10 @@ def test_only_the_kinds_in_use_travel(softmax: Any) -> None:
     _, result = softmax
     names = {path.name for path in result.path.glob("*.py")}
     assert {"compose_mixers_attention.py", "compose_channel_gelu.py"} <= names
-    assert not [name for name in names if name.startswith("kernels") or "delta" in name or "swiglu" in name]
+    # Blocks that are chosen, windows that slide inward: both are forms of attention.
+    ops = {"op", "block_attention", "_block_attention_torch", "member_attention"}
+    assert {name for name in names if name.startswith("kernels")} == {f"kernels_{op}.py" for op in ops}
+    assert not [name for name in names if "delta" in name or "swiglu" in name]
 
 
 def test_the_flat_code_is_the_same_every_time_and_its_ops_have_a_name_of_their_own() -> None:
