@@ -30,6 +30,8 @@ def test_interpreted_kernels_keep_the_contract(op: str, full_counts: bool) -> No
     _run_interpreted("tests/contracts/test_ops.py", op if full_counts else some)
 
 
+# Long: the same tests run on a GPU by `make test-gpu`.
+@pytest.mark.long
 @pytest.mark.parametrize("op", ["decay_attention", "simple_gla", "gated_delta_rule", "gla"])
 def test_interpreted_kernels_are_right_where_they_are_peculiar(op: str) -> None:
     _run_interpreted(f"tests/kernels/test_{op}.py", op)

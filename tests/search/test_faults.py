@@ -16,7 +16,8 @@ from heddle.search.run import search
 TRIALS = 24
 
 
-@pytest.mark.slow
+# Long: minutes, of which most go by waiting for Ray to see that its raylet is gone.
+@pytest.mark.long
 @pytest.mark.usefixtures("workers")
 def test_three_kills_leave_the_search_as_it_would_have_been(tmp_path: Path, random_seed: int) -> None:
     dice, kinds = random.Random(random_seed), list(VICTIMS)

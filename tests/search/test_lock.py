@@ -60,6 +60,7 @@ def test_every_latency_is_in_the_table(tiny_run: Run, lock: dict[str, Any]) -> N
         assert frozen.row(trial.hash, place | {"purpose": "search", "context": 65}) is None
 
 
+@pytest.mark.slow
 def test_a_replay_is_the_search_to_the_last_bit(tiny_run: Run, replayed: Replay) -> None:
     assert replayed.changes == ()
     assert replayed.same
@@ -125,6 +126,7 @@ def test_other_data_is_told_before_anything_runs(lock: dict[str, Any], tmp_path:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("workers")
 def test_a_deterministic_search_is_chosen_by_its_first_timings(tiny_text: str, tmp_path: Path) -> None:
     """The first timings keep the budget; the second ones, which would unseat everybody, are told alone."""

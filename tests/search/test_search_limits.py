@@ -126,6 +126,7 @@ def test_costs_are_exact_and_relative_ones_are_ratios() -> None:
     assert {one.source for one in known.values()} == {"computed"}
 
 
+@pytest.mark.slow
 def test_what_breaks_a_cost_is_neither_timed_nor_trained(workers: Workers, tmp_path: Path) -> None:
     assert workers.parallel
     limit = between()
@@ -145,6 +146,7 @@ def test_what_breaks_a_cost_is_neither_timed_nor_trained(workers: Workers, tmp_p
     assert run.best_trial.parameters <= limit
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("sampler", ["gp", "nsga2"])
 def test_samplers_get_a_constraint_for_every_budget(workers: Workers, tmp_path: Path, sampler: str) -> None:
     assert workers.parallel
