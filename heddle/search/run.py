@@ -42,7 +42,7 @@ from heddle.search.storage import StudyHold
 from heddle.search.study import Direction, RunLock, Study, open_storage
 from heddle.search.tasks import Task, make_task, recipe_for
 from heddle.search.workers import Workers
-from heddle.specs import SpecFile
+from heddle.specs import SpecFile, loads
 from heddle.specs.base import Duration
 from heddle.specs.search import names_file
 
@@ -125,7 +125,9 @@ def _open(
     meta["deterministic"] = given.is_deterministic(out)
     if given.resume:
         new, meta = meta, read_meta(out)
-        _refuse_other(meta, new, out)
+        # By today's language: a field that came after the run began would tell the same spec apart.
+        began = _space_digest(loads(meta["spec"], file=file.file))
+        _refuse_other(meta, new, out, is_same_space=began == new["lock"]["space"])
     elif meta["latency"] == "model":
         made_with = workers.call(timing_environment, workers.device)
         meta["latency_model"] = find.into_run(file, out, made_with, meta["budgets"])
@@ -254,11 +256,7 @@ def _tasks(file: SpecFile) -> Tasks:
 
 def _space_digest(file: SpecFile) -> str:
     """A digest of what a resumed search may not change; how long it runs, and its name, it may."""
-    # The latency fields are at their defaults in older runs, which go on.
     left = {"trials", "time", "timeout", "latency_model"}
-    assert file.spec.search is not None
-    if file.spec.search.latency == "measure":
-        left.add("latency")
     spec = file.spec.model_dump(mode="json", exclude={"name": True, "search": left})
     parameters = [asdict(parameter) for parameter in file.space.parameters]
     placement = file.space.placement
@@ -303,11 +301,11 @@ def _new_meta(
     }
 
 
-def _refuse_other(meta: Mapping[str, Any], new: Mapping[str, Any], out: Path) -> None:
+def _refuse_other(meta: Mapping[str, Any], new: Mapping[str, Any], out: Path, *, is_same_space: bool) -> None:
     """Raise "run-mismatch" where resuming would mix results that do not belong together."""
     then, now = meta["lock"], new["lock"]
     checks = {
-        "spec space, tasks, budgets or recipe": then["space"] == now["space"],
+        "spec space, tasks, budgets or recipe": is_same_space,
         "training data": then["data"] == now["data"],
         "device": meta["environment"]["device_name"] == new["environment"]["device_name"],
     }

@@ -4,7 +4,9 @@ up."""
 from __future__ import annotations
 
 import errno
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -449,3 +451,14 @@ def test_ctrl_c_twice_stops_at_once_and_loses_nothing_finished(tiny_text: str, t
 def test_a_second_search_of_one_folder_is_refused(tiny_text: str, tmp_path: Path) -> None:
     with RunLock(tmp_path / "run"), pytest.raises(HeddleError, match=f"pid {os.getpid()}"):
         quick(tiny_text, tmp_path / "run")
+
+
+def test_a_run_from_before_a_field_was_there_goes_on(tiny_run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(tiny_run.path, folder)
+    meta = json.loads((folder / "run.json").read_text())
+    # The digest of a language with fewer fields is another; the text of the spec is what it was.
+    meta["lock"]["space"] = "0" * 16
+    (folder / "run.json").write_text(json.dumps(meta))
+    again = search(loads(meta["spec"], file=tiny_run.meta.get("file")), folder, resume=True)
+    assert len(again.trials) == len(tiny_run.trials)
