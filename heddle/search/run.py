@@ -126,7 +126,7 @@ def _open(
     if given.resume:
         new, meta = meta, read_meta(out)
         # By today's language: a field that came after the run began would tell the same spec apart.
-        began = _space_digest(loads(meta["spec"], file=file.file))
+        began = _space_digest(loads(meta["spec"], file=file.file or "<string>"))
         _refuse_other(meta, new, out, is_same_space=began == new["lock"]["space"])
     elif meta["latency"] == "model":
         made_with = workers.call(timing_environment, workers.device)
@@ -256,6 +256,7 @@ def _tasks(file: SpecFile) -> Tasks:
 
 def _space_digest(file: SpecFile) -> str:
     """A digest of what a resumed search may not change; how long it runs, and its name, it may."""
+    assert file.spec.search is not None
     left = {"trials", "time", "timeout", "latency_model"}
     spec = file.spec.model_dump(mode="json", exclude={"name": True, "search": left})
     parameters = [asdict(parameter) for parameter in file.space.parameters]
