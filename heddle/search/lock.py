@@ -75,7 +75,12 @@ def lock_of(run: Run) -> dict[str, Any]:
         "kind": "lock",
         "run": {"id": meta["id"], "name": run.name, "created": meta["created"], "status": run.status},
         "time": datetime.now(UTC).isoformat(),
-        "spec": {"file": meta["file"], "text": meta["spec"], "space": kept["space"]},
+        "spec": {
+            "file": meta["file"],
+            "text": meta["spec"],
+            "space": kept["space"],
+            "beside": kept.get("beside", {}),
+        },
         "data": kept["data"],
         "seeds": kept["seeds"],
         "sampler": {name: meta[name] for name in ("sampler", "round", "startup")},

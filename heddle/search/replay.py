@@ -103,7 +103,8 @@ def replay(
 def compare(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Change]:
     """What `now` has otherwise than `then`, two lockfiles as they were read."""
     yield from _fields("environment", _flat(then["environment"]), _flat(now["environment"]))
-    yield from _fields("space", {"digest": then["spec"]["space"]}, {"digest": now["spec"]["space"]})
+    spaces = ({"digest": each["spec"]["space"], **each["spec"].get("beside", {})} for each in (then, now))
+    yield from _fields("space", *spaces)
     yield from _fields("environment", *({"deterministic": each["deterministic"]} for each in (then, now)))
     after = {trial["number"]: trial for trial in now["trials"]}
     for trial in told(then):

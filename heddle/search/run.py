@@ -261,10 +261,14 @@ def _space_digest(file: SpecFile) -> str:
     spec = file.spec.model_dump(mode="json", exclude={"name": True, "search": left})
     parameters = [asdict(parameter) for parameter in file.space.parameters]
     placement = file.space.placement
+    return key_of({"spec": spec, "space": repr(parameters), "placement": repr(placement)})
+
+
+def _beside(file: SpecFile) -> dict[str, str]:
+    """The hash of each model of another file that a budget is relative to, by the file's name."""
+    assert file.spec.search is not None
     names = {one.relative_to for one in file.spec.search.budgets if one.relative_to}
-    beside = {name: space.reference(file, name).hash for name in sorted(names) if names_file(name)}
-    others = {"beside": beside} if beside else {}
-    return key_of({"spec": spec, "space": repr(parameters), "placement": repr(placement), **others})
+    return {name: space.reference(file, name).hash for name in sorted(names) if names_file(name)}
 
 
 def _new_meta(
@@ -294,6 +298,7 @@ def _new_meta(
         "startup": max(2, min(10, trials // 4)),
         "lock": {
             "space": _space_digest(file),
+            "beside": _beside(file),
             "data": {each.info.name: each.task.digest for each in objectives},
             "seeds": {"search": search.seed, "train": file.spec.train.seed},
             "packages": machine["packages"],
@@ -307,6 +312,7 @@ def _refuse_other(meta: Mapping[str, Any], new: Mapping[str, Any], out: Path, *,
     then, now = meta["lock"], new["lock"]
     checks = {
         "spec space, tasks, budgets or recipe": is_same_space,
+        "model that a budget is relative to": then.get("beside", {}) == now["beside"],
         "training data": then["data"] == now["data"],
         "device": meta["environment"]["device_name"] == new["environment"]["device_name"],
     }
