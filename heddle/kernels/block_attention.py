@@ -1,7 +1,8 @@
 """Softmax attention that reads some blocks of keys: chosen ones, or those behind landmarks; and its reference.
 
-In plain torch on every device: it makes no table of all queries by all keys, but computes all products, so it saves memory and no
-work yet. A decode step is a call with one query and all keys.
+The kernels compute the products with the blocks that are read alone, for the heads of a group and a few neighbouring queries
+together. In plain torch no table of all queries by all keys is made, but all products are: it saves memory and no work. So it
+is with landmarks, and without any choice, on every device. A decode step is a call with one query and all keys.
 """
 
 from __future__ import annotations
@@ -13,7 +14,27 @@ from torch import Tensor
 
 from heddle.errors import HeddleError
 from heddle.kernels._block_attention_torch import Form, Given, backward, forward
-from heddle.kernels.op import check_shapes, register
+from heddle.kernels.op import (
+    TRITON_DTYPES,
+    Inputs,
+    Shape,
+    Traits,
+    check_shapes,
+    normal,
+    op,
+    register,
+    register_composite,
+)
+
+try:
+    from heddle.kernels._block_attention_op import kernels
+
+    HAS_KERNELS = True
+except ImportError:
+    HAS_KERNELS = False
+
+# Of a key and of a value head, and heads of a group, in the kernels.
+MAX_HEAD_SIZE, MAX_GROUP = 256, 64
 
 
 def block_attention_reference(
@@ -25,6 +46,7 @@ def block_attention_reference(
     start: Tensor,
     landmarks: Tensor | None = None,
     top: int | None = None,
+    listed: Tensor | None = None,
     chosen: Tensor | None = None,
     gates: Tensor | None = None,
     real: Tensor | None = None,
@@ -59,6 +81,8 @@ def block_attention_reference(
                     out[b, h, t] += mark[j // block].exp() / total * inner * vs[n, j]
             continue
         read = [j for j in seen if chosen is None or j == here or chosen[b, n, t, j // block]]
+        if listed is not None:
+            read = [j for j in seen if j == here or bool((listed[b, n, t] == j // block).any())]
         if gates is not None:
             own, gate = here // block, gates[b, n].detach().tolist()
             read = [j for j in seen if j // block == own or gate[j // block] > 0.5]
@@ -160,13 +184,13 @@ def _gradients(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _backward_op = register(
-    "block_attention_backward",
+    "block_attention_torch_backward",
     f"(Tensor d_out, {_INPUTS}) -> ({', '.join(['Tensor'] * 6)})",
     _backward,
     fake=_gradients_like,
 )
-_forward_op = register(
-    "block_attention",
+_torch_op = register(
+    "block_attention_torch",
     f"({_INPUTS}) -> Tensor",
     _forward,
     fake=_like,
@@ -175,6 +199,92 @@ _forward_op = register(
 )
 
 
+def _dispatch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    start: Tensor,
+    landmarks: Tensor | None,
+    listed: Tensor | None,
+    chosen: Tensor | None,
+    gates: Tensor | None,
+    real: Tensor | None,
+    written: Tensor | None,
+    scale: float,
+    block: int,
+    top: int | None,
+) -> Tensor:
+    is_choice = any(one is not None for one in (listed, chosen, gates))
+    sizes = {"K": q.shape[3], "V": v.shape[3], "G": q.shape[1] // k.shape[1], "choice": int(is_choice)}
+    if block_attention.choose(q.device, q.dtype, **sizes) == "triton":
+        return kernels(q, k, v, start, listed, chosen, gates, real, written, scale, block)[0]  # type: ignore[no-any-return]
+    chosen = chosen if listed is None else _as_chosen(listed, -(-k.shape[2] // block))
+    return _torch_op(q, k, v, start, landmarks, chosen, gates, real, written, scale, block, top)  # type: ignore[no-any-return]
+
+
+def _as_chosen(listed: Tensor, count: int) -> Tensor:
+    """Shapes:  listed: [B, N, T, L];  out: [B, N, T, count] bool"""
+    # What is none goes behind the last block.
+    index = torch.where(listed < 0, count, listed).to(torch.int64)
+    table = torch.zeros(*listed.shape[:3], count + 1, dtype=torch.bool, device=listed.device)
+    return table.scatter(-1, index, True)[..., :count]
+
+
+_op = register_composite(
+    "block_attention",
+    f"({_INPUTS.replace('Tensor? chosen', 'Tensor? listed, Tensor? chosen')}) -> Tensor",
+    _dispatch,
+)
+
+
+def _draw(shape: Shape, generator: torch.Generator) -> Inputs:
+    """T queries at the last places of S keys; each head reads its own block and `L` - 1 others of `block` keys."""
+    B, H, N, T, S, K, V = (shape[name] for name in ("B", "H", "N", "T", "S", "K", "V"))
+    block, device = shape["block"], generator.device
+    own = (torch.arange(S - T, S, device=device) // block)[None, None, :, None]
+    worth = torch.rand(B, N, T, -(-S // block), generator=generator, device=device)
+    earlier = torch.arange(worth.shape[-1], device=device) < own
+    best = worth.masked_fill(~earlier, -1.0).topk(min(shape["L"] - 1, worth.shape[-1]), dim=-1)
+    others = torch.where(best.values < 0, -1, best.indices)
+    return {
+        "q": normal(generator, B, H, T, K),
+        "k": normal(generator, B, N, S, K),
+        "v": normal(generator, B, N, S, V),
+        "start": torch.full((B,), S - T, device=device),
+        "listed": torch.cat((own.expand(B, N, T, 1), others), dim=-1),
+    }
+
+
+_WIDE = {"H": 32, "N": 2, "K": 128, "V": 128, "block": 64}
+_CASES = Traits(
+    inputs=_draw,
+    # Attention has no state.
+    initial_state=lambda shape, generator: normal(generator, 0),  # noqa: ARG005
+    sequence=("q", "k", "v", "listed"),
+    rounded=("q", "k", "v"),
+    differentiable=("q", "k", "v"),
+    output_like="q",
+    test_shapes=({"B": 2, "H": 4, "N": 2, "T": 37, "S": 37, "K": 16, "V": 16, "block": 8, "L": 3},),
+    bench_shapes=(
+        {"B": 1, "T": 131072, "S": 131072, **_WIDE, "L": 64},
+        {"B": 1, "T": 65536, "S": 65536, **_WIDE, "L": 64},
+        {"B": 1, "T": 32768, "S": 32768, **_WIDE, "L": 16},
+    ),
+    decode_shapes=({"B": 32, "T": 1, "S": 131072, **_WIDE, "L": 64},),
+)
+
+
+def _fits(shape: Shape) -> bool:
+    return (
+        HAS_KERNELS
+        and max(shape["K"], shape["V"]) <= MAX_HEAD_SIZE
+        and shape["G"] <= MAX_GROUP
+        and bool(shape["choice"])
+    )
+
+
+# No GPU has held the kernels to the reference yet.
+@op(block_attention_reference, _CASES, kernel=_fits, unproven=TRITON_DTYPES)
 def block_attention(
     q: Tensor,
     k: Tensor,
@@ -184,6 +294,7 @@ def block_attention(
     start: Tensor,
     landmarks: Tensor | None = None,
     top: int | None = None,
+    listed: Tensor | None = None,
     chosen: Tensor | None = None,
     gates: Tensor | None = None,
     real: Tensor | None = None,
@@ -192,7 +303,10 @@ def block_attention(
 ) -> Tensor:
     """Causal softmax attention over blocks of keys.
 
-        o_i = sum_j p_ij v_j,   p_i = softmax over the own key and those of the `chosen` blocks up to it
+        o_i = sum_j p_ij v_j,   p_i = softmax over the own key and those of the chosen blocks up to it
+
+    What is chosen is `listed`, each block at most once and -1 for none, or marked in `chosen`: one set for the query heads of a
+    key head. Without a choice all are.
 
     With `landmarks`, one key for each block, the softmax is grouped (arXiv 2305.16300): over the landmarks of earlier blocks
     and the keys of the own one; what a landmark gets is divided inside its block,
@@ -212,7 +326,8 @@ def block_attention(
     head h // (H / N). `scale` defaults to d^-0.5.
 
     Shapes:  q: [B, H, T, d];  k: [B, N, S, d];  v: [B, N, S, V];  out: [B, H, T, V];  of one dtype
-             start: [B] int64;  landmarks: [B, N, C, d], C = ceil(S / block);  chosen: [B, N, T, C] bool;  gates: [B, N, C]
+             start: [B] int64;  landmarks: [B, N, C, d], C = ceil(S / block);  listed: [B, N, T, L] integers
+             chosen: [B, N, T, C] bool;  gates: [B, N, C]
              real: [1 or B, S] bool;  written: [B, S] of 0 and 1
 
     Raises:
@@ -227,7 +342,7 @@ def block_attention(
         raise HeddleError("bad-argument", f"{name}: {N} key heads do not divide {H} query heads")
     if block < 1 or (top is not None and top < 1):
         raise HeddleError("bad-argument", f"{name}: block {block} and top {top} must be positive")
-    if sum(one is not None for one in (landmarks, chosen, gates)) > 1 or (
+    if sum(one is not None for one in (landmarks, listed, chosen, gates)) > 1 or (
         top is not None and landmarks is None
     ):
         raise HeddleError("bad-argument", f"{name}: landmarks choose with top, and nothing else beside them")
@@ -236,9 +351,11 @@ def block_attention(
     rows, count = B if real is None or real.shape[0] > 1 else 1, -(-S // block)
     expected = {"k": (k, (B, N, S, d)), "v": (v, (B, N, S, v.shape[-1])), "start": (start, (B,))}
     limits = {"real": (real, (rows, S)), "written": (written, (B, S)), "chosen": (chosen, (B, N, T, count))}
+    if listed is not None:
+        limits["listed"] = (listed, (B, N, T, listed.shape[-1]))
     check_shapes(
         name,
         {**expected, "landmarks": (landmarks, (B, N, count, d)), **limits, "gates": (gates, (B, N, count))},
     )
     scale = d**-0.5 if scale is None else scale
-    return _forward_op(q, k, v, start, landmarks, chosen, gates, real, written, scale, block, top)  # type: ignore[no-any-return]
+    return _op(q, k, v, start, landmarks, listed, chosen, gates, real, written, scale, block, top)  # type: ignore[no-any-return]

@@ -29,6 +29,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from heddle.kernels import (
+    _block_attention_bwd,
+    _block_attention_fwd,
     _decay_attention_sweep,
     _gated_delta_rule_bwd,
     _gated_delta_rule_fwd,
@@ -36,9 +38,10 @@ from heddle.kernels import (
     _gla_fwd,
     _simple_gla_sweep,
 )
+from heddle.kernels._block_attention_launch import queries_of
 from heddle.kernels._gla_launch import KEY_TILE
 from heddle.kernels.common.layout import ALIGNMENT, LEAST_HEAD, block
-from heddle.kernels.configs import decay_attention, gated_delta_rule, gla, simple_gla
+from heddle.kernels.configs import block_attention, decay_attention, gated_delta_rule, gla, simple_gla
 from heddle.kernels.configs.launch import Launch
 
 RESULTS = Path(__file__).parent / "results"
@@ -58,6 +61,9 @@ KERNELS = {
     ("gla", "keep"): _gla_fwd._gla_sweep_kernel,
     ("gla", "backward"): _gla_fwd._gla_sweep_kernel,
     ("gla", "gradient"): _gla_bwd._gla_gradient_kernel,
+    ("block_attention", "forward"): _block_attention_fwd._block_attention_fwd_kernel,
+    ("block_attention", "queries"): _block_attention_bwd._block_attention_bwd_query_kernel,
+    ("block_attention", "keys"): _block_attention_bwd._block_attention_bwd_key_kernel,
 }
 # Their launches share a chunk, and their kernels what they are told.
 PLANS = {"gated_delta_rule": gated_delta_rule.HOPPER, "gla": gla.HOPPER}
@@ -66,9 +72,13 @@ FLOATS = (
     "log_decay_ptr", "final_ptr", "states_ptr", "initial_ptr", "d_final_ptr", "d_final_t_ptr",
     "gates_ptr", "logs_ptr", "rows_ptr", "ends_ptr", "beta_ptr", "last_ptr", "summary_ptr", "starts_ptr",
     "d_initial_ptr", "d_log_decay_ptr", "d_beta_ptr", "totals_ptr", "reach_ptr",
+    "lse_ptr", "delta_ptr", "most_ptr", "d_bias_ptr", "d_gates_ptr",
 )  # fmt: skip
 DOUBLES = ("sums_ptr",)
-INTEGERS = ("table_ptr", "offsets_ptr", "cu_seqlens_ptr")
+INTEGERS = ("table_ptr", "offsets_ptr", "cu_seqlens_ptr", "start_ptr", "entries_ptr")
+BYTES = ("seen_ptr",)
+# Of block_attention: heads of a group, and keys of a block.
+GROUPS, BLOCK_KEYS = (1, 4, 16), 64
 # Tiles of each height and width, full and partly empty.
 SIZES = (16, 32, 48, 64, 96, 128, 160, 256)
 QUICK = ((16, 16), (32, 48), (48, 32), (64, 16), (64, 32), (64, 64), (128, 32), (256, 64))
@@ -96,6 +106,7 @@ def cases(*, quick: bool) -> Iterator[Case]:
     """What is compiled."""
     sizes = QUICK if quick else [(K, V) for K in SIZES for V in SIZES]
     yield from planned_cases(quick=quick)
+    yield from block_cases(quick=quick)
     for op, (K, V) in itertools.product(("decay_attention", "simple_gla"), sizes):
         first = Case(op, "output", "bf16", K, V, aligned=True, many=False, backward=False)
         both = (first, replace(first, backward=True, many=True))
@@ -118,6 +129,34 @@ def planned_cases(*, quick: bool) -> Iterator[Case]:
     for K, V in [(128, LEAST_HEAD)] if quick else itertools.product(sizes, sizes):
         for op, kernel in ((op, kernel) for op, kernel in KERNELS if op in PLANS):
             yield Case(op, kernel, "bf16", K, V, aligned=True, many=False, backward=kernel == "backward")
+
+
+def block_cases(*, quick: bool) -> Iterator[Case]:
+    """The kernels of block_attention; `many`: a token alone, its list split."""
+    sizes = [size for size in SIZES if size >= LEAST_HEAD]
+    for (K, V), kernel in itertools.product(
+        [(128, 128)] if quick else itertools.product(sizes, sizes), ("forward", "queries", "keys")
+    ):
+        first = Case(
+            "block_attention", kernel, "bf16", K, V, aligned=True, many=False, backward=kernel != "forward"
+        )
+        yield first
+        if kernel == "forward":
+            yield replace(first, many=True)
+        if K == V and not quick:
+            yield replace(first, dtype="fp32")
+            yield replace(first, dtype="fp16")
+
+
+def _block_constants(case: Case, launch: Launch, group: int) -> dict[str, Any]:
+    queries = queries_of(launch, group, 1 if case.many else BLOCK_KEYS)
+    constants = {
+        "K": case.K, "V": case.V, "ROWS_K": block(case.K), "ROWS_V": block(case.V), "ROWS": block(queries * group),
+        "QUERIES": queries, "HEADS": group, "GROUP": group, "BLOCK": BLOCK_KEYS, "KEYS": min(launch.columns, BLOCK_KEYS),
+        "DIRECT": case.many, "SEEN": True, "SPLIT": case.many, "BIAS": True, "PRECISION": "tf32x3",
+    }  # fmt: skip
+    names = KERNELS[case.op, case.kernel].arg_names
+    return {name: value for name, value in constants.items() if name in names}
 
 
 def _planned_constants(case: Case, launch: Launch) -> dict[str, Any]:
@@ -146,6 +185,8 @@ def ptx(case: Case) -> tuple[str, dict[str, int | None]]:
     }  # fmt: skip
     if case.op in PLANS:
         constants = _planned_constants(case, launch)
+    if case.op == "block_attention":
+        constants = _block_constants(case, launch, GROUPS[-1])
     if case.kernel == "output":
         constants |= {"SEGMENTED": False, "HAS_INITIAL": True, "HAS_D_FINAL": case.backward}
     if case.op == "simple_gla":
@@ -158,6 +199,8 @@ def ptx(case: Case) -> tuple[str, dict[str, int | None]]:
         signature[name] = _type(name, case.dtype, constants)
         if case.op in PLANS and name in ("states_ptr", "d_states_ptr"):
             signature[name] = f"*{case.dtype}"
+        if case.op == "block_attention" and name == "sums_ptr":
+            signature[name] = "*fp32"
         if name in constants:
             continue
         known = case.aligned and name.startswith("stride_")
@@ -172,6 +215,9 @@ def ptx(case: Case) -> tuple[str, dict[str, int | None]]:
 def _launch(case: Case) -> Launch:
     if case.op == "decay_attention":
         launch = decay_attention.HOPPER.launch(case.kernel, ELEMENTS[case.dtype], block(case.K))
+    elif case.op == "block_attention":
+        size = max(block(case.K), block(case.V))
+        return getattr(block_attention.HOPPER.plan(ELEMENTS[case.dtype], size), case.kernel)
     elif case.op in PLANS:
         size = max(block(case.K), block(case.V)) if case.op == "gla" else block(case.K)
         launch = getattr(PLANS[case.op].plan(ELEMENTS[case.dtype], size), case.kernel)
@@ -191,7 +237,7 @@ def _type(name: str, dtype: str, constants: dict[str, Any]) -> str:
     if name in constants:
         return "constexpr"
     if name.endswith("_ptr"):
-        known = {FLOATS: "*fp32", DOUBLES: "*fp64", INTEGERS: "*i32"}
+        known = {FLOATS: "*fp32", DOUBLES: "*fp64", INTEGERS: "*i32", BYTES: "*u8"}
         return next((kind for names, kind in known.items() if name in names), f"*{dtype}")
     return "fp32" if name == "scale" else "i32"
 

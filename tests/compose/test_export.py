@@ -166,7 +166,12 @@ def test_only_the_kinds_in_use_travel(softmax: Any) -> None:
     assert {"compose_mixers_attention.py", "compose_channel_gelu.py"} <= names
     # Blocks that are chosen, windows that slide inward: both are forms of attention.
     ops = {"op", "block_attention", "_block_attention_torch", "member_attention"}
-    assert {name for name in names if name.startswith("kernels")} == {f"kernels_{op}.py" for op in ops}
+    kernels = {name for name in names if name.startswith("kernels")}
+    # Kernels come with what they share.
+    shared = {name for name in kernels if name.startswith(("kernels_common", "kernels_configs"))}
+    ops |= {f"_block_attention_{part}" for part in ("op", "launch", "lists", "fwd", "bwd")}
+    assert kernels - shared == {f"kernels_{op}.py" for op in ops}
+    assert "kernels_configs_block_attention.py" in shared
     assert not [name for name in names if "delta" in name or "swiglu" in name]
 
 
