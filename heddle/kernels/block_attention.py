@@ -238,20 +238,23 @@ _op = register_composite(
 
 
 def _draw(shape: Shape, generator: torch.Generator) -> Inputs:
-    """T queries at the last places of S keys; each head reads its own block and `L` - 1 others of `block` keys."""
+    """T queries at the last places of S keys; each reads its own block and `L` - 1 earlier ones of `block` keys.
+
+    So many neighbours as `shared` says (1 if nothing) read the same earlier blocks.
+    """
     B, H, N, T, S, K, V = (shape[name] for name in ("B", "H", "N", "T", "S", "K", "V"))
-    block, device = shape["block"], generator.device
-    own = (torch.arange(S - T, S, device=device) // block)[None, None, :, None]
-    worth = torch.rand(B, N, T, -(-S // block), generator=generator, device=device)
-    earlier = torch.arange(worth.shape[-1], device=device) < own
-    best = worth.masked_fill(~earlier, -1.0).topk(min(shape["L"] - 1, worth.shape[-1]), dim=-1)
-    others = torch.where(best.values < 0, -1, best.indices)
+    block, shared, device = shape["block"], shape.get("shared", 1), generator.device
+    own = torch.arange(S - T, S, device=device)[:, None] // block
+    worth = torch.rand(B, N, -(-T // shared), -(-S // block), generator=generator, device=device)
+    worth.masked_fill_(torch.arange(worth.shape[-1], device=device) >= own[::shared], -1.0)
+    best = worth.topk(min(shape["L"] - 1, worth.shape[-1]), dim=-1)
+    others = torch.where(best.values < 0, -1, best.indices).repeat_interleave(shared, dim=2)[:, :, :T]
     return {
         "q": normal(generator, B, H, T, K),
         "k": normal(generator, B, N, S, K),
         "v": normal(generator, B, N, S, V),
         "start": torch.full((B,), S - T, device=device),
-        "listed": torch.cat((own.expand(B, N, T, 1), others), dim=-1),
+        "listed": torch.cat((own.expand(B, N, T, 1), others), dim=-1).to(torch.int32),
     }
 
 
@@ -265,10 +268,10 @@ _CASES = Traits(
     differentiable=("q", "k", "v"),
     output_like="q",
     test_shapes=({"B": 2, "H": 4, "N": 2, "T": 37, "S": 37, "K": 16, "V": 16, "block": 8, "L": 3},),
-    bench_shapes=(
-        {"B": 1, "T": 131072, "S": 131072, **_WIDE, "L": 64},
-        {"B": 1, "T": 65536, "S": 65536, **_WIDE, "L": 64},
-        {"B": 1, "T": 32768, "S": 32768, **_WIDE, "L": 16},
+    bench_shapes=tuple(
+        {"B": 1, "T": T, "S": T, **_WIDE, "L": L, "shared": shared}
+        for T, L in ((32768, 16), (65536, 64), (131072, 64))
+        for shared in (64, 1)
     ),
     decode_shapes=({"B": 32, "T": 1, "S": 131072, **_WIDE, "L": 64},),
 )

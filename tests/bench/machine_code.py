@@ -78,7 +78,7 @@ DOUBLES = ("sums_ptr",)
 INTEGERS = ("table_ptr", "offsets_ptr", "cu_seqlens_ptr", "start_ptr", "entries_ptr")
 BYTES = ("seen_ptr",)
 # Of block_attention: heads of a group, and keys of a block.
-GROUPS, BLOCK_KEYS = (1, 4, 16), 64
+GROUP, BLOCK_KEYS = 16, 64
 # Tiles of each height and width, full and partly empty.
 SIZES = (16, 32, 48, 64, 96, 128, 160, 256)
 QUICK = ((16, 16), (32, 48), (48, 32), (64, 16), (64, 32), (64, 64), (128, 32), (256, 64))
@@ -148,11 +148,11 @@ def block_cases(*, quick: bool) -> Iterator[Case]:
             yield replace(first, dtype="fp16")
 
 
-def _block_constants(case: Case, launch: Launch, group: int) -> dict[str, Any]:
-    queries = queries_of(launch, group, 1 if case.many else BLOCK_KEYS)
+def _block_constants(case: Case, launch: Launch) -> dict[str, Any]:
+    queries = queries_of(launch, GROUP, 1 if case.many else BLOCK_KEYS)
     constants = {
-        "K": case.K, "V": case.V, "ROWS_K": block(case.K), "ROWS_V": block(case.V), "ROWS": block(queries * group),
-        "QUERIES": queries, "HEADS": group, "GROUP": group, "BLOCK": BLOCK_KEYS, "KEYS": min(launch.columns, BLOCK_KEYS),
+        "K": case.K, "V": case.V, "ROWS_K": block(case.K), "ROWS_V": block(case.V), "ROWS": block(queries * GROUP),
+        "QUERIES": queries, "HEADS": GROUP, "GROUP": GROUP, "BLOCK": BLOCK_KEYS, "KEYS": min(launch.columns, BLOCK_KEYS),
         "DIRECT": case.many, "SEEN": True, "SPLIT": case.many, "BIAS": True, "PRECISION": "tf32x3",
     }  # fmt: skip
     names = KERNELS[case.op, case.kernel].arg_names
@@ -186,7 +186,7 @@ def ptx(case: Case) -> tuple[str, dict[str, int | None]]:
     if case.op in PLANS:
         constants = _planned_constants(case, launch)
     if case.op == "block_attention":
-        constants = _block_constants(case, launch, GROUPS[-1])
+        constants = _block_constants(case, launch)
     if case.kernel == "output":
         constants |= {"SEGMENTED": False, "HAS_INITIAL": True, "HAS_D_FINAL": case.backward}
     if case.op == "simple_gla":
