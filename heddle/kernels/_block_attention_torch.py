@@ -1,7 +1,7 @@
 """block_attention in plain torch: blocks of queries over all keys up to the last of them, gradients worked out again.
 
-All of it is float32 (float64 for float64): nothing is rounded but inputs and output. The kernels, whose baseline it is, round weights
-as well before they multiply values, and keep twice its error nevertheless.
+All of it is float32 (float64 for float64): nothing is rounded but inputs and output. The kernels, whose baseline it is, round
+weights as well before they multiply values.
 """
 
 from __future__ import annotations
