@@ -18,8 +18,10 @@ from heddle.kernels.gated_delta_rule import work
 from heddle.kernels.op import (
     TRITON_DTYPES,
     Inputs,
+    Phase,
     Shape,
     Traits,
+    Work,
     check_shapes,
     normal,
     op,
@@ -152,6 +154,13 @@ def _draw_timed(shape: Shape, generator: torch.Generator) -> Inputs:
     return {**_draw(shape, generator), "log_decay": log_decay, "beta": torch.sigmoid(uniform)}
 
 
+def _work(shape: Shape, phase: Phase, element: int) -> Work:
+    """What gated_delta_rule must do, with a decay of each channel."""
+    least = work(shape, phase, element)
+    decays = shape["B"] * shape["T"] * shape.get("HV", shape["H"]) * (shape["K"] - 1) * 4
+    return Work(least.flops, least.bytes + decays * {"fwd": 1, "fwdbwd": 3}.get(phase, 1))
+
+
 _WIDE = {"H": 16, "HV": 16, "K": 128, "V": 128}
 _CASES = Traits(
     inputs=_draw,
@@ -164,7 +173,7 @@ _CASES = Traits(
     test_shapes=({"B": 2, "H": 2, "HV": 4, "K": 16, "V": 16}, {"B": 1, "H": 2, "HV": 2, "K": 24, "V": 40}),
     bench_shapes=tuple({"B": B, "T": T, **_WIDE} for B, T in ((8, 4096), (1, 32768))),
     decode_shapes=tuple({"B": B, "T": 1, **_WIDE} for B in (1, 64)),
-    work=work,
+    work=_work,
 )
 
 

@@ -22,17 +22,18 @@ DELTA = f"gated_delta_rule and ({SOME}) or delta_rule-cpu-float32 and 65 and not
 
 
 GLA = "gla and not simple"
+KDA = "kda-cpu-float32 and 65 or kda-cpu-float16 and packed_sequences"
 
 
-@pytest.mark.parametrize("op", ["decay_attention", "simple_gla", "delta_rule", GLA])
+@pytest.mark.parametrize("op", ["decay_attention", "simple_gla", "delta_rule", GLA, "kda"])
 def test_interpreted_kernels_keep_the_contract(op: str, full_counts: bool) -> None:
-    some = {"delta_rule": DELTA, GLA: f"{GLA} and (65 or packed)"}.get(op, f"{op} and ({SOME})")
+    some = {"delta_rule": DELTA, GLA: f"{GLA} and (65 or packed)", "kda": KDA}.get(op, f"{op} and ({SOME})")
     _run_interpreted("tests/contracts/test_ops.py", op if full_counts else some)
 
 
 # Long: the same tests run on a GPU by `make test-gpu`.
 @pytest.mark.long
-@pytest.mark.parametrize("op", ["decay_attention", "simple_gla", "gated_delta_rule", "gla"])
+@pytest.mark.parametrize("op", ["decay_attention", "simple_gla", "gated_delta_rule", "gla", "kda"])
 def test_interpreted_kernels_are_right_where_they_are_peculiar(op: str) -> None:
     _run_interpreted(f"tests/kernels/test_{op}.py", op)
 
