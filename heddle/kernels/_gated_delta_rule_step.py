@@ -1,5 +1,5 @@
 # mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call"
-"""One token of gated_delta_rule or delta_rule: the state is read once and written once.
+"""One token of gated_delta_rule, delta_rule or kda: the state is read once and written once.
 
 The two sums over K, of the state with k and with q, are taken of the state as it is read, so that neither waits for the other:
 
@@ -26,7 +26,7 @@ def _gated_delta_rule_step_kernel(
     stride_qn, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh,
     HV, scale,
     K: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr,
-    GATED: tl.constexpr,
+    GATED: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     TILES: tl.constexpr = (V + COLUMNS - 1) // COLUMNS
     tile = tl.program_id(0) % TILES
@@ -44,7 +44,9 @@ def _gated_delta_rule_step_kernel(
     k = tl.load(k_ptr + n * stride_kn + head // GROUP * stride_kh + rows, mask=in_k, other=0.0).to(tl.float32)
     v = tl.load(v_ptr + n * stride_vn + head * stride_vh + columns, mask=in_v, other=0.0).to(tl.float32)
     beta = tl.load(beta_ptr + place)
-    if GATED:
+    if CHANNELS:
+        state *= tl.exp(tl.load(log_decay_ptr + place * K + rows, mask=in_k, other=0.0))[:, None]
+    elif GATED:
         state *= tl.exp(tl.load(log_decay_ptr + place))
     erased = tl.sum(k[:, None] * state, axis=0)
     seen = tl.sum(q[:, None] * state, axis=0)
@@ -63,7 +65,10 @@ def launch_step(
     state: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Output and new state; arguments as those of the registered op."""
+    """Output and new state; arguments as those of the registered ops.
+
+    Shapes:  log_decay: [B, 1, HV], or [B, 1, HV, K] for one of each channel
+    """
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     state, beta = state.contiguous(), beta.to(torch.float32).contiguous()
     gate = beta if log_decay is None else log_decay.to(torch.float32).contiguous()
@@ -76,6 +81,7 @@ def launch_step(
     _gated_delta_rule_step_kernel[(B * HV * triton.cdiv(V, columns),)](
         q, k, v, gate, beta, state, out, new_state, *strides, HV, scale,
         K=K, V=V, ROWS=block(K), COLUMNS=columns, GROUP=HV // q.shape[2], GATED=log_decay is not None,
+        CHANNELS=gate.dim() == 4,
         **launch.options(),
     )  # fmt: skip
     return out, new_state

@@ -1,7 +1,8 @@
 """Kimi Delta Attention, the delta rule with a decay of each key channel: the op and its reference.
 
-In plain torch on every device; its torch path is that of gated_delta_rule. Necessary work for a token and value head
-(K = V = 128, chunks of 64): 164 kFLOP and the triangular inverse.
+Its torch path is that of gated_delta_rule. Its kernels (`_kda_fwd`) were held to the reference by Triton's interpreter alone: on
+a GPU they run when they are asked for, and torch otherwise. Predicted cost for a token and value head (K = V = 128, bfloat16,
+chunks of 64): forward 164 kFLOP and the triangular inverse, 3.6 KB.
 """
 
 from __future__ import annotations
@@ -11,19 +12,29 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from heddle.kernels._gated_delta_rule_torch import chunked, step
-from heddle.kernels.common.linear_op import check_inputs, check_one_token, draw_state
+from heddle.kernels.common.linear_op import check_inputs, check_one_token, draw_state, fits
 from heddle.kernels.common.recurrence import heads_of_values, walk
 from heddle.kernels.gated_delta_rule import work
 from heddle.kernels.op import (
+    TRITON_DTYPES,
     Inputs,
+    Phase,
     Shape,
     Traits,
+    Work,
     check_shapes,
     normal,
     op,
     register_composite,
     wide_dtype,
 )
+
+try:
+    from heddle.kernels._kda_op import forward_kernels, step_kernels
+
+    HAS_KERNELS = True
+except ImportError:
+    HAS_KERNELS = False
 
 
 def kda_reference(
@@ -59,20 +70,16 @@ def _forward(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    kda.choose(q.device, q.dtype, K=q.shape[-1], V=v.shape[-1])
-    # No kernel has this for its baseline: nothing is rounded but the inputs and the output.
-    dtype = v.dtype
-    q, k, v = (x.to(wide_dtype(dtype)) for x in (q, k, v))
-    out, state = chunked(
-        q, k, v, log_decay, beta, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens
-    )
-    return out.to(dtype), state
+    if kda.choose(q.device, q.dtype, K=q.shape[-1], V=v.shape[-1]) == "triton":
+        return forward_kernels(q, k, v, log_decay, beta, scale, initial_state, cu_seqlens)  # type: ignore[no-any-return]
+    return chunked(q, k, v, log_decay, beta, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens)
 
 
 def _step(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, state: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    kda.choose(q.device, q.dtype, K=q.shape[-1], V=v.shape[-1])
+    if kda.choose(q.device, q.dtype, K=q.shape[-1], V=v.shape[-1]) == "triton":
+        return step_kernels(q, k, v, log_decay, beta, state, scale)  # type: ignore[no-any-return]
     return step(q, k, v, log_decay, beta, state, scale)
 
 
@@ -147,6 +154,13 @@ def _draw_timed(shape: Shape, generator: torch.Generator) -> Inputs:
     return {**_draw(shape, generator), "log_decay": log_decay, "beta": torch.sigmoid(uniform)}
 
 
+def _work(shape: Shape, phase: Phase, element: int) -> Work:
+    """What gated_delta_rule must do, with a decay of each channel."""
+    least = work(shape, phase, element)
+    decays = shape["B"] * shape["T"] * shape.get("HV", shape["H"]) * (shape["K"] - 1) * 4
+    return Work(least.flops, least.bytes + decays * {"fwd": 1, "fwdbwd": 3}.get(phase, 1))
+
+
 _WIDE = {"H": 16, "HV": 16, "K": 128, "V": 128}
 _CASES = Traits(
     inputs=_draw,
@@ -159,11 +173,15 @@ _CASES = Traits(
     test_shapes=({"B": 2, "H": 2, "HV": 4, "K": 16, "V": 16}, {"B": 1, "H": 2, "HV": 2, "K": 24, "V": 40}),
     bench_shapes=tuple({"B": B, "T": T, **_WIDE} for B, T in ((8, 4096), (1, 32768))),
     decode_shapes=tuple({"B": B, "T": 1, **_WIDE} for B in (1, 64)),
-    work=work,
+    work=_work,
 )
 
 
-@op(kda_reference, _CASES, step=kda_step)
+def _fits(shape: Shape) -> bool:
+    return HAS_KERNELS and fits(shape)
+
+
+@op(kda_reference, _CASES, kernel=_fits, step=kda_step, unproven=TRITON_DTYPES)
 def kda(
     q: Tensor,
     k: Tensor,

@@ -36,12 +36,14 @@ from heddle.kernels import (
     _gated_delta_rule_fwd,
     _gla_bwd,
     _gla_fwd,
+    _kda_bwd,
+    _kda_fwd,
     _simple_gla_sweep,
 )
 from heddle.kernels._block_attention_launch import queries_of
 from heddle.kernels._gla_launch import KEY_TILE
 from heddle.kernels.common.layout import ALIGNMENT, LEAST_HEAD, block
-from heddle.kernels.configs import block_attention, decay_attention, gated_delta_rule, gla, simple_gla
+from heddle.kernels.configs import block_attention, decay_attention, gated_delta_rule, gla, kda, simple_gla
 from heddle.kernels.configs.launch import Launch
 
 RESULTS = Path(__file__).parent / "results"
@@ -64,9 +66,14 @@ KERNELS = {
     ("block_attention", "forward"): _block_attention_fwd._block_attention_fwd_kernel,
     ("block_attention", "queries"): _block_attention_bwd._block_attention_bwd_query_kernel,
     ("block_attention", "keys"): _block_attention_bwd._block_attention_bwd_key_kernel,
+    ("kda", "prepare"): _kda_fwd._kda_prepare_kernel,
+    ("kda", "forward"): _kda_fwd._kda_sweep_kernel,
+    ("kda", "keep"): _kda_fwd._kda_sweep_kernel,
+    ("kda", "backward"): _kda_bwd._kda_backward_kernel,
+    ("kda", "gradient"): _kda_bwd._kda_gradient_kernel,
 }
 # Their launches share a chunk, and their kernels what they are told.
-PLANS = {"gated_delta_rule": gated_delta_rule.HOPPER, "gla": gla.HOPPER}
+PLANS = {"gated_delta_rule": gated_delta_rule.HOPPER, "gla": gla.HOPPER, "kda": kda.HOPPER}
 ELEMENTS = {"bf16": 2, "fp16": 2, "fp32": 4}
 FLOATS = (
     "log_decay_ptr", "final_ptr", "states_ptr", "initial_ptr", "d_final_ptr", "d_final_t_ptr",
@@ -90,6 +97,7 @@ class Case:
     """One kernel of an op at the launch of the table; K and V are those of a, b and of c.
 
     `aligned`: strides are multiples of 16;  `many`: so is the number of heads, which Triton looks at as well
+    `halved`: the longer way through a chunk of gla or kda
     """
 
     op: str
@@ -100,6 +108,7 @@ class Case:
     aligned: bool
     many: bool
     backward: bool
+    halved: bool = False
 
 
 def cases(*, quick: bool) -> Iterator[Case]:
@@ -124,11 +133,19 @@ def cases(*, quick: bool) -> Iterator[Case]:
 
 
 def planned_cases(*, quick: bool) -> Iterator[Case]:
-    """The kernels of the delta rules and of gla, which take no head sizes below LEAST_HEAD."""
+    """The kernels of the delta rules, of gla and of kda, which take no head sizes below LEAST_HEAD."""
     sizes = [size for size in SIZES if size >= LEAST_HEAD]
     for K, V in [(128, LEAST_HEAD)] if quick else itertools.product(sizes, sizes):
         for op, kernel in ((op, kernel) for op, kernel in KERNELS if op in PLANS):
-            yield Case(op, kernel, "bf16", K, V, aligned=True, many=False, backward=kernel == "backward")
+            case = Case(op, kernel, "bf16", K, V, aligned=True, many=False, backward=kernel == "backward")
+            yield case
+            if op == "kda" and kernel in ("prepare", "gradient") and not quick:
+                yield replace(case, halved=True)
+
+
+def _largest(case: Case) -> int:
+    """The head size that a plan is chosen by."""
+    return block(case.K) if case.op == "gated_delta_rule" else max(block(case.K), block(case.V))
 
 
 def block_cases(*, quick: bool) -> Iterator[Case]:
@@ -160,15 +177,17 @@ def _block_constants(case: Case, launch: Launch) -> dict[str, Any]:
 
 
 def _planned_constants(case: Case, launch: Launch) -> dict[str, Any]:
-    plan = gated_delta_rule.HOPPER.plan(ELEMENTS[case.dtype], block(case.K))
+    delta = kda.HOPPER if case.op == "kda" else gated_delta_rule.HOPPER
+    plan = delta.plan(ELEMENTS[case.dtype], _largest(case))
     constants = {
         "K": case.K, "V": case.V, "C": launch.chunk, "ROWS": block(case.K), "COLUMNS": launch.columns, "GROUP": 1,
         "GATED": True, "VARLEN": False, "PRECISION": "tf32x3", "SOLVE": plan.inverse,
-        "LEVELS": launch.chunk.bit_length() - 1, "KEEP": case.kernel == "keep" or (case.op == "gla" and case.backward),
+        "LEVELS": launch.chunk.bit_length() - 1,
+        "KEEP": case.kernel in ("keep", "prepare") or (case.op == "gla" and case.backward),
         "SEGMENTED": False, "SUMMARY": False, "OUT": case.kernel != "keep", "BACKWARD": case.backward,
-        "PRECISE": case.dtype == "fp32", "HALVED": case.dtype == "fp16",
+        "PRECISE": case.dtype == "fp32", "HALVED": case.dtype == "fp16" or case.halved,
     }  # fmt: skip
-    if case.op == "gla" and case.kernel in ("prepare", "gradient"):
+    if case.op in ("gla", "kda") and case.kernel in ("prepare", "gradient"):
         constants["ROWS"] = min(KEY_TILE, block(case.K))
     names = KERNELS[case.op, case.kernel].arg_names
     return {name: value for name, value in constants.items() if name in names}
@@ -219,8 +238,7 @@ def _launch(case: Case) -> Launch:
         size = max(block(case.K), block(case.V))
         return getattr(block_attention.HOPPER.plan(ELEMENTS[case.dtype], size), case.kernel)
     elif case.op in PLANS:
-        size = max(block(case.K), block(case.V)) if case.op == "gla" else block(case.K)
-        launch = getattr(PLANS[case.op].plan(ELEMENTS[case.dtype], size), case.kernel)
+        launch = getattr(PLANS[case.op].plan(ELEMENTS[case.dtype], _largest(case)), case.kernel)
     else:
         kernel = "backward" if case.backward and case.kernel == "output" else case.kernel
         size = max(block(case.K), block(case.V))

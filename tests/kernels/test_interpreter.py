@@ -24,11 +24,12 @@ DELTA = f"gated_delta_rule and ({SOME}) or delta_rule-cpu-float32 and 65 and not
 GLA = "gla and not simple"
 # All gradients of one form, ragged heads in half precision, a list in three parts.
 BLOCKS = "reference and gates and float32 or odd and group and float16 or split and 3-listed and float32"
+KDA = "kda-cpu-float32 and 65 or kda-cpu-float16 and packed_sequences"
 
 
-@pytest.mark.parametrize("op", ["decay_attention", "simple_gla", "delta_rule", GLA])
+@pytest.mark.parametrize("op", ["decay_attention", "simple_gla", "delta_rule", GLA, "kda"])
 def test_interpreted_kernels_keep_the_contract(op: str, full_counts: bool) -> None:
-    some = {"delta_rule": DELTA, GLA: f"{GLA} and (65 or packed)"}.get(op, f"{op} and ({SOME})")
+    some = {"delta_rule": DELTA, GLA: f"{GLA} and (65 or packed)", "kda": KDA}.get(op, f"{op} and ({SOME})")
     _run_interpreted("tests/contracts/test_ops.py", op if full_counts else some)
 
 
@@ -39,7 +40,7 @@ def test_interpreted_block_attention_is_right() -> None:
 # Long: the same tests run on a GPU by `make test-gpu`.
 @pytest.mark.long
 @pytest.mark.parametrize(
-    "op", ["decay_attention", "simple_gla", "gated_delta_rule", "gla", "block_attention_kernels"]
+    "op", ["decay_attention", "simple_gla", "gated_delta_rule", "gla", "kda", "block_attention_kernels"]
 )
 def test_interpreted_kernels_are_right_where_they_are_peculiar(op: str) -> None:
     _run_interpreted(f"tests/kernels/test_{op}.py", op)

@@ -45,16 +45,6 @@ def test_channels_that_fade_alike_are_one_decay(op: Op[..., Any], simple: Op[...
         assert (found[name] - expected).abs().max() <= 1e-9 * expected.abs().max(), name
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("cu_seqlens", [None, [0, 1, 1, 70, 130]], ids=["dense", "packed"])
-def test_without_kernels_half_precision_rounds_inputs_and_outputs_alone(
-    dtype: torch.dtype, cu_seqlens: list[int] | None
-) -> None:
-    sample = draw(kda, {**SMALL, "T": 130}, dtype, cu_seqlens=cu_seqlens)
-    wrong = [str(one) for one in compare(kda, sample, "cpu") if not one.ok]
-    assert not wrong, "\n".join(wrong)
-
-
 @every_op
 def test_a_gate_for_each_head_alone_is_refused(op: Op[..., Any]) -> None:
     arguments = draw(op, {**SMALL, "T": 4}, torch.float32).arguments
