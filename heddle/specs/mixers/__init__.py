@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Union
 from heddle.specs.composite import CompositeMixer
 from heddle.specs.kinds import MixerSpec
 from heddle.specs.mixers.attention import Attention as Attention
+from heddle.specs.mixers.contmix import ContMix as ContMix
 from heddle.specs.mixers.decay_attention import DecayAttention as DecayAttention
 from heddle.specs.mixers.deltanet import DeltaNet as DeltaNet
 from heddle.specs.mixers.gated_deltanet import GatedDeltaNet as GatedDeltaNet
