@@ -18,6 +18,7 @@ from heddle.compose.cache import (
     TokenCount,
 )
 from heddle.compose.init import Initialised, fill
+from heddle.compose.modules.head_mix import HeadMix
 from heddle.compose.modules.in_view import attend_in_view, keys_so_far
 from heddle.compose.modules.inward import inward_attention, inward_range
 from heddle.compose.modules.masks import View, distances, key_mask, real_keys
@@ -93,7 +94,7 @@ class AttentionModule(Initialised):
         self._make(site, queries=heads * (2 if gate else 1), bias=bias, norm=qk_norm is not False)
         self.sinks = nn.Parameter(torch.empty(heads)) if sinks else None
         self.value_share = nn.Parameter(torch.empty(1)) if values_from is not None else None
-        self.heads_out, self.rows_out = nn.Identity(), RowsOut()
+        self.heads_out, self.rows_out, self.head_mix = nn.Identity(), RowsOut(), HeadMix()
 
     def _make(self, site: Site, *, queries: int, bias: str, norm: bool) -> None:
         """Projections and norms; those of keys and values only where they are its own."""
@@ -132,7 +133,7 @@ class AttentionModule(Initialised):
             k, v, written = call.handed["keys", self.keys_from], call.handed["values", self.keys_from], None
         if self.rows_out.queries is not None:
             self.rows_out(self._rows(q, k, written, call))
-        o = self._attend(q, k, v, written, call).transpose(1, 2)
+        o = self.head_mix(self._attend(q, k, v, written, call), v).transpose(1, 2)
         if gate:
             o = o * torch.sigmoid(gate[0])
         y: Tensor = self.o_proj(self.heads_out(call.gated(o)).flatten(2))
