@@ -20,8 +20,8 @@ class State:
     """One tensor that a mixer's cache holds for one sequence.
 
     `shape` is that of the whole tensor or, if it `grows`, of one token's part of it. A growing one holds at most `limit`
-    tokens; one part stands for `every` so many of them, and is there when they are complete. `element` is the bytes of a number
-    where the kind fixes them; None follows the model's dtype.
+    tokens; one part stands for `every` so many of them, and is there when they, and `late` more parts' tokens, are complete.
+    `element` is the bytes of a number where the kind fixes them; None follows the model's dtype.
     """
 
     name: str
@@ -29,11 +29,12 @@ class State:
     grows: bool = False
     limit: int | None = None
     every: int = 1
+    late: int = 0
     element: int | None = None
 
     def bytes(self, context: int, element: int) -> int:
         """Bytes after `context` tokens; nothing is held before the first."""
-        held = context // self.every if self.grows else min(context, 1)
+        held = max(0, context // self.every - self.late) if self.grows else min(context, 1)
         if self.limit is not None:
             held = min(held, self.limit)
         return held * math.prod(self.shape) * (self.element or element)

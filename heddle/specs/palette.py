@@ -43,6 +43,8 @@ HATCHED = {
     "landmark": "#994455",
     "routing": "#bb88ff",
     "nats_l": "#220088",
+    "still": "#bbeeff",
+    "contmix": "#331133",
 }
 # Kinds of plugins: always the same one for a name, though not one of its own.
 OTHERS = ("#0011dd", "#998800", "#cc6699", "#446655", "#888888")

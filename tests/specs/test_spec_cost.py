@@ -118,6 +118,7 @@ def test_prefill_is_the_mean_of_what_each_token_sees(fields: dict[str, Any]) -> 
         "local_linear_attention",
         "landmark",
         "routing",
+        "still",
     ):
         # A state costs the same for every token, whatever the length; chunks are full from 64 tokens on.
         assert spec.prefill_flops(site, 64) == spec.prefill_flops(site, 100_000)
@@ -133,6 +134,17 @@ def test_a_cache_grows_by_its_bytes_per_token_until_its_window_is_full(fields: d
     spec, site = mixer(fields), Site(48)
     window = fields.get("window")
     assert spec.state_bytes(site, 0, 2) == 0
+    if fields["kind"] == "still":
+        # Recent tokens until two chunks but one are held; from then on what stays of a chunk, when the one after it is complete.
+        chunk, (keys, values, scores, *far) = spec.chunk, [one for one in spec.states(site) if one.grows]
+        recent = sum(one.bytes_per_token(2) for one in (keys, values, scores))
+        kept = sum(one.bytes_per_token(2) for one in far) * chunk
+        before = spec.state_bytes(site, 2 * chunk - 2, 2)
+        assert spec.state_bytes(site, 2 * chunk - 1, 2) - before == recent
+        for context in (2 * chunk - 1, 9 * chunk - 1):
+            assert spec.state_bytes(site, context + 1, 2) - spec.state_bytes(site, context, 2) == kept
+            assert spec.state_bytes(site, context + chunk, 2) == spec.state_bytes(site, context + 1, 2)
+        return
     # A part of the cache may stand for several tokens.
     span = max((state.every for state in spec.states(site)), default=1)
     for context in (1, 5, 8, 9, 10, 1000):

@@ -18,8 +18,10 @@ from heddle.compose.cache import (
     TokenCount,
 )
 from heddle.compose.init import Initialised, fill
+from heddle.compose.modules.grid_window import grid_keys
+from heddle.compose.modules.head_mix import HeadMix
 from heddle.compose.modules.in_view import attend_in_view, keys_so_far
-from heddle.compose.modules.inward import inward_attention, inward_range
+from heddle.compose.modules.inward import inward_attention, inward_range, listed_attention
 from heddle.compose.modules.masks import View, distances, key_mask, real_keys
 from heddle.compose.modules.norm import RMSNorm
 from heddle.compose.modules.precision import wide
@@ -42,7 +44,8 @@ class AttentionModule(Initialised):
     window counts the current token. Without `causal` a query also sees later tokens, those less than a window ahead; there
     is nothing to decode then, and no cache. `softcap` and `sinks` are those of `softmax_attention`.
 
-    With `boundary` "inward" such a window slides inward at the ends, and every query sees as many keys (arXiv 2511.14712).
+    With `boundary` "inward" such a window slides inward at the ends, and every query sees as many keys (arXiv 2511.14712). With
+    `grid` tokens are those of an image or a video, and windows are along its axes; see `grid_keys`.
 
     `keys_from`: the keys and values are those of an earlier layer, and so is their cache (arXiv 2405.12981, 2405.05254).
     `values_from`: v = (1 - l) v + l v', v' those of an earlier layer, l learned from 1/2 on (arXiv 2410.17897).
@@ -69,6 +72,7 @@ class AttentionModule(Initialised):
         window: int | None,
         causal: bool = True,
         boundary: str = "clip",
+        grid: Mapping[str, int | None] | None = None,
         scale: float | None = None,
         key_multiplier: float = 1.0,
         softcap: float | None = None,
@@ -86,14 +90,14 @@ class AttentionModule(Initialised):
             key_multiplier,
             softcap,
         )
-        self.boundary = boundary
+        self.boundary, self.grid = boundary, dict(grid or {})
         self.keys_from, self.values_from, self.selection = keys_from, values_from, dict(selection or {})
         self.takes = _taken(keys_from, values_from, self.selection.get("source"))
         self.rotary, self.norms_jointly = rotary_key(rope, head_dim), qk_norm == "full"
         self._make(site, queries=heads * (2 if gate else 1), bias=bias, norm=qk_norm is not False)
         self.sinks = nn.Parameter(torch.empty(heads)) if sinks else None
         self.value_share = nn.Parameter(torch.empty(1)) if values_from is not None else None
-        self.heads_out, self.rows_out = nn.Identity(), RowsOut()
+        self.heads_out, self.rows_out, self.head_mix = nn.Identity(), RowsOut(), HeadMix()
 
     def _make(self, site: Site, *, queries: int, bias: str, norm: bool) -> None:
         """Projections and norms; those of keys and values only where they are its own."""
@@ -132,7 +136,7 @@ class AttentionModule(Initialised):
             k, v, written = call.handed["keys", self.keys_from], call.handed["values", self.keys_from], None
         if self.rows_out.queries is not None:
             self.rows_out(self._rows(q, k, written, call))
-        o = self._attend(q, k, v, written, call).transpose(1, 2)
+        o = self.head_mix(self._attend(q, k, v, written, call), v).transpose(1, 2)
         if gate:
             o = o * torch.sigmoid(gate[0])
         y: Tensor = self.o_proj(self.heads_out(call.gated(o)).flatten(2))
@@ -174,6 +178,8 @@ class AttentionModule(Initialised):
         attend = partial(softmax_attention, scale=self.scale, softcap=self.softcap, sinks=self.sinks)
         if self.boundary == "inward" and self.view.window is not None:
             return inward_attention(q, k, v, call, window=self.view.window, scale=self.scale)
+        if self.grid:
+            return listed_attention(q, k, v, self._grid_keys(keys, call), self.scale)
         if not self.selection:
             return attend_in_view(q, (k, v, written), call, self.view, attend)
         places, blocks = self._choice(q, k, written, call)
@@ -200,10 +206,21 @@ class AttentionModule(Initialised):
             first, last = (one[:, None, rows, None] for one in inward_range(call, keys, view.window))
             place, view = torch.arange(keys, device=q.device), View(None, causal=False)
             chosen = (place >= first) & (place <= last)
+        if self.grid:
+            index = self._grid_keys(keys, call)[:, rows]
+            chosen = torch.zeros(*index.shape[:2], keys + 1, dtype=torch.bool, device=q.device)
+            # What is none falls on the place behind the last.
+            chosen = chosen.scatter(-1, index % (keys + 1), True)[:, None, :, :keys]
         mask = key_mask(distance, view, real_keys(call, keys), chosen, written=marks)
         mask = mask if mask.dim() == 4 else mask[None, None]
         p = softmax_weights(q[:, :, rows], k, mask, scale=self.scale, softcap=self.softcap, sinks=self.sinks)
         return p.flatten(1, 2)
+
+    def _grid_keys(self, tokens: int, call: Call) -> Tensor:
+        """Shapes:  out: [1 or B, T, keys] int64, -1 for none"""
+        inward = self.boundary == "inward"
+        key = ("grid", tokens, inward, *self.grid.items())
+        return call.once(key, lambda: grid_keys(call, tokens, self.grid, inward=inward))
 
     def _choice(self, q: Tensor, k: Tensor, written: Tensor | None, call: Call) -> tuple[Places, Tensor]:
         """The blocks of keys, and those that each query reads.  Shapes:  out: [B, KV heads, T, blocks] bool"""
@@ -236,8 +253,8 @@ class AttentionModule(Initialised):
     def kernel_path(self, device: torch.device, dtype: torch.dtype) -> str:  # noqa: ARG002
         """The name of the code that does the mixing."""
         is_fused = (
-            self.softcap is None and self.sinks is None and not self.selection and self.boundary == "clip"
-        )
+            self.softcap is None and self.sinks is None and not self.selection and not self.grid
+        ) and self.boundary == "clip"
         return "sdpa" if is_fused else "torch"
 
 

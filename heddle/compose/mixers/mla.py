@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from heddle.compose.cache import Call, KVLayer, PreallocatedKVLayer, StateLayer
+from heddle.compose.modules.head_mix import HeadMix
 from heddle.compose.modules.in_view import attend_in_view, keys_so_far
 from heddle.compose.modules.masks import View, distances, key_mask, real_keys
 from heddle.compose.modules.norm import RMSNorm
@@ -72,7 +73,7 @@ class MlaModule(nn.Module):
         self.kv_down = nn.Linear(site.hidden_size, kv_lora_rank + qk_rope_head_dim, bias=False)
         self.kv_norm = RMSNorm(kv_lora_rank, norm_eps)
         self.kv_up = nn.Linear(kv_lora_rank, heads * (qk_nope_head_dim + v_head_dim), bias=False)
-        self.heads_out, self.rows_out = nn.Identity(), RowsOut()
+        self.heads_out, self.rows_out, self.head_mix = nn.Identity(), RowsOut(), HeadMix()
         self.o_proj = nn.Linear(heads * v_head_dim, site.hidden_size, bias=False)
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
@@ -90,6 +91,9 @@ class MlaModule(nn.Module):
             o = o @ values.mT
         else:
             o = self._attend(self._expanded(torch.cat((q, turning), -1), *held), call)
+        if self.head_mix.share is not None:
+            own = self.kv_up(held[0][:, 0, -x.shape[1] :]).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            o = self.head_mix(o, own[..., self.plain :])
         y: Tensor = self.o_proj(self.heads_out(call.gated(o.transpose(1, 2))).flatten(2))
         return y
 

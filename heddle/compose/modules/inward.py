@@ -37,7 +37,14 @@ def inward_attention(
     """
     first, last = inward_range(call, q.shape[2], window)
     index = first[..., None] + torch.arange(min(2 * window - 1, q.shape[2]), device=q.device)
-    index = index.masked_fill(index > last[..., None], -1)
+    return listed_attention(q, k, v, index.masked_fill(index > last[..., None], -1), scale)
+
+
+def listed_attention(q: Tensor, k: Tensor, v: Tensor, index: Tensor, scale: float | None) -> Tensor:
+    """Softmax attention of each token over the keys that are listed for it, -1 for none; its own is among them.
+
+    Shapes:  q, out: [B, H, T, d];  k, v: [B, KV heads, T, d];  index: [1 or B, T, keys] int64
+    """
     index = index[:, None].expand(*q.shape[:2], -1, -1)
     group = q.shape[1] // k.shape[1]
     k, v = (side.repeat_interleave(group, dim=1) for side in (k, v))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Union
 from heddle.specs.composite import CompositeMixer
 from heddle.specs.kinds import MixerSpec
 from heddle.specs.mixers.attention import Attention as Attention
+from heddle.specs.mixers.contmix import ContMix as ContMix
 from heddle.specs.mixers.decay_attention import DecayAttention as DecayAttention
 from heddle.specs.mixers.deltanet import DeltaNet as DeltaNet
 from heddle.specs.mixers.gated_deltanet import GatedDeltaNet as GatedDeltaNet
@@ -33,6 +34,7 @@ from heddle.specs.mixers.retnet import RetNet as RetNet
 from heddle.specs.mixers.rf_attention import RfAttention as RfAttention
 from heddle.specs.mixers.routing import Routing as Routing
 from heddle.specs.mixers.sequential import Sequential as Sequential
+from heddle.specs.mixers.still import Still as Still
 from heddle.specs.mixers.token_router import TokenRouter as TokenRouter
 from heddle.specs.mixers.ttt import Ttt as Ttt
 from heddle.specs.plugins import OPTIONAL, load_optional, load_plugins

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from heddle.specs.cost import State
+from heddle.specs.grid import Grid
 from heddle.specs.kinds import (
     Contract,
     Handed,
@@ -30,6 +31,7 @@ from heddle.specs.sight import Sight
 LATER = (
     "causal",
     "boundary",
+    "grid",
     "scale",
     "key_multiplier",
     "softcap",
@@ -91,6 +93,10 @@ class Attention(HeadedMixer):
             "window - 1 tokens (FreeSwim)."
         ),
     ] = "clip"
+    grid: Annotated[
+        Grid | None,
+        Field(description="Tokens as an image or a video, with windows along its axes; null: a line."),
+    ] = None
     scale: Annotated[
         float | None, Field(gt=0, le=1e6, description="Factor of q · k; null: 1 / sqrt(head_dim).")
     ] = None
@@ -137,7 +143,7 @@ class Attention(HeadedMixer):
             found |= {"causality": _BOTH_SIDES, "step": _BOTH_SIDES, "chunks": _BOTH_SIDES}
         if self.keys_from is not None:
             found["written"] = "it reads the memory of another layer and has none of its own"
-        if self.boundary == "inward":
+        if self.boundary == "inward" or self.grid is not None:
             found["written"] = "the places of its window count every token"
         return found
 
@@ -212,6 +218,10 @@ class Attention(HeadedMixer):
         return self.model_copy(update=sizes)
 
     def sights(self, site: Site) -> tuple[Sight, ...]:  # noqa: ARG002
+        if self.grid is not None:
+            widest = self.grid.widest(slides=self.boundary == "inward")
+            # In a window along the line there are tokens of other columns, too.
+            return (Sight(1, is_causal=False), Sight(widest, is_causal=False, is_certain=False))
         if self.selection is None:
             widest = self.window if self.boundary == "clip" or self.window is None else 2 * self.window - 1
             return (Sight(widest, is_causal=self.causal),)
@@ -222,6 +232,7 @@ class Attention(HeadedMixer):
     def runtime(self, site: Site) -> dict[str, Any]:
         data = self.resolved(site).plain()
         data["rope"] = None if self.rope is None else self.rope.runtime()
+        data["grid"] = None if self.grid is None else self.grid.runtime()
         data["selection"] = None if self.selection is None else self.selection.runtime()
         # Of one head, all together are each.
         data["qk_norm"] = self.qk_norm if self.heads > 1 else self.qk_norm is not False
@@ -249,6 +260,9 @@ class Attention(HeadedMixer):
             found.append(Problem("kv_heads", what, divisors_near(self.kv_heads, self.heads)))
         if not found and self.rope is not None:
             found += self._rope_problems(self.rope, site)
+        if self.grid is not None:
+            capped = self.softcap is not None or self.sinks
+            found += self.grid.problems(causal=self.causal, window=self.window, capped=capped)
         return found + self._conflicts()
 
     def _conflicts(self) -> list[Problem]:
@@ -260,7 +274,7 @@ class Attention(HeadedMixer):
             "with keys_from there are no own values to mix",
             "a window drops keys that could be selected",
         )
-        sided = slides and (self.causal or self.window is None)
+        sided = slides and (self.causal or (self.window is None and self.grid is None))
         rules = [
             (takes and self.values_from is not None, "values_from", no_values, one),
             (takes and self.key_multiplier != 1, "key_multiplier", bare, "use scale"),
@@ -318,6 +332,9 @@ class Attention(HeadedMixer):
         if self.selection is not None:
             mean, before = self.selection.mean_keys_read(length), self.selection.mean_scored(length)
             return 2 * self._weights(site) + self._core(site) * mean + self._scoring(site) * before
+        if self.grid is not None:
+            seen_there = self.grid.mean_keys_seen(length, slides=self.boundary == "inward")
+            return 2 * self._weights(site) + self._core(site) * seen_there
         seen = self._visible(length)
         if self.boundary == "inward":
             return 2 * self._weights(site) + self._core(site) * min(length, 2 * seen - 1)

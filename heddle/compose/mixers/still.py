@@ -1,0 +1,222 @@
+"""STILL: a few salient tokens of each chunk stay keys of softmax attention, a linear state takes the others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from heddle.compose.cache import (
+    Call,
+    CompositeLayer,
+    KVLayer,
+    PreallocatedKVLayer,
+    PreallocatedRecurrentLayer,
+    StateLayer,
+)
+from heddle.compose.modules.in_view import keys_so_far
+from heddle.compose.modules.norm import RMSNorm
+from heddle.compose.modules.np_map import NormPreservedMaps
+from heddle.compose.modules.open_chunk import Layout
+from heddle.compose.modules.precision import wide, wide_dtype
+from heddle.compose.modules.rope import rotary_key, rotate
+from heddle.compose.modules.salient import Form, Near, Sides, attend_salient, choose, self_weights
+from heddle.compose.modules.site import Site
+
+RECENT = "recent"
+
+
+class StillModule(nn.Module):
+    """Softmax over near and over salient tokens, a linear state of the others.        (arXiv 2602.02180)
+
+        y = W_o o,   o by `attend_salient`, its gate sigmoid(W_g x), φ by `NormPreservedMaps` of the turned q and k
+
+    p, the weight of a token on itself among the last `chunk` tokens, is kept when the token comes; the `keep` largest of a chunk
+    (of equal ones the later) stay keys when the chunk leaves the two in sight. The choice has no gradient. With
+    `chosen_by` "head" keys and values are repeated for the query heads first, so N below is H. Chunks are counted from each row's
+    first real token. States are float32. Training works out the weights of all but a few chunks again.
+
+    Shapes:  x, y: [B, T, D];  states: keys, values: [B, N, 2 chunk - 1 at most, d];  scores: [B, N, as many, 1];
+             salient_keys, salient_values: [B, N, keep · chunks, d];  salient_written: [B, N, keep · chunks, 1] bool;
+             memory: [B, N, 2 f, d + 1];  `heads_out` sees [B, T, H, d]
+    """
+
+    def __init__(
+        self,
+        site: Site,
+        *,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        rope: Mapping[str, Any] | None,
+        qk_norm: bool,
+        chunk: int,
+        keep: int,
+        features: int,
+        chosen_by: str,
+    ) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim, self.features = heads, kv_heads, head_dim, features
+        self.stores = heads if chosen_by == "head" else kv_heads
+        self.rotary, self.form = rotary_key(rope, head_dim), Form(chunk, keep, head_dim**-0.5)
+        self.q_proj, self.k_proj, self.v_proj, self.g_proj = (
+            nn.Linear(site.hidden_size, count * head_dim, bias=False)
+            for count in (heads, kv_heads, kv_heads, heads)
+        )
+        self.q_norm, self.k_norm = (
+            RMSNorm(head_dim, site.norm_eps) if qk_norm else nn.Identity() for _ in range(2)
+        )
+        self.maps = NormPreservedMaps((heads, self.stores), head_dim, features)
+        self.heads_out = nn.Identity()
+        self.o_proj = nn.Linear(heads * head_dim, site.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, call: Call) -> Tensor:
+        q, k, v = self._projected(x, call)
+        k, v, written = keys_so_far(k, v, call.part(RECENT))
+        real = _real(call, k.shape[2])
+        seen = wide(x).new_ones(len(x), k.shape[2]) if written is None else written.to(wide_dtype(x.dtype))
+        seen = seen if real is None else seen * real
+        layout = self._layout(x, call)
+        near = Near.of(layout, k.shape[2])
+        slots, keys, marks = layout.spread(q), near.rows(k), near.marks(seen)
+        weights = layout.gather(self_weights(slots, keys, marks, near, self.form)).transpose(1, 2)
+        scores = self._scores(weights, seen, call)
+        index = choose(near.rows(scores[..., None])[..., 0], self.form.keep)
+        values = near.rows(v)
+        far = self._far((keys, values, marks), index, near, call)
+        sides = Sides(
+            slots,
+            layout.spread(torch.sigmoid(wide(self.g_proj(x))).view(*x.shape[:2], self.heads, -1)),
+            keys,
+            values,
+            marks,
+            torch.zeros(keys.shape[:-1], dtype=torch.bool, device=x.device).scatter(-1, index, True),
+            self._leaves(near),
+            *far,
+            most=_earlier(call) // self.form.chunk,
+            maps=(self.maps.of_queries, self.maps.of_keys),
+        )
+        memory = call.state("memory")
+        if memory is None:
+            shape = (len(x), self.stores, 2 * self.features, self.head_dim + 1)
+            memory = torch.zeros(shape, dtype=wide_dtype(x.dtype), device=x.device)
+        o, memory = attend_salient(sides, memory, near, self.form)
+        call.keep(memory=memory)
+        o = layout.gather(o.to(x.dtype))
+        y: Tensor = self.o_proj(self.heads_out(call.gated(o)).flatten(2))
+        return y
+
+    def _projected(self, x: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+        """Shapes:  out: [B, T, H, d], and twice [B, N, T, d]"""
+        sides = ((self.q_proj, self.heads), (self.k_proj, self.kv_heads), (self.v_proj, self.kv_heads))
+        q, k, v = (proj(x).unflatten(-1, (count, -1)) for proj, count in sides)
+        q, k = self.q_norm(wide(q)), self.k_norm(wide(k))
+        if self.rotary is not None:
+            tables = call.rotary_tables(*self.rotary)
+            q, k = rotate(q, tables), rotate(k, tables)
+        k, v = (side.to(v.dtype).repeat_interleave(self.stores // self.kv_heads, dim=2) for side in (k, v))
+        return q.to(v.dtype), k.transpose(1, 2), v.transpose(1, 2)
+
+    def _layout(self, x: Tensor, call: Call) -> Layout:
+        earlier, size = _earlier(call), self.form.chunk
+        first = torch.full((len(x),), earlier, device=x.device)
+        real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        if call.key_padding is None:
+            return Layout.of(size, first, real, earlier % size)
+        first = first - (call.key_padding > 0).to(torch.int64).argmax(dim=-1)
+        return Layout.of(size, first, real if call.padding is None else call.padding > 0, None)
+
+    def _scores(self, new: Tensor, seen: Tensor, call: Call) -> Tensor:
+        """The scores of all recent tokens, -1 for one that is never to be seen.  Shapes:  new: [B, N, T];  out: [B, N, S]"""
+        held, past = seen.shape[1] - new.shape[2], call.state("scores")
+        new = new.masked_fill(seen[:, None, held:] <= 0.5, -1.0)
+        scores = new if past is None else torch.cat((past[:, :, :held, 0], new), dim=2)
+        first = max(0, seen.shape[1] - 2 * self.form.chunk + 1)
+        call.keep(scores=scores[:, :, first:, None].clone())
+        return scores
+
+    def _far(
+        self, sides: tuple[Tensor, Tensor, Tensor], index: Tensor, near: Near, call: Call
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys, values and marks of the salient tokens of the chunks that have left, by the number of the chunk.
+
+        Shapes:  sides: as `Sides` has k, v and seen;  index: [B, N, C + 1, keep];  out: as `Sides` has them
+        """
+        (k, v, seen), (size, keep), earlier = sides, (self.form.chunk, self.form.keep), _earlier(call)
+        held, tokens = max(0, earlier // size - 1), near.layout.real.shape[1]
+        chunks = torch.arange(max(0, (earlier + tokens) // size - 1), device=k.device)
+        slot = chunks + 1 - near.layout.base[:, None]
+        is_new = (slot >= 0)[:, None, :, None, None]
+        slot = slot.clamp(min=0, max=near.layout.chunks)
+        marks = seen[:, None].expand(k.shape[:-1])
+        new = [one.gather(3, _spread(index, one)) for one in (k, v, marks[..., None])]
+        found, names = [], ("salient_keys", "salient_values", "salient_written")
+        for name, one in zip(names, new, strict=True):
+            rows = one.gather(2, slot[:, None, :, None, None].expand(-1, one.shape[1], -1, *one.shape[3:]))
+            past = call.state(name)
+            if past is not None:
+                # Chunks that earlier calls have sorted out.
+                past = past[:, :, : held * keep].to(rows.dtype).unflatten(2, (held, keep))  # type: ignore[no-untyped-call]
+                rows = torch.where(is_new, rows, _padded(past, rows.shape[2]))
+            found.append(rows.flatten(2, 3))
+        call.keep(**dict(zip(names, (found[0], found[1], found[2] > 0.5), strict=True)))
+        return found[0], found[1], found[2][..., 0]
+
+    def _leaves(self, near: Near) -> Tensor:
+        """The near chunks that no later token sees whole.  Shapes:  out: [B, C + 1] bool"""
+        layout = near.layout
+        number = torch.arange(-1, layout.chunks, device=near.index.device) + layout.base[:, None]
+        after = layout.first + layout.real.shape[1]
+        return number <= (after // layout.length - 2)[:, None]
+
+    def new_cache(self) -> StateLayer:
+        made = CompositeLayer({RECENT: KVLayer(2 * self.form.chunk)})
+        # The state cannot be taken back.
+        made.is_croppable = False
+        return made
+
+    def filled_cache(self, batch: int, context: int, like: Tensor) -> StateLayer:
+        """A cache of random contents after `context` tokens, whose step repeats."""
+        size, rows = self.form.chunk, (batch, self.stores)
+        held = min(context, 2 * size - 1) + 1
+        keys, values = (like.new_empty(*rows, held, self.head_dim).normal_() for _ in range(2))
+        part = PreallocatedKVLayer(keys, values, context=context, window=2 * size)
+        far = (*rows, max(0, (context + 1) // size - 1) * self.form.keep)
+        exact = like.new_empty(0, dtype=wide_dtype(like.dtype))
+        states = {
+            "scores": exact.new_empty(*rows, held, 1).uniform_(),
+            "salient_keys": like.new_empty(*far, self.head_dim).normal_(),
+            "salient_values": like.new_empty(*far, self.head_dim).normal_(),
+            "salient_written": torch.ones(*far, 1, dtype=torch.bool, device=like.device),
+            "memory": exact.new_empty(*rows, 2 * self.features, self.head_dim + 1).uniform_(),
+        }
+        made = CompositeLayer({RECENT: part}, PreallocatedRecurrentLayer(states, context=context))
+        made.tokens, made.is_initialized = context, True
+        return made
+
+    def kernel_path(self, device: torch.device, dtype: torch.dtype) -> str:  # noqa: ARG002
+        """The name of the code that does the mixing."""
+        return "torch"
+
+
+def _earlier(call: Call) -> int:
+    """Tokens before this call, padding included."""
+    return 0 if call.cache is None else call.cache.get_seq_length()
+
+
+def _real(call: Call, keys: int) -> Tensor | None:
+    """Shapes:  out: [B, S], 0 at padding"""
+    return None if call.key_padding is None else (call.key_padding[:, -keys:] > 0).to(torch.float32)
+
+
+def _spread(index: Tensor, like: Tensor) -> Tensor:
+    """Shapes:  index: [B, N, C, keep];  like: [B, N, C, l, d];  out: [B, N, C, keep, d]"""
+    return index[..., None].expand(*index.shape, like.shape[-1])
+
+
+def _padded(x: Tensor, chunks: int) -> Tensor:
+    """Shapes:  x: [B, N, held, keep, d];  out: [B, N, chunks, keep, d]"""
+    return F.pad(x, (0, 0, 0, 0, 0, chunks - x.shape[2]))
