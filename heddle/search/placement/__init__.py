@@ -13,8 +13,8 @@ from heddle.search.placement.quality import QualityModel
 __all__ = [
     "Answer",
     "Budget",
-    "History",
     "Certificate",
+    "History",
     "Point",
     "Problem",
     "QualityModel",
