@@ -145,7 +145,9 @@ class Study:
         )
         self._live: dict[int, optuna.Trial] = {}
         # Of this driver's own: to list all trials takes a storage as long as they are many.
-        self._count = len(self.trials)
+        trials = self.trials
+        self._count = len(trials)
+        self._unfinished = {trial.number for trial in trials if trial.state == TrialState.RUNNING}
         self._adopted: set[int] = set()
 
     def _patiently(self, action: Callable[[], Result], number: int | None = None) -> Result:
@@ -164,6 +166,16 @@ class Study:
         """All trials by number, as Optuna stores them now."""
         return self._patiently(lambda: self._study.get_trials(deepcopy=False))
 
+    @property
+    def count(self) -> int:
+        """How many trials were asked for."""
+        return self._count
+
+    @property
+    def unfinished(self) -> list[int]:
+        """The numbers of the trials that were asked for and not told, in their order."""
+        return sorted(self._unfinished)
+
     def ask(self) -> int:
         """The number of a new trial; its values are drawn by `suggest`."""
         number, tries = self._count, count()
@@ -178,6 +190,7 @@ class Study:
             return self._open(number, self._study.ask)
 
         self._count = self._patiently(attempt) + 1
+        self._unfinished.add(number)
         return number
 
     def adopt(self, number: int) -> None:
@@ -269,3 +282,4 @@ class Study:
     def _tell(self, number: int, values: Sequence[float] | None, state: TrialState | None) -> None:
         self._patiently(lambda: self._study.tell(number, values, state=state, skip_if_finished=True))
         del self._live[number]
+        self._unfinished.discard(number)

@@ -84,9 +84,9 @@ class Sums:
             place = first + lower * kinds + upper
             found[place] = found.get(place, 0.0) + 1.0 / max(1, self.length - 1)
         for name, value in one.params.items():
-            place = self._place((name, repr(value)))
-            if place is not None:
-                found[place] = 1.0
+            own = self._place((name, repr(value)))
+            if own is not None:
+                found[own] = 1.0
         return list(found), np.array(list(found.values()))
 
     def _place(self, value: tuple[str, str]) -> int | None:
