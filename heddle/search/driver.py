@@ -7,7 +7,7 @@ makes a search the same whether or not it was interrupted.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -38,6 +38,7 @@ from heddle.search.record import (
     trial_file,
 )
 from heddle.search.setting import Setting
+from heddle.search.solved import solved
 from heddle.search.study import Study
 from heddle.specs import to_yaml
 
@@ -186,10 +187,18 @@ class Driver:
             self.study.adopt(number)
             self._settle(number)
         while not was_told and count < last and not self._is_over():
+            self._solve(count)
             pending.append(self.study.ask())
             self._settle(pending[-1])
             count += 1
         return pending
+
+    def _solve(self, number: int) -> None:
+        """Have trial `number` be one that the solver chooses whole, where it does."""
+        learnt = self._learnt_for(number)
+        one = solved(self.setting.file, learnt, number, self._is_asked_before(number), seed=self.setting.seed)
+        if one is not None:
+            self.study.enqueue(one.values, {"layers": list(one.layers)})
 
     def _is_over(self) -> bool:
         """No further trial is to be asked for: the time is up, or every spec of the space was asked for."""
@@ -246,19 +255,26 @@ class Driver:
         self.progress.trial_started(self.trials[number])
 
     def _place(self, number: int, values: Mapping[str, Any]) -> space.Candidate:
-        """The layers for `values`, learnt from the rounds before this one alone."""
-        round_start = number // self.setting.round * self.setting.round
-        learnt = self._learnt.until(round_start, self.trials)
+        """The layers for `values`."""
+        learnt = self._learnt_for(number)
         return space.place(
             self.setting.file,
             values,
             learnt.history,
-            lambda spec: self._first.get(spec, number) < number,
+            self._is_asked_before(number),
             seed=self.setting.seed,
             number=number,
             timed=learnt.timed,
             is_tried=learnt.is_tried,
         )
+
+    def _learnt_for(self, number: int) -> Learnt:
+        """What the rounds before the trial's own say, and they alone."""
+        return self._learnt.until(number // self.setting.round * self.setting.round, self.trials)
+
+    def _is_asked_before(self, number: int) -> Callable[[str], bool]:
+        """Whether a trial before `number` has the spec of a hash."""
+        return lambda spec: self._first.get(spec, number) < number
 
     def _time(self, numbers: Sequence[int]) -> None:
         """Time every spec of the round at every budget's place, but those that are over a budget for certain."""
