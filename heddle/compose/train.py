@@ -98,7 +98,7 @@ def fit(
     assert launch == "eager" or device.type == "cuda"
     first = batches(0)
     steps = max(1, round(recipe.tokens / first[0].numel()))
-    run = _Run(model, recipe, steps, device)
+    run = Trainer(model, recipe, steps, device)
     every = READ_EVERY if device.type == "cuda" else 1
     tokens, started = 0, time.perf_counter()
     model.train()
@@ -112,8 +112,7 @@ def fit(
             if on_step is not None:
                 on_step(step + 1, steps, loss)
     model.eval()
-    losses, aux = tuple(run.losses.tolist()), {name: tuple(held.tolist()) for name, held in run.aux.items()}
-    return Fit(steps, tokens, losses, time.perf_counter() - started, launch, aux)
+    return run.fitted(tokens, time.perf_counter() - started, launch)
 
 
 def learning_rate_at(step: int, steps: int, recipe: Recipe) -> float:
@@ -206,7 +205,7 @@ def _losses(model: nn.Module, inputs: Tensor, positions: Tensor | None, labels: 
 
 
 @dataclass(frozen=True, slots=True)
-class _Told:
+class Told:
     """What one step leaves on the device: its loss, the gradient's norm before clipping, the auxiliary losses."""
 
     loss: Tensor
@@ -214,7 +213,7 @@ class _Told:
     aux: dict[str, Tensor]
 
 
-class _Run:
+class Trainer:
     """The state of one training: optimizer, curve on the device, captured step if there is one."""
 
     def __init__(self, model: nn.Module, recipe: Recipe, steps: int, device: torch.device) -> None:
@@ -239,7 +238,7 @@ class _Run:
         self.captured: _Captured | None = None
 
     def step(self, step: int, inputs: Tensor, targets: Tensor, *, graph: bool) -> None:
-        self._set_rate(learning_rate_at(step, self.steps, self.recipe))
+        self.set_rate(step)
         positions = labelled_positions(targets)
         labels = _labels(targets, positions)
         if graph and step == GRAPH_WARMUP:
@@ -247,9 +246,13 @@ class _Run:
         if self.captured is not None and self.captured.fits(inputs, positions):
             told = self.captured.replay(inputs, positions, labels)
         elif graph and step < GRAPH_WARMUP:
-            told = _on_side_stream(lambda: self.update(inputs, positions, labels))
+            told = on_side_stream(lambda: self.update(inputs, positions, labels))
         else:
             told = self.update(inputs, positions, labels)
+        self.keep(step, told)
+
+    def keep(self, step: int, told: Told) -> None:
+        """Write down what a step has told."""
         self.losses[step], self.norms[step] = told.loss, told.norm
         if step == 0:
             self.aux = {name: torch.zeros_like(self.losses) for name in told.aux}
@@ -257,7 +260,7 @@ class _Run:
         for name, value in told.aux.items():
             self.aux[name][step] = value
 
-    def update(self, inputs: Tensor, positions: Tensor | None, labels: Tensor) -> _Told:
+    def update(self, inputs: Tensor, positions: Tensor | None, labels: Tensor) -> Told:
         """One forward, backward and optimizer step."""
         self.optimizer.zero_grad(set_to_none=True)
         with autocast(self.device, self.recipe.precision):
@@ -268,7 +271,7 @@ class _Run:
         self.optimizer.step()
         for act in self.after_step:
             act()
-        return _Told(found.task.detach(), norm, found.aux)
+        return Told(found.task.detach(), norm, found.aux)
 
     def check(self, step: int) -> float:
         """The loss of `step`, after making sure that it and all before it are finite."""
@@ -282,7 +285,14 @@ class _Run:
         self.checked = step + 1
         return float(losses[-1])
 
-    def _set_rate(self, rate: float) -> None:
+    def fitted(self, tokens: int, wall_s: float, launch: Literal["eager", "graph"]) -> Fit:
+        """What the training did, once its last step is done."""
+        aux = {name: tuple(held.tolist()) for name, held in self.aux.items()}
+        return Fit(self.steps, tokens, tuple(self.losses.tolist()), wall_s, launch, aux)
+
+    def set_rate(self, step: int) -> None:
+        """Give the optimizer the learning rate of `step`."""
+        rate = learning_rate_at(step, self.steps, self.recipe)
         if isinstance(self.rate, Tensor):
             self.rate.fill_(rate)
         else:
@@ -293,7 +303,7 @@ class _Run:
 class _Captured:
     """One training step as a CUDA graph: batches are copied into fixed buffers, then the step is replayed."""
 
-    def __init__(self, run: _Run, inputs: Tensor, positions: Tensor | None, labels: Tensor) -> None:
+    def __init__(self, run: Trainer, inputs: Tensor, positions: Tensor | None, labels: Tensor) -> None:
         self.inputs, self.labels = inputs.clone(), labels.clone()
         self.positions = None if positions is None else positions.clone()
         self.graph = torch.cuda.CUDAGraph()
@@ -306,7 +316,7 @@ class _Captured:
             return False
         return positions is None or self.positions is None or positions.shape == self.positions.shape
 
-    def replay(self, inputs: Tensor, positions: Tensor | None, labels: Tensor) -> _Told:
+    def replay(self, inputs: Tensor, positions: Tensor | None, labels: Tensor) -> Told:
         self.inputs.copy_(inputs)
         self.labels.copy_(labels)
         if positions is not None and self.positions is not None:
@@ -315,7 +325,7 @@ class _Captured:
         return self.told
 
 
-def _on_side_stream(update: Callable[[], _Told]) -> _Told:
+def on_side_stream(update: Callable[[], Told]) -> Told:
     # torch asks that what is captured later runs a few times on a stream of its own first:
     # https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
     side, current = torch.cuda.Stream(), torch.cuda.current_stream()  # type: ignore[no-untyped-call]

@@ -12,6 +12,7 @@ from typing import Any
 import ray
 
 from heddle.errors import HeddleError
+from heddle.search.nodes import require_same_code
 
 CONNECT_S = 5.0
 # Ray (2.60) tries 20 times, each up to 40 s where nothing answers.
@@ -34,7 +35,8 @@ def join(address: str, env: Mapping[str, str], **options: Any) -> None:
     """Make this process a driver of the cluster at `address`, whose workers get the variables `env`.
 
     Raises:
-        HeddleError: "bad-argument" if there is no cluster, or one that refuses this process's token.
+        HeddleError: "bad-argument" if there is no cluster, one that refuses this process's token, or one of whose nodes has
+            another heddle or torch.
     """
     check_address(address)
     try:
@@ -49,6 +51,7 @@ def join(address: str, env: Mapping[str, str], **options: Any) -> None:
                 "bad-argument", f"the Ray cluster at {address} refuses this token", hint=hint
             ) from error
         raise _no_cluster(address, str(error).splitlines()[0]) from error
+    require_same_code()
 
 
 def _no_cluster(address: str, why: str) -> HeddleError:

@@ -7,11 +7,9 @@ makes a search the same whether or not it was interrupted.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
-
-from optuna.trial import TrialState
 
 from heddle.compose.plan import plan
 from heddle.compose.targets.catalogue import BY_NAME
@@ -21,22 +19,26 @@ from heddle.search import pareto, space
 from heddle.search.durable import write_whole
 from heddle.search.evaluations import Evaluations, Request, weights_path
 from heddle.search.events import EventLog
+from heddle.search.learnt import Learnt
 from heddle.search.ledger import Entry
 from heddle.search.lock import LockKeeper
-from heddle.search.placement import Seen, Timed
 from heddle.search.progress import Progress, Status
 from heddle.search.record import (
     REFERENCE,
     WEIGHTS_FOLDER,
     Figure,
     Latency,
+    Run,
     Trial,
     assemble,
     elapsed,
+    read_meta,
     read_trials,
+    run_from,
     trial_file,
 )
 from heddle.search.setting import Setting
+from heddle.search.solved import solved
 from heddle.search.study import Study
 from heddle.specs import to_yaml
 
@@ -56,8 +58,11 @@ class Driver:
         self._asked = {e["number"]: e for e in log.events if e["event"] == "trial_started"}
         self._ended = {e["number"]: e for e in log.events if e["event"] == "trial_finished"}
         own = [trial for number, trial in self.trials.items() if number >= 0]
+        self._learnt = Learnt(setting.file)
         # Kept as trials come, since to look through thousands of them for each new one takes longer than to make it.
         self._front = pareto.front(own, setting.infos)
+        self._least = pareto.least_violating(own)
+        self._running = {number for number, trial in self.trials.items() if trial.state == "running"}
         self._first: dict[str, int] = {}
         for number, event in sorted(self._asked.items()):
             if number >= 0 and event["hash"]:
@@ -70,7 +75,7 @@ class Driver:
         self._phase, self._trained_before = "start", 0
         self._ticked = 0.0
         self.evaluations: Evaluations
-        self.keeper = LockKeeper(setting.folder)
+        self.keeper = LockKeeper(self.run_so_far)
 
     @property
     def told(self) -> int:
@@ -81,6 +86,11 @@ class Driver:
     def elapsed_s(self) -> float:
         """Seconds the search has run, in this session and those before."""
         return self._spent_s + self.log.clock_s
+
+    def run_so_far(self) -> Run:
+        """What `read_run` would give now, without reading thousands of files again."""
+        folder = self.setting.folder
+        return run_from(folder, read_meta(folder), self.log.events, self.trials)
 
     def stop(self) -> None:
         self.stopping = True
@@ -168,21 +178,27 @@ class Driver:
     def _ask_round(self) -> list[int]:
         """The numbers of the next round, asked for; of an interrupted one, those that were never told."""
         self.enter("ask")
-        frozen = self.study.trials
-        pending = [trial.number for trial in frozen if trial.state == TrialState.RUNNING]
-        first = (pending[0] if pending else len(frozen)) // self.setting.round * self.setting.round
+        pending, count = self.study.unfinished, self.study.count
+        first = (pending[0] if pending else count) // self.setting.round * self.setting.round
         last = min(first + self.setting.round, self.setting.trials)
         # Once one of a round is told, the round was asked whole.
-        was_told = any(trial.state.is_finished() for trial in frozen[first:]) and bool(pending)
+        was_told = bool(pending) and len(pending) < count - first
         for number in pending:
             self.study.adopt(number)
             self._settle(number)
-        count = len(frozen)
         while not was_told and count < last and not self._is_over():
+            self._solve(count)
             pending.append(self.study.ask())
             self._settle(pending[-1])
             count += 1
         return pending
+
+    def _solve(self, number: int) -> None:
+        """Have trial `number` be one that the solver chooses whole, where it does."""
+        learnt = self._learnt_for(number)
+        one = solved(self.setting.file, learnt, number, self._is_asked_before(number), seed=self.setting.seed)
+        if one is not None:
+            self.study.enqueue(one.values, {"layers": list(one.layers)})
 
     def _is_over(self) -> bool:
         """No further trial is to be asked for: the time is up, or every spec of the space was asked for."""
@@ -235,33 +251,30 @@ class Driver:
         if number >= 0 and one:
             self._first.setdefault(one.hash, number)
         self.trials[number] = assemble(self.evaluations.ledger.folder, event)
+        self._running.add(number)
         self.progress.trial_started(self.trials[number])
 
     def _place(self, number: int, values: Mapping[str, Any]) -> space.Candidate:
-        """The layers for `values`, learnt from the rounds before this one alone."""
-        round_start = number // self.setting.round * self.setting.round
-        before_it = [trial for other, trial in sorted(self.trials.items()) if 0 <= other < round_start]
-        outer = {trial.number: space.outer(self.setting.file, trial.params) for trial in before_it}
-        history = [
-            Seen(trial.layers, outer[trial.number], trial.quality)
-            for trial in before_it
-            if trial.quality is not None
-        ]
-        timed = [
-            Timed(trial.layers, outer[trial.number], {n: 1.0 + over for n, over in trial.constraints.items()})
-            for trial in before_it
-            if trial.constraints
-        ]
-        before = {event["hash"] for other, event in self._asked.items() if 0 <= other < number}
+        """The layers for `values`."""
+        learnt = self._learnt_for(number)
         return space.place(
             self.setting.file,
             values,
-            history,
-            before.__contains__,
+            learnt.history,
+            self._is_asked_before(number),
             seed=self.setting.seed,
             number=number,
-            timed=timed,
+            timed=learnt.timed,
+            is_tried=learnt.is_tried,
         )
+
+    def _learnt_for(self, number: int) -> Learnt:
+        """What the rounds before the trial's own say, and they alone."""
+        return self._learnt.until(number // self.setting.round * self.setting.round, self.trials)
+
+    def _is_asked_before(self, number: int) -> Callable[[str], bool]:
+        """Whether a trial before `number` has the spec of a hash."""
+        return lambda spec: self._first.get(spec, number) < number
 
     def _time(self, numbers: Sequence[int]) -> None:
         """Time every spec of the round at every budget's place, but those that are over a budget for certain."""
@@ -316,9 +329,12 @@ class Driver:
         self.trials[number] = trial = assemble(self.evaluations.ledger.folder, self._asked[number], event)
         if number != REFERENCE:
             self._front = pareto.front([*self._front, trial], self.setting.infos)
+            self._least = pareto.least_violating([*self._least, trial])
             self._tell_optuna(trial)
         # A spec takes tens of kilobytes, and nothing is asked about it any more.
         self._candidates.pop(number, None)
+        self._figures.pop(number, None)
+        self._running.discard(number)
         self.tick()
         self.progress.trial_finished(trial)
 
@@ -349,8 +365,7 @@ class Driver:
         }
 
     def _tell_optuna(self, trial: Trial) -> None:
-        before = [one for number, one in self.trials.items() if 0 <= number < trial.number]
-        constraints = self.setting.limits.all_constraints(trial, before)
+        constraints = self.setting.limits.all_constraints(trial, self.trials)
         if trial.state == "failed":
             self.study.tell_failed(trial.number, str(trial.reason))
         elif trial.state == "infeasible":
@@ -370,19 +385,17 @@ class Driver:
 
         `best` overrides the choice: the one that kept its budgets when it was timed again.
         """
-        trials = [trial for number, trial in self.trials.items() if number >= 0]
         front = [self.trials[trial.number] for trial in self._front]
         if best is None and (chosen := pareto.best(front)) is not None:
             best = chosen.number
-        least = pareto.least_violating(trials)
         self.log.write(
             "front",
             front=[trial.number for trial in front],
             best=best,
-            least_violating=[trial.number for trial in least],
+            least_violating=[trial.number for trial in self._least],
         )
         kept = {weights_path(self.setting.folder, trial.hash) for trial in front}
-        running = {trial.hash for trial in trials if trial.state == "running"}
+        running = {self.trials[number].hash for number in self._running}
         kept |= {weights_path(self.setting.folder, spec) for spec in running if spec}
         if REFERENCE in self.trials:
             # A later trial may be this very model, and is not trained twice.

@@ -5,16 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from safetensors.torch import save
 
 from heddle.compose.build import build_causal_lm
 from heddle.compose.memory import memory_told
 from heddle.compose.train import MEMORY_HINT, Recipe, fit
+from heddle.search.results import Evaluation
 from heddle.search.tasks import Task, batches
 from heddle.search.training import weights_of
 from heddle.specs import ModelSpec
+
+__all__ = ["Evaluate", "Evaluation", "Training", "thinned", "train_and_score"]
 
 CURVE_POINTS = 64
 
@@ -27,14 +29,6 @@ class Training:
     recipe: Recipe
     device: str
     keep_weights: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Evaluation:
-    """`result` is the plain data of `heddle.search.record.Score`; `weights` a safetensors file's bytes."""
-
-    result: dict[str, Any]
-    weights: bytes | None = None
 
 
 # How a search evaluates: `train_and_score`, or a function of the caller's that keeps its promise. It must be

@@ -7,15 +7,15 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from heddle.search.durable import write_whole
-from heddle.search.evaluate import Evaluation
 from heddle.search.events import EventLog
 from heddle.search.ledger import Entry, Ledger, key_of
 from heddle.search.record import WEIGHTS_FOLDER, Latency
+from heddle.search.results import Evaluation
 from heddle.search.workers import Answer, Job, Workers
 
 LATENCY = "latency"
@@ -38,9 +38,10 @@ class Request:
     # From a lockfile: the "result" or the "reason" that stand for making the call.
     known: Mapping[str, Any] | None = None
 
-    @property
-    def key(self) -> str:
-        return key_of(self.inputs)
+    key: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "key", key_of(self.inputs))
 
     @property
     def place(self) -> tuple[str, str, str]:

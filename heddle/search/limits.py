@@ -75,16 +75,20 @@ class Limits:
         told = ((budget, figures[budget.label]) for budget in self._budgets if budget.label in figures)
         return any(one.least is not None and one.least > budget.at_most for budget, one in told)
 
-    def all_constraints(self, trial: Trial, others: Sequence[Trial]) -> dict[str, float]:
+    def all_constraints(self, trial: Trial, trials: Mapping[int, Trial]) -> dict[str, float]:
         """The constraints of `trial` with one for every budget, as some samplers ask for.
 
-        Of a budget that nothing is known of it is the mean over the other trials, which tells a sampler nothing new; without
+        Of a budget that nothing is known of it is the mean over the trials before, which tells a sampler nothing new; without
         any, the edge of the budget.
         """
         found = {}
         for budget in self._budgets:
-            known = [one.constraints[budget.label] for one in others if budget.label in one.constraints]
-            found[budget.label] = trial.constraints.get(budget.label, fmean(known) if known else 0.0)
+            if budget.label in trial.constraints:
+                found[budget.label] = trial.constraints[budget.label]
+                continue
+            before = (one.constraints for number, one in trials.items() if 0 <= number < trial.number)
+            known = [one[budget.label] for one in before if budget.label in one]
+            found[budget.label] = fmean(known) if known else 0.0
         return found
 
     def _computed(self, model: ModelSpec, budget: BudgetInfo) -> Figure:

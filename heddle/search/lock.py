@@ -123,10 +123,10 @@ def _order(row: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 class LockKeeper:
-    """Writes the lockfile of the run in `folder` again and again while it goes on."""
+    """Writes the lockfile of a run again and again while it goes on; `run` gives it as it stands."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder, self._next = folder, 0.0
+    def __init__(self, run: Callable[[], Run]) -> None:
+        self._run, self._next = run, 0.0
 
     def keep(self) -> None:
         """Write the lockfile, unless that was done so lately that it would slow the search."""
@@ -134,9 +134,9 @@ class LockKeeper:
             self.write()
 
     def write(self) -> None:
-        """Write the lockfile as the folder stands. Raises HeddleError "disk-full"."""
-        began = time.monotonic()
-        write_json(self._folder / LOCK_FILE, lock_of(read_run(self._folder)))
+        """Write the lockfile. Raises HeddleError "disk-full"."""
+        began, run = time.monotonic(), self._run()
+        write_json(run.path / LOCK_FILE, lock_of(run))
         ended = time.monotonic()
         self._next = ended + (ended - began) / SHARE
 

@@ -9,8 +9,8 @@ from heddle import specs
 from heddle.errors import HeddleError
 from heddle.search.record import Run, Trial
 
-# Fewer trained trials say nothing of single layers; of more than `MOST` an even sample is taken, since the model solves a
-# system with a row for each.
+# Fewer trained trials say nothing of single layers; of more than `MOST` an even sample is taken, so that a page does
+# not take longer the longer a search runs.
 LEAST, MOST = 8, 300
 
 

@@ -87,6 +87,14 @@ class Score:
 
 
 @dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What an evaluation gives: `result` is the plain data of a `Score`; `weights` a safetensors file's bytes."""
+
+    result: dict[str, Any]
+    weights: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Latency:
     """A timing in milliseconds with its 95 % interval, taken turn by turn with the reference model.
 

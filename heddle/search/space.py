@@ -88,10 +88,11 @@ def place(
     seed: int,
     number: int,
     timed: Sequence[Timed] = (),
+    is_tried: Callable[[Mapping[str, Any], tuple[str, ...]], bool] = lambda values, layers: False,  # noqa: ARG005
 ) -> Candidate:
     """The candidate of trial `number`: `values` are Optuna's, the layers are proposed from `history` and from what was `timed`.
 
-    `is_asked(hash)` tells whether a trial of this run has that spec already.
+    `is_asked(hash)` tells whether a trial of this run has that spec already; `is_tried(values, layers)` knows some sooner.
     """
     placement = file.space.placement
     if placement is None:
@@ -99,7 +100,7 @@ def place(
     counts = placement.count(file.space.held(values))
 
     def is_seen(layers: tuple[str, ...]) -> bool:
-        return is_asked(candidate(file, values, layers).hash)
+        return is_tried(values, layers) or is_asked(candidate(file, values, layers).hash)
 
     question = Question(
         counts, outer(file, values), uniform(file, values), is_seen, order=file.order(values), timed=timed

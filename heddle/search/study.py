@@ -145,7 +145,11 @@ class Study:
         )
         self._live: dict[int, optuna.Trial] = {}
         # Of this driver's own: to list all trials takes a storage as long as they are many.
-        self._count = len(self.trials)
+        trials = self.trials
+        # One that was enqueued and not asked for, by a driver that died in between.
+        self._is_waiting = any(trial.state == TrialState.WAITING for trial in trials)
+        self._count = len(trials) - self._is_waiting
+        self._unfinished = {trial.number for trial in trials if trial.state == TrialState.RUNNING}
         self._adopted: set[int] = set()
 
     def _patiently(self, action: Callable[[], Result], number: int | None = None) -> Result:
@@ -164,6 +168,16 @@ class Study:
         """All trials by number, as Optuna stores them now."""
         return self._patiently(lambda: self._study.get_trials(deepcopy=False))
 
+    @property
+    def count(self) -> int:
+        """How many trials were asked for."""
+        return self._count
+
+    @property
+    def unfinished(self) -> list[int]:
+        """The numbers of the trials that were asked for and not told, in their order."""
+        return sorted(self._unfinished)
+
     def ask(self) -> int:
         """The number of a new trial; its values are drawn by `suggest`."""
         number, tries = self._count, count()
@@ -171,14 +185,32 @@ class Study:
         def attempt() -> int:
             if self._hold is not None:
                 self._hold.renew()
-            if next(tries) and len(self.trials) > number:
+            if next(tries) and self._is_begun(number):
                 # The storage made it, and went away before it could say so.
                 self.adopt(number)
                 return number
             return self._open(number, self._study.ask)
 
         self._count = self._patiently(attempt) + 1
+        self._is_waiting = False
+        self._unfinished.add(number)
         return number
+
+    def enqueue(self, values: Mapping[str, Any], attrs: Mapping[str, Any]) -> None:
+        """Have the next trial that is asked for take these values and user attributes, where none is waiting already."""
+        tries = count()
+
+        def attempt() -> None:
+            if not next(tries) or len(self.trials) == self._count:
+                self._study.enqueue_trial(dict(values), user_attrs=dict(attrs))
+
+        if not self._is_waiting:
+            self._patiently(attempt)
+            self._is_waiting = True
+
+    def _is_begun(self, number: int) -> bool:
+        trials = self.trials
+        return len(trials) > number and trials[number].state != TrialState.WAITING
 
     def adopt(self, number: int) -> None:
         """Take over a RUNNING trial of a driver that died, as if it had just been asked for.
@@ -269,3 +301,4 @@ class Study:
     def _tell(self, number: int, values: Sequence[float] | None, state: TrialState | None) -> None:
         self._patiently(lambda: self._study.tell(number, values, state=state, skip_if_finished=True))
         del self._live[number]
+        self._unfinished.discard(number)

@@ -7,17 +7,11 @@ keeps a result until the driver has written it (docs/decisions/0007-copies-of-re
 
 from __future__ import annotations
 
-import contextlib
-import faulthandler
-import gc
 import importlib
-import io
 import logging
 import os
 import secrets
-import sys
 import time
-import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -25,7 +19,6 @@ from functools import partial
 from typing import Any, Protocol
 
 import ray
-import torch
 from ray.exceptions import (
     LocalRayletDiedError,
     NodeDiedError,
@@ -38,6 +31,7 @@ from ray.exceptions import (
 from heddle.errors import HeddleError
 from heddle.search import cluster, watch
 from heddle.search.cores import usable_cores
+from heddle.search.in_worker import Outcome, guarded, limited
 
 # A call whose process dies is made again this often.
 RETRIES = 2
@@ -102,18 +96,24 @@ class Workers:
         if not ray.is_initialized():
             self._owned = True
             self._start()
-        resources = ray.cluster_resources()
-        gpus = int(resources.get("GPU", 0))
-        self.device = self._wanted or ("cuda" if gpus else "cpu")
-        cores = int(resources.get("CPU", 1))
-        self.parallel = max(1, min(cores, gpus * ON_ONE_GPU) if self.device == "cuda" else cores)
+        self.device = self._wanted or ("cuda" if ray.cluster_resources().get("GPU", 0) >= 1 else "cpu")
+        self.parallel = self._room()
         share = {"num_gpus": 1 / ON_ONE_GPU} if self.device == "cuda" else {}
         # Ray ends a process after one GPU task unless told otherwise; ours take seconds to import torch.
         kept: dict[str, Any] = {"max_retries": 0, "max_calls": 0}
-        self._one = ray.remote(num_cpus=1, **share, **kept)(_guarded)
-        whole = {"num_gpus": 1} if self.device == "cuda" else {"num_cpus": _largest_node()}
-        self._whole = ray.remote(**whole, **kept)(_guarded)
+        self._one = ray.remote(num_cpus=1, **share, **kept)(guarded)
         return self
+
+    def _room(self) -> int:
+        """How many trainings the nodes of now take side by side."""
+        resources = ray.cluster_resources()
+        cores, gpus = int(resources.get("CPU", 1)), int(resources.get("GPU", 0))
+        return max(1, min(cores, gpus * ON_ONE_GPU) if self.device == "cuda" else cores)
+
+    def _whole(self) -> Any:
+        """The call with a whole device of the largest node that is left: no other would ever take it."""
+        share = {"num_gpus": 1} if self.device == "cuda" else {"num_cpus": _largest_node()}
+        return self._one.options(**share)
 
     def __exit__(self, *_: object) -> None:
         if self._owned:
@@ -162,16 +162,19 @@ class Workers:
         return self._answers(jobs, self._whole, 1, watcher)
 
     def side_by_side(self, jobs: Iterable[Job], watcher: Watcher) -> Iterator[Answer]:
-        """Answers of `jobs` as they come, `parallel` at a time."""
-        return self._answers(jobs, self._one, self.parallel, watcher)
+        """Answers of `jobs` as they come, `parallel` at a time; nodes that came or went since the last ones count."""
+        self.parallel = self._room()
+        return self._answers(jobs, lambda: self._one, self.parallel, watcher)
 
-    def _answers(self, jobs: Iterable[Job], remote: Any, width: int, watcher: Watcher) -> Iterator[Answer]:
+    def _answers(
+        self, jobs: Iterable[Job], remote: Callable[[], Any], width: int, watcher: Watcher
+    ) -> Iterator[Answer]:
         waiting, flying = deque(jobs), dict[Any, tuple[Job, float]]()
         while flying or (waiting and not watcher.is_stopping()):
             while waiting and len(flying) < width and not watcher.is_stopping():
                 job = waiting.popleft()
                 watcher.begun(job)
-                flying[remote.remote(_call_of(job), self.device, *job.arguments)] = (job, time.monotonic())
+                flying[remote().remote(_call_of(job), self.device, *job.arguments)] = (job, time.monotonic())
             done, _ = ray.wait(list(flying), timeout=TICK_S)
             if not done:
                 _require_a_node()
@@ -201,49 +204,8 @@ class Watcher(Protocol):
         """True once no further job shall begin; those in flight are still answered."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Outcome:
-    """What a call gave inside the worker: errors travel as data, because Ray would wrap them in types of its
-    own."""
-
-    value: Any
-    error: Exception | None
-    log: str
-
-
-def _guarded(call: Callable[..., Any], device: str, *arguments: Any) -> _Outcome:
-    """`call(*arguments)` with its output kept, one thread on a CPU, and errors as data. Runs in the
-    worker."""
-    printed = io.StringIO()
-    # A training has one core; a timing asks for all of them itself.
-    torch.set_num_threads(1)
-    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-        try:
-            return _Outcome(call(*arguments), None, printed.getvalue())
-        except Exception as error:
-            log = printed.getvalue() + traceback.format_exc()
-            return _Outcome(None, _portable(error), log)
-        finally:
-            gc.collect()
-            if device == "cuda":
-                torch.cuda.empty_cache()
-
-
 def _call_of(job: Job) -> Callable[..., Any]:
-    return job.call if job.limit_s is None else partial(_limited, job.limit_s, job.call)
-
-
-def _limited(limit_s: float, call: Callable[..., Any], *arguments: Any) -> Any:
-    """`call(*arguments)`; after the limit the process writes its stack into Ray's log of the worker and ends. Runs in the worker.
-
-    The watch is a thread of C: it needs no lock of Python's, which a call that hangs may hold.
-    """
-    assert sys.__stderr__ is not None
-    faulthandler.dump_traceback_later(limit_s, exit=True, file=sys.__stderr__)
-    try:
-        return call(*arguments)
-    finally:
-        faulthandler.cancel_dump_traceback_later()
+    return job.call if job.limit_s is None else partial(limited, job.limit_s, job.call)
 
 
 def _timed_out(answer: Answer) -> Answer:
@@ -254,18 +216,9 @@ def _timed_out(answer: Answer) -> Answer:
     return replace(answer, code="timed-out", message=f"it took more than {limit:g} s")
 
 
-def _portable(error: Exception) -> Exception:
-    """`error` itself where the driver can read it, else one that tells the same."""
-    if isinstance(error, HeddleError):
-        return error
-    if isinstance(error, torch.OutOfMemoryError):
-        return HeddleError("out-of-memory", str(error).partition(". ")[0])
-    return RuntimeError(f"{type(error).__name__}: {error}")
-
-
 def _answer(job: Job, reference: Any) -> Answer:
     try:
-        outcome: _Outcome = ray.get(reference)
+        outcome: Outcome = ray.get(reference)
     except LocalRayletDiedError as error:
         raise _cluster_lost() from error
     except DIED as error:

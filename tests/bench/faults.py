@@ -42,6 +42,8 @@ from heddle.search.run import search
 folder, trials = Path(sys.argv[1]), int(sys.argv[2])
 search(fast_file(trials=trials, round=4), folder, resume=(folder / "run.json").exists(), evaluate=scored_in(0.05))
 """
+# Before what each driver says, and in what one says whose raylet has ended.
+START, LOST = "=== a driver", "(the raylet) has ended"
 # Of one driver without a new event: the search hangs.
 PATIENCE_S = 900.0
 
@@ -50,6 +52,8 @@ def started(folder: Path, trials: int) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     command = [sys.executable, "-c", DRIVER, str(folder), str(trials)]
     with (folder.parent / "drivers.log").open("ab") as log:
+        log.write(f"{START}\n".encode())
+        log.flush()
         return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
 
 
@@ -64,7 +68,8 @@ def victims(driver: subprocess.Popen[bytes], kind: str) -> list[psutil.Process]:
             name = child.cmdline()[0] if kind == "worker" else child.name()
         except (psutil.Error, IndexError):
             continue
-        if name == "raylet" or (kind == "worker" and name.startswith("ray::")):
+        # With an agent of its own the raylet ends itself: that is a killed raylet, under a worker's name.
+        if name == "raylet" or (kind == "worker" and name.startswith("ray::") and not name.endswith("Agent")):
             found.append(child)
     return found
 
@@ -86,6 +91,13 @@ def wait_for(driver: subprocess.Popen[bytes], folder: Path, count: int) -> bool:
     return True
 
 
+def ending(folder: Path, driver: subprocess.Popen[bytes]) -> str:
+    """How a driver ended by itself: by the error that it told last, or else its exit code."""
+    log = (folder.parent / "drivers.log").read_text(errors="replace")
+    told = [line for line in log[log.rfind(START) :].splitlines() if line.startswith("heddle.errors.")]
+    return "cluster-lost" if told and LOST in told[-1] else f"exit code {driver.returncode}"
+
+
 def begun(folder: Path) -> Counter[Path]:
     starts = [event for event in events(folder) if event["event"] == "evaluation_started"]
     return Counter(Path("ledger", e["hash"], e["stage"], f"{e['key']}.json") for e in starts)
@@ -99,6 +111,8 @@ class Tally:
         self._kept: dict[Path, bytes] = {}
         self._begun: dict[Path, int] = {}
         self.lost = self.again = 0
+        # How drivers ended that had lost their raylet.
+        self.told = Counter[str]()
 
     def note(self) -> None:
         """Compare what is finished now with what was at the last kill."""
@@ -112,14 +126,16 @@ def disturbed(
     folder: Path, trials: int, kinds: list[str], dice: random.Random, *, ends: float = float("inf")
 ) -> Tally:
     """Run the search in `folder` to its end, with one kill after the other of those `kinds`, spread over its events."""
-    tally, waiting = Tally(folder), list(kinds)
+    tally, waiting, kind = Tally(folder), list(kinds), ""
     driver = started(folder, trials)
     while True:
         target = len(events(folder)) + dice.randint(3, 12) if waiting else sys.maxsize
         if wait_for(driver, folder, target):
-            kind = waiting.pop()
+            kind = waiting[-1]
             found = victims(driver, kind)
+            # None while Ray has not started yet: a little later, then.
             if found:
+                waiting.pop()
                 tally.note()
                 os.kill(dice.choice(found).pid, signal.SIGKILL)
                 tally.kills[kind] += 1
@@ -128,6 +144,8 @@ def disturbed(
             tally.note()
             return tally
         else:
+            if kind == "raylet":
+                tally.told[ending(folder, driver)] += 1
             driver = started(folder, trials)
         if time.monotonic() > ends:
             waiting.clear()
@@ -176,6 +194,7 @@ def main() -> None:
             "kills": dict(tally.kills),
             "lost": tally.lost,
             "finished_begun_again": tally.again,
+            "raylet_killed_told": dict(tally.told),
             "same_as_undisturbed": same(read_run(whole), read_run(broken)),
             "sessions": len({event["session"] for event in events(broken)}),
             "wall_s": round(time.monotonic() - began, 1),

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from heddle.compose.train import (
     IGNORE,
+    Batches,
     Fit,
     Recipe,
     autocast,
@@ -23,6 +24,7 @@ from heddle.compose.train import (
     learning_rate_at,
     parameter_groups,
 )
+from heddle.compose.train_many import fit_many
 from heddle.errors import HeddleError
 
 VOCAB, WIDTH, LENGTH = 11, 16, 8
@@ -254,3 +256,58 @@ def test_a_captured_step_trains_like_an_eager_one() -> None:
     graph = fit(Tiny().cuda(), on_cuda, recipe, launch="graph")
     assert graph.launch == "graph"
     torch.testing.assert_close(torch.tensor(graph.losses), torch.tensor(eager.losses), rtol=1e-3, atol=1e-3)
+
+
+def shifted(step: int) -> tuple[Tensor, Tensor]:
+    """Other batches of the same task."""
+    return echoes(step + 1000)
+
+
+def test_trainings_side_by_side_are_those_alone() -> None:
+    recipes = [replace(RECIPE, tokens=20 * 8 * LENGTH, learning_rate=rate) for rate in (1e-3, 3e-2)]
+    models = [Tiny(0), Tiny(1)]
+    many = fit_many(models, [echoes, shifted], recipes)
+    for model, draw, recipe, found, seed in zip(
+        models, (echoes, shifted), recipes, many, (0, 1), strict=True
+    ):
+        alone = Tiny(seed)
+        fitted = fit(alone, draw, recipe)
+        assert isinstance(found, Fit)
+        assert (found.losses, found.steps, found.tokens) == (fitted.losses, fitted.steps, fitted.tokens)
+        assert not model.training
+        for one, other in zip(model.parameters(), alone.parameters(), strict=True):
+            assert torch.equal(one, other)
+
+
+def test_one_training_that_fails_leaves_the_others() -> None:
+    recipe = replace(RECIPE, tokens=20 * 8 * LENGTH)
+    broken = Tiny(1)
+    with torch.no_grad():
+        broken.lm_head.weight[0, 0] = float("nan")
+    ended = fit_many([Tiny(0), broken, Tiny(2)], [echoes] * 3, [recipe] * 3)
+    assert [type(each) for each in ended] == [Fit, HeddleError, Fit]
+    assert isinstance(ended[1], HeddleError)
+    assert ended[1].code == "loss-not-finite"
+    assert "step 1 of 20" in str(ended[1])
+
+
+def test_trainings_side_by_side_take_the_same_steps() -> None:
+    with pytest.raises(AssertionError, match="same number of steps"):
+        fit_many([Tiny(), Tiny()], [echoes] * 2, [RECIPE, replace(RECIPE, tokens=64)])
+
+
+@pytest.mark.gpu
+def test_branches_of_one_graph_train_like_graphs_alone() -> None:
+    def drawn(start: int) -> Batches:
+        return lambda step: tuple(each.cuda() for each in echoes(start + step))  # type: ignore[return-value]
+
+    recipes = [replace(RECIPE, precision="float32", learning_rate=rate) for rate in (1e-3, 3e-3, 1e-2)]
+    draws = [drawn(start) for start in (0, 1000, 2000)]
+    many = fit_many([Tiny(seed).cuda() for seed in range(3)], draws, recipes, launch="graph")
+    for seed, (draw, recipe, found) in enumerate(zip(draws, recipes, many, strict=True)):
+        alone = fit(Tiny(seed).cuda(), draw, recipe)
+        assert isinstance(found, Fit)
+        assert found.launch == "graph"
+        torch.testing.assert_close(
+            torch.tensor(found.losses), torch.tensor(alone.losses), rtol=1e-3, atol=1e-3
+        )

@@ -2,94 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import secrets
-import shutil
-import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
+import clusters
 import pytest
+from clusters import Head, free_port
 
 from heddle import cli
 from heddle.search import watch
 from heddle.search.record import read_run
 
-ROOT = Path(__file__).parents[2]
 CORES = 2
-
-
-@dataclass(frozen=True, slots=True)
-class Head:
-    """A Ray cluster of one node that is no child of any search, and the environment of its users."""
-
-    address: str
-    pid: int
-    env: dict[str, str]
-
-    def family(self) -> watch.Processes:
-        return family(self.pid)
-
-
-def family(pid: int) -> watch.Processes:
-    return watch.descendants({pid: watch._table()[pid].began})
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
-@contextlib.contextmanager
-def ended(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Ends `process` and all that came from it, and nothing else: `ray stop` would end every Ray here."""
-    try:
-        yield
-    finally:
-        left = family(process.pid)
-        # The parents first, and looked at again: one of them may have started another meanwhile.
-        while left:
-            for pid in left:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            process.poll()
-            left = watch.descendants(left)
-        process.wait()
 
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
-    """A private cluster with a token of its own, gone after the tests."""
-    # Ray's sockets lie in this folder, and their paths must be short.
-    folder = Path(tempfile.mkdtemp(prefix="heddle-ray-"))
-    port, log = free_port(), folder / "start.log"
-    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "PYTHONPATH": str(ROOT)}
-    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | token
-    start = [
-        Path(sys.executable).parent / "ray", "start", "--head", "--block", f"--port={port}", f"--num-cpus={CORES}",
-        "--include-dashboard=false", "--include-log-monitor=false", "--disable-usage-stats", f"--temp-dir={folder}",
-        "--object-store-memory=100000000",
-    ]  # fmt: skip
-    try:
-        with open(log, "wb") as file:
-            process = subprocess.Popen(start, env=env, stdout=file, stderr=file, start_new_session=True)
-        with ended(process):
-            deadline = time.monotonic() + 60
-            while "Ray runtime started" not in log.read_text():
-                assert process.poll() is None, log.read_text()
-                assert time.monotonic() < deadline, log.read_text()
-                time.sleep(0.1)
-            yield Head(f"127.0.0.1:{port}", process.pid, env)
-    finally:
-        shutil.rmtree(folder)
+    """A private cluster, gone after the tests."""
+    with clusters.head(CORES) as found:
+        yield found
 
 
 # A search whose models are scored without training: what counts is where that was done.

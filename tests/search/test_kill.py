@@ -1,8 +1,9 @@
-"""`kill -9` of a driver at random moments, also in its last phases: the resumed search is the one that would have been,
-and nothing runs on."""
+"""`kill -9` of a driver at random moments, also in its last phases, and of a worker that trains: the resumed search is the one
+that would have been, and nothing runs on."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from heddle import api
@@ -77,12 +79,31 @@ def followed_until(driver: subprocess.Popen[bytes], folder: Path, moment: Moment
     return family
 
 
-def killed_at(moment: Moment, spec: Path, folder: Path, *, delay: float = 0.0) -> Left:
-    """What a driver, new or resumed, leaves when it is killed `delay` seconds after `moment`: no process."""
+def kill_a_worker(driver: int) -> None:
+    """Of those that have something to do, the first that is found."""
+    while True:
+        for child in psutil.Process(driver).children(recursive=True):
+            with contextlib.suppress(psutil.Error, IndexError):
+                if child.cmdline()[0].startswith("ray::guarded"):
+                    return child.kill()
+        time.sleep(0.02)
+
+
+def killed_at(
+    moment: Moment, spec: Path, folder: Path, *, delay: float = 0.0, worker_at: Moment | None = None
+) -> Left:
+    """What a driver, new or resumed, leaves when it is killed `delay` seconds after `moment`: no process.
+
+    Before it a worker of its is killed at `worker_at`.
+    """
     with open(folder.parent / "told.txt", "wb") as told:
         driver = subprocess.Popen([sys.executable, "-c", DRIVER, str(spec), str(folder)], stdout=told)
     try:
-        family = followed_until(driver, folder, moment)
+        family: watch.Processes = {}
+        if worker_at is not None:
+            family |= followed_until(driver, folder, worker_at)
+            kill_a_worker(driver.pid)
+        family |= followed_until(driver, folder, moment)
         time.sleep(delay)
         assert driver.poll() is None, "the driver ended before it was killed"
         family |= family_of(driver)
@@ -131,7 +152,7 @@ def test_a_search_killed_in_every_phase_ends_as_if_nothing_had_happened(
     )
     ends = ("export", "report") if full_counts else (RANDOM.choice(("export", "report")),)
     print(
-        f"killed after event {moment}, after {trainings} trainings of the confirmation, in {ends} after {delays} s"
+        f"killed after event {moment}, after {trainings + 2} trainings of the confirmation, in {ends} after {delays} s"
     )
 
     def reports(_: Events) -> bool:
@@ -139,7 +160,7 @@ def test_a_search_killed_in_every_phase_ends_as_if_nothing_had_happened(
 
     left = [
         killed_at(after(moment), spec, folder),
-        killed_at(in_phase("confirm", trainings), spec, folder),
+        killed_at(in_phase("confirm", trainings + 2), spec, folder, worker_at=in_phase("confirm", begun=1)),
     ]
     # A clean process that loads the export takes seconds, and the report at least a third of one.
     if "export" in ends:
@@ -161,8 +182,8 @@ def test_a_search_killed_in_every_phase_ends_as_if_nothing_had_happened(
         assert {path: times[path] for path in each.ledger} == {path: each.begun[path] for path in each.ledger}
     # After the confirmation nothing was left to evaluate.
     assert left[2].ledger == kept
-    # What was in flight at the first two kills was begun anew, and nothing else: at most one a worker.
-    assert sum(times.values()) <= len(kept) + 2 * workers.parallel
+    # What was in flight at the first two kills was begun anew, and what the killed worker trained; nothing else.
+    assert sum(times.values()) <= len(kept) + 2 * workers.parallel + 1
     assert run.confirm is not None
     assert sorted(path.name for path in (folder / "best").iterdir()) == [
         "export",

@@ -3,16 +3,19 @@
 from heddle.search.placement.counts import best_assignment
 from heddle.search.placement.curve import Point, curve
 from heddle.search.placement.dp import Answer, Certificate, solve
+from heddle.search.placement.history import History, Seen
 from heddle.search.placement.limits import Timed
 from heddle.search.placement.nearest import nearest
 from heddle.search.placement.problem import Budget, Problem, Solution, count_budget
 from heddle.search.placement.proposals import Question, propose
-from heddle.search.placement.quality import QualityModel, Seen
+from heddle.search.placement.quality import QualityModel
+from heddle.search.placement.whole import WholeQuestion, propose_whole
 
 __all__ = [
     "Answer",
     "Budget",
     "Certificate",
+    "History",
     "Point",
     "Problem",
     "QualityModel",
@@ -20,10 +23,12 @@ __all__ = [
     "Seen",
     "Solution",
     "Timed",
+    "WholeQuestion",
     "best_assignment",
     "count_budget",
     "curve",
     "nearest",
     "propose",
+    "propose_whole",
     "solve",
 ]

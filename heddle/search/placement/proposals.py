@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 
 from heddle.errors import HeddleError
 from heddle.search.placement.counts import Array
+from heddle.search.placement.history import History, Seen
 from heddle.search.placement.limits import Timed, latency_budgets
 from heddle.search.placement.problem import Budget, Problem, count_budget
-from heddle.search.placement.quality import QualityModel, Seen
+from heddle.search.placement.quality import QualityModel
 from heddle.search.placement.table import Gate, Table
 from heddle.specs.order import Order
 
@@ -99,6 +100,7 @@ def propose(question: Question, history: Sequence[Seen], *, seed: int, number: i
     Never a spec that was asked for before, while one with these counts and parameters is left; never one that is predicted
     to be over a latency budget, while one that is not is left.
     """
+    history = History.of(history)
     limits = latency_budgets(question.timed, question.counts, question.params, _steps(question))
     index = [question.kinds.index(name) for name in question.uniform]
     fits = all(budget.excess(budget.of(index)) == 0 for budget in limits)
@@ -154,23 +156,17 @@ def trust_budget(question: Question, history: Sequence[Seen]) -> Budget | None:
     All may differ at first, and after each better one. The number halves with every PATIENCE trials that found none, down
     to 2, one swap; after that it starts again.
     """
-    mine = [
-        one
-        for one in history
-        if dict(one.params) == dict(question.params)
-        and all(one.layers.count(kind) == count for kind, count in question.counts.items())
-    ]
-    if not mine:
+    mine = History.of(history).group(question.counts, question.params)
+    if mine is None:
         return None
-    best = max(range(len(mine)), key=lambda place: (mine[place].quality, -place))
     widths = [question.length]
     while widths[-1] > 2:
         widths.append(max(2, widths[-1] // 2))
-    width = widths[(len(mine) - 1 - best) // PATIENCE % len(widths)]
+    width = widths[(mine.count - 1 - mine.best) // PATIENCE % len(widths)]
     if width == question.length:
         return None
     cost = np.ones((question.length, len(question.kinds)))
-    cost[range(question.length), [question.kinds.index(name) for name in mine[best].layers]] = 0.0
+    cost[range(question.length), [question.kinds.index(name) for name in mine.layers]] = 0.0
     return Budget("layers that differ", cost, width)
 
 

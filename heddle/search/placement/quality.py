@@ -2,62 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from heddle.search.placement.counts import Array
+from heddle.search.placement.history import History, Seen, Sums
 
-
-@dataclass(frozen=True, slots=True)
-class Seen:
-    """A finished trial as the model sees it: its layers, its other parameters, its mean normalised score."""
-
-    layers: tuple[str, ...]
-    params: Mapping[str, Any]
-    quality: float
+# Of standardised qualities: what the model leaves unexplained, and by how much of the prior it is multiplied.
+NOISE = 0.3
+SCALES = (0.03, 0.1, 0.3, 1.0, 3.0)
 
 
 class QualityModel:
     """Bayesian linear regression of quality on where each block stands, which pairs meet, and the other
     parameters.
 
-        y = w · x + ε,   w ~ N(0, s² P),   ε ~ N(0, 1)   (y standardised; s² by marginal likelihood)
+        y = w · x + ε,   w ~ N(0, s² P),   ε ~ N(0, 0.3)   (y standardised; s² by marginal likelihood)
 
-    x holds layer-by-kind indicators (all kinds but the last, the baseline), the share of each neighbouring
-    pair, and one indicator per value of each parameter. The prior P of a kind's indicators falls off with the
+    x is that of `Sums`. The prior P of a kind's indicators falls off with the
     distance between layers, because neighbouring layers do similar work: a handful of trials then says
     something about all of them.
     """
 
-    def __init__(self, kinds: Sequence[str], length: int, seen: Sequence[Seen]) -> None:
+    def __init__(self, kinds: Sequence[str], length: int, seen: Iterable[Seen]) -> None:
         self.kinds, self.length = tuple(kinds), length
-        self._params = sorted({(name, repr(value)) for one in seen for name, value in one.params.items()})
-        quality = np.array([one.quality for one in seen], dtype=np.float64)
-        self._scale = float(quality.std()) if len(seen) > 1 and quality.std() > 1e-9 else 1.0
-        features = np.array([self._features(one) for one in seen]).reshape(len(seen), self._width)
-        target = (quality - quality.mean()) / self._scale if len(seen) else quality
-        self.mean, self.covariance = _posterior(features, target, self._prior())
-
-    @property
-    def _width(self) -> int:
-        kinds = len(self.kinds)
-        return (kinds - 1) * self.length + kinds * kinds + len(self._params)
-
-    def _features(self, one: Seen) -> Array:
-        index = [self.kinds.index(name) for name in one.layers]
-        layer = np.zeros((len(self.kinds) - 1, self.length))
-        for position, kind in enumerate(index):
-            if kind < len(self.kinds) - 1:
-                layer[kind, position] = 1.0
-        pair = np.zeros((len(self.kinds), len(self.kinds)))
-        for first, second in pairwise(index):
-            pair[first, second] += 1.0 / max(1, self.length - 1)
-        mine = {(name, repr(value)) for name, value in one.params.items()}
-        return np.concatenate([layer.ravel(), pair.ravel(), [float(item in mine) for item in self._params]])
+        sums = History.of(seen).sums(self.kinds, length)
+        self._width, self._own, self._values = sums.width, sums.own, sums.values
+        self.mean, self.covariance = _posterior(sums, self._prior())
 
     def _prior(self) -> Array:
         kinds = len(self.kinds)
@@ -75,26 +47,39 @@ class QualityModel:
 
         Shapes:  unary: [L, kinds];  pair: [kinds, kinds].
         """
+        return self.draw_all(rng)[0]
+
+    def draw_all(self, rng: np.random.Generator) -> tuple[tuple[Array, Array], dict[tuple[str, str], float]]:
+        """A landscape as `draw` gives it, and the worth of each value of a parameter in it, by (name, repr of the value)."""
         weights = rng.multivariate_normal(self.mean, self.covariance, method="eigh")
         kinds = len(self.kinds)
+        values = dict(zip(self._values, weights[self._own :].tolist(), strict=True))
         split = (kinds - 1) * self.length
         unary = np.zeros((self.length, kinds))
         unary[:, : kinds - 1] = weights[:split].reshape(kinds - 1, self.length).T
         pair = weights[split : split + kinds * kinds].reshape(kinds, kinds) / max(1, self.length - 1)
-        return unary, pair
+        return (unary, pair), values
 
 
-def _posterior(features: Array, target: Array, prior: Array) -> tuple[Array, Array]:
-    """Mean and covariance of the weights under the prior scale with the highest marginal likelihood."""
-    if not len(target):
-        return np.zeros(len(prior)), prior
-    best, chosen = -np.inf, 1.0
-    for scale in (0.03, 0.1, 0.3, 1.0, 3.0):
-        covariance = scale * features @ prior @ features.T + 0.3 * np.eye(len(target))
-        evidence = -0.5 * (target @ np.linalg.solve(covariance, target) + np.linalg.slogdet(covariance)[1])
-        if evidence > best:
-            best, chosen = float(evidence), scale
-    prior = chosen * prior
-    gain = np.linalg.solve(features @ prior @ features.T + 0.3 * np.eye(len(target)), features @ prior).T
-    covariance = prior - gain @ features @ prior
-    return gain @ target, (covariance + covariance.T) / 2
+def _posterior(sums: Sums, prior: Array) -> tuple[Array, Array]:
+    """Mean and covariance of the weights under the prior scale with the highest marginal likelihood.
+
+    With P = L Lᵀ and Lᵀ (Σ x xᵀ) L = V λ Vᵀ all of it follows from sums, and costs the same however many trials there are:
+
+        posterior precision = (Σ x xᵀ + σ² (s P)⁻¹) / σ²,   so its covariance is  L V diag(s σ² / (s λ + σ²)) Vᵀ Lᵀ
+        log evidence = -½ [Σ log(1 + s λ / σ²) + (Σ t² - Σ c² s / (s λ + σ²)) / σ²] + constant,   c = Vᵀ Lᵀ Σ x t
+    """
+    gram, moment, square = sums.standardised()
+    root = np.linalg.cholesky(prior)
+    sizes, turned = np.linalg.eigh(root.T @ gram @ root)
+    sizes, axes = np.maximum(sizes, 0.0), root @ turned
+    seen = axes.T @ moment
+
+    def evidence(scale: float) -> float:
+        explained = np.square(seen) @ (scale / (scale * sizes + NOISE))
+        return float(-np.log1p(scale * sizes / NOISE).sum() - (square - explained) / NOISE)
+
+    scale = max(SCALES, key=evidence) if sums.count else 1.0
+    kept = scale / (scale * sizes + NOISE)
+    covariance = NOISE * (axes * kept) @ axes.T
+    return axes @ (kept * seen), (covariance + covariance.T) / 2

@@ -1,0 +1,325 @@
+"""Judges ways to search placements by the truth set, and appends a row for each way and budget.
+
+    python tests/bench/truth_judge.py --commit SHA
+    python tests/bench/truth_judge.py --synthetic --dry
+
+The rows of `tests/bench/truth_set.py` stand for training and timing. A budget is a quantile of the measured decode latencies of
+all placements. A way asks for placements within the budget – timing comes first and is free of charge, as it is next to
+training – and is told the score of one seed at the best of the learning rates; probes over the budget are told and count too, and
+can not win. What it found is the placement of the best score it was told; its gap is
+
+    (best - found) / (best - median)
+
+in the means over seeds, among placements within the budget. A repeat draws which seed is told, and the way's own draws.
+`gpu_s` is what the trainings asked for took: a ninth of a placement's for each learning rate and seed.
+
+`--shuffled` gives the scores to other placements, a control: no way may then be ahead of random. `--synthetic` makes rows up,
+of single layers, neighbours and noise: settings are looked at there, never at the truth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import secrets
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import pairwise, product
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import numpy as np
+import optuna
+
+from heddle.search.placement import Budget, Question, Seen, Timed, WholeQuestion, propose, propose_whole
+from heddle.search.placement.loop import Effort, Loop
+from heddle.specs import uniform_layers
+
+HERE = Path(__file__).parent
+ROWS, RESULTS = HERE / "results" / "truth_8x2.jsonl", HERE / "results" / "evidence-truth.jsonl"
+EVALUATIONS, LOOKS = 25, (5, 13, 25)
+# Trials of a search before the solver chooses the number of layers.
+STARTUP = 4
+QUANTILES = (0.25, 0.5, 0.75)
+# Which task's score is better higher.
+TASKS = {"mqar": 1.0, "text": -1.0}
+Layers = tuple[int, ...]
+
+
+class Truth:
+    """Scores by placement and seed (higher is better), latencies, and what a training takes."""
+
+    def __init__(self, scores: dict[Layers, list[float]], ms: dict[Layers, float], seconds: float) -> None:
+        self.scores, self.ms, self.seconds = scores, ms, seconds
+        self.length = len(next(iter(scores)))
+
+    def within(self, budget: float) -> list[Layers]:
+        return [layers for layers in self.scores if self.ms[layers] <= budget]
+
+
+class Judge:
+    """What a way may ask in one repeat, and a diary of it."""
+
+    def __init__(self, truth: Truth, budget: float, seed: int) -> None:
+        self.truth, self.budget, self.rng = truth, budget, np.random.default_rng([seed, 11])
+        self.told: dict[Layers, float] = {}
+        self.diary: list[Layers] = []
+
+    @property
+    def left(self) -> int:
+        return EVALUATIONS - len(self.diary)
+
+    def fits(self, layers: Layers) -> bool:
+        return self.truth.ms[layers] <= self.budget
+
+    def __call__(self, layers: Layers) -> float:
+        """The score of one seed; a placement asked for again is answered without a training."""
+        if layers not in self.told:
+            seeds = self.truth.scores[layers]
+            self.told[layers] = seeds[int(self.rng.integers(len(seeds)))]
+            self.diary.append(layers)
+        return self.told[layers]
+
+    def gap(self, look: int) -> float:
+        """The gap after so many evaluations; infinite where none was within the budget."""
+        asked = [layers for layers in self.diary[:look] if self.fits(layers)]
+        if not asked:
+            return float("inf")
+        found = mean(self.truth.scores[max(asked, key=lambda layers: self.told[layers])])
+        true = [mean(self.truth.scores[layers]) for layers in self.truth.within(self.budget)]
+        best, median = max(true), float(np.median(true))
+        return (best - found) / (best - median) if best > median else 0.0
+
+
+Way = Callable[[Judge, int], None]
+
+
+def ordered(length: int, full: Sequence[int]) -> Layers:
+    return tuple(int(layer in full) for layer in range(length))
+
+
+def spread(length: int, count: int) -> Layers:
+    return tuple(int(name == "full") for name in uniform_layers(length, "linear", {"full": count}))
+
+
+def by_rule(rule: Callable[[int, int], Layers]) -> Way:
+    """The placements of a rule, from the most full layers that fit downwards."""
+
+    def way(ask: Judge, seed: int) -> None:  # noqa: ARG001
+        length = ask.truth.length
+        for count in range(length, -1, -1):
+            if ask.left and ask.fits(rule(length, count)):
+                ask(rule(length, count))
+
+    return way
+
+
+def by_random(ask: Judge, seed: int) -> None:
+    rng, fitting = np.random.default_rng(seed), ask.truth.within(ask.budget)
+    for index in rng.permutation(len(fitting))[:EVALUATIONS]:
+        ask(fitting[index])
+
+
+def by_greedy(ask: Judge, seed: int) -> None:  # noqa: ARG001
+    """From none, the full layer that helps most, as long as one fits."""
+    length, chosen = ask.truth.length, set[int]()
+    ask(ordered(length, []))
+    while True:
+        more = [layer for layer in range(length) if layer not in chosen]
+        fitting = [layer for layer in more if ask.fits(ordered(length, [*chosen, layer]))]
+        if not fitting or ask.left < len(fitting):
+            return
+        chosen.add(max(fitting, key=lambda layer: ask(ordered(length, [*chosen, layer]))))
+
+
+def by_ranking(ask: Judge, seed: int) -> None:  # noqa: ARG001
+    """Probes of none and of single full layers, then all that fits in the order of their sums."""
+    length = ask.truth.length
+    none = ask(ordered(length, []))
+    worth = [ask(ordered(length, [layer])) - none for layer in range(length)]
+    sums = {layers: float(np.dot(layers, worth)) for layers in ask.truth.within(ask.budget)}
+    for layers in sorted(sums, key=lambda one: -sums[one]):
+        if ask.left:
+            ask(layers)
+
+
+def by_search(ask: Judge, seed: int, *, solves_counts: bool = True) -> None:
+    """What `heddle search` does, in rounds of 4: the first trials as Optuna draws the number of full layers; then the solver
+    chooses that too."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    length, names = ask.truth.length, ("linear", "full")
+    study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed))
+    history, timed, seen = list[Seen](), list[Timed](), set[tuple[str, ...]]()
+    for number in range(4 * EVALUATIONS):
+        if not ask.left:
+            return
+        if number % 4 == 0:
+            known, costs = list(history), list(timed)
+        layers = None
+        if solves_counts and number >= STARTUP:
+            ranges = dict.fromkeys(names, (0, length))
+            question = WholeQuestion(names, length, ranges, [{}], lambda _, one: one in seen, costs)
+            found = propose_whole(question, known, seed=seed, number=number)
+            layers = found[1] if found else None
+        if layers is not None:
+            study.enqueue_trial({"full": layers.count("full")})
+        trial = study.ask()
+        count = trial.suggest_int("full", 0, length)
+        if layers is None:
+            uniform = tuple(names[kind] for kind in spread(length, count))
+            counts = {"full": count, "linear": length - count}
+            asked = Question(counts, {}, uniform, seen.__contains__, timed=costs)
+            layers = propose(asked, known, seed=seed, number=number)
+        placed = tuple(names.index(name) for name in layers)
+        timed.append(Timed(layers, {}, {"decode": ask.truth.ms[placed] / ask.budget}))
+        if not ask.fits(placed) or layers in seen:
+            study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+        else:
+            history.append(Seen(layers, {}, ask(placed)))
+            study.tell(trial, history[-1].quality)
+        seen.add(layers)
+
+
+def by_loop(ask: Judge, seed: int) -> None:
+    """The loop, within a latency that is the sum of its layers as fitted to the measured placements."""
+    truth, length = ask.truth, ask.truth.length
+    rows = np.array(list(truth.ms))
+    line = np.column_stack([np.ones(len(rows)), rows])
+    fitted = np.linalg.lstsq(line, np.array(list(truth.ms.values())), rcond=None)[0]
+    cost = np.column_stack([np.zeros(length), fitted[1:]])
+    budget = Budget("latency", cost, ask.budget, constant=float(fitted[0]), steps=256)
+    effort = Effort(EVALUATIONS, batch=4, expected=2, tolerance=-1.0)
+    Loop(lambda asked: [ask(one) for one in asked], (length, 2), (budget,), effort, seed=seed).run()
+
+
+WAYS: dict[str, Way] = {
+    "uniform": by_rule(spread),
+    "first K": by_rule(lambda length, count: ordered(length, range(count))),
+    "last K": by_rule(lambda length, count: ordered(length, range(length - count, length))),
+    "random": by_random,
+    "greedy": by_greedy,
+    "additive top-K": by_ranking,
+    "loop": by_loop,
+    "search, counts drawn": partial(by_search, solves_counts=False),
+    "heddle search": by_search,
+}
+
+
+def read_truth(path: Path, task: str) -> Truth:
+    """The rows that hold the task's scores and a decode latency."""
+    scores, ms, seconds = {}, {}, []
+    for row in map(json.loads, path.read_text().splitlines()):
+        label = next((key for key in row if key.startswith("decode_ms@")), None)
+        rates = row.get(task, {}).get("scores", {}).values()
+        whole = [seeds for seeds in rates if None not in seeds]
+        if label is None or not whole:
+            continue
+        layers = tuple(int(letter == "F") for letter in row["placement"])
+        scores[layers] = max(([TASKS[task] * one for one in seeds] for seeds in whole), key=mean)
+        ms[layers] = row[label]["median_ms"]
+        seconds.append(row[task]["seconds"] / len(rates))
+    return Truth(scores, ms, mean(seconds))
+
+
+def made_up(seed: int, length: int = 8) -> Truth:
+    """Single layers, pairs that fall off with distance, returns that lessen with each full layer, and noise of seeds."""
+    rng = np.random.default_rng([seed, 3])
+    alone = rng.uniform(0.0, 1.0, length)
+    distance = np.abs(np.subtract.outer(np.arange(length), np.arange(length)))
+    pair = np.triu(rng.normal(size=(length, length)) * 2.0 ** (-distance), 1)
+    scores, ms = {}, {}
+    for layers in product((0, 1), repeat=length):
+        full = np.flatnonzero(layers)
+        worth = float(np.tanh(alone[full].sum() / 2) + 0.3 * pair[np.ix_(full, full)].sum())
+        scores[layers] = [worth + float(noise) for noise in 0.02 * rng.normal(size=3)]
+        boundaries = sum(one != other for one, other in pairwise(layers))
+        ms[layers] = 0.3 + 0.08 * len(full) + 0.002 * boundaries
+    return Truth(scores, ms, 1.0)
+
+
+def shuffled(truth: Truth) -> Truth:
+    """The same latencies, with the scores of other placements."""
+    order = np.random.default_rng(5).permutation(len(truth.scores))
+    values = list(truth.scores.values())
+    scores = {layers: values[index] for layers, index in zip(truth.scores, order, strict=True)}
+    return Truth(scores, truth.ms, truth.seconds)
+
+
+def interval(gaps: Sequence[float]) -> list[float] | None:
+    """The 95 % bootstrap interval of the median."""
+    if not np.isfinite(gaps).all():
+        return None
+    rng, values = np.random.default_rng(0), np.array(gaps)
+    medians = np.median(values[rng.integers(0, len(values), (2000, len(values)))], axis=1)
+    return [float(share) for share in np.quantile(medians, [0.025, 0.975])]
+
+
+def judged(truths: Sequence[Truth], way: str, quantile: float, repeats: int) -> dict[str, Any]:
+    """One row: `repeats` of a way at a budget, in turns over `truths`."""
+    gaps, asked = [], []
+    for repeat in range(repeats):
+        truth = truths[repeat % len(truths)]
+        budget = float(np.quantile(list(truth.ms.values()), quantile))
+        ask = Judge(truth, budget, repeat)
+        WAYS[way](ask, repeat)
+        gaps.append([ask.gap(look) for look in LOOKS])
+        asked.append(len(ask.diary))
+    by_look = list(zip(*gaps, strict=True))
+    return {
+        "impl": way,
+        "budget_quantile": quantile,
+        "placements": len(truths[0].within(budget)),
+        "repeats": repeats,
+        "evaluations": list(LOOKS),
+        "gap": [float(np.median(one)) if np.isfinite(np.median(one)) else None for one in by_look],
+        "gap_interval": [interval(one) for one in by_look],
+        "asked": float(np.median(asked)),
+        "gpu_s": float(np.median(asked)) * truths[0].seconds,
+    }
+
+
+def rows(chosen: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    for task in ("synthetic",) if chosen.synthetic else TASKS:
+        truths = (
+            [made_up(seed) for seed in range(20)] if chosen.synthetic else [read_truth(chosen.rows, task)]
+        )
+        if chosen.shuffled:
+            truths = [shuffled(truth) for truth in truths]
+        for quantile, way in product(QUANTILES, chosen.ways):
+            yield {
+                "task": task,
+                "shuffled": chosen.shuffled,
+                **judged(truths, way, quantile, chosen.repeats),
+            }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=list(WAYS))
+    parser.add_argument("--rows", type=Path, default=ROWS)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--synthetic", action="store_true")
+    parser.add_argument("--shuffled", action="store_true")
+    parser.add_argument("--dry", action="store_true", help="print, append nothing")
+    parser.add_argument("--commit", help="what the code is")
+    chosen = parser.parse_args()
+    common = {"run": secrets.token_hex(4), "commit": chosen.commit, "device": "cpu"}
+    for row in rows(chosen):
+        made = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        if not chosen.dry:
+            with chosen.out.open("a") as file:
+                file.write(json.dumps({**common, "time": made, **row}) + "\n")
+        gaps = ", ".join("no" if gap is None else f"{100 * gap:.1f}" for gap in row["gap"])
+        print(
+            f"{row['task']:9} {row['budget_quantile']:.2f} {row['impl']:20} gap {gaps} %, {row['asked']:g} asked",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
