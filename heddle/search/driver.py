@@ -36,6 +36,7 @@ from heddle.search.record import (
     read_trials,
     trial_file,
 )
+from heddle.search.rungs import Ladder, learnt
 from heddle.search.setting import Setting
 from heddle.search.study import Study
 from heddle.specs import to_yaml
@@ -71,10 +72,11 @@ class Driver:
         self._ticked = 0.0
         self.evaluations: Evaluations
         self.keeper = LockKeeper(setting.folder)
+        self.ladder = Ladder(self)
 
     @property
     def told(self) -> int:
-        """Trials that have ended: complete, infeasible or failed."""
+        """Trials that have ended: complete, pruned, infeasible or failed."""
         return sum(trial.state != "running" for number, trial in self.trials.items() if number >= 0)
 
     @property
@@ -114,6 +116,7 @@ class Driver:
             running=self.evaluations.flying,
             failed=states.count("failed"),
             infeasible=states.count("infeasible"),
+            pruned=states.count("pruned"),
             total=self.setting.trials,
             best=pareto.best(self._front),
             elapsed_s=self.elapsed_s,
@@ -243,9 +246,8 @@ class Driver:
         before_it = [trial for other, trial in sorted(self.trials.items()) if 0 <= other < round_start]
         outer = {trial.number: space.outer(self.setting.file, trial.params) for trial in before_it}
         history = [
-            Seen(trial.layers, outer[trial.number], trial.quality)
-            for trial in before_it
-            if trial.quality is not None
+            Seen(trial.layers, outer[trial.number], quality)
+            for trial, quality in learnt(before_it, len(self.setting.rungs))
         ]
         timed = [
             Timed(trial.layers, outer[trial.number], {n: 1.0 + over for n, over in trial.constraints.items()})
@@ -270,7 +272,7 @@ class Driver:
 
     def _train(self, numbers: Sequence[int]) -> None:
         """Train the specs that keep the budgets, at every task."""
-        feasible = [number for number in numbers if self._may_train(number)]
+        feasible = self.ladder.climb(filter(self._may_train, numbers), self._candidates)
         self.enter("training", f"{len(feasible)} of {len(numbers)} specs")
         self.evaluations.train_all(
             request for number in feasible for request in self._trainings(number).values()
@@ -284,7 +286,7 @@ class Driver:
 
     def _trainings(self, number: int) -> dict[str, Request]:
         one = self._candidates.get(number)
-        objectives = self.setting.objectives if one else ()
+        objectives = self.setting.objectives if one and not self.ladder.is_left(number) else ()
         return {each.info.name: self.setting.training(number, one, each) for each in objectives if one}
 
     def _entries(self, requests: Mapping[str, Request]) -> dict[str, Entry] | None:
@@ -309,7 +311,7 @@ class Driver:
         running."""
         timed = self._entries(self._timings(number))
         scored = self._entries(self._trainings(number)) if self._may_train(number) else {}
-        if timed is None or scored is None:
+        if timed is None or scored is None or self.ladder.is_open(number):
             return
         outcome = self._outcome(number, timed, scored)
         event = self._ended[number] = self.log.write("trial_finished", number=number, **outcome)
@@ -326,7 +328,8 @@ class Driver:
         self, number: int, timed: Mapping[str, Entry], scored: Mapping[str, Entry]
     ) -> dict[str, Any]:
         """The fields of "trial_finished"."""
-        entries = {**timed, **scored}
+        rungs = self.ladder.entries(number)
+        entries = {**timed, **rungs, **scored}
         failed = [
             f"{name}: {entry.reason['code']}: {entry.reason['message']}"
             for name, entry in entries.items()
@@ -334,7 +337,7 @@ class Driver:
         ]
         reasons = [self._illegal[number]] if number in self._illegal else failed
         constraints = {} if reasons else self._violations(number, timed)
-        state = "failed" if reasons else "complete" if scored else "infeasible"
+        state = "failed" if reasons else "complete" if scored else "pruned" if rungs else "infeasible"
         first = self._first.get(self._asked[number]["hash"], number)
         return {
             "state": state,
@@ -346,6 +349,7 @@ class Driver:
             "attempts": max((entry.attempts for entry in entries.values()), default=0),
             "wall_s": round(sum(entry.wall_s for entry in entries.values()), 3),
             "duplicate_of": first if first < number else None,
+            **self.ladder.fields(number),
         }
 
     def _tell_optuna(self, trial: Trial) -> None:
@@ -353,6 +357,8 @@ class Driver:
         constraints = self.setting.limits.all_constraints(trial, before)
         if trial.state == "failed":
             self.study.tell_failed(trial.number, str(trial.reason))
+        elif trial.state == "pruned":
+            self.study.tell_pruned(trial.number, constraints, len(trial.rungs), trial.quality_at(-1))
         elif trial.state == "infeasible":
             neutral = [info.chance for info in self.setting.infos]
             self.study.tell_infeasible(trial.number, constraints, neutral)
