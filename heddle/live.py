@@ -170,7 +170,8 @@ class Board:
             left = f", about {words.duration_text(max(0.0, status.seconds_left - since))} left"
         spent = words.duration_text(status.elapsed_s + since)
         counts = f"{status.done} of {status.total} done, {status.running} running"
-        lost = f"{status.infeasible} over budget, {status.failed} failed"
+        pruned = f"{status.pruned} pruned, " if status.pruned else ""
+        lost = f"{pruned}{status.infeasible} over budget, {status.failed} failed"
         return _bar(status.done, status.total, f"{counts}, {lost}; {spent}{left}")
 
 
@@ -188,6 +189,7 @@ def trial_line(trial: Trial) -> str:
     parts += [
         f"{label} {words.ratio_text(seen)}" for label, seen in trial.latency.items() if seen.ratio is not None
     ]
+    parts += [words.rungs_text(trial)] if trial.state == "pruned" else []
     if trial.reason and trial.state == "failed":
         parts.append(trial.reason)
     return "; ".join(parts)

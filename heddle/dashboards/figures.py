@@ -99,7 +99,7 @@ def progress(run: Run, over: str = "trial") -> Figure:
     """The best so far over trials, over minutes of the search, or over minutes of devices."""
     where = data.positions(run, over)
     scored = [trial for trial in run.trials if trial.quality is not None]
-    lost = [trial for trial in run.trials if trial.state in ("infeasible", "failed")]
+    lost = [trial for trial in run.trials if trial.state in ("infeasible", "failed", "pruned")]
     steps = [(where[number], value) for number, value in data.best_so_far(run)]
     if steps:
         steps.append((max(where.values()), steps[-1][1]))
@@ -184,7 +184,8 @@ def _rug(run: Run, trials: Sequence[Trial], x: Sequence[float | None]) -> dict[s
     kept = _thinned([(float(at), 0.0, trial) for at, trial in zip(x, trials, strict=True) if at is not None])
     places = {trial.number: at for at, trial in zip(x, trials, strict=True)}
     crosses: dict[str, Any] = {"symbol": "x-thin-open", "size": 9, "color": BROKEN, "line": {"width": 2}}
-    trace = _trace(LOST, kept, run, [places[trial.number] for trial in kept], [0.0] * len(kept))
+    name = f"{LOST} or pruned" if run.has_rungs else LOST
+    trace = _trace(name, kept, run, [places[trial.number] for trial in kept], [0.0] * len(kept))
     return trace | {"yaxis": "y2", "marker": crosses}
 
 

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from heddle.dashboards import data
 from heddle.dashboards.html import Html, element
-from heddle.search.curse import Curse, compared, curses, summary
+from heddle.search.curse import Curse, compared, counted, curses, predicted, summary
+from heddle.search.expected_latency import expected_latencies
 
 if TYPE_CHECKING:
     from heddle.search.record import Run
@@ -46,6 +47,21 @@ def front_rows(run: Run) -> list[list[object]]:
         name = data.name_of(run.trial(one.number), run)
         said = f"{one.predicted.limited:.3f}{margin}"
         rows.append([name, one.label, said, f"{one.measured:.3f}", percent(one.error, sign=True)])
+    return rows
+
+
+def expected_rows(run: Run) -> list[list[object]]:
+    """The same of runs that went by no latency model: what the other timings of the run say, beside measured again."""
+    rows: list[list[object]] = []
+    for number, expected in expected_latencies(run).items():
+        trial = run.trial(number)
+        for budget in run.budgets:
+            again, value = trial.remeasured.get(budget.label), expected.get(budget.label)
+            measured = None if again is None else counted(again, budget)
+            if predicted(trial, budget) is None and value is not None and measured is not None:
+                name = data.name_of(trial, run) + (" ★ winner" if number == run.best else "")
+                error = percent(measured / value - 1, sign=True)
+                rows.append([name, budget.label, f"{value:.3f}", f"{measured:.3f}", error])
     return rows
 
 

@@ -96,7 +96,8 @@ def _found(run: Run, key: str) -> list[Html | None]:
     """What no choice on the page changes."""
     name = link_to(key)
     found = [sections.front(run, name), sections.least_violating(run), sections.strips(run, name)]
-    return [*found, sections.confirmation(run), sections.remeasured(run), _failures(run), _messages(run)]
+    found += [sections.rungs(run), sections.confirmation(run)]
+    return [*found, sections.remeasured(run), _failures(run), _messages(run)]
 
 
 def _reading(watched: Watched) -> Html | None:
@@ -114,7 +115,7 @@ def _state(watched: Watched, run: Run) -> Html:
         ("status", run.status),
         ("trials told", f"{pace.told} of {pace.total}"),
     ]
-    facts += [(words.STATE_WORDS[state], run.count(state)) for state in ("complete", "infeasible", "failed")]
+    facts += [(words.STATE_WORDS[state], run.count(state)) for state in run.states if state != "running"]
     if run.status == "running" and watched.follower.share_read >= 1:
         facts.append(("evaluations in flight", pace.flying))
         facts.append(("phase", pace.phase or "starting"))

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from heddle.dashboards import data, latency_section, words
+from heddle.dashboards import data, latency_section, rungs_section, words
 from heddle.dashboards.figures import Figure, figures
 from heddle.dashboards.html import Html, Row, element, join, table
 from heddle.search.record import Confirm, Latency, Run, TaskInfo, Trial
@@ -68,7 +68,7 @@ def look(trial: Trial, run: Run) -> str | None:
         return "winner"
     if run.reference is not None and trial.number == run.reference.number:
         return "reference"
-    return trial.state if trial.state in ("failed", "infeasible") else None
+    return trial.state if trial.state in ("failed", "infeasible", "pruned") else None
 
 
 def least_violating(run: Run) -> Html | None:
@@ -224,7 +224,7 @@ def predictions(run: Run) -> Html | None:
     """What a latency model predicted, how good it was, and what came of it."""
     fits = latency_section.rows_of_fits(run)
     if not fits:
-        return None
+        return _expected(run)
     said = "Errors on stacks that were held out, beside those of one number for all and of a line in FLOPs."
     rows = latency_section.front_rows(run)
     header = latency_section.FRONT_HEADER
@@ -234,6 +234,36 @@ def predictions(run: Run) -> Html | None:
         table(latency_section.FIT_HEADER, fits, numeric=range(2, 9)),
         *latency_section.paragraphs(run),
         *([table(header, rows, numeric=range(2, 5))] if rows else []),
+    )
+
+
+def _expected(run: Run) -> Html | None:
+    """The same where the search went by no latency model but its own."""
+    rows = latency_section.expected_rows(run)
+    if not rows:
+        return None
+    said = (
+        "Predicted from the timings of all other specs of this run by the linear model that placements are proposed by: "
+        "counts, boundaries between kinds, and what else was open. As the budget counts; nobody knows its margin."
+    )
+    return section(
+        "Predicted latencies", note(said), table(latency_section.FRONT_HEADER, rows, numeric=range(2, 5))
+    )
+
+
+def rungs(run: Run) -> Html | None:
+    """What each rung let through, and how far the rungs agree."""
+    rows = rungs_section.rows(run)
+    if not rows:
+        return None
+    said = f"Of what was told at a rung, the best 1 / {run.meta['rungs']['eta']:g} go on. Its scores never enter the front."
+    ranks = rungs_section.rank_rows(run)
+    restricted = "Of the specs that went on alone: their range is restricted. Of those that were left nothing is known."
+    return section(
+        "Rungs",
+        note(said),
+        table(rungs_section.HEADER, rows, numeric=(0, 2, 3)),
+        *([table(rungs_section.RANKS_HEADER, ranks, numeric=(2, 3, 4)), note(restricted)] if ranks else []),
     )
 
 
@@ -290,7 +320,8 @@ def trial_row(trial: Trial, run: Run) -> list[object]:
     twin = "" if trial.duplicate_of is None else f"same spec as trial {trial.duplicate_of}"
     took = words.duration_text(trial.wall_s)
     state = words.STATE_WORDS.get(trial.state, trial.state)
-    return [trial.number, state, *measured, took, layers, words.params_text(trial), trial.reason or twin]
+    why = trial.reason or twin or words.rungs_text(trial)
+    return [trial.number, state, *measured, took, layers, words.params_text(trial), why]
 
 
 def best_spec(run: Run) -> Html | None:
@@ -347,6 +378,7 @@ SECTIONS: tuple[Callable[[Run], Html | None], ...] = (
     least_violating,
     strips,
     plots,
+    rungs,
     confirmation,
     remeasured,
     predictions,

@@ -33,7 +33,7 @@ def trial_page(watched: Watched, number: int) -> Page:
     if trial.layers:
         _model(page, watched, run, trial)
     _timed(page, trial)
-    page.add(_scores(run, trial))
+    page.add(_scores(run, trial), _rungs(run, trial))
     page.plots("Training", model_figures.curves([(name, trial)]))
     page.add(_params(trial), _logs(watched, trial), _spec(run, trial))
     return page
@@ -122,6 +122,20 @@ def _scores(run: Run, trial: Trial) -> Html | None:
     ]  # fmt: skip
     header = ["Task", "Score ± standard error", "Normalised", "Seed", "Steps", "Tokens", "Took"]
     return sections.section("Scores", table(header, rows, numeric=range(1, 7)))
+
+
+def _rungs(run: Run, trial: Trial) -> Html | None:
+    """What shorter trainings gave."""
+    rows = [
+        [f"{at + 1} of {len(run.meta['rungs']['before']) + 1}", task, words.score_text(score),
+         f"{score.normalised:.4f}", words.count_text(score.tokens), words.duration_text(score.wall_s)]
+        for at, rung in enumerate(trial.rungs)
+        for task, score in rung.items()
+    ]  # fmt: skip
+    header = ["Rung", "Task", "Score ± standard error", "Normalised", "Tokens", "Took"]
+    return (
+        sections.section("Rungs before the last", table(header, rows, numeric=range(2, 6))) if rows else None
+    )
 
 
 def _params(trial: Trial) -> Html | None:

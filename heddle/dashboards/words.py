@@ -15,6 +15,7 @@ PATH_WORDS = {
 }
 STATE_WORDS = {
     "complete": "trained",
+    "pruned": "pruned",
     "infeasible": "over budget",
     "failed": "failed",
     "running": "not finished",
@@ -128,6 +129,14 @@ def score_cells(trial: Trial, run: Run) -> list[str]:
     return ["–" if score is None else score_text(score) for score in scores]
 
 
+def rungs_text(trial: Trial) -> str:
+    """Of a pruned trial, where it was left and what it had scored there; nothing of any other."""
+    if trial.state != "pruned":
+        return ""
+    scores = ", ".join(f"{task} {score_text(score)}" for task, score in trial.rungs[-1].items())
+    return f"left at rung {len(trial.rungs)}: {scores}"
+
+
 def trial_cells(trial: Trial, run: Run) -> list[str]:
     """Scores, budgets, parameters, layers of a trial."""
     measured = [*score_cells(trial, run), *budget_cells(trial, run)]
@@ -172,7 +181,7 @@ def ratio_text(latency: Latency) -> str:
 
 def state_counts(run: Run) -> str:
     """How many trials ended how."""
-    states = ("complete", "infeasible", "failed")
+    states = [state for state in run.states if state != "running"]
     return ", ".join(f"{run.count(state)} {STATE_WORDS[state]}" for state in states)
 
 

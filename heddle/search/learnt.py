@@ -2,40 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from heddle.search import space
 from heddle.search.placement import History, Seen, Timed
 from heddle.search.record import Trial
+from heddle.search.rungs import at_one_rung
 from heddle.specs import SpecFile
 
 
 class Learnt:
-    """The trained and the timed trials of a run, in the order of their numbers."""
+    """The trained and the timed trials of a run, in the order of their numbers. With `rungs` before the last one, those that
+    were scored at one rung (`heddle.search.rungs.at_one_rung`)."""
 
-    def __init__(self, file: SpecFile) -> None:
-        self._file, self._next = file, 0
+    def __init__(self, file: SpecFile, rungs: int = 0) -> None:
+        self._file, self._rungs, self._next = file, rungs, 0
         self.history, self.timed = History(), list[Timed]()
+        self._ended = list[Trial]()
         self._tried = set[tuple[str, tuple[str, ...]]]()
         # The best trained trial of each setting of the parameters besides the numbers of layers: its quality and its values.
         self._settings = dict[str, tuple[float, Mapping[str, Any]]]()
 
     def until(self, number: int, trials: Mapping[int, Trial]) -> Learnt:
         """This with all trials up to `number`, itself left out: they have ended, and change no more."""
-        for trial in (trials[each] for each in range(self._next, number) if each in trials):
-            outer = space.outer(self._file, trial.params)
+        new = [trials[each] for each in range(self._next, number) if each in trials]
+        for trial in new:
             self._tried.add((_key(trial.params), trial.layers))
-            if trial.quality is not None:
-                self.history.append(Seen(trial.layers, outer, trial.quality))
-                best = self._settings.get(_key(outer))
-                if best is None or trial.quality > best[0]:
-                    self._settings[_key(outer)] = trial.quality, trial.params
             if trial.constraints:
                 shares = {name: 1.0 + over for name, over in trial.constraints.items()}
-                self.timed.append(Timed(trial.layers, outer, shares))
+                self.timed.append(Timed(trial.layers, space.outer(self._file, trial.params), shares))
         self._next = max(self._next, number)
+        if not self._rungs:
+            self._learn((trial, trial.quality) for trial in new if trial.quality is not None)
+        elif new:
+            # Which rung they learn from may have changed for all.
+            self._ended += new
+            self.history, self._settings = History(), {}
+            self._learn(at_one_rung(self._ended, self._rungs))
         return self
+
+    def _learn(self, scored: Iterable[tuple[Trial, float]]) -> None:
+        for trial, quality in scored:
+            outer = space.outer(self._file, trial.params)
+            self.history.append(Seen(trial.layers, outer, quality))
+            best = self._settings.get(_key(outer))
+            if best is None or quality > best[0]:
+                self._settings[_key(outer)] = quality, trial.params
 
     def is_tried(self, values: Mapping[str, Any], layers: tuple[str, ...]) -> bool:
         """Whether one of these trials had those very values and layers: known without making its spec."""

@@ -103,7 +103,12 @@ def _trial(trial: Trial) -> dict[str, Any]:
         "layers": trial.layers,
         "hash": trial.hash,
         "state": trial.state,
-        "scores": {task: score.value for task, score in trial.scores.items()},
+        "scores": {task: score.value for task, score in trial.scores.items()}
+        | {
+            f"rung {at + 1}, {task}": one.value
+            for at, rung in enumerate(trial.rungs)
+            for task, one in rung.items()
+        },
     }
 
 

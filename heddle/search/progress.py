@@ -21,6 +21,8 @@ class Status:
     best: Trial | None
     elapsed_s: float
     seconds_left: float | None
+    # Left at a rung.
+    pruned: int = 0
 
 
 class Progress(Protocol):
@@ -37,7 +39,7 @@ class Progress(Protocol):
         """A spec was asked for; its layers and parameters are known, nothing is measured."""
 
     def trial_finished(self, trial: Trial) -> None:
-        """A trial was told: complete, infeasible or failed (then with its reason)."""
+        """A trial was told: complete, pruned, infeasible or failed (then with its reason)."""
 
     def status(self, status: Status) -> None:
         """The figures changed, also inside a phase."""

@@ -15,7 +15,17 @@ from typing import Any
 from heddle.errors import HeddleError
 from heddle.search import curse
 from heddle.search.durable import is_name, read_lines
-from heddle.search.results import BudgetInfo, Confirm, Difference, Figure, Latency, Score, TaskInfo, Trial
+from heddle.search.results import (
+    BudgetInfo,
+    Confirm,
+    Difference,
+    Figure,
+    Latency,
+    RankCorrelation,
+    Score,
+    TaskInfo,
+    Trial,
+)
 
 __all__ = [
     "BudgetInfo",
@@ -23,6 +33,7 @@ __all__ = [
     "Difference",
     "Figure",
     "Latency",
+    "RankCorrelation",
     "Run",
     "Score",
     "TaskInfo",
@@ -31,6 +42,7 @@ __all__ = [
     "elapsed",
     "read_run",
     "read_trials",
+    "rung_stage",
 ]
 
 RUN_FILE = "run.json"
@@ -41,6 +53,7 @@ TRIALS_FOLDER = "trials"
 BEST_FOLDER = "best"
 EXPORT_FOLDER = "export"
 CONFIRM_FILE = "confirm.json"
+RANKS_EVENT = "rungs_compared"
 # The number under which the reference model of the budgets appears among the trials.
 REFERENCE = -1
 
@@ -65,6 +78,8 @@ class Run:
     least_violating: tuple[int, ...]
     confirm: Confirm | None
     events: tuple[dict[str, Any], ...]
+    # How far consecutive rungs agree, as of the last session's end.
+    ranks: tuple[RankCorrelation, ...] = ()
 
     def trial(self, number: int) -> Trial:
         """The trial of that number. Raises HeddleError "bad-argument"."""
@@ -93,7 +108,7 @@ class Run:
             "run": str(self.path),
             "name": self.name,
             "status": self.status,
-            "trials": {state: self.count(state) for state in ("complete", "infeasible", "failed", "running")},
+            "trials": {state: self.count(state) for state in self.states},
             "wall_s": self.wall_s,
             "front": list(self.front),
             "best": None if best is None else best.summary(),
@@ -101,7 +116,23 @@ class Run:
             "confirm": None if self.confirm is None else asdict(self.confirm),
             "latency_model": curse.summary(self),
             "export": str(self.export) if self.export is not None else None,
+            **(
+                {"rungs": {**self.meta["rungs"], "ranks": list(map(asdict, self.ranks))}}
+                if self.has_rungs
+                else {}
+            ),
         }
+
+    @property
+    def has_rungs(self) -> bool:
+        """Whether specs were trained briefly before the best were trained in full."""
+        return "rungs" in self.meta
+
+    @property
+    def states(self) -> tuple[str, ...]:
+        """What a trial of this run may be."""
+        pruned = ("pruned",) if self.has_rungs else ()
+        return ("complete", *pruned, "infeasible", "failed", "running")
 
     @property
     def export(self) -> Path | None:
@@ -152,6 +183,7 @@ def run_from(
         least_violating=tuple(front.get("least_violating", ())),
         confirm=_read_confirm(folder / CONFIRM_FILE, front.get("best")),
         events=tuple(events),
+        ranks=tuple(RankCorrelation(**one) for one in last.get(RANKS_EVENT, {}).get("ranks", ())),
     )
 
 
@@ -197,7 +229,18 @@ def assemble(
         duplicate_of=told.get("duplicate_of"),
         remeasured=_latencies(ledger, spec, (again or {}).get("latency", {})),
         figures={label: Figure(**one) for label, one in told.get("figures", {}).items()},
+        rungs=tuple(_rung(ledger, spec, at, keys) for at, keys in enumerate(told.get("rungs", ()))),
     )
+
+
+def rung_stage(rung: int, task: str) -> str:
+    """Where the ledger keeps the results of a task at a rung before the last, counted from 0."""
+    return f"rung-{rung + 1}-{task}"
+
+
+def _rung(ledger: Path, spec: str, rung: int, keys: Mapping[str, str]) -> dict[str, Score]:
+    results = _results(ledger, spec, {task: (rung_stage(rung, task), key) for task, key in keys.items()})
+    return {task: score_from(result) for task, result in results.items()}
 
 
 def read_trials(folder: Path, events: Iterable[Mapping[str, Any]]) -> dict[int, Trial]:

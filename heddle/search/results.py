@@ -132,7 +132,8 @@ class Latency:
 class Trial:
     """One spec of the search.
 
-    `state` is "running", "complete", "infeasible" (over a budget, never trained) or "failed" (see `reason`).
+    `state` is "running", "complete", "infeasible" (over a budget, never trained), "pruned" (not among the best at a
+    rung, see `rungs`) or "failed" (see `reason`).
     `constraints` are violations as shares of the budget: at most 0 keeps it. `duplicate_of` is the earlier
     trial with the same spec, whose results were taken from the ledger.
     """
@@ -156,6 +157,8 @@ class Trial:
     remeasured: dict[str, Latency] = field(default_factory=dict)
     # By label of the budget: what was computed, and what a latency model predicted. Never a measurement.
     figures: dict[str, Figure] = field(default_factory=dict)
+    # What shorter trainings reached, by rung and task. Never comparable with `scores`, which a pruned trial has none of.
+    rungs: tuple[dict[str, Score], ...] = ()
 
     @property
     def feasible(self) -> bool:
@@ -174,9 +177,17 @@ class Trial:
             return None
         return sum(score.normalised for score in self.scores.values()) / len(self.scores)
 
+    def quality_at(self, rung: int) -> float | None:
+        """Mean normalised score at a rung before the last, counted from 0; None where the trial was not scored there."""
+        if rung >= len(self.rungs):
+            return None
+        return sum(score.normalised for score in self.rungs[rung].values()) / len(self.rungs[rung])
+
     def summary(self) -> dict[str, Any]:
         """The trial in a few plain figures."""
+        rungs = [{task: one.value for task, one in rung.items()} for rung in self.rungs]
         return {
+            **({"rungs": rungs} if rungs else {}),
             "number": self.number,
             "state": self.state,
             "hash": self.hash,
@@ -197,6 +208,22 @@ class Trial:
             "constraints": self.constraints,
             "reason": self.reason,
         }
+
+
+@dataclass(frozen=True, slots=True)
+class RankCorrelation:
+    """Kendall's tau-b between the scores of a rung, counted from 1, and of the one after it, with a 95 % bootstrap interval.
+
+    Over the `n` specs that were scored at both, which are those that went on. `task` is None for the mean normalised score.
+    tau is None with too few specs, or where one of the two says the same of all.
+    """
+
+    rung: int
+    task: str | None
+    n: int
+    tau: float | None
+    low: float | None
+    high: float | None
 
 
 @dataclass(frozen=True, slots=True)

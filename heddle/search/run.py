@@ -7,7 +7,6 @@ import math
 import secrets
 import signal
 import threading
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict
@@ -18,7 +17,6 @@ from typing import Any
 from optuna.storages import BaseStorage
 from pydantic import TypeAdapter, ValidationError
 
-from heddle.compose.train import Recipe
 from heddle.errors import HeddleError
 from heddle.search import cluster, environment, finish, lock, space
 from heddle.search.driver import Driver
@@ -35,12 +33,13 @@ from heddle.search.ledger import key_of
 from heddle.search.limits import Limits, budgets_on
 from heddle.search.lock import Frozen
 from heddle.search.model_kinds import require_causal_lm
+from heddle.search.objectives import Asked, Trained, asked_of
 from heddle.search.progress import Progress, Silent
-from heddle.search.record import RUN_FILE, BudgetInfo, Run, TaskInfo, read_meta, read_run
-from heddle.search.setting import Objective, Setting
+from heddle.search.rank_correlation import compare_rungs
+from heddle.search.record import RUN_FILE, BudgetInfo, Run, read_meta, read_run
+from heddle.search.setting import Setting
 from heddle.search.storage import StudyHold
 from heddle.search.study import Direction, RunLock, Study, open_storage
-from heddle.search.tasks import Task, make_task, recipe_for
 from heddle.search.workers import Workers
 from heddle.specs import SpecFile, loads
 from heddle.specs.base import Duration
@@ -84,19 +83,19 @@ def search(
     require_causal_lm(file, "search")
     _check_folder(out, resume=resume)
     # Before anything is written: a missing corpus or cluster leaves no folder behind.
-    tasks = _tasks(file)
+    asked = asked_of(file)
     evaluate = evaluate or evaluator_of(file)
     given = Given(
         trials, _seconds(time), resume, storage, ray_address, evaluate, effort, deterministic, frozen
     )
     if frozen is not None:
-        lock.refuse_other_data(frozen, {info.name: task.digest for task, _, info in tasks})
+        lock.refuse_other_data(frozen, asked.data)
     if ray_address is not None:
         cluster.check_address(ray_address)
     with ExitStack() as stack:
         stack.enter_context(full_disk_told(out))
         stack.enter_context(RunLock(out))
-        driver = _open(stack, file, out, given, tasks=tasks, progress=progress or Silent())
+        driver = _open(stack, file, out, given, asked=asked, progress=progress or Silent())
         driver.progress.started(read_run(out), driver.setting.trials)
         with _interrupts(driver, given.again(file, out)):
             _search(driver)
@@ -107,19 +106,16 @@ def search(
     return run
 
 
-Tasks = list[tuple[Task, Recipe, TaskInfo]]
-
-
 def _open(
-    stack: ExitStack, file: SpecFile, out: Path, given: Given, *, tasks: Tasks, progress: Progress
+    stack: ExitStack, file: SpecFile, out: Path, given: Given, *, asked: Asked, progress: Progress
 ) -> Driver:
     """A driver with its workers, its study and its folder, new or as they were left; `stack` closes them."""
     env = lock.DETERMINISTIC_ENV if given.is_deterministic(out) else None
     workers = stack.enter_context(Workers(address=given.ray_address, env=env))
     workers.warm_up()
-    objectives = tuple(Objective(task, workers.share(task), recipe, info) for task, recipe, info in tasks)
+    trained = asked.objectives(workers.share)
     machine = workers.call(environment.describe, workers.device)
-    meta = _new_meta(file, objectives, machine, workers.parallel)
+    meta = _new_meta(file, asked, machine, workers.parallel)
     meta |= lock.begun_as(given.frozen) if given.frozen is not None else {}
     meta |= {"storage": _storage(given), "effort": asdict(given.effort)}
     meta["deterministic"] = given.is_deterministic(out)
@@ -135,7 +131,7 @@ def _open(
     if given.frozen is not None:
         write_json(out / lock.FOLLOWED_FILE, given.frozen.lock)
     write_json(out / RUN_FILE, meta)
-    setting = _setting(file, out, objectives, meta, evaluate=given.evaluate, effort=given.effort)
+    setting = _setting(file, out, trained, meta, evaluate=given.evaluate, effort=given.effort)
     log = stack.enter_context(closing(EventLog(out)))
     driver = Driver(setting, _study(stack, file, meta, open_storage(out, given.storage)), log, progress)
     driver.study.on_outage = driver.warn
@@ -172,6 +168,7 @@ def _seconds(time: float | str | None) -> float | None:
 def _search(driver: Driver) -> None:
     """The rounds, then what is done once: the front again, the winner confirmed, kept and exported."""
     driver.run()
+    compare_rungs(driver)
     best = driver.update_front()
     if best is not None and not driver.stopping:
         timed = finish.remeasure_front(driver, best)
@@ -234,30 +231,12 @@ def _check_folder(out: Path, *, resume: bool) -> None:
         )
 
 
-def _tasks(file: SpecFile) -> Tasks:
-    """The tasks of the spec, each with its recipe; a second task of a kind gets a number in its name."""
-    spec, names = file.spec, Counter[str]()
-    found = []
-    if spec.search is None:
-        raise HeddleError(
-            "missing-field",
-            "there is no `search` section to search by",
-            where=file.where(""),
-            hint="heddle init shows one",
-        )
-    for item in spec.search.tasks:
-        task = make_task(item, spec.data, vocab_size=spec.model.vocab_size, tokenizer=spec.tokenizer)
-        names[task.name] += 1
-        name = task.name if names[task.name] == 1 else f"{task.name}-{names[task.name]}"
-        info = TaskInfo(name, task.metric, task.higher_is_better, task.chance, task.best)
-        found.append((task, recipe_for(item, spec.train), info))
-    return found
-
-
 def _space_digest(file: SpecFile) -> str:
     """A digest of what a resumed search may not change; how long it runs, and its name, it may."""
     assert file.spec.search is not None
-    left = {"trials", "time", "timeout", "latency_model"}
+    left = {"trials", "time", "timeout", "latency_model"} | (
+        {"rungs"} if file.spec.search.rungs is None else set()
+    )
     spec = file.spec.model_dump(mode="json", exclude={"name": True, "search": left})
     parameters = [asdict(parameter) for parameter in file.space.parameters]
     placement = file.space.placement
@@ -271,13 +250,12 @@ def _beside(file: SpecFile) -> dict[str, str]:
     return {name: space.reference(file, name).hash for name in sorted(names) if names_file(name)}
 
 
-def _new_meta(
-    file: SpecFile, objectives: tuple[Objective, ...], machine: Mapping[str, Any], workers: int
-) -> dict[str, Any]:
+def _new_meta(file: SpecFile, asked: Asked, machine: Mapping[str, Any], workers: int) -> dict[str, Any]:
     search = file.spec.search
     assert search is not None
     trials = search.trials
-    text = [each.info.name for each in objectives if each.info.metric == "bits_per_byte"]
+    infos = [info for _, _, info in asked.tasks]
+    text = [info.name for info in infos if info.metric == "bits_per_byte"]
     return {
         "format": FORMAT,
         "kind": "search",
@@ -286,8 +264,9 @@ def _new_meta(
         "created": datetime.now(UTC).isoformat(),
         "file": file.file,
         "spec": file.text,
-        "tasks": [asdict(each.info) for each in objectives],
-        "exported": (text or [objectives[0].info.name])[0],
+        "tasks": [asdict(info) for info in infos],
+        **asked.recorded,
+        "exported": (text or [infos[0].name])[0],
         "budgets": [asdict(budget) for budget in budgets_on(file, machine["device"])],
         "latency": search.latency,
         "trials": trials,
@@ -299,7 +278,7 @@ def _new_meta(
         "lock": {
             "space": _space_digest(file),
             "beside": _beside(file),
-            "data": {each.info.name: each.task.digest for each in objectives},
+            "data": asked.data,
             "seeds": {"search": search.seed, "train": file.spec.train.seed},
             "packages": machine["packages"],
         },
@@ -334,9 +313,7 @@ def _refuse_other(meta: Mapping[str, Any], new: Mapping[str, Any], out: Path, *,
         )
 
 
-def _setting(
-    file: SpecFile, out: Path, objectives: tuple[Objective, ...], meta: Mapping[str, Any], **given: Any
-) -> Setting:
+def _setting(file: SpecFile, out: Path, trained: Trained, meta: Mapping[str, Any], **given: Any) -> Setting:
     budgets = tuple(BudgetInfo(**budget) for budget in meta["budgets"])
     names = dict.fromkeys(budget.relative_to for budget in budgets if budget.relative_to)
     machine = meta["environment"]
@@ -346,7 +323,9 @@ def _setting(
     return Setting(
         folder=out,
         file=file,
-        objectives=objectives,
+        objectives=trained[0],
+        rungs=trained[1],
+        eta=meta.get("rungs", {}).get("eta", 0.0),
         exported=meta["exported"],
         budgets=budgets,
         references=references,

@@ -16,7 +16,7 @@ from heddle.search.latency import Effort, Place, measure
 from heddle.search.ledger import key_of
 from heddle.search.limits import Limits
 from heddle.search.lock import NOW, Frozen, deterministically
-from heddle.search.record import BudgetInfo, TaskInfo
+from heddle.search.record import BudgetInfo, TaskInfo, rung_stage
 from heddle.search.space import Candidate
 from heddle.search.tasks import Task
 from heddle.specs import Spec, SpecFile
@@ -33,6 +33,13 @@ class Objective:
     shared: Any
     recipe: Recipe
     info: TaskInfo
+    # Of the rungs before the last, counted from 0.
+    rung: int | None = None
+
+    @property
+    def stage(self) -> str:
+        """Where the ledger keeps its results."""
+        return self.info.name if self.rung is None else rung_stage(self.rung, self.info.name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +70,9 @@ class Setting:
     deterministic: bool = False
     # Where latencies are taken from rather than measured.
     frozen: Frozen | None = None
+    # The shorter trainings before that of `objectives`; the best 1 / eta of each go on.
+    rungs: tuple[tuple[Objective, ...], ...] = ()
+    eta: float = 0.0
 
     @property
     def timed(self) -> tuple[BudgetInfo, ...]:
@@ -131,8 +141,8 @@ class Setting:
     def training(
         self, number: int, one: Candidate, objective: Objective, *, seed: int | None = None
     ) -> Request:
-        """A request for the score of `one` at a task; with the search's own seed the weights are kept."""
-        keep = seed is None and objective.info.name == self.exported
+        """A request for the score of `one` at a task; with the search's own seed the weights of a whole training are kept."""
+        keep = seed is None and objective.stage == self.exported
         recipe = objective.recipe if seed is None else replace(objective.recipe, seed=seed)
         inputs = {
             "data": objective.task.digest,
@@ -143,4 +153,4 @@ class Setting:
         }
         evaluate = partial(deterministically, self.evaluate) if self.deterministic else self.evaluate
         training = Training(one.model, recipe, self.device, keep)
-        return Request(number, one.hash, objective.info.name, inputs, evaluate, (training, objective.shared))
+        return Request(number, one.hash, objective.stage, inputs, evaluate, (training, objective.shared))

@@ -15,8 +15,7 @@ if TYPE_CHECKING:
 
 def run_cell(run: Run) -> str:
     """A run as one cell of HTML, every name in it escaped."""
-    states = ("complete", "infeasible", "failed", "running")
-    counts = ", ".join(f"{run.count(state)} {state}" for state in states if run.count(state))
+    counts = ", ".join(f"{run.count(state)} {state}" for state in run.states if run.count(state))
     lines = [
         f"{run.status}; {len(run.trials)} trials: {counts or 'none yet'}",
         f"front: trials {list(run.front)}",

@@ -283,6 +283,25 @@ class Study:
         values = [sum(column) / len(column) for column in zip(*trained, strict=True)] if trained else neutral
         self._tell(number, values, None)
 
+    def tell_pruned(
+        self, number: int, constraints: Mapping[str, float], rung: int, quality: float | None
+    ) -> None:
+        """A trial that kept its budgets and was left at a rung, counted from 1, with its mean normalised score there.
+
+        With one objective TPE ranks it behind every complete trial, by its rung and then by that score, which is therefore
+        told in the direction of the objective. With several it ranks it behind them all, since Optuna has no
+        scores of rungs then. NSGA-II and GP read complete trials alone: a score of a shorter training is no value to them.
+        """
+        self._constrain(number, constraints)
+        if len(self._study.directions) == 1 and quality is not None:
+            up = self._study.direction == optuna.study.StudyDirection.MAXIMIZE
+            self._patiently(partial(self._report, number, quality if up else -quality, rung), number)
+        self._tell(number, None, TrialState.PRUNED)
+
+    def _report(self, number: int, value: float, step: int) -> None:
+        if number not in self._adopted or step not in self.trials[number].intermediate_values:
+            self._live[number].report(value, step)
+
     def tell_failed(self, number: int, reason: str) -> None:
         """A trial without values: samplers pass over it, and the reason stays in its attributes."""
         self.set_attr(number, "reason", reason)

@@ -10,6 +10,7 @@ from heddle.errors import HeddleError, HeddleErrors
 from heddle.specs.base import Schema
 from heddle.specs.check_options import Context, option_findings
 from heddle.specs.check_references import arranged
+from heddle.specs.check_rungs import rung_findings
 from heddle.specs.checks import reach_problems, search_findings, vocabulary_findings
 from heddle.specs.explain import Finding, check_fields, shown, without_echoes
 from heddle.specs.migrate import migrated
@@ -21,6 +22,7 @@ from heddle.specs.placement import find_placement
 from heddle.specs.places import Places
 from heddle.specs.reader import HOLE, MAX_ERRORS, Document, Path_
 from heddle.specs.recipe import DataSpec, TrainSpec
+from heddle.specs.search import SearchSpec
 from heddle.specs.short_forms import full_search
 from heddle.specs.spec import Spec
 
@@ -71,6 +73,9 @@ def check_file(document: Document) -> Checked:
             Finding("missing-field", "'model' is missing", MODEL, "model: what is built", key=True)
         )
     findings += _across(found, parts, context)
+    train = fields.get("train", None if "train" in data else TrainSpec())
+    if isinstance(fields.get("search"), SearchSpec) and train is not None:
+        findings += [one.below(("search",)) for one in rung_findings(fields["search"], train)]
     places = found.places(moves)
     # These speak of the file as it is, the others of the data that was made of it.
     in_file = without_echoes(found.findings) + option_findings(found, parts, context)

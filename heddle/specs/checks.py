@@ -201,10 +201,14 @@ def _items(search: Any, key: str) -> Iterator[tuple[Path_, Mapping[str, Any]]]:
 
 
 def _tasks(search: Any) -> Iterator[tuple[Path_, TaskSchema]]:
-    """The tasks whose fields are all of their types; of the others the schema tells."""
+    """The tasks, of all rungs, whose fields are all of their types; of the others the schema tells."""
     for path, task in _items(search, "tasks"):
         with suppress(ValidationError):
             yield path, TASKS[task["kind"]].model_validate(task)
+    rungs = search.get("rungs") if isinstance(search, Mapping) else None
+    for at, rung in _items(rungs, "before"):
+        for path, own in _tasks({"tasks": rung.get("tasks")}):
+            yield ("rungs", *at, *path), own
 
 
 def _lonely_findings(name: str, blocks: Mapping[str, Any]) -> Iterator[Finding]:

@@ -162,7 +162,9 @@ def _short_forms(definitions: dict[str, Schema]) -> None:
     tasks = [
         _named(kind, definitions.pop(one.__name__), "kind", optional=True) for kind, one in TASKS.items()
     ]
-    search["tasks"]["items"] = {"anyOf": [{"enum": list(TASKS)}, *tasks]}
+    for part in (search, definitions["RungSpec"]["properties"]):
+        part["tasks"]["items"] = {"$ref": f"{REF}AnyTask"}
+    definitions["AnyTask"] = {"anyOf": [{"enum": list(TASKS)}, *tasks]}
     budgets = {one.__name__: definitions.pop(one.__name__) for one in dict.fromkeys(BUDGETS.values())}
     search["budgets"]["items"] = {
         "anyOf": [_named(phase, budgets[one.__name__], "phase") for phase, one in BUDGETS.items()]

@@ -38,6 +38,7 @@ EXAMPLES: dict[str, list[Any]] = {
     "context": [8192],
     "at_most": [0.6],
     "tasks": [["text", {"mqar": {"pairs": 8}}]],
+    "before": [[{"share": 0.1}, {"share": 0.3}]],
     "budgets": [[{"decode_ms": {"at_most": 20, "context": 8192}}]],
     "mixer": [{"kind": "attention", "heads": 4}],
     "mixers": [[{"kind": "attention", "heads": 4, "window": 128}, {"kind": "gated_deltanet", "heads": 2}]],

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from heddle.specs.base import CountText, Duration, Schema, count_of
+from heddle.specs.search_rungs import RungsSpec
 from heddle.specs.tasks import TaskSpec
 
 # How a candidate is judged by name; any other is module:function.
@@ -145,6 +146,12 @@ class SearchSpec(Schema):
             "yours as module:function.",
         ),
     ] = "train"
+    rungs: Annotated[
+        RungsSpec | None,
+        Field(
+            description="Shorter trainings, after each of which only the best go on; null: each is trained in full."
+        ),
+    ] = None
     trials: Annotated[
         int, Field(ge=1, le=10**6, description="Specs to try in all, those over a budget included.")
     ] = 20

@@ -23,21 +23,42 @@ def full_search(search: Any) -> tuple[Any, list[Finding], dict[Path_, Path_]]:
     made = dict(search)
     for key, tag, names in (("tasks", "kind", tuple(TASKS)), ("budgets", "phase", tuple(BUDGETS))):
         if isinstance(search.get(key), list):
-            made[key] = []
-            for index, item in enumerate(search[key]):
-                if item is HOLE or (isinstance(item, dict) and HOLE in item.values()):
-                    made[key].append(HOLE)
-                    continue
-                full = _full(item, tag, names)
-                path = (key, index)
-                if isinstance(full, Finding):
-                    found.append(full.below(path))
-                    made[key].append(HOLE)
-                    continue
-                if isinstance(item, dict):
-                    moves[path] = (*path, full[tag])
-                made[key].append(full)
+            made[key] = _all_full(search[key], (tag, names), (key,), found, moves)
+    rungs = search.get("rungs")
+    if isinstance(rungs, dict) and isinstance(rungs.get("before"), list):
+        made["rungs"] = {**rungs, "before": list(rungs["before"])}
+        for index, rung in enumerate(rungs["before"]):
+            if isinstance(rung, dict) and isinstance(rung.get("tasks"), list):
+                path = ("rungs", "before", index, "tasks")
+                full = _all_full(rung["tasks"], ("kind", tuple(TASKS)), path, found, moves)
+                made["rungs"]["before"][index] = {**rung, "tasks": full}
     return made, found, moves
+
+
+def _all_full(
+    items: Sequence[Any],
+    of: tuple[str, Sequence[str]],
+    below: Path_,
+    found: list[Finding],
+    moves: dict[Path_, Path_],
+) -> list[Any]:
+    """The items of the list at `below` in full, by (tag, names); what is wrong goes to `found`, places to `moves`."""
+    made: list[Any] = []
+    tag, names = of
+    for index, item in enumerate(items):
+        if item is HOLE or (isinstance(item, dict) and HOLE in item.values()):
+            made.append(HOLE)
+            continue
+        full = _full(item, tag, names)
+        path = (*below, index)
+        if isinstance(full, Finding):
+            found.append(full.below(path))
+            made.append(HOLE)
+            continue
+        if isinstance(item, dict):
+            moves[path] = (*path, full[tag])
+        made.append(full)
+    return made
 
 
 def _full(item: Any, tag: str, names: Sequence[str]) -> dict[str, Any] | Finding:

@@ -1,0 +1,163 @@
+"""What a search asks for: which specs the next round is made of, from Optuna, from the placement solver, or from both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from heddle.compose.plan import plan
+from heddle.compose.targets.catalogue import BY_NAME
+from heddle.compose.targets.verdict import require
+from heddle.errors import HeddleError
+from heddle.search import space
+from heddle.search.durable import write_whole
+from heddle.search.events import EventLog
+from heddle.search.learnt import Learnt
+from heddle.search.progress import Progress
+from heddle.search.record import LEDGER_FOLDER, REFERENCE, Figure, Trial, assemble, trial_file
+from heddle.search.setting import Setting
+from heddle.search.solved import solved
+from heddle.search.study import Study
+from heddle.specs import to_yaml
+
+
+class Asking:
+    """The trials that were asked for, and those of the next round. `trials` is the driver's own record, which grows with them.
+
+    `events` are those with which trials were asked for; `first` the number of the first trial with a spec's hash; `candidates`
+    and `figures` the specs of trials that are under way, and what is known of them without a measurement; `illegal` why a
+    combination is no model; `running` the trials that have not ended.
+    """
+
+    def __init__(
+        self, setting: Setting, study: Study, log: EventLog, progress: Progress, trials: dict[int, Trial]
+    ) -> None:
+        self.setting, self.study, self.log, self.progress, self.trials = setting, study, log, progress, trials
+        search = setting.file.spec.search
+        self._least_reach = None if search is None else search.min_reach
+        self._learnt = Learnt(setting.file, len(setting.rungs))
+        self.events = {e["number"]: e for e in log.events if e["event"] == "trial_started"}
+        self.running = {number for number, trial in trials.items() if trial.state == "running"}
+        self.first: dict[str, int] = {}
+        for number, event in sorted(self.events.items()):
+            if number >= 0 and event["hash"]:
+                self.first.setdefault(event["hash"], number)
+        self.candidates: dict[int, space.Candidate] = {}
+        self.illegal: dict[int, str] = {}
+        self.figures: dict[int, dict[str, Figure]] = {}
+
+    def ended(self, number: int) -> None:
+        """Forget what no one asks for once a trial has ended: a spec takes tens of kilobytes."""
+        self.candidates.pop(number, None)
+        self.figures.pop(number, None)
+        self.running.discard(number)
+
+    def baseline(self) -> list[int]:
+        """The reference model as a row of its own, timed and trained once, never told to Optuna."""
+        if not self.setting.references:
+            return []
+        if REFERENCE in self.trials and self.trials[REFERENCE].state != "running":
+            return []
+        one = next(iter(self.setting.references.values()))
+        self.candidates[REFERENCE] = one
+        self.figures[REFERENCE] = self.setting.limits.figures(one.model)
+        if REFERENCE not in self.trials:
+            self._start(REFERENCE, {}, one, plan(one.model).parameters)
+        return [REFERENCE]
+
+    def next_round(self, is_over: Callable[[], bool]) -> list[int]:
+        """The numbers of the next round, asked for; of an interrupted one, those that were never told."""
+        pending, count = self.study.unfinished, self.study.count
+        first = (pending[0] if pending else count) // self.setting.round * self.setting.round
+        last = min(first + self.setting.round, self.setting.trials)
+        # Once one of a round is told, the round was asked whole.
+        was_told = bool(pending) and len(pending) < count - first
+        for number in pending:
+            self.study.adopt(number)
+            self._settle(number)
+        while not was_told and count < last and not is_over() and not self._is_exhausted():
+            self._solve(count)
+            pending.append(self.study.ask())
+            self._settle(pending[-1])
+            count += 1
+        return pending
+
+    def _solve(self, number: int) -> None:
+        """Have trial `number` be one that the solver chooses whole, where it does."""
+        learnt = self._learnt_for(number)
+        one = solved(self.setting.file, learnt, number, self._is_asked_before(number), seed=self.setting.seed)
+        if one is not None:
+            self.study.enqueue(one.values, {"layers": list(one.layers)})
+
+    def _is_exhausted(self) -> bool:
+        """Whether every spec of the space was asked for."""
+        return len(self.first) >= self.setting.file.space.size()
+
+    def _settle(self, number: int) -> None:
+        """Give trial `number` its values and its layers, and store both before anything is evaluated."""
+        file, study = self.setting.file, self.study
+        values = space.suggest_all(study, number, file.space)
+        layers = study.attr(number, "layers")
+        try:
+            one = space.candidate(file, values, layers) if layers else self._place(number, values)
+            planned = plan(one.model)
+            parameters = planned.parameters
+            space.check_reach(one.model, self._least_reach)
+            for name in self.setting.must_fit:
+                require(BY_NAME[name], planned.runtime())
+        except HeddleError as error:
+            # A combination that the space allows and the model does not, such as heads that do not divide.
+            self.illegal[number] = f"{error.code}: {error.what}"
+            self._start(number, values)
+            return
+        self.candidates[number] = one
+        self.figures[number] = self.setting.limits.figures(one.model)
+        self._start(number, values, one, parameters)
+        study.set_attr(number, "spec_hash", one.hash)
+        study.set_attr(number, "layers", list(one.layers))
+
+    def _start(
+        self, number: int, values: dict[str, Any], one: space.Candidate | None = None, parameters: int = 0
+    ) -> None:
+        """Record what is asked in trial `number`; `one` is None where no legal model came of it."""
+        text = to_yaml(self.setting.as_trained(one.spec)) if one else ""
+        if number >= 0 and one:
+            write_whole(trial_file(self.setting.folder, number), text.encode())
+        event = self.log.write(
+            "trial_started",
+            number=number,
+            round=number // self.setting.round,
+            params=values,
+            layers=list(one.layers) if one else [],
+            hash=one.hash if one else "",
+            spec=text,
+            parameters=parameters,
+        )
+        self.events[number] = event
+        if number >= 0 and one:
+            self.first.setdefault(one.hash, number)
+        self.trials[number] = assemble(self.setting.folder / LEDGER_FOLDER, event)
+        self.running.add(number)
+        self.progress.trial_started(self.trials[number])
+
+    def _place(self, number: int, values: Mapping[str, Any]) -> space.Candidate:
+        """The layers for `values`."""
+        learnt = self._learnt_for(number)
+        return space.place(
+            self.setting.file,
+            values,
+            learnt.history,
+            self._is_asked_before(number),
+            seed=self.setting.seed,
+            number=number,
+            timed=learnt.timed,
+            is_tried=learnt.is_tried,
+        )
+
+    def _learnt_for(self, number: int) -> Learnt:
+        """What the rounds before the trial's own say, and they alone."""
+        return self._learnt.until(number // self.setting.round * self.setting.round, self.trials)
+
+    def _is_asked_before(self, number: int) -> Callable[[str], bool]:
+        """Whether a trial before `number` has the spec of a hash."""
+        return lambda spec: self.first.get(spec, number) < number

@@ -1,0 +1,112 @@
+"""The tasks of a search as its spec asks for them, of the last rung and of those before it, each with its recipe."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from heddle.compose.train import Recipe
+from heddle.errors import HeddleError
+from heddle.search.record import TaskInfo
+from heddle.search.setting import Objective
+from heddle.search.tasks import Task, make_task, recipe_for
+from heddle.specs import Spec, SpecFile, TaskSpec
+
+Tasks = list[tuple[Task, Recipe, TaskInfo]]
+# The objectives of the last rung, and of each before it.
+Trained = tuple[tuple[Objective, ...], tuple[tuple[Objective, ...], ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What models are trained for: at the last rung `tasks`, at those before it `rungs`, of which the best 1 / `eta` go on."""
+
+    tasks: Tasks
+    rungs: tuple[Tasks, ...] = ()
+    eta: float = 0.0
+
+    @property
+    def data(self) -> dict[str, str]:
+        """The digest of each task's data by its name; a task of an earlier rung is named with it."""
+        found = {info.name: task.digest for task, _, info in self.tasks}
+        for index, rung in enumerate(self.rungs):
+            found |= {f"rung {index + 1} {info.name}": task.digest for task, _, info in rung}
+        return found
+
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """What run.json says of the rungs; nothing where there are none."""
+        if not self.rungs:
+            return {}
+        before = [
+            {
+                "tasks": [asdict(info) for _, _, info in rung],
+                "tokens": [recipe.tokens for _, recipe, _ in rung],
+            }
+            for rung in self.rungs
+        ]
+        return {"rungs": {"eta": self.eta, "before": before}}
+
+    def objectives(self, share: Callable[[Task], Any]) -> Trained:
+        """What the workers train for; a task that comes twice is shared once."""
+        shared: dict[str, Any] = {}
+
+        def objective(task: Task, recipe: Recipe, info: TaskInfo, rung: int | None = None) -> Objective:
+            if task.digest not in shared:
+                shared[task.digest] = share(task)
+            return Objective(task, shared[task.digest], recipe, info, rung)
+
+        last = tuple(objective(*each) for each in self.tasks)
+        before = (tuple(objective(*each, at) for each in rung) for at, rung in enumerate(self.rungs))
+        return last, tuple(before)
+
+
+def asked_of(file: SpecFile) -> Asked:
+    """The tasks of the spec's `search`; each corpus is read once.
+
+    Raises:
+        HeddleError: "missing-field" without a `search`; what `make_task` raises.
+    """
+    spec = file.spec
+    if spec.search is None:
+        raise HeddleError(
+            "missing-field",
+            "there is no `search` section to search by",
+            where=file.where(""),
+            hint="heddle init shows one",
+        )
+    made: dict[str, Task] = {}
+    tasks = _made(spec, spec.search.tasks, made)
+    if spec.search.rungs is None:
+        return Asked(tasks)
+    rungs = [
+        _made(spec, rung.tasks, made) if rung.share is None else _shorter(tasks, rung.share)
+        for rung in spec.search.rungs.before
+    ]
+    return Asked(tasks, tuple(rungs), spec.search.rungs.eta)
+
+
+def _made(spec: Spec, items: Iterable[TaskSpec], made: dict[str, Task]) -> Tasks:
+    """Tasks with their recipes; a second task of a kind gets a number in its name."""
+    names, found = Counter[str](), []
+    for item in items:
+        same = item.model_dump_json(exclude={"tokens", "learning_rate"})
+        if same not in made:
+            made[same] = make_task(
+                item, spec.data, vocab_size=spec.model.vocab_size, tokenizer=spec.tokenizer
+            )
+        task = made[same]
+        names[task.name] += 1
+        name = task.name if names[task.name] == 1 else f"{task.name}-{names[task.name]}"
+        info = TaskInfo(name, task.metric, task.higher_is_better, task.chance, task.best)
+        found.append((task, recipe_for(item, spec.train), info))
+    return found
+
+
+def _shorter(tasks: Tasks, share: float) -> Tasks:
+    return [
+        (task, replace(recipe, tokens=max(1, round(share * recipe.tokens))), info)
+        for task, recipe, info in tasks
+    ]
