@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import ray.cloudpickle
+from fast_search import entries, fast_file, scored
 from optuna.trial import TrialState
 
 from heddle.errors import HeddleErrors
@@ -25,7 +26,6 @@ from heddle.search.rungs import at_one_rung, crowding, front_ranks, promoted
 from heddle.search.study import Study, open_storage
 from heddle.search.tasks import Task
 from heddle.specs import SpecFile, loads, spec_hash
-from tests.fast_search import entries, fast_file, scored
 
 # The workers cannot import this file.
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -149,11 +149,11 @@ def test_a_trial_goes_on_if_it_is_among_the_best_told_at_its_rung(rung_run: Run)
 
 def test_all_in_one_round_it_is_synchronous_successive_halving(workers: object, tmp_path: Path) -> None:
     assert workers
-    run = search(rung_file(round=12), tmp_path / "run", evaluate=judged)
+    run = search(rung_file(round=8), tmp_path / "run", evaluate=judged, trials=8)
     left = {trial.number: trial for trial in run.trials}
-    for rung, most in enumerate((6, 3)):
+    for rung, most in enumerate((4, 2)):
         scores = {number: trial.quality_at(rung) or 0.0 for number, trial in left.items()}
-        assert len(scores) == (12, 6)[rung]
+        assert len(scores) == (8, 4)[rung]
         best = sorted(scores, key=lambda number: -scores[number])[:most]
         left = {number: left[number] for number in best}
     assert {trial.number for trial in run.trials if trial.state == "complete"} == set(left)
@@ -252,7 +252,7 @@ def test_a_spec_that_fails_at_a_rung_is_a_failed_trial_and_nobody_s_rival(
     workers: object, tmp_path: Path
 ) -> None:
     assert workers
-    run = search(rung_file(), tmp_path / "run", evaluate=failing_at_first)
+    run = search(rung_file(), tmp_path / "run", evaluate=failing_at_first, trials=8)
     failed = [trial for trial in run.trials if trial.state == "failed"]
     assert failed
     assert all("rung 1 mqar: " in str(trial.reason) and not trial.rungs for trial in failed)
