@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -71,8 +71,9 @@ class Ledger:
         present = self.get(entry.spec, entry.stage, entry.key)
         if present is not None:
             return present
-        stamped = Entry(**{**asdict(entry), "time": entry.time or datetime.now(UTC).isoformat()})
-        write_json(self.path(entry.spec, entry.stage, entry.key), asdict(stamped))
+        stamped = replace(entry, time=entry.time or datetime.now(UTC).isoformat())
+        plain = {one.name: getattr(stamped, one.name) for one in fields(stamped)}
+        write_json(self.path(entry.spec, entry.stage, entry.key), plain)
         return stamped
 
     def entries(self) -> Iterator[Entry]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import optuna
@@ -99,13 +99,16 @@ def place(
         return candidate(file, values, expand_layers(file.resolve(values).model))
     counts = placement.count(file.space.held(values))
 
+    # The placement that is taken was looked at before.
+    at = cache(lambda layers: candidate(file, values, layers))
+
     def is_seen(layers: tuple[str, ...]) -> bool:
-        return is_tried(values, layers) or is_asked(candidate(file, values, layers).hash)
+        return is_tried(values, layers) or is_asked(at(layers).hash)
 
     question = Question(
         counts, outer(file, values), uniform(file, values), is_seen, order=file.order(values), timed=timed
     )
-    return candidate(file, values, propose(question, history, seed=seed, number=number))
+    return at(propose(question, history, seed=seed, number=number))
 
 
 def uniform(file: SpecFile, values: Mapping[str, Any]) -> tuple[str, ...]:

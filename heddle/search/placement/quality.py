@@ -29,7 +29,9 @@ class QualityModel:
         self.kinds, self.length = tuple(kinds), length
         sums = History.of(seen).sums(self.kinds, length)
         self._width, self._own, self._values = sums.width, sums.own, sums.values
-        self.mean, self.covariance = _posterior(sums, self._prior())
+        # Its rows times independent normal numbers are a draw: to factor the covariance for each one would take longer.
+        self.mean, self._factor = _posterior(sums, self._prior())
+        self.covariance = self._factor @ self._factor.T
 
     def _prior(self) -> Array:
         kinds = len(self.kinds)
@@ -51,7 +53,7 @@ class QualityModel:
 
     def draw_all(self, rng: np.random.Generator) -> tuple[tuple[Array, Array], dict[tuple[str, str], float]]:
         """A landscape as `draw` gives it, and the worth of each value of a parameter in it, by (name, repr of the value)."""
-        weights = rng.multivariate_normal(self.mean, self.covariance, method="eigh")
+        weights = self.mean + self._factor @ rng.standard_normal(self._width)
         kinds = len(self.kinds)
         values = dict(zip(self._values, weights[self._own :].tolist(), strict=True))
         split = (kinds - 1) * self.length
@@ -62,7 +64,7 @@ class QualityModel:
 
 
 def _posterior(sums: Sums, prior: Array) -> tuple[Array, Array]:
-    """Mean and covariance of the weights under the prior scale with the highest marginal likelihood.
+    """Mean of the weights, and a factor F of their covariance F Fᵀ, under the prior scale with the highest marginal likelihood.
 
     With P = L Lᵀ and Lᵀ (Σ x xᵀ) L = V λ Vᵀ all of it follows from sums, and costs the same however many trials there are:
 
@@ -81,5 +83,4 @@ def _posterior(sums: Sums, prior: Array) -> tuple[Array, Array]:
 
     scale = max(SCALES, key=evidence) if sums.count else 1.0
     kept = scale / (scale * sizes + NOISE)
-    covariance = NOISE * (axes * kept) @ axes.T
-    return axes @ (kept * seen), (covariance + covariance.T) / 2
+    return axes @ (kept * seen), axes * np.sqrt(NOISE * kept)
