@@ -31,7 +31,8 @@ NOTHING = tl.constexpr(-150.0)
 
 # A new length must not mean a new compilation, nor must a given state.
 LENGTHS = (
-    "T", "HV", "per_sequence", "segments_per_sequence", "segment_size", "has_initial", "has_d_final", "has_given",
+    "T", "HV", "per_sequence", "segments_per_sequence", "segment_size", "stride_beta", "has_initial", "has_d_final",
+    "has_given",
 )  # fmt: skip
 
 
