@@ -179,6 +179,7 @@ def test_resolving_changes_no_cost_and_leaves_nothing_open(fields: dict[str, Any
             "keys_from",
             "values_from",
             "selection",
+            "grid",
             "lower_bound",
             "local",
         )

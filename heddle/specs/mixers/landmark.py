@@ -7,16 +7,16 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from heddle.specs.attention_mixer import AttentionMixer
 from heddle.specs.cost import FLOAT32_BYTES, State
-from heddle.specs.kinds import HeadedMixer, Problem, head_dim_of
+from heddle.specs.kinds import head_dim_of
 from heddle.specs.layer import Site
-from heddle.specs.mixers.attention import Attention
 from heddle.specs.rope import Rope
 from heddle.specs.selection import Selection
 from heddle.specs.sight import Sight
 
 
-class Landmark(HeadedMixer):
+class Landmark(AttentionMixer):
     """Landmark attention (arXiv 2305.16300): a softmax over landmarks and the own block, and one inside each block.
 
         l_b = W_l mean_{j in b} x_j,   gate_i = softmax over {landmarks l_b of earlier blocks, keys k_j of the own block}
@@ -66,20 +66,6 @@ class Landmark(HeadedMixer):
         ),
     ] = 32
 
-    def resolved(self, site: Site) -> Landmark:
-        sizes = {"kv_heads": self.kv_heads or self.heads, "head_dim": head_dim_of(self, site)}
-        return self.model_copy(update=sizes)
-
-    def problems(self, site: Site) -> list[Problem]:
-        return self._attention().problems(site)
-
-    def runtime(self, site: Site) -> dict[str, Any]:
-        rope = None if self.rope is None else self.rope.runtime()
-        return {**self.resolved(site).plain(), "rope": rope}
-
-    def canonical(self, site: Site) -> dict[str, Any]:
-        return {**self.runtime(site), "rope": self._attention().canonical(site)["rope"]}
-
     def params(self, site: Site) -> int:
         return self._attention().params(site) + self._landmark_weights(site)
 
@@ -112,11 +98,6 @@ class Landmark(HeadedMixer):
         rows = min(read.keys_read(context + 1) - 1, context)
         held = marks.bytes(context, element) + opened.bytes(context, element)
         return 2 * keys.bytes(rows, element) + held
-
-    def _attention(self) -> Attention:
-        """The attention that it is beside its landmarks."""
-        names = ("heads", "kv_heads", "head_dim", "rope", "qk_norm")
-        return Attention(**{name: getattr(self, name) for name in names})
 
     def _read(self) -> Selection:
         """How many blocks are read: the own one and `top` before it."""

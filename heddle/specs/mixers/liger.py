@@ -8,10 +8,10 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from heddle.specs.attention_mixer import AttentionMixer
 from heddle.specs.cost import CHUNK, FLOAT32_BYTES, State
-from heddle.specs.kinds import HeadedMixer, Problem, head_dim_of
+from heddle.specs.kinds import head_dim_of
 from heddle.specs.layer import Site
-from heddle.specs.mixers.attention import Attention
 from heddle.specs.rope import Rope
 from heddle.specs.sight import Sight
 
@@ -19,7 +19,7 @@ from heddle.specs.sight import Sight
 GATE = math.log(2.0) / 16.0
 
 
-class Liger(HeadedMixer):
+class Liger(AttentionMixer):
     """Liger attention (arXiv 2503.01496): gates are made from keys, so it has the weights of softmax attention and no others.
 
         S_t = diag(a_t) S_{t-1} + softmax(k_t) v_tᵀ,   r_t = S_tᵀ softmax(q_t),   a_t = sigmoid(k_t)^(1/16)
@@ -42,6 +42,7 @@ class Liger(HeadedMixer):
             "share": 0.4,
         },
     )
+    of_attention: ClassVar[tuple[str, ...]] = (*AttentionMixer.of_attention, "bias", "window")
     kind: Literal["liger"] = "liger"
     heads: Annotated[int, Field(ge=1, le=4096, description="Query heads (a count).")]
     kv_heads: Annotated[
@@ -75,19 +76,8 @@ class Liger(HeadedMixer):
         ),
     ] = 0.5
 
-    def resolved(self, site: Site) -> Liger:
-        sizes = {"kv_heads": self.kv_heads or self.heads, "head_dim": head_dim_of(self, site)}
-        return self.model_copy(update=sizes)
-
-    def problems(self, site: Site) -> list[Problem]:
-        return self._attention().problems(site)
-
-    def runtime(self, site: Site) -> dict[str, Any]:
-        rope = None if self.rope is None else self.rope.runtime()
-        return {**self.resolved(site).plain(), "rope": rope}
-
     def canonical(self, site: Site) -> dict[str, Any]:
-        data = {**self.runtime(site), "rope": self._attention().canonical(site)["rope"]}
+        data = super().canonical(site)
         # Without a window nothing turns.
         return data if self._has_window else {**data, "rope": None, "window": None}
 
@@ -116,11 +106,6 @@ class Liger(HeadedMixer):
     @property
     def _has_window(self) -> bool:
         return self.share < 1
-
-    def _attention(self) -> Attention:
-        """The attention whose weights it has."""
-        names = ("heads", "kv_heads", "head_dim", "rope", "qk_norm", "bias", "window")
-        return Attention(**{name: getattr(self, name) for name in names})
 
     def _projections(self, site: Site) -> int:
         heads = 2 * self.heads + 2 * (self.kv_heads or self.heads)

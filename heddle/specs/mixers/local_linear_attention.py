@@ -7,15 +7,15 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from heddle.specs.attention_mixer import AttentionMixer
 from heddle.specs.cost import State
-from heddle.specs.kinds import HeadedMixer, Problem, head_dim_of
+from heddle.specs.kinds import head_dim_of
 from heddle.specs.layer import Site
-from heddle.specs.mixers.attention import Attention
 from heddle.specs.rope import Rope
 from heddle.specs.sight import Sight
 
 
-class LocalLinearAttention(HeadedMixer):
+class LocalLinearAttention(AttentionMixer):
     """Local linear attention (arXiv 2510.01450), and its relative without a solve (Parallax, arXiv 2605.29157).
 
         p_j = softmax_j(q_i · k_j / sqrt(d)),   x_i = (Cov_p(k) + ridge I)⁻¹ (q_i - E_p[k]),   j <= i,   i - j < window
@@ -31,6 +31,7 @@ class LocalLinearAttention(HeadedMixer):
             **{"slope": "learned", "window": 40},
         },
     )
+    of_attention: ClassVar[tuple[str, ...]] = ("heads", "kv_heads", "head_dim", "rope", "window")
     kind: Literal["local_linear_attention"] = "local_linear_attention"
     heads: Annotated[int, Field(ge=1, le=4096, description="Query heads (a count).")]
     kv_heads: Annotated[
@@ -58,22 +59,11 @@ class LocalLinearAttention(HeadedMixer):
         Field(ge=1, le=10**9, description="Tokens back that are seen, the own included; null: all."),
     ] = None
 
-    def resolved(self, site: Site) -> LocalLinearAttention:
-        sizes = {"head_dim": head_dim_of(self, site), "kv_heads": self.kv_heads or self.heads}
-        return self.model_copy(update=sizes)
-
-    def runtime(self, site: Site) -> dict[str, Any]:
-        rope = None if self.rope is None else self.rope.runtime()
-        return {**self.resolved(site).plain(), "rope": rope}
-
     def canonical(self, site: Site) -> dict[str, Any]:
-        data = {**self.runtime(site), "rope": self._attention().canonical(site)["rope"]}
+        data = super().canonical(site)
         if self.slope == "learned":
             data["ridge"] = None
         return data
-
-    def problems(self, site: Site) -> list[Problem]:
-        return self._attention().problems(site)
 
     def params(self, site: Site) -> int:
         return self._weights(site) + (2 * head_dim_of(self, site) if self.qk_norm else 0)
@@ -92,11 +82,6 @@ class LocalLinearAttention(HeadedMixer):
 
     def states(self, site: Site) -> tuple[State, ...]:
         return self._attention().states(site)
-
-    def _attention(self) -> Attention:
-        """Attention that sees and keeps as much."""
-        names = ("heads", "kv_heads", "head_dim", "rope", "window")
-        return Attention(**{name: getattr(self, name) for name in names})
 
     def _weights(self, site: Site) -> int:
         # q and the output, keys and values, and the slope.

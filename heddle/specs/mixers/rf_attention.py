@@ -7,14 +7,15 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from heddle.specs.attention_mixer import AttentionMixer
 from heddle.specs.cost import State
-from heddle.specs.kinds import HeadedMixer, Problem, head_dim_of
+from heddle.specs.kinds import head_dim_of
 from heddle.specs.layer import Site
 from heddle.specs.mixers.attention import Attention
 from heddle.specs.rope import Rope
 
 
-class RfAttention(HeadedMixer):
+class RfAttention(AttentionMixer):
     """Attention with frozen random queries and keys (arXiv 2307.11353, 2506.01115); values and output are trained.
 
         q = A_q x,   k = A_k x,   l_ij = τ_h · scale · q_i · k_j,   j <= i,   o_i = Σ_j p_ij v_j
@@ -68,16 +69,6 @@ class RfAttention(HeadedMixer):
     def resolved(self, site: Site) -> RfAttention:
         dim = head_dim_of(self, site)
         return self.model_copy(update={"head_dim": dim, "scale": self.scale or dim**-0.5})
-
-    def problems(self, site: Site) -> list[Problem]:
-        return self._attention().problems(site)
-
-    def runtime(self, site: Site) -> dict[str, Any]:
-        rope = None if self.rope is None else self.rope.runtime()
-        return {**self.resolved(site).plain(), "rope": rope}
-
-    def canonical(self, site: Site) -> dict[str, Any]:
-        return {**self.runtime(site), "rope": self._attention().canonical(site)["rope"]}
 
     def params(self, site: Site) -> int:
         return self._trained(site) + (self.heads if self.learned_scale else 0)

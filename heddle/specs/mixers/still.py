@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
+from heddle.specs.attention_mixer import AttentionMixer
 from heddle.specs.cost import FLOAT32_BYTES, State
-from heddle.specs.kinds import HeadedMixer, Problem, head_dim_of
+from heddle.specs.kinds import Problem, head_dim_of
 from heddle.specs.layer import Site
-from heddle.specs.mixers.attention import Attention
 from heddle.specs.rope import Rope
 from heddle.specs.sight import Sight
 
 
-class Still(HeadedMixer):
+class Still(AttentionMixer):
     """STILL (arXiv 2602.02180), as its released code has it where that is consistent.
 
         p_t = the weight of token t on itself, by softmax over the last `chunk` tokens;   salient: the `keep` largest of a chunk
@@ -73,28 +73,18 @@ class Still(HeadedMixer):
         ),
     ] = "head"
 
-    def resolved(self, site: Site) -> Still:
-        dim = head_dim_of(self, site)
-        sizes = {
-            "kv_heads": self.kv_heads or self.heads,
-            "head_dim": dim,
-            "features": self.features or dim,
-        }
-        return self.model_copy(update=sizes)
+    def resolved(self, site: Site) -> Self:
+        return super().resolved(site).model_copy(update={"features": self._features(site)})
 
     def problems(self, site: Site) -> list[Problem]:
-        found = self._attention().problems(site)
+        found = super().problems(site)
         if self.keep > self.chunk:
             what = f"{self.keep} tokens cannot stay of a chunk of {self.chunk}"
             found.append(Problem("keep", what, f"at most {self.chunk}", "out-of-range"))
         return found
 
-    def runtime(self, site: Site) -> dict[str, Any]:
-        rope = None if self.rope is None else self.rope.runtime()
-        return {**self.resolved(site).plain(), "rope": rope}
-
     def canonical(self, site: Site) -> dict[str, Any]:
-        data = {**self.runtime(site), "rope": self._attention().canonical(site)["rope"]}
+        data = super().canonical(site)
         # A group of one head chooses as the head does.
         return {**data, "chosen_by": "head"} if data["kv_heads"] == self.heads else data
 
@@ -135,11 +125,6 @@ class Still(HeadedMixer):
             kept("salient_written", heads, self.keep, element=1),
             State("memory", (heads, 2 * self._features(site), dim + 1), element=FLOAT32_BYTES),
         )
-
-    def _attention(self) -> Attention:
-        """The attention whose projections it has."""
-        names = ("heads", "kv_heads", "head_dim", "rope", "qk_norm")
-        return Attention(**{name: getattr(self, name) for name in names})
 
     def _features(self, site: Site) -> int:
         return self.features or head_dim_of(self, site)
