@@ -38,6 +38,10 @@ HYBRIDS: Mapping[str, tuple[dict[str, str], str]] = {
     "qwen3": ({"a": f"{_ATTENTION}, qk_norm: true"}, "a, a, a"),
     "smollm3": ({"a": _ATTENTION, "n": f"{_ATTENTION}, rope: null"}, "a, n, n, a, n"),
     "granitemoehybrid": ({"m": _MAMBA, "n": f"{_ATTENTION}, rope: null"}, "m, n, m, m, n"),
+    "falcon_h1": (
+        {"b": f"kind: parallel, mixers: [{{{{{_ATTENTION}}}}}, {{{{{_MAMBA}}}}}]"},
+        "b, b, b",
+    ),
     "qwen3_5_text": (
         {"l": _DELTA, "a": f"{_ATTENTION}, qk_norm: true, gate: true, rope: {{fraction: 0.5}}"},
         "l, a, l, l, a",

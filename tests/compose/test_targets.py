@@ -24,7 +24,9 @@ from heddle.compose.targets.verdict import verdict
 from heddle.errors import HeddleError
 from heddle.specs import ModelSpec, spec_hash
 
-SEEDS = [*range(2), *(pytest.param(seed, marks=pytest.mark.long) for seed in range(2, 50))]
+SEEDS = [*range(5), *(pytest.param(seed, marks=pytest.mark.long) for seed in range(5, 50))]
+# Classes whose checkpoints others publish most, and one whose writer changes names.
+IMPORTED = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "smollm3", "olmo_hybrid")
 every_target = pytest.mark.parametrize("name", SPECS)
 
 
@@ -58,7 +60,7 @@ def test_a_random_spec_computes_the_same_there_and_comes_back(name: str, seed: i
     assert error <= allowed
     prompt = {"input_ids": ids[:1, :9], "attention_mask": torch.ones(1, 9, dtype=torch.long)}
     # Past the windows; the full count behind `long`.
-    greedy = {**prompt, "max_new_tokens": {0: 24, 1: 4}.get(seed, 64), "do_sample": False}
+    greedy = {**prompt, "max_new_tokens": 24 if seed == 0 else 4 if seed < 5 else 64, "do_sample": False}
     tokens = theirs.generate(**greedy)
     assert torch.equal(tokens, theirs.generate(**greedy, use_cache=False))
     assert torch.equal(tokens, ours.generate(**greedy))
@@ -68,7 +70,9 @@ def test_a_random_spec_computes_the_same_there_and_comes_back(name: str, seed: i
 
 
 @pytest.mark.slow
-@every_target
+@pytest.mark.parametrize(
+    "name", [name if name in IMPORTED else pytest.param(name, marks=pytest.mark.long) for name in SPECS]
+)
 @pytest.mark.filterwarnings("ignore")
 def test_what_a_class_writes_itself_is_imported(name: str, tmp_path: Path) -> None:
     # Olmo Hybrid's writer cuts its convolution into equal parts: of this spec they are.

@@ -355,7 +355,7 @@ def joined(
         theirs = [key.replace(f".{name}.", f".{one}.") for one in names]
         rows = [stored[one].shape[0] for one in theirs if one in stored]
         if len(rows) == len(theirs) and sum(rows) == held[key].shape[0]:
-            found |= dict(zip(theirs, held[key].split(rows), strict=True))
+            found |= dict(zip(theirs, torch.split(held[key], rows), strict=True))
     return found
 
 
