@@ -38,6 +38,10 @@ HYBRIDS: Mapping[str, tuple[dict[str, str], str]] = {
     "qwen3": ({"a": f"{_ATTENTION}, qk_norm: true"}, "a, a, a"),
     "smollm3": ({"a": _ATTENTION, "n": f"{_ATTENTION}, rope: null"}, "a, n, n, a, n"),
     "granitemoehybrid": ({"m": _MAMBA, "n": f"{_ATTENTION}, rope: null"}, "m, n, m, m, n"),
+    "falcon_h1": (
+        {"b": f"kind: parallel, mixers: [{{{{{_ATTENTION}}}}}, {{{{{_MAMBA}}}}}]"},
+        "b, b, b",
+    ),
     "qwen3_5_text": (
         {"l": _DELTA, "a": f"{_ATTENTION}, qk_norm: true, gate: true, rope: {{fraction: 0.5}}"},
         "l, a, l, l, a",
@@ -107,6 +111,15 @@ def serve(folder: str) -> None:
     print("SERVED", json.dumps({**row, "text": [*PROMPT, *new], "values": values}))
 
 
+def last_error(told: str) -> str:
+    """The last line that names an error, and the two after it, which may say what it was."""
+    lines = told.splitlines()
+    at = next(
+        (index for index in reversed(range(len(lines))) if "Error" in lines[index]), max(0, len(lines) - 3)
+    )
+    return " ".join(line.strip() for line in lines[at : at + 3])[:600]
+
+
 def compared(name: str, python: str) -> dict[str, Any]:
     """One row: what vLLM made of the hybrid of class `name`."""
     environment = {
@@ -121,12 +134,11 @@ def compared(name: str, python: str) -> dict[str, Any]:
         export_to(folder, name)
         command = [python, __file__, "--serve", str(folder)]
         done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=900, check=False
+            command, env=environment, capture_output=True, text=True, timeout=1800, check=False
         )
         lines = [line for line in done.stdout.splitlines() if line.startswith("SERVED ")]
         if not lines:
-            told = [line for line in (done.stdout + done.stderr).splitlines() if "Error" in line]
-            return {"target": name, "started": False, "why": told[-1][-300:] if told else done.stderr[-300:]}
+            return {"target": name, "started": False, "why": last_error(done.stdout + done.stderr)}
         row = json.loads(lines[0].removeprefix("SERVED "))
         text, values = row.pop("text"), row.pop("values")
         apart = [abs(a - b) for a, b in zip(values, expected(folder, text), strict=True)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
@@ -209,6 +210,21 @@ def test_what_a_spec_cannot_say_is_refused_by_name(case: str, native: Any, tmp_p
     with pytest.raises(HeddleError, match=re.escape(told)) as error:
         read_native(tmp_path, name="x")
     assert error.value.code == code
+
+
+def test_an_import_runs_no_code_and_leaves_that_of_the_tokenizer_behind(native: Any, tmp_path: Path) -> None:
+    folder = shutil.copytree(native.path, tmp_path / "folder")
+    (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    file = folder / "tokenizer_config.json"
+    file.write_text(
+        json.dumps({**json.loads(file.read_text()), "auto_map": {"AutoTokenizer": ["code.T", None]}})
+    )
+    made = api.import_model(folder, tmp_path / "in").path
+    assert [path.name for path in (made / "tokenizer").iterdir()] == ["tokenizer.json"]
+    changed_config(auto_map={"AutoModelForCausalLM": "code.Model"})(folder)
+    with pytest.raises(HeddleError, match="names code of the folder, which is not run"):
+        api.import_model(folder, tmp_path / "never")
+    assert not (tmp_path / "ran").exists()
 
 
 def test_fields_that_change_no_logits_are_passed_over(native: Any, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,25 @@ def test_a_tokenizer_that_does_not_fit_is_refused(words: Path, tmp_path: Path) -
     with pytest.raises(HeddleError, match="not a tokenizer") as error:
         tokenizer_for(str(tmp_path / "bad.json"), vocab_size=300, context_length=64)
     assert error.value.code == "file-not-readable"
+
+
+def test_a_tokenizer_that_brings_code_is_refused_and_nobody_is_asked(words: Path) -> None:
+    config = json.loads((words / "tokenizer_config.json").read_text())
+    (words / "code.py").write_text(f"open({str(words / 'ran')!r}, 'w')\n")
+    changed = {**config, "auto_map": {"AutoTokenizer": ["code.Tokenizer", None]}}
+    (words / "tokenizer_config.json").write_text(json.dumps(changed))
+    with pytest.raises(HeddleError, match="code of its own") as error:
+        tokenizer_for(str(words), vocab_size=300, context_length=64)
+    assert error.value.code == "untrusted-code"
+    assert not (words / "ran").exists()
+
+
+def test_a_tokenizer_beside_a_model_with_code_is_read_as_data(
+    words: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (words / "config.json").write_text('{"model_type": "own", "auto_map": {"AutoConfig": "code.Config"}}')
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question at the terminal"))
+    assert len(tokenizer_for(str(words), vocab_size=300, context_length=64)) == 300
 
 
 def test_the_card_tells_spec_scores_latency_and_parity() -> None:

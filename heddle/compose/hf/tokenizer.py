@@ -8,6 +8,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from heddle.compose.hf.checkpoint import TOKENIZER_CONFIG, read_json
 from heddle.errors import HeddleError, Where
 
 BYTES = "bytes"
@@ -20,7 +21,7 @@ def tokenizer_for(tokenizer: str, *, vocab_size: int, context_length: int) -> An
 
     Raises:
         HeddleError: "tokenizer-mismatch" if the model has too few rows for it; "file-not-found",
-            "file-not-readable".
+            "file-not-readable"; "untrusted-code" if it brings code of its own.
     """
     made = byte_tokenizer(context_length) if tokenizer == BYTES else _read(Path(tokenizer), context_length)
     if len(made) > vocab_size:
@@ -60,14 +61,32 @@ def byte_letters() -> list[str]:
     return [chr(byte if byte in printable else 0x100 + others.index(byte)) for byte in range(256)]
 
 
+def _config_beside(file: Path) -> Path | None:
+    """The configuration beside a tokenizer.json, if there is one and it names no code."""
+    config = file.with_name(TOKENIZER_CONFIG)
+    if file.name != "tokenizer.json" or not config.is_file():
+        return None
+    if read_json(config).get("auto_map"):
+        raise HeddleError(
+            "untrusted-code",
+            "the tokenizer brings code of its own, which is not run",
+            where=Where(path="tokenizer", file=str(config)),
+            hint="copy its tokenizer.json to a folder of its own and name that: it is data",
+        )
+    return config
+
+
 def _read(path: Path, context_length: int) -> Any:
     folder = path if path.is_dir() else path.parent
     file = folder / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
         raise HeddleError("file-not-found", f"no tokenizer at {path}", where=Where(path="tokenizer"))
+    config = _config_beside(file)
     try:
-        if file.name == "tokenizer.json" and (folder / "tokenizer_config.json").is_file():
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True, padding_side="left")
+        if config is not None:
+            return AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, padding_side="left", trust_remote_code=False
+            )
         return PreTrainedTokenizerFast(
             tokenizer_file=str(file), padding_side="left", model_max_length=context_length
         )

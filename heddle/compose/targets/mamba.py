@@ -83,6 +83,17 @@ def mamba_problems(model: Model) -> Iterator[Refusal]:
             yield Refusal(f"layers.{index}.mixer.{field}", found[field])
 
 
+def mamba_warning(model: Model) -> str:
+    """What classes do wrong with a Mamba-2 whose projections have a bias."""
+    mixers = [one for layer in model["layers"] for one in (layer["mixer"], *layer["mixer"].get("mixers", ()))]
+    if not any(one["kind"] == "mamba2" and one["bias"] for one in mixers):
+        return ""
+    return (
+        "right without padding; after padding on the left transformers 5.23 is wrong: the class masks padding before its "
+        "projection, whose bias then reaches the convolution"
+    )
+
+
 def reciprocal(factor: float) -> float:
     """The number whose reciprocal is `factor`, where there is one; else one near it."""
     if factor == 0:
@@ -186,6 +197,9 @@ class Granite(Target):
         yield from mamba_problems(model)
         yield from parts.divides_hidden_size(model)
 
+    def warning(self, model: Model) -> str:
+        return mamba_warning(model)
+
     def idle(self, config: Config) -> frozenset[str]:
         # Published files tell things that the class does not read, and anything but "rope" means no positions.
         unread = {"init_method", "normalization_function", "position_embedding_type"}
@@ -276,6 +290,10 @@ class Bamba(Target):
         yield from mamba_problems(model)
         yield from parts.divides_hidden_size(model)
 
+    def warning(self, model: Model) -> str:
+        told = "where a call goes on from a cache, transformers 5.23 is right with position_ids alone"
+        return "; ".join(one for one in (told, mamba_warning(model)) if one)
+
 
 class FalconH1(Target):
     """Falcon-H1 (arXiv 2507.22448): softmax attention and Mamba-2 side by side in every layer.
@@ -358,6 +376,9 @@ class FalconH1(Target):
                 what = f"are {' and '.join(kinds)}; there it is attention, then mamba2"
                 yield Refusal(f"layers.{index}.mixer.mixers", what)
                 return
+
+    def warning(self, model: Model) -> str:
+        return mamba_warning(model)
 
     def idle(self, config: Config) -> frozenset[str]:
         found = super().idle(config) | {"mamba_expand"}

@@ -74,6 +74,7 @@ class OlmoHybrid(Target):
     """Olmo Hybrid (arXiv 2604.03444): pre-norm Gated DeltaNet layers, post-norm softmax ones without positions.
 
     On disk the convolution is three tensors, and transformers' own writer cuts them at the wrong rows where K and V differ.
+    It also gives a norm of softmax layers the name that one of linear layers has on disk.
     """
 
     name = "olmo_hybrid"
@@ -81,6 +82,7 @@ class OlmoHybrid(Target):
     holds = "pre-norm Gated DeltaNet and post-norm softmax attention with full QK-norm in any order, dense"
     mixers = ("gated_deltanet", "attention")
     needs = mixers
+    written: ClassVar = {"post_attention_layernorm": "feedforward_layer_norm"}
     why: ClassVar = {
         **_WHY,
         "mixer.window": "it has no windows",

@@ -1,0 +1,102 @@
+"""What an export asks of a folder, of every native class: it passes, but for what the class gets wrong by itself."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from native_specs import SPECS, ready, written
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from heddle.compose.hf import parity
+from heddle.compose.hf.parity import Loaded, battery
+from heddle.compose.plan import plan
+from heddle.compose.targets.report import target_rows
+from heddle.specs import ModelSpec
+
+RIGHT, CHUNKS = "right padding, then steps", "chunked prefill"
+LEFT = {"left padding", "batch of one, padded", "batch of one, padded, then steps"}
+# Classes that lose no place to padding on the right: these specs of them have no state and no window.
+PLAIN = ("llama", "smollm3")
+# Attention alone, under names that no writer changes.
+SIMPLE = ("llama", "mistral", "qwen2", "qwen3", "olmo3", "smollm3", "gemma3_text")
+NAMES = [pytest.param(name, marks=pytest.mark.long) if name in SIMPLE else name for name in SPECS]
+BIASED = ("granitemoehybrid", "bamba", "falcon_h1")
+
+
+def spec_of(name: str, *, bias: bool = False) -> ModelSpec:
+    """A random spec; its Mamba-2 layers have biases of their projections or have none."""
+    data = SPECS[name](random.Random(f"{name} 0"))
+    for block in data["blocks"].values():
+        for mixer in (block["mixer"], *block["mixer"].get("mixers", ())):
+            if mixer["kind"] == "mamba2":
+                mixer["bias"] = bias
+    return ModelSpec.model_validate(data)
+
+
+def checks(spec: ModelSpec, name: str, base: Path) -> dict[str, SimpleNamespace]:
+    """The checks of an export, in this process."""
+    folder, again = written(ready(spec), name, base / "out"), base / "again"
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    theirs.save_pretrained(again)
+    loaded = Loaded(theirs, AutoModelForCausalLM, str(folder), str(again), 0.0, trusted=False)
+    return {row["check"]: SimpleNamespace(**row) for row in battery(loaded, full=False)}
+
+
+def failed(rows: dict[str, SimpleNamespace]) -> dict[str, str]:
+    return {name: row.expected for name, row in rows.items() if not row.passed}
+
+
+@pytest.fixture(autouse=True)
+def _few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parity, "LENGTH", 40)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", NAMES)
+def test_every_class_passes_what_an_export_asks(name: str, tmp_path: Path) -> None:
+    spec = spec_of(name)
+    found = failed(checks(spec, name, tmp_path))
+    assert all(found.values()), found
+    told = {CHUNKS} if name == "bamba" else set()
+    assert {*found} == told | ({RIGHT} if name not in PLAIN else set())
+    (row,) = [row for row in target_rows(plan(spec).runtime()) if row["target"] == name]
+    assert ("position_ids" in row["warning"]) == (name == "bamba")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", BIASED)
+def test_padding_before_a_biased_projection_is_seen_by_the_class(name: str, tmp_path: Path) -> None:
+    spec = spec_of(name, bias=True)
+    rows = checks(spec, name, tmp_path)
+    found = failed(rows)
+    assert {check: told for check, told in found.items() if "projection" in told}.keys() == LEFT
+    assert all(found.values()), found
+    assert {"full pass", "one-token steps", "right padding", "raw files against the class"} & {
+        *found
+    } == set()
+    (row,) = [row for row in target_rows(plan(spec).runtime()) if row["target"] == name]
+    assert "padding on the left" in row["warning"]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_wrong_rows_of_olmo_hybrids_convolution_are_found(tmp_path: Path) -> None:
+    spec = spec_of("olmo_hybrid")
+    folder = written(ready(spec), "olmo_hybrid", tmp_path / "out")
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    theirs.save_pretrained(tmp_path / "again")
+    held: dict[str, Any] = load_file(folder / "model.safetensors")
+    name = next(key for key in held if key.endswith("k_conv1d.weight"))
+    held[name] = held[name].flip(0).contiguous()
+    save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
+    loaded = Loaded(theirs, AutoModelForCausalLM, str(folder), str(tmp_path / "again"), 0.0, trusted=False)
+    row = next(row for row in battery(loaded, full=False) if row["check"] == "raw files against the class")
+    assert (row["passed"], row["note"]) == (False, f"{name} has other values")

@@ -1,0 +1,172 @@
+"""Native folders of random specs under any version of transformers, in a process without heddle.
+
+    PYTHONPATH=tests:. python tests/native_versions.py --transformers 5.17 5.19 --specs 3 --append --commit SHA
+
+For each class random specs are written once, loaded by each version and compared with the model that was written: logits in
+float32 by the rule of `rounded_apart`, 64 greedy tokens with a cache, without one, and beside ours. The figure of bfloat16 is
+the worst relative norm of 64 tokens' logits against ours in float64. Rows go to tests/bench/results/evidence-export.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import native_checks
+import torch
+from native_specs import SPECS, model_spec, ready, written
+from safetensors.torch import load_file, save_file
+
+from heddle.compose.hf.load_native import read_native
+from heddle.compose.hf.parity import error
+from heddle.compose.hf.verify import HIDDEN, logits_of, rounded_apart
+from heddle.compose.targets.catalogue import BY_NAME
+from heddle.specs import spec_hash
+
+SCRIPT = Path(native_checks.__file__)
+RESULTS = Path(__file__).parent / "bench" / "results" / "evidence-export.jsonl"
+TOKENS = 64
+# What an older version asks for in other versions than the installed one.
+WITH = {"5.17": ["huggingface-hub>=1.5,<2", "httpx<1", "httpcore<2"]}
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """What a version made of one spec: `apart` and `allowed` in float32, `bfloat16` and `ours_bfloat16` against float64."""
+
+    target: str
+    seed: int
+    wrong: tuple[str, ...]
+    apart: float
+    allowed: float
+    bfloat16: float
+    ours_bfloat16: float
+
+
+def install(version: str, target: Path) -> str:
+    """A folder of packages with this version of transformers, and what it needs that is not installed."""
+    wanted = [f"transformers=={version}.*", *WITH.get(version, [])]
+    options = ["--quiet", "--no-deps", "--target", str(target)]
+    subprocess.run([sys.executable, "-m", "pip", "install", *options, *wanted], check=True, timeout=600)
+    return str(target)
+
+
+class Folders:
+    """Folders of `specs` random specs for each class, with what the models in them compute here."""
+
+    @torch.no_grad()
+    def __init__(self, base: Path, specs: int, targets: Sequence[str] = tuple(SPECS)) -> None:
+        self.base, self.paths, self.models, self.right = base, {}, {}, {}
+        self.back: dict[str, bool] = {}
+        self.ids = torch.randint(1, 256, (2, 70), generator=torch.Generator().manual_seed(0))
+        save_file({"ids": self.ids}, base / "ids")
+        mask = torch.ones(1, 9, dtype=torch.long)
+        for name, seed in ((name, seed) for name in targets for seed in range(specs)):
+            spec, key = model_spec(name, seed), f"{name} {seed}"
+            model = self.models[key] = ready(spec, seed)
+            self.paths[key] = written(model, name, base / f"{name}-{seed}")
+            self.back[key] = spec_hash(read_native(self.paths[key], name="back").spec.model) == spec_hash(
+                spec
+            )
+            usual = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "do_sample": False}
+            tokens = model.generate(self.ids[:1, :9], attention_mask=mask, pad_token_id=0, **usual)
+            (exact,) = logits_of(model, {"ids": self.ids}, torch.float64).values()
+            (narrow,) = logits_of(model, {"ids": self.ids}, torch.bfloat16).values()
+            logits = model(self.ids, use_cache=False).logits
+            self.right[key] = {"logits": logits, "tokens": tokens, "exact": exact, "bfloat16": narrow}
+
+    def ask(self, first: Sequence[str] = ()) -> tuple[str, list[Figure]]:
+        """The version that was asked, with the packages in `first` before those of this process, and its figures."""
+        with tempfile.TemporaryDirectory(prefix="ask-", dir=self.base) as scratch:
+            found, tensors = self._run([*first], Path(scratch))
+        assert found["imported"] == []
+        figures = [self._figure(key, told, tensors) for key, told in found["results"].items()]
+        return found["transformers"], figures
+
+    def _run(self, first: list[str], scratch: Path) -> tuple[Any, Mapping[str, Any]]:
+        task = {
+            "folders": {key: str(path) for key, path in self.paths.items()}, "ids": str(self.base / "ids"),
+            "tensors": str(scratch / "tensors"), "found": str(scratch / "found.json"), "tokens": TOKENS,
+            "hidden": [*HIDDEN], "path": first + [entry for entry in sys.path if entry],
+        }  # fmt: skip
+        (scratch / "task.json").write_text(json.dumps(task))
+        settings = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(scratch / "hf"), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [sys.executable, "-I", str(SCRIPT), str(scratch / "task.json")], cwd=scratch, text=True,
+            env={**os.environ, **settings, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, timeout=1800, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return json.loads((scratch / "found.json").read_text()), load_file(scratch / "tensors")
+
+    def _figure(self, key: str, told: Mapping[str, Any], tensors: Mapping[str, Any]) -> Figure:
+        target, seed = key.split()
+        if "failed" in told:
+            return Figure(target, int(seed), (told["failed"],), *[float("inf")] * 4)
+        right = self.right[key]
+        apart, allowed = rounded_apart(
+            self.models[key], {"ids": self.ids}, {"ids": tensors[f"{key}.logits"]}, {"ids": right["logits"]}
+        )
+        wrong = {
+            f"loaded as {told['class']}": told["class"] != BY_NAME[target].model_class,
+            f"tensors not in common: {told['keys']}": told["keys"],
+            f"logits {apart:.2g} apart, {allowed:.2g} allowed": not apart <= allowed,
+            "other tokens with a cache than without": not told["cache_agrees"],
+            "other tokens than ours": not torch.equal(tensors[f"{key}.tokens"], right["tokens"]),
+            "another hash read back": not self.back[key],
+        }
+        narrow = error(tensors[f"{key}.bfloat16"], right["exact"])
+        ours = error(right["bfloat16"], right["exact"])
+        names = tuple(name for name, is_so in wrong.items() if is_so)
+        return Figure(target, int(seed), names, apart, allowed, narrow, ours)
+
+
+def row_of(version: str, figures: Sequence[Figure]) -> dict[str, Any]:
+    """What a version made of every class, as a row."""
+    targets = dict.fromkeys(figure.target for figure in figures)
+    by_target = {name: [one for one in figures if one.target == name] for name in targets}
+    return {
+        "transformers": version,
+        "specs": len(figures),
+        "wrong": [asdict(one) for one in figures if one.wrong],
+        "worst_logit_apart": {name: max(one.apart for one in held) for name, held in by_target.items()},
+        "worst_bfloat16": {name: max(one.bfloat16 for one in held) for name, held in by_target.items()},
+        "worst_bfloat16_ours": {
+            name: max(one.ours_bfloat16 for one in held) for name, held in by_target.items()
+        },
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--transformers", nargs="*", default=[], help="versions beside the installed one")
+    parser.add_argument("--specs", type=int, default=3, help="of each class")
+    parser.add_argument("--targets", nargs="+", default=[*SPECS], choices=[*SPECS], help="default: all")
+    parser.add_argument("--append", action="store_true", help="append rows to evidence-export.jsonl")
+    parser.add_argument("--commit", help="what the code is")
+    chosen = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="native-") as scratch:
+        folders = Folders(Path(scratch), chosen.specs, chosen.targets)
+        firsts = [[install(version, Path(scratch, version))] for version in chosen.transformers]
+        for first in [*firsts, []]:
+            row = {
+                "time": time.strftime("%Y-%m-%dT%H:%MZ", time.gmtime()), "commit": chosen.commit, "device": "cpu",
+                "python": sys.version.split()[0], "torch": torch.__version__,
+                "command": "python tests/native_versions.py", **row_of(*folders.ask(first)),
+            }  # fmt: skip
+            print(json.dumps(row), flush=True)
+            if chosen.append:
+                with RESULTS.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()
