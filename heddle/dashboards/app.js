@@ -56,7 +56,8 @@
       return;
     }
     const parts = new Map(now.map((part) => [part.dataset.live, part]));
-    if (now.length !== then.length) {
+    const isMoved = (part, index) => "same" in part.dataset && part.dataset.live !== now[index].dataset.live;
+    if (now.length !== then.length || then.some(isMoved)) {
       for (const part of then.filter((one) => "same" in one.dataset)) {
         const kept = parts.get(part.dataset.live);
         kept.id = part.id;

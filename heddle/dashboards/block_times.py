@@ -137,7 +137,8 @@ def stacked(times: Sequence[BlockTimes]) -> list[Figure]:
 
 
 def _bar(part: Part) -> dict[str, Any]:
-    named = part.name if part.mixer is None else f"{part.name}: {part.mixer}, {part.layers} layers"
+    count = f"{part.layers} layer{'' if part.layers == 1 else 's'}"
+    named = part.name if part.mixer is None else f"{part.name}: {part.mixer}, {count}"
     looks = {FRAME: {"color": "--line"}, PAIRS: {"color": "--soft"}}
     look = looks[part.name] if part.mixer is None else fill(part.mixer)
     return _row("predicted", part.ms, named, look)

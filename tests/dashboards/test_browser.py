@@ -79,6 +79,7 @@ def test_a_search_is_followed_to_a_trial_a_comparison_and_an_export(
             file.write(b"".join(lines[9:]))
         expect(page.locator("main")).to_contain_text("Trial 4 wins with")
         assert page.evaluate("window.same"), "the page was loaded again"
+        assert page.locator("[data-live]:empty").count() == 0
         # Two trials of the made-up run have one score in the other task.
         _open(page, f"{base}/run/run?y=task:text")
         page.locator("#plot-0").scroll_into_view_if_needed()
@@ -184,6 +185,28 @@ def test_runs_side_by_side_are_whole_on_a_phone_and_without_fault(browser: Brows
         page.get_by_label("Across").select_option("parameters")
         page.wait_for_url("**x=parameters**")
         assert page.url.count("t=") == 2
+        page.context.close()
+    assert not wrong
+
+
+def test_a_section_that_moves_up_keeps_what_is_in_it(browser: Browser, make_run: MakeRun) -> None:
+    # Of two pages with as many sections, "Plots" is the fourth of one and the third of the other.
+    page, wrong = _watched(browser)
+    with serving(make_run()) as base:
+        _open(page, f"{base}/run/run")
+        heads = page.locator("[data-live]")
+        page.evaluate("""() => {
+            const all = [...document.querySelectorAll("[data-live]")];
+            all.at(-1).remove();
+            const extra = all[0].cloneNode(true);
+            extra.dataset.live = "00000000";
+            all[0].before(extra);
+        }""")
+        page.get_by_label("Best so far over").select_option("device")
+        page.wait_for_url("**over=device**")
+        expect(heads.first).not_to_have_attribute("data-live", "00000000")
+        assert page.locator("[data-live]:empty").count() == 0
+        expect(page.locator("#plot-1")).to_contain_text("minutes of evaluations")
         page.context.close()
     assert not wrong
 
