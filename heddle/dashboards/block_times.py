@@ -22,6 +22,8 @@ from heddle.search.record import Latency, Run, Trial
 
 # As in `heddle.search.latency_model.model`.
 KIND, FORMAT = "latency-model", 1
+# Short names of rows, since a phone is narrow.
+ROWS = {"in the search": "measured", "at the end": "again"}
 FRAME, PAIRS = "embedding, head and the rest", "where two kinds meet"
 
 
@@ -125,13 +127,13 @@ def stacked(times: Sequence[BlockTimes]) -> list[Figure]:
         traces = [_bar(part) for part in one.parts]
         for when, seen in one.measured:
             spread = {"array": [seen.high_ms - seen.median_ms], "arrayminus": [seen.median_ms - seen.low_ms]}
-            bar = _row(f"measured {when}", seen.median_ms, f"measured {when}", {"color": "--dim"})
+            bar = _row(ROWS[when], seen.median_ms, f"measured {when}", {"color": "--accent"})
             traces.append(
                 bar | {"error_x": {"type": "data", "symmetric": False, **spread}, "showlegend": False}
             )
         drawn = layout("ms", "") | {"barmode": "relative", "showlegend": True}
         drawn["yaxis"] |= {"autorange": "reversed"}
-        said = f"{one.place}: predicted by block, beside the measured whole (bars: 95 % intervals)"
+        said = f"{one.place}: predicted by block, beside the measured whole (bars: 95 % intervals; again: at the end)"
         found.append(Figure(slug(f"blocks {one.place}"), said, traces, drawn))
     return found
 
@@ -139,7 +141,7 @@ def stacked(times: Sequence[BlockTimes]) -> list[Figure]:
 def _bar(part: Part) -> dict[str, Any]:
     count = f"{part.layers} layer{'' if part.layers == 1 else 's'}"
     named = part.name if part.mixer is None else f"{part.name}: {part.mixer}, {count}"
-    looks = {FRAME: {"color": "--line"}, PAIRS: {"color": "--soft"}}
+    looks = {FRAME: {"color": "--dim"}, PAIRS: {"color": "--ink"}}
     look = looks[part.name] if part.mixer is None else fill(part.mixer)
     return _row("predicted", part.ms, named, look)
 

@@ -21,7 +21,7 @@ AGAIN = "--soft"
 
 LOST = "over budget or failed"
 # A cloud of more trials is thinned: of those that would lie on one another, one is drawn.
-CLOUD, CELLS = 600, (48, 32)
+CLOUD, CELLS = 600, (36, 24)
 # Bars of more trials than these hide the points.
 BARS = 40
 # Lines are told apart by their dashes as well as by their colours.

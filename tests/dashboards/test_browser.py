@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from browsing import chromium, chromium_path, serving
+from latency_models import with_model, with_predictions
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from heddle import api
@@ -146,7 +147,7 @@ def test_axe_finds_nothing_serious(browser: Browser, make_run: MakeRun, tmp_path
     # A plot is one picture with a caption; what it is drawn of is plotly's.
     context = {"exclude": [[".plot > *"]]}
     page, wrong = _watched(browser, color_scheme=theme, viewport={"width": 1280, "height": 800})
-    with serving(make_run(), bench=_few_rows(tmp_path)) as base:
+    with serving(with_predictions(with_model(make_run())), bench=_few_rows(tmp_path)) as base:
         for path in LOOKED_AT[theme]:
             _open(page, base + path)
             for fault in axe.run(page, context, RULES[theme]).response["violations"]:
@@ -159,7 +160,7 @@ def test_axe_finds_nothing_serious(browser: Browser, make_run: MakeRun, tmp_path
 
 def test_no_page_is_wider_than_a_phone(browser: Browser, make_run: MakeRun, tmp_path: Path) -> None:
     page, wrong = _watched(browser, viewport={"width": 390, "height": 780})
-    with serving(make_run(), bench=_few_rows(tmp_path)) as base:
+    with serving(with_predictions(with_model(make_run())), bench=_few_rows(tmp_path)) as base:
         for path in EVERYTHING:
             _open(page, base + path)
             assert page.evaluate("document.documentElement.scrollWidth - window.innerWidth") <= 0, path
