@@ -127,9 +127,13 @@ def stacked(times: Sequence[BlockTimes]) -> list[Figure]:
         traces = [_bar(part) for part in one.parts]
         for when, seen in one.measured:
             spread = {"array": [seen.high_ms - seen.median_ms], "arrayminus": [seen.median_ms - seen.low_ms]}
-            bar = _row(ROWS[when], seen.median_ms, f"measured {when}", {"color": "--accent"})
+            bar = _row(ROWS[when], seen.median_ms, f"measured {when}", {"color": "--soft"})
             traces.append(
-                bar | {"error_x": {"type": "data", "symmetric": False, **spread}, "showlegend": False}
+                bar
+                | {
+                    "error_x": {"type": "data", "symmetric": False, "color": "--ink", **spread},
+                    "showlegend": False,
+                }
             )
         drawn = layout("ms", "") | {"barmode": "relative", "showlegend": True}
         drawn["yaxis"] |= {"autorange": "reversed"}

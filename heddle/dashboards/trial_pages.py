@@ -26,7 +26,12 @@ def find(run: Run, number: int) -> Trial:
 def trial_page(watched: Watched, number: int) -> Page:
     """One trial: its layers, costs, timings, scores, curves, logs and spec."""
     run, key = watched.run(), watched.key
-    trial = find(run, number)
+    try:
+        trial = find(run, number)
+    except HeddleError:
+        if watched.follower.share_read >= 1:
+            raise
+        return _not_yet(watched, number)
     name = data.name_of(trial, run)
     page = Page(f"{name} · {run.name}", key, "Front")
     page.add(_head(key, run, trial), _fate(trial))
@@ -37,6 +42,17 @@ def trial_page(watched: Watched, number: int) -> Page:
     page.add(_scores(run, trial))
     page.plots("Training", model_figures.curves([(name, trial)]))
     page.add(_params(trial), _logs(watched, trial), _spec(run, trial))
+    return page
+
+
+def _not_yet(watched: Watched, number: int) -> Page:
+    """What stands at a trial of a large run before the record was read that far; the page comes by itself."""
+    page = Page(f"trial {number}", watched.key, "Front")
+    share = 100 * watched.follower.share_read
+    said = f"The record is being read: {share:.0f} %. This trial was not met yet."
+    page.add(
+        element("header", element("h1", f"trial {number}")), empty(said, "It is shown as soon as it is.")
+    )
     return page
 
 

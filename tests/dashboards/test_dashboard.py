@@ -368,6 +368,21 @@ def test_what_a_page_has_is_not_sent_again(make_run: MakeRun) -> None:
     assert 'action="/run/run/compare"' not in other
 
 
+def test_a_trial_that_was_not_read_yet_is_waited_for(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(site, "PATIENCE_LINES", 5)
+    asked = client(make_run())
+    early = asked.get("/run/run/trial/12")
+    assert early.status_code == 200
+    assert "was not met yet" in early.text
+    assert "data-events" in early.text
+    monkeypatch.setattr(site, "PATIENCE_LINES", 10_000)
+    monkeypatch.setattr(site, "RECENT_S", 0.0)
+    assert "loss-not-finite" in asked.get("/run/run/trial/12").text
+    assert asked.get("/run/run/trial/99").status_code == 404
+
+
 @pytest.fixture
 def served(make_run: MakeRun) -> Iterator[tuple[Path, str]]:
     """A run and the address of a real server, in a process as a user starts it."""
