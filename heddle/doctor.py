@@ -24,7 +24,6 @@ PACKAGES = (
     "pydantic",
     "networkx",
     "safetensors",
-    "plotly",
 )
 
 

@@ -1,11 +1,11 @@
-"""Takes the pictures of docs/img: each page of the dashboard in both themes, and two at the width of a phone.
+"""Takes the pictures of docs/img: each page of the dashboard in both themes, on a wide window and at the width of a phone.
 
     python tests/screenshots.py RUN [--out docs/img] [--bench tests/bench/results] [--only trial,tools]
     python tests/screenshots.py FOLDER --only runs,beside,placement
 
 A folder of runs gives the pages of several runs, and those of its first one.
 
-Needs Chromium (apt-get install chromium).
+Needs Chromium (apt-get install chromium) and Pillow, which matplotlib brings.
 """
 
 from __future__ import annotations
@@ -16,11 +16,16 @@ from shutil import copytree
 from tempfile import TemporaryDirectory
 
 from browsing import chromium, serving
+from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 
 ROOT = Path(__file__).parents[1]
-HEIGHT = 1150
-WIDE, NARROW = {"width": 1280, "height": 800}, {"width": 390, "height": 780}
+# As high as the pictures, since plots out of sight are drawn later.
+WIDE, NARROW = {"width": 1280, "height": 1150}, {"width": 390, "height": 1000}
+# A page has few colours, and a picture of so many is a third as large.
+COLOURS = 96
+# Pictures of what stands further down on a page.
+HEADINGS = {"blocks": "Predicted time of each block"}
 
 
 def pages(keys: list[str], trial: int, other: int) -> dict[str, str]:
@@ -29,6 +34,7 @@ def pages(keys: list[str], trial: int, other: int) -> dict[str, str]:
     found = {
         "front": f"/run/{key}",
         "trial": f"/run/{key}/trial/{trial}",
+        "blocks": f"/run/{key}/trial/{trial}",
         "compare": f"/run/{key}/compare?t={trial}&t={other}",
         "placement": f"/run/{key}/placement",
         "latency": f"/run/{key}/latency",
@@ -40,15 +46,16 @@ def pages(keys: list[str], trial: int, other: int) -> dict[str, str]:
     return found
 
 
-def take(page: Page, address: str, out: Path) -> None:
-    """One picture of the first screen and a half, once the figures are drawn."""
+def take(page: Page, address: str, out: Path, heading: str | None = None) -> None:
+    """One picture of a window, from `heading` on if one is given, once the figures in it are drawn."""
     page.goto(address, wait_until="load")
     page.wait_for_selector("html[data-drawn], main:not(:has(.plot))")
+    if heading is not None:
+        page.get_by_role("heading", name=heading).evaluate("it => it.scrollIntoView()")
+    page.wait_for_function("() => [...document.querySelectorAll('.plot')].every((one) => one.firstChild)")
     page.wait_for_timeout(300)
-    size = page.viewport_size
-    assert size is not None
-    clip = {"x": 0, "y": 0, "width": size["width"], "height": HEIGHT}
-    page.screenshot(path=out, clip=clip, full_page=True)
+    page.screenshot(path=out)
+    Image.open(out).convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE).save(out, optimize=True)
     print(f"{out}  {out.stat().st_size / 1000:.0f} kB")
 
 
@@ -75,15 +82,13 @@ def main() -> None:
 
 
 def take_all(browser: Browser, named: dict[str, str], out: Path) -> None:
-    """Every page in both themes, and two of them as a phone shows them."""
+    """Every page in both themes, wide and as a phone shows it."""
     for theme in ("light", "dark"):
-        page = browser.new_context(viewport=WIDE, color_scheme=theme).new_page()
-        for name, address in named.items():
-            take(page, address, out / f"{name}-{theme}.png")
-        page.context.close()
-    page = browser.new_context(viewport=NARROW).new_page()
-    for name in {"front", "trial"} & set(named):
-        take(page, named[name], out / f"{name}-phone.png")
+        for size, window in (("", WIDE), ("phone-", NARROW)):
+            page = browser.new_context(viewport=window, color_scheme=theme).new_page()
+            for name, address in named.items():
+                take(page, address, out / f"{name}-{size}{theme}.png", HEADINGS.get(name))
+            page.context.close()
 
 
 if __name__ == "__main__":

@@ -78,7 +78,8 @@ def test_the_version_is_told_in_one_voice() -> None:
 def test_files_that_are_no_python_lie_in_the_package() -> None:
     # hatchling ships what lies in heddle/ and git does not ignore.
     pages = [f"heddle/dashboards/{name}" for name in ("report.css", "report.js", "app.css", "app.js")]
-    shipped = ["heddle/starter.yaml", *pages]
+    plotly = [f"heddle/dashboards/plotly/{name}" for name in ("plotly-cartesian.min.js", "LICENSE")]
+    shipped = ["heddle/starter.yaml", *pages, *plotly]
     for name in shipped:
         assert (ROOT / name).is_file()
         ignored = subprocess.run(["git", "check-ignore", "-q", name], cwd=ROOT, check=False).returncode

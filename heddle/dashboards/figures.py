@@ -21,7 +21,7 @@ AGAIN = "--soft"
 
 LOST = "over budget or failed"
 # A cloud of more trials is thinned: of those that would lie on one another, one is drawn.
-CLOUD, CELLS = 600, (48, 32)
+CLOUD, CELLS = 600, (36, 24)
 # Bars of more trials than these hide the points.
 BARS = 40
 # Lines are told apart by their dashes as well as by their colours.
@@ -105,8 +105,8 @@ def progress(run: Run, over: str = "trial") -> Figure:
         steps.append((max(where.values()), steps[-1][1]))
     best: dict[str, Any] = {"type": "scatter", "mode": "lines", "name": "best so far"}
     best |= {"x": [x for x, _ in steps], "y": [y for _, y in steps], "hoverinfo": "skip"}
-    seen = _thinned([(where[t.number], float(t.quality or 0), t) for t in scored])
-    trained = _trace("trained", seen, run, [where[t.number] for t in seen], [t.quality for t in seen])
+    seen = thinned([(where[t.number], float(t.quality or 0), t) for t in scored])
+    trained = points("trained", seen, run, [where[t.number] for t in seen], [t.quality for t in seen])
     traces = [
         best | {"line": {"shape": "hv", "color": FRONT, "width": 2}},
         trained | {"marker": {"size": 7, "color": TRAINED}},
@@ -150,7 +150,7 @@ def twice(run: Run) -> list[Figure]:
         members = [t for t in run.front_trials if label in t.latency and label in t.remeasured]
         pairs = [(trial.latency[label], trial.remeasured[label]) for trial in members]
         x, y = [one.median_ms for one, _ in pairs], [again.median_ms for _, again in pairs]
-        trace = _trace("front", members, run, x, y) | {"marker": {"size": 9, "color": FRONT}}
+        trace = points("front", members, run, x, y) | {"marker": {"size": 9, "color": FRONT}}
         for side, rows in (
             ("error_x", [one for one, _ in pairs]),
             ("error_y", [again for _, again in pairs]),
@@ -163,29 +163,26 @@ def twice(run: Run) -> list[Figure]:
                 "arrayminus": below,
                 "width": 0,
             }
-        ends = [min([*x, *y], default=0.0), max([*x, *y], default=1.0)]
-        same: dict[str, Any] = {
-            "type": "scatter",
-            "mode": "lines",
-            "name": "equal",
-            "x": ends,
-            "y": ends,
-            "hoverinfo": "skip",
-        }
-        same |= {"line": {"color": TRAINED, "dash": "dash", "width": 1}}
         said = f"{label}: at the end against in the search; bars are 95 % intervals"
         drawn = layout("ms in the search", "ms at the end")
-        found.append(Figure(slug(f"twice {label}"), said, [same, trace] if members else [], drawn))
+        found.append(Figure(slug(f"twice {label}"), said, [equal([*x, *y]), trace] if members else [], drawn))
     return found
+
+
+def equal(values: Sequence[float]) -> dict[str, Any]:
+    """The line on which two quantities are equal, as far as `values` reach."""
+    ends = [min(values, default=0.0), max(values, default=1.0)]
+    line: dict[str, Any] = {"type": "scatter", "mode": "lines", "name": "equal", "hoverinfo": "skip"}
+    return line | {"x": ends, "y": ends, "line": {"color": TRAINED, "dash": "dash", "width": 1}}
 
 
 def _rug(run: Run, trials: Sequence[Trial], x: Sequence[float | None]) -> dict[str, Any]:
     """Trials without a score as a row of crosses below the plot, in a band of its own."""
-    kept = _thinned([(float(at), 0.0, trial) for at, trial in zip(x, trials, strict=True) if at is not None])
+    kept = thinned([(float(at), 0.0, trial) for at, trial in zip(x, trials, strict=True) if at is not None])
     places = {trial.number: at for at, trial in zip(x, trials, strict=True)}
     crosses: dict[str, Any] = {"symbol": "x-thin-open", "size": 9, "color": BROKEN, "line": {"width": 2}}
     name = f"{LOST} or pruned" if run.has_rungs else LOST
-    trace = _trace(name, kept, run, [places[trial.number] for trial in kept], [0.0] * len(kept))
+    trace = points(name, kept, run, [places[trial.number] for trial in kept], [0.0] * len(kept))
     return trace | {"yaxis": "y2", "marker": crosses}
 
 
@@ -201,14 +198,15 @@ def _add_rug(traces: list[dict[str, Any]], drawn: dict[str, Any], rug: dict[str,
 
 def _clouds(run: Run, x: Axis, y: Axis) -> list[dict[str, Any]]:
     """Trained specs, the front, the winner and the reference, each a trace of its own; and the second timings."""
-    done = [t for t in run.trials if t.state == "complete" and None not in (x.value(t), y.value(t))]
-    members = set(run.front)
-    winner = [trial for trial in done if trial.number == run.best]
-    front = sorted((t for t in done if t.number in members - {run.best}), key=lambda t: x.value(t) or 0.0)
-    rest = [trial for trial in done if trial.number not in members and trial.number != run.best]
+    seen = ((trial, x.value(trial), y.value(trial)) for trial in run.trials if trial.state == "complete")
+    done = [(a, b, trial) for trial, a, b in seen if a is not None and b is not None]
+    members = {*run.front, run.best}
+    winner = [trial for *_, trial in done if trial.number == run.best]
+    placed = sorted((a, n, t) for n, (a, _, t) in enumerate(done) if t.number in members - {run.best})
+    front = [trial for *_, trial in placed]
     known = run.reference is not None and None not in (x.value(run.reference), y.value(run.reference))
     reference = [run.reference] if run.reference is not None and known else []
-    drawn = _thinned([(x.value(t) or 0.0, y.value(t) or 0.0, t) for t in rest])
+    drawn = thinned([one for one in done if one[2].number not in members])
     looks: list[tuple[str, Sequence[Trial], dict[str, Any]]] = [
         ("trained", drawn, {"symbol": "circle-open", "size": 8, "color": TRAINED, "line": {"width": 1.5}}),
         ("Pareto front", front, {"symbol": "circle", "size": 9, "color": FRONT}),
@@ -217,7 +215,7 @@ def _clouds(run: Run, x: Axis, y: Axis) -> list[dict[str, Any]]:
     ]
     traces = []
     for name, trials, look in looks:
-        trace = _trace(name, trials, run, [x.value(t) for t in trials], [y.value(t) for t in trials])
+        trace = points(name, trials, run, [x.value(t) for t in trials], [y.value(t) for t in trials])
         trace |= {"marker": look} | (_bars(trials, x, y, look["color"]) if len(trials) <= BARS else {})
         traces.append(trace)
     return [*traces, *_again(run, [*front, *winner], x, y)]
@@ -231,7 +229,7 @@ def _again(run: Run, trials: Sequence[Trial], x: Axis, y: Axis) -> list[dict[str
     xs = [x.value(t) if x.again(t) is None else x.again(t) for t in twice]
     ys = [y.value(t) if y.again(t) is None else y.again(t) for t in twice]
     look = {"symbol": "diamond-open", "size": 10, "color": AGAIN, "line": {"width": 1.5}}
-    return [_trace("timed again", twice, run, xs, ys) | {"marker": look}]
+    return [points("timed again", twice, run, xs, ys) | {"marker": look}]
 
 
 def _bars(trials: Sequence[Trial], x: Axis, y: Axis, colour: str) -> dict[str, Any]:
@@ -245,15 +243,15 @@ def _bars(trials: Sequence[Trial], x: Axis, y: Axis, colour: str) -> dict[str, A
     return found
 
 
-def _thinned(points: Sequence[tuple[float, float, Trial]]) -> list[Trial]:
+def thinned(placed: Sequence[tuple[float, float, Trial]]) -> list[Trial]:
     """Of many trials those that are seen: one in each cell of a fine grid."""
-    if len(points) <= CLOUD:
-        return [trial for *_, trial in points]
-    columns = [[x for x, _, _ in points], [y for _, y, _ in points]]
+    if len(placed) <= CLOUD:
+        return [trial for *_, trial in placed]
+    columns = [[x for x, _, _ in placed], [y for _, y, _ in placed]]
     lows = [min(column) for column in columns]
     spans = [max(column) - low or 1.0 for column, low in zip(columns, lows, strict=True)]
     cells: dict[tuple[int, int], Trial] = {}
-    for x, y, trial in points:
+    for x, y, trial in placed:
         across, up = (
             int(count * (value - low) / span)
             for count, value, low, span in zip(CELLS, (x, y), lows, spans, strict=True)
@@ -262,9 +260,10 @@ def _thinned(points: Sequence[tuple[float, float, Trial]]) -> list[Trial]:
     return list(cells.values())
 
 
-def _trace(
+def points(
     name: str, trials: Sequence[Trial], run: Run, x: Sequence[float | None], y: Sequence[float | None]
 ) -> dict[str, Any]:
+    """Trials as points that say what was measured, and lead to their pages."""
     return {
         "type": "scatter",
         "mode": "markers",

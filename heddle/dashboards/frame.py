@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from urllib.parse import quote, urlencode
 
@@ -50,8 +50,8 @@ def url(key: str | None, *parts: object, **query: object) -> str:
     return f"{path}?{urlencode(chosen, doseq=True)}" if chosen else path
 
 
-def whole(page: Page, nav: Sequence[tuple[str, str]]) -> Html:
-    """The page as it is sent."""
+def whole(page: Page, nav: Sequence[tuple[str, str]], has: Collection[str] = ()) -> Html:
+    """The page as it is sent; sections and figures with digests in `has` without what is in them."""
     head = element(
         "head",
         element("meta", charset="utf-8"),
@@ -67,8 +67,8 @@ def whole(page: Page, nav: Sequence[tuple[str, str]]) -> Html:
         "body",
         element("a", "Skip to the page", href="#main", cls="skip"),
         _top(page, nav),
-        element("main", *_live(page.sections), id="main", tabindex="-1"),
-        *_scripts(page.figures),
+        element("main", *_live(page.sections, has), id="main", tabindex="-1"),
+        *_scripts(page.figures, has),
         data_trials=trials,
         data_events=events,
     )
@@ -86,21 +86,36 @@ def _top(page: Page, nav: Sequence[tuple[str, str]]) -> Html:
     )
 
 
-def _live(sections: Sequence[Html]) -> list[Html]:
+def _live(sections: Sequence[Html], has: Collection[str]) -> list[Html]:
     """Each section with a name and a digest, by which the script sees what changed."""
-    return [
-        element("div", part, id=f"part-{index}", data_live=f"{zlib.crc32(part.encode()):08x}")
-        for index, part in enumerate(sections)
-    ]
+    parts = []
+    for index, part in enumerate(sections):
+        digest = _digest(part)
+        named = {"id": f"part-{index}", "data_live": digest}
+        is_known = digest in has
+        parts.append(element("div", "" if is_known else part, **named, data_same="" if is_known else None))
+    return parts
 
 
-def _scripts(drawn: Sequence[Figure]) -> list[Html]:
+def _digest(text: str) -> str:
+    return f"{zlib.crc32(text.encode()):08x}"
+
+
+def _scripts(drawn: Sequence[Figure], has: Collection[str]) -> list[Html]:
+    told = [_told(figure, has) for figure in drawn]
     # "<" cannot end the script element, nor open another, when it is written as an escape.
-    data = json.dumps([figure.plain() for figure in drawn], allow_nan=False).replace("<", "\\u003c")
+    data = f"[{','.join(told)}]".replace("<", "\\u003c")
     # report.js draws at once, and app.js says what then happens to each plot.
     names = ["app.js", "plotly.js", "report.js"] if drawn else ["app.js"]
     held = [element("script", Html(data), type="application/json", id="figures")] if drawn else []
     return [*held, *(element("script", src=f"/assets/{name}", defer="") for name in names)]
+
+
+def _told(figure: Figure, has: Collection[str]) -> str:
+    """The figure as JSON with a digest of it; the digest alone where the page has it."""
+    plain = json.dumps(figure.plain(), allow_nan=False)
+    digest = _digest(plain)
+    return json.dumps({"digest": digest}) if digest in has else f'{{"digest": "{digest}", {plain[1:]}'
 
 
 def choose(label: str, name: str, options: Mapping[str, str], chosen: str | None) -> Html:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from heddle.dashboards import data
+from heddle.dashboards.axes import axes
+from heddle.dashboards.figures import FRONT, TRAINED, Figure, equal, layout, points, slug, thinned
 from heddle.dashboards.html import Html, element
 from heddle.search.curse import Curse, compared, counted, curses, predicted, summary
 from heddle.search.expected_latency import expected_latencies
@@ -35,6 +37,8 @@ FIT_HEADER = [
     "Spearman",
     "Margin",
 ]
+OTHER = {"symbol": "circle-open", "size": 8, "color": TRAINED, "line": {"width": 1.5}}
+MEMBER = {"symbol": "circle", "size": 9, "color": FRONT}
 FRONT_HEADER = ["Spec", "Measurement", "Predicted", "Measured again", "Error"]
 
 
@@ -95,3 +99,31 @@ def percent(value: float | None, *, sign: bool = False) -> str:
 def paragraphs(run: Run) -> list[Html]:
     """The sentences as HTML."""
     return [element("p", line) for line in sentences(run)]
+
+
+def scatter(run: Run) -> list[Figure]:
+    """What was measured of each timed trial against what was predicted of it, one plot a budget."""
+    found = []
+    for budget in run.budgets:
+        axis = next(one for one in axes(run) if one.budget == budget)
+        timed = [
+            (predicted(trial, budget), axis.value(trial), trial) for trial in run.trials if trial.latency
+        ]
+        known = [
+            (figure.limited, value, trial) for figure, value, trial in timed if figure and value is not None
+        ]
+        if not known:
+            continue
+        members = set(run.front)
+        traces = [equal([x for x, *_ in known] + [y for _, y, _ in known])]
+        for name, chosen, look in (
+            ("other trials", thinned([one for one in known if one[2].number not in members]), OTHER),
+            ("Pareto front", [trial for *_, trial in known if trial.number in members], MEMBER),
+        ):
+            at = {trial.number: (x, y) for x, y, trial in known}
+            xs, ys = ([at[trial.number][side] for trial in chosen] for side in (0, 1))
+            traces.append(points(name, chosen, run, xs, ys) | {"marker": look})
+        drawn = layout(f"predicted, {axis.label}", f"measured, {axis.label}")
+        said = f"{axis.plain}: measured against predicted, of the trials of the search"
+        found.append(Figure(slug(f"predicted {budget.label}"), said, traces, drawn))
+    return found

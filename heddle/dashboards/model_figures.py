@@ -30,7 +30,7 @@ def costs(layers: Sequence[Mapping[str, Any]], context: int, batch: int) -> list
         for mixer in sorted({str(layer["mixer"]) for layer in layers}, key=data.natural):
             mine = [layer for layer in layers if layer["mixer"] == mixer]
             values = [layer.get(field, 0) for layer in mine]
-            bars: dict[str, Any] = {"type": "bar", "name": escape(mixer), "marker": _fill(mixer)}
+            bars: dict[str, Any] = {"type": "bar", "name": escape(mixer), "marker": fill(mixer)}
             traces.append(bars | {"x": [layer["index"] for layer in mine], "y": values})
         if not any(value for trace in traces for value in trace["y"]):
             continue
@@ -40,7 +40,8 @@ def costs(layers: Sequence[Mapping[str, Any]], context: int, batch: int) -> list
     return found
 
 
-def _fill(mixer: str) -> dict[str, Any]:
+def fill(mixer: str) -> dict[str, Any]:
+    """How bars of a mixer are filled, in its own colour everywhere."""
     look = look_of(mixer)
     hatch = {"pattern": {"shape": "/", "fgcolor": "#ffffff", "size": 6}} if look.hatched else {}
     return {"color": look.colour, "line": {"width": 0.5, "color": "--dim"}} | hatch

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from math import ceil
 
-from heddle.dashboards import data, figures, sections, words
+from heddle.dashboards import data, figures, latency_section, sections, words
 from heddle.dashboards.axes import axes
 from heddle.dashboards.compare_pages import add_fronts
 from heddle.dashboards.frame import Page, choose, empty, pick, tiles, url
@@ -88,7 +88,7 @@ def front(watched: Watched, query: Query) -> Page:
     if run.trials:
         _plots(page, watched, run, query)
     page.add(*watched.once(run, "front", lambda: _found(run, key)))
-    page.add(_trials(key, run, query))
+    _trials(page, watched, run, query)
     return page
 
 
@@ -167,18 +167,13 @@ def _messages(run: Run) -> Html | None:
     return sections.section("Messages", table(["Time (UTC)", "Level", "Message"], rows))
 
 
-def _trials(key: str, run: Run, query: Query) -> Html:
+def _trials(page: Page, watched: Watched, run: Run, query: Query) -> None:
     """A hundred trials at a time, with boxes to compare some."""
-    state, sort = query.get("state", ""), query.get("sort", "number")
-    chosen = [trial for trial in run.trials if not state or trial.state == state]
-    chosen.sort(key=_sorted_by(sort))
+    state, sort, key = query.get("state", ""), query.get("sort", "number"), watched.key
+    chosen = watched.once(run, ("chosen", state, sort), lambda: _chosen(run, state, sort))
     count = max(1, ceil(len(chosen) / PAGE_OF_TRIALS))
     asked = query.get("page", "1")
     number = min(count, max(1, int(asked))) if asked.isdecimal() and len(asked) < 9 else 1
-    shown = chosen[(number - 1) * PAGE_OF_TRIALS : number * PAGE_OF_TRIALS]
-    measured = [*(task.name for task in run.tasks), *sections.budget_heads(run), "Parameters"]
-    header = ["Compare", "Trial", "State", *measured, "Took", "Layers", "Values", "Reason"]
-    rows = [Row([_box(trial), *_cells(trial, run, key)], sections.look(trial, run)) for trial in shown]
     other = {name: value for name, value in query.items() if name in ("x", "y", "over")}
     picked = pick(choose("State", "state", STATES, state), choose("Order", "sort", SORTS, sort), hidden=other)
     pages = [
@@ -187,17 +182,29 @@ def _trials(key: str, run: Run, query: Query) -> Html:
         if 1 <= at <= count
     ]
     told = f"{len(chosen)} trials, page {number} of {count}"
-    button = element("button", "Compare the chosen", type="submit")
-    compare = element(
-        "form", table(header, rows, numeric=(1, *range(3, 4 + len(measured)))), button, method="get",
-        action=url(key, "compare"),
-    )  # fmt: skip
     inner = (
-        [picked, element("div", told, *pages, cls="pages"), compare]
-        if run.trials
-        else [sections.note("None yet.")]
+        [picked, element("div", told, *pages, cls="pages")] if run.trials else [sections.note("None yet.")]
     )
-    return element("section", element("h2", "All trials", id="trials"), *inner)
+    page.add(element("section", element("h2", "All trials", id="trials"), *inner))
+    if run.trials:
+        # Apart from what is above it, so that other axes leave it as it is.
+        shown = chosen[(number - 1) * PAGE_OF_TRIALS : number * PAGE_OF_TRIALS]
+        page.add(watched.once(run, ("trials", state, sort, number), lambda: _boxes(key, run, shown)))
+
+
+def _chosen(run: Run, state: str, sort: str) -> list[Trial]:
+    return sorted((trial for trial in run.trials if not state or trial.state == state), key=_sorted_by(sort))
+
+
+def _boxes(key: str, run: Run, shown: Sequence[Trial]) -> Html:
+    """Trials with boxes, and the button that compares the ticked."""
+    measured = [*(task.name for task in run.tasks), *sections.budget_heads(run), "Parameters"]
+    header = ["Compare", "Trial", "State", *measured, "Took", "Layers", "Values", "Reason"]
+    rows = [Row([_box(trial), *_cells(trial, run, key)], sections.look(trial, run)) for trial in shown]
+    numbers = table(header, rows, numeric=(1, *range(3, 4 + len(measured))))
+    button = element("button", "Compare the chosen", type="submit")
+    form = element("form", numbers, button, method="get", action=url(key, "compare"))
+    return element("section", form, cls="trials")
 
 
 def _sorted_by(sort: str) -> Callable[[Trial], tuple[float, int]]:
@@ -280,6 +287,8 @@ def latency_page(watched: Watched) -> Page:
     run = watched.run()
     page = Page(f"Latency · {run.name}", watched.key, "Latency")
     page.add(element("header", element("h1", "Latency"), sections.note(run.name)))
+    page.add(sections.predictions(run))
+    page.plots("Measured against predicted", latency_section.scatter(run))
     page.plots("The front timed twice", figures.twice(run))
     page.add(sections.remeasured(run), sections.latencies(run, LATENCIES), sections.environment(run))
     return page

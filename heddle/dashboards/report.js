@@ -2,17 +2,22 @@
 // Draws the figures with the page's own colours, and again when the colour scheme changes.
 (function () {
   const dark = window.matchMedia("(prefers-color-scheme: dark)");
-
+  // Places as far below the window as this are drawn at once with those in it.
+  const MARGIN = 100;
   const drawn = new WeakMap();
+  let figures = [], later = 0, colours = new Map();
 
   function colour(name) {
-    return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+    if (!colours.has(name)) {
+      colours.set(name, getComputedStyle(document.documentElement).getPropertyValue(name).trim());
+    }
+    return colours.get(name);
   }
 
-  // A colour in a figure is the name of a CSS variable.
+  // A colour in a figure is the name of a CSS variable. What has a long list of texts or numbers has none in it.
   function painted(value) {
     if (typeof value === "string" && value.startsWith("--")) return colour(value);
-    if (Array.isArray(value)) return value.map(painted);
+    if (Array.isArray(value)) return typeof value[0] === "object" || /^--/.test(value[0]) ? value.map(painted) : value;
     if (value && typeof value === "object") {
       return Object.fromEntries(Object.entries(value).map(([key, inner]) => [key, painted(inner)]));
     }
@@ -26,12 +31,28 @@
     );
   }
 
+  function placeOf(index) {
+    return document.getElementById("plot-" + index);
+  }
+
+  // Drawing takes most of the time of a page; what is as it was stays.
+  function told(figure) {
+    return (figure.digest || JSON.stringify(figure)) + dark.matches;
+  }
+
+  function isWaiting(figure, index) {
+    const place = placeOf(index);
+    return place && drawn.get(place) !== told(figure);
+  }
+
+  function isNear(index) {
+    const { top, bottom } = placeOf(index).getBoundingClientRect();
+    return bottom > -MARGIN && top < window.innerHeight + MARGIN;
+  }
+
   function drawOne(figure, index) {
-    const place = document.getElementById("plot-" + index);
-    const told = JSON.stringify(figure) + dark.matches;
-    // Drawing takes most of the time of a page; what is as it was stays.
-    if (!place || drawn.get(place) === told) return;
-    drawn.set(place, told);
+    const place = placeOf(index);
+    drawn.set(place, told(figure));
     const layout = Object.assign(
       {
         legend: { orientation: "h", x: 0, y: -0.26, yanchor: "top" },
@@ -57,13 +78,44 @@
     if (window.heddleDrawn) window.heddleDrawn(place);
   }
 
-  function draw() {
-    const held = document.getElementById("figures");
-    if (held) JSON.parse(held.textContent).forEach(drawOne);
-    document.documentElement.dataset.drawn = "yes";
+  // The plots out of sight one by one, whenever the browser has nothing else to do.
+  function soon() {
+    const wait = window.requestIdleCallback || ((act) => setTimeout(act, 50));
+    const turn = ++later;
+    wait(function () {
+      if (turn !== later) return;
+      const index = figures.findIndex(isWaiting);
+      if (index < 0) return;
+      drawOne(figures[index], index);
+      soon();
+    });
   }
 
+  function drawAll(wanted) {
+    figures.forEach(function (figure, index) {
+      if (isWaiting(figure, index) && wanted(index)) drawOne(figure, index);
+    });
+  }
+
+  function draw(fresh) {
+    if (fresh) figures = fresh;
+    colours = new Map();
+    // First what is seen: all places are looked at before a plot makes the page lay itself out anew.
+    const near = new Set(figures.map((figure, index) => index).filter((index) => placeOf(index) && isNear(index)));
+    drawAll((index) => near.has(index));
+    document.documentElement.dataset.drawn = "yes";
+    soon();
+  }
+
+  function scrolled() {
+    drawAll(isNear);
+  }
+
+  const held = document.getElementById("figures");
   window.heddleDraw = draw;
-  draw();
-  dark.addEventListener("change", draw);
+  window.heddleFigures = () => figures;
+  draw(held ? JSON.parse(held.textContent) : []);
+  dark.addEventListener("change", () => draw());
+  window.addEventListener("scroll", scrolled, { passive: true });
+  window.addEventListener("beforeprint", () => drawAll(() => true));
 })();

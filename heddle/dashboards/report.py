@@ -13,6 +13,9 @@ from heddle.search.durable import write_whole
 from heddle.search.record import Run
 
 FILE = "report.html"
+# plotly.js 4.1.1 with its Cartesian plots alone (npm: plotly.js-cartesian-dist-min): a browser reads all of plotly three
+# times as long, and that was most of the time to a first view.
+PLOTLY = "plotly/plotly-cartesian.min.js"
 
 
 def write_report(run: Run, out: Path) -> Path:
@@ -44,13 +47,11 @@ def page(run: Run) -> Html:
 def _scripts(drawn: list[Figure]) -> list[Html]:
     if not drawn:
         return []
-    from plotly.offline import get_plotlyjs
-
     # "<" cannot end the script element, nor open another, when it is written as an escape.
     figures_json = json.dumps([figure.plain() for figure in drawn], allow_nan=False).replace("<", "\\u003c")
     return [
         element("script", Html(figures_json), type="application/json", id="figures"),
-        element("script", Html(get_plotlyjs())),
+        element("script", Html(_resource(PLOTLY))),
         element("script", Html(_resource("report.js"))),
     ]
 

@@ -31,6 +31,7 @@ from heddle.dashboards import bench_page, compare_pages, pages, trial_pages
 from heddle.dashboards.doors import BOARD, Doors, tools_page
 from heddle.dashboards.frame import Page, empty, url, whole
 from heddle.dashboards.html import element
+from heddle.dashboards.report import PLOTLY
 from heddle.dashboards.site import Site, Watched, open_site
 from heddle.dashboards.training_page import training_page
 from heddle.dashboards.wsgi import Behind
@@ -38,6 +39,8 @@ from heddle.errors import HeddleError
 from heddle.search.costs import graph_picture
 
 TOKEN = "heddle-token"
+# Names the sections and figures that a page has, by their digests.
+HAS = "heddle-has"
 # How often the files of a run are looked at, and how often a quiet page is told that the server lives.
 LOOK_S, QUIET_S = 0.5, 15.0
 # How often a page is told while a large run is being read.
@@ -197,7 +200,7 @@ class Views:
             return RedirectResponse(url(next(iter(self.site.runs()))), 303)
         if self.site.is_training:
             return RedirectResponse(url(None, "training", self.site.trainings()[0]), 303)
-        return self._follow_all(lambda: pages.overview(self.site, request.query_params))
+        return self._follow_all(lambda: pages.overview(self.site, request.query_params), request)
 
     def training(self, request: Request) -> Response:
         return self._send(training_page(self.site, request.path_params["key"]))
@@ -206,14 +209,14 @@ class Views:
         """Trials of several runs."""
         query = request.query_params
         places = _places(query)
-        return self._follow_all(lambda: compare_pages.compare_runs_page(self.site, places, query))
+        return self._follow_all(lambda: compare_pages.compare_runs_page(self.site, places, query), request)
 
-    def _follow_all(self, make: Callable[[], Page]) -> Response:
+    def _follow_all(self, make: Callable[[], Page], request: Request) -> Response:
         """A page of all runs, with the versions that it is newer than."""
         seen = _digest([one.key + one.seen() for one in self.site.runs().values()])
         page = make()
         page.seen = seen
-        return self._send(page)
+        return self._send(page, request=request)
 
     def kernels(self, request: Request) -> Response:
         if self.site.bench is None:
@@ -225,22 +228,22 @@ class Views:
 
         def view(request: Request) -> Response:
             watched = self.site.watched(request.path_params["key"])
-            return self._follow(watched, lambda: make(watched, request.query_params))
+            return self._follow(watched, lambda: make(watched, request.query_params), request)
 
         return view
 
-    def _follow(self, watched: Watched, make: Callable[[], Page]) -> Response:
+    def _follow(self, watched: Watched, make: Callable[[], Page], request: Request | None = None) -> Response:
         """A page with the version that it shows or is newer than."""
         watched.run()
         seen = _digest([watched.key + watched.seen()])
         page = make()
         page.seen = seen
-        return self._send(page)
+        return self._send(page, request=request)
 
     def trial(self, request: Request) -> Response:
         watched = self.site.watched(request.path_params["key"])
         number = _number(request.path_params["number"])
-        return self._follow(watched, lambda: trial_pages.trial_page(watched, number))
+        return self._follow(watched, lambda: trial_pages.trial_page(watched, number), request)
 
     def open(self, request: Request) -> Response:
         """To another program's page, which shows the run as it stands now."""
@@ -260,7 +263,7 @@ class Views:
         if held is None:
             return self.missing(request, None)
         body, kind = held
-        # Plotly is large and changes with its package alone.
+        # Plotly is large and changes with heddle's version alone.
         keep = {"cache-control": "max-age=3600"} if kind == "text/javascript" and len(body) > 1e6 else {}
         return Response(body, media_type=kind, headers=keep)
 
@@ -270,12 +273,7 @@ class Views:
         if name not in kinds:
             return None
         if name not in self._assets:
-            folder = resources.files("plotly" if name == "plotly.js" else "heddle.dashboards")
-            file = (
-                folder.joinpath("package_data", "plotly.min.js")
-                if name == "plotly.js"
-                else folder.joinpath(name)
-            )
+            file = resources.files("heddle.dashboards").joinpath(PLOTLY if name == "plotly.js" else name)
             self._assets[name] = (file.read_bytes(), kinds[name])
         return self._assets[name]
 
@@ -326,8 +324,10 @@ class Views:
     def missing(self, request: Request, error: Exception | None) -> Response:  # noqa: ARG002
         return self._send(_told("There is no such page", "The pages are named above."), 404)
 
-    def _send(self, page: Page, status: int = 200) -> HTMLResponse:
-        return HTMLResponse(whole(page, self._nav(page)), status)
+    def _send(self, page: Page, status: int = 200, request: Request | None = None) -> HTMLResponse:
+        # What the script that asks has already need not be sent again.
+        has = set(request.headers.get(HAS, "").split(",")) if request is not None else set()
+        return HTMLResponse(whole(page, self._nav(page), has), status)
 
     def _nav(self, page: Page) -> list[tuple[str, str]]:
         """Pages with something to show."""

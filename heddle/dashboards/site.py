@@ -24,6 +24,8 @@ LOGS = "logs"
 TRAIN_FILE = "train.json"
 # As in `heddle.search.study`, whose import takes a second.
 JOURNAL_FILE = "study.journal"
+# As in `heddle.search.latency_model.find`, whose import brings PyTorch.
+MODEL_FILE = "latency_model.json"
 # What is read of a run, besides single logs.
 READ = (RUN_FILE, EVENTS_FILE, CONFIRM_FILE, LEDGER_FOLDER)
 # A log is shown from its end, where the failure is told.
@@ -103,6 +105,11 @@ class Watched:
         """Optuna's journal of the study; None where the run has none."""
         path = self.folder / JOURNAL_FILE
         return path if self._inside(path) else None
+
+    def latency_model(self) -> str | None:
+        """The latency model that the search goes by, as it was written; None where the run has none."""
+        path = self.folder / MODEL_FILE
+        return path.read_text("utf-8") if self._inside(path) else None
 
     def _inside(self, path: Path) -> bool:
         """Whether `path` is a file of the run itself, also when links are followed."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 
-from heddle.dashboards import data, model_figures, sections, words
+from heddle.dashboards import block_times, data, model_figures, sections, words
 from heddle.dashboards.frame import Page, copyable, empty, tiles, url
 from heddle.dashboards.html import Html, element, table
 from heddle.dashboards.site import Watched
@@ -26,16 +26,33 @@ def find(run: Run, number: int) -> Trial:
 def trial_page(watched: Watched, number: int) -> Page:
     """One trial: its layers, costs, timings, scores, curves, logs and spec."""
     run, key = watched.run(), watched.key
-    trial = find(run, number)
+    try:
+        trial = find(run, number)
+    except HeddleError:
+        if watched.follower.share_read >= 1:
+            raise
+        return _not_yet(watched, number)
     name = data.name_of(trial, run)
     page = Page(f"{name} · {run.name}", key, "Front")
     page.add(_head(key, run, trial), _fate(trial))
     if trial.layers:
         _model(page, watched, run, trial)
+    _predicted(page, watched, run, trial)
     _timed(page, trial)
     page.add(_scores(run, trial), _rungs(run, trial))
     page.plots("Training", model_figures.curves([(name, trial)]))
     page.add(_params(trial), _logs(watched, trial), _spec(run, trial))
+    return page
+
+
+def _not_yet(watched: Watched, number: int) -> Page:
+    """What stands at a trial of a large run before the record was read that far; the page comes by itself."""
+    page = Page(f"trial {number}", watched.key, "Front")
+    share = 100 * watched.follower.share_read
+    said = f"The record is being read: {share:.0f} %. This trial was not met yet."
+    page.add(
+        element("header", element("h1", f"trial {number}")), empty(said, "It is shown as soon as it is.")
+    )
     return page
 
 
@@ -95,6 +112,28 @@ def _model(page: Page, watched: Watched, run: Run, trial: Trial) -> None:
             alt=f"Graph of {len(layers)} layers with shared blocks and what layers take from each other",
         )  # fmt: skip
         page.add(sections.section("Graph", element("details", element("summary", "Show the graph"), picture)))
+
+
+def _predicted(page: Page, watched: Watched, run: Run, trial: Trial) -> None:
+    """The time of each block as the run's latency model has it; nothing in a run without one."""
+    try:
+        times = watched.once(
+            run, ("blocks", trial.number), lambda: block_times.block_times(watched, run, trial)
+        )
+    except (HeddleError, ValueError, KeyError, TypeError) as error:
+        page.add(
+            empty("The latency model of this run cannot be read, so there are no times of blocks:", error)
+        )
+        return
+    if times:
+        told = sections.note(
+            "By the latency model that the search went by, fitted to whole models: the times of blocks are its terms, and no "
+            "block was timed alone. It was fitted beside the reference, maybe on another day; where all timings of the search "
+            "are slower or faster by one factor, the machine was."
+        )
+        numbers = table(block_times.HEADER, block_times.rows(times), numeric=range(2, 5))
+        details = element("details", element("summary", "The parts as a table"), numbers)
+        page.plots("Predicted time of each block", block_times.stacked(times), told, details)
 
 
 def _timed(page: Page, trial: Trial) -> None:

@@ -4,7 +4,9 @@
 
 Start is from the command to its address; first view is of Chromium's first page of a server that has read nothing, to its
 plots drawn; read is from the start to the last trial read. The interactions come after that, from the choice or the click
-to the new page drawn, plots included; a hover is from the pointer to its label. Needs Chromium.
+to the new page drawn, with all plots in the window (those out of sight are drawn when nothing else is to do); a trial is opened
+by its link in the table, and once more by its address, which loads the scripts anew; a hover is from the pointer to its label.
+Needs Chromium.
 """
 
 from __future__ import annotations
@@ -173,18 +175,19 @@ def _changed(page: Any, act: Any, seen: str) -> float:
 
 def _interactions(page: Any, address: str) -> dict[str, list[float]]:
     """Milliseconds of what a user does on the front, five times each."""
-    names = ("choose_axes", "filter", "page_of_trials", "open_trial", "hover")
+    names = ("choose_axes", "filter", "page_of_trials", "hover", "open_trial", "load_trial")
     found: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(5):
         page.goto(address)
         page.wait_for_selector("html[data-drawn]")
-        choose = page.get_by_label("Across")
+        # Found beforehand: the search for a label in a large page is no part of what a user waits for.
+        choose = page.get_by_label("Across").element_handle()
         title = "#plot-0 .xtitle:has-text('parameters')"
         found["choose_axes"].append(_changed(page, lambda box=choose: box.select_option("parameters"), title))
-        state = page.get_by_label("State")
+        state = page.get_by_label("State").element_handle()
         only = ".pages:not(:has-text('page 1 of 100'))"
         found["filter"].append(_changed(page, lambda box=state: box.select_option("failed"), only))
-        later = page.get_by_role("link", name="later →")
+        later = page.get_by_role("link", name="later →").element_handle()
         second = ".pages:has-text('page 2 of')"
         found["page_of_trials"].append(_changed(page, lambda link=later: link.click(), second))
         point = page.locator("#plot-0 .scatterlayer .trace path.point").nth(100 + turn)
@@ -194,7 +197,12 @@ def _interactions(page: Any, address: str) -> dict[str, list[float]]:
         place = (box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
         label = "#plot-0 .hoverlayer .hovertext"
         found["hover"].append(_changed(page, lambda at=place: page.mouse.move(*at), label))
-        found["open_trial"].append(_drawn(page, lambda at=turn: page.goto(f"{address}/trial/{at + 4}")))
+        page.goto(address)
+        page.wait_for_selector("html[data-drawn]")
+        trial = page.locator(f"a[href$='/trial/{turn + 4}']").first.element_handle()
+        shown = f"html[data-drawn] h1:has-text('trial {turn + 4}')"
+        found["open_trial"].append(_changed(page, lambda link=trial: link.click(), shown))
+        found["load_trial"].append(_drawn(page, lambda at=turn: page.goto(f"{address}/trial/{at + 9}")))
     return found
 
 

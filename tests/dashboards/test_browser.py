@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from browsing import chromium, chromium_path, serving
+from latency_models import with_model, with_predictions
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from heddle import api
@@ -79,6 +80,7 @@ def test_a_search_is_followed_to_a_trial_a_comparison_and_an_export(
             file.write(b"".join(lines[9:]))
         expect(page.locator("main")).to_contain_text("Trial 4 wins with")
         assert page.evaluate("window.same"), "the page was loaded again"
+        assert page.locator("[data-live]:empty").count() == 0
         # Two trials of the made-up run have one score in the other task.
         _open(page, f"{base}/run/run?y=task:text")
         page.locator("#plot-0").scroll_into_view_if_needed()
@@ -145,7 +147,7 @@ def test_axe_finds_nothing_serious(browser: Browser, make_run: MakeRun, tmp_path
     # A plot is one picture with a caption; what it is drawn of is plotly's.
     context = {"exclude": [[".plot > *"]]}
     page, wrong = _watched(browser, color_scheme=theme, viewport={"width": 1280, "height": 800})
-    with serving(make_run(), bench=_few_rows(tmp_path)) as base:
+    with serving(with_predictions(with_model(make_run())), bench=_few_rows(tmp_path)) as base:
         for path in LOOKED_AT[theme]:
             _open(page, base + path)
             for fault in axe.run(page, context, RULES[theme]).response["violations"]:
@@ -158,7 +160,7 @@ def test_axe_finds_nothing_serious(browser: Browser, make_run: MakeRun, tmp_path
 
 def test_no_page_is_wider_than_a_phone(browser: Browser, make_run: MakeRun, tmp_path: Path) -> None:
     page, wrong = _watched(browser, viewport={"width": 390, "height": 780})
-    with serving(make_run(), bench=_few_rows(tmp_path)) as base:
+    with serving(with_predictions(with_model(make_run())), bench=_few_rows(tmp_path)) as base:
         for path in EVERYTHING:
             _open(page, base + path)
             assert page.evaluate("document.documentElement.scrollWidth - window.innerWidth") <= 0, path
@@ -184,6 +186,28 @@ def test_runs_side_by_side_are_whole_on_a_phone_and_without_fault(browser: Brows
         page.get_by_label("Across").select_option("parameters")
         page.wait_for_url("**x=parameters**")
         assert page.url.count("t=") == 2
+        page.context.close()
+    assert not wrong
+
+
+def test_a_section_that_moves_up_keeps_what_is_in_it(browser: Browser, make_run: MakeRun) -> None:
+    # Of two pages with as many sections, "Plots" is the fourth of one and the third of the other.
+    page, wrong = _watched(browser)
+    with serving(make_run()) as base:
+        _open(page, f"{base}/run/run")
+        heads = page.locator("[data-live]")
+        page.evaluate("""() => {
+            const all = [...document.querySelectorAll("[data-live]")];
+            all.at(-1).remove();
+            const extra = all[0].cloneNode(true);
+            extra.dataset.live = "00000000";
+            all[0].before(extra);
+        }""")
+        page.get_by_label("Best so far over").select_option("device")
+        page.wait_for_url("**over=device**")
+        expect(heads.first).not_to_have_attribute("data-live", "00000000")
+        assert page.locator("[data-live]:empty").count() == 0
+        expect(page.locator("#plot-1")).to_contain_text("minutes of evaluations")
         page.context.close()
     assert not wrong
 

@@ -351,6 +351,38 @@ def test_the_first_view_of_a_large_run_reads_little_and_no_page_reads_twice(
     assert len(watched.run().events) == lines
 
 
+def test_what_a_page_has_is_not_sent_again(make_run: MakeRun) -> None:
+    asked = client(make_run())
+    whole = asked.get("/run/run").text
+    digests = re.findall(r'data-live="([0-9a-f]{8})"', whole)
+    figures = json.loads(re.search(r'id="figures">(.*?)</script>', whole)[1])  # type: ignore[index]
+    held = ",".join([*digests, *(figure["digest"] for figure in figures)])
+    again = asked.get("/run/run", headers={server.HAS: held}).text
+    assert re.findall(r'data-live="([0-9a-f]{8})" data-same=""></div>', again) == digests
+    assert len(again) < len(whole) / 5
+    # Other axes: one figure and the choice above it, and not the table of trials below.
+    other = asked.get("/run/run?x=parameters", headers={server.HAS: held}).text
+    sent = json.loads(re.search(r'id="figures">(.*?)</script>', other)[1])  # type: ignore[index]
+    assert ["data" in figure for figure in sent] == [True, False]
+    assert 'action="/run/run/compare"' in whole
+    assert 'action="/run/run/compare"' not in other
+
+
+def test_a_trial_that_was_not_read_yet_is_waited_for(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(site, "PATIENCE_LINES", 5)
+    asked = client(make_run())
+    early = asked.get("/run/run/trial/12")
+    assert early.status_code == 200
+    assert "was not met yet" in early.text
+    assert "data-events" in early.text
+    monkeypatch.setattr(site, "PATIENCE_LINES", 10_000)
+    monkeypatch.setattr(site, "RECENT_S", 0.0)
+    assert "loss-not-finite" in asked.get("/run/run/trial/12").text
+    assert asked.get("/run/run/trial/99").status_code == 404
+
+
 @pytest.fixture
 def served(make_run: MakeRun) -> Iterator[tuple[Path, str]]:
     """A run and the address of a real server, in a process as a user starts it."""

@@ -17,7 +17,7 @@ from heddle.search.record import read_run
 
 MakeRun = Callable[..., Path]
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>&\"'`{{7*7}}"
-LARGEST = 6_000_000
+LARGEST = 2_000_000
 
 
 class _Page(HTMLParser):
