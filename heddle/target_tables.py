@@ -44,7 +44,7 @@ def _served(name: str, server: Mapping[str, Any] | None) -> str:
 
 def show_imported(result: ImportResult) -> None:
     """Where the spec and the weights lie, and what to do with them."""
-    told = f"read a {result.target} of {result.parameters:,} parameters as the spec of hash {result.hash}"
+    told = f"read {result.target}, {result.parameters:,} parameters, as the spec of hash {result.hash}"
     console().print(told)
     path = result.path
     next_steps(
