@@ -39,11 +39,12 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Three workers for two cores: a third of the time tests wait for processes that they started.
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not gpu and not long'
+	$(BIN)/python -m pytest -n 3 --durations 25 --durations-min 5 --dist loadfile --no-loadscope-reorder -m 'not gpu and not long'
 
 test-fast: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not gpu and not long and not slow'
+	$(BIN)/python -m pytest -n 3 --durations 25 --durations-min 5 --dist loadfile --no-loadscope-reorder -m 'not gpu and not long and not slow'
 
 test-long: $(INSTALLED)
 	$(BIN)/python tests/bench/long_tests.py
