@@ -90,6 +90,8 @@ class Workers:
     ) -> None:
         self._wanted, self._address, self._env = device, address, WORKER_ENV | dict(env or {})
         self._guard: watch.Guard | None = None
+        # Ray's own processes that this one started.
+        self._roots: watch.Processes = {}
         self._owned = False
 
     def __enter__(self) -> Workers:
@@ -137,8 +139,19 @@ class Workers:
                 _system_config={"idle_worker_killing_time_threshold_ms": KEEP_IDLE_MS},
                 **options,
             )
+            self._roots = watch.ray_roots(os.getpid())
             return
         cluster.join(self._address, self._env, **options)
+
+    def _require_ray(self) -> None:
+        """Raises HeddleError "cluster-lost" where no call can come back: Ray itself would wait for ever.
+
+        Of Ray on this machine it is seen at once. Ray notices after some 13 s, and may then end this process without a word: its
+        connection to the object store is broken (ray 2.60).
+        """
+        is_lost = watch.ray_roots(os.getpid()).keys() < self._roots.keys()
+        if is_lost or not any(node["Alive"] for node in ray.nodes()):
+            raise _cluster_lost()
 
     def warm_up(self) -> None:
         """Let every worker process start and import torch and transformers while the caller goes on."""
@@ -177,12 +190,14 @@ class Workers:
                 flying[remote().remote(_call_of(job), self.device, *job.arguments)] = (job, time.monotonic())
             done, _ = ray.wait(list(flying), timeout=TICK_S)
             if not done:
-                _require_a_node()
+                self._require_ray()
             watcher.tick()
             for reference in done:
                 job, began = flying.pop(reference)
                 answer = replace(_answer(job, reference), wall_s=round(time.monotonic() - began, 3))
                 answer = _timed_out(answer)
+                if answer.code == "worker-died":
+                    self._require_ray()
                 if answer.code in MADE_AGAIN and job.attempt <= RETRIES:
                     waiting.appendleft(replace(job, attempt=job.attempt + 1))
                 else:
@@ -230,12 +245,6 @@ def _answer(job: Job, reference: Any) -> Answer:
     if isinstance(outcome.error, HeddleError):
         return Answer(job, code=outcome.error.code, message=outcome.error.what, log=outcome.log)
     return Answer(job, code="evaluation-failed", message=_first_line(outcome.error), log=outcome.log)
-
-
-def _require_a_node() -> None:
-    """Raises HeddleError "cluster-lost" where no call can come back: Ray itself would wait for ever."""
-    if not any(node["Alive"] for node in ray.nodes()):
-        raise _cluster_lost()
 
 
 def _cluster_lost() -> HeddleError:
