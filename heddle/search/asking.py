@@ -1,4 +1,4 @@
-"""What a search asks for: which specs the next round is made of, from Optuna, from the placement solver, or from both."""
+"""What a search asks for: the specs of the next round, their values from Optuna, their layers from the placement solver."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from heddle.search.learnt import Learnt
 from heddle.search.progress import Progress
 from heddle.search.record import LEDGER_FOLDER, REFERENCE, Figure, Trial, assemble, trial_file
 from heddle.search.setting import Setting
-from heddle.search.solved import solved
 from heddle.search.study import Study
 from heddle.specs import to_yaml
 
@@ -76,18 +75,10 @@ class Asking:
             self.study.adopt(number)
             self._settle(number)
         while not was_told and count < last and not is_over() and not self._is_exhausted():
-            self._solve(count)
             pending.append(self.study.ask())
             self._settle(pending[-1])
             count += 1
         return pending
-
-    def _solve(self, number: int) -> None:
-        """Have trial `number` be one that the solver chooses whole, where it does."""
-        learnt = self._learnt_for(number)
-        one = solved(self.setting.file, learnt, number, self._is_asked_before(number), seed=self.setting.seed)
-        if one is not None:
-            self.study.enqueue(one.values, {"layers": list(one.layers)})
 
     def _is_exhausted(self) -> bool:
         """Whether every spec of the space was asked for."""
@@ -147,7 +138,7 @@ class Asking:
             self.setting.file,
             values,
             learnt.history,
-            self._is_asked_before(number),
+            lambda spec: self.first.get(spec, number) < number,
             seed=self.setting.seed,
             number=number,
             timed=learnt.timed,
@@ -157,7 +148,3 @@ class Asking:
     def _learnt_for(self, number: int) -> Learnt:
         """What the rounds before the trial's own say, and they alone."""
         return self._learnt.until(number // self.setting.round * self.setting.round, self.trials)
-
-    def _is_asked_before(self, number: int) -> Callable[[str], bool]:
-        """Whether a trial before `number` has the spec of a hash."""
-        return lambda spec: self.first.get(spec, number) < number

@@ -21,8 +21,6 @@ class Learnt:
         self.history, self.timed = History(), list[Timed]()
         self._ended = list[Trial]()
         self._tried = set[tuple[str, tuple[str, ...]]]()
-        # The best trained trial of each setting of the parameters besides the numbers of layers: its quality and its values.
-        self._settings = dict[str, tuple[float, Mapping[str, Any]]]()
 
     def until(self, number: int, trials: Mapping[int, Trial]) -> Learnt:
         """This with all trials up to `number`, itself left out: they have ended, and change no more."""
@@ -38,26 +36,17 @@ class Learnt:
         elif new:
             # Which rung they learn from may have changed for all.
             self._ended += new
-            self.history, self._settings = History(), {}
+            self.history = History()
             self._learn(at_one_rung(self._ended, self._rungs))
         return self
 
     def _learn(self, scored: Iterable[tuple[Trial, float]]) -> None:
         for trial, quality in scored:
-            outer = space.outer(self._file, trial.params)
-            self.history.append(Seen(trial.layers, outer, quality))
-            best = self._settings.get(_key(outer))
-            if best is None or quality > best[0]:
-                self._settings[_key(outer)] = quality, trial.params
+            self.history.append(Seen(trial.layers, space.outer(self._file, trial.params), quality))
 
     def is_tried(self, values: Mapping[str, Any], layers: tuple[str, ...]) -> bool:
         """Whether one of these trials had those very values and layers: known without making its spec."""
         return (_key(values), layers) in self._tried
-
-    def settings(self, most: int) -> list[Mapping[str, Any]]:
-        """The values of the best trained trial of each setting of the other parameters, the best first."""
-        ranked = sorted(self._settings.values(), key=lambda one: -one[0])
-        return [values for _, values in ranked[:most]]
 
 
 def _key(values: Mapping[str, Any]) -> str:

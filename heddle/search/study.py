@@ -146,9 +146,7 @@ class Study:
         self._live: dict[int, optuna.Trial] = {}
         # Of this driver's own: to list all trials takes a storage as long as they are many.
         trials = self.trials
-        # One that was enqueued and not asked for, by a driver that died in between.
-        self._is_waiting = any(trial.state == TrialState.WAITING for trial in trials)
-        self._count = len(trials) - self._is_waiting
+        self._count = len(trials)
         self._unfinished = {trial.number for trial in trials if trial.state == TrialState.RUNNING}
         self._adopted: set[int] = set()
 
@@ -185,32 +183,15 @@ class Study:
         def attempt() -> int:
             if self._hold is not None:
                 self._hold.renew()
-            if next(tries) and self._is_begun(number):
+            if next(tries) and len(self.trials) > number:
                 # The storage made it, and went away before it could say so.
                 self.adopt(number)
                 return number
             return self._open(number, self._study.ask)
 
         self._count = self._patiently(attempt) + 1
-        self._is_waiting = False
         self._unfinished.add(number)
         return number
-
-    def enqueue(self, values: Mapping[str, Any], attrs: Mapping[str, Any]) -> None:
-        """Have the next trial that is asked for take these values and user attributes, where none is waiting already."""
-        tries = count()
-
-        def attempt() -> None:
-            if not next(tries) or len(self.trials) == self._count:
-                self._study.enqueue_trial(dict(values), user_attrs=dict(attrs))
-
-        if not self._is_waiting:
-            self._patiently(attempt)
-            self._is_waiting = True
-
-    def _is_begun(self, number: int) -> bool:
-        trials = self.trials
-        return len(trials) > number and trials[number].state != TrialState.WAITING
 
     def adopt(self, number: int) -> None:
         """Take over a RUNNING trial of a driver that died, as if it had just been asked for.

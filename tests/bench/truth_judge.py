@@ -24,7 +24,6 @@ import json
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from itertools import pairwise, product
 from pathlib import Path
 from statistics import mean
@@ -33,15 +32,13 @@ from typing import Any
 import numpy as np
 import optuna
 
-from heddle.search.placement import Budget, Question, Seen, Timed, WholeQuestion, propose, propose_whole
+from heddle.search.placement import Budget, Question, Seen, Timed, propose
 from heddle.search.placement.loop import Effort, Loop
 from heddle.specs import uniform_layers
 
 HERE = Path(__file__).parent
 ROWS, RESULTS = HERE / "results" / "truth_8x2.jsonl", HERE / "results" / "evidence-truth.jsonl"
 EVALUATIONS, LOOKS = 25, (5, 13, 25)
-# Trials of a search before the solver chooses the number of layers.
-STARTUP = 4
 QUANTILES = (0.25, 0.5, 0.75)
 # Which task's score is better higher.
 TASKS = {"mqar": 1.0, "text": -1.0}
@@ -145,9 +142,9 @@ def by_ranking(ask: Judge, seed: int) -> None:  # noqa: ARG001
             ask(layers)
 
 
-def by_search(ask: Judge, seed: int, *, solves_counts: bool = True) -> None:
-    """What `heddle search` does, in rounds of 4: the first trials as Optuna draws the number of full layers; then the solver
-    chooses that too."""
+def by_search(ask: Judge, seed: int) -> None:
+    """What `heddle search` does, in rounds of 4: Optuna draws the number of full layers, the solver places them within what the
+    timings so far say. Trials over the budget are timed alone."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     length, names = ask.truth.length, ("linear", "full")
     study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed))
@@ -157,21 +154,12 @@ def by_search(ask: Judge, seed: int, *, solves_counts: bool = True) -> None:
             return
         if number % 4 == 0:
             known, costs = list(history), list(timed)
-        layers = None
-        if solves_counts and number >= STARTUP:
-            ranges = dict.fromkeys(names, (0, length))
-            question = WholeQuestion(names, length, ranges, [{}], lambda _, one: one in seen, costs)
-            found = propose_whole(question, known, seed=seed, number=number)
-            layers = found[1] if found else None
-        if layers is not None:
-            study.enqueue_trial({"full": layers.count("full")})
         trial = study.ask()
         count = trial.suggest_int("full", 0, length)
-        if layers is None:
-            uniform = tuple(names[kind] for kind in spread(length, count))
-            counts = {"full": count, "linear": length - count}
-            asked = Question(counts, {}, uniform, seen.__contains__, timed=costs)
-            layers = propose(asked, known, seed=seed, number=number)
+        uniform = tuple(names[kind] for kind in spread(length, count))
+        counts = {"full": count, "linear": length - count}
+        asked = Question(counts, {}, uniform, seen.__contains__, timed=costs)
+        layers = propose(asked, known, seed=seed, number=number)
         placed = tuple(names.index(name) for name in layers)
         timed.append(Timed(layers, {}, {"decode": ask.truth.ms[placed] / ask.budget}))
         if not ask.fits(placed) or layers in seen:
@@ -202,7 +190,6 @@ WAYS: dict[str, Way] = {
     "greedy": by_greedy,
     "additive top-K": by_ranking,
     "loop": by_loop,
-    "search, counts drawn": partial(by_search, solves_counts=False),
     "heddle search": by_search,
 }
 

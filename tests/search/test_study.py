@@ -187,20 +187,3 @@ def test_a_database_url_is_taken_as_storage(tmp_path: Path) -> None:
     again = Study(open_storage(tmp_path, url), "run", TASKS, sampler="tpe", seed=0, startup=2)
     assert len(again.trials) == 1
     assert not (tmp_path / JOURNAL_FILE).exists()
-
-
-def test_an_enqueued_trial_takes_its_values_once_also_after_a_kill_before_it_is_asked_for(
-    tmp_path: Path,
-) -> None:
-    one = study(tmp_path)
-    one.enqueue({"width": 7, "kind": "b"}, {"layers": ["a"]})
-    # The driver dies here; the next one would have chosen the same.
-    again = study(tmp_path)
-    assert (again.count, again.unfinished) == (0, [])
-    again.enqueue({"width": 7, "kind": "b"}, {"layers": ["a"]})
-    number = again.ask()
-    assert (number, again.attr(number, "layers"), draw(again, number)) == (0, ["a"], (7, "b"))
-    tell(again, number, 7)
-    other = again.ask()
-    assert (other, again.attr(other, "layers")) == (1, None)
-    assert [trial.number for trial in again.trials] == [0, 1]

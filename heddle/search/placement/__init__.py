@@ -9,7 +9,6 @@ from heddle.search.placement.nearest import nearest
 from heddle.search.placement.problem import Budget, Problem, Solution, count_budget
 from heddle.search.placement.proposals import Question, propose
 from heddle.search.placement.quality import QualityModel
-from heddle.search.placement.whole import WholeQuestion, propose_whole
 
 __all__ = [
     "Answer",
@@ -23,12 +22,10 @@ __all__ = [
     "Seen",
     "Solution",
     "Timed",
-    "WholeQuestion",
     "best_assignment",
     "count_budget",
     "curve",
     "nearest",
     "propose",
-    "propose_whole",
     "solve",
 ]

@@ -35,21 +35,16 @@ class Sums:
     def __init__(self, kinds: Sequence[str], length: int) -> None:
         self.length = length
         self._index = {kind: place for place, kind in enumerate(kinds)}
-        self.own = (len(kinds) - 1) * length + len(kinds) ** 2
+        self._own = (len(kinds) - 1) * length + len(kinds) ** 2
         self._values: dict[tuple[str, str], int] = {}
         self.count, self._shift = 0, 0.0
         # Room grows in steps; qualities are counted from the first one, so that close ones keep their digits.
-        self._xx, self._xy, self._x = _room(self.own)
+        self._xx, self._xy, self._x = _room(self._own)
         self._y = self._yy = 0.0
 
     @property
-    def values(self) -> list[tuple[str, str]]:
-        """The values of parameters, (name, repr), in the order of their indicators, which stand after `own` others."""
-        return list(self._values)
-
-    @property
     def width(self) -> int:
-        return self.own + len(self._values)
+        return self._own + len(self._values)
 
     def add(self, one: Seen) -> None:
         if self.count == 0:

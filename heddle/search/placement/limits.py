@@ -57,40 +57,6 @@ def latency_budgets(
     return tuple(found)
 
 
-@dataclass(frozen=True, slots=True)
-class CountLimit:
-    """What the numbers of layers alone are predicted to take of a budget: constant + Σ_k each[k] n_k ≤ 1. each: [kinds]"""
-
-    label: str
-    constant: float
-    each: Array
-
-
-def count_limits(
-    timed: Sequence[Timed], kinds: Sequence[str], length: int, params: Mapping[str, Any]
-) -> tuple[CountLimit, ...]:
-    """For each budget that was timed often enough, what so many layers of each kind take with these parameters.
-
-    The regression of `latency_budgets` without the boundaries, which matter little beside the numbers.
-    """
-    known = sorted({(name, repr(value)) for one in timed for name, value in one.params.items()})
-    found = []
-    for label in sorted({label for one in timed for label in one.shares}):
-        mine = [one for one in timed if label in one.shares][-MOST_TIMED:]
-        if len(mine) < LEAST_TIMED:
-            continue
-        counted = [_counted({kind: one.layers.count(kind) for kind in kinds}, length) for one in mine]
-        features = np.stack(
-            [np.concatenate([own, _marks(one.params, known)]) for own, one in zip(counted, mine, strict=True)]
-        )
-        target = np.array([one.shares[label] for one in mine])
-        centre, weights = features.mean(axis=0), _ridge(features, target)
-        own = np.concatenate([np.zeros(len(kinds)), _marks(params, known)])
-        constant = float(target.mean() + (own - centre) @ weights)
-        found.append(CountLimit(label, constant, weights[: len(kinds)] / length))
-    return tuple(found)
-
-
 def _features(
     layers: Sequence[str], params: Mapping[str, Any], kinds: Sequence[str], known: Sequence[tuple[str, str]]
 ) -> Array:

@@ -28,7 +28,7 @@ class QualityModel:
     def __init__(self, kinds: Sequence[str], length: int, seen: Iterable[Seen]) -> None:
         self.kinds, self.length = tuple(kinds), length
         sums = History.of(seen).sums(self.kinds, length)
-        self._width, self._own, self._values = sums.width, sums.own, sums.values
+        self._width = sums.width
         # Its rows times independent normal numbers are a draw: to factor the covariance for each one would take longer.
         self.mean, self._factor = _posterior(sums, self._prior())
         self.covariance = self._factor @ self._factor.T
@@ -49,18 +49,13 @@ class QualityModel:
 
         Shapes:  unary: [L, kinds];  pair: [kinds, kinds].
         """
-        return self.draw_all(rng)[0]
-
-    def draw_all(self, rng: np.random.Generator) -> tuple[tuple[Array, Array], dict[tuple[str, str], float]]:
-        """A landscape as `draw` gives it, and the worth of each value of a parameter in it, by (name, repr of the value)."""
         weights = self.mean + self._factor @ rng.standard_normal(self._width)
         kinds = len(self.kinds)
-        values = dict(zip(self._values, weights[self._own :].tolist(), strict=True))
         split = (kinds - 1) * self.length
         unary = np.zeros((self.length, kinds))
         unary[:, : kinds - 1] = weights[:split].reshape(kinds - 1, self.length).T
         pair = weights[split : split + kinds * kinds].reshape(kinds, kinds) / max(1, self.length - 1)
-        return (unary, pair), values
+        return unary, pair
 
 
 def _posterior(sums: Sums, prior: Array) -> tuple[Array, Array]:
