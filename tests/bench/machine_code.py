@@ -83,7 +83,8 @@ FLOATS = (
 )  # fmt: skip
 DOUBLES = ("sums_ptr",)
 INTEGERS = ("table_ptr", "offsets_ptr", "cu_seqlens_ptr", "start_ptr", "entries_ptr")
-BYTES = ("seen_ptr",)
+# Where a name stands for something else than in the other ops.
+BLOCK_TYPES = {"sums_ptr": "*fp32", "seen_ptr": "*u8"}
 # Of block_attention: heads of a group, and keys of a block.
 GROUP, BLOCK_KEYS = 16, 64
 # Tiles of each height and width, full and partly empty.
@@ -218,8 +219,8 @@ def ptx(case: Case) -> tuple[str, dict[str, int | None]]:
         signature[name] = _type(name, case.dtype, constants)
         if case.op in PLANS and name in ("states_ptr", "d_states_ptr"):
             signature[name] = f"*{case.dtype}"
-        if case.op == "block_attention" and name == "sums_ptr":
-            signature[name] = "*fp32"
+        if case.op == "block_attention" and name in BLOCK_TYPES:
+            signature[name] = BLOCK_TYPES[name]
         if name in constants:
             continue
         known = case.aligned and name.startswith("stride_")
@@ -255,7 +256,7 @@ def _type(name: str, dtype: str, constants: dict[str, Any]) -> str:
     if name in constants:
         return "constexpr"
     if name.endswith("_ptr"):
-        known = {FLOATS: "*fp32", DOUBLES: "*fp64", INTEGERS: "*i32", BYTES: "*u8"}
+        known = {FLOATS: "*fp32", DOUBLES: "*fp64", INTEGERS: "*i32"}
         return next((kind for names, kind in known.items() if name in names), f"*{dtype}")
     return "fp32" if name == "scale" else "i32"
 
