@@ -1,5 +1,5 @@
-"""Launch configurations of kda: plain data, never tuned at run time. No GPU has measured them yet: they are those of the
-kernels of gla and gated_delta_rule that they resemble, and tests/bench/kda_check.py is to tell."""
+"""Launch configurations of kda: plain data, never tuned at run time; `half` on Hopper is the best of those that tests/bench/kda_check.py
+measured on an H200, the others are those of the kernels of gla and gated_delta_rule that they resemble."""
 
 from __future__ import annotations
 
@@ -56,10 +56,10 @@ def _even(launch: Launch, *, inverse: str = "tf32x3", **others: Launch) -> Plan:
 _NARROW = Launch(chunk=16, columns=16, warps=4, stages=1)
 HOPPER = Family(
     half=Plan(
-        prepare=Launch(chunk=64, columns=64, warps=8, stages=1),
-        forward=Launch(chunk=64, columns=64, warps=4, stages=2),
-        keep=Launch(chunk=64, columns=64, warps=4, stages=2),
-        backward=Launch(chunk=64, columns=64, warps=4, stages=2),
+        prepare=Launch(chunk=64, columns=64, warps=4, stages=1),
+        forward=Launch(chunk=64, columns=128, warps=8, stages=2),
+        keep=Launch(chunk=64, columns=64, warps=4, stages=1),
+        backward=Launch(chunk=64, columns=128, warps=8, stages=2),
         # Its loops follow each other; loading ahead in them is a race: docs/decisions/0008-loops-in-a-row.md.
         gradient=Launch(chunk=64, columns=64, warps=8, stages=1),
         inverse="fp16",
