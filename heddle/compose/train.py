@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ MEMORY_HINT = "a smaller train.batch_tokens or data.sequence_length needs less"
 
 Batches = Callable[[int], tuple[Tensor, Tensor]]
 OnStep = Callable[[int, int, float], None]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,7 +282,7 @@ class Trainer:
         )
         for offset, (loss, norm) in enumerate(zip(losses, norms, strict=True)):
             if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise _not_finite(self.checked + offset, self.steps, loss, norm)
+                raise not_finite(self.checked + offset, self.steps, loss, norm)
         self.checked = step + 1
         return float(losses[-1])
 
@@ -325,7 +326,8 @@ class _Captured:
         return self.told
 
 
-def on_side_stream(update: Callable[[], Told]) -> Told:
+def on_side_stream(update: Callable[[], T]) -> T:
+    """A step as it is run before its capture."""
     # torch asks that what is captured later runs a few times on a stream of its own first:
     # https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
     side, current = torch.cuda.Stream(), torch.cuda.current_stream()  # type: ignore[no-untyped-call]
@@ -336,7 +338,8 @@ def on_side_stream(update: Callable[[], Told]) -> Told:
     return result
 
 
-def _not_finite(step: int, steps: int, loss: float, norm: float) -> HeddleError:
+def not_finite(step: int, steps: int, loss: float, norm: float) -> HeddleError:
+    """What ends a training whose loss or gradient is no number any more."""
     what = (
         f"the loss is {loss}"
         if not math.isfinite(loss)

@@ -1,34 +1,41 @@
-"""Several trainings side by side on one device: on CUDA a step of all of them is one graph, with a branch for each.
+"""Several trainings of one architecture as one: their parameters are stacked, and a step of all is a step of one model.
 
-Models that are small leave most of a GPU idle: a kernel of theirs fills a few of its multiprocessors, and the next one waits
-for it. Branches of a graph need not wait for each other.
+Models that are small leave most of a GPU idle, which waits for launches. Stacked, nine trainings launch as many kernels as one.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torch.nn import functional as F
 
 from heddle.compose.memory import memory_told
 from heddle.compose.train import (
     GRAPH_WARMUP,
+    IGNORE,
     MEMORY_HINT,
     READ_EVERY,
     Batches,
     Fit,
     Recipe,
-    Told,
-    Trainer,
-    labelled_positions,
+    autocast,
+    learning_rate_at,
+    not_finite,
+    on_side_stream,
+    parameter_groups,
 )
 from heddle.errors import HeddleError
 
-# Inputs [B, T] and targets [B, T] of a step.
-Batch = tuple[Tensor, Tensor]
+EPS = 1e-8
+# What torch's clipping adds to a norm that it divides by.
+CLIP_EPS = 1e-6
 
 
 def fit_many(
@@ -38,11 +45,12 @@ def fit_many(
     *,
     launch: Literal["eager", "graph"] = "eager",
 ) -> list[Fit | HeddleError]:
-    """Trains each of `models` in place, as `fit` does, with batches and a recipe of its own.
+    """Trains each of `models` in place, as `fit` does, with batches of its own, a learning rate and a seed of its own.
 
-    All take the same number of steps: their recipes and first batches must ask for as many. Eagerly each training is what
-    `fit` makes of it, to the last bit on a CPU. `launch="graph"` (CUDA only) replays a step of all of them as one graph; a batch
-    may then not change its shape from step to step, and the head computes all positions, also those where nothing is asked.
+    The models differ in nothing but their weights, and add no loss of their own; batches have one shape at a step. The head
+    computes all positions, also those where nothing is asked. Results are those of `fit` but for rounding: products of
+    stacked weights are summed in another order. `launch="graph"` (CUDA only) replays a step of all as one graph; batches
+    may then not change their shape from step to step.
 
     A training whose loss is no number any more ends with its error ("loss-not-finite") in place of a `Fit`; the others go on.
     `wall_s` is that of all.
@@ -55,116 +63,190 @@ def fit_many(
     first = [draw(0) for draw in batches]
     steps = {max(1, round(r.tokens / b[0].numel())) for r, b in zip(recipes, first, strict=True)}
     assert len(steps) == 1, f"all trainings take the same number of steps, not {sorted(steps)}"
-    run = _Many(models, recipes, steps.pop(), device, launch=launch)
+    run = _Many(models, recipes, steps.pop(), device)
     for model in models:
         model.train()
     for step in range(run.steps):
+        drawn = first if step == 0 else [draw(step) for draw in batches]
         with memory_told(f"training ran out of memory at step {step + 1} of {run.steps}", MEMORY_HINT):
-            run.step(step, first if step == 0 else [draw(step) for draw in batches])
+            run.step(step, *map(torch.stack, zip(*drawn, strict=True)), graph=launch == "graph")
+    run.write_back()
     for model in models:
         model.eval()
-    return run.ended()
+    return run.ended(tokens=run.steps * first[0][0].numel(), launch=launch)
 
 
 class _Many:
-    """The trainings, and the graph of their step once it is captured."""
+    """The stacked trainings: weights in one matrix with a row for each model, and the state of AdamW beside them.
+
+    Shapes:  weights, their gradient and moments: [models, parameters of one];  what is told: [steps, models]
+    """
 
     def __init__(
-        self,
-        models: Sequence[nn.Module],
-        recipes: Sequence[Recipe],
-        steps: int,
-        device: torch.device,
-        *,
-        launch: Literal["eager", "graph"],
+        self, models: Sequence[nn.Module], recipes: Sequence[Recipe], steps: int, device: torch.device
     ) -> None:
-        self.steps, self.launch = steps, launch
-        self.trainers = [
-            Trainer(model, recipe, steps, device) for model, recipe in zip(models, recipes, strict=True)
+        self.models, self.recipes, self.steps, self.device = models, recipes, steps, device
+        self.recipe = recipes[0]
+        alike = {replace(each, learning_rate=0.0, seed=0) for each in recipes}
+        assert len(alike) == 1, "the recipes differ in nothing but their learning rates and seeds"
+        self.stacked = _Stacked(models)
+        self.weights = self.stacked.weights
+        self.mean, self.square = torch.zeros_like(self.weights), torch.zeros_like(self.weights)
+        self.decay = self.stacked.decay(self.recipe.weight_decay)
+        rates = [[learning_rate_at(step, steps, each) for each in recipes] for step in range(steps)]
+        self.rates = torch.tensor(rates, device=device)[..., None]
+        first, second = self.recipe.betas
+        unbiased = [
+            [1.0 - first ** (step + 1), math.sqrt(1.0 - second ** (step + 1))] for step in range(steps)
         ]
-        self.every = READ_EVERY if device.type == "cuda" else 1
+        self.unbiased = torch.tensor(unbiased, device=device)
+        # A captured step finds its rates where each step puts them.
+        self.rate, self.bias = self.rates[0].clone(), self.unbiased[0].clone()
+        self.losses, self.norms = (torch.zeros(steps, len(models), device=device) for _ in range(2))
         self.errors: dict[int, HeddleError] = {}
-        self.tokens = [0] * len(self.trainers)
-        self.graph: _StepGraph | None = None
-        self.streams = [torch.cuda.Stream() for _ in models] if launch == "graph" else []  # type: ignore[no-untyped-call]
+        self.every, self.checked = READ_EVERY if device.type == "cuda" else 1, 0
+        self.captured: _Captured | None = None
         self.started = time.perf_counter()
 
-    def step(self, step: int, data: Sequence[Batch]) -> None:
-        for trainer in self.trainers:
-            trainer.set_rate(step)
-        if self.launch == "eager":
-            told = [_alone(trainer, batch) for trainer, batch in zip(self.trainers, data, strict=True)]
+    def step(self, step: int, inputs: Tensor, targets: Tensor, *, graph: bool) -> None:
+        self.rate.copy_(self.rates[step])
+        self.bias.copy_(self.unbiased[step])
+        labels = targets.flatten(1)
+        if not graph:
+            told = self.update(inputs, labels)
         elif step < GRAPH_WARMUP:
-            told = _branches(self.trainers, self.streams, [_flat(batch) for batch in data])
+            told = on_side_stream(lambda: self.update(inputs, labels))
         else:
-            self.graph = self.graph or _StepGraph(self.trainers, self.streams, data)
-            told = self.graph.replay(data)
-        for index, (trainer, one) in enumerate(zip(self.trainers, told, strict=True)):
-            trainer.keep(step, one)
-            self.tokens[index] += data[index][0].numel()
+            self.captured = self.captured or _Captured(self, inputs, labels)
+            told = self.captured.replay(inputs, labels)
+        self.losses[step], self.norms[step] = told
         if (step + 1) % self.every == 0 or step + 1 == self.steps:
-            self._check(step)
+            self._check(step + 1)
 
-    def _check(self, step: int) -> None:
-        for index, trainer in enumerate(self.trainers):
-            if index in self.errors:
-                continue
-            try:
-                trainer.check(step)
-            except HeddleError as error:
-                self.errors[index] = error
+    def update(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """One forward, backward and optimizer step of all; their losses, and the norms of their gradients."""
+        self.weights.grad = None
+        with autocast(self.device, self.recipe.precision):
+            logits = self.stacked.logits(inputs)
+        each = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none")
+        losses = each.view(labels.shape).sum(dim=1) / (labels != IGNORE).sum(dim=1)
+        losses.sum().backward()  # type: ignore[no-untyped-call]
+        assert self.weights.grad is not None
+        return losses.detach(), self._adamw(self.weights.grad)
 
-    def ended(self) -> list[Fit | HeddleError]:
+    @torch.no_grad()
+    def _adamw(self, gradient: Tensor) -> Tensor:
+        """The update of torch.optim.AdamW after clipping, of each row at its own rate."""
+        norms = torch.linalg.vector_norm(gradient, dim=1)
+        gradient *= (self.recipe.grad_clip / (norms + CLIP_EPS)).clamp(max=1.0)[:, None]
+        first, second = self.recipe.betas
+        self.mean.lerp_(gradient, 1.0 - first)
+        self.square.mul_(second).addcmul_(gradient, gradient, value=1.0 - second)
+        root = (self.square.sqrt() / self.bias[1]).add_(EPS)
+        self.weights.mul_(1.0 - self.rate * self.decay)
+        self.weights.sub_(self.mean / root * (self.rate / self.bias[0]))
+        return norms
+
+    def _check(self, done: int) -> None:
+        told = zip(
+            self.losses[self.checked : done].tolist(), self.norms[self.checked : done].tolist(), strict=True
+        )
+        for step, (losses, norms) in enumerate(told, start=self.checked):
+            for index, (loss, norm) in enumerate(zip(losses, norms, strict=True)):
+                if index not in self.errors and not (math.isfinite(loss) and math.isfinite(norm)):
+                    self.errors[index] = not_finite(step, self.steps, loss, norm)
+        self.checked = done
+
+    @torch.no_grad()
+    def write_back(self) -> None:
+        """Gives each model its weights."""
+        for name, stacked in self.stacked.pieces().items():
+            for model, one in zip(self.models, stacked, strict=True):
+                model.get_parameter(name).copy_(one)
+
+    def ended(self, *, tokens: int, launch: Literal["eager", "graph"]) -> list[Fit | HeddleError]:
         wall = time.perf_counter() - self.started
         return [
-            self.errors.get(index) or trainer.fitted(self.tokens[index], wall, self.launch)
-            for index, trainer in enumerate(self.trainers)
+            self.errors.get(index) or Fit(self.steps, tokens, tuple(losses), wall, launch)
+            for index, losses in enumerate(self.losses.T.tolist())
         ]
 
 
-class _StepGraph:
-    """One step of all trainings, captured: batches are copied into fixed buffers, then it is replayed."""
+class _Stacked:
+    """Models of one architecture as one: `weights` holds what is trained, a row for each model.
 
-    def __init__(
-        self, trainers: Sequence[Trainer], streams: Sequence[torch.cuda.Stream], data: Sequence[Batch]
-    ) -> None:
-        self.held = [(inputs.clone(), labels.clone()) for inputs, labels in map(_flat, data)]
+    The parameters are views of it, whose gradients come back as one.
+    """
+
+    def __init__(self, models: Sequence[nn.Module]) -> None:
+        self.model = models[0]
+        self.shapes = {name: p.shape for name, p in self.model.named_parameters() if p.requires_grad}
+        rows = [
+            torch.cat([model.get_parameter(name).detach().flatten() for name in self.shapes])
+            for model in models
+        ]
+        self.weights = torch.stack(rows).requires_grad_()
+        held = [[*model.named_parameters(), *model.named_buffers()] for model in models]
+        fixed = [{name: one.detach() for name, one in each if name not in self.shapes} for each in held]
+        self.fixed = {name: torch.stack([each[name] for each in fixed]) for name in fixed[0]}
+        acts = [module for module in self.model.modules() if callable(getattr(module, "after_step", None))]
+        assert not acts, "modules that act after a step are not stacked"
+
+    def decay(self, weight_decay: float) -> Tensor:
+        """The weight decay of each weight. [parameters of one]"""
+        of = {
+            id(p): group["weight_decay"]
+            for group in parameter_groups(self.model, weight_decay)
+            for p in group["params"]
+        }
+        sizes = [
+            (of[id(self.model.get_parameter(name))], shape.numel()) for name, shape in self.shapes.items()
+        ]
+        return torch.cat([torch.full((size,), decay, device=self.weights.device) for decay, size in sizes])
+
+    def pieces(self) -> dict[str, Tensor]:
+        """The parameters of all models by name, stacked: views of `weights`."""
+        split = self.weights.split([shape.numel() for shape in self.shapes.values()], dim=1)
+        return {
+            name: piece.unflatten(1, shape or (1,)).reshape(len(piece), *shape)
+            for (name, shape), piece in zip(self.shapes.items(), split, strict=True)
+        }
+
+    def logits(self, inputs: Tensor) -> Tensor:
+        """Of all models at all positions. inputs: [models, B, T];  out: [models, B T, vocabulary]"""
+        return vmap(self._logits)(self.pieces(), self.fixed, inputs)  # type: ignore[no-any-return]
+
+    def _logits(self, trained: dict[str, Tensor], fixed: dict[str, Tensor], inputs: Tensor) -> Tensor:
+        weights = {f"model.{name}": one for name, one in (trained | fixed).items()}
+        return functional_call(_Logits(self.model), weights, (inputs,))  # type: ignore[no-any-return]
+
+
+class _Logits(nn.Module):
+    """A model as one function of its inputs. inputs: [B, T];  out: [B T, vocabulary]"""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        found = self.model.model(input_ids=inputs, use_cache=False)  # type: ignore[operator]
+        assert getattr(found, "aux_loss", None) is None, "losses that layers add are not stacked"
+        return self.model.logits(found.last_hidden_state.flatten(0, 1))  # type: ignore[no-any-return, operator]
+
+
+class _Captured:
+    """One step of all trainings as a CUDA graph: batches are copied into fixed buffers, then it is replayed."""
+
+    def __init__(self, run: _Many, inputs: Tensor, labels: Tensor) -> None:
+        self.inputs, self.labels = inputs.clone(), labels.clone()
         self.graph = torch.cuda.CUDAGraph()
-        for trainer in trainers:
-            trainer.optimizer.zero_grad(set_to_none=True)
+        run.weights.grad = None
         with torch.cuda.graph(self.graph):
-            self.told = _branches(trainers, streams, self.held)
+            self.told = run.update(self.inputs, self.labels)
 
-    def replay(self, data: Sequence[Batch]) -> list[Told]:
-        for (inputs, labels), batch in zip(self.held, map(_flat, data), strict=True):
-            assert batch[0].shape == inputs.shape, "a captured step takes batches of one shape"
-            inputs.copy_(batch[0])
-            labels.copy_(batch[1])
+    def replay(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        assert inputs.shape == self.inputs.shape, "a captured step takes batches of one shape"
+        self.inputs.copy_(inputs)
+        self.labels.copy_(labels)
         self.graph.replay()
         return self.told
-
-
-def _alone(trainer: Trainer, batch: Batch) -> Told:
-    inputs, targets = batch
-    positions = labelled_positions(targets)
-    flat = targets.reshape(-1)
-    return trainer.update(inputs, positions, flat if positions is None else flat.index_select(0, positions))
-
-
-def _flat(batch: Batch) -> Batch:
-    """Inputs [B, T], and the targets as the labels of all its positions. [B T]"""
-    return batch[0], batch[1].reshape(-1)
-
-
-def _branches(
-    trainers: Sequence[Trainer], streams: Sequence[torch.cuda.Stream], data: Sequence[Batch]
-) -> list[Told]:
-    """A step of each training on its own stream, all between what came before and what comes after."""
-    current, told = torch.cuda.current_stream(), []
-    for trainer, stream, (inputs, labels) in zip(trainers, streams, data, strict=True):
-        stream.wait_stream(current)
-        with torch.cuda.stream(stream):
-            told.append(trainer.update(inputs, None, labels))
-    for stream in streams:
-        current.wait_stream(stream)
-    return told

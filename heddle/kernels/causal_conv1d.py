@@ -5,6 +5,8 @@ Predicted cost for a token and channel: 2 W FLOP and two elements moved, so it i
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -95,10 +97,29 @@ def _interleave(x: Tensor, before: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, 
     return joined, first, (ends + number * held)[:, None] + tap
 
 
+def _under_vmap(info: Any, in_dims: tuple[int | None, ...], *given: Any) -> tuple[Any, Any]:
+    """Many calls as one over all their channels."""
+    x, weight, state, activation, cu_seqlens = given
+    if in_dims[4] is not None:
+        raise HeddleError("bad-argument", "causal_conv1d: vmap takes one packing (cu_seqlens) for all calls")
+    count = info.batch_size
+
+    def channels(argument: Tensor, dim: int | None, axis: int) -> Tensor:
+        many = argument.expand(count, *argument.shape) if dim is None else argument.movedim(dim, 0)
+        return many.movedim(0, axis).flatten(axis, axis + 1)
+
+    before = None if state is None else channels(state, in_dims[2], 1)
+    y, after = _forward_op(
+        channels(x, in_dims[0], 2), channels(weight, in_dims[1], 0), before, activation, cu_seqlens
+    )
+    return (y.unflatten(2, (count, -1)), after.unflatten(1, (count, -1))), (2, 1)
+
+
 _forward_op = register_composite(
     "causal_conv1d",
     "(Tensor x, Tensor weight, Tensor? initial_state, str? activation, Tensor? cu_seqlens) -> (Tensor, Tensor)",
     _forward,
+    under_vmap=_under_vmap,
 )
 
 

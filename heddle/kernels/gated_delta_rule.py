@@ -23,6 +23,7 @@ from heddle.kernels.op import (
     normal,
     op,
     register_composite,
+    rows_together,
     wide_dtype,
 )
 
@@ -88,6 +89,7 @@ _forward_op = register_composite(
     "gated_delta_rule",
     f"({_INPUTS}, float scale, Tensor? initial_state, Tensor? cu_seqlens) -> (Tensor, Tensor)",
     _forward,
+    under_vmap=rows_together("gated_delta_rule"),
 )
 _step_op = register_composite(
     "gated_delta_rule_step", f"({_INPUTS}, Tensor state, float scale) -> (Tensor, Tensor)", _step

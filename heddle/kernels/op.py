@@ -208,17 +208,52 @@ def register(
     return _require(name)
 
 
-def register_composite(name: str, schema: str, implementation: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes plain torch code known to torch.library as an op that autograd and compilers see through."""
+def register_composite(
+    name: str,
+    schema: str,
+    implementation: Callable[..., Any],
+    *,
+    under_vmap: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:
+    """Makes plain torch code known to torch.library as an op that autograd and compilers see through.
+
+    `under_vmap` is its rule for `torch.library.register_vmap`; without one vmap calls the op again and again.
+    """
     known = _known(name)
     if known is not None:
         return known
     fragment = torch.library.Library(LIBRARY, "FRAGMENT")  # type: ignore[no-untyped-call]
     fragment.define(f"{name}{schema}")  # type: ignore[no-untyped-call]
     fragment.impl(name, implementation, "CompositeImplicitAutograd")  # type: ignore[no-untyped-call]
+    if under_vmap is not None:
+        torch.library.register_vmap(f"{LIBRARY}::{name}", under_vmap, lib=fragment)
     # The registration lasts as long as the fragment.
     _fragments.append(fragment)
     return _require(name)
+
+
+def rows_together(name: str) -> Callable[..., Any]:
+    """The vmap rule of an op whose tensors all have rows for axis 0, each row on its own: the rows of all calls in one.
+
+    Packed sequences, the last argument of such an op, are refused.
+    """
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *given: Any) -> tuple[Any, Any]:
+        if isinstance(given[-1], Tensor):
+            raise HeddleError("bad-argument", f"{name}: vmap takes no packed sequences (cu_seqlens)")
+
+        def all_rows(argument: Any, dim: int | None) -> Any:
+            if not isinstance(argument, Tensor):
+                return argument
+            many = (
+                argument.expand(info.batch_size, *argument.shape) if dim is None else argument.movedim(dim, 0)
+            )
+            return many.flatten(0, 1)
+
+        found = _require(name)(*map(all_rows, given, in_dims))
+        return tuple(each.unflatten(0, (info.batch_size, -1)) for each in found), (0,) * len(found)
+
+    return rule
 
 
 def _known(name: str) -> Callable[..., Any] | None:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from heddle import api
 from heddle.bench_commands import held_out_lines
+from heddle.search.latency import Effort
 from heddle.specs import load
 
 RESULTS = Path(__file__).parent / "results"
@@ -29,6 +30,9 @@ def main() -> None:
     )
     parser.add_argument("spec", type=Path)
     parser.add_argument("--commit", help="the code that measured")
+    parser.add_argument("--stacks", type=int, help="to fit on; three a coefficient if not given")
+    parser.add_argument("--seconds", type=float, help="of one timing, over one build of each model in place of three")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the rows")
     parser.add_argument("--note", help="what else a reader must know")
     chosen = parser.parse_args()
     loads: list[float] = []
@@ -38,7 +42,8 @@ def main() -> None:
             loads.append(round(os.getloadavg()[0], 1))
         print(f"stack {done} of {total}", flush=True)
 
-    model, _ = api.bench_fit(chosen.spec, on_stack=seen)
+    effort = None if chosen.seconds is None else Effort(warmup=2, most=100, seconds=chosen.seconds, builds=1)
+    model, _ = api.bench_fit(chosen.spec, stacks=chosen.stacks, effort=effort, on_stack=seen)
     for fit in model.fits:
         terms = {
             model.labels[name[1]]: round(ms, 4) for name, ms in fit.sum.weights.items() if name[0] == "term"
@@ -60,7 +65,7 @@ def main() -> None:
             "load": [min(loads), max(loads)] if loads else None,
             "note": chosen.note,
         }
-        with (RESULTS / "evidence-latency.jsonl").open("a") as rows:
+        with (chosen.out / "evidence-latency.jsonl").open("a") as rows:
             rows.write(json.dumps(row) + "\n")
         print(fit.place.label, *held_out_lines(fit), sep="\n")
 

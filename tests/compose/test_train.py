@@ -265,18 +265,17 @@ def shifted(step: int) -> tuple[Tensor, Tensor]:
 
 def test_trainings_side_by_side_are_those_alone() -> None:
     recipes = [replace(RECIPE, tokens=20 * 8 * LENGTH, learning_rate=rate) for rate in (1e-3, 3e-2)]
-    models = [Tiny(0), Tiny(1)]
-    many = fit_many(models, [echoes, shifted], recipes)
-    for model, draw, recipe, found, seed in zip(
-        models, (echoes, shifted), recipes, many, (0, 1), strict=True
-    ):
-        alone = Tiny(seed)
+    models, draws = [Tiny(0, tied=True), Tiny(1, tied=True)], (echoes, shifted)
+    many = fit_many(models, draws, recipes)
+    for seed, (model, draw, recipe, found) in enumerate(zip(models, draws, recipes, many, strict=True)):
+        alone = Tiny(seed, tied=True)
         fitted = fit(alone, draw, recipe)
         assert isinstance(found, Fit)
-        assert (found.losses, found.steps, found.tokens) == (fitted.losses, fitted.steps, fitted.tokens)
+        assert (found.steps, found.tokens) == (fitted.steps, fitted.tokens)
+        torch.testing.assert_close(torch.tensor(found.losses), torch.tensor(fitted.losses))
         assert not model.training
         for one, other in zip(model.parameters(), alone.parameters(), strict=True):
-            assert torch.equal(one, other)
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
 
 
 def test_one_training_that_fails_leaves_the_others() -> None:
@@ -297,7 +296,7 @@ def test_trainings_side_by_side_take_the_same_steps() -> None:
 
 
 @pytest.mark.gpu
-def test_branches_of_one_graph_train_like_graphs_alone() -> None:
+def test_trainings_of_one_graph_are_those_alone() -> None:
     def drawn(start: int) -> Batches:
         return lambda step: tuple(each.cuda() for each in echoes(start + step))  # type: ignore[return-value]
 

@@ -1,5 +1,5 @@
-"""Launch configurations of kda: plain data, never tuned at run time; `half` on Hopper is the best of those that tests/bench/kda_check.py
-measured on an H200, the others are those of the kernels of gla and gated_delta_rule that they resemble."""
+"""Launch configurations of kda: plain data, never tuned at run time. `half` on Hopper is the best of those that an H200 timed
+(tests/bench/kda_check.py), the others are those of the kernels of gla and gated_delta_rule that they resemble."""
 
 from __future__ import annotations
 
