@@ -13,12 +13,14 @@ from torch import Tensor
 
 from heddle.kernels._gated_delta_rule_launch import Kept, kept_like, launch_backward, launch_forward
 from heddle.kernels._gated_delta_rule_step import launch_step
+from heddle.kernels.common.replay import empty, replayed
 from heddle.kernels.op import register
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
+@replayed
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -36,7 +38,7 @@ def _forward(
 
 
 def _nothing(like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    first, second, third, fourth, fifth, sixth = (like.new_empty(0) for _ in range(6))
+    first, second, third, fourth, fifth, sixth = (empty((0,), like.dtype, like.device) for _ in range(6))
     return first, second, third, fourth, fifth, sixth
 
 
@@ -62,6 +64,7 @@ def _forward_fake(
     return (*found, *kept_like(q, v, cu_seqlens, keep=True).tensors())
 
 
+@replayed
 def _backward(
     d_out: Tensor,
     d_final: Tensor | None,

@@ -16,6 +16,7 @@ from typing import Any, Generic, Literal, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from heddle.errors import HeddleError
 
@@ -46,6 +47,8 @@ R = TypeVar("R")
 _forced: list[Path] = []
 _watchers: list[list[tuple[str, Path]]] = []
 _fragments: list[torch.library.Library] = []
+# Of the arguments of a call that only autograd has to do with.
+_PLAIN = frozenset((Tensor, Parameter, type(None), bool, int, float, str))
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,29 +199,78 @@ def register(
 ) -> Callable[..., Any]:
     """Makes `implementation` known to torch.library as one opaque op, and returns what calls it.
 
-    Registering a name again returns the first op: an export loaded twice runs the same code.
+    Registering a name again leaves torch with the first op: an export loaded twice compiles to the same code. Plain eager
+    calls do without torch's dispatcher, which costs the host more than launches do; all others go through it.
     """
-    known = _known(name)
-    if known is not None:
-        return known
-    defined = torch.library.custom_op(f"{LIBRARY}::{name}", implementation, mutates_args=(), schema=schema)
-    defined.register_fake(fake)
-    if backward is not None:
-        defined.register_autograd(backward, setup_context=setup_context)
-    return _require(name)
+    if _known(name) is None:
+        defined = torch.library.custom_op(
+            f"{LIBRARY}::{name}", implementation, mutates_args=(), schema=schema
+        )
+        defined.register_fake(fake)
+        if backward is not None:
+            defined.register_autograd(backward, setup_context=setup_context)
+    known = _require(name)
+    differentiable = (
+        None if backward is None else _differentiable(name, implementation, setup_context, backward)
+    )
+
+    def call(*args: Any) -> Any:
+        if torch.compiler.is_compiling() or not _are_plain(args):
+            return known(*args)
+        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+            return implementation(*args)
+        # Without a formula torch tells so when one is asked for.
+        return known(*args) if differentiable is None else differentiable(*args)
+
+    return call
 
 
 def register_composite(name: str, schema: str, implementation: Callable[..., Any]) -> Callable[..., Any]:
     """Makes plain torch code known to torch.library as an op that autograd and compilers see through."""
-    known = _known(name)
-    if known is not None:
-        return known
-    fragment = torch.library.Library(LIBRARY, "FRAGMENT")  # type: ignore[no-untyped-call]
-    fragment.define(f"{name}{schema}")  # type: ignore[no-untyped-call]
-    fragment.impl(name, implementation, "CompositeImplicitAutograd")  # type: ignore[no-untyped-call]
-    # The registration lasts as long as the fragment.
-    _fragments.append(fragment)
-    return _require(name)
+    if _known(name) is None:
+        fragment = torch.library.Library(LIBRARY, "FRAGMENT")  # type: ignore[no-untyped-call]
+        fragment.define(f"{name}{schema}")  # type: ignore[no-untyped-call]
+        fragment.impl(name, implementation, "CompositeImplicitAutograd")  # type: ignore[no-untyped-call]
+        # The registration lasts as long as the fragment.
+        _fragments.append(fragment)
+    known = _require(name)
+
+    def call(*args: Any) -> Any:
+        if torch.compiler.is_compiling() or not _are_plain(args):
+            return known(*args)
+        return implementation(*args)
+
+    return call
+
+
+def _are_plain(args: tuple[Any, ...]) -> bool:
+    """Whether nobody but autograd watches a call: no tracer, no mode, no transform, no subclass of tensors, no meta device."""
+    return (
+        _PLAIN.issuperset(map(type, args))
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._are_functorch_transforms_active()
+        and not torch._C._is_tracing()
+        and not args[0].is_meta
+    )
+
+
+def _differentiable(
+    name: str,
+    implementation: Callable[..., Any],
+    setup_context: Callable[..., None] | None,
+    backward: Callable[..., Any],
+) -> Callable[..., Any]:
+    """What calls `implementation` so that autograd knows of it, and no dispatcher."""
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        output = implementation(*args)
+        if setup_context is not None:
+            setup_context(ctx, args, output)
+        return output
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    made: Any = type(f"{name}_function", (torch.autograd.Function,), methods)
+    return made.apply  # type: ignore[no-any-return]
 
 
 def _known(name: str) -> Callable[..., Any] | None:
