@@ -17,7 +17,7 @@ from heddle.kernels._decay_attention_sweep import (
     _decay_attention_sweep_output_kernel,
     _decay_attention_sweep_state_kernel,
 )
-from heddle.kernels.common.layout import ALIGNMENT, aligned, block, dense_state, padded
+from heddle.kernels.common.layout import ALIGNMENT, aligned, block, dense_state, padded, turned_state
 from heddle.kernels.common.replay import empty, replayed, start_kernel
 from heddle.kernels.common.segments import cut, lay_out
 from heddle.kernels.common.tuning import tuned
@@ -80,10 +80,8 @@ class Sweep:
         cu_seqlens: Tensor | None,
     ) -> None:
         """Fills the outputs (of the three roles backward, thrice the same forward) and the final state."""
-        before = dense_state(initial.mT if self.backward and initial is not None else initial)
-        given = {"initial": before, "d_final": dense_state(d_final), "d_final_t": None}
-        if d_final is not None:
-            given["d_final_t"] = dense_state(d_final.mT)
+        before = turned_state(initial) if self.backward else dense_state(initial)
+        given = {"initial": before, "d_final": dense_state(d_final), "d_final_t": turned_state(d_final)}
         cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(torch.int32)
         for roles in self.roles():
             self._run_roles(roles, outputs, final, given, cu_seqlens)

@@ -20,7 +20,16 @@ from heddle.kernels._gated_delta_rule_fwd import (
     _gated_delta_rule_fwd_solve_kernel,
     _gated_delta_rule_fwd_state_kernel,
 )
-from heddle.kernels.common.layout import ALIGNMENT, aligned, block, dense_state, room, strides, with_room
+from heddle.kernels.common.layout import (
+    ALIGNMENT,
+    aligned,
+    block,
+    dense_state,
+    room,
+    strides,
+    turned_state,
+    with_room,
+)
 from heddle.kernels.common.replay import empty, start_kernel
 from heddle.kernels.common.segments import cut, lay_out
 from heddle.kernels.common.tuning import tuned
@@ -88,9 +97,10 @@ def kept_like(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, *, keep: bool) ->
         return make(shape, torch.float32, q.device)
 
     pairs, gates = narrow(chunks, HV, 2, chunk, chunk), wide(chunks, HV, 3, chunk)
-    summary = wide(segments, HV, V + K, K) if size < T else wide(0)
+    nothing = wide(0)
+    summary = wide(segments, HV, V + K, K) if size < T else nothing
     if not keep:
-        return Kept(pairs, gates, narrow(0), narrow(0), wide(0), summary)
+        return Kept(pairs, gates, nothing, nothing, nothing, summary)
     return Kept(
         pairs, gates, narrow(chunks, HV, V, K), narrow(B, T, HV, V), wide(sequences, HV, V, K), summary
     )
@@ -287,7 +297,7 @@ def launch_backward(
     d_out, q, k, v = (aligned(x) for x in (d_out.to(v.dtype), q, k, v))
     layout = _Layout(q, v, cu_seqlens, gated=log_decay is not None)
     dv, d_initial, d_states = _run_backward_state(d_out, dense_state(d_final), q, k, scale, kept, layout)
-    before, after = (None if x is None else dense_state(x.mT) for x in (initial_state, d_final))
+    before, after = turned_state(initial_state), turned_state(d_final)
     gate, beta = _gates(log_decay, beta)
     d_beta = empty(beta.shape, beta.dtype, beta.device)
     d_gate = d_beta if log_decay is None else empty(gate.shape, gate.dtype, gate.device)

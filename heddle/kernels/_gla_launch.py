@@ -12,8 +12,8 @@ from torch import Tensor
 
 from heddle.kernels._gla_bwd import _gla_gradient_kernel
 from heddle.kernels._gla_fwd import _gla_carry_kernel, _gla_prepare_kernel, _gla_sweep_kernel
-from heddle.kernels.common.layout import aligned, block, dense_state, room, strides, with_room
-from heddle.kernels.common.replay import empty, not_repeatable, replayed, start_kernel
+from heddle.kernels.common.layout import aligned, block, dense_state, infinite, room, strides, with_room
+from heddle.kernels.common.replay import derived, empty, replayed, start_kernel
 from heddle.kernels.common.segments import count_segments, cut, lay_out
 from heddle.kernels.common.tuning import tuned
 from heddle.kernels.configs.gla import INTERPRETER, Family, Plan, family
@@ -122,8 +122,7 @@ class _Call:
         """What sweeps read of the chunks."""
         prepared = Prepared(*prepared_like(self.q, self.v, self.cu_seqlens))
         if False not in self.ways:
-            prepared.reach.fill_(torch.inf)
-            not_repeatable()
+            prepared = replace(prepared, reach=derived(infinite, prepared.reach))
         totals = self.totals()
         for halved in self.ways:
             start_kernel(

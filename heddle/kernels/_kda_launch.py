@@ -13,8 +13,17 @@ from torch import Tensor
 from heddle.kernels._gated_delta_rule_fwd import _gated_delta_rule_carry_kernel
 from heddle.kernels._kda_bwd import _kda_backward_kernel, _kda_gradient_kernel
 from heddle.kernels._kda_fwd import _kda_prepare_kernel, _kda_sweep_kernel
-from heddle.kernels.common.layout import ALIGNMENT, aligned, block, dense_state, strides, with_room
-from heddle.kernels.common.replay import empty, not_repeatable, replayed, start_kernel
+from heddle.kernels.common.layout import (
+    ALIGNMENT,
+    aligned,
+    block,
+    dense_state,
+    infinite,
+    strides,
+    turned_state,
+    with_room,
+)
+from heddle.kernels.common.replay import derived, empty, replayed, start_kernel
 from heddle.kernels.common.segments import cut, lay_out
 from heddle.kernels.common.tuning import tuned
 from heddle.kernels.configs.kda import INTERPRETER, Family, Plan, family
@@ -131,10 +140,9 @@ class _Call:
         pairs = self.room(chunks, self.HV, 2, C, C)
         keys = self.room(chunks, self.HV, C, C) if keep else pairs
         ends, reach = self.room(chunks, self.HV, self.K, wide=True), self.room(chunks, self.HV, wide=True)
-        prepared = Prepared(seen, read, left, pairs, keys, ends, reach, beta.to(torch.float32).contiguous())
         if False not in self.ways:
-            reach.fill_(torch.inf)
-            not_repeatable()
+            reach = derived(infinite, reach)
+        prepared = Prepared(seen, read, left, pairs, keys, ends, reach, beta.to(torch.float32).contiguous())
         totals = self.totals()
         for halved in self.ways:
             start_kernel(
@@ -340,7 +348,7 @@ def _run_backward(
     prepared = call.prepare(log_decay, beta, keep=True)
     swept = call.sweep(prepared, dense_state(initial_state), keep=True)
     dx, d_initial, d_states = call.sweep_back(prepared, swept, d_out, dense_state(d_final))
-    before, after = (None if x is None else dense_state(x.mT) for x in (initial_state, d_final))
+    before, after = turned_state(initial_state), turned_state(d_final)
     outer = (d_out, dx, d_states)
     dq, dk, dv, d_gate, d_beta = call.gradients(prepared, swept, log_decay, outer, (before, after))
     return dq, dk, dv, d_gate, d_beta, d_initial

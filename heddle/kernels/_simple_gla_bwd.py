@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from heddle.kernels._simple_gla_fwd import Given, Sweep
-from heddle.kernels.common.layout import ALIGNMENT, dense_state, padded
+from heddle.kernels.common.layout import ALIGNMENT, dense_state, padded, turned_state
 from heddle.kernels.common.replay import empty, replayed
 
 
@@ -59,7 +59,6 @@ def _sweep_back(
     dv = empty(v.shape, v.dtype, v.device)
     d_gate = empty((B, T, heads), torch.float32, q.device)
     d_initial = empty((sweep.sequences, heads, K, V), torch.float32, v.device)
-    before = None if initial_state is None else initial_state.mT
-    after = None if d_final is None else d_final.mT
-    sweep.run((dq, dk, dv), d_initial, Given(*map(dense_state, (before, d_final, after))), d_gate)
+    given = Given(turned_state(initial_state), dense_state(d_final), turned_state(d_final))
+    sweep.run((dq, dk, dv), d_initial, given, d_gate)
     return dq, dk, dv, d_gate, d_initial

@@ -109,9 +109,7 @@ class Op(Generic[P, R]):
 
     def path(self, device: torch.device | str, dtype: torch.dtype, **shape: int) -> Path:
         """The code that runs on this device with this dtype and shape: "triton" or "torch"."""
-        possible = (
-            self.kernel is not None and self.kernel(shape) and _triton_runs(torch.device(device), dtype)
-        )
+        possible = self.kernel is not None and self.kernel(shape) and _triton_runs(device, dtype)
         if not _forced:
             return "triton" if possible and self.is_proven(dtype) else "torch"
         if _forced[-1] == "triton" and not possible and self.kernel is not None:
@@ -153,7 +151,9 @@ def op(
     return wrap
 
 
-def _triton_runs(device: torch.device, dtype: torch.dtype) -> bool:
+@functools.cache
+def _triton_runs(named: torch.device | str, dtype: torch.dtype) -> bool:
+    device = torch.device(named)
     if TRITON_VERSION is None or dtype not in TRITON_DTYPES:
         return False
     if INTERPRETED:
@@ -215,7 +215,7 @@ def register(
     )
 
     def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling() or not _are_plain(args):
+        if not are_plain(args):
             return known(*args)
         if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
             return implementation(*args)
@@ -236,17 +236,19 @@ def register_composite(name: str, schema: str, implementation: Callable[..., Any
     known = _require(name)
 
     def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling() or not _are_plain(args):
+        if not are_plain(args):
             return known(*args)
         return implementation(*args)
 
     return call
 
 
-def _are_plain(args: tuple[Any, ...]) -> bool:
+def are_plain(args: tuple[Any, ...]) -> bool:
     """Whether nobody but autograd watches a call: no tracer, no mode, no transform, no subclass of tensors, no meta device."""
     return (
-        _PLAIN.issuperset(map(type, args))
+        # Compilers look no further than this line.
+        not torch.compiler.is_compiling()
+        and _PLAIN.issuperset(map(type, args))
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._are_functorch_transforms_active()
         and not torch._C._is_tracing()
@@ -287,6 +289,11 @@ def _require(name: str) -> Callable[..., Any]:
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of states, gates and sums: float64 for float64, otherwise float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in a dtype; the host is not troubled if it is."""
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def normal(generator: torch.Generator, *size: int) -> Tensor:

@@ -4,7 +4,7 @@
 
 Appends a row for each op and phase (forward, forward and backward, decode step without a graph) to evidence-host-time.jsonl in
 `--out`. A time is that of calls one after the other, of which the device runs none longer than the host takes for the next:
-the median of a few such runs, and the Most of the time goes into compilation, so rows are written as they come.
+the median of a few such runs, and the least. Most of the time goes into compilation, so rows are written as they come.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@
 Which memory a launcher makes, which kernels it starts and what it tells them depends on the sizes, strides, dtypes and
 alignment of what it is given, and on numbers: not on the values of tensors. So the first call is recorded, as a list of launches
 whose pointers are left open, and later ones fill in the pointers. A launcher can be repeated if each of its tensors is an
-argument, or comes from `empty`, or is part of such a one, and goes to `start_kernel` or is returned. One that makes tensors
-otherwise (a copy, a table of packed sequences) is noticed, and runs each time. What is not noticed is a change of memory by
-anything but a kernel: that must say `not_repeatable`.
+argument, or comes from `empty` or `derived`, or is part of such a one, and goes to `start_kernel` or is returned. One that makes
+tensors otherwise (a table of packed sequences) is noticed, and runs each time. What is not noticed is a change of memory by
+anything but a kernel: there must be none.
 """
 
 from __future__ import annotations
@@ -27,9 +27,8 @@ from heddle.kernels.op import INTERPRETED
 
 P = ParamSpec("P")
 Outputs = TypeVar("Outputs", bound=tuple[Tensor, ...])
-Made = tuple[tuple[int, ...], torch.dtype]
-# Of which tensor, from which byte on, and its shape, strides and first element.
-View = tuple[int, int, tuple[int, ...], tuple[int, ...], int]
+# Appends a tensor to all tensors of a call, and its address to all addresses.
+Make = Callable[[list[Any], list[int]], None]
 
 # Launchers are seldom called at more sizes than these; if they are, all are recorded anew.
 MOST_PLANS = 1024
@@ -42,10 +41,9 @@ _active = threading.local()
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """One launch: memory made before it, parts of it, the kernel and what it is told, which tensors nobody needs after it."""
+    """One launch: what is made before it, the kernel and what it is told, and which tensors nobody needs after it."""
 
-    makes: tuple[Made, ...]
-    views: tuple[View, ...]
+    makes: tuple[Make, ...]
     run: Callable[..., object]
     pick: Callable[[Sequence[Any]], tuple[Any, ...]]
     rest: tuple[Any, ...]
@@ -57,117 +55,153 @@ class _Plan:
     """All launches of a call; `makes` after the last of them, `outputs` by place among given and made tensors."""
 
     steps: tuple[_Step, ...]
-    makes: tuple[Made, ...]
+    makes: tuple[Make, ...]
     outputs: tuple[int, ...]
-    device: torch.device
 
     def replay(self, tensors: list[Any], pointers: list[int], stream: int) -> tuple[Tensor, ...]:
         """What the recorded call would return for these tensors."""
-        device, empty = self.device, torch.empty
         told: list[Any] = tensors if INTERPRETED else pointers
         for step in self.steps:
-            for shape, dtype in step.makes:
-                made = empty(shape, dtype=dtype, device=device)
-                tensors.append(made)
-                pointers.append(made.data_ptr())
-            for place, byte, shape, strides, first in step.views:
-                tensors.append(tensors[place].as_strided(shape, strides, first) if INTERPRETED else None)
-                pointers.append(pointers[place] + byte)
+            for make in step.makes:
+                make(tensors, pointers)
             step.run(*step.pick(told), *step.rest, stream=stream)
             for place in step.drops:
                 tensors[place] = None
-        tensors += [empty(shape, dtype=dtype, device=device) for shape, dtype in self.makes]
+        for make in self.makes:
+            make(tensors, pointers)
         return tuple([tensors[place] for place in self.outputs])
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Make:
+    def make(tensors: list[Any], pointers: list[int]) -> None:
+        made = torch.empty(shape, dtype=dtype, device=device)
+        tensors.append(made)
+        pointers.append(made.data_ptr())
+
+    return make
+
+
+def _derived(function: Callable[..., Tensor], places: tuple[int, ...]) -> Make:
+    def make(tensors: list[Any], pointers: list[int]) -> None:
+        made = function(*[tensors[place] for place in places])
+        tensors.append(made)
+        pointers.append(made.data_ptr())
+
+    return make
+
+
+def _part(place: int, of: Tensor) -> Make:
+    shape, strides, first = tuple(of.shape), of.stride(), int(of.storage_offset())
+    byte = first * of.element_size()
+
+    def make(tensors: list[Any], pointers: list[int]) -> None:
+        # Kernels want no more than the address.
+        tensors.append(tensors[place].as_strided(shape, strides, first) if INTERPRETED else None)
+        pointers.append(pointers[place] + byte)
+
+    return make
 
 
 @dataclass(frozen=True, slots=True)
 class _Launch:
-    """A launch as it was seen: as `_Step`, with the places of its tensors."""
+    """A launch as it was seen: as `_Step`, with the places of its tensors, and of all that must be there."""
 
-    makes: tuple[Made, ...]
-    views: tuple[View, ...]
+    makes: tuple[Make, ...]
     run: Callable[..., object]
     places: list[int]
     rest: tuple[Any, ...]
+    used: set[int]
 
 
 class _Recorder:
     """Notes down what a launcher does with the tensors that it is given."""
 
     def __init__(self, given: Sequence[Tensor]) -> None:
-        self.count, self.device = len(given), given[0].device
+        self.count = len(given)
         # Kept until the end: a freed tensor would leave its id to another.
         self.tensors = list(given)
         self.places = {id(x): place for place, x in enumerate(given)}
-        # By the storage: what a made tensor is, and which made tensor a part belongs to.
+        # By the storage of memory that was made: where it is. And which places are parts of such.
         self.owners: dict[int, int] = {}
-        self.bases: dict[int, int] = {}
-        self.makes: list[Made] = []
-        self.views: list[View] = []
+        self.parts: set[int] = set()
+        self.makes: list[Make] = []
+        self.used: set[int] = set()
         self.launches: list[_Launch] = []
         self.possible = True
 
     def made(self, tensor: Tensor) -> None:
-        self.owners[tensor.untyped_storage().data_ptr()] = self._add(tensor)
-        self.makes.append((tuple(tensor.shape), tensor.dtype))
-        self.possible &= tensor.device == self.device
+        make = _empty(tuple(tensor.shape), tensor.dtype, tensor.device)
+        self.owners[tensor.untyped_storage().data_ptr()] = self._add(tensor, make)
+
+    def derived(self, function: Callable[..., Tensor], sources: tuple[Tensor, ...], tensor: Tensor) -> None:
+        if id(tensor) in self.places:
+            return
+        places = tuple(self.places.get(id(x), -1) for x in sources)
+        self.possible &= -1 not in places and self.parts.isdisjoint(places)
+        self.used |= set(places)
+        self._add(tensor, _derived(function, places))
 
     def launched(self, run: Callable[..., object] | None, arguments: Sequence[Any]) -> None:
         count = sum(isinstance(x, Tensor) for x in arguments)
         places = [self._place(x) for x in arguments[:count]]
         self.possible &= run is not None and count > 1 and -1 not in places
         if self.possible and run is not None:
-            self.launches.append(
-                _Launch(tuple(self.makes), tuple(self.views), run, places, tuple(arguments[count:]))
-            )
+            told = tuple(arguments[count:])
+            self.launches.append(_Launch(tuple(self.makes), run, places, told, self.used | set(places)))
             self.makes.clear()
-            self.views.clear()
-
-    def _add(self, tensor: Tensor) -> int:
-        self.places[id(tensor)] = len(self.tensors)
-        self.tensors.append(tensor)
-        return len(self.tensors) - 1
-
-    def _place(self, x: Any) -> int:
-        """Place of a tensor that is known, or of a part of one that was made; -1 for all else."""
-        if not isinstance(x, Tensor) or id(x) in self.places:
-            return self.places.get(id(x), -1)
-        owner = self.owners.get(x.untyped_storage().data_ptr(), -1)
-        if owner < 0 or x.dtype != self.tensors[owner].dtype:
-            return -1
-        first = int(x.storage_offset())
-        self.views.append((owner, first * x.element_size(), tuple(x.shape), x.stride(), first))
-        place = self._add(x)
-        self.bases[place] = owner
-        return place
+            self.used = set()
 
     def plan(self, outputs: Sequence[Tensor]) -> _Plan | None:
         """What to repeat; None if the launcher did more than a plan can say."""
         returned = tuple(self.places.get(id(x), -1) for x in outputs)
-        if not self.possible or -1 in returned:
+        if not self.possible or -1 in returned or not self.parts.isdisjoint(returned):
             return None
-        used = [{self.bases.get(place, place) for place in launch.places} for launch in self.launches]
-        last = {place: at for at, places in enumerate(used) for place in places}
+        last = {place: at for at, launch in enumerate(self.launches) for place in launch.used}
+        last |= dict.fromkeys((*returned, *self.used), len(self.launches))
         steps = []
         for at, one in enumerate(self.launches):
-            over = {place for place in used[at] if place >= self.count and last[place] == at}
-            drops = tuple(sorted(over.difference(returned)))
-            steps.append(_Step(one.makes, one.views, one.run, itemgetter(*one.places), one.rest, drops))
-        return _Plan(tuple(steps), tuple(self.makes), returned, self.device)
+            drops = tuple(place for place in sorted(one.used) if place >= self.count and last[place] == at)
+            steps.append(_Step(one.makes, one.run, itemgetter(*one.places), one.rest, drops))
+        return _Plan(tuple(steps), tuple(self.makes), returned)
+
+    def _add(self, tensor: Tensor, make: Make) -> int:
+        self.places[id(tensor)] = len(self.tensors)
+        self.tensors.append(tensor)
+        self.makes.append(make)
+        return len(self.tensors) - 1
+
+    def _place(self, x: Any) -> int:
+        """Place of a tensor that is known, or of a part of one that was made; -1 for all else."""
+        if not isinstance(x, Tensor):
+            return -1
+        owner = self.owners.get(x.untyped_storage().data_ptr(), -1)
+        if owner >= 0:
+            # A part is there for as long as the whole.
+            self.used.add(owner)
+        known = self.places.get(id(x), -1)
+        if known >= 0 or owner < 0 or x.dtype != self.tensors[owner].dtype:
+            return known
+        place = self._add(x, _part(owner, x))
+        self.parts.add(place)
+        return place
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Memory that nobody has written to."""
     made = torch.empty(tuple(shape), dtype=dtype, device=device)
-    recorder = getattr(_active, "recorder", None)
+    recorder: _Recorder | None = getattr(_active, "recorder", None)
     if recorder is not None:
         recorder.made(made)
     return made
 
 
-def not_repeatable() -> None:
-    """Said by a launcher that has changed memory by other means than a kernel."""
-    _hide_from_outer()
+def derived(function: Callable[..., Tensor], *sources: Tensor) -> Tensor:
+    """What a function makes of tensors: new memory, or the first of them as it is."""
+    made = function(*sources)
+    recorder: _Recorder | None = getattr(_active, "recorder", None)
+    if recorder is not None:
+        recorder.derived(function, sources, made)
+    return made
 
 
 def start_kernel(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
@@ -243,7 +277,7 @@ def _record(run: Any, args: tuple[Any, ...], tensors: Sequence[Tensor]) -> tuple
 
 
 def _hide_from_outer() -> _Recorder | None:
-    """The recorder of the launcher at work, which has done what a recorder does not see."""
+    """The recorder of a launcher that has called another, whose launches it does not see."""
     outer: _Recorder | None = getattr(_active, "recorder", None)
     if outer is not None:
         outer.possible = False
