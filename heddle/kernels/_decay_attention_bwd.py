@@ -7,8 +7,10 @@ from torch import Tensor
 
 from heddle.kernels._decay_attention_fwd import Sweep
 from heddle.kernels.common.layout import ALIGNMENT, padded
+from heddle.kernels.common.replay import empty, replayed
 
 
+@replayed
 def launch_backward(
     d_out: Tensor,
     d_final: Tensor | None,
@@ -30,8 +32,8 @@ def launch_backward(
         first, second, third, fourth = (x.contiguous() for x in found)
         return first, second, third, fourth
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    d_initial = torch.empty(sequences, q.shape[2], K, V, dtype=torch.float32, device=v.device)
+    dq, dk, dv = (empty(x.shape, x.dtype, x.device) for x in (q, k, v))
+    d_initial = empty((sequences, q.shape[2], K, V), torch.float32, v.device)
     sweep = Sweep(q, k, v, d_out.to(q.dtype), log_decay, scale)
     sweep.run((dq, dk, dv), d_initial, initial_state, d_final, cu_seqlens)
     return dq, dk, dv, d_initial

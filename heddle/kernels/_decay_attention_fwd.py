@@ -17,7 +17,8 @@ from heddle.kernels._decay_attention_sweep import (
     _decay_attention_sweep_output_kernel,
     _decay_attention_sweep_state_kernel,
 )
-from heddle.kernels.common.layout import ALIGNMENT, aligned, block, dense_state, padded
+from heddle.kernels.common.layout import ALIGNMENT, aligned, block, dense_state, padded, turned_state
+from heddle.kernels.common.replay import empty, replayed, start_kernel
 from heddle.kernels.common.segments import cut, lay_out
 from heddle.kernels.common.tuning import tuned
 from heddle.kernels.configs.decay_attention import INTERPRETER, Family, family
@@ -79,10 +80,8 @@ class Sweep:
         cu_seqlens: Tensor | None,
     ) -> None:
         """Fills the outputs (of the three roles backward, thrice the same forward) and the final state."""
-        before = dense_state(initial.mT if self.backward and initial is not None else initial)
-        given = {"initial": before, "d_final": dense_state(d_final), "d_final_t": None}
-        if d_final is not None:
-            given["d_final_t"] = dense_state(d_final.mT)
+        before = turned_state(initial) if self.backward else dense_state(initial)
+        given = {"initial": before, "d_final": dense_state(d_final), "d_final_t": turned_state(d_final)}
         cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(torch.int32)
         for roles in self.roles():
             self._run_roles(roles, outputs, final, given, cu_seqlens)
@@ -117,21 +116,25 @@ class Sweep:
         ]
         numbers = (self.H, segments.count, segments.per_sequence, size, roles.first)
         if segments.several:
-            scratch = log_decay.new_empty(roles.count, segments.count, self.H, roles.K, roles.V)
+            shape = (roles.count, segments.count, self.H, roles.K, roles.V)
+            scratch = empty(shape, torch.float32, log_decay.device)
             grid = (segments.count * self.H * roles.count * triton.cdiv(roles.V, state.columns),)
-            _decay_attention_sweep_state_kernel[grid](
+            start_kernel(
+                _decay_attention_sweep_state_kernel, grid,
                 *self.inputs, log_decay, scratch, table, packed, *strides, self.T, *numbers, self.scale,
                 C=state.chunk, COLUMNS=state.columns, **shapes, **common,
                 **state.options(),
             )  # fmt: skip
             blocks = triton.cdiv(roles.K * roles.V, CARRY_BLOCK)
             offsets = segments.offsets if segments.offsets is not None else log_decay
-            _decay_attention_sweep_carry_kernel[(sequences * self.H, blocks, roles.count)](
+            start_kernel(
+                _decay_attention_sweep_carry_kernel, (sequences * self.H, blocks, roles.count),
                 scratch, *states, log_decay, offsets, *numbers,
                 SIZE=roles.K * roles.V, BLOCK=CARRY_BLOCK, **common, **has, num_warps=4,
             )  # fmt: skip
         grid = (segments.count * self.H * roles.count * tiles,)
-        _decay_attention_sweep_output_kernel[grid](
+        start_kernel(
+            _decay_attention_sweep_output_kernel, grid,
             *self.inputs, log_decay, *outputs, final, scratch, *states, table, packed, *strides,
             self.T, *numbers, self.scale,
             C=output.chunk, COLUMNS=output.columns, SEGMENTED=segments.several, **shapes, **common, **has,
@@ -147,6 +150,7 @@ class Sweep:
         return replace(launch, columns=min(launch.columns, block(roles.V)))
 
 
+@replayed
 def launch_forward(
     q: Tensor,
     k: Tensor,
@@ -164,7 +168,7 @@ def launch_forward(
         out, final = launch_forward(q, k, v, log_decay, scale, before, cu_seqlens)
         return out[..., :V].contiguous(), final[..., :K, :V].contiguous()
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    final = torch.empty(sequences, q.shape[2], K, V, dtype=torch.float32, device=v.device)
+    out = empty(v.shape, v.dtype, v.device)
+    final = empty((sequences, q.shape[2], K, V), torch.float32, v.device)
     Sweep(q, k, v, None, log_decay, scale).run((out, out, out), final, initial_state, None, cu_seqlens)
     return out, final

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +20,17 @@ from heddle.kernels._gated_delta_rule_fwd import (
     _gated_delta_rule_fwd_solve_kernel,
     _gated_delta_rule_fwd_state_kernel,
 )
-from heddle.kernels.common.layout import ALIGNMENT, aligned, block, dense_state, room, strides, with_room
+from heddle.kernels.common.layout import (
+    ALIGNMENT,
+    aligned,
+    block,
+    dense_state,
+    room,
+    strides,
+    turned_state,
+    with_room,
+)
+from heddle.kernels.common.replay import empty, start_kernel
 from heddle.kernels.common.segments import cut, lay_out
 from heddle.kernels.common.tuning import tuned
 from heddle.kernels.configs.gated_delta_rule import INTERPRETER, Family, Plan, family
@@ -77,16 +88,26 @@ def kept_like(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, *, keep: bool) ->
     )
     chunk = plan(q.device, q.element_size(), K).chunk
     # Room for packed sequences is not filled to its end.
-    make = torch.empty if cu_seqlens is None else torch.zeros
-    narrow = functools.partial(make, dtype=q.dtype, device=q.device)
-    wide = functools.partial(make, dtype=torch.float32, device=q.device)
+    make = empty if cu_seqlens is None else _zeros
+
+    def narrow(*shape: int) -> Tensor:
+        return make(shape, q.dtype, q.device)
+
+    def wide(*shape: int) -> Tensor:
+        return make(shape, torch.float32, q.device)
+
     pairs, gates = narrow(chunks, HV, 2, chunk, chunk), wide(chunks, HV, 3, chunk)
-    summary = wide(segments, HV, V + K, K) if size < T else wide(0)
+    nothing = wide(0)
+    summary = wide(segments, HV, V + K, K) if size < T else nothing
     if not keep:
-        return Kept(pairs, gates, narrow(0), narrow(0), wide(0), summary)
+        return Kept(pairs, gates, nothing, nothing, nothing, summary)
     return Kept(
         pairs, gates, narrow(chunks, HV, V, K), narrow(B, T, HV, V), wide(sequences, HV, V, K), summary
     )
+
+
+def _zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.zeros(shape, dtype=dtype, device=device)
 
 
 def count(length: int, sequences: int, size: int, *, packed: bool) -> int:
@@ -150,10 +171,12 @@ class _Layout:
 
     def carry(self, kept: Kept, added: Tensor, given: Tensor | None, *, backward: bool) -> Tensor:
         """The state each segment starts from; backward, the gradient of the state each ends with."""
-        starts = kept.summary.new_empty(self.segments.count, self.HV, self.V, self.K)
+        shape = (self.segments.count, self.HV, self.V, self.K)
+        starts = empty(shape, torch.float32, added.device)
         offsets = starts if self.segments.offsets is None else self.segments.offsets
         columns = min(CARRY_COLUMNS, block(self.V))
-        _gated_delta_rule_carry_kernel[(self.sequences * self.HV, triton.cdiv(self.V, columns))](
+        start_kernel(
+            _gated_delta_rule_carry_kernel, (self.sequences * self.HV, triton.cdiv(self.V, columns)),
             kept.summary, added, starts, starts if given is None else given, offsets,
             self.HV, self.segments.per_sequence, int(given is not None),
             K=self.K, V=self.V, ROWS=block(self.K), COLUMNS=columns, BLOCK=ALIGNMENT, BACKWARD=backward,
@@ -177,7 +200,8 @@ def _solve(
     gate, beta = _gates(log_decay, beta)
     table, packed = layout.chunk_table(beta)
     exact = q.device.type == "cuda"
-    _gated_delta_rule_fwd_solve_kernel[(layout.chunks.count * layout.H,)](
+    start_kernel(
+        _gated_delta_rule_fwd_solve_kernel, (layout.chunks.count * layout.H,),
         q, k, gate, beta, kept.pairs, kept.gates, table, packed, *strides(q, k), *layout.numbers, scale,
         LEVELS=layout.chunk.bit_length() - 1, SOLVE=layout.plan.inverse if exact else "ieee",
         **layout.constants, **layout.plan.solve.options(),
@@ -207,8 +231,8 @@ def launch_forward(
     layout = _Layout(q, v, cu_seqlens, gated=log_decay is not None)
     kept = kept_like(q, v, cu_seqlens, keep=keep)
     _solve(q, k, log_decay, beta, scale, kept, layout)
-    out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    final = torch.empty(layout.sequences, layout.HV, K, V, dtype=torch.float32, device=v.device)
+    out = empty(v.shape, v.dtype, v.device)
+    final = empty((layout.sequences, layout.HV, K, V), torch.float32, v.device)
     _run_forward_state(q, k, v, scale, dense_state(initial_state), kept, (out, final), layout)
     return out, final, kept
 
@@ -232,7 +256,8 @@ def _run_forward_state(
         options = layout.tiles(launch)
         tiles = triton.cdiv(layout.V, options["COLUMNS"])
         tiles += triton.cdiv(layout.K, options["COLUMNS"]) if constants["SUMMARY"] else 0
-        _gated_delta_rule_fwd_state_kernel[(programs * tiles,)](
+        start_kernel(
+            _gated_delta_rule_fwd_state_kernel, (programs * tiles,),
             q, k, v, kept.pairs, kept.gates, final if before is None else before, out, final,
             kept.states if keep else out, kept.new if keep else out, kept.last, kept.summary, starts,
             *layout.segment_table(final), *strides(q, k, v), *layout.along, int(before is not None), scale,
@@ -272,36 +297,45 @@ def launch_backward(
     d_out, q, k, v = (aligned(x) for x in (d_out.to(v.dtype), q, k, v))
     layout = _Layout(q, v, cu_seqlens, gated=log_decay is not None)
     dv, d_initial, d_states = _run_backward_state(d_out, dense_state(d_final), q, k, scale, kept, layout)
-    before, after = (None if x is None else dense_state(x.mT) for x in (initial_state, d_final))
+    before, after = turned_state(initial_state), turned_state(d_final)
     gate, beta = _gates(log_decay, beta)
-    d_beta = torch.empty_like(beta)
-    d_gate = d_beta if log_decay is None else torch.empty_like(gate)
-    dq, dk = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
+    d_beta = empty(beta.shape, beta.dtype, beta.device)
+    d_gate = d_beta if log_decay is None else empty(gate.shape, gate.dtype, gate.device)
+    dq, dk = (empty(x.shape, x.dtype, x.device) for x in (q, k))
     table, packed = layout.chunk_table(beta)
-    _gated_delta_rule_bwd_gradient_kernel[(layout.chunks.count * layout.H,)](
+    start_kernel(
+        _gated_delta_rule_bwd_gradient_kernel, (layout.chunks.count * layout.H,),
         q, k, v, d_out, gate, beta, kept.new, kept.states, d_states,
         d_initial if before is None else before, kept.last, d_initial if after is None else after,
         dq, dk, dv, d_gate, d_beta, table, packed,
         *strides(q, k, v, d_out), *layout.numbers, int(before is not None), int(after is not None), scale,
         **layout.constants, **layout.tiles(layout.plan.gradient),
     )  # fmt: skip
-    return dq, dk, dv, (d_beta.new_empty(0) if log_decay is None else d_gate), d_beta, d_initial
+    return (
+        dq,
+        dk,
+        dv,
+        (empty((0,), d_beta.dtype, d_beta.device) if log_decay is None else d_gate),
+        d_beta,
+        d_initial,
+    )
 
 
 def _run_backward_state(
     d_out: Tensor, after: Tensor | None, q: Tensor, k: Tensor, scale: float, kept: Kept, layout: _Layout
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, the gradient of the initial state, and those of the states after each chunk."""
-    dx = torch.empty(d_out.shape, dtype=d_out.dtype, device=d_out.device)
+    dx = empty(d_out.shape, d_out.dtype, d_out.device)
     shape = (layout.sequences, layout.HV, layout.K, layout.V)
-    d_initial = torch.empty(shape, dtype=torch.float32, device=q.device)
-    d_states = torch.empty_like(kept.states)
+    d_initial = empty(shape, torch.float32, q.device)
+    d_states = empty(kept.states.shape, kept.states.dtype, q.device)
     options = {**layout.constants, **layout.tiles(layout.plan.backward)}
     several = layout.segments.several
     grid = (layout.segments.count * layout.HV * triton.cdiv(layout.V, options["COLUMNS"]),)
 
     def run(ends: Tensor, summary: Tensor, **constants: bool) -> None:
-        _gated_delta_rule_bwd_state_kernel[grid](
+        start_kernel(
+            _gated_delta_rule_bwd_state_kernel, grid,
             q, k, d_out, kept.pairs, kept.gates, d_initial if after is None else after, dx, d_initial, d_states,
             summary, ends, *layout.segment_table(dx), *strides(q, k, d_out), *layout.along,
             int(after is not None), scale, **constants, **options,
@@ -309,7 +343,7 @@ def _run_backward_state(
 
     ends = d_initial
     if several:
-        summary = ends.new_empty(layout.segments.count, layout.HV, layout.V, layout.K)
+        summary = empty((layout.segments.count, layout.HV, layout.V, layout.K), torch.float32, q.device)
         run(ends, summary, SEGMENTED=True, SUMMARY=True)
         ends = layout.carry(kept, summary, after, backward=True)
     run(ends, ends, SEGMENTED=several, SUMMARY=False)

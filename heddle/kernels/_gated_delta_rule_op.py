@@ -13,12 +13,14 @@ from torch import Tensor
 
 from heddle.kernels._gated_delta_rule_launch import Kept, kept_like, launch_backward, launch_forward
 from heddle.kernels._gated_delta_rule_step import launch_step
-from heddle.kernels.op import register
+from heddle.kernels.common.replay import empty, replayed
+from heddle.kernels.op import are_plain, register
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
+@replayed
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -35,8 +37,25 @@ def _forward(
     return (out, final, *(kept.tensors() if keep else _nothing(q)))
 
 
+@replayed
+def _forward_alone(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    beta: Tensor,
+    scale: float,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """As `_forward`, without the empty tensors that torch's library wants for what is not kept."""
+    given = (q, k, v, log_decay, beta, scale, initial_state, cu_seqlens)
+    out, final, _ = launch_forward(*given, keep=False)
+    return out, final
+
+
 def _nothing(like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    first, second, third, fourth, fifth, sixth = (like.new_empty(0) for _ in range(6))
+    first, second, third, fourth, fifth, sixth = (empty((0,), like.dtype, like.device) for _ in range(6))
     return first, second, third, fourth, fifth, sixth
 
 
@@ -62,6 +81,7 @@ def _forward_fake(
     return (*found, *kept_like(q, v, cu_seqlens, keep=True).tensors())
 
 
+@replayed
 def _backward(
     d_out: Tensor,
     d_final: Tensor | None,
@@ -205,5 +225,8 @@ def run_kernels(
     """Output and final state; keeps what a backward pass wants only if there can be one."""
     sources = (q, k, v, log_decay, beta, initial_state)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in sources)
-    found = forward_kernels(q, k, v, log_decay, beta, scale, initial_state, cu_seqlens, keep)
+    given = (q, k, v, log_decay, beta, scale, initial_state, cu_seqlens)
+    if not keep and are_plain(given):
+        return _forward_alone(*given)
+    found = forward_kernels(*given, keep)
     return found[0], found[1]

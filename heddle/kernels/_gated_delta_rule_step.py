@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from heddle.kernels.common.layout import block
+from heddle.kernels.common.replay import empty, replayed, start_kernel
 from heddle.kernels.common.tuning import tuned
 from heddle.kernels.configs.gated_delta_rule import STEP, STEP_FEW, STEP_MANY_HEADS
 
@@ -56,6 +57,7 @@ def _gated_delta_rule_step_kernel(
     tl.store(out_ptr + place * V + columns, out.to(out_ptr.dtype.element_ty), mask=in_v)
 
 
+@replayed
 def launch_step(
     q: Tensor,
     k: Tensor,
@@ -73,12 +75,13 @@ def launch_step(
     state, beta = state.contiguous(), beta.to(torch.float32).contiguous()
     gate = beta if log_decay is None else log_decay.to(torch.float32).contiguous()
     B, HV, K, V = state.shape
-    out = torch.empty(B, 1, HV, V, dtype=v.dtype, device=v.device)
-    new_state = torch.empty(state.shape, dtype=state.dtype, device=state.device)
+    out = empty((B, 1, HV, V), v.dtype, v.device)
+    new_state = empty(state.shape, state.dtype, state.device)
     launch = tuned("step", STEP if B * HV >= STEP_MANY_HEADS else STEP_FEW)
     columns = min(launch.columns, block(V))
     strides = [stride for x in (q, k, v) for stride in (x.stride(0), x.stride(2))]
-    _gated_delta_rule_step_kernel[(B * HV * triton.cdiv(V, columns),)](
+    start_kernel(
+        _gated_delta_rule_step_kernel, (B * HV * triton.cdiv(V, columns),),
         q, k, v, gate, beta, state, out, new_state, *strides, HV, scale,
         K=K, V=V, ROWS=block(K), COLUMNS=columns, GROUP=HV // q.shape[2], GATED=log_decay is not None,
         CHANNELS=gate.dim() == 4,

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from heddle.kernels._gla_bwd import _gla_gradient_kernel
 from heddle.kernels._gla_fwd import _gla_carry_kernel, _gla_prepare_kernel, _gla_sweep_kernel
-from heddle.kernels.common.layout import aligned, block, dense_state, room, strides, with_room
+from heddle.kernels.common.layout import aligned, block, dense_state, infinite, room, strides, with_room
+from heddle.kernels.common.replay import derived, empty, replayed, start_kernel
 from heddle.kernels.common.segments import count_segments, cut, lay_out
 from heddle.kernels.common.tuning import tuned
 from heddle.kernels.configs.gla import INTERPRETER, Family, Plan, family
@@ -70,9 +71,9 @@ def prepared_like(
     sequences = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     chunk = plan(q.device, q.element_size(), max(K, V)).chunk
     chunks = count_segments(T, sequences, chunk, packed=cu_seqlens is not None)
-    seen, left = (q.new_empty(B, T, H, K) for _ in range(2))
-    scores = q.new_empty(chunks, H, chunk, chunk)
-    ends, reach = (q.new_empty(*shape, dtype=torch.float32) for shape in ((chunks, H, K), (chunks, H)))
+    seen, left = (empty((B, T, H, K), q.dtype, q.device) for _ in range(2))
+    scores = empty((chunks, H, chunk, chunk), q.dtype, q.device)
+    ends, reach = (empty(shape, torch.float32, q.device) for shape in ((chunks, H, K), (chunks, H)))
     return seen, left, scores, ends, reach
 
 
@@ -115,16 +116,17 @@ class _Call:
     def totals(self) -> Tensor:
         """Room for what the threads of a program tell each other."""
         dtype = torch.float64 if self.precise else torch.float32
-        return torch.empty(self.q.shape, dtype=dtype, device=self.q.device)
+        return empty(self.q.shape, dtype, self.q.device)
 
     def prepare(self, log_decay: Tensor) -> Prepared:
         """What sweeps read of the chunks."""
         prepared = Prepared(*prepared_like(self.q, self.v, self.cu_seqlens))
         if False not in self.ways:
-            prepared.reach.fill_(torch.inf)
+            prepared = replace(prepared, reach=derived(infinite, prepared.reach))
         totals = self.totals()
         for halved in self.ways:
-            _gla_prepare_kernel[(self.chunks.count * self.H,)](
+            start_kernel(
+                _gla_prepare_kernel, (self.chunks.count * self.H,),
                 self.q, self.k, log_decay, prepared.seen, prepared.left, totals, prepared.scores,
                 prepared.ends, prepared.reach,
                 *self._chunk_table(), *strides(self.q, self.k, log_decay), *self.numbers, self.scale,
@@ -147,11 +149,11 @@ class _Call:
         `given` is the state to begin with; without `out` or `keep` these are not made.
         """
         sides = (prepared.seen, prepared.left) if not backward else (prepared.left, prepared.seen)
-        make = functools.partial(torch.empty, device=self.q.device)
-        final = make(self.sequences, self.HV, self.K, self.V, dtype=torch.float32)
-        output = make(self.v.shape if out else 0, dtype=self.v.dtype)
+        device = self.q.device
+        final = empty((self.sequences, self.HV, self.K, self.V), torch.float32, device)
+        output = empty(self.v.shape if out else (0,), self.v.dtype, device)
         kept = (self.chunks.count, self.HV, self.K, self.V) if keep else (0,)
-        states = make(kept, dtype=self.q.dtype)
+        states = empty(kept, self.q.dtype, device)
         starts, logs, offsets = self._carried(final)
         segments = self.segments
         table = final if segments.table is None else segments.table
@@ -160,7 +162,8 @@ class _Call:
 
         def run(launch: Launch, **constants: bool) -> None:
             columns = min(launch.columns, block(self.V))
-            _gla_sweep_kernel[(segments.count * self.HV * triton.cdiv(self.V, columns),)](
+            start_kernel(
+                _gla_sweep_kernel, (segments.count * self.HV * triton.cdiv(self.V, columns),),
                 *sides, values, prepared.scores, prepared.ends, final if given is None else given,
                 output, final, states, starts, logs, table, chunk_offsets, packed,
                 *strides(values), *self.numbers, segments.per_sequence, segments.size, int(given is not None),
@@ -172,7 +175,8 @@ class _Call:
         if segments.several:
             run(self.plan.summary, SEGMENTED=True, OUT=False, KEEP=False)
             grid = (self.sequences * self.HV, triton.cdiv(self.K * self.V, CARRY_BLOCK))
-            _gla_carry_kernel[grid](
+            start_kernel(
+                _gla_carry_kernel, grid,
                 starts, logs, final if given is None else given, offsets,
                 self.HV, segments.per_sequence, int(given is not None),
                 K=self.K, V=self.V, BLOCK=CARRY_BLOCK, BACKWARD=backward, VARLEN=self.constants["VARLEN"], num_warps=4,
@@ -186,8 +190,9 @@ class _Call:
         segments = self.segments
         if not segments.several:
             return final, final, final
-        starts = final.new_empty(segments.count, self.HV, self.K, self.V)
-        logs = final.new_empty(segments.count, self.HV, self.K)
+        logs_shape = (segments.count, self.HV, self.K)
+        starts = empty((*logs_shape, self.V), torch.float32, final.device)
+        logs = empty(logs_shape, torch.float32, final.device)
         return starts, logs, (final if segments.offsets is None else segments.offsets)
 
     def gradients(
@@ -199,13 +204,14 @@ class _Call:
         given: tuple[Tensor | None, Tensor | None],
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of q, k and the log-decays, of the states between chunks and those given at the ends, and their gradients."""
-        dq, dk = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (self.q, self.k))
-        d_log_decay = torch.empty(dq.shape, dtype=torch.float32, device=dq.device)
+        dq, dk = (empty(x.shape, x.dtype, x.device) for x in (self.q, self.k))
+        d_log_decay = empty(dq.shape, torch.float32, dq.device)
         launch = self.plan.gradient
         programs = self.chunks.count * self.H * triton.cdiv(self.K, self.tile)
         totals = self.totals()
         for halved in self.ways:
-            _gla_gradient_kernel[(programs,)](
+            start_kernel(
+                _gla_gradient_kernel, (programs,),
                 self.q, self.k, self.v, d_out, log_decay, totals, *states,
                 *(dq if x is None else x for x in given), dq, dk, d_log_decay, prepared.reach,
                 *self._chunk_table(), *strides(self.q, self.k, self.v, d_out, log_decay), *self.numbers,
@@ -221,6 +227,7 @@ class _Call:
         return (self.q if table is None else table), (self.q if packed is None else packed)
 
 
+@replayed
 def launch_forward(
     q: Tensor,
     k: Tensor,
@@ -244,6 +251,7 @@ def launch_forward(
     return out, final, *prepared.tensors()
 
 
+@replayed
 def launch_backward(
     d_out: Tensor,
     d_final: Tensor | None,

@@ -13,7 +13,17 @@ from torch import Tensor
 from heddle.kernels._gated_delta_rule_fwd import _gated_delta_rule_carry_kernel
 from heddle.kernels._kda_bwd import _kda_backward_kernel, _kda_gradient_kernel
 from heddle.kernels._kda_fwd import _kda_prepare_kernel, _kda_sweep_kernel
-from heddle.kernels.common.layout import ALIGNMENT, aligned, block, dense_state, strides, with_room
+from heddle.kernels.common.layout import (
+    ALIGNMENT,
+    aligned,
+    block,
+    dense_state,
+    infinite,
+    strides,
+    turned_state,
+    with_room,
+)
+from heddle.kernels.common.replay import derived, empty, replayed, start_kernel
 from heddle.kernels.common.segments import cut, lay_out
 from heddle.kernels.common.tuning import tuned
 from heddle.kernels.configs.kda import INTERPRETER, Family, Plan, family
@@ -116,12 +126,12 @@ class _Call:
 
     def room(self, *shape: int, wide: bool = False) -> Tensor:
         """Memory, in float32 if `wide`."""
-        return torch.empty(shape, dtype=torch.float32 if wide else self.q.dtype, device=self.q.device)
+        return empty(shape, torch.float32 if wide else self.q.dtype, self.q.device)
 
     def totals(self) -> Tensor:
         """Room for what the threads of a program tell each other."""
         dtype = torch.float64 if self.precise else torch.float32
-        return torch.empty(self.B, self.T, self.HV, self.K, dtype=dtype, device=self.q.device)
+        return empty((self.B, self.T, self.HV, self.K), dtype, self.q.device)
 
     def prepare(self, log_decay: Tensor, beta: Tensor, *, keep: bool = False) -> Prepared:
         """What sweeps read of the chunks."""
@@ -130,12 +140,13 @@ class _Call:
         pairs = self.room(chunks, self.HV, 2, C, C)
         keys = self.room(chunks, self.HV, C, C) if keep else pairs
         ends, reach = self.room(chunks, self.HV, self.K, wide=True), self.room(chunks, self.HV, wide=True)
-        prepared = Prepared(seen, read, left, pairs, keys, ends, reach, beta.to(torch.float32).contiguous())
         if False not in self.ways:
-            reach.fill_(torch.inf)
+            reach = derived(infinite, reach)
+        prepared = Prepared(seen, read, left, pairs, keys, ends, reach, beta.to(torch.float32).contiguous())
         totals = self.totals()
         for halved in self.ways:
-            _kda_prepare_kernel[(chunks * self.HV,)](
+            start_kernel(
+                _kda_prepare_kernel, (chunks * self.HV,),
                 self.q, self.k, log_decay, prepared.beta, seen, read, left, totals, pairs, keys, ends, reach,
                 *self._chunk_table(), *strides(self.q, self.k, log_decay), *self.numbers, self.scale,
                 KEEP=keep, HALVED=halved, SOLVE=self.plan.inverse if self.on_gpu else "ieee",
@@ -158,7 +169,8 @@ class _Call:
             options = self._tiles(launch)
             tiles = triton.cdiv(self.V, options["COLUMNS"])
             tiles += triton.cdiv(self.K, options["COLUMNS"]) if constants["SUMMARY"] else 0
-            _kda_sweep_kernel[(self.segments.count * self.HV * tiles,)](
+            start_kernel(
+                _kda_sweep_kernel, (self.segments.count * self.HV * tiles,),
                 prepared.seen, prepared.read, prepared.left, self.v, prepared.beta, prepared.pairs, prepared.ends,
                 final if given is None else given, results, final, states, results, summary, starts,
                 *self._segment_table(), *strides(self.v), *self.along, int(given is not None),
@@ -177,13 +189,14 @@ class _Call:
         self, prepared: Prepared, swept: Swept, d_out: Tensor, given: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """dx, the gradient of the initial state, and those of the states after each chunk."""
-        dx, d_states = torch.empty_like(swept.new), torch.empty_like(swept.states)
-        d_initial = torch.empty_like(swept.final)
+        same = (swept.new, swept.states, swept.final)
+        dx, d_states, d_initial = (empty(x.shape, x.dtype, x.device) for x in same)
         options = self._tiles(self.plan.backward)
         programs = self.segments.count * self.HV * triton.cdiv(self.V, options["COLUMNS"])
 
         def run(starts: Tensor, summary: Tensor, **constants: bool) -> None:
-            _kda_backward_kernel[(programs,)](
+            start_kernel(
+                _kda_backward_kernel, (programs,),
                 prepared.seen, prepared.read, prepared.left, d_out, prepared.beta, prepared.pairs, prepared.ends,
                 d_initial if given is None else given, dx, d_initial, d_states, summary, starts,
                 *self._segment_table(), *strides(d_out), *self.along, int(given is not None),
@@ -214,12 +227,13 @@ class _Call:
         keys, shared = (self.B, self.T, self.HV, self.K), self.HV != self.H
         # Summed over the value heads that share a key head.
         dq, dk = (self.room(*keys, wide=shared) for _ in range(2))
-        dv, d_log_decay = torch.empty_like(dx), self.room(*keys, wide=True)
+        dv, d_log_decay = empty(dx.shape, dx.dtype, dx.device), self.room(*keys, wide=True)
         tiles = triton.cdiv(self.K, self.tile)
         d_beta = self.room(tiles, *keys[:3], wide=True)
         launch, totals = self.plan.gradient, self.totals()
         for halved in self.ways:
-            _kda_gradient_kernel[(self.chunks.count * self.HV * tiles,)](
+            start_kernel(
+                _kda_gradient_kernel, (self.chunks.count * self.HV * tiles,),
                 self.q, self.k, self.v, d_out, log_decay, prepared.beta, totals, dx, swept.new, prepared.keys,
                 swept.states, d_states, *(d_log_decay if x is None else x for x in given),
                 dq, dk, dv, d_log_decay, d_beta, prepared.reach, *self._chunk_table(),
@@ -228,17 +242,15 @@ class _Call:
                 V=self.V, COLUMNS=min(launch.columns, block(self.V)), HALVED=halved,
                 **self.tiled, **launch.options(),
             )  # fmt: skip
-        if shared:
-            apart = (self.B, self.T, self.H, -1, self.K)
-            dq, dk = (x.reshape(apart).sum(3).to(self.q.dtype) for x in (dq, dk))
-        return dq, dk, dv, d_log_decay, d_beta.sum(0)
+        return dq, dk, dv, d_log_decay, d_beta
 
     def carry(self, summary: Tensor, added: Tensor, given: Tensor | None, *, backward: bool) -> Tensor:
         """The state each segment starts from; backward, the gradient of the state each ends with."""
         starts = self.room(self.segments.count, self.HV, self.V, self.K, wide=True)
         offsets = starts if self.segments.offsets is None else self.segments.offsets
         columns = min(CARRY_COLUMNS, block(self.V))
-        _gated_delta_rule_carry_kernel[(self.sequences * self.HV, triton.cdiv(self.V, columns))](
+        start_kernel(
+            _gated_delta_rule_carry_kernel, (self.sequences * self.HV, triton.cdiv(self.V, columns)),
             summary, added, starts, starts if given is None else given, offsets,
             self.HV, self.segments.per_sequence, int(given is not None),
             K=self.K, V=self.V, ROWS=block(self.K), COLUMNS=columns, BLOCK=ALIGNMENT, BACKWARD=backward,
@@ -262,6 +274,7 @@ class _Call:
         return first, second, third
 
 
+@replayed
 def launch_forward(
     q: Tensor,
     k: Tensor,
@@ -307,13 +320,35 @@ def launch_backward(
         cropped = (dq[..., :K], dk[..., :K], dv[..., :V], d_gate[..., :K])
         first, second, third, fourth = (x.contiguous() for x in cropped)
         return first, second, third, fourth, d_beta, d_initial[..., :K, :V].contiguous()
+    given = (q, k, v, log_decay, beta, scale, initial_state, cu_seqlens)
+    dq, dk, dv, d_gate, d_beta, d_initial = _run_backward(d_out, d_final, *given)
+    if v.shape[2] != q.shape[2]:
+        apart = (*q.shape[:3], -1, K)
+        dq, dk = (x.reshape(apart).sum(3).to(q.dtype) for x in (dq, dk))
+    return dq, dk, dv, d_gate, d_beta.sum(0), d_initial
+
+
+@replayed
+def _run_backward(
+    d_out: Tensor,
+    d_final: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    beta: Tensor,
+    scale: float,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As `launch_backward`, where K and V have room; dq and dk for each value head, d_beta for each tile of keys."""
     d_out, q, k, v = (aligned(x) for x in (d_out.to(v.dtype), q, k, v))
     log_decay = aligned(log_decay.to(torch.float32))
     call = _Call(q, k, v, scale, cu_seqlens)
     prepared = call.prepare(log_decay, beta, keep=True)
     swept = call.sweep(prepared, dense_state(initial_state), keep=True)
     dx, d_initial, d_states = call.sweep_back(prepared, swept, d_out, dense_state(d_final))
-    before, after = (None if x is None else dense_state(x.mT) for x in (initial_state, d_final))
+    before, after = turned_state(initial_state), turned_state(d_final)
     outer = (d_out, dx, d_states)
     dq, dk, dv, d_gate, d_beta = call.gradients(prepared, swept, log_decay, outer, (before, after))
     return dq, dk, dv, d_gate, d_beta, d_initial

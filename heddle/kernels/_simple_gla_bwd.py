@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from heddle.kernels._simple_gla_fwd import Given, Sweep
-from heddle.kernels.common.layout import ALIGNMENT, dense_state, padded
+from heddle.kernels.common.layout import ALIGNMENT, dense_state, padded, turned_state
+from heddle.kernels.common.replay import empty, replayed
 
 
 def launch_backward(
@@ -32,15 +33,32 @@ def launch_backward(
         return first, second, third, fourth, fifth
     B, T, H, _ = q.shape
     heads = v.shape[2]
-    sweep = Sweep(q, k, v, d_out.to(q.dtype), log_decay=log_decay, scale=scale, cu_seqlens=cu_seqlens)
-    # Of q and k for each value head first.
-    dq, dk = (torch.empty(B, T, heads, K, dtype=q.dtype, device=q.device) for _ in range(2))
-    dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    d_gate = torch.empty(B, T, heads, dtype=torch.float32, device=q.device)
-    d_initial = torch.empty(sweep.sequences, heads, K, V, dtype=torch.float32, device=v.device)
-    before = None if initial_state is None else initial_state.mT
-    after = None if d_final is None else d_final.mT
-    sweep.run((dq, dk, dv), d_initial, Given(*map(dense_state, (before, d_final, after))), d_gate)
+    given = (d_out, d_final, q, k, v, log_decay, scale, initial_state, cu_seqlens)
+    dq, dk, dv, d_gate, d_initial = _sweep_back(*given)
     if heads > H:
         dq, dk = (x.view(B, T, H, heads // H, K).sum(3) for x in (dq, dk))
     return dq, dk, dv, d_gate.to(log_decay.dtype), d_initial
+
+
+@replayed
+def _sweep_back(
+    d_out: Tensor,
+    d_final: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    scale: float,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As `launch_backward`, with gradients of q and k for each value head, and that of log_decay in float32."""
+    (B, T, heads, V), K = v.shape, q.shape[3]
+    sweep = Sweep(q, k, v, d_out.to(q.dtype), log_decay=log_decay, scale=scale, cu_seqlens=cu_seqlens)
+    dq, dk = (empty((B, T, heads, K), q.dtype, q.device) for _ in range(2))
+    dv = empty(v.shape, v.dtype, v.device)
+    d_gate = empty((B, T, heads), torch.float32, q.device)
+    d_initial = empty((sweep.sequences, heads, K, V), torch.float32, v.device)
+    given = Given(turned_state(initial_state), dense_state(d_final), turned_state(d_final))
+    sweep.run((dq, dk, dv), d_initial, given, d_gate)
+    return dq, dk, dv, d_gate, d_initial

@@ -21,6 +21,7 @@ from heddle.kernels._simple_gla_sweep import (
     _simple_gla_state_kernel,
 )
 from heddle.kernels.common.layout import ALIGNMENT, aligned, block, dense_state, padded
+from heddle.kernels.common.replay import empty, replayed, start_kernel
 from heddle.kernels.common.segments import Segments, cut, lay_out
 from heddle.kernels.common.tuning import tuned
 from heddle.kernels.configs.launch import Launch
@@ -115,8 +116,9 @@ class Sweep:
             found = torch.searchsorted(starts, slot, right=True) - 1
             sequences = found.clamp_max(self.sequences - 1).to(torch.int32)
         parts = 2 if self.precise else 1
-        gates = torch.empty(parts, self.H, slots, self.chunk, dtype=torch.float32, device=log_decay.device)
-        _simple_gla_gates_kernel[(slots, triton.cdiv(self.H, GATE_HEADS))](
+        gates = empty((parts, self.H, slots, self.chunk), torch.float32, log_decay.device)
+        start_kernel(
+            _simple_gla_gates_kernel, (slots, triton.cdiv(self.H, GATE_HEADS)),
             log_decay, gates, sequences, log_decay if cu_seqlens is None else cu_seqlens,
             *log_decay.stride(), self.T, self.H, slots,
             C=self.chunk, HEADS=GATE_HEADS, VARLEN=cu_seqlens is not None, PRECISE=self.precise, num_warps=4,
@@ -160,7 +162,8 @@ class Sweep:
         # The states before each segment that roles 0 and 1 started from.
         states, d_states, _ = (x for each in scratch for x in each) if segments.several else [self.gates] * 3
         table, packed = self._packed(segments)
-        _simple_gla_gate_gradient_kernel[(segments.count * self.H,)](
+        start_kernel(
+            _simple_gla_gate_gradient_kernel, (segments.count * self.H,),
             rows, ends, states, d_states, d_gate, table, packed,
             self.T, self.H, self.gates.shape[2], self.sequences, segments.per_sequence, size,
             C=self.chunk, TILES=tiles, SIZE=self.K * self.V, SEGMENTED=segments.several,
@@ -171,8 +174,9 @@ class Sweep:
         """Room for what the gradient of the log-decays is made of; forward there is none."""
         if not self.backward:
             return self.gates, self.gates
-        make = functools.partial(torch.empty, dtype=torch.float32, device=self.gates.device)
-        return make(2, tiles, *self.gates.shape[1:]), make(tiles, self.sequences, self.H)
+        shapes = ((2, tiles, *self.gates.shape[1:]), (tiles, self.sequences, self.H))
+        rows, ends = (empty(shape, torch.float32, self.gates.device) for shape in shapes)
+        return rows, ends
 
     def _packed(self, segments: Segments) -> tuple[Tensor, Tensor]:
         table = self.gates if segments.table is None else segments.table
@@ -199,24 +203,27 @@ class Sweep:
         if segments.several:
             state = self._launch("state")
             columns = min(state.columns, block(roles.V))
-            make = functools.partial(torch.empty, dtype=torch.float32, device=self.gates.device)
-            scratch = make(roles.count, segments.count, self.H, roles.K, roles.V)
-            logs = make(roles.count, segments.count, self.H)
+            outer = (roles.count, segments.count, self.H)
+            scratch = empty((*outer, roles.K, roles.V), torch.float32, self.gates.device)
+            logs = empty(outer, torch.float32, self.gates.device)
             grid = (segments.count * self.H * roles.count * triton.cdiv(roles.V, columns),)
-            _simple_gla_state_kernel[grid](
+            start_kernel(
+                _simple_gla_state_kernel, grid,
                 *self.inputs, self.gates, scratch, logs, table, packed, *strides, *numbers,
                 COLUMNS=columns, **shapes, **common, **state.options(),
             )  # fmt: skip
             offsets = self.gates if segments.offsets is None else segments.offsets
             blocks = triton.cdiv(roles.K * roles.V, CARRY_BLOCK)
-            _simple_gla_carry_kernel[(self.sequences * self.H, blocks, roles.count)](
+            start_kernel(
+                _simple_gla_carry_kernel, (self.sequences * self.H, blocks, roles.count),
                 scratch, logs, *given.tensors(self.gates), offsets,
                 self.H, segments.count, segments.per_sequence, roles.first,
                 SIZE=roles.K * roles.V, BLOCK=CARRY_BLOCK, **common, **given.flags(), num_warps=4,
             )  # fmt: skip
         output = self._launch("backward" if self.backward else "output")
         tiles = triton.cdiv(roles.V, self._columns(roles))
-        _simple_gla_output_kernel[(segments.count * self.H * roles.count * tiles,)](
+        start_kernel(
+            _simple_gla_output_kernel, (segments.count * self.H * roles.count * tiles,),
             *self.inputs, self.gates, *outputs, final, *rows, scratch, *given.tensors(self.gates), table, packed,
             *strides, *numbers, self.sequences,
             COLUMNS=self._columns(roles), SEGMENTED=segments.several, **shapes, **common, **given.flags(),
@@ -234,6 +241,7 @@ class Sweep:
         return launch if kernel != "state" else replace(launch, chunk=self.chunk)
 
 
+@replayed
 def launch_forward(
     q: Tensor,
     k: Tensor,
@@ -251,7 +259,7 @@ def launch_forward(
         out, final = launch_forward(q, k, v, log_decay, scale, before, cu_seqlens)
         return out[..., :V].contiguous(), final[..., :K, :V].contiguous()
     sweep = Sweep(q, k, v, None, log_decay=log_decay, scale=scale, cu_seqlens=cu_seqlens)
-    out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    final = torch.empty(sweep.sequences, v.shape[2], K, V, dtype=torch.float32, device=v.device)
+    out = empty(v.shape, v.dtype, v.device)
+    final = empty((sweep.sequences, v.shape[2], K, V), torch.float32, v.device)
     sweep.run((out, out, out), final, Given(dense_state(initial_state), None, None))
     return out, final

@@ -29,7 +29,18 @@ from heddle.kernels.common.linear_op import (
     register_decaying,
 )
 from heddle.kernels.common.recurrence import walk
-from heddle.kernels.op import Inputs, Phase, Shape, Traits, Work, check_shapes, normal, op, wide_dtype
+from heddle.kernels.op import (
+    Inputs,
+    Phase,
+    Shape,
+    Traits,
+    Work,
+    check_shapes,
+    in_dtype,
+    normal,
+    op,
+    wide_dtype,
+)
 
 try:
     from heddle.kernels._decay_attention_bwd import launch_backward
@@ -115,8 +126,9 @@ def _check(
 ) -> None:
     check_inputs("decay_attention", q, k, v, {}, state=state, cu_seqlens=cu_seqlens)
     B, T, H, _ = q.shape
-    expected = {"v": (v, (B, T, H, v.shape[3])), "log_decay": (log_decay, (H,))}
-    check_shapes("decay_attention", expected)
+    if v.shape[2] != H or log_decay.shape != (H,):
+        expected = {"v": (v, (B, T, H, v.shape[3])), "log_decay": (log_decay, (H,))}
+        check_shapes("decay_attention", expected)
     if log_decay.requires_grad:
         raise HeddleError(
             "bad-argument",
@@ -137,8 +149,8 @@ def decay_attention_step(
     """
     check_one_token("decay_attention_step", q)
     _check(q, k, v, log_decay, state)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return _step_op(q, k, v, log_decay, state.to(wide_dtype(q.dtype)), scale)  # type: ignore[no-any-return]
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    return _step_op(q, k, v, log_decay, in_dtype(state, wide_dtype(q.dtype)), scale)  # type: ignore[no-any-return]
 
 
 def _draw(shape: Shape, generator: torch.Generator) -> Inputs:
@@ -215,6 +227,6 @@ def decay_attention(
         HeddleError: "bad-argument" for shapes or dtypes that do not fit, or a `log_decay` that wants a gradient.
     """
     _check(q, k, v, log_decay, initial_state, cu_seqlens)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     initial_state = None if initial_state is None else initial_state.to(wide_dtype(q.dtype))
     return _forward_op(q, k, v, log_decay, scale, initial_state, cu_seqlens)  # type: ignore[no-any-return]

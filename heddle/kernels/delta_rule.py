@@ -13,7 +13,7 @@ from heddle.kernels._gated_delta_rule_torch import chunked, step
 from heddle.kernels.common.linear_op import check_inputs, check_one_token, draw_state, fits
 from heddle.kernels.common.recurrence import heads_of_values, walk
 from heddle.kernels.gated_delta_rule import work
-from heddle.kernels.op import Inputs, Shape, Traits, normal, op, register_composite, wide_dtype
+from heddle.kernels.op import Inputs, Shape, Traits, in_dtype, normal, op, register_composite, wide_dtype
 
 try:
     from heddle.kernels._gated_delta_rule_op import run_kernels, step_kernels
@@ -91,9 +91,9 @@ def delta_rule_step(
     """
     check_one_token("delta_rule_step", q)
     check_inputs("delta_rule", q, k, v, {"beta": beta}, state=state)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     wide = wide_dtype(v.dtype)
-    return _step_op(q, k, v, beta.to(wide), state.to(wide), scale)  # type: ignore[no-any-return]
+    return _step_op(q, k, v, in_dtype(beta, wide), in_dtype(state, wide), scale)  # type: ignore[no-any-return]
 
 
 def _draw(shape: Shape, generator: torch.Generator) -> Inputs:
@@ -164,7 +164,7 @@ def delta_rule(
         HeddleError: "bad-argument" for shapes or dtypes that do not fit.
     """
     check_inputs("delta_rule", q, k, v, {"beta": beta}, state=initial_state, cu_seqlens=cu_seqlens)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     wide = wide_dtype(v.dtype)
     initial_state = None if initial_state is None else initial_state.to(wide)
-    return _forward_op(q, k, v, beta.to(wide), scale, initial_state, cu_seqlens)  # type: ignore[no-any-return]
+    return _forward_op(q, k, v, in_dtype(beta, wide), scale, initial_state, cu_seqlens)  # type: ignore[no-any-return]

@@ -20,6 +20,7 @@ from heddle.kernels.op import (
     Shape,
     Traits,
     Work,
+    in_dtype,
     normal,
     op,
     register_composite,
@@ -119,9 +120,10 @@ def gated_delta_rule_step(
     """
     check_one_token("gated_delta_rule_step", q)
     check_inputs("gated_delta_rule", q, k, v, {"log_decay": log_decay, "beta": beta}, state=state)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    log_decay, beta, state = (x.to(wide_dtype(v.dtype)) for x in (log_decay, beta, state))
-    return _step_op(q, k, v, log_decay, beta, state, scale)  # type: ignore[no-any-return]
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    wide = wide_dtype(v.dtype)
+    log_decay, beta = in_dtype(log_decay, wide), in_dtype(beta, wide)
+    return _step_op(q, k, v, log_decay, beta, in_dtype(state, wide), scale)  # type: ignore[no-any-return]
 
 
 def _draw(shape: Shape, generator: torch.Generator) -> Inputs:
@@ -210,7 +212,9 @@ def gated_delta_rule(
     """
     gates = {"log_decay": log_decay, "beta": beta}
     check_inputs("gated_delta_rule", q, k, v, gates, state=initial_state, cu_seqlens=cu_seqlens)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     wide = wide_dtype(v.dtype)
     initial_state = None if initial_state is None else initial_state.to(wide)
-    return _forward_op(q, k, v, log_decay.to(wide), beta.to(wide), scale, initial_state, cu_seqlens)  # type: ignore[no-any-return]
+    return _forward_op(
+        q, k, v, in_dtype(log_decay, wide), in_dtype(beta, wide), scale, initial_state, cu_seqlens
+    )  # type: ignore[no-any-return]

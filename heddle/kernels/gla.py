@@ -25,6 +25,7 @@ from heddle.kernels.op import (
     Traits,
     Work,
     check_shapes,
+    in_dtype,
     normal,
     op,
     register_composite,
@@ -118,16 +119,17 @@ def gla_step(
     """
     check_one_token("gla_step", q)
     _check(q, k, v, log_decay, state)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     wide = wide_dtype(v.dtype)
-    return _step_op(q, k, v, log_decay.to(wide), state.to(wide), scale)  # type: ignore[no-any-return]
+    return _step_op(q, k, v, in_dtype(log_decay, wide), in_dtype(state, wide), scale)  # type: ignore[no-any-return]
 
 
 def _check(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None, cu_seqlens: Tensor | None = None
 ) -> None:
     check_inputs("gla", q, k, v, {}, state=state, cu_seqlens=cu_seqlens)
-    check_shapes("gla", {"log_decay": (log_decay, q.shape)})
+    if log_decay.shape != q.shape:
+        check_shapes("gla", {"log_decay": (log_decay, q.shape)})
 
 
 def _draw(shape: Shape, generator: torch.Generator) -> Inputs:
@@ -205,7 +207,7 @@ def gla(
         HeddleError: "bad-argument" for shapes or dtypes that do not fit.
     """
     _check(q, k, v, log_decay, initial_state, cu_seqlens)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     wide = wide_dtype(v.dtype)
     initial_state = None if initial_state is None else initial_state.to(wide)
-    return _forward_op(q, k, v, log_decay.to(wide), scale, initial_state, cu_seqlens)  # type: ignore[no-any-return]
+    return _forward_op(q, k, v, in_dtype(log_decay, wide), scale, initial_state, cu_seqlens)  # type: ignore[no-any-return]

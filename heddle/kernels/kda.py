@@ -23,6 +23,7 @@ from heddle.kernels.op import (
     Traits,
     Work,
     check_shapes,
+    in_dtype,
     normal,
     op,
     register_composite,
@@ -114,9 +115,10 @@ def kda_step(
     """
     check_one_token("kda_step", q)
     _check(q, k, v, log_decay, beta, state=state)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    log_decay, beta, state = (x.to(wide_dtype(v.dtype)) for x in (log_decay, beta, state))
-    return _step_op(q, k, v, log_decay, beta, state, scale)  # type: ignore[no-any-return]
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    wide = wide_dtype(v.dtype)
+    log_decay, beta = in_dtype(log_decay, wide), in_dtype(beta, wide)
+    return _step_op(q, k, v, log_decay, beta, in_dtype(state, wide), scale)  # type: ignore[no-any-return]
 
 
 def _check(
@@ -130,7 +132,9 @@ def _check(
     cu_seqlens: Tensor | None = None,
 ) -> None:
     check_inputs("kda", q, k, v, {"beta": beta}, state=state, cu_seqlens=cu_seqlens)
-    check_shapes("kda", {"log_decay": (log_decay, (*v.shape[:3], q.shape[3]))})
+    channels = (*v.shape[:3], q.shape[3])
+    if log_decay.shape != channels:
+        check_shapes("kda", {"log_decay": (log_decay, channels)})
 
 
 def _draw(shape: Shape, generator: torch.Generator) -> Inputs:
@@ -208,7 +212,9 @@ def kda(
         HeddleError: "bad-argument" for shapes or dtypes that do not fit.
     """
     _check(q, k, v, log_decay, beta, state=initial_state, cu_seqlens=cu_seqlens)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     wide = wide_dtype(v.dtype)
     initial_state = None if initial_state is None else initial_state.to(wide)
-    return _forward_op(q, k, v, log_decay.to(wide), beta.to(wide), scale, initial_state, cu_seqlens)  # type: ignore[no-any-return]
+    return _forward_op(
+        q, k, v, in_dtype(log_decay, wide), in_dtype(beta, wide), scale, initial_state, cu_seqlens
+    )  # type: ignore[no-any-return]

@@ -16,6 +16,7 @@ from typing import Any, Generic, Literal, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from heddle.errors import HeddleError
 
@@ -46,6 +47,8 @@ R = TypeVar("R")
 _forced: list[Path] = []
 _watchers: list[list[tuple[str, Path]]] = []
 _fragments: list[torch.library.Library] = []
+# Of the arguments of a call that only autograd has to do with.
+_PLAIN = frozenset((Tensor, Parameter, type(None), bool, int, float, str))
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,9 +109,7 @@ class Op(Generic[P, R]):
 
     def path(self, device: torch.device | str, dtype: torch.dtype, **shape: int) -> Path:
         """The code that runs on this device with this dtype and shape: "triton" or "torch"."""
-        possible = (
-            self.kernel is not None and self.kernel(shape) and _triton_runs(torch.device(device), dtype)
-        )
+        possible = self.kernel is not None and self.kernel(shape) and _triton_runs(device, dtype)
         if not _forced:
             return "triton" if possible and self.is_proven(dtype) else "torch"
         if _forced[-1] == "triton" and not possible and self.kernel is not None:
@@ -150,7 +151,9 @@ def op(
     return wrap
 
 
-def _triton_runs(device: torch.device, dtype: torch.dtype) -> bool:
+@functools.cache
+def _triton_runs(named: torch.device | str, dtype: torch.dtype) -> bool:
+    device = torch.device(named)
     if TRITON_VERSION is None or dtype not in TRITON_DTYPES:
         return False
     if INTERPRETED:
@@ -196,16 +199,30 @@ def register(
 ) -> Callable[..., Any]:
     """Makes `implementation` known to torch.library as one opaque op, and returns what calls it.
 
-    Registering a name again returns the first op: an export loaded twice runs the same code.
+    Registering a name again leaves torch with the first op: an export loaded twice compiles to the same code. Plain eager
+    calls do without torch's dispatcher, which costs the host more than launches do; all others go through it.
     """
-    known = _known(name)
-    if known is not None:
-        return known
-    defined = torch.library.custom_op(f"{LIBRARY}::{name}", implementation, mutates_args=(), schema=schema)
-    defined.register_fake(fake)
-    if backward is not None:
-        defined.register_autograd(backward, setup_context=setup_context)
-    return _require(name)
+    if _known(name) is None:
+        defined = torch.library.custom_op(
+            f"{LIBRARY}::{name}", implementation, mutates_args=(), schema=schema
+        )
+        defined.register_fake(fake)
+        if backward is not None:
+            defined.register_autograd(backward, setup_context=setup_context)
+    known = _require(name)
+    differentiable = (
+        None if backward is None else _differentiable(name, implementation, setup_context, backward)
+    )
+
+    def call(*args: Any) -> Any:
+        if not are_plain(args):
+            return known(*args)
+        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+            return implementation(*args)
+        # Without a formula torch tells so when one is asked for.
+        return known(*args) if differentiable is None else differentiable(*args)
+
+    return call
 
 
 def register_composite(
@@ -219,17 +236,54 @@ def register_composite(
 
     `under_vmap` is its rule for `torch.library.register_vmap`; without one vmap calls the op again and again.
     """
-    known = _known(name)
-    if known is not None:
-        return known
-    fragment = torch.library.Library(LIBRARY, "FRAGMENT")  # type: ignore[no-untyped-call]
-    fragment.define(f"{name}{schema}")  # type: ignore[no-untyped-call]
-    fragment.impl(name, implementation, "CompositeImplicitAutograd")  # type: ignore[no-untyped-call]
-    if under_vmap is not None:
-        torch.library.register_vmap(f"{LIBRARY}::{name}", under_vmap, lib=fragment)
-    # The registration lasts as long as the fragment.
-    _fragments.append(fragment)
-    return _require(name)
+    if _known(name) is None:
+        fragment = torch.library.Library(LIBRARY, "FRAGMENT")  # type: ignore[no-untyped-call]
+        fragment.define(f"{name}{schema}")  # type: ignore[no-untyped-call]
+        fragment.impl(name, implementation, "CompositeImplicitAutograd")  # type: ignore[no-untyped-call]
+        if under_vmap is not None:
+            torch.library.register_vmap(f"{LIBRARY}::{name}", under_vmap, lib=fragment)
+        # The registration lasts as long as the fragment.
+        _fragments.append(fragment)
+    known = _require(name)
+
+    def call(*args: Any) -> Any:
+        if not are_plain(args):
+            return known(*args)
+        return implementation(*args)
+
+    return call
+
+
+def are_plain(args: tuple[Any, ...]) -> bool:
+    """Whether nobody but autograd watches a call: no tracer, no mode, no transform, no subclass of tensors, no meta device."""
+    return (
+        # Compilers look no further than this line.
+        not torch.compiler.is_compiling()
+        and _PLAIN.issuperset(map(type, args))
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._are_functorch_transforms_active()
+        and not torch._C._is_tracing()
+        and not args[0].is_meta
+    )
+
+
+def _differentiable(
+    name: str,
+    implementation: Callable[..., Any],
+    setup_context: Callable[..., None] | None,
+    backward: Callable[..., Any],
+) -> Callable[..., Any]:
+    """What calls `implementation` so that autograd knows of it, and no dispatcher."""
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        output = implementation(*args)
+        if setup_context is not None:
+            setup_context(ctx, args, output)
+        return output
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    made: Any = type(f"{name}_function", (torch.autograd.Function,), methods)
+    return made.apply  # type: ignore[no-any-return]
 
 
 def rows_together(name: str) -> Callable[..., Any]:
@@ -270,6 +324,11 @@ def _require(name: str) -> Callable[..., Any]:
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of states, gates and sums: float64 for float64, otherwise float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in a dtype; the host is not troubled if it is."""
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def normal(generator: torch.Generator, *size: int) -> Tensor:

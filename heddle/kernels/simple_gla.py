@@ -19,7 +19,7 @@ from heddle.kernels.common.linear_op import (
     register_decaying,
 )
 from heddle.kernels.common.recurrence import heads_of_values, walk
-from heddle.kernels.op import Inputs, Phase, Shape, Traits, Work, normal, op, wide_dtype
+from heddle.kernels.op import Inputs, Phase, Shape, Traits, Work, in_dtype, normal, op, wide_dtype
 
 try:
     from heddle.kernels._simple_gla_bwd import launch_backward
@@ -105,8 +105,8 @@ def simple_gla_step(
     """
     check_one_token("simple_gla_step", q)
     check_inputs("simple_gla", q, k, v, {"log_decay": log_decay}, state=state)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return _step_op(q, k, v, log_decay, state.to(wide_dtype(q.dtype)), scale)  # type: ignore[no-any-return]
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    return _step_op(q, k, v, log_decay, in_dtype(state, wide_dtype(q.dtype)), scale)  # type: ignore[no-any-return]
 
 
 def _draw(shape: Shape, generator: torch.Generator) -> Inputs:
@@ -179,6 +179,6 @@ def simple_gla(
         HeddleError: "bad-argument" for shapes or dtypes that do not fit.
     """
     check_inputs("simple_gla", q, k, v, {"log_decay": log_decay}, state=initial_state, cu_seqlens=cu_seqlens)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     initial_state = None if initial_state is None else initial_state.to(wide_dtype(q.dtype))
     return _forward_op(q, k, v, log_decay, scale, initial_state, cu_seqlens)  # type: ignore[no-any-return]

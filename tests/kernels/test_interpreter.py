@@ -37,6 +37,10 @@ def test_interpreted_block_attention_is_right() -> None:
     _run_interpreted("tests/kernels/test_block_attention_kernels.py", BLOCKS)
 
 
+def test_interpreted_launchers_are_repeated() -> None:
+    _run_interpreted("tests/kernels/test_replay.py", "cpu")
+
+
 # Long: the same tests run on a GPU by `make test-gpu`.
 @pytest.mark.long
 @pytest.mark.parametrize(

@@ -6,10 +6,11 @@ Bytes for a sequence and head, K = V = 128: 128 KiB, 5 K V FLOP; so the memory b
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from heddle.kernels.common.replay import empty, replayed, start_kernel
 
 # Columns of the state that a program holds; the narrow choice spreads few heads over more multiprocessors.
 COLUMNS, NARROW, MANY_HEADS = 32, 16, 128
@@ -47,6 +48,7 @@ def _decay_step_kernel(
     tl.store(out_ptr + (n * H + head) * V + columns, out.to(out_ptr.dtype.element_ty), mask=in_v)
 
 
+@replayed
 def launch_step(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -58,14 +60,16 @@ def launch_step(
     state = state.contiguous()
     B, H, K, V = state.shape
     channels = log_decay.dim() == 4
-    log_decay = log_decay.contiguous() if channels else log_decay.expand(B, 1, H)
-    out = torch.empty(B, 1, H, V, dtype=v.dtype, device=v.device)
-    new_state = torch.empty(state.shape, dtype=state.dtype, device=state.device)
+    log_decay = log_decay.contiguous() if channels else log_decay
+    of_gates = log_decay.expand(B, 1, H).stride() if log_decay.dim() == 1 else log_decay.stride()
+    out = empty((B, 1, H, V), v.dtype, v.device)
+    new_state = empty(state.shape, state.dtype, state.device)
     rows = triton.next_power_of_2(K)
     columns = min(COLUMNS if B * H >= MANY_HEADS else NARROW, triton.next_power_of_2(V))
-    strides = [stride for x in (q, k, v, log_decay) for stride in (x.stride(0), x.stride(2))]
-    _decay_step_kernel[(B * H, triton.cdiv(V, columns))](
-        q, k, v, log_decay, state, out, new_state, *strides, H, H // q.shape[2], scale,
+    strides = [stride for x in (q, k, v) for stride in (x.stride(0), x.stride(2))]
+    start_kernel(
+        _decay_step_kernel, (B * H, triton.cdiv(V, columns)),
+        q, k, v, log_decay, state, out, new_state, *strides, of_gates[0], of_gates[2], H, H // q.shape[2], scale,
         K=K, V=V, ROWS=rows, COLUMNS=columns, CHANNELS=channels, num_warps=4,
     )  # fmt: skip
     return out, new_state

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from heddle.kernels.common.replay import derived
+
 # Triton then loads 16 bytes at a time, and ahead. Where it cannot, ptxas 12.8 gets kernels wrong:
 # docs/decisions/0005-ragged-heads.md.
 ALIGNMENT = 16
@@ -26,7 +28,7 @@ def aligned(x: Tensor) -> Tensor:
     *outer, last = x.stride()
     if last == 1 and not any(stride % ALIGNMENT for stride in outer) and x.data_ptr() % ALIGNMENT == 0:
         return x
-    return x.clone(memory_format=torch.contiguous_format)
+    return derived(_dense_copy, x)
 
 
 def padded(x: Tensor, *axes: int) -> Tensor:
@@ -37,7 +39,29 @@ def padded(x: Tensor, *axes: int) -> Tensor:
 
 def dense_state(state: Tensor | None) -> Tensor | None:
     """A given state as kernels read it: float32, dense."""
-    return None if state is None else state.to(torch.float32).contiguous()
+    return None if state is None else derived(_dense_float, state)
+
+
+def turned_state(state: Tensor | None) -> Tensor | None:
+    """A given state with K and V exchanged, float32, dense."""
+    return None if state is None else derived(_turned_float, state)
+
+
+def _dense_copy(x: Tensor) -> Tensor:
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def _dense_float(x: Tensor) -> Tensor:
+    return x.to(torch.float32).contiguous()
+
+
+def _turned_float(x: Tensor) -> Tensor:
+    return x.mT.to(torch.float32).contiguous()
+
+
+def infinite(x: Tensor) -> Tensor:
+    """As large, all infinite."""
+    return torch.full_like(x, torch.inf)
 
 
 def strides(*tensors: Tensor) -> list[int]:

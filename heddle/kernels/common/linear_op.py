@@ -35,13 +35,23 @@ def check_inputs(
     if q.dim() != 4 or v.dim() != 4 or q.shape[1] < 1:
         raise HeddleError("bad-argument", f"{name}: q, k, v must be [B, T, heads, *] with at least one token")
     B, T, H, K = q.shape
-    check_packing(name, B, T, cu_seqlens)
-    HV, V = v.shape[2:]
+    if cu_seqlens is not None:
+        check_packing(name, B, T, cu_seqlens)
+    _, _, HV, V = v.shape
     if HV % H:
         raise HeddleError("bad-argument", f"{name}: {H} key heads do not divide {HV} value heads")
     count = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    expected = {"k": (k, (B, T, H, K)), "v": (v, (B, T, HV, V)), "state": (state, (count, HV, K, V))}
-    check_shapes(name, {**expected, **{gate: (x, (B, T, HV)) for gate, x in gates.items()}})
+    heads = (B, T, HV)
+    # Asked first, since all of it costs the host more than a launch.
+    as_expected = (
+        k.shape == q.shape
+        and v.shape[:2] == q.shape[:2]
+        and (state is None or state.shape == (count, HV, K, V))
+        and not any(x.shape != heads for x in gates.values())
+    )
+    if not as_expected:
+        expected = {"k": (k, (B, T, H, K)), "v": (v, (*heads, V)), "state": (state, (count, HV, K, V))}
+        check_shapes(name, {**expected, **{gate: (x, heads) for gate, x in gates.items()}})
     if not q.dtype == k.dtype == v.dtype:
         found = f"{q.dtype}, {k.dtype} and {v.dtype}"
         raise HeddleError("bad-argument", f"{name}: q, k and v must share a dtype, got {found}")

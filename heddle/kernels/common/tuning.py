@@ -23,6 +23,11 @@ def tuning(**overrides: Launch | int) -> Iterator[None]:
         _overrides.pop()
 
 
+def is_tuned() -> bool:
+    """Whether anything is overridden."""
+    return bool(_overrides)
+
+
 def tuned(name: str, otherwise: Value) -> Value:
     """The override of this name, or `otherwise`."""
     found = _overrides[-1].get(name) if _overrides else None
