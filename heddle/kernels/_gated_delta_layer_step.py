@@ -26,25 +26,32 @@ L2_EPS = tl.constexpr(1e-6)
 
 
 @triton.jit
-def _channels_of(
-    x_ptr, past_ptr, new_past_ptr, weight_ptr, bias_ptr, channels, inside, writes,
+def _window(
+    x_ptr, past_ptr, weight_ptr, channels, inside, W: tl.constexpr, TAPS: tl.constexpr, CONV: tl.constexpr
+):
+    """What the taps of these channels see, the token last, and the taps, [channels, TAPS]; the token alone without any."""
+    x = tl.load(x_ptr + channels, mask=inside, other=0.0)
+    if not CONV:
+        return x, x
+    taps = tl.arange(0, TAPS)[None, :]
+    earlier = inside[:, None] & (taps < W - 1)
+    seen = tl.load(past_ptr + channels[:, None] * (W - 1) + taps, mask=earlier, other=0.0)
+    weight = tl.load(weight_ptr + channels[:, None] * W + taps, mask=inside[:, None] & (taps < W), other=0.0)
+    return tl.where(taps == W - 1, x[:, None], seen), weight
+
+
+@triton.jit
+def _mixed(
+    seen, weight, new_past_ptr, bias_ptr, channels, inside, writes,
     W: tl.constexpr, TAPS: tl.constexpr, CONV: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     """Channels after the convolution and its activation, 0 where there is none; `writes`: moves their window on."""
-    x = tl.load(x_ptr + channels, mask=inside, other=0.0)
+    y = seen.to(tl.float32)
     if CONV:
         taps = tl.arange(0, TAPS)[None, :]
-        place = channels[:, None] * (W - 1) + taps
-        seen = tl.load(past_ptr + place, mask=inside[:, None] & (taps < W - 1), other=0.0)
-        seen = tl.where(taps == W - 1, x[:, None], seen)  # [channels, TAPS]
-        weight = tl.load(
-            weight_ptr + channels[:, None] * W + taps, mask=inside[:, None] & (taps < W), other=0.0
-        )
-        # Without the oldest token.
-        tl.store(new_past_ptr + place - 1, seen, mask=(inside & writes)[:, None] & (taps > 0) & (taps < W))
-        y = tl.sum(seen.to(tl.float32) * weight.to(tl.float32), axis=1)
-    else:
-        y = x.to(tl.float32)
+        kept = (inside & writes)[:, None] & (taps > 0) & (taps < W)
+        tl.store(new_past_ptr + channels[:, None] * (W - 1) + taps - 1, seen, mask=kept)
+        y = tl.sum(y * weight.to(tl.float32), axis=1)
     if BIAS:
         y += tl.load(bias_ptr + channels, mask=inside, other=0.0).to(tl.float32)
     if SILU:
@@ -87,27 +94,27 @@ def _gated_delta_layer_step_kernel(
     columns = tl.arange(0, COLUMNS)
     in_k = rows < K
     own = rows[:, None] * V + columns[None, :]
-    # Asked for first: all else that is read is small, and there meanwhile.
-    state = tl.load(
-        state_ptr + own, mask=in_k[:, None] & (columns < V)[None, :], other=0.0
-    )  # [ROWS, COLUMNS]
+    first = head % GROUP == 0
+    query = head // GROUP * K + rows
+    key = H * K + query
+    # All small loads are asked for before the state, which would hold them up.
+    q_seen, q_weight = _window(x_ptr, past_ptr, weight_ptr, query, in_k, W, TAPS, CONV)
+    k_seen, k_weight = _window(x_ptr, past_ptr, weight_ptr, key, in_k, W, TAPS, CONV)
     tiles = tl.arange(0, ROOM)
     spread = tiles[:, None] * COLUMNS + columns[None, :]
     z = tl.load(z_ptr + n * stride_zn + head * V + spread, mask=spread < V, other=0.0).to(tl.float32)
     norm = tl.load(norm_ptr + spread, mask=spread < V, other=0.0).to(tl.float32)
     a = tl.load(a_ptr + n * stride_an + head).to(tl.float32)
-    beta = tl.sigmoid(tl.load(b_ptr + n * stride_bn + head).to(tl.float32)) * beta_max
-    decay = tl.exp(_log_decay(a, tl.load(A_log_ptr + head), tl.load(dt_bias_ptr + head)))
+    b = tl.load(b_ptr + n * stride_bn + head).to(tl.float32)
+    A_log = tl.load(A_log_ptr + head)
+    dt_bias = tl.load(dt_bias_ptr + head)
+    in_first = in_k[:, None] & (columns < V)[None, :]
+    state = tl.load(state_ptr + own, mask=in_first, other=0.0)  # [ROWS, COLUMNS]
 
-    first = head % GROUP == 0
-    query = head // GROUP * K + rows
-    q = _channels_of(
-        x_ptr, past_ptr, new_past_ptr, weight_ptr, bias_ptr, query, in_k, first, W, TAPS, CONV, BIAS, SILU
-    )
-    key = H * K + query
-    k = _channels_of(
-        x_ptr, past_ptr, new_past_ptr, weight_ptr, bias_ptr, key, in_k, first, W, TAPS, CONV, BIAS, SILU
-    )
+    beta = tl.sigmoid(b) * beta_max
+    decay = tl.exp(_log_decay(a, A_log, dt_bias))
+    q = _mixed(q_seen, q_weight, new_past_ptr, bias_ptr, query, in_k, first, W, TAPS, CONV, BIAS, SILU)
+    k = _mixed(k_seen, k_weight, new_past_ptr, bias_ptr, key, in_k, first, W, TAPS, CONV, BIAS, SILU)
     if L2:
         q *= tl.rsqrt(tl.sum(q * q, axis=0) + L2_EPS)
         k *= tl.rsqrt(tl.sum(k * k, axis=0) + L2_EPS)
@@ -120,21 +127,8 @@ def _gated_delta_layer_step_kernel(
         if AHEAD:
             following = tl.load(state_ptr + (tile + 1) * COLUMNS + own, mask=coming, other=0.0)
         value = 2 * H * K + head * V + tile * COLUMNS + columns
-        v = _channels_of(
-            x_ptr,
-            past_ptr,
-            new_past_ptr,
-            weight_ptr,
-            bias_ptr,
-            value,
-            inside,
-            True,
-            W,
-            TAPS,
-            CONV,
-            BIAS,
-            SILU,
-        )
+        v_seen, v_weight = _window(x_ptr, past_ptr, weight_ptr, value, inside, W, TAPS, CONV)
+        v = _mixed(v_seen, v_weight, new_past_ptr, bias_ptr, value, inside, True, W, TAPS, CONV, BIAS, SILU)
         state *= decay
         erased = tl.sum(k[:, None] * state, axis=0)
         seen = tl.sum(q[:, None] * state, axis=0)

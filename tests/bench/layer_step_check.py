@@ -51,7 +51,7 @@ TRIED = (
     Launch(1, 128, 8, 1), Launch(1, 128, 4, 1), Launch(1, 128, 16, 1), Launch(1, 128, 8, 1, 128), Launch(1, 64, 4, 1),
     Launch(1, 64, 8, 1), Launch(1, 64, 2, 1), Launch(1, 64, 4, 1, 128), Launch(1, 64, 8, 2), Launch(1, 32, 4, 1),
     Launch(1, 32, 2, 1), Launch(1, 32, 1, 1), Launch(1, 32, 4, 2), Launch(1, 32, 2, 2), Launch(1, 16, 1, 1),
-    Launch(1, 16, 2, 1), Launch(1, 16, 4, 1), Launch(1, 16, 2, 2),
+    Launch(1, 16, 2, 1), Launch(1, 16, 4, 1), Launch(1, 16, 2, 2), Launch(1, 64, 8, 1, 80), Launch(1, 32, 4, 1, 96),
 )  # fmt: skip
 TALL = (
     Launch(1, 64, 8, 1), Launch(1, 64, 16, 1), Launch(1, 32, 8, 1), Launch(1, 32, 4, 1), Launch(1, 32, 8, 2),

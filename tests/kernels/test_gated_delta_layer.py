@@ -172,8 +172,7 @@ def test_parts_of_wider_tensors_are_read_as_they_lie(device: str) -> None:
     rows = {name: torch.cat((given[name], given[name]), dim=-1) for name in ("qkv", "a", "b")}
     apart |= {name: both[..., : given[name].shape[-1]] for name, both in rows.items()}
     assert not any(apart[name].is_contiguous() for name in ("qkv", "z", "state", "conv_state"))
-    for one, other in zip(results(given), results(apart), strict=True):
-        assert torch.equal(one, other)
+    assert_right(apart)
 
 
 def test_the_kernel_runs_where_it_can_and_without_gradients() -> None:
@@ -212,6 +211,8 @@ def test_torch_knows_the_op_and_compiles_it_whole(option: str, device: str) -> N
         usual = {"activation": "silu", "qk_norm": "l2", "beta_max": 1.0, "scale": 0.25}
         arguments = tuple({**usual, **given}.get(one.name) for one in known._schema.arguments)
         torch.library.opcheck(known, arguments, test_utils=("test_schema", "test_faketensor"))
+    if option != "plain":
+        return
     torch.compiler.reset()
     compiled = torch.compile(lambda: results(given)[0] * 2, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(), results(given)[0] * 2)
