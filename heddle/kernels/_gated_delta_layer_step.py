@@ -31,13 +31,16 @@ def _window(
 ):
     """What the taps of these channels see, the token last, and the taps, [channels, TAPS]; the token alone without any."""
     x = tl.load(x_ptr + channels, mask=inside, other=0.0)
-    if not CONV:
-        return x, x
-    taps = tl.arange(0, TAPS)[None, :]
-    earlier = inside[:, None] & (taps < W - 1)
-    seen = tl.load(past_ptr + channels[:, None] * (W - 1) + taps, mask=earlier, other=0.0)
-    weight = tl.load(weight_ptr + channels[:, None] * W + taps, mask=inside[:, None] & (taps < W), other=0.0)
-    return tl.where(taps == W - 1, x[:, None], seen), weight
+    if CONV:
+        taps = tl.arange(0, TAPS)[None, :]
+        earlier = inside[:, None] & (taps < W - 1)
+        past = tl.load(past_ptr + channels[:, None] * (W - 1) + taps, mask=earlier, other=0.0)
+        seen = tl.where(taps == W - 1, x[:, None], past)
+        among = inside[:, None] & (taps < W)
+        weight = tl.load(weight_ptr + channels[:, None] * W + taps, mask=among, other=0.0)
+    else:
+        seen, weight = x, x
+    return seen, weight
 
 
 @triton.jit
