@@ -11,11 +11,12 @@ from torch.nn import functional as F
 
 from heddle.compose.cache import Call, RecurrentLayer, StateLayer
 from heddle.compose.init import Initialised, fill
-from heddle.compose.modules.memory import filled_memory, remember
+from heddle.compose.modules.memory import MEMORY, filled_memory, remember
 from heddle.compose.modules.norm import RMSNorm, l2_norm
 from heddle.compose.modules.precision import Float32Kept, wide
 from heddle.compose.modules.short_conv import ShortConv
 from heddle.compose.modules.site import Site
+from heddle.kernels.gated_delta_layer import gated_delta_layer_step
 from heddle.kernels.gated_delta_rule import gated_delta_rule, gated_delta_rule_step
 
 # Decay rates and step sizes begin in these ranges (arXiv 2412.06464, after Mamba-2).
@@ -66,13 +67,45 @@ class GatedDeltaNetModule(Initialised, Float32Kept):
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
         x = call.hide_padding(x)
+        past = call.state(MEMORY)
+        if past is not None and x.shape[1] == 1 and call.written is None:
+            heads = self._token(x, call, past)
+        else:
+            heads = self.norm(self._memory(x, call)) * F.silu(self._gate(x))
+        y: Tensor = self.o_proj(self.heads_out(call.gated(heads)).flatten(2))
+        return y
+
+    def _memory(self, x: Tensor, call: Call) -> Tensor:
+        """What the memory answers.  Shapes:  out: [B, T, HV, V]"""
         q, k, v = self.conv(self.qkv_proj(x), call).split(self.sizes, dim=-1)
         q, k = (l2_norm(side.unflatten(-1, (self.heads, -1))) for side in (q, k))
         sides = (q, k, v.unflatten(-1, (self.value_heads, -1)), *self._gates(x, call))
-        o = remember(gated_delta_rule, gated_delta_rule_step, *sides, call=call)
-        z = self.z_proj(x).unflatten(-1, (self.value_heads, -1))
-        y: Tensor = self.o_proj(self.heads_out(call.gated(self.norm(o) * F.silu(z))).flatten(2))
-        return y
+        return remember(gated_delta_rule, gated_delta_rule_step, *sides, call=call)
+
+    def _token(self, x: Tensor, call: Call, past: Tensor) -> Tensor:
+        """The gated heads of one token after others: all between the projections in one op.  Shapes:  out: [B, 1, HV, V]"""
+        qkv, z = self.qkv_proj(x), self._gate(x)
+        heads, memory, conv = gated_delta_layer_step(
+            qkv,
+            z,
+            self.a_proj(x),
+            self.b_proj(x),
+            self.A_log,
+            self.dt_bias,
+            self.norm.weight,
+            past,
+            eps=self.norm.eps,
+            conv_state=call.state("conv"),
+            conv_weight=self.conv.weight.to(qkv.dtype),
+            beta_max=self.beta_max,
+        )
+        assert conv is not None
+        call.keep(memory=memory, conv=conv)
+        return heads
+
+    def _gate(self, x: Tensor) -> Tensor:
+        z: Tensor = self.z_proj(x).unflatten(-1, (self.value_heads, -1))
+        return z
 
     def _gates(self, x: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         """A token that is not written neither erases nor writes; the memory decays all the same.
