@@ -165,7 +165,7 @@ def test_only_the_kinds_in_use_travel(softmax: Any) -> None:
     names = {path.name for path in result.path.glob("*.py")}
     assert {"compose_mixers_attention.py", "compose_channel_gelu.py"} <= names
     # Blocks that are chosen, windows that slide inward: both are forms of attention.
-    ops = {"op", "block_attention", "_block_attention_torch", "member_attention"}
+    ops = {"op", "block_attention", "_block_attention_torch", "dense_attention", "member_attention"}
     kernels = {name for name in names if name.startswith("kernels")}
     # Kernels come with what they share.
     shared = {name for name in kernels if name.startswith(("kernels_common", "kernels_configs"))}
