@@ -5,10 +5,10 @@ With p_j = 2^(c s_j - lse), c = scale log2(e), δ = o · do and ds_j = p_j (v_j 
 
     dq = scale Σ_j ds_j k_j        dk_j = scale Σ_rows ds_j q,   dv_j = Σ_rows p_j do
 
-The first walks over the same tiles of keys as the forward pass. The second holds a tile of keys and walks over the queries that see
-any of them, head after head of the group, in order, so that nothing is added by atomics: up to a window behind them, and over all
-later queries for a tile that begins with a sink. It makes the products with keys as rows: an accumulator that is turned before
-it is an operand is silently wrong on Hopper.
+The first walks over the same tiles of keys as the forward pass. The second holds a tile of keys and walks over the queries that
+see any of them, head after head of the group, in order, so that nothing is added by atomics: up to a window behind them, and
+over all later queries for a tile that begins with a sink. It makes the products with keys as rows: an accumulator that is
+turned before it is an operand is silently wrong on Hopper.
 """
 
 from __future__ import annotations

@@ -1,21 +1,21 @@
 # mypy: ignore-errors
 """The forward kernels of sliding_window_attention: one reads the keys in view of a tile, one merges what was split.
 
-A program holds a tile of neighbouring queries of one head, or in a decode step those of all heads that share a key head. It walks
-over the tiles of keys that any of them sees: those of the sinks first, then from the first key in the first query's window on. For
-each of them, over the keys j that a row sees,
+A program holds a tile of neighbouring queries of one head, or in a decode step those of all heads that share a key head. It
+walks over the tiles of keys that any of them sees: those of the sinks first, then from the first key in the first query's window
+on. For each of them, over the keys j that a row sees,
 
     m' = max(m, max_j s_j),   l' = 2^(c m - c m') l + Σ_j 2^(c s_j - c m'),   a' = 2^(c m - c m') a + Σ_j 2^(c s_j - c m') v_j
 
-with s_j = q · k_j and c = scale log2(e) > 0; then o = a / l, and c m + log2(l) is kept for the gradients. A key is in view if its
-distance, read as a number without a sign, is smaller than a limit: one comparison for both ends of the window. Tiles that all rows
-see whole are not compared at all. Nothing is made for keys that no row sees, but in the tiles at the two ends.
+with s_j = q · k_j and c = scale log2(e) > 0; then o = a / l, and c m + log2(l) is kept for the gradients. A key is in view if
+its distance, read as a number without a sign, is smaller than a limit: one comparison for both ends of the window. Tiles that all
+rows see whole are not compared at all. Nothing is made for keys that no row sees, but in the tiles at the two ends.
 
 Where tiles are too few to fill the device, as in a decode step, their keys are split between programs; each leaves (m, l, a), and
 the merge is exact up to rounding.
 
-Bytes of a tile of M queries: M (K + V) elements, and (window + M + sinks) (K + V), mostly from the L2 cache, since the next tile has
-most of them as well. FLOP: 2 (K + V) for a query and key.
+Bytes of a tile of M queries: M (K + V) elements, and (window + M + sinks) (K + V), mostly from the L2 cache, since the next tile
+has most of them as well. FLOP: 2 (K + V) for a query and key.
 """
 
 from __future__ import annotations

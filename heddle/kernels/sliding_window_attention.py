@@ -1,7 +1,7 @@
 """Causal softmax attention over a window of keys, and over sinks; and its reference.
 
-The kernels read the keys in view of a tile of queries alone, so that the work grows with length times window. So does that of plain
-torch, which makes a copy of the keys for each block of queries. A decode step is a call with one query and the keys so far.
+The kernels read the keys in view of a tile of queries alone, so that the work grows with length times window. So does that of
+plain torch, which makes a copy of the keys for each block of queries. A decode step is a call with one query and the keys so far.
 """
 
 from __future__ import annotations
@@ -86,9 +86,9 @@ def _dispatch(
     bounds: list[int] = cu_seqlens.tolist()
     parts = []
     for begin, end in (one for one in pairwise(bounds) if one[1] > one[0]):
-        sides = (x[:, :, begin:end] for x in (q, k, v))
+        q_i, k_i, v_i = (x[:, :, begin:end] for x in (q, k, v))
         limit = None if real is None else real[:, begin:end]
-        parts.append(attend(*sides, limit, scale, window=window, sinks=sinks))
+        parts.append(attend(q_i, k_i, v_i, limit, scale, window=window, sinks=sinks))
     return torch.cat(parts, dim=2)
 
 
@@ -148,12 +148,14 @@ def sliding_window_attention(
 ) -> Tensor:
     """Causal softmax attention of each query over its window of keys and over the first keys, the sinks.
 
-        o_i = sum_j softmax_j(scale · q_i · k_j) v_j,   j <= i,   i - j < window or j < sinks        (arXiv 2004.05150, 2309.17453)
+        o_i = sum_j softmax_j(scale · q_i · k_j) v_j,   j <= i,   i - j < window or j < sinks
+
+    Windows: arXiv 2004.05150; sinks: 2309.17453.
 
     Queries stand at the last T of the S places. A query sees the keys in view that are `real`, and its own always. With
     `cu_seqlens`, S = T tokens hold several sequences one behind the other, each with sinks of its own; plain torch then waits
-    for the device and cannot be compiled. Query head h reads key head h // (H / N). `scale` defaults to d^-0.5. The kernels leave output
-    and gradients in memory with time before heads.
+    for the device and cannot be compiled. Query head h reads key head h // (H / N). `scale` defaults to d^-0.5. The kernels
+    leave output and gradients in memory with time before heads.
 
     Shapes:  q: [B, H, T, d];  k: [B, N, S, d];  v: [B, N, S, V];  out: [B, H, T, V];  of one dtype
              real: [1 or B, S] bool;  cu_seqlens: [sequences + 1] integers, B = 1

@@ -24,6 +24,8 @@ DELTA = f"gated_delta_rule and ({SOME}) or delta_rule-cpu-float32 and 65 and not
 GLA = "gla and not simple"
 # All gradients of one form, ragged heads in half precision, a list in three parts.
 BLOCKS = "reference and gates and float32 or odd and group and float16 or split and 3-listed and float32"
+# Sinks in half precision, packed sequences, keys of a step in three parts.
+WINDOWS = "reference and (many and float16 or packed and float32) or split and 3-cpu and float32"
 KDA = "kda-cpu-float32 and 65 or kda-cpu-float16 and packed_sequences"
 
 
@@ -37,10 +39,23 @@ def test_interpreted_block_attention_is_right() -> None:
     _run_interpreted("tests/kernels/test_block_attention_kernels.py", BLOCKS)
 
 
+def test_interpreted_sliding_window_attention_is_right() -> None:
+    _run_interpreted("tests/kernels/test_sliding_window_attention.py", WINDOWS)
+
+
 # Long: the same tests run on a GPU by `make test-gpu`.
 @pytest.mark.long
 @pytest.mark.parametrize(
-    "op", ["decay_attention", "simple_gla", "gated_delta_rule", "gla", "kda", "block_attention_kernels"]
+    "op",
+    [
+        "decay_attention",
+        "simple_gla",
+        "gated_delta_rule",
+        "gla",
+        "kda",
+        "block_attention_kernels",
+        "sliding_window_attention",
+    ],
 )
 def test_interpreted_kernels_are_right_where_they_are_peculiar(op: str) -> None:
     _run_interpreted(f"tests/kernels/test_{op}.py", op)

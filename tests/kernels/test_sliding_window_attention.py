@@ -1,4 +1,4 @@
-"""sliding_window_attention: windows, sinks, packed sequences and padding against the reference, decode, equal runs, paths, refusals.
+"""sliding_window_attention: windows, sinks, packing and padding against the reference, decode, equal runs, paths, refusals.
 
 On a CPU the path in plain torch runs, with TRITON_INTERPRET=1 (see test_interpreter.py) the kernels, interpreted; on a GPU
 the real ones.
@@ -49,10 +49,10 @@ def padded(given: Given) -> Given:
     return {**given, "real": real}
 
 
-# Each road of the kernels: a window alone, with sinks that fill one tile and two, ragged heads and a group that is no power of two,
-# fewer queries than keys, padding, packed sequences of which one is empty, a window wider than all.
+# Each road of the kernels: a window alone, with sinks that fill one tile and two, ragged heads and a group that is no power of
+# two, fewer queries than keys, padding, packed sequences of which one is empty, a window wider than all.
 FORMS: dict[str, Callable[[], Given]] = {
-    "window": lambda: drawn(),
+    "window": drawn,
     "sinks": lambda: drawn(sinks=3, B=2),
     "many sinks": lambda: drawn(T=150, S=150, sinks=70, window=9, G=1),
     "ragged": lambda: drawn(T=9, S=83, G=3, d=5, V=40, sinks=2),
