@@ -164,12 +164,14 @@ def test_only_the_kinds_in_use_travel(softmax: Any) -> None:
     _, result = softmax
     names = {path.name for path in result.path.glob("*.py")}
     assert {"compose_mixers_attention.py", "compose_channel_gelu.py"} <= names
-    # Blocks that are chosen, windows that slide inward: both are forms of attention.
-    ops = {"op", "block_attention", "_block_attention_torch", "member_attention"}
+    # Blocks that are chosen, windows, windows that slide inward: all are forms of attention.
+    ops = {"op", "block_attention", "dense_attention", "member_attention", "sliding_window_attention"}
     kernels = {name for name in names if name.startswith("kernels")}
     # Kernels come with what they share.
     shared = {name for name in kernels if name.startswith(("kernels_common", "kernels_configs"))}
-    ops |= {f"_block_attention_{part}" for part in ("op", "launch", "lists", "fwd", "bwd")}
+    parts = ("torch", "op", "launch", "fwd", "bwd")
+    ops |= {f"_{op}_{part}" for op in ("block_attention", "sliding_window_attention") for part in parts}
+    ops |= {"_block_attention_lists"}
     assert kernels - shared == {f"kernels_{op}.py" for op in ops}
     assert "kernels_configs_block_attention.py" in shared
     assert not [name for name in names if "delta" in name or "swiglu" in name]

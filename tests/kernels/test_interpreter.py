@@ -26,6 +26,8 @@ GLA = "gla and not simple"
 BLOCKS = "reference and gates and float32 or odd and group and float16 or split and 3-listed and float32"
 # Each option once in full precision, one form in half, tiles, and a mixer's decode steps.
 LAYER = "gated_delta_layer and (odd and float32 or plain and float16 or tiles or window_moves or mixer and float32)"
+# Sinks in half precision, packed sequences, keys of a step in three parts.
+WINDOWS = "reference and (many and float16 or packed and float32) or split and 3-cpu and float32"
 KDA = "kda-cpu-float32 and 65 or kda-cpu-float16 and packed_sequences"
 
 
@@ -44,6 +46,10 @@ def test_interpreted_launchers_are_repeated() -> None:
     _run_interpreted("tests/kernels/test_replay.py", "cpu")
 
 
+def test_interpreted_sliding_window_attention_is_right() -> None:
+    _run_interpreted("tests/kernels/test_sliding_window_attention.py", chosen=WINDOWS)
+
+
 # Long: the same tests run on a GPU by `make test-gpu`.
 @pytest.mark.long
 @pytest.mark.parametrize(
@@ -56,6 +62,7 @@ def test_interpreted_launchers_are_repeated() -> None:
         "kda",
         "block_attention_kernels",
         "gated_delta_layer",
+        "sliding_window_attention",
     ],
 )
 def test_interpreted_kernels_are_right_where_they_are_peculiar(op: str) -> None:

@@ -29,6 +29,7 @@ from heddle.compose.modules.rope import rotary_key, rotate
 from heddle.compose.modules.rows import RowsOut
 from heddle.compose.modules.selection import Places, Rule, attend_blocks, choose_blocks
 from heddle.compose.modules.site import Site
+from heddle.compose.modules.sliding import attend_sliding, has_kernels, slides
 from heddle.compose.modules.softmax import softmax_attention, softmax_weights
 from heddle.errors import HeddleError
 
@@ -181,6 +182,8 @@ class AttentionModule(Initialised):
         if self.grid:
             return listed_attention(q, k, v, self._grid_keys(keys, call), self.scale)
         if not self.selection:
+            if self.softcap is None and self.sinks is None and slides(q, (k, v, written), self.view):
+                return attend_sliding(q, (k, v, written), call, self.view, self.scale)
             return attend_in_view(q, (k, v, written), call, self.view, attend)
         places, blocks = self._choice(q, k, written, call)
         if self.softcap is None and self.sinks is None:
@@ -250,11 +253,14 @@ class AttentionModule(Initialised):
     def _keeps_keys(self) -> bool:
         return self.view.causal and self.keys_from is None
 
-    def kernel_path(self, device: torch.device, dtype: torch.dtype) -> str:  # noqa: ARG002
+    def kernel_path(self, device: torch.device, dtype: torch.dtype) -> str:
         """The name of the code that does the mixing."""
         is_fused = (
             self.softcap is None and self.sinks is None and not self.selection and not self.grid
         ) and self.boundary == "clip"
+        if is_fused and self.view.window is not None and self.view.causal:
+            group = self.heads // self.kv_heads
+            return "triton" if has_kernels(device, dtype, self.head_dim, group) else "sdpa"
         return "sdpa" if is_fused else "torch"
 
 

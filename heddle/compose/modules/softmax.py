@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from heddle.compose.modules.masks import View, distances
 from heddle.compose.modules.precision import wide
+from heddle.kernels.dense_attention import dense_attention
 
 
 def softmax_attention(
@@ -34,14 +34,13 @@ def softmax_attention(
             mask = View().of(distances(q.shape[2], k.shape[2], q.device))[None, None]
         p = softmax_weights(q, k, mask, scale=scale, softcap=softcap, sinks=sinks)
         return (p.to(v.dtype) @ v[:, :, None]).flatten(1, 2)
-    group = q.shape[1] // k.shape[1]
     # A branch, not an argument: under a compiler with dynamic shapes the condition is symbolic.
     if mask is None and is_causal:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=group > 1)
+        return dense_attention(q, k, v, is_causal=True, scale=scale)
     if mask is not None:
         mask = mask if mask.dtype == torch.bool else mask.to(q.dtype)
-        mask = mask if mask.shape[1] == 1 else mask.repeat_interleave(group, dim=1)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=group > 1)
+        mask = mask if mask.shape[1] == 1 else mask.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    return dense_attention(q, k, v, mask, scale=scale)
 
 
 def softmax_weights(

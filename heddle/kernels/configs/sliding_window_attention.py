@@ -1,0 +1,78 @@
+"""Launch configurations of sliding_window_attention: plain data, not measured yet; tests/bench/window_check.py tries others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from heddle.kernels.configs.launch import Launch
+
+TALL = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The launches of one call. `chunk`: queries of a tile (of `step` times heads of a group);  `columns`: keys at a time
+
+    `keys` holds `columns` keys and walks over tiles of `chunk` queries.
+    """
+
+    forward: Launch
+    step: Launch
+    queries: Launch
+    keys: Launch
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """What a device family runs: for two- and four-byte elements, and for heads larger than `TALL`, which need room.
+
+    The keys of a step are split where there are fewer programs than `places` a multiprocessor.
+    """
+
+    half: Plan
+    half_tall: Plan
+    wide: Plan
+    wide_tall: Plan
+    places: int = 2
+
+    def plan(self, element: int, size: int) -> Plan:
+        """The launches for an element size and the larger head size."""
+        if element > 2:
+            return self.wide_tall if size > TALL else self.wide
+        return self.half_tall if size > TALL else self.half
+
+
+def _even(launch: Launch) -> Plan:
+    return Plan(launch, launch, launch, launch)
+
+
+_WIDE = _even(Launch(chunk=32, columns=32, warps=4, stages=1))
+_WIDE_TALL = _even(Launch(chunk=16, columns=16, warps=4, stages=1))
+HOPPER = Family(
+    half=Plan(
+        forward=Launch(chunk=128, columns=64, warps=8, stages=2),
+        step=Launch(chunk=16, columns=64, warps=4, stages=2),
+        queries=Launch(chunk=128, columns=64, warps=8, stages=2),
+        keys=Launch(chunk=64, columns=128, warps=8, stages=2),
+    ),
+    half_tall=Plan(
+        forward=Launch(chunk=64, columns=64, warps=8, stages=2),
+        step=Launch(chunk=16, columns=64, warps=4, stages=2),
+        queries=Launch(chunk=64, columns=64, warps=8, stages=1),
+        keys=Launch(chunk=64, columns=64, warps=8, stages=1),
+    ),
+    wide=_WIDE,
+    wide_tall=_WIDE_TALL,
+)
+# Fits the 99 KiB of shared memory that every device since Ampere has.
+_SMALL = _even(Launch(chunk=32, columns=32, warps=4, stages=2))
+OTHER = Family(half=_SMALL, half_tall=_WIDE, wide=_WIDE, wide_tall=_WIDE_TALL)
+
+# The interpreter pays by the operation, whatever the size of the tiles.
+_INTERPRETED = _even(Launch(chunk=64, columns=64, warps=4, stages=1))
+INTERPRETER = Family(half=_INTERPRETED, half_tall=_INTERPRETED, wide=_INTERPRETED, wide_tall=_INTERPRETED)
+
+
+def family(capability: tuple[int, int]) -> Family:
+    """The configurations for a CUDA compute capability."""
+    return HOPPER if capability[0] == 9 else OTHER

@@ -1,0 +1,399 @@
+"""One call on a GPU machine: sliding_window_attention against float64, its launches, its rivals, and torch's dense backends.
+
+    python tests/bench/window_check.py --budget 240 --out "$OUT"
+
+Compiles side by side first, then checks every dtype and form against masked softmax in float64, and each launch before its time.
+Times windows beside compiled FlexAttention and dense attention, then the backends of dense attention: causal, masked, in groups,
+a decode step, and the first call of a length, for which cuDNN makes a plan. Writes window_check.log and rows to
+evidence-window-attention.jsonl; exits with 1 if anything was wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from gpu_check import Log
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.functional import scaled_dot_product_attention
+
+from heddle.kernels import force_path
+from heddle.kernels.accuracy import EPSILON, worst_error
+from heddle.kernels.bench import Row, machine, timed, timed_in_graph
+from heddle.kernels.common.tuning import tuning
+from heddle.kernels.configs.launch import Launch
+from heddle.kernels.dense_attention import dense_attention, dense_attention_reference
+from heddle.kernels.sliding_window_attention import sliding_window_attention
+
+DEVICE = torch.device("cuda")
+WORKERS = 8
+WANTED = ("q", "k", "v")
+HALF = torch.bfloat16
+MAIN = {"B": 1, "H": 8, "N": 2, "T": 1000, "S": 1500, "K": 128, "V": 128, "window": 200, "sinks": 4}
+PLAIN = {**MAIN, "N": 8, "T": 1000, "S": 1000, "window": 512, "sinks": 0}
+STEP = {**MAIN, "B": 3, "T": 1, "window": 1000}
+SIZES = ((64, 64), (192, 128), (256, 256), (100, 72))
+TRIED = {
+    "forward": (
+        Launch(128, 64, 8, 2), Launch(128, 64, 8, 2, 128), Launch(128, 64, 8, 3), Launch(64, 64, 4, 2), Launch(64, 64, 4, 3),
+        Launch(64, 32, 4, 3), Launch(128, 128, 8, 2), Launch(128, 32, 8, 3), Launch(128, 32, 8, 3, 128), Launch(64, 128, 4, 2),
+        Launch(128, 64, 4, 2), Launch(64, 64, 4, 2, 168),
+    ),
+    "queries": (
+        Launch(128, 64, 8, 2), Launch(128, 64, 8, 3), Launch(64, 64, 4, 2), Launch(64, 64, 4, 3), Launch(128, 32, 8, 3),
+        Launch(64, 32, 4, 3), Launch(128, 128, 8, 2), Launch(128, 32, 8, 2, 128),
+    ),
+    "keys": (
+        Launch(64, 128, 8, 2), Launch(64, 64, 8, 2), Launch(64, 64, 4, 2), Launch(32, 128, 8, 2), Launch(32, 128, 8, 3),
+        Launch(32, 64, 4, 2), Launch(32, 64, 4, 3), Launch(128, 64, 8, 2), Launch(64, 128, 8, 1), Launch(128, 128, 8, 2),
+    ),
+}  # fmt: skip
+BACKENDS = {
+    name: getattr(SDPBackend, f"{name.upper()}_ATTENTION") for name in ("flash", "cudnn", "efficient")
+} | {"math": SDPBackend.MATH}
+Given = dict[str, Any]
+Report = Callable[..., float]
+
+
+def drawn(shape: dict[str, int], dtype: torch.dtype = HALF, **rest: Any) -> Given:
+    """Arguments by name, rounded to `dtype`."""
+    inputs = sliding_window_attention.cases.inputs(shape, torch.Generator(DEVICE).manual_seed(0))
+    numbers = {name: shape[name] for name in ("window", "sinks") if name in shape}
+    return {**{name: x.to(dtype) for name, x in inputs.items()}, **numbers, **rest}
+
+
+def samples() -> Iterator[tuple[str, Given, dict[str, int]]]:
+    """What is checked: a name, arguments, and overrides."""
+    real = torch.rand(2, 1500, device=DEVICE) > 0.3
+    bounds = torch.tensor([0, 1, 130, 130, 700, 1000], device=DEVICE)
+    for dtype in (HALF, torch.float16, torch.float32):
+        yield f"{dtype} sinks", drawn(MAIN, dtype), {}
+        yield f"{dtype} window", drawn(PLAIN, dtype), {}
+        for splits in (1, 3):
+            yield f"{dtype} step in {splits}", drawn(STEP, dtype), {"splits": splits}
+        for K, V in SIZES if dtype == HALF else SIZES[1:2]:
+            yield f"{dtype} {K} {V}", drawn({**MAIN, "K": K, "V": V}, dtype), {}
+    yield "packed", drawn({**PLAIN, "sinks": 2, "window": 100}, cu_seqlens=bounds), {}
+    yield "padded", drawn({**MAIN, "B": 2}, real=real), {}
+
+
+def exact_of(*, q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int, **limits: Any) -> Tensor:
+    """All logits in float64, and a mask."""
+    query = torch.arange(k.shape[2] - q.shape[2], k.shape[2], device=DEVICE)[:, None]
+    key, bounds, real = torch.arange(k.shape[2], device=DEVICE), limits.get("cu_seqlens"), limits.get("real")
+    bounds = torch.tensor([0, k.shape[2]], device=DEVICE) if bounds is None else bounds
+    own = torch.searchsorted(bounds[1:], key, right=True)
+    begin = bounds[own]
+    seen = (key <= query) & ((query - key < window) | (key - begin < sinks)) & (own == own[query])
+    mask = seen[None, None] if real is None else (seen & (real[:, None, None] | (key == query)))
+    return dense_attention_reference(q, k, v, mask)
+
+
+def results(function: Callable[..., Tensor], given: Given, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Output and gradients in this dtype, heads behind time."""
+    there = {**given, **{name: given[name].detach().to(dtype).requires_grad_() for name in WANTED}}
+    out = function(**there)
+    upstream = torch.randn(out.shape, generator=torch.Generator(DEVICE).manual_seed(7), device=DEVICE)
+    upstream = upstream.to(given["q"].dtype).to(out)
+    found = torch.autograd.grad(out, [there[name] for name in WANTED], upstream)
+    named = {"out": out.detach(), **dict(zip(WANTED, found, strict=True))}
+    return {name: x.transpose(1, 2) for name, x in named.items()}
+
+
+def compare(
+    log: Log, what: str, *, found: dict[str, Tensor], plain: dict[str, Tensor], exact: dict[str, Tensor]
+) -> bool:
+    """Whether every result is within twice the error of plain torch."""
+    bad, told = [], []
+    for name, tensor in exact.items():
+        epsilon = EPSILON[found[name].dtype]
+        error, worst = worst_error(found[name], tensor, timed=True)
+        bound = 2 * worst_error(plain[name], tensor, timed=True)[0] + epsilon
+        told.append(f"{name} {error:.1e} of {bound:.1e}")
+        bad += [] if error <= bound else [f"{what}: {name} {error:.2e}, at most {bound:.2e}: {worst}"]
+    log(f"{'ok   ' if not bad else 'WRONG'} {what}: {', '.join(told)}")
+    log.wrong += bad
+    return not bad
+
+
+def judge(log: Log, what: str, given: Given, exact: dict[str, Tensor], **overrides: Any) -> bool:
+    dtype = given["q"].dtype
+    with tuning(**overrides), force_path("triton"):
+        found, again = (results(sliding_window_attention, given, dtype) for _ in range(2))
+    if not all(torch.equal(found[name], again[name]) for name in found):
+        log.wrong.append(f"{what}: two runs differ")
+    with force_path("torch"):
+        plain = results(sliding_window_attention, given, dtype)
+    return compare(log, what, found=found, plain=plain, exact=exact)
+
+
+def correctness(log: Log, late: Callable[[], bool]) -> None:
+    for what, given, overrides in samples():
+        if late():
+            log("correctness: out of time")
+            return
+        try:
+            judge(log, what, given, results(exact_of, given, torch.float64), **overrides)
+        except Exception as error:
+            log.wrong.append(f"{what}: {' '.join(str(error).split())[-300:]}")
+    for (K, V), causal in itertools.product(((64, 64), (128, 128), (192, 128), (256, 256)), (True, False)):
+        given = drawn({**MAIN, "T": 2048, "S": 2048, "K": K, "V": V}, is_causal=causal)
+        given = {name: x for name, x in given.items() if name not in ("window", "sinks")}
+        exact = results(dense_attention_reference, given, torch.float64)
+        with sdpa_kernel(SDPBackend.MATH):
+            plain = results(scaled_as_dense, given, HALF)
+        found = results(dense_attention, given, HALF)
+        compare(log, f"dense {K} {V} causal {causal}", found=found, plain=plain, exact=exact)
+
+
+def scaled_as_dense(
+    *, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool
+) -> Tensor:
+    grouped = q.shape[1] != k.shape[1]
+    return scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, enable_gqa=grouped)
+
+
+def phases(function: Callable[..., Tensor], given: Given) -> dict[str, Callable[[], object]]:
+    """A call forward, and one forward and backward."""
+    leaves = {**given, **{name: given[name].detach().requires_grad_() for name in WANTED}}
+    upstream = torch.randn_like(given["q"])[..., : given["v"].shape[3]]
+
+    def forward() -> object:
+        with torch.no_grad():
+            return function(**given)
+
+    def both() -> object:
+        return torch.autograd.grad(function(**leaves), [leaves[name] for name in WANTED], upstream)
+
+    return {"fwd": forward, "fwdbwd": both}
+
+
+def ours(**given: Any) -> Tensor:
+    with force_path("triton"):
+        return sliding_window_attention(**given)
+
+
+@cache
+def block_mask(length: int, window: int) -> Any:
+    def seen(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:  # noqa: ARG001
+        return (key <= query) & (query - key < window)
+
+    return create_block_mask(seen, None, None, length, length, device="cuda", _compile=True)
+
+
+@cache
+def compiled(length: int, window: int) -> Any:  # noqa: ARG001
+    """One each, or dynamic shapes would be compiled for, which are slower."""
+    torch._dynamo.reset()
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def flex(*, q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int) -> Tensor:  # noqa: ARG001
+    return compiled(q.shape[2], window)(q, k, v, block_mask=block_mask(q.shape[2], window))  # type: ignore[no-any-return]
+
+
+def backend(name: str, *, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, **rest: Any) -> Tensor:
+    with sdpa_kernel(BACKENDS[name]):
+        return scaled_as_dense(q=q, k=k, v=v, mask=mask, is_causal=rest.get("is_causal", mask is None))
+
+
+def attempt(log: Log, row: Report, what: tuple[str, str, str], shape: dict[str, int], call: Any) -> float:
+    """The time, or infinity where it does not run."""
+    op, impl, phase = what
+    try:
+        return row(op, impl, phase, shape, call)
+    except Exception as error:
+        log(f"none  {op} {impl} {phase} {shape}: {' '.join(str(error).split())[-160:]}")
+        return float("inf")
+
+
+def windows(
+    log: Log, row: Report, late: Callable[[], bool], *, first: bool, best: dict[str, Launch] | None = None
+) -> None:
+    """The op, with its best launches as well once they are known, beside compiled FlexAttention and cuDNN over all keys."""
+    shapes = [dict(one) for one in sliding_window_attention.cases.bench_shapes]
+    for shape, phase in itertools.product(shapes, ("fwd", "fwdbwd")):
+        if late() or (shape["window"] == 512) != (first or best is not None):
+            continue
+        given = drawn(shape)
+        one = partial(attempt, log, row)
+        if best is not None:
+            with tuning(**best):
+                told = ("sliding_window_attention", "heddle, best launches", phase)
+                one(told, shape, phases(ours, given)[phase])
+            continue
+        rivals = [("heddle", ours), ("flex", flex)]
+        rivals += [("cudnn", partial(backend, "cudnn"))] if first else []
+        for impl, function in rivals:
+            one(("sliding_window_attention", impl, phase), shape, phases(function, given)[phase])
+
+
+def sweep(log: Log, row: Report, late: Callable[[], bool]) -> dict[str, Launch]:
+    """Each launch on one shape: whether it is right, and its time; the fastest of each kernel."""
+    small = drawn(PLAIN)
+    exact, shape = (
+        results(exact_of, small, torch.float64),
+        dict(sliding_window_attention.cases.bench_shapes[0]),
+    )
+    calls, best = phases(ours, drawn(shape)), dict[str, tuple[float, Launch]]()
+    for name, launch in ((name, launch) for name, launches in TRIED.items() for launch in launches):
+        if late():
+            log("sweep: out of time")
+            break
+        try:
+            if not judge(log, f"{name} {launch}", small, exact, **{name: launch}):
+                continue
+        except Exception as error:
+            log(f"none  {name} {launch}: {' '.join(str(error).split())[-200:]}")
+            continue
+        phase = "fwd" if name == "forward" else "fwdbwd"
+        with tuning(**{name: launch}):
+            told = ("sliding_window_attention", f"heddle, {name} {launch}", phase)
+            ms = attempt(log, row, told, shape, calls[phase])
+        best[name] = min(best.get(name, (ms, launch)), (ms, launch), key=lambda pair: pair[0])
+    log(f"best: {best}")
+    return {name: launch for name, (_, launch) in best.items()}
+
+
+def dense_shapes() -> Iterator[tuple[dict[str, int], tuple[str, ...], tuple[str, ...]]]:
+    """Shape, backends and phases of causal attention."""
+    fused = ("flash", "cudnn", "efficient", "torch", "heddle")
+    for K in (128, 64, 256):
+        heads = {"H": 16, "N": 16, "K": K, "V": K}
+        yield {"B": 8, "T": 4096, "S": 4096, **heads}, (*fused, "math"), ("fwd", "fwdbwd")
+        yield {"B": 1, "T": 32768, "S": 32768, **heads}, fused[: 5 if K == 128 else 2], ("fwd", "fwdbwd")
+    yield {"B": 1, "T": 131072, "S": 131072, "H": 16, "N": 16, "K": 128, "V": 128}, fused[:3], ("fwd",)
+    for B, T, N in ((1, 512, 16), (1, 2048, 16), (8, 4096, 4)):
+        heads = {"H": 16, "N": N, "K": 128, "V": 128}
+        yield {"B": B, "T": T, "S": T, **heads}, ("flash", "cudnn", "torch", "heddle"), ("fwd", "fwdbwd")
+
+
+def named(impl: str) -> Callable[..., Tensor]:
+    """torch: by its own order; heddle: by that of the table."""
+    whole = {"torch": scaled_as_dense, "heddle": dense_attention}
+    return whole.get(impl) or partial(backend, impl)
+
+
+def dense(log: Log, row: Report, late: Callable[[], bool]) -> None:
+    for shape, impls, parts in dense_shapes():
+        if late():
+            log("dense: out of time")
+            return
+        given = drawn(shape, is_causal=True)
+        for impl, phase in itertools.product(impls, parts):
+            attempt(log, row, ("dense_attention", impl, phase), shape, phases(named(impl), given)[phase])
+    shape = {"B": 8, "T": 4096, "S": 4096, "H": 16, "N": 16, "K": 128, "V": 128, "masked": 1}
+    mask = torch.rand(1, 1, 4096, 4096, device=DEVICE) > 0.1
+    given = drawn(shape, mask=mask, is_causal=False)
+    for impl, phase in itertools.product(("cudnn", "efficient", "torch"), ("fwd", "fwdbwd")):
+        attempt(log, row, ("dense_attention", impl, phase), shape, phases(named(impl), given)[phase])
+    for B, S, N in ((32, 8192, 16), (1, 131072, 16), (32, 8192, 2)):
+        shape = {"B": B, "T": 1, "S": S, "H": 16, "N": N, "K": 128, "V": 128}
+        given = drawn(shape, is_causal=False)
+        for impl in ("flash", "cudnn", "efficient", "torch"):
+            step = phases(named(impl), given)["fwd"]
+            attempt(log, row, ("dense_attention", impl, "decode_graph"), shape, step)
+
+
+def host(log: Log) -> None:
+    """Microseconds of the host for a small call, and milliseconds of the first call of a length."""
+    given = drawn({"B": 1, "H": 2, "N": 2, "T": 2048, "S": 2048, "K": 64, "V": 64}, is_causal=True)
+    for impl in ("torch", "heddle", "cudnn"):
+        call = phases(named(impl), given)["fwd"]
+        call()
+        begin = time.perf_counter()
+        for _ in range(200):
+            call()
+        log(f"host  {impl}: {(time.perf_counter() - begin) / 200 * 1e6:.1f} us a call")
+        torch.cuda.synchronize()
+    for impl, phase, T in itertools.product(("flash", "cudnn"), ("fwd", "fwdbwd"), (1037, 1411, 3001)):
+        shape = {"B": 1, "H": 16, "N": 16, "T": T, "S": T, "K": 128, "V": 128}
+        call = phases(named(impl), drawn(shape, is_causal=True))[phase]
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        log(f"host  {impl} {phase} first call of {T}: {(time.perf_counter() - begin) * 1e3:.2f} ms")
+
+
+def warm(index: int) -> None:
+    """Compiles every `WORKERS`th thing that will run, into Triton's cache on disk."""
+    things = [*samples()]
+    things += [("", drawn(PLAIN), {name: one}) for name, launches in TRIED.items() for one in launches]  # type: ignore[dict-item]
+    for _, given, overrides in things[index::WORKERS]:
+        try:
+            with tuning(**overrides), force_path("triton"):
+                results(sliding_window_attention, given, given["q"].dtype)
+        except Exception as error:
+            print(f"{overrides}: {str(error).splitlines()[0]}", flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--budget", type=float, default=240.0, help="seconds after which nothing new is begun"
+    )
+    parser.add_argument("--out", type=Path, default=Path("."), help="folder for the log")
+    parser.add_argument("--skip", nargs="*", default=[])
+    parser.add_argument("--warm", type=int, help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    if chosen.warm is not None:
+        warm(chosen.warm)
+        return 0
+    chosen.out.mkdir(parents=True, exist_ok=True)
+    begin, log, header = time.monotonic(), Log(chosen.out / "window_check.log"), machine(DEVICE)
+
+    def row(op: str, impl: str, phase: str, shape: dict[str, int], call: Callable[[], object]) -> float:
+        call()
+        times = timed_in_graph(call) if phase == "decode_graph" else timed(call, DEVICE)
+        about: Row = {"op": op, "impl": impl, "phase": phase, "shape": shape, "dtype": "bfloat16"}
+        with (chosen.out / "evidence-window-attention.jsonl").open("a") as file:
+            file.write(json.dumps({**header, **about, **times}) + "\n")
+        sizes = " ".join(f"{name}={size}" for name, size in shape.items() if name not in ("H", "V", "S"))
+        log(f"{phase:12} {sizes:44} {times['ms']:9.4f} ms  {op}: {impl}")
+        return float(times["ms"])
+
+    def late(share: float) -> Callable[[], bool]:
+        return lambda: time.monotonic() - begin > share * chosen.budget
+
+    def launches() -> None:
+        windows(log, row, late(1.0), first=False, best=sweep(log, row, late(0.9)))
+
+    def warm_up() -> None:
+        command = [sys.executable, __file__, "--warm"]
+        for process in [subprocess.Popen([*command, str(index)]) for index in range(WORKERS)]:
+            process.wait()
+
+    steps: dict[str, Callable[[], None]] = {
+        "warm": warm_up,
+        "correctness": lambda: correctness(log, late(0.4)),
+        "windows": lambda: windows(log, row, late(0.55), first=True),
+        "dense": lambda: dense(log, row, late(0.75)),
+        "sweep": launches,
+        "host": lambda: host(log),
+        "more windows": lambda: windows(log, row, late(1.0), first=False),
+    }
+    for name, run in steps.items():
+        if name not in chosen.skip:
+            run()
+            log(f"{name} done after {time.monotonic() - begin:.0f} s")
+    for line in (*log.wrong, f"{len(log.wrong)} wrong, {time.monotonic() - begin:.0f} s"):
+        log(line)
+    return 1 if log.wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,211 @@
+"""sliding_window_attention: windows, sinks, packing and padding against the reference, decode, equal runs, paths, refusals.
+
+On a CPU the path in plain torch runs, with TRITON_INTERPRET=1 (see test_interpreter.py) the kernels, interpreted; on a GPU
+the real ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from heddle.errors import HeddleError
+from heddle.kernels import force_path, watch_paths
+from heddle.kernels.accuracy import EPSILON, worst_error
+from heddle.kernels.common.tuning import tuning
+from heddle.kernels.op import INTERPRETED, LIBRARY
+from heddle.kernels.sliding_window_attention import (
+    sliding_window_attention,
+    sliding_window_attention_reference,
+)
+
+pytestmark = pytest.mark.usefixtures("kernels_on_gpu")
+
+WANTED = ("q", "k", "v")
+Given = dict[str, Any]
+
+
+def drawn(
+    *, B: int = 1, T: int = 75, S: int = 75, G: int = 2, d: int = 16, V: int = 16, window: int = 20, sinks: int = 0
+) -> Given:  # fmt: skip
+    """Arguments in float64."""
+    generator = torch.Generator().manual_seed(T + S + G)
+    shapes = {"q": (B, 2 * G, T, d), "k": (B, 2, S, d), "v": (B, 2, S, V)}
+    sides = {
+        name: torch.randn(*one, generator=generator, dtype=torch.float64) for name, one in shapes.items()
+    }
+    return {**sides, "window": window, "sinks": sinks}
+
+
+def padded(given: Given) -> Given:
+    """The same with padding on the left of the first row and on the right of the last one."""
+    real = torch.ones(len(given["k"]), given["k"].shape[2], dtype=torch.bool)
+    real[0, :7] = False
+    real[-1, -3:] = False
+    return {**given, "real": real}
+
+
+# Each road of the kernels: a window alone, with sinks that fill one tile and two, ragged heads and a group that is no power of
+# two, fewer queries than keys, padding, packed sequences of which one is empty, a window wider than all.
+FORMS: dict[str, Callable[[], Given]] = {
+    "window": drawn,
+    "sinks": lambda: drawn(sinks=3, B=2),
+    "many sinks": lambda: drawn(T=150, S=150, sinks=70, window=9, G=1),
+    "ragged": lambda: drawn(T=9, S=83, G=3, d=5, V=40, sinks=2),
+    "padded": lambda: padded(drawn(T=70, S=80, sinks=4, B=2, G=1)),
+    "packed": lambda: {**drawn(T=100, S=100, sinks=2), "cu_seqlens": torch.tensor([0, 1, 70, 70, 100])},
+    "wide": lambda: drawn(T=20, S=20, window=100, G=1),
+}
+
+
+def results(
+    function: Callable[..., Tensor], given: Given, dtype: torch.dtype, device: str
+) -> dict[str, Tensor]:
+    """Output and every gradient, with heads behind time as `worst_error` wants them."""
+    there = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in given.items()}
+    there |= {name: there[name].to(dtype).requires_grad_() for name in WANTED}
+    out = function(**there)
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    found = torch.autograd.grad(out, [there[name] for name in WANTED], upstream.to(dtype).to(out))
+    named = {"out": out.detach(), **dict(zip(WANTED, found, strict=True))}
+    return {name: x.transpose(1, 2) for name, x in named.items()}
+
+
+def assert_right(given: Given, dtype: torch.dtype, device: str, **overrides: Any) -> None:
+    """Every result within twice the error of plain torch, or of the exact one once it is rounded."""
+    given = given | {name: given[name].to(dtype).double() for name in WANTED}
+    exact = results(sliding_window_attention_reference, given, torch.float64, "cpu")
+    with watch_paths() as seen, tuning(**overrides):
+        found = results(sliding_window_attention, given, dtype, device)
+    path = seen[-1][1]
+    assert path == ("triton" if INTERPRETED or device == "cuda" else "torch")
+    with force_path("torch"):
+        plain = results(sliding_window_attention, given, dtype, device)
+    for name, tensor in exact.items():
+        baseline = plain[name] if path == "triton" else tensor.to(dtype)
+        error, worst = worst_error(found[name], tensor, timed=True)
+        allowed, _ = worst_error(baseline, tensor, timed=True)
+        assert error <= 2 * allowed + EPSILON[dtype], f"{name}: {error:.2e}, {allowed:.2e}, {worst}"
+
+
+def _settings() -> list[Any]:
+    here = (torch.float32, torch.float16) if INTERPRETED else (torch.float32,)
+    gpu = (torch.float32, torch.float16, torch.bfloat16)
+    return [pytest.param("cpu", dtype, id=f"cpu-{dtype}") for dtype in here] + [
+        pytest.param("cuda", dtype, id=f"cuda-{dtype}", marks=pytest.mark.gpu) for dtype in gpu
+    ]
+
+
+over_settings = pytest.mark.parametrize(("device", "dtype"), _settings())
+
+
+@over_settings
+@pytest.mark.parametrize("form", FORMS)
+def test_results_and_gradients_are_those_of_the_reference(form: str, device: str, dtype: torch.dtype) -> None:
+    assert_right(FORMS[form](), dtype, device)
+
+
+@over_settings
+@pytest.mark.parametrize("splits", [1, 3])
+def test_a_decode_step_is_right_however_its_keys_are_split(
+    splits: int, device: str, dtype: torch.dtype
+) -> None:
+    given = drawn(B=2, T=1, S=150, G=3, window=130, sinks=4)
+    assert_right(given, dtype, device, splits=splits)
+
+
+def test_steps_give_what_the_whole_gives() -> None:
+    given = padded(drawn(B=2, T=30, S=30, window=7, sinks=2))
+    whole = sliding_window_attention(**given)
+    for t in (0, 3, 12, 29):
+        sides = {name: given[name][:, :, : t + 1] for name in ("k", "v")}
+        step = {"q": given["q"][:, :, t : t + 1], **sides, "real": given["real"][:, : t + 1]}
+        found = sliding_window_attention(**{**given, **step})
+        assert (found - whole[:, :, t : t + 1]).abs().max() < EPSILON[torch.float64]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("sizes", [(128, 128), (64, 64), (192, 128), (256, 256)], ids=str)
+def test_heads_as_models_have_them_are_right(sizes: tuple[int, int], dtype: torch.dtype) -> None:
+    d, V = sizes
+    assert_right(drawn(T=300, S=420, G=4, d=d, V=V, window=140, sinks=4), dtype, "cuda")
+    assert_right(drawn(B=3, T=1, S=700, G=8, d=d, V=V, window=512, sinks=4), dtype, "cuda")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_two_runs_are_equal_to_the_bit_whatever_is_in_fresh_memory(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cases = ((drawn(T=70, S=80, sinks=2), {}), (drawn(T=1, S=90, window=80), {"splits": 2}))
+
+    def run() -> list[dict[str, Tensor]]:
+        found = []
+        for given, overrides in cases:
+            with tuning(**overrides):
+                found.append(results(sliding_window_attention, given, torch.float32, device))
+        return found
+
+    clean, make = run(), torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *args, **rest: make(*args, **rest).fill_(float("nan")))
+    assert torch.empty(3).isnan().all()
+    for before, after in zip(clean, run(), strict=True):
+        assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_later_tokens_and_those_out_of_the_window_change_nothing() -> None:
+    given = drawn(T=90, S=90, window=20, sinks=2, G=1)
+    before = sliding_window_attention(**given)
+    for token, untouched in ((60, [*range(60), *range(80, 90)]), (1, [0])):
+        changed = {name: given[name].clone() for name in ("k", "v")}
+        for x in changed.values():
+            x[:, :, token] += 1.0
+        after = sliding_window_attention(**{**given, **changed})
+        assert torch.equal(before[:, :, untouched], after[:, :, untouched])
+        assert not torch.equal(before[:, :, token], after[:, :, token])
+
+
+def test_the_kernels_run_unasked_once_a_gpu_has_held_them_to_the_reference() -> None:
+    assert set(sliding_window_attention.unproven) == {torch.bfloat16, torch.float16, torch.float32}
+    given = drawn(T=2, S=5, d=300)
+    with force_path("triton"), pytest.raises(HeddleError, match="cannot run in Triton"):
+        results(sliding_window_attention, given, torch.float32, "cpu")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_torch_knows_the_op_and_its_gradients(device: str) -> None:
+    given = padded(drawn(T=9, S=12, window=4, sinks=1, G=1))
+    known = getattr(torch.ops, LIBRARY).sliding_window_attention.default
+    sides = [given[name].to(device).float().requires_grad_() for name in WANTED]
+    arguments = (*sides, given["real"].to(device), None, 0.5, given["window"], given["sinks"])
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(known, arguments, test_utils=checks)
+    compiled = torch.compile(sliding_window_attention, fullgraph=True, backend="aot_eager")
+    found, expected = (
+        results(one, given, torch.float32, device) for one in (compiled, sliding_window_attention)
+    )
+    assert all((found[name] - expected[name]).abs().max() <= EPSILON[torch.float32] for name in expected)
+
+
+def refused(**change: Any) -> str:
+    with pytest.raises(HeddleError) as error:
+        sliding_window_attention(**{**drawn(), **change})
+    assert error.value.code == "bad-argument"
+    return str(error.value)
+
+
+def test_what_does_not_fit_is_told() -> None:
+    assert "no more than keys" in refused(q=torch.ones(1, 4, 76, 16))
+    assert "2 key heads do not divide 3 query heads" in refused(q=torch.ones(1, 3, 75, 16))
+    assert "window 0 and scale None must be positive" in refused(window=0)
+    assert "sinks -1 not negative" in refused(sinks=-1)
+    assert "one dtype" in refused(q=torch.ones(1, 4, 75, 16))
+    assert "real has shape [1, 74], expected [1, 75]" in refused(real=torch.ones(1, 74) > 0)
+    assert "as many queries as keys" in refused(
+        q=torch.ones(1, 4, 7, 16).double(), cu_seqlens=torch.tensor([0, 75])
+    )
+    assert "must rise from 0 to 75" in refused(cu_seqlens=torch.tensor([0, 7]))
