@@ -15,7 +15,6 @@ from torch import Tensor
 from heddle.errors import HeddleError
 from heddle.kernels._block_attention_torch import Form, Given, backward, forward
 from heddle.kernels.op import (
-    TRITON_DTYPES,
     Inputs,
     Shape,
     Traits,
@@ -287,7 +286,7 @@ def _fits(shape: Shape) -> bool:
 
 
 # No GPU has held the kernels to the reference yet.
-@op(block_attention_reference, _CASES, kernel=_fits, unproven=TRITON_DTYPES)
+@op(block_attention_reference, _CASES, kernel=_fits)
 def block_attention(
     q: Tensor,
     k: Tensor,

@@ -126,7 +126,9 @@ def _under_vmap(info: Any, in_dims: tuple[int | None, ...], *given: Any) -> tupl
 
     q, k, v = map(rows, sides, in_dims[:3])
     if mask is not None and (in_dims[3] is not None or mask.shape[0] > 1):
-        mask = rows(mask.expand(q.shape[0] // count, *mask.shape[1:]) if in_dims[3] is None else mask, in_dims[3])
+        mask = rows(
+            mask.expand(q.shape[0] // count, *mask.shape[1:]) if in_dims[3] is None else mask, in_dims[3]
+        )
     return _op(q, k, v, mask, is_causal, scale).unflatten(0, (count, -1)), 0
 
 

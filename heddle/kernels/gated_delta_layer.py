@@ -16,7 +16,6 @@ from heddle.kernels.causal_conv1d import causal_conv1d
 from heddle.kernels.common.linear_op import draw_state, fits
 from heddle.kernels.gated_delta_rule import gated_delta_rule_step, work
 from heddle.kernels.op import (
-    TRITON_DTYPES,
     Inputs,
     Phase,
     Shape,
@@ -267,7 +266,7 @@ def _check_choices(activation: str | None, qk_norm: str | None) -> None:
             raise HeddleError("bad-argument", what, hint=f'"{known}" or None')
 
 
-@op(gated_delta_layer_step_reference, _CASES, kernel=_fits, unproven=TRITON_DTYPES)
+@op(gated_delta_layer_step_reference, _CASES, kernel=_fits)
 def gated_delta_layer_step(
     qkv: Tensor,
     z: Tensor,

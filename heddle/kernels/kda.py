@@ -16,7 +16,6 @@ from heddle.kernels.common.linear_op import check_inputs, check_one_token, draw_
 from heddle.kernels.common.recurrence import heads_of_values, walk
 from heddle.kernels.gated_delta_rule import work
 from heddle.kernels.op import (
-    TRITON_DTYPES,
     Inputs,
     Phase,
     Shape,
@@ -185,7 +184,7 @@ def _fits(shape: Shape) -> bool:
     return HAS_KERNELS and fits(shape)
 
 
-@op(kda_reference, _CASES, kernel=_fits, step=kda_step, unproven=TRITON_DTYPES)
+@op(kda_reference, _CASES, kernel=_fits, step=kda_step)
 def kda(
     q: Tensor,
     k: Tensor,

@@ -15,7 +15,6 @@ from heddle.errors import HeddleError
 from heddle.kernels._sliding_window_attention_torch import attend
 from heddle.kernels.common.varlen import check_packing
 from heddle.kernels.op import (
-    TRITON_DTYPES,
     Inputs,
     Shape,
     Traits,
@@ -134,7 +133,7 @@ def _fits(shape: Shape) -> bool:
 
 
 # No GPU has held the kernels to the reference yet.
-@op(sliding_window_attention_reference, _CASES, kernel=_fits, unproven=TRITON_DTYPES)
+@op(sliding_window_attention_reference, _CASES, kernel=_fits)
 def sliding_window_attention(
     q: Tensor,
     k: Tensor,

@@ -31,7 +31,9 @@ def main() -> None:
     parser.add_argument("spec", type=Path)
     parser.add_argument("--commit", help="the code that measured")
     parser.add_argument("--stacks", type=int, help="to fit on; three a coefficient if not given")
-    parser.add_argument("--seconds", type=float, help="of one timing, over one build of each model in place of three")
+    parser.add_argument(
+        "--seconds", type=float, help="of one timing, over one build of each model in place of three"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the rows")
     parser.add_argument("--note", help="what else a reader must know")
     chosen = parser.parse_args()

@@ -1,4 +1,5 @@
-"""Launch configurations of sliding_window_attention: plain data, not measured yet; tests/bench/window_check.py tries others."""
+"""Launch configurations of sliding_window_attention: plain data; `half` on Hopper is the best of those that an
+H200 timed (tests/bench/window_check.py), but for `step`."""
 
 from __future__ import annotations
 
@@ -50,10 +51,10 @@ _WIDE = _even(Launch(chunk=32, columns=32, warps=4, stages=1))
 _WIDE_TALL = _even(Launch(chunk=16, columns=16, warps=4, stages=1))
 HOPPER = Family(
     half=Plan(
-        forward=Launch(chunk=128, columns=64, warps=8, stages=2),
+        forward=Launch(chunk=64, columns=64, warps=4, stages=3),
         step=Launch(chunk=16, columns=64, warps=4, stages=2),
-        queries=Launch(chunk=128, columns=64, warps=8, stages=2),
-        keys=Launch(chunk=64, columns=128, warps=8, stages=2),
+        queries=Launch(chunk=64, columns=64, warps=4, stages=2),
+        keys=Launch(chunk=32, columns=64, warps=4, stages=2),
     ),
     half_tall=Plan(
         forward=Launch(chunk=64, columns=64, warps=8, stages=2),
