@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 import triton
@@ -262,8 +262,7 @@ def replayed(run: Callable[P, Outputs]) -> Callable[P, Outputs]:
         outputs, plans[signature] = _record(run, args, tensors)
         return outputs
 
-    repeated: Callable[P, Outputs] = call
-    return repeated
+    return cast("Callable[P, Outputs]", call)
 
 
 def _record(run: Any, args: tuple[Any, ...], tensors: Sequence[Tensor]) -> tuple[Any, _Plan | None]:
