@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -27,8 +28,16 @@ Given = dict[str, Any]
 RESULTS = ("out", "state", "conv_state")
 SHAPES = gated_delta_layer_step.cases.test_shapes
 EPS = 1e-6
-# As models have them, with heads that are no powers of two among them.
-SIZES = ((128, 128), (64, 64), (100, 72), (128, 256), (256, 256), (192, 160))
+# As models have them, few and many of them, with sizes that are no powers of two.
+SIZES = (
+    (2, 128, 128),
+    (160, 128, 128),
+    (160, 100, 72),
+    (2, 64, 64),
+    (2, 128, 256),
+    (2, 256, 256),
+    (2, 192, 160),
+)
 NO_CONV = ("conv_state", "conv_weight")
 OPTIONS: dict[str, Given] = {
     "plain": {},
@@ -42,16 +51,26 @@ OPTIONS: dict[str, Given] = {
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
-def _settings() -> list[Any]:
-    here = (torch.float32, torch.float16) if INTERPRETED else (torch.float64, torch.float32)
-    told = [pytest.param("cpu", dtype, id=f"cpu-{str(dtype)[6:]}") for dtype in here]
-    there = (torch.float32, torch.float16, torch.bfloat16)
-    return told + [
-        pytest.param("cuda", dtype, id=f"cuda-{str(dtype)[6:]}", marks=pytest.mark.gpu) for dtype in there
-    ]
+HERE = (torch.float32, torch.float16) if INTERPRETED else (torch.float64, torch.float32)
+THERE = (torch.bfloat16, torch.float16, torch.float32)
 
 
-over_settings = pytest.mark.parametrize(("device", "dtype"), _settings())
+def _setting(device: str, dtype: torch.dtype, *what: Any, told: str = "") -> Any:
+    marks = [pytest.mark.gpu] if device == "cuda" else []
+    return pytest.param(device, dtype, *what, id=f"{told}{device}-{str(dtype)[6:]}", marks=marks)
+
+
+def _settings(*there: torch.dtype) -> list[Any]:
+    """Devices and dtypes: on a GPU each is a compile."""
+    return [*(_setting("cpu", dtype) for dtype in HERE), *(_setting("cuda", dtype) for dtype in there)]
+
+
+def _cases() -> Iterator[Any]:
+    """Each option in each shape, and on a GPU in bfloat16 once; without options in every dtype."""
+    for option, (name, shape) in itertools.product(OPTIONS, zip(("grouped", "odd"), SHAPES, strict=True)):
+        there = THERE if option == "plain" else THERE[: name == "odd"]
+        for device, dtype in [*(("cpu", dtype) for dtype in HERE), *(("cuda", dtype) for dtype in there)]:
+            yield _setting(device, dtype, shape, option, told=f"{option}-{name}-")
 
 
 def drawn(shape: Any, dtype: torch.dtype, device: str = "cpu", option: str = "plain") -> Given:
@@ -92,14 +111,12 @@ def assert_right(given: Given) -> None:
         assert error <= bound, f"{name}: {error:.2e}, at most {bound:.2e}: {worst}"
 
 
-@over_settings
-@pytest.mark.parametrize("shape", SHAPES, ids=["grouped", "odd"])
-@pytest.mark.parametrize("option", OPTIONS)
-def test_results_are_those_of_the_reference(shape: Any, option: str, device: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("device", "dtype", "shape", "option"), list(_cases()))
+def test_results_are_those_of_the_reference(device: str, dtype: torch.dtype, shape: Any, option: str) -> None:
     assert_right(drawn(shape, dtype, device, option))
 
 
-@over_settings
+@pytest.mark.parametrize(("device", "dtype"), _settings(torch.bfloat16))
 @pytest.mark.parametrize(("taps", "shift"), [(2, 0.0), (8, 0.0), (4, -25.0), (4, 25.0)])
 def test_few_and_many_taps_and_gates_at_their_ends_are_right(
     taps: int, shift: float, device: str, dtype: torch.dtype
@@ -117,11 +134,10 @@ def test_tiles_of_a_head_change_nothing(stages: int, device: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("batch", [2, 160])
-@pytest.mark.parametrize(("K", "V"), SIZES)
-def test_heads_as_models_have_them_are_right(batch: int, K: int, V: int, dtype: torch.dtype) -> None:
-    assert_right(drawn({"B": batch, "H": 1, "HV": 2, "K": K, "V": V, "W": 4}, dtype, "cuda"))
+@pytest.mark.parametrize(("batch", "K", "V"), SIZES)
+def test_heads_as_models_have_them_are_right(batch: int, K: int, V: int) -> None:
+    for dtype in THERE if K == V == 128 else THERE[:1]:
+        assert_right(drawn({"B": batch, "H": 1, "HV": 2, "K": K, "V": V, "W": 4}, dtype, "cuda"))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -266,7 +282,7 @@ def _outputs(mixer: GatedDeltaNetModule, x: Tensor, first: int) -> Tensor:
     return torch.cat(found, dim=1)
 
 
-@over_settings
+@pytest.mark.parametrize(("device", "dtype"), _settings(torch.bfloat16))
 @torch.no_grad()
 def test_a_mixer_decodes_through_it_what_it_prefills(device: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
