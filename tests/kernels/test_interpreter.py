@@ -24,8 +24,8 @@ DELTA = f"gated_delta_rule and ({SOME}) or delta_rule-cpu-float32 and 65 and not
 GLA = "gla and not simple"
 # All gradients of one form, ragged heads in half precision, a list in three parts.
 BLOCKS = "reference and gates and float32 or odd and group and float16 or split and 3-listed and float32"
-# Sinks in half precision, packed sequences, keys of a step in three parts.
-WINDOWS = "reference and (many and float16 or packed and float32) or split and 3-cpu and float32"
+# Sinks in half precision, packed sequences by descriptors, keys of a step in three parts.
+WINDOWS = "reference and many and float16 or descriptors and packed-1-cpu and float32 or split and 3-cpu and float32"
 KDA = "kda-cpu-float32 and 65 or kda-cpu-float16 and packed_sequences"
 
 

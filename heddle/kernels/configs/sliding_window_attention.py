@@ -26,7 +26,8 @@ class Plan:
 class Family:
     """What a device family runs: for two- and four-byte elements, and for heads larger than `TALL`, which need room.
 
-    The keys of a step are split where there are fewer programs than `places` a multiprocessor.
+    The keys of a step are split where there are fewer programs than `places` a multiprocessor. `descriptors`: 1 where tiles that
+    are walked over are loaded by tensor descriptors, 0 where by pointers
     """
 
     half: Plan
@@ -34,6 +35,7 @@ class Family:
     wide: Plan
     wide_tall: Plan
     places: int = 2
+    descriptors: int = 0
 
     def plan(self, element: int, size: int) -> Plan:
         """The launches for an element size and the larger head size."""
@@ -50,10 +52,11 @@ _WIDE = _even(Launch(chunk=32, columns=32, warps=4, stages=1))
 _WIDE_TALL = _even(Launch(chunk=16, columns=16, warps=4, stages=1))
 HOPPER = Family(
     half=Plan(
-        forward=Launch(chunk=128, columns=64, warps=8, stages=2),
+        # So that two programs share a multiprocessor.
+        forward=Launch(chunk=128, columns=64, warps=8, stages=2, registers=128),
         step=Launch(chunk=16, columns=64, warps=4, stages=2),
-        queries=Launch(chunk=128, columns=64, warps=8, stages=2),
-        keys=Launch(chunk=64, columns=128, warps=8, stages=2),
+        queries=Launch(chunk=64, columns=64, warps=4, stages=2),
+        keys=Launch(chunk=32, columns=128, warps=8, stages=2),
     ),
     half_tall=Plan(
         forward=Launch(chunk=64, columns=64, warps=8, stages=2),
@@ -63,6 +66,7 @@ HOPPER = Family(
     ),
     wide=_WIDE,
     wide_tall=_WIDE_TALL,
+    descriptors=1,
 )
 # Fits the 99 KiB of shared memory that every device since Ampere has.
 _SMALL = _even(Launch(chunk=32, columns=32, warps=4, stages=2))
