@@ -21,6 +21,7 @@ from heddle.kernels._sliding_window_attention_fwd import (
     LENGTHS,
     hide,
     keys_in_view,
+    load_tile,
     rows_of_tile,
     tile_of_keys,
 )
@@ -29,7 +30,8 @@ from heddle.kernels.common.jit import LOG2_E, find_sequence
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _sliding_window_attention_bwd_query_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, d_out_ptr, lse_ptr, delta_ptr, dq_ptr, table_ptr, cu_seqlens_ptr, seen_ptr,
+    q_ptr, k_ptr, v_ptr, k_tiles, v_tiles, out_ptr, d_out_ptr, lse_ptr, delta_ptr, dq_ptr,
+    table_ptr, cu_seqlens_ptr, seen_ptr,
     stride_qb, stride_qh, stride_qt,
     stride_kb, stride_kh, stride_kt,
     stride_vb, stride_vh, stride_vt,
@@ -39,7 +41,7 @@ def _sliding_window_attention_bwd_query_kernel(
     T, S, tiles, window, sinks, stride_sb, scale,
     K: tl.constexpr, V: tl.constexpr, ROWS_K: tl.constexpr, ROWS_V: tl.constexpr, ROWS: tl.constexpr,
     GROUP: tl.constexpr, KEYS: tl.constexpr,
-    SINKS: tl.constexpr, SEEN: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
+    SINKS: tl.constexpr, SEEN: tl.constexpr, VARLEN: tl.constexpr, TILES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries of one head; leaves δ for the other kernel.
 
@@ -81,10 +83,12 @@ def _sliding_window_attention_bwd_query_kernel(
     for index in range(0, count):
         first, end, reach = tile_of_keys(index, sink_tiles, low, last_place, window, sinks, KEYS, SINKS)
         inside = first + i < end
-        k_at = k_ptr + first.to(tl.int64) * stride_kt + (i * stride_kt)[:, None] + columns_k[None, :]
-        v_at = v_ptr + first.to(tl.int64) * stride_vt + (i * stride_vt)[:, None] + columns_v[None, :]
-        k = tl.load(k_at, mask=inside[:, None] & in_k, other=0.0)  # [KEYS, ROWS_K]
-        v = tl.load(v_at, mask=inside[:, None] & in_v, other=0.0)  # [KEYS, ROWS_V]
+        k = load_tile(
+            k_ptr, k_tiles, b, n, first, begin, stride_kt, inside, columns_k, in_k, KEYS, ROWS_K, TILES
+        )
+        v = load_tile(
+            v_ptr, v_tiles, b, n, first, begin, stride_vt, inside, columns_v, in_v, KEYS, ROWS_V, TILES
+        )
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [ROWS, KEYS]
         is_whole = (first + KEYS - 1 <= first_place) & (first > last_place - reach) & (first + KEYS <= end)
         if SEEN:
@@ -104,7 +108,8 @@ def _sliding_window_attention_bwd_query_kernel(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _sliding_window_attention_bwd_key_kernel(
-    q_ptr, k_ptr, v_ptr, d_out_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, table_ptr, cu_seqlens_ptr, seen_ptr,
+    q_ptr, k_ptr, v_ptr, q_tiles, d_out_tiles, d_out_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
+    table_ptr, cu_seqlens_ptr, seen_ptr,
     stride_qb, stride_qh, stride_qt,
     stride_kb, stride_kh, stride_kt,
     stride_vb, stride_vh, stride_vt,
@@ -114,7 +119,7 @@ def _sliding_window_attention_bwd_key_kernel(
     T, S, tiles, window, sinks, stride_sb, scale,
     K: tl.constexpr, V: tl.constexpr, ROWS_K: tl.constexpr, ROWS_V: tl.constexpr, ROWS: tl.constexpr,
     GROUP: tl.constexpr, KEYS: tl.constexpr,
-    SINKS: tl.constexpr, SEEN: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
+    SINKS: tl.constexpr, SEEN: tl.constexpr, VARLEN: tl.constexpr, TILES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys of one key head; ROWS queries at a time.
 
@@ -167,10 +172,14 @@ def _sliding_window_attention_bwd_key_kernel(
         from_row = from_query + index % count * ROWS
         present = from_row + rows < queries
         t = (from_row + rows).to(tl.int64)
-        q_at = q_ptr + head * stride_qh + (t * stride_qt)[:, None] + columns_k[None, :]
-        d_out_at = d_out_ptr + head * stride_gh + (t * stride_gt)[:, None] + columns_v[None, :]
-        q = tl.load(q_at, mask=present[:, None] & in_k, other=0.0)  # [ROWS, ROWS_K]
-        d_out = tl.load(d_out_at, mask=present[:, None] & in_v, other=0.0)  # [ROWS, ROWS_V]
+        q = load_tile(
+            q_ptr + head * stride_qh, q_tiles, b, n * GROUP + head, from_row, begin, stride_qt,
+            present, columns_k, in_k, ROWS, ROWS_K, TILES,
+        )  # fmt: skip
+        d_out = load_tile(
+            d_out_ptr + head * stride_gh, d_out_tiles, b, n * GROUP + head, from_row, begin, stride_gt,
+            present, columns_v, in_v, ROWS, ROWS_V, TILES,
+        )  # fmt: skip
         lse = tl.load(lse_ptr + at_head + head * T + t, mask=present, other=float("inf"))
         delta = tl.load(delta_ptr + at_head + head * T + t, mask=present, other=0.0)
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [KEYS, ROWS]

@@ -66,6 +66,23 @@ def hide(s, distance, reach, seen, SEEN: tl.constexpr):
 
 
 @triton.jit
+def load_tile(
+    x_ptr, x_tiles, b, head, token, begin, stride, inside, columns, in_columns,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """ROWS tokens of one head from the one at `begin` + `token` on; with TILES by a descriptor, which costs threads nothing.
+
+    A descriptor does not look at `inside`: rows that are not there are zeros, or tokens that nobody here sees.
+    """
+    if TILES:
+        place = (begin + token).to(tl.int32)
+        return x_tiles.load([b.to(tl.int32), head.to(tl.int32), place, 0]).reshape([ROWS, COLUMNS])
+    rows = tl.arange(0, ROWS) * stride
+    at = x_ptr + token.to(tl.int64) * stride + rows[:, None] + columns[None, :]
+    return tl.load(at, mask=inside[:, None] & in_columns, other=0.0)
+
+
+@triton.jit
 def rows_of_tile(
     tile, shift, length, ROWS: tl.constexpr, QUERIES: tl.constexpr, HEADS: tl.constexpr, PACKED: tl.constexpr
 ):
@@ -79,7 +96,7 @@ def rows_of_tile(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _sliding_window_attention_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, sums_ptr, most_ptr, table_ptr, cu_seqlens_ptr, seen_ptr,
+    q_ptr, k_ptr, v_ptr, k_tiles, v_tiles, out_ptr, lse_ptr, sums_ptr, most_ptr, table_ptr, cu_seqlens_ptr, seen_ptr,
     stride_qb, stride_qh, stride_qt,
     stride_kb, stride_kh, stride_kt,
     stride_vb, stride_vh, stride_vt,
@@ -87,7 +104,8 @@ def _sliding_window_attention_fwd_kernel(
     T, S, tiles, splits, window, sinks, stride_sb, scale,
     K: tl.constexpr, V: tl.constexpr, ROWS_K: tl.constexpr, ROWS_V: tl.constexpr, ROWS: tl.constexpr,
     QUERIES: tl.constexpr, HEADS: tl.constexpr, PACKED: tl.constexpr, GROUP: tl.constexpr, KEYS: tl.constexpr,
-    SINKS: tl.constexpr, SEEN: tl.constexpr, VARLEN: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    SINKS: tl.constexpr, SEEN: tl.constexpr, VARLEN: tl.constexpr, SPLIT: tl.constexpr, TILES: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries of PACKED neighbouring heads, and with SPLIT one part of its keys.
 
@@ -132,10 +150,12 @@ def _sliding_window_attention_fwd_kernel(
     for index in range(from_tile, to_tile):
         first, end, reach = tile_of_keys(index, sink_tiles, low, last_place, window, sinks, KEYS, SINKS)
         inside = first + i < end
-        k_at = k_ptr + first.to(tl.int64) * stride_kt + (i * stride_kt)[:, None] + columns_k[None, :]
-        v_at = v_ptr + first.to(tl.int64) * stride_vt + (i * stride_vt)[:, None] + columns_v[None, :]
-        k = tl.load(k_at, mask=inside[:, None] & in_k, other=0.0)  # [KEYS, ROWS_K]
-        v = tl.load(v_at, mask=inside[:, None] & in_v, other=0.0)  # [KEYS, ROWS_V]
+        k = load_tile(
+            k_ptr, k_tiles, b, n, first, begin, stride_kt, inside, columns_k, in_k, KEYS, ROWS_K, TILES
+        )
+        v = load_tile(
+            v_ptr, v_tiles, b, n, first, begin, stride_vt, inside, columns_v, in_v, KEYS, ROWS_V, TILES
+        )
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [ROWS, KEYS]
         is_whole = (first + KEYS - 1 <= first_place) & (first > last_place - reach) & (first + KEYS <= end)
         if SEEN:

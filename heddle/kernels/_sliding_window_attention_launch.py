@@ -10,6 +10,7 @@ import torch
 import triton
 from torch import Tensor
 from torch.nn.functional import pad
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from heddle.kernels._sliding_window_attention_bwd import (
     _sliding_window_attention_bwd_key_kernel,
@@ -87,6 +88,7 @@ class Call:
         # More than there is would run over in the kernels.
         self.window, self.sinks = min(self.window, self.S), min(self.sinks, self.S)
         real, self.cu_seqlens = limits
+        self.in_tiles = bool(tuned("descriptors", _device(self.q.device)[0].descriptors))
         self.seen = None if real is None else real.contiguous().view(torch.uint8)
         self.plan = plan(self.q.device, self.q.element_size(), max(self.K, self.V))
 
@@ -112,9 +114,15 @@ class Call:
         return {
             "K": self.K, "V": self.V, "ROWS_K": block(self.K), "ROWS_V": block(self.V), "ROWS": rows,
             "GROUP": self.group, "KEYS": min(launch.columns, block(self.S)), "SINKS": self.sinks > 0,
-            "SEEN": self.seen is not None, "VARLEN": self.cu_seqlens is not None,
+            "SEEN": self.seen is not None, "VARLEN": self.cu_seqlens is not None, "TILES": self.in_tiles,
             "PRECISION": "tf32x3" if self.q.device.type == "cuda" else "ieee",
         }  # fmt: skip
+
+    def walked(self, rows: int, *sides: Tensor) -> list[Any]:
+        """What is walked over in tiles of so many rows, as descriptors, or as anything where pointers do."""
+        if not self.in_tiles:
+            return list(sides)
+        return [TensorDescriptor.from_tensor(x, [1, 1, rows, block(x.shape[3])]) for x in sides]
 
     def empty(self, like: Tensor, size: int) -> Tensor:
         """Room for a tensor of heads, in memory with time before heads, as projections want them."""
@@ -136,7 +144,8 @@ class Call:
         (table, cu_seqlens), (seen, stride) = self.table(tiles), self.seen_by_all()
         form = {"QUERIES": packed.queries, "HEADS": packed.heads, "PACKED": packed.packed}
         _sliding_window_attention_fwd_kernel[(tiles.count, units, splits)](
-            self.q, self.k, self.v, out, lse, sums, most, table, cu_seqlens, seen,
+            self.q, self.k, self.v, *self.walked(constants["KEYS"], self.k, self.v), out, lse, sums, most,
+            table, cu_seqlens, seen,
             *strides(self.q, self.k, self.v, out),
             self.T, self.S, tiles.per_sequence, splits, self.window, self.sinks, stride, self.scale,
             **form, SPLIT=splits > 1, **constants, **launch.options(),
@@ -158,17 +167,20 @@ class Call:
         launch = self.plan.queries
         rows = min(launch.chunk, block(self.T))
         tiles = self.tiles(self.T, rows)
+        constants = self.constants(launch, rows)
         _sliding_window_attention_bwd_query_kernel[(tiles.count, self.H)](
-            self.q, self.k, self.v, out, d_out, lse, delta, dq, *self.table(tiles), seen,
+            self.q, self.k, self.v, *self.walked(constants["KEYS"], self.k, self.v), out, d_out, lse, delta, dq,
+            *self.table(tiles), seen,
             *strides(self.q, self.k, self.v, out, d_out, dq),
             self.T, self.S, tiles.per_sequence, *numbers,
-            **self.constants(launch, rows), **launch.options(),
+            **constants, **launch.options(),
         )  # fmt: skip
         launch = self.plan.keys
         constants = self.constants(launch, min(launch.chunk, block(self.T)))
         tiles = self.tiles(self.S, constants["KEYS"])
         _sliding_window_attention_bwd_key_kernel[(tiles.count, self.N)](
-            self.q, self.k, self.v, d_out, lse, delta, dk, dv, *self.table(tiles), seen,
+            self.q, self.k, self.v, *self.walked(constants["ROWS"], self.q, d_out), d_out, lse, delta, dk, dv,
+            *self.table(tiles), seen,
             *strides(self.q, self.k, self.v, d_out, dk, dv),
             self.T, self.S, tiles.per_sequence, *numbers,
             **constants, **launch.options(),

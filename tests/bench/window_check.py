@@ -22,11 +22,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from dense_backends import (
+    DEVICE,
+    HALF,
+    WANTED,
+    Given,
+    Report,
+    attempt,
+    backend,
+    dense,
+    drawn,
+    host,
+    phases,
+    scaled_as_dense,
+)
 from gpu_check import Log
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-from torch.nn.functional import scaled_dot_product_attention
 
 from heddle.kernels import force_path
 from heddle.kernels.accuracy import EPSILON, worst_error
@@ -36,56 +49,43 @@ from heddle.kernels.configs.launch import Launch
 from heddle.kernels.dense_attention import dense_attention, dense_attention_reference
 from heddle.kernels.sliding_window_attention import sliding_window_attention
 
-DEVICE = torch.device("cuda")
 WORKERS = 8
-WANTED = ("q", "k", "v")
-HALF = torch.bfloat16
 MAIN = {"B": 1, "H": 8, "N": 2, "T": 1000, "S": 1500, "K": 128, "V": 128, "window": 200, "sinks": 4}
 PLAIN = {**MAIN, "N": 8, "T": 1000, "S": 1000, "window": 512, "sinks": 0}
 STEP = {**MAIN, "B": 3, "T": 1, "window": 1000}
 SIZES = ((64, 64), (192, 128), (256, 256), (100, 72))
 TRIED = {
     "forward": (
-        Launch(128, 64, 8, 2), Launch(128, 64, 8, 2, 128), Launch(128, 64, 8, 3), Launch(64, 64, 4, 2), Launch(64, 64, 4, 3),
-        Launch(64, 32, 4, 3), Launch(128, 128, 8, 2), Launch(128, 32, 8, 3), Launch(128, 32, 8, 3, 128), Launch(64, 128, 4, 2),
-        Launch(128, 64, 4, 2), Launch(64, 64, 4, 2, 168),
+        Launch(128, 64, 8, 2, 128), Launch(128, 64, 8, 2), Launch(128, 64, 8, 3, 128), Launch(64, 64, 4, 2),
+        Launch(64, 64, 4, 3), Launch(64, 64, 4, 2, 128), Launch(64, 32, 4, 3), Launch(128, 128, 8, 2),
+        Launch(128, 32, 8, 3, 128), Launch(64, 128, 4, 2), Launch(128, 64, 4, 2),
     ),
     "queries": (
-        Launch(128, 64, 8, 2), Launch(128, 64, 8, 3), Launch(64, 64, 4, 2), Launch(64, 64, 4, 3), Launch(128, 32, 8, 3),
-        Launch(64, 32, 4, 3), Launch(128, 128, 8, 2), Launch(128, 32, 8, 2, 128),
+        Launch(64, 64, 4, 2), Launch(128, 64, 8, 2), Launch(64, 64, 4, 3), Launch(128, 32, 8, 3), Launch(64, 32, 4, 3),
+        Launch(128, 128, 8, 2), Launch(128, 32, 8, 2, 128), Launch(128, 64, 8, 2, 128),
     ),
     "keys": (
-        Launch(64, 128, 8, 2), Launch(64, 64, 8, 2), Launch(64, 64, 4, 2), Launch(32, 128, 8, 2), Launch(32, 128, 8, 3),
-        Launch(32, 64, 4, 2), Launch(32, 64, 4, 3), Launch(128, 64, 8, 2), Launch(64, 128, 8, 1), Launch(128, 128, 8, 2),
+        Launch(32, 128, 8, 2), Launch(64, 128, 8, 2), Launch(64, 64, 8, 2), Launch(64, 64, 8, 3), Launch(64, 64, 4, 2),
+        Launch(32, 64, 4, 3), Launch(32, 64, 4, 2), Launch(32, 128, 8, 3), Launch(128, 64, 8, 2), Launch(128, 128, 8, 1),
     ),
 }  # fmt: skip
-BACKENDS = {
-    name: getattr(SDPBackend, f"{name.upper()}_ATTENTION") for name in ("flash", "cudnn", "efficient")
-} | {"math": SDPBackend.MATH}
-Given = dict[str, Any]
-Report = Callable[..., float]
 
 
-def drawn(shape: dict[str, int], dtype: torch.dtype = HALF, **rest: Any) -> Given:
-    """Arguments by name, rounded to `dtype`."""
-    inputs = sliding_window_attention.cases.inputs(shape, torch.Generator(DEVICE).manual_seed(0))
-    numbers = {name: shape[name] for name in ("window", "sinks") if name in shape}
-    return {**{name: x.to(dtype) for name, x in inputs.items()}, **numbers, **rest}
-
-
-def samples() -> Iterator[tuple[str, Given, dict[str, int]]]:
+def samples() -> Iterator[tuple[str, Given, dict[str, Any]]]:
     """What is checked: a name, arguments, and overrides."""
     real = torch.rand(2, 1500, device=DEVICE) > 0.3
     bounds = torch.tensor([0, 1, 130, 130, 700, 1000], device=DEVICE)
     for dtype in (HALF, torch.float16, torch.float32):
         yield f"{dtype} sinks", drawn(MAIN, dtype), {}
         yield f"{dtype} window", drawn(PLAIN, dtype), {}
+        yield f"{dtype} window by pointers", drawn(PLAIN, dtype), {"descriptors": 0}
         for splits in (1, 3):
             yield f"{dtype} step in {splits}", drawn(STEP, dtype), {"splits": splits}
         for K, V in SIZES if dtype == HALF else SIZES[1:2]:
             yield f"{dtype} {K} {V}", drawn({**MAIN, "K": K, "V": V}, dtype), {}
-    yield "packed", drawn({**PLAIN, "sinks": 2, "window": 100}, cu_seqlens=bounds), {}
-    yield "padded", drawn({**MAIN, "B": 2}, real=real), {}
+    for tiles in (1, 0):
+        yield "packed", drawn({**PLAIN, "sinks": 2, "window": 100}, cu_seqlens=bounds), {"descriptors": tiles}
+        yield "padded", drawn({**MAIN, "B": 2}, real=real), {"descriptors": tiles}
 
 
 def exact_of(*, q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int, **limits: Any) -> Tensor:
@@ -157,28 +157,6 @@ def correctness(log: Log, late: Callable[[], bool]) -> None:
         compare(log, f"dense {K} {V} causal {causal}", found=found, plain=plain, exact=exact)
 
 
-def scaled_as_dense(
-    *, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool
-) -> Tensor:
-    grouped = q.shape[1] != k.shape[1]
-    return scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, enable_gqa=grouped)
-
-
-def phases(function: Callable[..., Tensor], given: Given) -> dict[str, Callable[[], object]]:
-    """A call forward, and one forward and backward."""
-    leaves = {**given, **{name: given[name].detach().requires_grad_() for name in WANTED}}
-    upstream = torch.randn_like(given["q"])[..., : given["v"].shape[3]]
-
-    def forward() -> object:
-        with torch.no_grad():
-            return function(**given)
-
-    def both() -> object:
-        return torch.autograd.grad(function(**leaves), [leaves[name] for name in WANTED], upstream)
-
-    return {"fwd": forward, "fwdbwd": both}
-
-
 def ours(**given: Any) -> Tensor:
     with force_path("triton"):
         return sliding_window_attention(**given)
@@ -203,23 +181,8 @@ def flex(*, q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int) -> Tensor:
     return compiled(q.shape[2], window)(q, k, v, block_mask=block_mask(q.shape[2], window))  # type: ignore[no-any-return]
 
 
-def backend(name: str, *, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, **rest: Any) -> Tensor:
-    with sdpa_kernel(BACKENDS[name]):
-        return scaled_as_dense(q=q, k=k, v=v, mask=mask, is_causal=rest.get("is_causal", mask is None))
-
-
-def attempt(log: Log, row: Report, what: tuple[str, str, str], shape: dict[str, int], call: Any) -> float:
-    """The time, or infinity where it does not run."""
-    op, impl, phase = what
-    try:
-        return row(op, impl, phase, shape, call)
-    except Exception as error:
-        log(f"none  {op} {impl} {phase} {shape}: {' '.join(str(error).split())[-160:]}")
-        return float("inf")
-
-
 def windows(
-    log: Log, row: Report, late: Callable[[], bool], *, first: bool, best: dict[str, Launch] | None = None
+    log: Log, row: Report, late: Callable[[], bool], *, first: bool, best: dict[str, Any] | None = None
 ) -> None:
     """The op, with its best launches as well once they are known, beside compiled FlexAttention and cuDNN over all keys."""
     shapes = [dict(one) for one in sliding_window_attention.cases.bench_shapes]
@@ -239,98 +202,46 @@ def windows(
             one(("sliding_window_attention", impl, phase), shape, phases(function, given)[phase])
 
 
-def sweep(log: Log, row: Report, late: Callable[[], bool]) -> dict[str, Launch]:
-    """Each launch on one shape: whether it is right, and its time; the fastest of each kernel."""
+def sweep(log: Log, row: Report, late: Callable[[], bool]) -> dict[str, Launch | int]:
+    """Each launch, by descriptors and by pointers, on one shape: whether it is right, and its time; the best ones."""
     small = drawn(PLAIN)
     exact, shape = (
         results(exact_of, small, torch.float64),
         dict(sliding_window_attention.cases.bench_shapes[0]),
     )
-    calls, best = phases(ours, drawn(shape)), dict[str, tuple[float, Launch]]()
-    for name, launch in ((name, launch) for name, launches in TRIED.items() for launch in launches):
+    calls, found = phases(ours, drawn(shape)), dict[tuple[int, str], list[tuple[float, str, Launch]]]()
+    for name, launch, tiles in every_launch():
         if late():
             log("sweep: out of time")
             break
+        what, phase = f"{name} {launch} descriptors {tiles}", "fwd" if name == "forward" else "fwdbwd"
         try:
-            if not judge(log, f"{name} {launch}", small, exact, **{name: launch}):
+            if not judge(log, what, small, exact, **{name: launch, "descriptors": tiles}):
                 continue
         except Exception as error:
-            log(f"none  {name} {launch}: {' '.join(str(error).split())[-200:]}")
+            log(f"none  {what}: {' '.join(str(error).split())[-200:]}")
             continue
-        phase = "fwd" if name == "forward" else "fwdbwd"
-        with tuning(**{name: launch}):
-            told = ("sliding_window_attention", f"heddle, {name} {launch}", phase)
+        with tuning(**{name: launch, "descriptors": tiles}):
+            told = ("sliding_window_attention", f"heddle, {what}", phase)
             ms = attempt(log, row, told, shape, calls[phase])
-        best[name] = min(best.get(name, (ms, launch)), (ms, launch), key=lambda pair: pair[0])
-    log(f"best: {best}")
-    return {name: launch for name, (_, launch) in best.items()}
+        found.setdefault((tiles, name), []).append((ms, what, launch))
+    best = {key: min(times, key=lambda one: one[0]) for key, times in found.items()}
+    for ms, what, _ in best.values():
+        log(f"best  {ms:.4f} ms {what}")
+    sums = {tiles: sum(best.get((tiles, name), (1e9,))[0] for name in TRIED) for tiles in (1, 0)}
+    tiles = min(sums, key=sums.__getitem__)
+    return {"descriptors": tiles} | {name: best[tiles, name][2] for name in TRIED if (tiles, name) in best}
 
 
-def dense_shapes() -> Iterator[tuple[dict[str, int], tuple[str, ...], tuple[str, ...]]]:
-    """Shape, backends and phases of causal attention."""
-    fused = ("flash", "cudnn", "efficient", "torch", "heddle")
-    for K in (128, 64, 256):
-        heads = {"H": 16, "N": 16, "K": K, "V": K}
-        yield {"B": 8, "T": 4096, "S": 4096, **heads}, (*fused, "math"), ("fwd", "fwdbwd")
-        yield {"B": 1, "T": 32768, "S": 32768, **heads}, fused[: 5 if K == 128 else 2], ("fwd", "fwdbwd")
-    yield {"B": 1, "T": 131072, "S": 131072, "H": 16, "N": 16, "K": 128, "V": 128}, fused[:3], ("fwd",)
-    for B, T, N in ((1, 512, 16), (1, 2048, 16), (8, 4096, 4)):
-        heads = {"H": 16, "N": N, "K": 128, "V": 128}
-        yield {"B": B, "T": T, "S": T, **heads}, ("flash", "cudnn", "torch", "heddle"), ("fwd", "fwdbwd")
-
-
-def named(impl: str) -> Callable[..., Tensor]:
-    """torch: by its own order; heddle: by that of the table."""
-    whole = {"torch": scaled_as_dense, "heddle": dense_attention}
-    return whole.get(impl) or partial(backend, impl)
-
-
-def dense(log: Log, row: Report, late: Callable[[], bool]) -> None:
-    for shape, impls, parts in dense_shapes():
-        if late():
-            log("dense: out of time")
-            return
-        given = drawn(shape, is_causal=True)
-        for impl, phase in itertools.product(impls, parts):
-            attempt(log, row, ("dense_attention", impl, phase), shape, phases(named(impl), given)[phase])
-    shape = {"B": 8, "T": 4096, "S": 4096, "H": 16, "N": 16, "K": 128, "V": 128, "masked": 1}
-    mask = torch.rand(1, 1, 4096, 4096, device=DEVICE) > 0.1
-    given = drawn(shape, mask=mask, is_causal=False)
-    for impl, phase in itertools.product(("cudnn", "efficient", "torch"), ("fwd", "fwdbwd")):
-        attempt(log, row, ("dense_attention", impl, phase), shape, phases(named(impl), given)[phase])
-    for B, S, N in ((32, 8192, 16), (1, 131072, 16), (32, 8192, 2)):
-        shape = {"B": B, "T": 1, "S": S, "H": 16, "N": N, "K": 128, "V": 128}
-        given = drawn(shape, is_causal=False)
-        for impl in ("flash", "cudnn", "efficient", "torch"):
-            step = phases(named(impl), given)["fwd"]
-            attempt(log, row, ("dense_attention", impl, "decode_graph"), shape, step)
-
-
-def host(log: Log) -> None:
-    """Microseconds of the host for a small call, and milliseconds of the first call of a length."""
-    given = drawn({"B": 1, "H": 2, "N": 2, "T": 2048, "S": 2048, "K": 64, "V": 64}, is_causal=True)
-    for impl in ("torch", "heddle", "cudnn"):
-        call = phases(named(impl), given)["fwd"]
-        call()
-        begin = time.perf_counter()
-        for _ in range(200):
-            call()
-        log(f"host  {impl}: {(time.perf_counter() - begin) / 200 * 1e6:.1f} us a call")
-        torch.cuda.synchronize()
-    for impl, phase, T in itertools.product(("flash", "cudnn"), ("fwd", "fwdbwd"), (1037, 1411, 3001)):
-        shape = {"B": 1, "H": 16, "N": 16, "T": T, "S": T, "K": 128, "V": 128}
-        call = phases(named(impl), drawn(shape, is_causal=True))[phase]
-        torch.cuda.synchronize()
-        begin = time.perf_counter()
-        call()
-        torch.cuda.synchronize()
-        log(f"host  {impl} {phase} first call of {T}: {(time.perf_counter() - begin) * 1e3:.2f} ms")
+def every_launch() -> Iterator[tuple[str, Launch, int]]:
+    for tiles in (1, 0):
+        yield from ((name, launch, tiles) for name, launches in TRIED.items() for launch in launches)
 
 
 def warm(index: int) -> None:
     """Compiles every `WORKERS`th thing that will run, into Triton's cache on disk."""
     things = [*samples()]
-    things += [("", drawn(PLAIN), {name: one}) for name, launches in TRIED.items() for one in launches]  # type: ignore[dict-item]
+    things += [("", drawn(PLAIN), {name: one, "descriptors": tiles}) for name, one, tiles in every_launch()]
     for _, given, overrides in things[index::WORKERS]:
         try:
             with tuning(**overrides), force_path("triton"):

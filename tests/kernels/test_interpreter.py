@@ -26,8 +26,8 @@ GLA = "gla and not simple"
 BLOCKS = "reference and gates and float32 or odd and group and float16 or split and 3-listed and float32"
 # Each option once in full precision, one form in half, tiles, and a mixer's decode steps.
 LAYER = "gated_delta_layer and (odd and float32 or plain and float16 or tiles or window_moves or mixer and float32)"
-# Sinks in half precision, packed sequences, keys of a step in three parts.
-WINDOWS = "reference and (many and float16 or packed and float32) or split and 3-cpu and float32"
+# Sinks in half precision, packed sequences by descriptors, keys of a step in three parts.
+WINDOWS = "reference and many and float16 or descriptors and packed-1-cpu and float32 or split and 3-cpu and float32"
 KDA = "kda-cpu-float32 and 65 or kda-cpu-float16 and packed_sequences"
 
 

@@ -110,6 +110,15 @@ def test_results_and_gradients_are_those_of_the_reference(form: str, device: str
 
 
 @over_settings
+@pytest.mark.parametrize("descriptors", [0, 1])
+@pytest.mark.parametrize("form", ["sinks", "ragged", "packed"])
+def test_tiles_are_the_same_by_pointers_and_by_descriptors(
+    form: str, descriptors: int, device: str, dtype: torch.dtype
+) -> None:
+    assert_right(FORMS[form](), dtype, device, descriptors=descriptors)
+
+
+@over_settings
 @pytest.mark.parametrize("splits", [1, 3])
 def test_a_decode_step_is_right_however_its_keys_are_split(
     splits: int, device: str, dtype: torch.dtype

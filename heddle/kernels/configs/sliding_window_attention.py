@@ -27,7 +27,8 @@ class Plan:
 class Family:
     """What a device family runs: for two- and four-byte elements, and for heads larger than `TALL`, which need room.
 
-    The keys of a step are split where there are fewer programs than `places` a multiprocessor.
+    The keys of a step are split where there are fewer programs than `places` a multiprocessor. `descriptors`: 1 where tiles that
+    are walked over are loaded by tensor descriptors, 0 where by pointers
     """
 
     half: Plan
@@ -35,6 +36,7 @@ class Family:
     wide: Plan
     wide_tall: Plan
     places: int = 2
+    descriptors: int = 0
 
     def plan(self, element: int, size: int) -> Plan:
         """The launches for an element size and the larger head size."""
@@ -64,6 +66,7 @@ HOPPER = Family(
     ),
     wide=_WIDE,
     wide_tall=_WIDE_TALL,
+    descriptors=1,
 )
 # Fits the 99 KiB of shared memory that every device since Ampere has.
 _SMALL = _even(Launch(chunk=32, columns=32, warps=4, stages=2))
