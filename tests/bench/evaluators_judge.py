@@ -198,7 +198,7 @@ def told(
     names = list(score)
     sides = [[side[name] for name in names] for side in (value, score)]
     tau = tau_b(*sides)
-    limits = np.quantile([ms[name] for name in names], QUANTILES) if score.keys() <= ms.keys() else []
+    limits: Any = np.quantile([ms[name] for name in names], QUANTILES) if score.keys() <= ms.keys() else []
     within = [[name for name in names if ms[name] <= limit] for limit in limits]
     return {
         "placements": len(names),
