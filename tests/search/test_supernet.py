@@ -159,6 +159,13 @@ def test_a_space_without_an_end_is_refused_where_the_evaluator_is_named() -> Non
     assert caught.value.where.path == "search.evaluator"
 
 
+def test_text_may_be_scored_by_shared_weights_and_rungs_may_not() -> None:
+    text = SPEC.format(**GIVEN)
+    loads(text.replace("tasks: [{mqar: {pairs: 2, length: 16}}]", "tasks: [text]"))
+    with pytest.raises(HeddleError, match="evaluator supernet trains no spec alone"):
+        loads(text + "  rungs: {before: [{share: 0.1}]}\n")
+
+
 def test_a_model_and_weights_of_another_space_are_refused(net: Supernet) -> None:
     with pytest.raises(HeddleError, match="none of those of the supernet"):
         net.path_of(file(window=3).spec.model)
