@@ -31,6 +31,7 @@ from heddle.folder_api import import_model as import_model
 from heddle.folder_api import plots as plots
 from heddle.folder_api import replay as replay
 from heddle.folder_api import report as report
+from heddle.folder_api import reuse_policy as reuse_policy
 from heddle.folder_api import table as table
 from heddle.folder_api import verify as verify
 from heddle.specs import Difference, SpecFile, differences

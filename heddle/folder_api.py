@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from heddle.search.import_model import ImportResult
     from heddle.search.progress import Progress
     from heddle.search.replay import Replay
+    from heddle.search.reuse_policy import ReusePolicy
 
 
 def verify(folder: Path | str, *, trust_remote_code: bool = False) -> Battery:
@@ -164,3 +165,15 @@ def dashboard(
         hint = "pip install 'heddle-lm[dashboard]'"
         raise HeddleError("package-missing", f"the dashboard needs {error.name}", hint=hint) from None
     serve(Path(path), host=host, port=port, bench=None if bench is None else Path(bench), ready=ready)
+
+
+def reuse_policy(run: Path | str, **how: Any) -> ReusePolicy:
+    """Which layers of the trained model of `run` – a search, a training, an import – may choose blocks of keys, or take over an
+    earlier layer's choice (HyLRA, arXiv 2602.00777); for `how` see `heddle.search.reuse_policy.reuse_policy`. No command yet.
+
+    Raises:
+        HeddleError: "run-not-found", "no-weights", "bad-argument", "nothing-feasible" …
+    """
+    from heddle.search.reuse_policy import reuse_policy as solve
+
+    return solve(run, **how)

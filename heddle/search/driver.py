@@ -13,7 +13,7 @@ from typing import Any
 
 from heddle.search import pareto
 from heddle.search.asking import Asking
-from heddle.search.evaluations import Evaluations, Request, weights_path
+from heddle.search.evaluations import SHARED_WEIGHTS, Evaluations, Request, weights_path
 from heddle.search.events import EventLog
 from heddle.search.ledger import Entry
 from heddle.search.lock import LockKeeper
@@ -280,6 +280,6 @@ class Driver:
             # A later trial may be this very model, and is not trained twice.
             kept.add(weights_path(self.setting.folder, self.trials[REFERENCE].hash))
         for path in (self.setting.folder / WEIGHTS_FOLDER).glob("*.safetensors"):
-            if path not in kept:
+            if path not in kept and not path.name.startswith(SHARED_WEIGHTS):
                 path.unlink()
         return best

@@ -22,6 +22,8 @@ LATENCY = "latency"
 # Where the spec sets no limit: so many times the longest evaluation of the stage, and no less than these seconds.
 TIMES_THE_LONGEST, LEAST_LIMIT_S = 20.0, 600.0
 LOGS_FOLDER = "logs"
+# Before the digest in the name of weights that specs share, which no spec on the front decides about.
+SHARED_WEIGHTS = "supernet-"
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +118,10 @@ class Evaluations:
     def seconds_for(self, trainings: int) -> float:
         """How long so many trainings side by side take, at the pace of this session's."""
         return trainings * self._trained_s / max(1, self.trained) / self._workers.parallel
+
+    def share(self, value: Any) -> Any:
+        """A ticket for `value`, as `Workers.share` gives it."""
+        return self._workers.share(value)
 
     def begun(self, job: Job) -> None:
         """A job goes to a worker."""

@@ -67,6 +67,26 @@ def export_run(
     return export(model, out, tokenizer=spec.tokenizer, card=card, **how)
 
 
+def trained_model(run: Path | str, trial: str | int = BEST) -> tuple[Spec, HeddleForCausalLM]:
+    """The spec and the trained model of a search's trial, a training or an import, float32, in eval mode.
+
+    Raises:
+        HeddleError: "run-not-found", "bad-argument", "no-weights".
+    """
+    if is_import(run):
+        _only_best(Path(run), "an import", trial)
+        file, model, _ = load_import(Path(run))
+        return file.spec, model.eval()
+    if is_train_run(run):
+        _only_best(Path(run), "a training", trial)
+        training = load_run(run)
+        return training.spec_file().spec, training.model()
+    found = read_run(run)
+    chosen = _chosen(found, trial)
+    spec = _spec(found, chosen)
+    return spec, _model(found, chosen, spec)
+
+
 def _export_training(run: TrainRun, out: Path, trial: str | int, how: Mapping[str, Any]) -> ExportResult:
     _only_best(run.path, "a training", trial)
     spec = run.spec_file().spec

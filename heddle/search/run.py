@@ -24,6 +24,7 @@ from heddle.search.durable import full_disk_told, write_json
 from heddle.search.evaluate import Evaluate
 from heddle.search.evaluations import Evaluations
 from heddle.search.evaluators import evaluator_of
+from heddle.search.evaluators.supernet_run import prepare
 from heddle.search.events import EventLog
 from heddle.search.given import Given
 from heddle.search.latency import Effort
@@ -166,7 +167,9 @@ def _seconds(time: float | str | None) -> float | None:
 
 
 def _search(driver: Driver) -> None:
-    """The rounds, then what is done once: the front again, the winner confirmed, kept and exported."""
+    """What specs share is trained, then come the rounds, then what is done once: the front again, the winner confirmed, kept and
+    exported."""
+    prepare(driver)
     driver.run()
     compare_rungs(driver)
     best = driver.update_front()

@@ -30,7 +30,8 @@ def rung_findings(search: SearchSpec, train: TrainSpec) -> Iterator[Finding]:
     if search.rungs is None:
         return
     if search.evaluator != "train":
-        what = f"a rung is a shorter training, and evaluator {search.evaluator} trains nothing"
+        trains = "no spec alone" if search.evaluator == "supernet" else "nothing"
+        what = f"a rung is a shorter training, and evaluator {search.evaluator} trains {trains}"
         yield Finding("conflicting-fields", what, ("rungs",), "evaluator: train, or no rungs", key=True)
     unclear = False
     for index, rung in enumerate(search.rungs.before):

@@ -21,7 +21,7 @@ from heddle.specs.open_values import RESERVED
 from heddle.specs.pattern import Layer, layers_of
 from heddle.specs.reader import MAX_ERRORS, Path_, steps_of
 from heddle.specs.references import EMBEDDING, references_of
-from heddle.specs.search import EVALUATORS, OWN_EVALUATOR, names_file
+from heddle.specs.search import EVALUATORS, OF_ANSWERS, OWN_EVALUATOR, names_file
 from heddle.specs.sight import reach
 from heddle.specs.spec import Spec
 from heddle.specs.tasks import TASKS, TaskSchema
@@ -173,7 +173,7 @@ def _evaluator_findings(name: object, tasks: Sequence[Mapping[str, Any]]) -> Ite
     if name not in EVALUATORS:
         hint = meant(name, list(EVALUATORS)) or f"{', '.join(EVALUATORS)}, or module:function"
         yield Finding("unknown-kind", f"there is no evaluator {shown(name)}", ("evaluator",), hint)
-    elif name != "train":
+    elif name in OF_ANSWERS:
         for kind in (task["kind"] for task in tasks if task["kind"] in WITHOUT_ANSWERS):
             what = f"{name} scores right and wrong answers, and {kind} has none"
             yield Finding("conflicting-fields", what, ("evaluator",), f"evaluator: train, or no {kind} task")

@@ -11,7 +11,9 @@ from heddle.specs.search_rungs import RungsSpec
 from heddle.specs.tasks import TaskSpec
 
 # How a candidate is judged by name; any other is module:function.
-EVALUATORS = ("train", "random_features", "reach")
+EVALUATORS = ("train", "supernet", "random_features", "reach")
+# Those that score right and wrong answers alone.
+OF_ANSWERS = ("random_features", "reach")
 OWN_EVALUATOR = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*"
 Phase = Literal["decode_ms", "prefill_ms"]
 
@@ -142,8 +144,8 @@ class SearchSpec(Schema):
         str,
         Field(
             max_length=200,
-            description="How a spec is judged at a task: train, or without training random_features or reach, or a function of "
-            "yours as module:function.",
+            description="How a spec is judged at a task: train, or by weights that all specs share supernet, or without training "
+            "random_features or reach, or a function of yours as module:function.",
         ),
     ] = "train"
     rungs: Annotated[

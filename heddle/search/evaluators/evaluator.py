@@ -13,6 +13,7 @@ from heddle.errors import HeddleError, Where
 from heddle.search.evaluate import Evaluate, Evaluation, Training, train_and_score
 from heddle.search.evaluators.random_features import random_feature_score
 from heddle.search.evaluators.reach import reach_score
+from heddle.search.evaluators.supernet_evaluator import supernet_evaluator
 from heddle.search.tasks import Score, Task
 from heddle.specs import ModelSpec, SpecFile
 
@@ -65,9 +66,12 @@ NAMED: dict[str, Evaluate] = {
 
 
 def evaluator_of(file: SpecFile) -> Evaluate:
-    """How the search of `file` evaluates. Raises `bad-argument`, located, for a function that cannot be imported."""
+    """How the search of `file` evaluates. Raises `bad-argument`, located, for a function that cannot be imported, and for a space
+    whose models cannot share weights."""
     assert file.spec.search is not None
     name = file.spec.search.evaluator
+    if name == "supernet":
+        return supernet_evaluator(file)
     return NAMED.get(name) or own_evaluator(name, where=file.where(FIELD))
 
 

@@ -1,0 +1,271 @@
+"""How well each quality evaluator orders the placements of the truth set, and what it costs.
+
+    python tests/bench/evaluators_judge.py --seconds 420 --workers 6 --commit SHA --out DIR
+    python tests/bench/evaluators_judge.py --seconds 0 --commit SHA
+    python tests/bench/evaluators_judge.py --synthetic --dry
+
+First every placement of the spec is valued by each evaluator, in `--workers` processes that share the device; what is done
+stands as rows in evaluators_8x2.jsonl, and the next call goes on there (copy it from DIR over the rows first; nothing is
+begun after `--seconds`). Then each evaluator is held against the rows of `truth_set.py`, if they are there, and a row for
+each task and evaluator is appended to evidence-evaluators.jsonl.
+
+    supernet                weights shared by all placements, trained with twice the tokens of a training, one path a step
+    supernet ablation       what full layers lose, each alone, where the linear ones of the same supernet take their place
+    supernet restoration    what they give back, each alone, where all others are linear; both are summed over full layers
+    ablation, restoration   the same of an all-full model trained alone, whose mixers are replaced by nothing
+    short 0.1, short 0.25   a training of its own, with this share of the tokens, and a seed that the truth has not
+    random_features         nothing is trained (recall alone)
+    reach                   nothing runs (recall alone); one value for all where no layer has a window
+    full layers, parameters counted
+    random                  any order
+    one seed                one of the truth's own seeds held against the others: how far a single whole training goes
+
+Expected for 8x2 on one H100 or H200, not measured yet: 5 to 8 minutes with 6 workers on 16 cores. `gpu_s` is the wall time of
+the jobs over the workers that shared the device. `top5_regret` is of the best of an evaluator's first five,
+
+    (best - found) / (best - median)
+
+in the mean over the orders of equals; `budgets` are the same among the placements within the 25, 50 and 75 % quantiles of
+the decode latency. `tau_same_count` counts only pairs of placements with as many full layers, about which counting says
+nothing; `tau_over_parameters` is tau-b less that of parameters; each with its 95 % interval over draws of placements.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import secrets
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import numpy as np
+from evaluator_values import KINDS, SPENT, read_lines, value_all
+from truth_judge import TASKS, made_up
+from truth_set import HERE, SPEC, Space, best_rate, read_rows
+
+from heddle.search.rank_correlation import RESAMPLES, SEED, _taus, interval, tau_b
+from heddle.specs import load
+
+VALUES, RESULTS = "evaluators_8x2.jsonl", "evidence-evaluators.jsonl"
+QUANTILES = (0.25, 0.5, 0.75)
+ORDERS = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Truth:
+    """By placement: the mean score of the seeds at the best learning rate (higher is better), one seed's and that of the others,
+    the decode latency where it was measured; and the seconds of a training."""
+
+    score: dict[str, float]
+    seeds: dict[str, list[float]]
+    ms: dict[str, float]
+    seconds: float
+
+
+def read_truth(path: Path, task: str) -> Truth:
+    score, seeds, ms, seconds = {}, {}, {}, [0.0]
+    for name, row in read_rows(path).items():
+        found = best_rate(row[task]["scores"], higher=TASKS[task] > 0) if task in row else []
+        if not found:
+            continue
+        seeds[name] = [TASKS[task] * one for one in found]
+        score[name] = mean(seeds[name])
+        label = next((key for key in row if key.startswith("decode_ms@")), None)
+        if label is not None:
+            ms[name] = row[label]["median_ms"]
+        trainings = sum(len(one) for one in row[task]["scores"].values())
+        seconds.append(row[task]["seconds"] / trainings / row[task].get("workers", 1))
+    return Truth(score, seeds, ms, mean(seconds[1:] or seconds))
+
+
+def synthetic(seed: int) -> tuple[Truth, list[dict[str, Any]]]:
+    """A made-up truth, and evaluators that are it with noise."""
+    made = made_up(seed)
+    seeds = {"".join("LF"[one] for one in layers): held for layers, held in made.scores.items()}
+    ms = dict(zip(seeds, made.ms.values(), strict=True))
+    score, rng = {name: mean(held) for name, held in seeds.items()}, np.random.default_rng(seed)
+    rows = [
+        ("full layers", {name: float(name.count("F")) for name in seeds}),
+        ("parameters", {name: float(name.count("F")) for name in seeds}),
+        ("random", dict.fromkeys(seeds, 0.0)),
+        *(
+            (f"noise {size:g}", {n: v + float(size * rng.normal()) for n, v in score.items()})
+            for size in (0.1, 1.0)
+        ),
+    ]
+    told = [
+        {
+            "evaluator": name,
+            "task": "synthetic",
+            "kind": "synthetic",
+            "seconds": 1.0,
+            "workers": 1,
+            "values": values,
+        }
+        for name, values in rows
+    ]
+    return Truth(score, seeds, ms, 1.0), told
+
+
+def regret(value: Mapping[str, float], score: Mapping[str, float], among: Sequence[str]) -> float | None:
+    """How far the best of an evaluator's first five lies from the best, in the mean over orders of equals."""
+    true = np.array([score[name] for name in among])
+    best, median = true.max(initial=-np.inf), np.median(true) if len(true) else 0.0
+    if len(true) < 2 or best <= median:
+        return None
+    rng, values = np.random.default_rng(SEED), np.array([value[name] for name in among])
+    found = [true[np.lexsort((rng.random(len(true)), -values))[:5]].max() for _ in range(ORDERS)]
+    return float((best - np.mean(found)) / (best - median))
+
+
+def same_count(value: Mapping[str, float], score: Mapping[str, float]) -> list[float] | None:
+    """tau-b over pairs with as many full layers, with its 95 % interval over draws of placements."""
+    names = list(score)
+    count = np.array([name.count("F") for name in names])
+    pair = (count[:, None] == count[None, :]).astype(np.float64)
+    one, other = (np.array([side[name] for name in names]) for side in (value, score))
+    signs = [np.sign(side[:, None] - side[None, :]) * pair for side in (one, other)]
+    rng = np.random.default_rng(SEED)
+    often = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=RESAMPLES)
+    drawn = np.concatenate([np.ones((1, len(names))), often])
+    same, first, second = (
+        (drawn @ each * drawn).sum(axis=1) for each in (signs[0] * signs[1], abs(signs[0]), abs(signs[1]))
+    )
+    with np.errstate(invalid="ignore", divide="ignore"):
+        taus = same / np.sqrt(first * second)
+    if np.isnan(taus[0]):
+        return None
+    return [float(taus[0]), *map(float, np.nanquantile(taus, [0.025, 0.975]))]
+
+
+def over(value: Sequence[float], counted: Sequence[float], score: Sequence[float]) -> list[float] | None:
+    """tau-b less that of parameters, with its 95 % interval over the same draws of placements."""
+    rng = np.random.default_rng(SEED)
+    often = rng.multinomial(len(score), np.full(len(score), 1 / len(score)), size=RESAMPLES)
+    drawn = np.concatenate([np.ones((1, len(score))), often]).astype(np.float32)
+    gain = _taus(value, score, drawn) - _taus(counted, score, drawn)
+    if np.isnan(gain[0]):
+        return None
+    return [float(gain[0]), *map(float, np.nanquantile(gain, [0.025, 0.975]))]
+
+
+def judged(rows: Sequence[Mapping[str, Any]], task: str, truth: Truth) -> Iterator[dict[str, Any]]:
+    """A row for each evaluator that has valued all placements of the truth, and for one of the truth's own seeds."""
+    mine = [row for row in rows if row["task"] == task]
+    values: dict[str, dict[str, float]] = {}
+    for row in mine:
+        # Scores of layers and counts are better higher at every task.
+        is_score = row["evaluator"] == "supernet" or row["kind"] == "short"
+        sign = TASKS.get(task, 1.0) if is_score else 1.0
+        known = {name: sign * one for name, one in row["values"].items() if one is not None}
+        # A training that failed is the worst.
+        lost = dict.fromkeys(row["values"], min(known.values(), default=0.0) - 1.0)
+        values.setdefault(row["evaluator"], {}).update(lost | known)
+    for name, value in values.items():
+        if not value or truth.score.keys() - value.keys():
+            continue
+        kind = next(row["kind"] for row in mine if row["evaluator"] == name)
+        spent = {name, *SPENT.get(name, ())}
+        own = [row for row in mine if row["kind"] == kind and row["evaluator"] in spent]
+        cost = {
+            "gpu_s": sum(row["seconds"] / row["workers"] for row in own),
+            "workers": max(row["workers"] for row in own),
+        }
+        yield {"impl": name, **told(value, values.get("parameters"), truth.score, truth.ms), **cost}
+    seeds = {name: held for name, held in truth.seeds.items() if len(held) > 1}
+    first, others = (
+        {name: held[0] for name, held in seeds.items()},
+        {name: mean(held[1:]) for name, held in seeds.items()},
+    )
+    yield {
+        "impl": "one seed",
+        **told(first, values.get("parameters"), others, truth.ms),
+        "gpu_s": truth.seconds * len(seeds),
+        "workers": 1,
+    }
+
+
+def told(
+    value: Mapping[str, float],
+    counted: Mapping[str, float] | None,
+    score: Mapping[str, float],
+    ms: Mapping[str, float],
+) -> dict[str, Any]:
+    names = list(score)
+    sides = [[side[name] for name in names] for side in (value, score)]
+    tau = tau_b(*sides)
+    limits: Any = np.quantile([ms[name] for name in names], QUANTILES) if score.keys() <= ms.keys() else []
+    within = [[name for name in names if ms[name] <= limit] for limit in limits]
+    return {
+        "placements": len(names),
+        "tau": tau,
+        "tau_interval": None if tau is None else interval(*sides),
+        "tau_same_count": same_count(value, score),
+        "tau_over_parameters": None
+        if counted is None
+        else over(sides[0], [counted[name] for name in names], sides[1]),
+        "top5_regret": regret(value, score, names),
+        "budgets": [regret(value, score, among) for among in within],
+    }
+
+
+def judge_all(rows: Sequence[Mapping[str, Any]], chosen: argparse.Namespace, out: Path) -> None:
+    made = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    header = {"run": secrets.token_hex(4), "time": made, "commit": chosen.commit}
+    for task in ["synthetic"] if chosen.synthetic else TASKS:
+        if chosen.synthetic:
+            truth, rows = synthetic(0)
+        else:
+            truth = read_truth(chosen.truth, task)
+        if len(truth.score) < 2:
+            print(f"no truth of {task} in {chosen.truth} yet")
+            continue
+        device = next((row["device"] for row in rows if "device" in row), "cpu")
+        for row in judged(rows, task, truth):
+            if not chosen.dry:
+                with out.open("a") as file:
+                    file.write(json.dumps({**header, "device": device, "task": task, **row}) + "\n")
+            print(line(task, row), flush=True)
+
+
+def line(task: str, row: Mapping[str, Any]) -> str:
+    def shown(found: Sequence[float] | None) -> str:
+        return "none" if found is None else "{:+.2f} [{:+.2f}, {:+.2f}]".format(*found)
+
+    whole = None if row["tau"] is None or row["tau_interval"] is None else [row["tau"], *row["tau_interval"]]
+    lost = ", ".join(
+        "none" if one is None else f"{100 * one:.0f}" for one in (row["top5_regret"], *row["budgets"])
+    )
+    return (
+        f"{task:9} {row['impl']:20} tau {shown(whole)}, same count {shown(row['tau_same_count'])}, "
+        f"over parameters {shown(row['tau_over_parameters'])}, regret {lost} %, {row['gpu_s']:.0f} s"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--spec", type=Path, default=SPEC)
+    parser.add_argument("--truth", type=Path, default=HERE / "results" / "truth_8x2.jsonl")
+    parser.add_argument("--values", type=Path, default=HERE / "results" / VALUES, help="rows to go on from")
+    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder that is written to")
+    parser.add_argument("--seconds", type=float, default=420.0, help="nothing is begun after so many")
+    parser.add_argument("--workers", type=int, default=6)
+    parser.add_argument("--only", nargs="*", default=list(KINDS), choices=list(KINDS))
+    parser.add_argument("--synthetic", action="store_true", help="judge made-up rows")
+    parser.add_argument("--dry", action="store_true", help="judge, append nothing")
+    parser.add_argument("--commit", help="what the code is")
+    chosen = parser.parse_args()
+    rows = read_lines(chosen.values)
+    if chosen.seconds > 0 and not chosen.synthetic:
+        value_all(Space(load(chosen.spec)), rows, chosen, chosen.out / VALUES)
+    judge_all(rows, chosen, chosen.out / RESULTS)
+
+
+if __name__ == "__main__":
+    main()
