@@ -43,7 +43,7 @@ def test_interpreted_block_attention_and_layer_step_are_right() -> None:
 
 
 def test_interpreted_launchers_are_repeated() -> None:
-    _run_interpreted("tests/kernels/test_replay.py", "cpu")
+    _run_interpreted("tests/kernels/test_replay.py", chosen="cpu")
 
 
 def test_interpreted_sliding_window_attention_is_right() -> None:
