@@ -28,6 +28,7 @@ GOALS = {
     "gla": (2.0, 2.0),
     "delta_rule": (1.6, 1.4),
     "gated_delta_rule": (1.8, 1.5),
+    "kda": (1.5, 1.3),
 }
 HEAD = (
     "| op | B × T | forward | fla | ratio | goal | of floor | forward + backward | fla | ratio | goal | of floor "
