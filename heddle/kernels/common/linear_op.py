@@ -113,6 +113,7 @@ def register_decaying(
         fake=_results_like(kept_like),
         setup_context=_keep,
         backward=gradients,
+        results=2,
     )
     step_op = register(
         f"{name}_step",
