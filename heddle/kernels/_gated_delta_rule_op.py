@@ -201,6 +201,7 @@ forward_kernels = register(
     fake=_forward_fake,
     setup_context=_setup_forward,
     backward=_gradients,
+    results=2,
 )
 step_kernels = register(
     "gated_delta_rule_step_kernels",

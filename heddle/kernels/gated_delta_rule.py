@@ -215,6 +215,5 @@ def gated_delta_rule(
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     wide = wide_dtype(v.dtype)
     initial_state = None if initial_state is None else initial_state.to(wide)
-    return _forward_op(
-        q, k, v, in_dtype(log_decay, wide), in_dtype(beta, wide), scale, initial_state, cu_seqlens
-    )  # type: ignore[no-any-return]
+    log_decay, beta = in_dtype(log_decay, wide), in_dtype(beta, wide)
+    return _forward_op(q, k, v, log_decay, beta, scale, initial_state, cu_seqlens)  # type: ignore[no-any-return]

@@ -196,8 +196,11 @@ def register(
     fake: Callable[..., Any],
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
+    results: int | None = None,
 ) -> Callable[..., Any]:
     """Makes `implementation` known to torch.library as one opaque op, and returns what calls it.
+
+    Outputs after so many `results` are for `setup_context` alone: who calls the op must not count on them.
 
     Registering a name again leaves torch with the first op: an export loaded twice compiles to the same code. Plain eager
     calls do without torch's dispatcher, which costs the host more than launches do; all others go through it.
@@ -210,9 +213,9 @@ def register(
         if backward is not None:
             defined.register_autograd(backward, setup_context=setup_context)
     known = _require(name)
-    differentiable = (
-        None if backward is None else _differentiable(name, implementation, setup_context, backward)
-    )
+    differentiable = None
+    if backward is not None:
+        differentiable = _differentiable(name, implementation, setup_context, backward, results)
 
     def call(*args: Any) -> Any:
         if not are_plain(args):
@@ -272,6 +275,7 @@ def _differentiable(
     implementation: Callable[..., Any],
     setup_context: Callable[..., None] | None,
     backward: Callable[..., Any],
+    results: int | None,
 ) -> Callable[..., Any]:
     """What calls `implementation` so that autograd knows of it, and no dispatcher."""
 
@@ -279,7 +283,7 @@ def _differentiable(
         output = implementation(*args)
         if setup_context is not None:
             setup_context(ctx, args, output)
-        return output
+        return output if results is None else output[:results]
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     made: Any = type(f"{name}_function", (torch.autograd.Function,), methods)

@@ -32,23 +32,23 @@ def check_inputs(
 
     Shapes:  q, k: [B, T, H, K];  v: [B, T, HV, V];  gates: [B, T, HV];  state: [B, HV, K, V] or [N, HV, K, V]
     """
-    if q.dim() != 4 or v.dim() != 4 or q.shape[1] < 1:
+    shape, of_values = q.shape, v.shape
+    if len(shape) != 4 or len(of_values) != 4 or shape[1] < 1:
         raise HeddleError("bad-argument", f"{name}: q, k, v must be [B, T, heads, *] with at least one token")
-    B, T, H, K = q.shape
+    B, T, H, K = shape
     if cu_seqlens is not None:
         check_packing(name, B, T, cu_seqlens)
-    _, _, HV, V = v.shape
+    rows, tokens, HV, V = of_values
     if HV % H:
         raise HeddleError("bad-argument", f"{name}: {H} key heads do not divide {HV} value heads")
     count = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     heads = (B, T, HV)
     # Asked first, since all of it costs the host more than a launch.
     as_expected = (
-        k.shape == q.shape
-        and v.shape[:2] == q.shape[:2]
-        and (state is None or state.shape == (count, HV, K, V))
-        and not any(x.shape != heads for x in gates.values())
+        k.shape == shape and rows == B and tokens == T and (state is None or state.shape == (count, HV, K, V))
     )
+    for x in gates.values():
+        as_expected = as_expected and x.shape == heads
     if not as_expected:
         expected = {"k": (k, (B, T, H, K)), "v": (v, (*heads, V)), "state": (state, (count, HV, K, V))}
         check_shapes(name, {**expected, **{gate: (x, heads) for gate, x in gates.items()}})
@@ -113,6 +113,7 @@ def register_decaying(
         fake=_results_like(kept_like),
         setup_context=_keep,
         backward=gradients,
+        results=2,
     )
     step_op = register(
         f"{name}_step",
