@@ -154,15 +154,13 @@ def _step(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     learned = (qkv, z, a, b, A_log, dt_bias, norm_weight, state, conv_state, conv_weight, conv_bias)
-    shape = {
-        "K": state.shape[2],
-        "V": state.shape[3],
-        "W": 0 if conv_weight is None else conv_weight.shape[1],
-        "gradients": int(torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in learned)),
-    }
-    path = gated_delta_layer_step.choose(qkv.device, qkv.dtype, **shape)
-    run = step_kernel if path == "triton" else _chain
-    return run(*learned, activation, qk_norm, beta_max, scale, eps)
+    given = (*learned, activation, qk_norm, beta_max, scale, eps)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in learned):
+        return _chain(*given)
+    taps = 0 if conv_weight is None else conv_weight.shape[1]
+    sizes = {"K": state.shape[2], "V": state.shape[3], "W": taps}
+    path = gated_delta_layer_step.choose(qkv.device, qkv.dtype, **sizes)
+    return (step_kernel if path == "triton" else _chain)(*given)
 
 
 _INPUTS = (
@@ -177,8 +175,7 @@ _step_op = register_composite(
 
 
 def _fits(shape: Shape) -> bool:
-    """The kernel takes heads up to 256 and few taps, and has no gradients."""
-    return HAS_KERNELS and fits(shape) and shape.get("W", 0) <= MAX_TAPS and not shape.get("gradients", 0)
+    return HAS_KERNELS and fits(shape) and shape["W"] <= MAX_TAPS
 
 
 def _draw(shape: Shape, generator: torch.Generator) -> Inputs:
