@@ -39,11 +39,21 @@ from heddle.kernels import (
     _kda_bwd,
     _kda_fwd,
     _simple_gla_sweep,
+    _sliding_window_attention_bwd,
+    _sliding_window_attention_fwd,
 )
 from heddle.kernels._block_attention_launch import queries_of
 from heddle.kernels._gla_launch import KEY_TILE
 from heddle.kernels.common.layout import ALIGNMENT, LEAST_HEAD, block
-from heddle.kernels.configs import block_attention, decay_attention, gated_delta_rule, gla, kda, simple_gla
+from heddle.kernels.configs import (
+    block_attention,
+    decay_attention,
+    gated_delta_rule,
+    gla,
+    kda,
+    simple_gla,
+    sliding_window_attention,
+)
 from heddle.kernels.configs.launch import Launch
 
 RESULTS = Path(__file__).parent / "results"
@@ -66,6 +76,19 @@ KERNELS = {
     ("block_attention", "forward"): _block_attention_fwd._block_attention_fwd_kernel,
     ("block_attention", "queries"): _block_attention_bwd._block_attention_bwd_query_kernel,
     ("block_attention", "keys"): _block_attention_bwd._block_attention_bwd_key_kernel,
+    (
+        "sliding_window_attention",
+        "forward",
+    ): _sliding_window_attention_fwd._sliding_window_attention_fwd_kernel,
+    ("sliding_window_attention", "step"): _sliding_window_attention_fwd._sliding_window_attention_fwd_kernel,
+    (
+        "sliding_window_attention",
+        "queries",
+    ): _sliding_window_attention_bwd._sliding_window_attention_bwd_query_kernel,
+    (
+        "sliding_window_attention",
+        "keys",
+    ): _sliding_window_attention_bwd._sliding_window_attention_bwd_key_kernel,
     ("kda", "prepare"): _kda_fwd._kda_prepare_kernel,
     ("kda", "forward"): _kda_fwd._kda_sweep_kernel,
     ("kda", "keep"): _kda_fwd._kda_sweep_kernel,
@@ -85,7 +108,12 @@ DOUBLES = ("sums_ptr",)
 INTEGERS = ("table_ptr", "offsets_ptr", "cu_seqlens_ptr", "start_ptr", "entries_ptr")
 # Where a name stands for something else than in the other ops.
 BLOCK_TYPES = {"sums_ptr": "*fp32", "seen_ptr": "*u8"}
-# Of block_attention: heads of a group, and keys of a block.
+# Attention that reads some keys has plans by the larger head size.
+SPARSE = {
+    "block_attention": block_attention.HOPPER,
+    "sliding_window_attention": sliding_window_attention.HOPPER,
+}
+# Of block_attention: heads of a group (of a step of sliding_window_attention, too), and keys of a block.
 GROUP, BLOCK_KEYS = 16, 64
 # Tiles of each height and width, full and partly empty.
 SIZES = (16, 32, 48, 64, 96, 128, 160, 256)
@@ -117,6 +145,7 @@ def cases(*, quick: bool) -> Iterator[Case]:
     sizes = QUICK if quick else [(K, V) for K in SIZES for V in SIZES]
     yield from planned_cases(quick=quick)
     yield from block_cases(quick=quick)
+    yield from window_cases(quick=quick)
     for op, (K, V) in itertools.product(("decay_attention", "simple_gla"), sizes):
         first = Case(op, "output", "bf16", K, V, aligned=True, many=False, backward=False)
         both = (first, replace(first, backward=True, many=True))
@@ -166,6 +195,35 @@ def block_cases(*, quick: bool) -> Iterator[Case]:
             yield replace(first, dtype="fp16")
 
 
+def window_cases(*, quick: bool) -> Iterator[Case]:
+    """The kernels of sliding_window_attention, by descriptors; `many`: with sinks, limits and packed sequences."""
+    sizes = [size for size in SIZES if size >= LEAST_HEAD]
+    kernels = [kernel for op, kernel in KERNELS if op == "sliding_window_attention"]
+    for (K, V), kernel in itertools.product(
+        [(128, 128)] if quick else itertools.product(sizes, sizes), kernels
+    ):
+        backward = kernel in ("queries", "keys")
+        first = Case(
+            "sliding_window_attention", kernel, "bf16", K, V, aligned=True, many=False, backward=backward
+        )
+        yield first
+        if K == V and not quick:
+            yield from (replace(first, many=True), replace(first, dtype="fp32"), replace(first, dtype="fp16"))
+
+
+def _window_constants(case: Case, launch: Launch) -> dict[str, Any]:
+    is_step = case.kernel == "step"
+    constants = {
+        "K": case.K, "V": case.V, "ROWS_K": block(case.K), "ROWS_V": block(case.V),
+        "ROWS": block(GROUP) if is_step else launch.chunk, "QUERIES": 1 if is_step else launch.chunk,
+        "HEADS": GROUP if is_step else 1, "PACKED": GROUP if is_step else 1, "GROUP": GROUP if is_step else 4,
+        "KEYS": launch.columns, "SINKS": case.many, "SEEN": case.many, "VARLEN": case.many, "SPLIT": is_step,
+        "TILES": True, "PRECISION": "tf32x3",
+    }  # fmt: skip
+    names = KERNELS[case.op, case.kernel].arg_names
+    return {name: value for name, value in constants.items() if name in names}
+
+
 def _block_constants(case: Case, launch: Launch) -> dict[str, Any]:
     queries = queries_of(launch, GROUP, 1 if case.many else BLOCK_KEYS)
     constants = {
@@ -207,6 +265,8 @@ def ptx(case: Case) -> tuple[str, dict[str, int | None]]:
         constants = _planned_constants(case, launch)
     if case.op == "block_attention":
         constants = _block_constants(case, launch)
+    if case.op == "sliding_window_attention":
+        constants = _window_constants(case, launch)
     if case.kernel == "output":
         constants |= {"SEGMENTED": False, "HAS_INITIAL": True, "HAS_D_FINAL": case.backward}
     if case.op == "simple_gla":
@@ -219,9 +279,11 @@ def ptx(case: Case) -> tuple[str, dict[str, int | None]]:
         signature[name] = _type(name, case.dtype, constants)
         if case.op in PLANS and name in ("states_ptr", "d_states_ptr"):
             signature[name] = f"*{case.dtype}"
-        if case.op == "block_attention" and name in BLOCK_TYPES:
+        if case.op in SPARSE and name in BLOCK_TYPES:
             signature[name] = BLOCK_TYPES[name]
-        if name in constants:
+        if name.endswith("_tiles"):
+            signature[name] = _descriptor(name, case.dtype, constants)
+        if name in constants or name.endswith("_tiles"):
             continue
         known = case.aligned and name.startswith("stride_")
         if name.endswith("_ptr") or known or (name == "H" and case.many):
@@ -235,9 +297,9 @@ def ptx(case: Case) -> tuple[str, dict[str, int | None]]:
 def _launch(case: Case) -> Launch:
     if case.op == "decay_attention":
         launch = decay_attention.HOPPER.launch(case.kernel, ELEMENTS[case.dtype], block(case.K))
-    elif case.op == "block_attention":
+    elif case.op in SPARSE:
         size = max(block(case.K), block(case.V))
-        return getattr(block_attention.HOPPER.plan(ELEMENTS[case.dtype], size), case.kernel)
+        return getattr(SPARSE[case.op].plan(ELEMENTS[case.dtype], size), case.kernel)
     elif case.op in PLANS:
         launch = getattr(PLANS[case.op].plan(ELEMENTS[case.dtype], _largest(case)), case.kernel)
     else:
@@ -250,6 +312,13 @@ def _launch(case: Case) -> Launch:
         )
         launch = replace(launch, chunk=output.chunk)
     return replace(launch, columns=min(launch.columns, block(case.V)))
+
+
+def _descriptor(name: str, dtype: str, constants: dict[str, Any]) -> str:
+    """Of tiles that are walked over: of keys and values, or of queries and gradients of outputs."""
+    rows = constants["KEYS" if name in ("k_tiles", "v_tiles") else "ROWS"]
+    columns = constants["ROWS_V" if name in ("v_tiles", "d_out_tiles") else "ROWS_K"]
+    return f"tensordesc<{dtype}[1, 1, {rows}, {columns}]>"
 
 
 def _type(name: str, dtype: str, constants: dict[str, Any]) -> str:
