@@ -6,8 +6,6 @@ Why Starlette and uvicorn: docs/decisions/0009-dashboard-server.md.
 from __future__ import annotations
 
 import asyncio
-import ipaddress
-import secrets
 import socket
 import time
 import zlib
@@ -16,20 +14,20 @@ from contextlib import suppress
 from importlib import resources
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlencode
 
 import uvicorn
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
-from starlette.datastructures import Headers, QueryParams
+from starlette.datastructures import QueryParams
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response, StreamingResponse
+from starlette.responses import HTMLResponse, RedirectResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute, Mount, Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from heddle.dashboards import bench_page, compare_pages, pages, trial_pages
 from heddle.dashboards.doors import BOARD, Doors, tools_page
 from heddle.dashboards.frame import Page, empty, url, whole
+from heddle.dashboards.guard import Guard, is_local, new_token
 from heddle.dashboards.html import element
 from heddle.dashboards.report import PLOTLY
 from heddle.dashboards.site import Site, Watched, open_site
@@ -38,7 +36,6 @@ from heddle.dashboards.wsgi import Behind
 from heddle.errors import HeddleError
 from heddle.search.costs import graph_picture
 
-TOKEN = "heddle-token"
 # Names the sections and figures that a page has, by their digests.
 HAS = "heddle-has"
 # How often the files of a run are looked at, and how often a quiet page is told that the server lives.
@@ -46,31 +43,6 @@ LOOK_S, QUIET_S = 0.5, 15.0
 # How often a page is told while a large run is being read.
 BEHIND_S = 2.0
 NOT_THERE = ("run-not-found", "bad-argument", "package-missing")
-LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
-HEADERS = {
-    # No script but ours, nothing from elsewhere, no page around ours; plotly sets styles of its own.
-    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; "
-    "img-src 'self' data:; connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
-    "x-content-type-options": "nosniff",
-    "referrer-policy": "no-referrer",
-    "cross-origin-resource-policy": "same-origin",
-    "cache-control": "no-store",
-}
-
-
-def is_local(host: str) -> bool:
-    """Whether `host` is an address that only this machine reaches."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def new_token() -> str:
-    """A token that nobody guesses."""
-    return secrets.token_urlsafe(32)
 
 
 def app(site: Site, *, token: str | None, is_closing: Callable[[], bool] = lambda: False) -> ASGIApp:
@@ -110,64 +82,6 @@ def _doors(doors: Doors) -> list[BaseRoute]:
     board = Behind(lambda: doors.board, ("GET", "HEAD", "POST"))
     found = [(f"/{name}", study) for name in ("dashboard", "api", "static", "csv")] + [(BOARD, board)]
     return [Mount(path, app=app) for path, app in found]
-
-
-class Guard:
-    """In front of every route: the token where one is asked for, the name of the host, headers on every answer."""
-
-    def __init__(self, inner: ASGIApp, token: str | None) -> None:
-        self.inner, self.token = inner, token
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":
-            await self.inner(scope, receive, send)
-            return
-        if scope["type"] != "http":
-            # There are no sockets here, so none is opened.
-            await send({"type": "websocket.close", "code": 1008})
-            return
-
-        async def send_safely(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                held = {name.lower() for name, _ in message["headers"]}
-                extra = [(n.encode(), v.encode()) for n, v in HEADERS.items() if n.encode() not in held]
-                message = {**message, "headers": [*message["headers"], *extra]}
-            await send(message)
-
-        refused = self._refusal(Request(scope))
-        await (refused or self.inner)(scope, receive, send_safely)
-
-    def _refusal(self, request: Request) -> Response | None:
-        if self.token is None:
-            # A page elsewhere may have its own name lead to this machine; it is not answered.
-            host = request.headers.get("host", "")
-            name = host if host.endswith("]") else host.rpartition(":")[0] or host
-            return None if name in LOCAL_NAMES else PlainTextResponse("unknown host", 403)
-        given = request.query_params.get("token")
-        if given is not None and secrets.compare_digest(given.encode(), self.token.encode()):
-            return self._admit(request)
-        held = request.cookies.get(TOKEN, "") or _bearer(request.headers)
-        if secrets.compare_digest(held.encode(), self.token.encode()):
-            return None
-        told = (
-            "403: this dashboard needs the token that heddle dashboard printed: open the address it printed\n"
-        )
-        return PlainTextResponse(told, 403)
-
-    def _admit(self, request: Request) -> Response:
-        """Put the token into a cookie and leave it out of the address, where histories and logs would keep it."""
-        assert self.token is not None
-        rest = [(name, value) for name, value in request.query_params.multi_items() if name != "token"]
-        # Slashes in a row would lead to another host.
-        path = "/" + request.url.path.lstrip("/\\")
-        answer = RedirectResponse(f"{path}?{urlencode(rest)}" if rest else path, 303)
-        answer.set_cookie(TOKEN, self.token, httponly=True, samesite="lax", path="/")
-        return answer
-
-
-def _bearer(headers: Headers) -> str:
-    kind, _, value = headers.get("authorization", "").partition(" ")
-    return value if kind.lower() == "bearer" else ""
 
 
 def _numbers(query: QueryParams) -> list[int]:

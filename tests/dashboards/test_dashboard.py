@@ -17,7 +17,7 @@ import pytest
 from seen import client, get
 from starlette.testclient import TestClient
 
-from heddle.dashboards import pages, server, site
+from heddle.dashboards import guard, pages, server, site
 from heddle.dashboards.site import Site, Watched, open_site
 from heddle.errors import HeddleError
 from heddle.search import record
@@ -196,7 +196,7 @@ def test_without_a_token_only_local_names_are_answered(make_run: MakeRun) -> Non
 
 
 def test_every_route_asks_for_the_token(make_run: MakeRun, tmp_path: Path) -> None:
-    token = server.new_token()
+    token = guard.new_token()
     asked = client(make_run(), tmp_path, token)
     routes = [
         "/",
@@ -206,7 +206,7 @@ def test_every_route_asks_for_the_token(make_run: MakeRun, tmp_path: Path) -> No
         *(f"/run/run{page}" for page in PAGES),
         "/nothing",
     ]
-    for wrong in ({}, {"cookie": f"{server.TOKEN}=guess"}, {"authorization": "Bearer guess"}):
+    for wrong in ({}, {"cookie": f"{guard.TOKEN}=guess"}, {"authorization": "Bearer guess"}):
         for route in routes:
             assert asked.get(route, headers=wrong).status_code == 403, route
     assert asked.get("/run/run?token=guess").status_code == 403
@@ -219,8 +219,8 @@ def test_every_route_asks_for_the_token(make_run: MakeRun, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "::1"])
 def test_these_addresses_are_local(host: str) -> None:
-    assert server.is_local(host)
-    assert not any(map(server.is_local, ("0.0.0.0", "::", "192.168.0.4", "example.org")))
+    assert guard.is_local(host)
+    assert not any(map(guard.is_local, ("0.0.0.0", "::", "192.168.0.4", "example.org")))
 
 
 def test_answers_forbid_foreign_scripts_and_frames(make_run: MakeRun) -> None:
