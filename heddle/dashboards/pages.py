@@ -63,7 +63,7 @@ def overview(site: Site, query: Query) -> Page:
     header = ["Run", "Status", "Trials", "Winner", "Mean normalised score", "Took"]
     page.add(sections.section("Side by side", table(header, rows, numeric=(4,))) if rows else None)
     page.plots("Best so far", [figures.progress_of(list(drawn.items()))])
-    add_fronts(page, drawn, query)
+    add_fronts(page, site, drawn, query)
     page.add(trained)
     return page
 
