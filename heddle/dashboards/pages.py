@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from math import ceil
 
-from heddle.dashboards import data, figures, latency_section, sections, words
+from heddle.dashboards import busy, data, figures, latency_section, sections, words
 from heddle.dashboards.axes import axes
 from heddle.dashboards.compare_pages import add_fronts
 from heddle.dashboards.frame import Page, choose, empty, pick, tiles, url
@@ -88,6 +88,7 @@ def front(watched: Watched, query: Query) -> Page:
     if run.trials:
         _plots(page, watched, run, query)
     page.add(*watched.once(run, "front", lambda: _found(run, key)))
+    page.add(_workers(watched, run))
     _trials(page, watched, run, query)
     return page
 
@@ -110,20 +111,32 @@ def _reading(watched: Watched) -> Html | None:
 
 
 def _state(watched: Watched, run: Run) -> Html:
-    pace = data.pace(run)
+    pace, found = data.pace(run), _busy(watched, run)
     facts: list[tuple[str, object]] = [
         ("status", run.status),
         ("trials told", f"{pace.told} of {pace.total}"),
     ]
     facts += [(words.STATE_WORDS[state], run.count(state)) for state in run.states if state != "running"]
     if run.status == "running" and watched.follower.share_read >= 1:
-        facts.append(("evaluations in flight", pace.flying))
+        facts += busy.facts(found)
         facts.append(("phase", pace.phase or "starting"))
         left = pace.seconds_left
         facts.append(("left of the rounds, at this pace", "–" if left is None else words.duration_text(left)))
     cores = run.meta.get("environment", {}).get("cores")
     facts += [("cores of the machine", cores)] if cores else []
     return element("section", tiles(facts))
+
+
+def _busy(watched: Watched, run: Run) -> busy.Busy:
+    held: busy.Busy = watched.once(run, "busy", lambda: busy.busy(run))
+    return held
+
+
+def _workers(watched: Watched, run: Run) -> Html | None:
+    """Who is busy with what; of a part of a record nobody can say."""
+    if watched.follower.share_read < 1:
+        return None
+    return busy.busy_section(run, watched.key, _busy(watched, run))
 
 
 def _nothing_yet(run: Run) -> Html | None:
