@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from heddle.dashboards import block_times, data, model_figures, sections, words
+from heddle.dashboards.bars import bars
 from heddle.dashboards.frame import Page, copyable, empty, tiles, url
 from heddle.dashboards.html import Html, element, table
 from heddle.dashboards.site import Watched
@@ -35,7 +36,8 @@ def trial_page(watched: Watched, number: int) -> Page:
             raise
         return _not_yet(watched, number)
     name = data.name_of(trial, run)
-    page = Page(f"{name} · {run.name}", key, "Front")
+    # Where there are layers their bars stand above all plots.
+    page = Page(f"{name} · {run.name}", key, "Front", is_plain_first=bool(trial.layers))
     page.add(_head(key, run, trial), _fate(trial))
     if trial.layers:
         _model(page, watched, run, trial)
@@ -123,7 +125,7 @@ def add_costs(
     """What each layer costs at a context and a batch, and the graph behind an address."""
     named = {cell.index: cell.mixer for cell in cells}
     layers = [{**layer, "mixer": named.get(layer["index"], layer["mixer"])} for layer in layers]
-    page.plots("What each layer costs", model_figures.costs(layers, *place))
+    page.add(sections.section("What each layer costs", bars(model_figures.costs(layers, *place))))
     if len(layers) <= LAYERS_OF_GRAPH:
         picture = element(
             "img", src=graph, cls="graph", loading="lazy",

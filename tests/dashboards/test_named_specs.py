@@ -51,7 +51,7 @@ def test_specs_alone_are_compared_and_each_has_a_page(tmp_path: Path) -> None:
     assert "Layers" in seen.text
     page = get(asked, "/spec/sliding.yaml")
     assert SLIDING.read_text().splitlines()[-1] in page.text
-    assert "layers-parameters" in [figure["name"] for figure in page.figures]
+    assert "Parameters of each layer at context" in page.text
     assert asked.get("/spec/sliding.yaml/graph.svg").headers["content-type"] == "image/svg+xml"
 
 
