@@ -6,6 +6,7 @@ Start is from the command to its address; first view is of Chromium's first page
 plots drawn; read is from the start to the last trial read. The interactions come after that, from the choice or the click
 to the new page drawn, with all plots in the window (those out of sight are drawn when nothing else is to do); a trial is opened
 by its link in the table, and once more by its address, which loads the scripts anew; a hover is from the pointer to its label.
+Beside the time of opening a trial stands what the page's main thread was busy for meanwhile, and how often it laid the page out.
 Needs Chromium.
 """
 
@@ -173,10 +174,32 @@ def _changed(page: Any, act: Any, seen: str) -> float:
     return 1000 * (time.perf_counter() - started)
 
 
+def _work(page: Any) -> Any:
+    """Gives milliseconds that the main thread of the page has been busy, and how often it has laid the page out."""
+    asked = page.context.new_cdp_session(page)
+    asked.send("Performance.enable")
+
+    def now() -> dict[str, float]:
+        told = {one["name"]: one["value"] for one in asked.send("Performance.getMetrics")["metrics"]}
+        return {"busy": 1000 * told["TaskDuration"], "layouts": told["LayoutCount"]}
+
+    return now
+
+
+def _opened(found: dict[str, list[float]], name: str, work: Any, act: Any) -> None:
+    """Add the time of `act`, which opens a trial, and the work of the browser in it."""
+    before = work()
+    found[f"{name}_trial"].append(act())
+    for kind, value in work().items():
+        found[f"{name}_trial_{kind}"].append(value - before[kind])
+
+
 def _interactions(page: Any, address: str) -> dict[str, list[float]]:
     """Milliseconds of what a user does on the front, five times each."""
-    names = ("choose_axes", "filter", "page_of_trials", "hover", "open_trial", "load_trial")
+    opened = [f"{name}_trial{kind}" for name in ("open", "load") for kind in ("", "_busy", "_layouts")]
+    names = ("choose_axes", "filter", "page_of_trials", "hover", *opened)
     found: dict[str, list[float]] = {name: [] for name in names}
+    work = _work(page)
     for turn in range(5):
         page.goto(address)
         page.wait_for_selector("html[data-drawn]")
@@ -201,8 +224,9 @@ def _interactions(page: Any, address: str) -> dict[str, list[float]]:
         page.wait_for_selector("html[data-drawn]")
         trial = page.locator(f"a[href$='/trial/{turn + 4}']").first.element_handle()
         shown = f"html[data-drawn] h1:has-text('trial {turn + 4}')"
-        found["open_trial"].append(_changed(page, lambda link=trial: link.click(), shown))
-        found["load_trial"].append(_drawn(page, lambda at=turn: page.goto(f"{address}/trial/{at + 9}")))
+        _opened(found, "open", work, lambda link=trial, seen=shown: _changed(page, link.click, seen))
+        there = f"{address}/trial/{turn + 9}"
+        _opened(found, "load", work, lambda at=there: _drawn(page, lambda: page.goto(at)))
     return found
 
 
@@ -229,8 +253,10 @@ def measure(folder: Path) -> dict[str, Any]:
             found = _interactions(page, address)
         browser.close()
     told = {
-        name: {"median_ms": round(median(times), 1), "worst_ms": round(max(times), 1)}
-        for name, times in found.items()
+        name: {"median": round(median(row)), "worst": round(max(row))}
+        if name.endswith("_layouts")
+        else {"median_ms": round(median(row), 1), "worst_ms": round(max(row), 1)}
+        for name, row in found.items()
     }
     return {
         "start_s": round(start_s, 3),
