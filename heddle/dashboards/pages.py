@@ -301,7 +301,7 @@ def latency_page(watched: Watched) -> Page:
     page = Page(f"Latency · {run.name}", watched.key, "Latency")
     page.add(element("header", element("h1", "Latency"), sections.note(run.name)))
     page.add(sections.predictions(run))
-    page.plots("Measured against predicted", latency_section.scatter(run))
+    page.plots("Measured against predicted", [*latency_section.unseen(run), *latency_section.scatter(run)])
     page.plots("The front timed twice", figures.twice(run))
     page.add(sections.remeasured(run), sections.latencies(run, LATENCIES), sections.environment(run))
     return page
