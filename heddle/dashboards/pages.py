@@ -8,9 +8,10 @@ from math import ceil
 from heddle.dashboards import busy, data, figures, latency_section, sections, words
 from heddle.dashboards.axes import axes
 from heddle.dashboards.compare_pages import add_fronts
+from heddle.dashboards.every_figure import best_placed, placements
 from heddle.dashboards.frame import Page, choose, empty, pick, tiles, url
 from heddle.dashboards.html import Html, Row, element, join, table
-from heddle.dashboards.model_figures import placement, terms
+from heddle.dashboards.model_figures import terms
 from heddle.dashboards.site import PATIENCE_S, Site, Watched
 from heddle.dashboards.training_page import trainings
 from heddle.errors import HeddleError
@@ -19,8 +20,6 @@ from heddle.search.record import Run, Trial
 
 Query = Mapping[str, str]
 PAGE_OF_TRIALS = 100
-# The share of trained trials that counts as best on the placement page.
-BEST_SHARE = 0.1
 STATES = {"": "all", **words.STATE_WORDS}
 SORTS = {
     "number": "number",
@@ -244,24 +243,18 @@ def placement_page(watched: Watched) -> Page:
     run = watched.run()
     page = Page(f"Placement · {run.name}", watched.key, "Placement")
     page.add(element("header", element("h1", "Placement"), sections.note(run.name)))
-    trained = sorted((t for t in run.trials if t.quality is not None), key=lambda t: -(t.quality or 0.0))
-    best = trained[: max(1, ceil(BEST_SHARE * len(trained)))]
-    if not trained:
+    drawn = placements(run)
+    if not drawn:
         page.add(
             empty("No trial was trained yet, so no placement is better than another.", "Look again later.")
         )
         return page
-    mixers = data.mixers_of(run)
-    said = f"the best {len(best)} of {len(trained)} trained trials, by mean normalised score"
-    drawn = [
-        placement(said, "best", [mixers(trial) for trial in best]),
-        placement(f"all {len(run.trials)} trials", "all", [mixers(trial) for trial in run.trials]),
-    ]
     how = "Each cell is the share of trials with that mixer at that layer; 0 is the first layer."
     page.plots("Mixer at each layer", drawn, sections.note(how))
     _terms(page, watched, run)
     rows = [
-        [link_to(watched.key)(t, run), f"{t.quality:.4f}", words.short_layers(t.layers)] for t in best[:20]
+        [link_to(watched.key)(t, run), f"{t.quality:.4f}", words.short_layers(t.layers)]
+        for t in best_placed(run)[:20]
     ]
     page.add(
         sections.section("The best", table(["Trial", "Mean normalised score", "Layers"], rows, numeric=(1,)))

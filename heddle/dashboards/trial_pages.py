@@ -8,6 +8,7 @@ from typing import Any
 
 from heddle.dashboards import block_times, data, model_figures, sections, words
 from heddle.dashboards.bars import bars
+from heddle.dashboards.every_figure import place_of
 from heddle.dashboards.frame import Page, copyable, empty, tiles, url
 from heddle.dashboards.html import Html, element, table
 from heddle.dashboards.site import Watched
@@ -92,8 +93,7 @@ def _fate(trial: Trial) -> Html:
 def _model(page: Page, watched: Watched, run: Run, trial: Trial) -> None:
     """The strip, and what each layer costs where this heddle can plan the spec."""
     cells = data.strip(trial)
-    budget = next((one for one in run.budgets if one.context), None)
-    context, batch = (budget.context, budget.batch) if budget else (4096, 1)
+    context, batch = place_of(run)
     add_layers(page, cells)
     try:
         layers = watched.once(
