@@ -77,7 +77,7 @@ def named_specs(paths: Sequence[Path]) -> dict[str, NamedSpec]:
         HeddleErrors: where one of them is no spec.
     """
     found: dict[str, NamedSpec] = {}
-    for path in dict.fromkeys(path.absolute() for path in paths):
+    for path in {path.absolute(): path for path in paths}.values():
         key, count = path.name, 1
         while key in found:
             count += 1

@@ -98,6 +98,8 @@ def compared(chosen: Sequence[Beside]) -> Figure:
         traces.append(line | {"customdata": [one.address] * len(known)})
     drawn = layout("", "share of the largest")
     drawn["yaxis"] |= {"rangemode": "tozero"}
+    # Long names stand below, at an angle.
+    drawn["legend"] = {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"}
     said = "Objectives, budgets, parameters and costs, each as a share of the largest among these"
     return Figure("compared", said, traces if len(known) > 1 else [], drawn)
 

@@ -6,7 +6,7 @@ Start is from the command to its address; first view is of Chromium's first page
 plots drawn; read is from the start to the last trial read. The interactions come after that, from the choice or the click
 to the new page drawn, with all plots in the window (those out of sight are drawn when nothing else is to do); a trial is opened
 by its link in the table, and once more by its address, which loads the scripts anew; a hover is from the pointer to its label.
-Beside the time of opening a trial stands what the page's main thread was busy for meanwhile, and how often it laid the page out.
+Beside the time of opening a trial by its link stands for how long the page's main thread was busy, and how often it laid the page out.
 Needs Chromium.
 """
 
@@ -186,17 +186,9 @@ def _work(page: Any) -> Any:
     return now
 
 
-def _opened(found: dict[str, list[float]], name: str, work: Any, act: Any) -> None:
-    """Add the time of `act`, which opens a trial, and the work of the browser in it."""
-    before = work()
-    found[f"{name}_trial"].append(act())
-    for kind, value in work().items():
-        found[f"{name}_trial_{kind}"].append(value - before[kind])
-
-
 def _interactions(page: Any, address: str) -> dict[str, list[float]]:
     """Milliseconds of what a user does on the front, five times each."""
-    opened = [f"{name}_trial{kind}" for name in ("open", "load") for kind in ("", "_busy", "_layouts")]
+    opened = ("open_trial", "open_trial_busy", "open_trial_layouts", "load_trial")
     names = ("choose_axes", "filter", "page_of_trials", "hover", *opened)
     found: dict[str, list[float]] = {name: [] for name in names}
     work = _work(page)
@@ -224,9 +216,11 @@ def _interactions(page: Any, address: str) -> dict[str, list[float]]:
         page.wait_for_selector("html[data-drawn]")
         trial = page.locator(f"a[href$='/trial/{turn + 4}']").first.element_handle()
         shown = f"html[data-drawn] h1:has-text('trial {turn + 4}')"
-        _opened(found, "open", work, lambda link=trial, seen=shown: _changed(page, link.click, seen))
-        there = f"{address}/trial/{turn + 9}"
-        _opened(found, "load", work, lambda at=there: _drawn(page, lambda: page.goto(at)))
+        before = work()
+        found["open_trial"].append(_changed(page, lambda link=trial: link.click(), shown))
+        for kind, value in work().items():
+            found[f"open_trial_{kind}"].append(value - before[kind])
+        found["load_trial"].append(_drawn(page, lambda at=turn: page.goto(f"{address}/trial/{at + 9}")))
     return found
 
 
