@@ -6,7 +6,7 @@ Start is from the command to its address; first view is of Chromium's first page
 plots drawn; read is from the start to the last trial read. The interactions come after that, from the choice or the click
 to the new page drawn, with all plots in the window (those out of sight are drawn when nothing else is to do); a trial is opened
 by its link in the table, and once more by its address, which loads the scripts anew; a hover is from the pointer to its label.
-Beside the time of opening a trial by its link stands for how long the page's main thread was busy, and how often it laid the page out.
+Beside the time of opening a trial by its link stands for how long the main thread was busy, and how often it laid the page out.
 Needs Chromium.
 """
 
