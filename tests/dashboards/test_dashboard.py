@@ -198,6 +198,7 @@ def test_every_route_asks_for_the_token(make_run: MakeRun, tmp_path: Path) -> No
         "/kernels",
         "/events",
         "/assets/app.js",
+        "/spec/some.yaml",
         *(f"/run/run{page}" for page in PAGES),
         "/nothing",
     ]
