@@ -46,7 +46,9 @@ def compare_page(site: Site, watched: Watched, asked: Asked) -> Page:
     chosen = _side_by_side(page, trials, [find_spec(site.specs, name) for name in dict.fromkeys(asked.names)])
     if not 2 <= len(chosen) <= MOST:
         where = element("a", "All trials", href=url(key) + "#trials")
-        page.add(_too_few(chosen, join(["Tick the boxes in ", where, " and press the button below them."])))
+        page.add(
+            _too_few(site, chosen, join(["Tick the boxes in ", where, " and press the button below them."]))
+        )
     if site.specs:
         kept = [("t", one.trial.number) for one in trials]
         page.add(_form(url(key, "compare"), kept, _spec_boxes(site, asked.names)))
@@ -67,13 +69,14 @@ def compare_runs_page(site: Site, asked: Asked) -> Page:
         trials.append(_beside(key, run, find(run, number), several=True))
     chosen = _side_by_side(page, trials, [find_spec(site.specs, name) for name in dict.fromkeys(asked.names)])
     if not 2 <= len(chosen) <= MOST:
-        page.add(_too_few(chosen, "Tick the boxes below and press the button at their end."))
+        page.add(_too_few(site, chosen, "Tick the boxes below and press the button at their end."))
     add_fronts(page, site, known, asked.query, chosen)
     return page
 
 
-def _too_few(chosen: Sequence[Beside], how: object) -> Html:
-    return empty(f"Two to {MOST} trials or specs can be compared; {len(chosen)} were chosen.", how)
+def _too_few(site: Site, chosen: Sequence[Beside], how: object) -> Html:
+    what = "trials or specs" if site.specs else "trials"
+    return empty(f"Two to {MOST} {what} can be compared; {len(chosen)} were chosen.", how)
 
 
 def _kept(chosen: Sequence[Beside]) -> dict[str, list[str]]:

@@ -428,4 +428,4 @@ def test_what_cannot_be_served_is_told(tmp_path: Path) -> None:
     with pytest.raises(HeddleError, match="benchmark rows"):
         open_site(tmp_path, tmp_path / "none")
     with pytest.raises(HeddleError, match="cannot be listened on"):
-        server.serve(tmp_path, host="192.0.2.1", port=0, bench=None, ready=print)
+        server.serve(open_site(tmp_path), host="192.0.2.1", port=0, ready=print)
