@@ -200,7 +200,8 @@ def _interactions(page: Any, address: str) -> dict[str, list[float]]:
         title = "#plot-0 .xtitle:has-text('parameters')"
         found["choose_axes"].append(_changed(page, lambda box=choose: box.select_option("parameters"), title))
         state = page.get_by_label("State").element_handle()
-        only = ".pages:not(:has-text('page 1 of 100'))"
+        every = page.locator(".pages").inner_text().split()[0]
+        only = f".pages:not(:has-text('{every} trials'))"
         found["filter"].append(_changed(page, lambda box=state: box.select_option("failed"), only))
         later = page.get_by_role("link", name="later →").element_handle()
         second = ".pages:has-text('page 2 of')"
