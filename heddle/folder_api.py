@@ -152,19 +152,24 @@ def dashboard(
     host: str = "localhost",
     port: int = 8642,
     bench: Path | str | None = None,
+    specs: Sequence[Path | str] = (),
     ready: Callable[[str], None] = print,
 ) -> None:
     """Serve a run, or a folder of runs, as web pages that follow them; `ready` gets the address. Ends with Ctrl-C.
 
+    `specs` are spec files to compare with trials.
+
     Raises:
-        HeddleError: "run-not-found", "bad-argument", "package-missing".
+        HeddleError: "run-not-found", "bad-argument", "package-missing"; what is wrong with a spec.
     """
     try:
         from heddle.dashboards.server import serve
+        from heddle.dashboards.site import open_site
     except ModuleNotFoundError as error:
         hint = "pip install 'heddle-lm[dashboard]'"
         raise HeddleError("package-missing", f"the dashboard needs {error.name}", hint=hint) from None
-    serve(Path(path), host=host, port=port, bench=None if bench is None else Path(bench), ready=ready)
+    site = open_site(Path(path), None if bench is None else Path(bench), [Path(one) for one in specs])
+    serve(site, host=host, port=port, ready=ready)
 
 
 def reuse_policy(run: Path | str, **how: Any) -> ReusePolicy:

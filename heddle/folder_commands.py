@@ -109,11 +109,15 @@ def dashboard(
     bench: Annotated[
         Path | None, typer.Option(help="Folder with rows of make bench, for the page of kernels.")
     ] = None,
+    spec: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="A spec file to compare with trials; may be given again."),
+    ] = None,
 ) -> None:
     """Show runs as web pages that follow a running search. Ctrl-C ends it."""
     from heddle import api
 
-    api.dashboard(path, host=host, port=port, bench=bench, ready=typer.echo)
+    api.dashboard(path, host=host, port=port, bench=bench, specs=spec or (), ready=typer.echo)
 
 
 def replay(

@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -29,7 +29,7 @@ def chromium(playwright: Playwright) -> Browser:
 
 
 @contextmanager
-def serving(folder: Path, *, bench: Path | None = None) -> Iterator[str]:
+def serving(folder: Path, *, bench: Path | None = None, specs: Sequence[Path] = ()) -> Iterator[str]:
     """The address of `heddle dashboard FOLDER`, a process of its own, without the slash at its end."""
     # From where its name is as short as a user would type it.
     base = folder.resolve().parents[1]
@@ -44,6 +44,7 @@ def serving(folder: Path, *, bench: Path | None = None) -> Iterator[str]:
         "0",
     ]
     command += ["--bench", os.path.relpath(bench, base)] if bench else []
+    command += [part for path in specs for part in ("--spec", os.path.relpath(path, base))]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(command, cwd=base, env=environment, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None

@@ -81,8 +81,8 @@ def node(*options: str, cores: int, env: dict[str, str], folder: Path) -> Iterat
 
 
 @contextlib.contextmanager
-def head(cores: int) -> Iterator[Head]:
-    """The first node of a cluster with a token of its own."""
+def head(cores: int, *more: str) -> Iterator[Head]:
+    """The first node of a cluster with a token of its own; `more` are options of `ray start`."""
     # Ray's sockets lie in this folder, and their paths must be short.
     folder = Path(tempfile.mkdtemp(prefix="heddle-ray-"))
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "PYTHONPATH": str(ROOT)}
@@ -92,7 +92,7 @@ def head(cores: int) -> Iterator[Head]:
         "--head", f"--port={port}", "--include-dashboard=false", "--include-log-monitor=false", f"--temp-dir={folder}",
     )  # fmt: skip
     try:
-        with node(*options, cores=cores, env=env, folder=folder) as process:
+        with node(*options, *more, cores=cores, env=env, folder=folder) as process:
             yield Head(f"127.0.0.1:{port}", process.pid, env)
     finally:
         shutil.rmtree(folder)

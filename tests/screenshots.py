@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from shutil import copytree
+from shutil import copy, copytree
 from tempfile import TemporaryDirectory
 
 from browsing import chromium, serving
@@ -20,6 +20,8 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 
 ROOT = Path(__file__).parents[1]
+# Beside the trials.
+SPECS = [ROOT / "examples/specs/hybrid.yaml", ROOT / "examples/specs/sequential.yaml"]
 # As high as the pictures, since plots out of sight are drawn later.
 WIDE, NARROW = {"width": 1280, "height": 1150}, {"width": 390, "height": 1000}
 # A page has few colours, and a picture of so many is a third as large.
@@ -36,6 +38,7 @@ def pages(keys: list[str], trial: int, other: int) -> dict[str, str]:
         "trial": f"/run/{key}/trial/{trial}",
         "blocks": f"/run/{key}/trial/{trial}",
         "compare": f"/run/{key}/compare?t={trial}&t={other}",
+        "specs": f"/run/{key}/compare?t={trial}&s={SPECS[0].name}&s={SPECS[1].name}",
         "placement": f"/run/{key}/placement",
         "latency": f"/run/{key}/latency",
         "tools": f"/run/{key}/tools",
@@ -72,11 +75,12 @@ def main() -> None:
         # Copied, so that the pages name short folders.
         run = copytree(given.run, Path(held) / "runs" / given.run.resolve().name)
         bench = copytree(given.bench, Path(held) / "bench")
+        specs = [Path(copy(path, held)) for path in SPECS]
         is_run = (run / "run.json").exists()
         keys = [run.name] if is_run else sorted(path.parent.name for path in run.glob("*/run.json"))
         wanted = pages(keys, *given.trials)
         only = given.only.split(",") if given.only else list(wanted)
-        with serving(run, bench=bench) as base, sync_playwright() as playwright:
+        with serving(run, bench=bench, specs=specs) as base, sync_playwright() as playwright:
             named = {name: base + wanted[name] for name in only}
             take_all(chromium(playwright), named, given.out)
 

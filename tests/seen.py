@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -43,8 +44,11 @@ class Seen(HTMLParser):
         return " ".join(" ".join(self.words).split())
 
 
-def client(root: Path, bench: Path | None = None, token: str | None = None) -> TestClient:
-    return TestClient(server.app(open_site(root, bench), token=token), base_url="http://localhost:8642")
+def client(
+    root: Path, bench: Path | None = None, token: str | None = None, specs: Sequence[Path] = ()
+) -> TestClient:
+    site = open_site(root, bench, specs)
+    return TestClient(server.app(site, token=token), base_url="http://localhost:8642")
 
 
 def get(asked: TestClient, path: str, status: int = 200) -> Seen:

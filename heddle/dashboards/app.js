@@ -154,7 +154,7 @@
     const { origin, pathname } = new URL(link.href);
     if (origin !== window.location.origin || link.target || link.hasAttribute("download")) return false;
     if (pathname === path && link.hash) return false;
-    return /^\/($|compare$|kernels$|training\/[^/]+$|run\/[^/]+($|\/(compare|placement|latency|tools|trial\/-?\d+)$))/.test(pathname);
+    return /^\/($|compare$|kernels$|(training|spec)\/[^/]+$|run\/[^/]+($|\/(compare|placement|latency|tools|trial\/-?\d+)$))/.test(pathname);
   }
 
   document.addEventListener("click", function (event) {

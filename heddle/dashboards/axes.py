@@ -64,6 +64,9 @@ class Axis:
         return timed.median_ms if self.budget is None or self.budget.relative_to is None else timed.ratio
 
 
+PARAMETERS = Axis("parameters", "parameters", "parameters (fewer are cheaper)")
+
+
 def axes(run: Run) -> list[Axis]:
     """The tasks, the budgets, and the parameters."""
     found = [
@@ -72,7 +75,7 @@ def axes(run: Run) -> list[Axis]:
     for budget in run.budgets:
         name = html.escape(words.budget_name(budget), quote=False)
         found.append(Axis(f"budget:{budget.label}", name, words.budget_text(budget), budget=budget))
-    return [*found, Axis("parameters", "parameters", "parameters (fewer are cheaper)")]
+    return [*found, PARAMETERS]
 
 
 def all_axes(runs: Iterable[Run]) -> dict[str, Axis]:

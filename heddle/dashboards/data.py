@@ -153,31 +153,26 @@ def _code(reason: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """Where a running search stands: trials told of all, evaluations in flight, and seconds left if that is known."""
+    """Where a running search stands: trials told of all, and seconds left if that is known."""
 
     told: int
     total: int
-    flying: int
     phase: str
     seconds_left: float | None
 
 
 def pace(run: Run) -> Pace:
     """What the events of the last session tell; the time left is at its pace, of the rounds alone."""
-    flying: set[tuple[str, str, str]] = set()
     told, phase, clock = 0, "", 0.0
     for event in run.events:
         kind, clock = event["event"], event["clock_s"]
         if kind == "search_started":
-            flying, told = set(), 0
+            told = 0
         elif kind == "phase":
             phase = f"{event['phase']}: {event['detail']}" if event["detail"] else event["phase"]
-        elif kind in ("evaluation_started", "evaluation_finished"):
-            place = (event["hash"], event["stage"], event["key"])
-            flying.add(place) if kind == "evaluation_started" else flying.discard(place)
         elif kind == "trial_finished" and event["number"] >= 0:
             told += 1
     ended = sum(trial.state != "running" for trial in run.trials)
     total = int(run.meta.get("trials") or len(run.trials))
     left = clock / told * max(0, total - ended) if told and run.status == "running" else None
-    return Pace(ended, total, len(flying) if run.status == "running" else 0, phase, left)
+    return Pace(ended, total, phase, left)

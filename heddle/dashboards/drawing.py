@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from heddle.dashboards.figures import Figure, figures
+from heddle.dashboards.every_figure import every_figure
+from heddle.dashboards.figures import Figure
 from heddle.errors import HeddleError
 from heddle.search.record import Run
 
@@ -40,13 +41,13 @@ DPI = 200
 
 
 def draw_all(run: Run, folder: Path) -> list[Path]:
-    """Every plot of the report as SVG and as PNG in `folder`, named after what it shows.
+    """Every plot of the run and of its winner as SVG and as PNG in `folder`, named after what it shows.
 
     Raises:
         HeddleError: "package-missing".
     """
     folder.mkdir(parents=True, exist_ok=True)
-    return [draw(figure, folder / f"{figure.name}.{form}") for figure in figures(run) for form in FORMS]
+    return [draw(figure, folder / f"{figure.name}.{form}") for figure in every_figure(run) for form in FORMS]
 
 
 def draw(figure: Figure, path: Path) -> Path:
@@ -75,7 +76,7 @@ def draw(figure: Figure, path: Path) -> Path:
 
 def _trace(axes: Axes, trace: dict[str, Any]) -> None:
     if trace["type"] == "heatmap":
-        axes.pcolormesh(trace["z"], cmap="cividis", vmin=0, vmax=1)
+        _heat(axes, trace)
     elif trace["type"] == "bar":
         _bars(axes, trace)
     elif trace.get("yaxis") == "y2":
@@ -84,12 +85,22 @@ def _trace(axes: Axes, trace: dict[str, Any]) -> None:
         _points(axes, trace)
 
 
+def _heat(axes: Axes, trace: dict[str, Any]) -> None:
+    rows = range(len(trace["y"]))
+    axes.grid(visible=False)
+    mesh = axes.pcolormesh(trace["x"], rows, trace["z"], cmap="cividis", vmin=0, vmax=1, shading="nearest")
+    axes.set_yticks(rows, _texts(trace["y"]))
+    axes.figure.colorbar(mesh, ax=axes, label=trace["colorbar"]["title"]["text"])
+
+
 def _bars(axes: Axes, trace: dict[str, Any]) -> None:
     colour = _paint(trace["marker"]["color"])
     if trace.get("orientation") == "h":
-        axes.barh(_texts(trace["y"]), trace["x"], color=colour, label=_text(trace["name"]))
+        reach = _reach(trace.get("error_x"))
+        axes.barh(_texts(trace["y"]), trace["x"], color=colour, xerr=reach, label=_text(trace["name"]))
     else:
-        axes.bar(trace["x"], trace["y"], color=colour, label=_text(trace["name"]))
+        look = {"hatch": "///", "edgecolor": "#ffffff"} if "pattern" in trace["marker"] else {}
+        axes.bar(trace["x"], trace["y"], color=colour, label=_text(trace["name"]), **look)
 
 
 def _rug(axes: Axes, trace: dict[str, Any]) -> None:
@@ -115,7 +126,7 @@ def _points(axes: Axes, trace: dict[str, Any]) -> None:
 
 
 def _reach(bars: dict[str, Any] | None) -> list[Sequence[float]] | None:
-    return None if bars is None else [bars["arrayminus"], bars["array"]]
+    return None if bars is None else [bars.get("arrayminus", bars["array"]), bars["array"]]
 
 
 def _frame(axes: Axes, figure: Figure) -> None:

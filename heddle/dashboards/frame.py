@@ -25,6 +25,8 @@ class Page:
     figures: list[Figure] = field(default_factory=list)
     # What is added to the address of the live events, so that only its own run wakes a page.
     follows: bool = True
+    # Whether what is seen first has no figures for the script, so that what draws them can come later.
+    is_plain_first: bool = False
     # What of the runs it was made of, so that nothing is missed between the page and its events.
     seen: str = ""
 
@@ -68,7 +70,7 @@ def whole(page: Page, nav: Sequence[tuple[str, str]], has: Collection[str] = ())
         element("a", "Skip to the page", href="#main", cls="skip"),
         _top(page, nav),
         element("main", *_live(page.sections, has), id="main", tabindex="-1"),
-        *_scripts(page.figures, has),
+        *_scripts(page, has),
         data_trials=trials,
         data_events=events,
     )
@@ -101,13 +103,14 @@ def _digest(text: str) -> str:
     return f"{zlib.crc32(text.encode()):08x}"
 
 
-def _scripts(drawn: Sequence[Figure], has: Collection[str]) -> list[Html]:
-    told = [_told(figure, has) for figure in drawn]
+def _scripts(page: Page, has: Collection[str]) -> list[Html]:
+    told = [_told(figure, has) for figure in page.figures]
     # "<" cannot end the script element, nor open another, when it is written as an escape.
     data = f"[{','.join(told)}]".replace("<", "\\u003c")
-    # report.js draws at once, and app.js says what then happens to each plot.
-    names = ["app.js", "plotly.js", "report.js"] if drawn else ["app.js"]
-    held = [element("script", Html(data), type="application/json", id="figures")] if drawn else []
+    # report.js draws at once, or fetches plotly when it has to, and app.js says what then happens to each plot.
+    plotly = [] if page.is_plain_first else ["plotly.js"]
+    names = ["app.js", *plotly, "report.js"] if page.figures else ["app.js"]
+    held = [element("script", Html(data), type="application/json", id="figures")] if page.figures else []
     return [*held, *(element("script", src=f"/assets/{name}", defer="") for name in names)]
 
 

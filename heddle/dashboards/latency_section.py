@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from heddle.dashboards import data
 from heddle.dashboards.axes import axes
-from heddle.dashboards.figures import FRONT, TRAINED, Figure, equal, layout, points, slug, thinned
+from heddle.dashboards.figures import FRONT, TRAINED, Figure, equal, escape, layout, points, slug, thinned
 from heddle.dashboards.html import Html, element
 from heddle.search.curse import Curse, compared, counted, curses, predicted, summary
 from heddle.search.expected_latency import expected_latencies
@@ -99,6 +99,27 @@ def percent(value: float | None, *, sign: bool = False) -> str:
 def paragraphs(run: Run) -> list[Html]:
     """The sentences as HTML."""
     return [element("p", line) for line in sentences(run)]
+
+
+def unseen(run: Run) -> list[Figure]:
+    """Of the stacks that a latency model was checked on what it predicted against what was measured, one plot a fit."""
+    found = []
+    for fit in run.meta.get("latency_model", []):
+        pairs, label = fit["held_out"].get("pairs", []), escape(fit["label"])
+        x, y = [ms for ms, _ in pairs], [ms for _, ms in pairs]
+        dots: dict[str, Any] = {
+            "type": "scatter",
+            "mode": "markers",
+            "name": "held-out stack",
+            "marker": OTHER,
+            "x": x,
+            "y": y,
+        }
+        dots["hovertemplate"] = "predicted %{x:.4g} ms, measured %{y:.4g} ms<extra></extra>"
+        said = f"{label}: measured against predicted, of {len(pairs)} stacks that the fit had not seen"
+        drawn = layout("ms predicted", "ms measured")
+        found.append(Figure(slug(f"held out {label}"), said, [equal([*x, *y]), dots] if pairs else [], drawn))
+    return found
 
 
 def scatter(run: Run) -> list[Figure]:

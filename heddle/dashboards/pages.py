@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from math import ceil
 
-from heddle.dashboards import data, figures, latency_section, sections, words
+from heddle.dashboards import busy, data, figures, latency_section, sections, words
 from heddle.dashboards.axes import axes
 from heddle.dashboards.compare_pages import add_fronts
+from heddle.dashboards.every_figure import best_placed, placements
 from heddle.dashboards.frame import Page, choose, empty, pick, tiles, url
 from heddle.dashboards.html import Html, Row, element, join, table
-from heddle.dashboards.model_figures import placement, terms
+from heddle.dashboards.model_figures import terms
 from heddle.dashboards.site import PATIENCE_S, Site, Watched
 from heddle.dashboards.training_page import trainings
 from heddle.errors import HeddleError
@@ -19,8 +20,6 @@ from heddle.search.record import Run, Trial
 
 Query = Mapping[str, str]
 PAGE_OF_TRIALS = 100
-# The share of trained trials that counts as best on the placement page.
-BEST_SHARE = 0.1
 STATES = {"": "all", **words.STATE_WORDS}
 SORTS = {
     "number": "number",
@@ -63,7 +62,7 @@ def overview(site: Site, query: Query) -> Page:
     header = ["Run", "Status", "Trials", "Winner", "Mean normalised score", "Took"]
     page.add(sections.section("Side by side", table(header, rows, numeric=(4,))) if rows else None)
     page.plots("Best so far", [figures.progress_of(list(drawn.items()))])
-    add_fronts(page, drawn, query)
+    add_fronts(page, site, drawn, query)
     page.add(trained)
     return page
 
@@ -88,6 +87,7 @@ def front(watched: Watched, query: Query) -> Page:
     if run.trials:
         _plots(page, watched, run, query)
     page.add(*watched.once(run, "front", lambda: _found(run, key)))
+    page.add(_workers(watched, run))
     _trials(page, watched, run, query)
     return page
 
@@ -110,20 +110,32 @@ def _reading(watched: Watched) -> Html | None:
 
 
 def _state(watched: Watched, run: Run) -> Html:
-    pace = data.pace(run)
+    pace, found = data.pace(run), _busy(watched, run)
     facts: list[tuple[str, object]] = [
         ("status", run.status),
         ("trials told", f"{pace.told} of {pace.total}"),
     ]
     facts += [(words.STATE_WORDS[state], run.count(state)) for state in run.states if state != "running"]
     if run.status == "running" and watched.follower.share_read >= 1:
-        facts.append(("evaluations in flight", pace.flying))
+        facts += busy.facts(found)
         facts.append(("phase", pace.phase or "starting"))
         left = pace.seconds_left
         facts.append(("left of the rounds, at this pace", "–" if left is None else words.duration_text(left)))
     cores = run.meta.get("environment", {}).get("cores")
     facts += [("cores of the machine", cores)] if cores else []
     return element("section", tiles(facts))
+
+
+def _busy(watched: Watched, run: Run) -> busy.Busy:
+    held: busy.Busy = watched.once(run, "busy", lambda: busy.busy(run))
+    return held
+
+
+def _workers(watched: Watched, run: Run) -> Html | None:
+    """Who is busy with what; of a part of a record nobody can say."""
+    if watched.follower.share_read < 1:
+        return None
+    return busy.busy_section(run, watched.key, _busy(watched, run))
 
 
 def _nothing_yet(run: Run) -> Html | None:
@@ -231,24 +243,18 @@ def placement_page(watched: Watched) -> Page:
     run = watched.run()
     page = Page(f"Placement · {run.name}", watched.key, "Placement")
     page.add(element("header", element("h1", "Placement"), sections.note(run.name)))
-    trained = sorted((t for t in run.trials if t.quality is not None), key=lambda t: -(t.quality or 0.0))
-    best = trained[: max(1, ceil(BEST_SHARE * len(trained)))]
-    if not trained:
+    drawn = placements(run)
+    if not drawn:
         page.add(
             empty("No trial was trained yet, so no placement is better than another.", "Look again later.")
         )
         return page
-    mixers = data.mixers_of(run)
-    said = f"the best {len(best)} of {len(trained)} trained trials, by mean normalised score"
-    drawn = [
-        placement(said, "best", [mixers(trial) for trial in best]),
-        placement(f"all {len(run.trials)} trials", "all", [mixers(trial) for trial in run.trials]),
-    ]
     how = "Each cell is the share of trials with that mixer at that layer; 0 is the first layer."
     page.plots("Mixer at each layer", drawn, sections.note(how))
     _terms(page, watched, run)
     rows = [
-        [link_to(watched.key)(t, run), f"{t.quality:.4f}", words.short_layers(t.layers)] for t in best[:20]
+        [link_to(watched.key)(t, run), f"{t.quality:.4f}", words.short_layers(t.layers)]
+        for t in best_placed(run)[:20]
     ]
     page.add(
         sections.section("The best", table(["Trial", "Mean normalised score", "Layers"], rows, numeric=(1,)))
@@ -288,7 +294,7 @@ def latency_page(watched: Watched) -> Page:
     page = Page(f"Latency · {run.name}", watched.key, "Latency")
     page.add(element("header", element("h1", "Latency"), sections.note(run.name)))
     page.add(sections.predictions(run))
-    page.plots("Measured against predicted", latency_section.scatter(run))
+    page.plots("Measured against predicted", [*latency_section.unseen(run), *latency_section.scatter(run)])
     page.plots("The front timed twice", figures.twice(run))
     page.add(sections.remeasured(run), sections.latencies(run, LATENCIES), sections.environment(run))
     return page

@@ -4,6 +4,8 @@
   const dark = window.matchMedia("(prefers-color-scheme: dark)");
   // Places as far below the window as this are drawn at once with those in it.
   const MARGIN = 100;
+  // What is seen is painted, and answers, for so many milliseconds before plots out of sight take the browser's time.
+  const PAUSE = 150;
   const drawn = new WeakMap();
   let figures = [], later = 0, colours = new Map();
 
@@ -78,23 +80,40 @@
     if (window.heddleDrawn) window.heddleDrawn(place);
   }
 
+  // A page whose plots stand below what is seen first comes without plotly, which a browser reads for longer than the page.
+  let isLoading = false;
+  function hasPlotly() {
+    if (window.Plotly) return true;
+    if (!isLoading) {
+      isLoading = true;
+      const script = document.createElement("script");
+      script.src = "/assets/plotly.js";
+      script.onload = () => draw();
+      document.head.append(script);
+    }
+    return false;
+  }
+
   // The plots out of sight one by one, whenever the browser has nothing else to do.
   function soon() {
     const wait = window.requestIdleCallback || ((act) => setTimeout(act, 50));
     const turn = ++later;
-    wait(function () {
+    const next = () => wait(function () {
       if (turn !== later) return;
       const index = figures.findIndex(isWaiting);
-      if (index < 0) return;
+      if (index < 0 || !hasPlotly()) return;
       drawOne(figures[index], index);
-      soon();
+      next();
     });
+    requestAnimationFrame(() => setTimeout(next, PAUSE));
   }
 
+  // Whether nothing that is wanted waits any more.
   function drawAll(wanted) {
-    figures.forEach(function (figure, index) {
-      if (isWaiting(figure, index) && wanted(index)) drawOne(figure, index);
-    });
+    const waiting = figures.map((figure, index) => index).filter((index) => isWaiting(figures[index], index) && wanted(index));
+    if (waiting.length && !hasPlotly()) return false;
+    waiting.forEach((index) => drawOne(figures[index], index));
+    return true;
   }
 
   function draw(fresh) {
@@ -102,7 +121,7 @@
     colours = new Map();
     // First what is seen: all places are looked at before a plot makes the page lay itself out anew.
     const near = new Set(figures.map((figure, index) => index).filter((index) => placeOf(index) && isNear(index)));
-    drawAll((index) => near.has(index));
+    if (!drawAll((index) => near.has(index))) return;
     document.documentElement.dataset.drawn = "yes";
     soon();
   }

@@ -2,40 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from heddle.dashboards import words
-from heddle.dashboards.axes import Axis, all_axes
+from heddle.dashboards.axes import PARAMETERS, Axis, all_axes
+from heddle.dashboards.data import Cell
 from heddle.dashboards.figures import LINES, Figure, draw_limit, escape, layout, slug
 from heddle.search.record import Run, Trial
 
 # Runs are told apart by shape as well as by colour.
 SHAPES = ("circle", "square", "diamond", "triangle-up", "cross", "triangle-down")
 
+# What a whole model costs: the name of its axis, and how a table writes it.
+COSTS: dict[str, tuple[str, Callable[[float], str]]] = {
+    "prefill_flops_per_token": ("prefill FLOPs per token", words.count_text),
+    "decode_flops_per_token": ("decode FLOPs per token", words.count_text),
+    "cache_bytes": ("cache bytes", words.bytes_text),
+    "state_bytes": ("state bytes", words.bytes_text),
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Beside:
-    """A trial among trials of other runs: what it is called here, its page, and its name in a link (`run:number`)."""
+    """A trial among trials of other runs, or a spec file: what it is called here, its page, and its name in a link.
+
+    That name is `run:number` of a trial, and the name of a spec file, which has no run. `cells` are its layers, and `costs`
+    what its whole model costs, by `COSTS`.
+    """
 
     name: str
-    run: Run
+    run: Run | None
     trial: Trial
     address: str
     place: str
+    cells: Sequence[Cell] = ()
+    costs: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def is_winner(self) -> bool:
+        return self.run is not None and self.trial.number == self.run.best
 
 
 def fronts(members: Mapping[str, Sequence[Beside]], x: Axis, y: Axis) -> Figure:
     """The front of each run at two quantities; a run that has not both is left out."""
     traces, limits = [], set()
     for index, (key, held) in enumerate(members.items()):
-        placed = [(x.value(one.trial), y.value(one.trial), one) for one in held if _has(one.run, x, y)]
+        placed = [(x.value(one.trial), y.value(one.trial), one) for one in held if _has(one, x, y)]
         points = sorted((a, b, one.place, one) for a, b, one in placed if a is not None and b is not None)
         if not points:
             continue
-        limits |= {axis.limit for axis in all_axes([held[0].run]).values() if axis.key == x.key}
-        winners = [one.trial.number == one.run.best for *_, one in points]
+        runs = [one.run for one in held[:1] if one.run is not None]
+        limits |= {axis.limit for axis in all_axes(runs).values() if axis.key == x.key}
+        winners = [one.is_winner for *_, one in points]
         shape = SHAPES[index % len(SHAPES)]
         trace: dict[str, Any] = {"type": "scatter", "mode": "lines+markers", "name": escape(key)}
         trace["line"] = {"width": 1.5, "dash": LINES[index % len(LINES)]}
@@ -53,8 +73,8 @@ def fronts(members: Mapping[str, Sequence[Beside]], x: Axis, y: Axis) -> Figure:
     return Figure(slug(f"fronts {y.key} against {x.key}"), caption, traces, drawn)
 
 
-def _has(run: Run, *wanted: Axis) -> bool:
-    known = all_axes([run])
+def _has(one: Beside, *wanted: Axis) -> bool:
+    known = {PARAMETERS.key: PARAMETERS} if one.run is None else all_axes([one.run])
     return all(axis.key in known and known[axis.key].label == axis.label for axis in wanted)
 
 
@@ -66,20 +86,34 @@ def _hover(one: Beside) -> str:
 
 def compared(chosen: Sequence[Beside]) -> Figure:
     """Each quantity that two or more have as a share of the largest among them, a line a trial."""
-    known: list[tuple[Axis, list[float | None]]] = []
-    for axis in all_axes([one.run for one in chosen]).values():
-        values = [axis.value(one.trial) if _has(one.run, axis) else None for one in chosen]
-        if sum(value is not None for value in values) > 1:
-            known.append((axis, values))
-    tops = [max(abs(value) for value in values if value is not None) or 1.0 for _, values in known]
+    held = _quantities(chosen)
+    known = {name: row for name, row in held.items() if sum(value is not None for value in row) > 1}
+    tops = [max(abs(value) for value in row if value is not None) or 1.0 for row in known.values()]
     traces = []
     for index, one in enumerate(chosen):
         line: dict[str, Any] = {"type": "scatter", "mode": "lines+markers", "name": escape(one.name)}
-        line |= {"x": [axis.label for axis, _ in known], "line": {"dash": LINES[index % len(LINES)]}}
-        mine = [values[index] for _, values in known]
+        line |= {"x": list(known), "line": {"dash": LINES[index % len(LINES)]}}
+        mine = [row[index] for row in known.values()]
         line["y"] = [None if value is None else value / top for value, top in zip(mine, tops, strict=True)]
         traces.append(line | {"customdata": [one.address] * len(known)})
     drawn = layout("", "share of the largest")
     drawn["yaxis"] |= {"rangemode": "tozero"}
-    said = "Objectives, budgets and parameters, each as a share of the largest among these trials"
+    # Long names stand below, at an angle.
+    drawn["legend"] = {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"}
+    said = "Objectives, budgets, parameters and costs, each as a share of the largest among these"
     return Figure("compared", said, traces if len(known) > 1 else [], drawn)
+
+
+def _quantities(chosen: Sequence[Beside]) -> dict[str, list[float | None]]:
+    """What each has of every quantity, by the name of its axis: what runs measure, and what is computed from a spec."""
+    known = all_axes([one.run for one in chosen if one.run is not None])
+    axes = [*(axis for key, axis in known.items() if key != PARAMETERS.key), PARAMETERS]
+    found = {
+        axis.label: [axis.value(one.trial) if _has(one, axis) else None for one in chosen] for axis in axes
+    }
+    for field_, (name, _) in COSTS.items():
+        row = [one.costs.get(field_) for one in chosen]
+        # Of layers without a state, or without a cache, there is nothing to compare.
+        if any(row):
+            found[name] = row
+    return found

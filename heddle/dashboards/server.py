@@ -6,39 +6,37 @@ Why Starlette and uvicorn: docs/decisions/0009-dashboard-server.md.
 from __future__ import annotations
 
 import asyncio
-import ipaddress
-import secrets
 import socket
 import time
 import zlib
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from importlib import resources
-from pathlib import Path
 from typing import Any
-from urllib.parse import urlencode
 
 import uvicorn
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
-from starlette.datastructures import Headers, QueryParams
+from starlette.datastructures import QueryParams
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response, StreamingResponse
+from starlette.responses import HTMLResponse, RedirectResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute, Mount, Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from heddle.dashboards import bench_page, compare_pages, pages, trial_pages
 from heddle.dashboards.doors import BOARD, Doors, tools_page
 from heddle.dashboards.frame import Page, empty, url, whole
+from heddle.dashboards.guard import Guard, is_local, new_token
 from heddle.dashboards.html import element
+from heddle.dashboards.named_specs import find_spec
 from heddle.dashboards.report import PLOTLY
-from heddle.dashboards.site import Site, Watched, open_site
+from heddle.dashboards.site import Site, Watched
+from heddle.dashboards.spec_page import spec_page
 from heddle.dashboards.training_page import training_page
 from heddle.dashboards.wsgi import Behind
 from heddle.errors import HeddleError
 from heddle.search.costs import graph_picture
 
-TOKEN = "heddle-token"
 # Names the sections and figures that a page has, by their digests.
 HAS = "heddle-has"
 # How often the files of a run are looked at, and how often a quiet page is told that the server lives.
@@ -46,31 +44,6 @@ LOOK_S, QUIET_S = 0.5, 15.0
 # How often a page is told while a large run is being read.
 BEHIND_S = 2.0
 NOT_THERE = ("run-not-found", "bad-argument", "package-missing")
-LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
-HEADERS = {
-    # No script but ours, nothing from elsewhere, no page around ours; plotly sets styles of its own.
-    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; "
-    "img-src 'self' data:; connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
-    "x-content-type-options": "nosniff",
-    "referrer-policy": "no-referrer",
-    "cross-origin-resource-policy": "same-origin",
-    "cache-control": "no-store",
-}
-
-
-def is_local(host: str) -> bool:
-    """Whether `host` is an address that only this machine reaches."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def new_token() -> str:
-    """A token that nobody guesses."""
-    return secrets.token_urlsafe(32)
 
 
 def app(site: Site, *, token: str | None, is_closing: Callable[[], bool] = lambda: False) -> ASGIApp:
@@ -83,6 +56,8 @@ def app(site: Site, *, token: str | None, is_closing: Callable[[], bool] = lambd
         Route("/", views.home),
         Route("/compare", views.compare),
         Route("/training/{key}", views.training),
+        Route("/spec/{key}", views.spec),
+        Route("/spec/{key}/graph.svg", views.spec_graph),
         Route("/kernels", views.kernels),
         Route("/events", views.events),
         Route("/assets/{name}", views.asset),
@@ -93,7 +68,7 @@ def app(site: Site, *, token: str | None, is_closing: Callable[[], bool] = lambd
         Route("/run/{key}/open/{door}", views.open),
         Route(
             "/run/{key}/compare",
-            views.page(lambda held, q: compare_pages.compare_page(site, held, _numbers(q))),
+            views.page(lambda held, q: compare_pages.compare_page(site, held, _asked(q))),
         ),
         Route("/run/{key}/trial/{number}", views.trial),
         Route("/run/{key}/graph/{number}.svg", views.graph),
@@ -112,73 +87,16 @@ def _doors(doors: Doors) -> list[BaseRoute]:
     return [Mount(path, app=app) for path, app in found]
 
 
-class Guard:
-    """In front of every route: the token where one is asked for, the name of the host, headers on every answer."""
+def _asked(query: QueryParams) -> compare_pages.Asked:
+    """What was chosen to be compared: trials, of one run by number, of several as `run:number`, and spec files by name.
 
-    def __init__(self, inner: ASGIApp, token: str | None) -> None:
-        self.inner, self.token = inner, token
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":
-            await self.inner(scope, receive, send)
-            return
-        if scope["type"] != "http":
-            # There are no sockets here, so none is opened.
-            await send({"type": "websocket.close", "code": 1008})
-            return
-
-        async def send_safely(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                held = {name.lower() for name, _ in message["headers"]}
-                extra = [(n.encode(), v.encode()) for n, v in HEADERS.items() if n.encode() not in held]
-                message = {**message, "headers": [*message["headers"], *extra]}
-            await send(message)
-
-        refused = self._refusal(Request(scope))
-        await (refused or self.inner)(scope, receive, send_safely)
-
-    def _refusal(self, request: Request) -> Response | None:
-        if self.token is None:
-            # A page elsewhere may have its own name lead to this machine; it is not answered.
-            host = request.headers.get("host", "")
-            name = host if host.endswith("]") else host.rpartition(":")[0] or host
-            return None if name in LOCAL_NAMES else PlainTextResponse("unknown host", 403)
-        given = request.query_params.get("token")
-        if given is not None and secrets.compare_digest(given.encode(), self.token.encode()):
-            return self._admit(request)
-        held = request.cookies.get(TOKEN, "") or _bearer(request.headers)
-        if secrets.compare_digest(held.encode(), self.token.encode()):
-            return None
-        told = (
-            "403: this dashboard needs the token that heddle dashboard printed: open the address it printed\n"
-        )
-        return PlainTextResponse(told, 403)
-
-    def _admit(self, request: Request) -> Response:
-        """Put the token into a cookie and leave it out of the address, where histories and logs would keep it."""
-        assert self.token is not None
-        rest = [(name, value) for name, value in request.query_params.multi_items() if name != "token"]
-        # Slashes in a row would lead to another host.
-        path = "/" + request.url.path.lstrip("/\\")
-        answer = RedirectResponse(f"{path}?{urlencode(rest)}" if rest else path, 303)
-        answer.set_cookie(TOKEN, self.token, httponly=True, samesite="lax", path="/")
-        return answer
-
-
-def _bearer(headers: Headers) -> str:
-    kind, _, value = headers.get("authorization", "").partition(" ")
-    return value if kind.lower() == "bearer" else ""
-
-
-def _numbers(query: QueryParams) -> list[int]:
-    """The trials chosen to be compared. Raises HeddleError "bad-argument"."""
-    return [_number(text) for text in query.getlist("t")[: compare_pages.MOST + 1]]
-
-
-def _places(query: QueryParams) -> list[tuple[str, int]]:
-    """Runs and numbers of the trials chosen to be compared. Raises HeddleError "bad-argument"."""
-    parted = [text.rpartition(":") for text in query.getlist("t")[: compare_pages.MOST + 1]]
-    return [(key, _number(number)) for key, _, number in parted]
+    Raises:
+        HeddleError: "bad-argument".
+    """
+    most = compare_pages.MOST + 1
+    parted = [text.rpartition(":") for text in query.getlist("t")[:most]]
+    places = [(key, _number(number)) for key, _, number in parted]
+    return compare_pages.Asked(places, query.getlist("s")[:most], query)
 
 
 def _number(text: str) -> int:
@@ -207,13 +125,19 @@ class Views:
 
     def compare(self, request: Request) -> Response:
         """Trials of several runs."""
-        query = request.query_params
-        places = _places(query)
-        return self._follow_all(lambda: compare_pages.compare_runs_page(self.site, places, query), request)
+        asked = _asked(request.query_params)
+        return self._follow_all(lambda: compare_pages.compare_runs_page(self.site, asked), request)
+
+    def spec(self, request: Request) -> Response:
+        return self._follow_all(lambda: spec_page(self.site, request.path_params["key"]), request)
+
+    def spec_graph(self, request: Request) -> Response:
+        named = find_spec(self.site.specs, request.path_params["key"])
+        return Response(graph_picture(named.read().trial.spec), media_type="image/svg+xml")
 
     def _follow_all(self, make: Callable[[], Page], request: Request) -> Response:
         """A page of all runs, with the versions that it is newer than."""
-        seen = _digest([one.key + one.seen() for one in self.site.runs().values()])
+        seen = self._digest([one.key + one.seen() for one in self.site.runs().values()])
         page = make()
         page.seen = seen
         return self._send(page, request=request)
@@ -235,7 +159,7 @@ class Views:
     def _follow(self, watched: Watched, make: Callable[[], Page], request: Request | None = None) -> Response:
         """A page with the version that it shows or is newer than."""
         watched.run()
-        seen = _digest([watched.key + watched.seen()])
+        seen = self._digest([watched.key + watched.seen()])
         page = make()
         page.seen = seen
         return self._send(page, request=request)
@@ -313,7 +237,12 @@ class Views:
                 with suppress(HeddleError):
                     one.read_on()
         behind = any(0 < one.follower.share_read < 1 for one in known)
-        return _digest([one.key + one.version() for one in known]), behind
+        return self._digest([one.key + one.version() for one in known]), behind
+
+    def _digest(self, versions: list[str]) -> str:
+        """One text for the versions of some runs, and of the spec files that stand beside them."""
+        versions = [*versions, *(one.version() for one in self.site.specs.values())]
+        return f"{zlib.crc32(repr(versions).encode()):08x}"
 
     def failed(self, request: Request, error: Exception) -> Response:  # noqa: ARG002
         """A user's mistake, or a run that cannot be read, told as every command tells it."""
@@ -333,16 +262,12 @@ class Views:
         """Pages with something to show."""
         found = [] if self.site.is_run else [("Runs", "/")]
         key = next(iter(self.site.runs())) if self.site.is_run else page.key
-        if key is None and len(self.site.runs()) > 1:
+        if key is None and (len(self.site.runs()) > 1 or self.site.specs):
             found.append(("Compare", url(None, "compare")))
         if key is not None:
             found.append(("Front", url(key)))
             found += [(name, url(key, name.lower())) for name in ("Compare", "Placement", "Latency", "Tools")]
         return [*found, ("Kernels", "/kernels")] if self.site.bench is not None else found
-
-
-def _digest(versions: list[str]) -> str:
-    return f"{zlib.crc32(repr(versions).encode()):08x}"
 
 
 def _told(title: str, text: str) -> Page:
@@ -351,14 +276,13 @@ def _told(title: str, text: str) -> Page:
     return page
 
 
-def serve(root: Path, *, host: str, port: int, bench: Path | None, ready: Callable[[str], None]) -> None:
-    """Serve the runs under `root` until Ctrl-C; `ready` gets the address to open.
+def serve(site: Site, *, host: str, port: int, ready: Callable[[str], None]) -> None:
+    """Serve a site until Ctrl-C; `ready` gets the address to open.
 
     Raises:
-        HeddleError: "run-not-found"; "bad-argument" where nobody can listen there.
+        HeddleError: "bad-argument" where nobody can listen there.
     """
     token = None if is_local(host) else new_token()
-    site = open_site(root, bench)
     held = _listen(host, port)
     closing: list[uvicorn.Server] = []
     pages_of = app(site, token=token, is_closing=lambda: any(one.should_exit for one in closing))

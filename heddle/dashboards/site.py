@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from math import inf
 from pathlib import Path
 from typing import Any
 
+from heddle.dashboards.named_specs import NamedSpec, named_specs
 from heddle.errors import HeddleError
 from heddle.search.durable import is_name
 from heddle.search.follow import Follower
@@ -117,10 +118,15 @@ class Watched:
 
 
 class Site:
-    """All runs under `root`, which is a run itself or holds runs; runs that appear later are found too."""
+    """All runs under `root`, which is a run itself or holds runs; runs that appear later are found too.
 
-    def __init__(self, root: Path, bench: Path | None = None) -> None:
-        self.root, self.bench = root, bench
+    `specs` are files that the user named beside them.
+    """
+
+    def __init__(
+        self, root: Path, bench: Path | None = None, specs: Mapping[str, NamedSpec] | None = None
+    ) -> None:
+        self.root, self.bench, self.specs = root, bench, dict(specs or {})
         self._known: dict[str, Watched] = {}
 
     @property
@@ -167,15 +173,15 @@ class Site:
         return known[key]
 
 
-def open_site(root: Path, bench: Path | None = None) -> Site:
-    """The site of a run or of a folder, which may still be empty.
+def open_site(root: Path, bench: Path | None = None, specs: Sequence[Path] = ()) -> Site:
+    """The site of a run or of a folder, which may still be empty, and of some spec files.
 
     Raises:
-        HeddleError: "run-not-found" where `root` is no folder; "bad-argument" where `bench` is none.
+        HeddleError: "run-not-found" where `root` is no folder; "bad-argument" where `bench` is none; what is wrong with a spec.
     """
     if not root.is_dir():
         hint = "heddle search SPEC --out DIR makes a run; runs/ holds those without --out"
         raise HeddleError("run-not-found", f"{root} is not a folder", hint=hint)
     if bench is not None and not bench.is_dir():
         raise HeddleError("bad-argument", f"{bench} is not a folder of benchmark rows")
-    return Site(root, bench)
+    return Site(root, bench, named_specs(specs))

@@ -10,6 +10,7 @@ from typing import Any
 
 from heddle import specs
 from heddle.dashboards import data, model_figures, sections, words
+from heddle.dashboards.bars import bars
 from heddle.dashboards.figures import LINES, Figure, escape, layout, slug
 from heddle.dashboards.frame import Page, copyable, tiles, url
 from heddle.dashboards.html import Html, element, table
@@ -31,7 +32,7 @@ def training_page(site: Site, key: str) -> Page:
     """
     folder = site.training(key)
     record = read_record(folder)
-    page = Page(f"{record['name']} · training", here="Runs", follows=False)
+    page = Page(f"{record['name']} · training", here="Runs", follows=False, is_plain_first=True)
     machine = record.get("environment", {}).get("device_name", "unknown device")
     over = f"Heddle training · {machine} · {words.duration_text(record['wall_s'])}"
     page.add(element("header", element("p", over, cls="over"), element("h1", record["name"])))
@@ -133,4 +134,4 @@ def _model(page: Page, text: str) -> None:
     page.add(sections.section("Layers", sections.legend({cell.mixer for cell in cells}), strip))
     named = dict(held)
     layers = [layer | {"mixer": named.get(layer["index"], layer["mixer"])} for layer in costs]
-    page.plots("What each layer costs", model_figures.costs(layers, context, 1))
+    page.add(sections.section("What each layer costs", bars(model_figures.costs(layers, context, 1))))

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from heddle.dashboards import block_times, data, model_figures, sections, words
+from heddle.dashboards.bars import bars
+from heddle.dashboards.every_figure import place_of
 from heddle.dashboards.frame import Page, copyable, empty, tiles, url
 from heddle.dashboards.html import Html, element, table
 from heddle.dashboards.site import Watched
@@ -33,7 +37,8 @@ def trial_page(watched: Watched, number: int) -> Page:
             raise
         return _not_yet(watched, number)
     name = data.name_of(trial, run)
-    page = Page(f"{name} · {run.name}", key, "Front")
+    # Where there are layers their bars stand above all plots.
+    page = Page(f"{name} · {run.name}", key, "Front", is_plain_first=bool(trial.layers))
     page.add(_head(key, run, trial), _fate(trial))
     if trial.layers:
         _model(page, watched, run, trial)
@@ -88,14 +93,8 @@ def _fate(trial: Trial) -> Html:
 def _model(page: Page, watched: Watched, run: Run, trial: Trial) -> None:
     """The strip, and what each layer costs where this heddle can plan the spec."""
     cells = data.strip(trial)
-    width = f"min-width:{max(100, len(cells)) * 0.28:.0f}rem" if len(cells) > 100 else None
-    strip = element("div", sections.strip_table([("layers", cells)]), cls="long", style=width)
-    legend = sections.legend({cell.mixer for cell in cells})
-    hint = sections.note("First layer on the left; the pointer names a layer.")
-    scroll = element("div", strip, cls="scroll", tabindex="0")
-    page.add(sections.section("Layers", hint, legend, scroll))
-    budget = next((one for one in run.budgets if one.context), None)
-    context, batch = (budget.context, budget.batch) if budget else (4096, 1)
+    context, batch = place_of(run)
+    add_layers(page, cells)
     try:
         layers = watched.once(
             run, ("costs", trial.hash), lambda: layer_costs(trial.spec, context=context, batch=batch)
@@ -103,12 +102,33 @@ def _model(page: Page, watched: Watched, run: Run, trial: Trial) -> None:
     except HeddleError as error:
         page.add(empty("This heddle cannot plan the spec, so there are no costs by layer:", error))
         return
+    add_costs(page, cells, layers, (context, batch), url(watched.key, "graph", f"{trial.number}.svg"))
+
+
+def add_layers(page: Page, cells: Sequence[data.Cell]) -> None:
+    """The strip of a model."""
+    width = f"min-width:{max(100, len(cells)) * 0.28:.0f}rem" if len(cells) > 100 else None
+    strip = element("div", sections.strip_table([("layers", cells)]), cls="long", style=width)
+    legend = sections.legend({cell.mixer for cell in cells})
+    hint = sections.note("First layer on the left; the pointer names a layer.")
+    scroll = element("div", strip, cls="scroll", tabindex="0")
+    page.add(sections.section("Layers", hint, legend, scroll))
+
+
+def add_costs(
+    page: Page,
+    cells: Sequence[data.Cell],
+    layers: Sequence[Mapping[str, Any]],
+    place: tuple[int, int],
+    graph: str,
+) -> None:
+    """What each layer costs at a context and a batch, and the graph behind an address."""
     named = {cell.index: cell.mixer for cell in cells}
-    layers = [layer | {"mixer": named.get(layer["index"], layer["mixer"])} for layer in layers]
-    page.plots("What each layer costs", model_figures.costs(layers, context, batch))
+    layers = [{**layer, "mixer": named.get(layer["index"], layer["mixer"])} for layer in layers]
+    page.add(sections.section("What each layer costs", bars(model_figures.costs(layers, *place))))
     if len(layers) <= LAYERS_OF_GRAPH:
         picture = element(
-            "img", src=url(watched.key, "graph", f"{trial.number}.svg"), cls="graph", loading="lazy",
+            "img", src=graph, cls="graph", loading="lazy",
             alt=f"Graph of {len(layers)} layers with shared blocks and what layers take from each other",
         )  # fmt: skip
         page.add(sections.section("Graph", element("details", element("summary", "Show the graph"), picture)))

@@ -28,3 +28,14 @@ def graph_picture(text: str) -> str:
     """
     file = specs.loads(text)
     return svg(plan(file.spec.model, where=file.where))
+
+
+def model_costs(text: str, *, context: int, batch: int) -> dict[str, float]:
+    """Parameters, FLOPs and bytes of the whole model of the spec in `text`, its embeddings and head included.
+
+    Raises:
+        HeddleErrors: as `layer_costs`.
+    """
+    file = specs.loads(text)
+    planned = plan(file.spec.model, where=file.where)
+    return {"parameters": planned.parameters, **planned.cost(context, batch)}

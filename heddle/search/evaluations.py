@@ -76,6 +76,7 @@ class Evaluations:
             if event["event"] == "evaluation_finished" and event["ok"]:
                 self._note(event["stage"], event["wall_s"])
         self.flying = 0
+        self._room: tuple[int, int] | None = None
         # Of this session, to tell how long what is left will take.
         self.trained, self._trained_s = 0, 0.0
 
@@ -127,9 +128,17 @@ class Evaluations:
         """A job goes to a worker."""
         request: Request = job.tag
         self._starts[request.place] += 1
+        room = self._workers.parallel, self._workers.gpus
+        if room != self._room:
+            self._room = room
+            self._log.write("workers", parallel=room[0], gpus=room[1])
         # A job that is made again after its process died is still the same one in flight.
         self.flying += job.attempt == 1
         self._log.write("evaluation_started", **_fields(request), attempt=self._starts[request.place])
+
+    def placed(self, job: Job, place: Mapping[str, Any]) -> None:
+        """Its worker told where it runs."""
+        self._log.write("evaluation_placed", **_fields(job.tag), node=place["node"], gpus=place["gpus"])
 
     def tick(self) -> None:
         self._on_tick()

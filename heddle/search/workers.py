@@ -29,7 +29,7 @@ from ray.exceptions import (
 )
 
 from heddle.errors import HeddleError
-from heddle.search import cluster, watch
+from heddle.search import cluster, places, watch
 from heddle.search.cores import usable_cores
 from heddle.search.in_worker import Outcome, guarded, limited
 
@@ -79,6 +79,15 @@ class Answer:
         return self.code is None
 
 
+@dataclass(slots=True)
+class Flight:
+    """A job at a worker: since when, and the name under which it tells its place until that was heard; None on a CPU."""
+
+    job: Job
+    began: float
+    key: str | None
+
+
 class Workers:
     """A pool of Ray workers for one kind of device; use it as a context.
 
@@ -110,6 +119,7 @@ class Workers:
         """How many trainings the nodes of now take side by side."""
         resources = ray.cluster_resources()
         cores, gpus = int(resources.get("CPU", 1)), int(resources.get("GPU", 0))
+        self.gpus = gpus if self.device == "cuda" else 0
         return max(1, min(cores, gpus * ON_ONE_GPU) if self.device == "cuda" else cores)
 
     def _whole(self) -> Any:
@@ -182,19 +192,23 @@ class Workers:
     def _answers(
         self, jobs: Iterable[Job], remote: Callable[[], Any], width: int, watcher: Watcher
     ) -> Iterator[Answer]:
-        waiting, flying = deque(jobs), dict[Any, tuple[Job, float]]()
+        waiting, flying = deque(jobs), dict[Any, Flight]()
         while flying or (waiting and not watcher.is_stopping()):
             while waiting and len(flying) < width and not watcher.is_stopping():
                 job = waiting.popleft()
                 watcher.begun(job)
-                flying[remote().remote(_call_of(job), self.device, *job.arguments)] = (job, time.monotonic())
+                key = places.new_key() if self.device == "cuda" else None
+                reference = remote().remote(_call_of(job, key), self.device, *job.arguments)
+                flying[reference] = Flight(job, time.monotonic(), key)
             done, _ = ray.wait(list(flying), timeout=TICK_S)
+            _hear_places(flying.values(), watcher)
             if not done:
                 self._require_ray()
             watcher.tick()
             for reference in done:
-                job, began = flying.pop(reference)
-                answer = replace(_answer(job, reference), wall_s=round(time.monotonic() - began, 3))
+                flight = flying.pop(reference)
+                job, wall_s = flight.job, round(time.monotonic() - flight.began, 3)
+                answer = replace(_answer(job, reference), wall_s=wall_s)
                 answer = _timed_out(answer)
                 if answer.code == "worker-died":
                     self._require_ray()
@@ -212,6 +226,9 @@ class Watcher(Protocol):
     def begun(self, job: Job) -> None:
         """`job` is handed to a worker."""
 
+    def placed(self, job: Job, place: Mapping[str, Any]) -> None:
+        """`job` runs on the GPUs of `place`; heard of those that have some, before their answer."""
+
     def tick(self) -> None:
         """Called at least twice a second."""
 
@@ -219,8 +236,18 @@ class Watcher(Protocol):
         """True once no further job shall begin; those in flight are still answered."""
 
 
-def _call_of(job: Job) -> Callable[..., Any]:
-    return job.call if job.limit_s is None else partial(limited, job.limit_s, job.call)
+def _call_of(job: Job, key: str | None) -> Callable[..., Any]:
+    call = job.call if job.limit_s is None else partial(limited, job.limit_s, job.call)
+    return call if key is None else partial(places.told, key, call)
+
+
+def _hear_places(flying: Iterable[Flight], watcher: Watcher) -> None:
+    """Tell `watcher` where those run that have told it since."""
+    for flight in flying:
+        found = None if flight.key is None else places.place(flight.key)
+        if found is not None:
+            flight.key = None
+            watcher.placed(flight.job, found)
 
 
 def _timed_out(answer: Answer) -> Answer:

@@ -6,6 +6,7 @@ Start is from the command to its address; first view is of Chromium's first page
 plots drawn; read is from the start to the last trial read. The interactions come after that, from the choice or the click
 to the new page drawn, with all plots in the window (those out of sight are drawn when nothing else is to do); a trial is opened
 by its link in the table, and once more by its address, which loads the scripts anew; a hover is from the pointer to its label.
+Beside the time of opening a trial by its link stands for how long the main thread was busy, and how often it laid the page out.
 Needs Chromium.
 """
 
@@ -173,10 +174,24 @@ def _changed(page: Any, act: Any, seen: str) -> float:
     return 1000 * (time.perf_counter() - started)
 
 
+def _work(page: Any) -> Any:
+    """Gives milliseconds that the main thread of the page has been busy, and how often it has laid the page out."""
+    asked = page.context.new_cdp_session(page)
+    asked.send("Performance.enable")
+
+    def now() -> dict[str, float]:
+        told = {one["name"]: one["value"] for one in asked.send("Performance.getMetrics")["metrics"]}
+        return {"busy": 1000 * told["TaskDuration"], "layouts": told["LayoutCount"]}
+
+    return now
+
+
 def _interactions(page: Any, address: str) -> dict[str, list[float]]:
     """Milliseconds of what a user does on the front, five times each."""
-    names = ("choose_axes", "filter", "page_of_trials", "hover", "open_trial", "load_trial")
+    opened = ("open_trial", "open_trial_busy", "open_trial_layouts", "load_trial")
+    names = ("choose_axes", "filter", "page_of_trials", "hover", *opened)
     found: dict[str, list[float]] = {name: [] for name in names}
+    work = _work(page)
     for turn in range(5):
         page.goto(address)
         page.wait_for_selector("html[data-drawn]")
@@ -185,7 +200,8 @@ def _interactions(page: Any, address: str) -> dict[str, list[float]]:
         title = "#plot-0 .xtitle:has-text('parameters')"
         found["choose_axes"].append(_changed(page, lambda box=choose: box.select_option("parameters"), title))
         state = page.get_by_label("State").element_handle()
-        only = ".pages:not(:has-text('page 1 of 100'))"
+        every = page.locator(".pages").inner_text().split()[0]
+        only = f".pages:not(:has-text('{every} trials'))"
         found["filter"].append(_changed(page, lambda box=state: box.select_option("failed"), only))
         later = page.get_by_role("link", name="later →").element_handle()
         second = ".pages:has-text('page 2 of')"
@@ -201,7 +217,10 @@ def _interactions(page: Any, address: str) -> dict[str, list[float]]:
         page.wait_for_selector("html[data-drawn]")
         trial = page.locator(f"a[href$='/trial/{turn + 4}']").first.element_handle()
         shown = f"html[data-drawn] h1:has-text('trial {turn + 4}')"
+        before = work()
         found["open_trial"].append(_changed(page, lambda link=trial: link.click(), shown))
+        for kind, value in work().items():
+            found[f"open_trial_{kind}"].append(value - before[kind])
         found["load_trial"].append(_drawn(page, lambda at=turn: page.goto(f"{address}/trial/{at + 9}")))
     return found
 
@@ -229,8 +248,10 @@ def measure(folder: Path) -> dict[str, Any]:
             found = _interactions(page, address)
         browser.close()
     told = {
-        name: {"median_ms": round(median(times), 1), "worst_ms": round(max(times), 1)}
-        for name, times in found.items()
+        name: {"median": round(median(row)), "worst": round(max(row))}
+        if name.endswith("_layouts")
+        else {"median_ms": round(median(row), 1), "worst_ms": round(max(row), 1)}
+        for name, row in found.items()
     }
     return {
         "start_s": round(start_s, 3),

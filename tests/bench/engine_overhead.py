@@ -38,7 +38,7 @@ from heddle.search.workers import Answer, Job, Watcher  # noqa: E402
 class Here:
     """Workers that answer in this process and at once."""
 
-    device, parallel = "cpu", 4
+    device, parallel, gpus = "cpu", 4, 0
 
     def __init__(self, **_: object) -> None:
         pass

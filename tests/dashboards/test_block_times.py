@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from latency_models import FRAME_MS, FULL_MS, LINEAR_MS, PAIR_MS, TRIAL, with_model, with_predictions
+from latency_models import FRAME_MS, FULL_MS, LINEAR_MS, PAIR_MS, TRIAL, UNSEEN, with_model, with_predictions
 from seen import client, get
 
 from heddle.dashboards import latency_section
@@ -65,4 +65,6 @@ def test_the_latency_page_sets_every_timed_trial_against_its_prediction(make_run
     assert ratios == pytest.approx([1.05] * len(ratios))
     page = get(client(folder), "/run/run/latency")
     assert "MAPE of FLOPs" in page.text
+    (dots,) = (one["data"][1] for one in page.figures if one["name"] == "held-out-decode-ms-1x4096")  # type: ignore[index]
+    assert list(map(list, zip(dots["x"], dots["y"], strict=True))) == UNSEEN
     assert "measured against predicted" in page.text

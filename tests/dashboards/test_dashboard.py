@@ -17,7 +17,7 @@ import pytest
 from seen import client, get
 from starlette.testclient import TestClient
 
-from heddle.dashboards import pages, server, site
+from heddle.dashboards import guard, pages, server, site
 from heddle.dashboards.site import Site, Watched, open_site
 from heddle.errors import HeddleError
 from heddle.search import record
@@ -37,15 +37,10 @@ def test_every_page_of_a_run_answers_with_its_figures(make_run: MakeRun) -> None
     assert "Trial 4 wins with" in seen[""].text
     names = [figure["name"] for figure in seen[""].figures]
     assert names == ["task-mqar-against-budget-decode-ms-1x4096", "best-so-far-by-trial"]
-    costs = [figure["name"] for figure in seen["/trial/4"].figures]
-    assert {
-        "layers-parameters",
-        "layers-cache-bytes",
-        "layers-state-bytes",
-        "latency-decode-ms-1x4096",
-        "curve-mqar",
-        "curve-text",
-    } <= set(costs)
+    drawn = [figure["name"] for figure in seen["/trial/4"].figures]
+    assert {"latency-decode-ms-1x4096", "curve-mqar", "curve-text"} <= set(drawn)
+    for what in ("Parameters", "Cache, which grows with the context,", "State, which does not grow,"):
+        assert f"{what} of each layer at context 4096, batch 1" in seen["/trial/4"].text
     assert "loss-not-finite: the loss is nan" in seen["/trial/12"].text
     assert "heddle export" in seen["/trial/4"].text
     assert "trial 4 against trial 3" in seen["/compare?t=3&t=4"].text
@@ -196,17 +191,18 @@ def test_without_a_token_only_local_names_are_answered(make_run: MakeRun) -> Non
 
 
 def test_every_route_asks_for_the_token(make_run: MakeRun, tmp_path: Path) -> None:
-    token = server.new_token()
+    token = guard.new_token()
     asked = client(make_run(), tmp_path, token)
     routes = [
         "/",
         "/kernels",
         "/events",
         "/assets/app.js",
+        "/spec/some.yaml",
         *(f"/run/run{page}" for page in PAGES),
         "/nothing",
     ]
-    for wrong in ({}, {"cookie": f"{server.TOKEN}=guess"}, {"authorization": "Bearer guess"}):
+    for wrong in ({}, {"cookie": f"{guard.TOKEN}=guess"}, {"authorization": "Bearer guess"}):
         for route in routes:
             assert asked.get(route, headers=wrong).status_code == 403, route
     assert asked.get("/run/run?token=guess").status_code == 403
@@ -219,8 +215,8 @@ def test_every_route_asks_for_the_token(make_run: MakeRun, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "::1"])
 def test_these_addresses_are_local(host: str) -> None:
-    assert server.is_local(host)
-    assert not any(map(server.is_local, ("0.0.0.0", "::", "192.168.0.4", "example.org")))
+    assert guard.is_local(host)
+    assert not any(map(guard.is_local, ("0.0.0.0", "::", "192.168.0.4", "example.org")))
 
 
 def test_answers_forbid_foreign_scripts_and_frames(make_run: MakeRun) -> None:
@@ -432,4 +428,4 @@ def test_what_cannot_be_served_is_told(tmp_path: Path) -> None:
     with pytest.raises(HeddleError, match="benchmark rows"):
         open_site(tmp_path, tmp_path / "none")
     with pytest.raises(HeddleError, match="cannot be listened on"):
-        server.serve(tmp_path, host="192.0.2.1", port=0, bench=None, ready=print)
+        server.serve(open_site(tmp_path), host="192.0.2.1", port=0, ready=print)

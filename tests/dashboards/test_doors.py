@@ -14,7 +14,7 @@ import pytest
 from seen import Seen, client, get
 
 from heddle import api
-from heddle.dashboards import doors, server
+from heddle.dashboards import doors, guard
 from heddle.dashboards.site import Watched
 from heddle.search.record import read_run
 from heddle.search.study import Study
@@ -122,7 +122,7 @@ def test_the_page_says_what_to_open_and_what_to_install(
 
 
 def test_doors_ask_for_the_token_and_hide_it(search_run: Path) -> None:
-    token = server.new_token()
+    token = guard.new_token()
     asked = client(search_run, token=token)
     for path in (
         "/run/run/open/study",

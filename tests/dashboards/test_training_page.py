@@ -28,7 +28,7 @@ def test_a_training_shows_its_score_its_layers_and_its_curve(trained: TrainRun) 
     assert f"{trained.score.value:.4f} ±" in page.text
     assert "heddle export" in page.text
     figures = {figure["name"]: figure for figure in page.figures}
-    assert {"layers-parameters", "layers-state-bytes", "curve-loss"} <= set(figures)
+    assert "State, which does not grow, of each layer" in page.text
     curve = figures["curve-loss"]["data"][0]  # type: ignore[index]
     assert curve["y"] == list(trained.losses)
     # Beside searches it stands in a table of its own; its records are read, and nothing beside them.

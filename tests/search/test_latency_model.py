@@ -195,5 +195,6 @@ def test_what_the_table_holds_is_not_measured_again(space: SpecFile, tmp_path: P
     (fitted,) = first.fits
     assert (fitted.method, fitted.measured, fitted.taken_over) == ("cpu-timer", 10, 0)
     assert (fitted.held_out.margin, fitted.limit_ms) == (None, fitted.reference_ms)
+    assert len(fitted.held_out.pairs) == 2
     first.save(tmp_path / "model.json")
     assert load_model(tmp_path / "model.json") == first

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -115,9 +115,10 @@ def from_data(data: Mapping[str, Any]) -> LatencyModel:
 
 def _fit(data: Mapping[str, Any]) -> PlaceFit:
     weights = {tuple(one["column"]): one["ms"] for one in data["sum"]["weights"]}
+    unseen = HeldOut(**data["held_out"])
     known = {
         "place": Place(**data["place"]),
         "sum": Sum(Way(**data["sum"]["way"]), weights),
-        "held_out": HeldOut(**data["held_out"]),
+        "held_out": replace(unseen, pairs=tuple((ms, seen) for ms, seen in unseen.pairs)),
     }
     return PlaceFit(**{**data, **known})
