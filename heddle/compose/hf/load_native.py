@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,9 +46,7 @@ def read_native(folder: Path | str, *, name: str, tokenizer: str = "bytes") -> I
     target = _target(checkpoint)
     spec, config = spec_of_config(checkpoint.config, checkpoint.folder, name=name, tokenizer=tokenizer)
     model = build_causal_lm(spec.model)
-    model.load_state_dict(
-        _weights(target, config, checkpoint, model), strict=not config["tie_word_embeddings"]
-    )
+    _load(target, config, checkpoint, model)
     return Imported(target, spec, model.eval())
 
 
@@ -135,9 +133,9 @@ def _lost(theirs: Any, ours: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
         yield path, theirs, ours
 
 
-def _weights(
-    target: Target, config: Config, checkpoint: Checkpoint, model: HeddleForCausalLM
-) -> dict[str, torch.Tensor]:
+@torch.no_grad()
+def _load(target: Target, config: Config, checkpoint: Checkpoint, model: HeddleForCausalLM) -> None:
+    """Fill the model, whose tensors in the checkpoint are read a few at a time: no two of it are ever in memory."""
     tied = config["tie_word_embeddings"]
     ours = {name: one for name, one in model.state_dict().items() if not tied or name != HEAD}
     shapes = {name: tuple(shape) for name, shape in their_shapes(target.keys(config), ours).items()}
@@ -147,18 +145,25 @@ def _weights(
     shapes |= {HEAD: shapes[EMBEDDING]} if again else {}
     names = {name: _stored_as(name, target, checkpoint) for name in shapes}
     checkpoint.expect({names[name]: shape for name, shape in shapes.items()})
-    loaded = checkpoint.load()
-    theirs = {name: loaded[stored] for name, stored in names.items()}
-    wrong = wrong_table(made, {name: theirs.pop(name) for name in made})
-    if wrong is not None:
-        raise _mismatch(checkpoint.folder, wrong, "is another table than the class computes")
-    if again and not torch.equal(theirs.pop(HEAD), theirs[EMBEDDING]):
+
+    def read(wanted: Iterable[str]) -> dict[str, torch.Tensor]:
+        loaded = checkpoint.load([names[name] for name in wanted])
+        return {name: loaded[names[name]] for name in wanted}
+
+    for name, one in made.items():
+        if wrong_table({name: one}, read([name])) is not None:
+            raise _mismatch(checkpoint.folder, name, "is another table than the class computes")
+    if again and not torch.equal(*read([HEAD, EMBEDDING]).values()):
         what = f"is true, and {HEAD} is stored and is another than {EMBEDDING}"
         raise _mismatch(checkpoint.folder, "tie_word_embeddings", what)
-    found, left = to_ours(target.keys(config), theirs)
-    assert not left.missing, left.missing
-    assert found.keys() == ours.keys()
-    return found
+    filled = set()
+    for key in target.keys(config):
+        found, left = to_ours([key], read(key.theirs))
+        assert not left.missing, left.missing
+        for name, tensor in found.items():
+            ours[name].copy_(tensor)
+            filled.add(name)
+    assert filled == ours.keys()
 
 
 def _stored_as(name: str, target: Target, checkpoint: Checkpoint) -> str:
