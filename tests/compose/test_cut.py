@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from native_specs import SPECS, model_spec
 
+from heddle import api, terminal
 from heddle.compose.plan import plan
 from heddle.compose.targets import cut
 from heddle.compose.targets.catalogue import BY_NAME
@@ -154,3 +157,23 @@ def test_conditions_are_counted_anew() -> None:
     never = cut_space(file.space, {kinds.name: kinds.choices[:1]})
     assert never.size() == 1
     assert never.held({}) == {kinds.name: kinds.choices[0], ratio.name: 1.0}
+
+
+def test_check_and_show_tell_what_is_cut(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text(file_of(HYBRID, "qwen3_5_text").text)
+    found = api.cut(path)
+    assert found.removed
+    terminal.show_checked(found)
+    told = capsys.readouterr().out
+    assert "search.export.must_fit leaves " in told
+    assert all(one in told for one in found.removed)
+    shown = api.show(path)["space"]
+    assert shown["cut"] == list(found.removed)
+    assert shown["left"]["size"] < shown["size"]
+    terminal.show_summary(api.show(path))
+    assert "search.export.must_fit leaves " in capsys.readouterr().out
+    path.write_text(file_of(WINDOWS.replace("WINDOW", "95"), "minimax").text)
+    with pytest.raises(HeddleError, match="nothing of this space fits minimax") as error:
+        api.check(path)
+    assert error.value.where.file == str(path)

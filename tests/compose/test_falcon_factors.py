@@ -25,7 +25,8 @@ FACTORS = {
 @pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("seed", [0, 1])
+# The second has biases on the projections of Mamba-2.
+@pytest.mark.parametrize("seed", [0, 2])
 def test_factors_of_projections_are_read_into_the_weights(seed: int, tmp_path: Path) -> None:
     spec = model_spec("falcon_h1", seed)
     folder = written(ready(spec, seed), "falcon_h1", tmp_path / "out")
