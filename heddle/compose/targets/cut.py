@@ -171,15 +171,16 @@ class _Cutter:
 
     def _judge_whole(self) -> None:
         names = [one.name for one in self.space.parameters]
-        settings = list(islice(Walk(self.space, names), MOST_WALKED + 1))
-        if len(settings) > MOST_WALKED:
-            return
-        keyed = [(key, values) for values in settings if (key := self._model_key(values)) is not None]
-        models = dict(reversed(keyed))
-        if len(models) > MOST:
-            return
+        keyed, models = list[tuple[Any, dict[str, Any]]](), dict[Any, dict[str, Any]]()
+        for number, values in enumerate(Walk(self.space, names)):
+            key = self._model_key(values)
+            if key is not None:
+                models.setdefault(key, values)
+                keyed.append((key, values))
+            if number == MOST_WALKED or len(models) > MOST:
+                return
         support = Support(self.space, names)
-        known = {key: self._whole_at(models[key]) for key in dict.fromkeys(key for key, _ in keyed)}
+        known = {key: self._whole_at(values) for key, values in models.items()}
         for key, values in keyed:
             support.add(values, known[key])
         if not support.fits:
