@@ -36,6 +36,7 @@ from heddle.folder_api import table as table
 from heddle.folder_api import verify as verify
 from heddle.specs import Difference, SpecFile, differences
 from heddle.specs.base import Duration
+from heddle.specs.space_cut import Cut
 
 if TYPE_CHECKING:
     from heddle.compose.hf.export import ExportResult
@@ -76,7 +77,26 @@ def check(path: Path | str) -> SpecFile:
 
     Raises:
         HeddleErrors: every error of the file, each with its place.
+        HeddleError: "target-mismatch", where nothing of its space fits `search.export.must_fit`.
     """
+    return cut(path).whole
+
+
+def cut(path: Path | str) -> Cut:
+    """The spec in `path` as of `check`, with what `search.export.must_fit` leaves of its space, and what it leaves out.
+
+    Raises:
+        HeddleErrors: as `check`.
+    """
+    file = _read(path)
+    if file.spec.search is None or file.spec.search.export is None:
+        return Cut(file, file)
+    from heddle.compose.targets.cut import cut_to_targets
+
+    return cut_to_targets(file)
+
+
+def _read(path: Path | str) -> SpecFile:
     file = specs.load(path)
     plan(file.spec.model, where=file.where)
     return file
@@ -88,7 +108,8 @@ def show(path: Path | str, *, context: int | None = None, batch: int = 1) -> dic
     Raises:
         HeddleErrors: as `check`.
     """
-    file = check(path)
+    found = cut(path)
+    file = found.whole
     model = file.spec.model
     planned = plan(model, where=file.where)
     context = model.context_length if context is None else context
@@ -97,7 +118,8 @@ def show(path: Path | str, *, context: int | None = None, batch: int = 1) -> dic
         "hash": specs.spec_hash(model),
         "context": context,
         "batch": batch,
-        "space": _space(file),
+        "space": _space(file)
+        | ({"left": _space(found.file), "cut": list(found.removed)} if found.removed else {}),
         "parameters": planned.parameters,
         "active_parameters": planned.active_parameters,
         "layers": [layer.summary(context, batch) for layer in planned.layers],
@@ -124,7 +146,7 @@ def graph(
     from heddle.compose.picture import svg
     from heddle.search.durable import write_whole
 
-    file = check(path)
+    file = _read(path)
     planned = plan(file.spec.model, where=file.where)
     drawn = {"mermaid": mermaid, "svg": svg}.get(form)
     text = f"{planned}\n" if drawn is None else drawn(planned)
@@ -142,7 +164,7 @@ def position_bias(path: Path | str, *, length: int | None = None) -> dict[str, A
     from heddle.compose.position_bias import MAX_LENGTH, POSITIONS
     from heddle.compose.position_bias import position_bias as analyse
 
-    file = check(path)
+    file = _read(path)
     length = min(POSITIONS, file.spec.model.context_length) if length is None else length
     if not 1 <= length <= MAX_LENGTH:
         raise HeddleError("bad-argument", f"position bias is for 1 to {MAX_LENGTH} tokens, not {length}")
@@ -159,7 +181,7 @@ def targets(path: Path | str) -> dict[str, Any]:
     """
     from heddle.compose.targets.report import target_rows
 
-    file = check(path)
+    file = _read(path)
     planned = plan(file.spec.model, where=file.where)
     rows = target_rows(planned.runtime())
     for refused in (one for row in rows for one in row["refused"]):
@@ -195,7 +217,7 @@ def train(
     """
     from heddle.search.training import train as train_spec
 
-    file = check(path)
+    file = _read(path)
     folder = fresh_folder(f"{file.spec.name}-train") if out is None else Path(out)
     return train_spec(file, folder, seed=seed, on_step=on_step)
 
@@ -233,7 +255,7 @@ def search(
         HeddleErrors: as `check`; "run-exists", "run-mismatch", "run-locked", "disk-full" …
     """
     seconds = None if time is None else _seconds(time)
-    file = check(path)
+    file = _read(path)
     folder = run_folder(path, out, resume=resume)
     from heddle.search.record import RUN_FILE
     from heddle.search.run import search as search_spec

@@ -99,8 +99,9 @@ def check(file: SpecPath, json: Json = False) -> None:
     """Check a spec and tell all its errors in one go."""
     from heddle import api, terminal
 
-    spec_file = api.check(file)
-    terminal.show_json({"ok": True, "errors": []}) if json else terminal.show_checked(spec_file)
+    found = api.cut(file)
+    told = {"cut": list(found.removed)} if found.removed else {}
+    terminal.show_json({"ok": True, "errors": [], **told}) if json else terminal.show_checked(found)
 
 
 @app.command(

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from heddle.api import errors_as_data
 from heddle.dashboards import words
 from heddle.errors import NOWHERE, HeddleError, Where
-from heddle.specs import Difference, SpecFile, expand_layers
+from heddle.specs import Difference, expand_layers
+from heddle.specs.space_cut import Cut
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -109,12 +110,18 @@ def show_diagnosis(diagnosis: Diagnosis) -> None:
     screen.print("all well" if diagnosis.ok else "something is wrong, see above", style="bold")
 
 
-def show_checked(file: SpecFile) -> None:
-    """One line: the file is good, and how large its space is."""
+def show_checked(found: Cut) -> None:
+    """One line: the file is good, and how large its space is; then what the classes of must_fit leave of it."""
+    file = found.whole
     spec, size = file.spec, file.space.size()
     layers = len(expand_layers(spec.model))
     space = "no search space" if size == 1 else f"a space of {_size_text(size)}"
     print(f"{file.file}: ok – {spec.name}, {layers} layers, {space}")
+    if found.removed:
+        print(_cut_text(found.file.space.size()))
+        print("\n".join(f"  {one}" for one in found.removed))
+    for name in found.unjudged:
+        print(f"  blocks.{name} has too many settings to judge each; only its kinds were")
 
 
 def show_summary(summary: Mapping[str, Any]) -> None:
@@ -127,6 +134,11 @@ def show_summary(summary: Mapping[str, Any]) -> None:
         size = summary["space"]["size"]
         told = _size_text(math.inf if size is None else size)
         screen.print(f"open values: {summary['space']['open']}, a space of {told}; shown at its defaults")
+    if "cut" in summary["space"]:
+        left = summary["space"]["left"]["size"]
+        screen.print(_cut_text(math.inf if left is None else left))
+        for one in summary["space"]["cut"]:
+            screen.print(f"  {one}", style="dim", soft_wrap=True)
     screen.print()
     # Eighty columns hold a row; a block with a long name is what folds in a narrower terminal.
     heads = ("#", "block", "mixer", "channel", *_COST_HEADS)
@@ -152,6 +164,10 @@ def show_summary(summary: Mapping[str, Any]) -> None:
         "prefill, decode: FLOPs per token; total counts embeddings, the last norm and the head as well",
         style="dim",
     )
+
+
+def _cut_text(left: float) -> str:
+    return f"search.export.must_fit leaves {_size_text(left)} of it:"
 
 
 def _size_text(size: float) -> str:

@@ -116,9 +116,9 @@ def qwen_next(some: random.Random) -> Data:
 
 def olmo_hybrid(some: random.Random) -> Data:
     mixer = heads(some) | {"rope": some.choice([None, rope(some)]), "qk_norm": "full"}
-    blocks = dense(some, mixer, delta(some, negative_eigenvalues=some.random() < 0.5))
+    blocks = dense(some, mixer, delta(some, negative_eigenvalues=some.random() < 0.5, norm_eps=1e-5))
     blocks["a"]["norm_placement"] = "post"
-    return stack(some, blocks, norm_eps=1e-5)
+    return stack(some, blocks)
 
 
 def granite(some: random.Random) -> Data:

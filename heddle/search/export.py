@@ -11,16 +11,27 @@ from safetensors.torch import load_model
 
 from heddle.compose.build import build, build_causal_lm
 from heddle.compose.hf.card import Card, LatencyRow, ScoreRow
+from heddle.compose.hf.checkpoint import CONFIG
 from heddle.compose.hf.export import ExportResult, export
 from heddle.compose.hf.model import HeddleForCausalLM
 from heddle.compose.hf.native import AUTO
 from heddle.compose.hf.shards import MAX_SHARD_SIZE
 from heddle.errors import HeddleError
 from heddle.search.evaluations import weights_path
-from heddle.search.import_model import is_import, load_import
-from heddle.search.record import Latency, Run, Trial, read_run, trial_file
-from heddle.search.training import TrainRun, is_train_run, load_run
+from heddle.search.import_model import IMPORT_FILE, is_import, load_import
+from heddle.search.record import (
+    LEDGER_FOLDER,
+    RUN_FILE,
+    TRIALS_FOLDER,
+    Latency,
+    Run,
+    Trial,
+    read_run,
+    trial_file,
+)
+from heddle.search.training import SPEC_FILE, TRAIN_FILE, TrainRun, is_train_run, load_run
 from heddle.specs import Spec, load, loads, to_yaml
+from heddle.specs.base import nearest
 
 BEST = "best"
 
@@ -45,6 +56,7 @@ def export_run(
         again),
             and what `heddle.compose.hf.export.export` raises.
     """
+    _check_source(Path(run))
     how: dict[str, Any] = {"overwrite": overwrite, "target": target, "max_shard_size": max_shard_size}
     if Path(run).is_file():
         return _export_spec(Path(run), Path(out), trial, how)
@@ -85,6 +97,34 @@ def trained_model(run: Path | str, trial: str | int = BEST) -> tuple[Spec, Heddl
     chosen = _chosen(found, trial)
     spec = _spec(found, chosen)
     return spec, _model(found, chosen, spec)
+
+
+def _check_source(path: Path) -> None:
+    """That there is something to export at `path`, or what is there instead."""
+    takes = "export takes the folder of a search, of a training or of heddle import, or a spec file"
+    if not path.exists():
+        beside = sorted(one.name for one in path.parent.iterdir()) if path.parent.is_dir() else []
+        close = nearest(path.name, beside)
+        hint = None if close is None else f"did you mean {path.parent / close}?"
+        if not path.parent.is_dir():
+            hint = f"nor is there a folder {path.parent}"
+        hint = (
+            hint
+            or "heddle search SPEC --out DIR, heddle train SPEC --out DIR and heddle import FOLDER --out DIR make one"
+        )
+        raise HeddleError("run-not-found", f"there is no {path}; {takes}", hint=hint)
+    if path.is_file() or any((path / name).exists() for name in (RUN_FILE, TRAIN_FILE, IMPORT_FILE)):
+        return
+    if (path / CONFIG).exists():
+        told = f"{path} is a model folder of transformers already (it has a {CONFIG})"
+        hint = "heddle import makes a folder of it that export takes; heddle verify checks it as it is"
+    elif any((path / name).exists() for name in (SPEC_FILE, TRIALS_FOLDER, LEDGER_FOLDER)):
+        told = f"{path} is no whole run: neither {RUN_FILE}, {TRAIN_FILE} nor {IMPORT_FILE} is in it"
+        hint = "a training or an import that was broken off is started again, with another --out"
+    else:
+        told = f"nothing of Heddle's is in {path}: neither {RUN_FILE}, {TRAIN_FILE} nor {IMPORT_FILE}"
+        hint = "a search writes into runs/NAME; name that folder, or a spec file to export random weights"
+    raise HeddleError("run-not-found", f"{told}; {takes}", hint=hint)
 
 
 def _export_training(run: TrainRun, out: Path, trial: str | int, how: Mapping[str, Any]) -> ExportResult:

@@ -8,13 +8,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors.torch import load_model, save
+from safetensors import SafetensorError
+from safetensors.torch import load_model, save_file
 
 from heddle.compose.build import build_causal_lm
 from heddle.compose.hf.checkpoint import TOKENIZER_CONFIG, read_json
@@ -54,10 +56,21 @@ def import_folder(folder: Path | str, out: Path | str) -> ImportResult:
     if tokenizer != "bytes":
         _copy_tokenizer(source, out / TOKENIZER_FOLDER)
     write_whole(out / SPEC_FILE, to_yaml(found.spec).encode())
-    write_whole(out / WEIGHTS_FILE, save(weights_of(found.model), metadata={"format": "pt"}))
+    _write_weights(found.model, out / WEIGHTS_FILE)
     write_json(out / IMPORT_FILE, {"from": str(source), "target": found.target.name, "hash": model_hash})
     parameters = sum(one.numel() for one in found.model.parameters())
     return ImportResult(out, found.target.name, model_hash, parameters)
+
+
+def _write_weights(model: HeddleForCausalLM, path: Path) -> None:
+    """Straight from the model's memory; the library calls a full disk an error of its own."""
+    with full_disk_told(path):
+        try:
+            save_file(weights_of(model), path, metadata={"format": "pt"})
+        except SafetensorError as error:
+            if f"os error {errno.ENOSPC}" not in str(error):
+                raise
+            raise OSError(errno.ENOSPC, str(error)) from error
 
 
 def is_import(path: Path | str) -> bool:

@@ -17,6 +17,7 @@ from typing import Any
 from optuna.storages import BaseStorage
 from pydantic import TypeAdapter, ValidationError
 
+from heddle.compose.targets.cut import cut_to_targets
 from heddle.errors import HeddleError
 from heddle.search import cluster, environment, finish, lock, space
 from heddle.search.driver import Driver
@@ -45,6 +46,7 @@ from heddle.search.workers import Workers
 from heddle.specs import SpecFile, loads
 from heddle.specs.base import Duration
 from heddle.specs.search import names_file
+from heddle.specs.space_cut import Cut
 
 FORMAT = 1
 # Rounds of a search with few trials: fewer would leave the sampler nothing to learn from.
@@ -84,6 +86,7 @@ def search(
     require_causal_lm(file, "search")
     _check_folder(out, resume=resume)
     # Before anything is written: a missing corpus or cluster leaves no folder behind.
+    cut = cut_to_targets(file)
     asked = asked_of(file)
     evaluate = evaluate or evaluator_of(file)
     given = Given(
@@ -96,7 +99,7 @@ def search(
     with ExitStack() as stack:
         stack.enter_context(full_disk_told(out))
         stack.enter_context(RunLock(out))
-        driver = _open(stack, file, out, given, asked=asked, progress=progress or Silent())
+        driver = _open(stack, cut, out, given, asked=asked, progress=progress or Silent())
         driver.progress.started(read_run(out), driver.setting.trials)
         with _interrupts(driver, given.again(file, out)):
             _search(driver)
@@ -107,19 +110,17 @@ def search(
     return run
 
 
-def _open(
-    stack: ExitStack, file: SpecFile, out: Path, given: Given, *, asked: Asked, progress: Progress
-) -> Driver:
+def _open(stack: ExitStack, cut: Cut, out: Path, given: Given, *, asked: Asked, progress: Progress) -> Driver:
     """A driver with its workers, its study and its folder, new or as they were left; `stack` closes them."""
+    file = cut.whole
     env = lock.DETERMINISTIC_ENV if given.is_deterministic(out) else None
     workers = stack.enter_context(Workers(address=given.ray_address, env=env))
     workers.warm_up()
     trained = asked.objectives(workers.share)
     machine = workers.call(environment.describe, workers.device)
-    meta = _new_meta(file, asked, machine, workers.parallel)
+    meta = _new_meta(cut, asked, machine, workers.parallel)
     meta |= lock.begun_as(given.frozen) if given.frozen is not None else {}
-    meta |= {"storage": _storage(given), "effort": asdict(given.effort)}
-    meta["deterministic"] = given.is_deterministic(out)
+    meta |= {"storage": _storage(given), "effort": asdict(given.effort), "deterministic": env is not None}
     if given.resume:
         new, meta = meta, read_meta(out)
         # By today's language: a field that came after the run began would tell the same spec apart.
@@ -132,7 +133,7 @@ def _open(
     if given.frozen is not None:
         write_json(out / lock.FOLLOWED_FILE, given.frozen.lock)
     write_json(out / RUN_FILE, meta)
-    setting = _setting(file, out, trained, meta, evaluate=given.evaluate, effort=given.effort)
+    setting = _setting(cut.file, out, trained, meta, evaluate=given.evaluate, effort=given.effort)
     log = stack.enter_context(closing(EventLog(out)))
     driver = Driver(setting, _study(stack, file, meta, open_storage(out, given.storage)), log, progress)
     driver.study.on_outage = driver.warn
@@ -253,8 +254,8 @@ def _beside(file: SpecFile) -> dict[str, str]:
     return {name: space.reference(file, name).hash for name in sorted(names) if names_file(name)}
 
 
-def _new_meta(file: SpecFile, asked: Asked, machine: Mapping[str, Any], workers: int) -> dict[str, Any]:
-    search = file.spec.search
+def _new_meta(cut: Cut, asked: Asked, machine: Mapping[str, Any], workers: int) -> dict[str, Any]:
+    file, search = cut.whole, cut.whole.spec.search
     assert search is not None
     trials = search.trials
     infos = [info for _, _, info in asked.tasks]
@@ -284,6 +285,8 @@ def _new_meta(file: SpecFile, asked: Asked, machine: Mapping[str, Any], workers:
             "data": asked.data,
             "seeds": {"search": search.seed, "train": file.spec.train.seed},
             "packages": machine["packages"],
+            # A storage refuses a parameter whose options change.
+            **({"cut": key_of({"space": repr(cut.file.space)})} if cut.removed else {}),
         },
         "environment": dict(machine),
     }
@@ -295,6 +298,7 @@ def _refuse_other(meta: Mapping[str, Any], new: Mapping[str, Any], out: Path, *,
     checks = {
         "spec space, tasks, budgets or recipe": is_same_space,
         "model that a budget is relative to": then.get("beside", {}) == now["beside"],
+        "cut of its space to the classes of must_fit": then.get("cut") == now.get("cut"),
         "training data": then["data"] == now["data"],
         "device": meta["environment"]["device_name"] == new["environment"]["device_name"],
     }

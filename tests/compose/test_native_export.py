@@ -17,6 +17,7 @@ from heddle import api
 from heddle.compose.build import build
 from heddle.compose.hf import export as export_file
 from heddle.compose.hf.card import Card
+from heddle.compose.hf.checkpoint import Checkpoint
 from heddle.compose.hf.export import export, is_export
 from heddle.compose.hf.load_native import read_native
 from heddle.compose.hf.verify import Verification
@@ -145,6 +146,25 @@ def test_export_takes_an_import(native: Any, tmp_path: Path, monkeypatch: pytest
     theirs, ours = (load_file(path / "model.safetensors") for path in (native.path, again.path))
     assert theirs.keys() == ours.keys()
     assert all(torch.equal(theirs[name], ours[name]) for name in ours)
+
+
+def test_an_import_reads_a_few_tensors_at_a_time(
+    native: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[int] = []
+    load_some = Checkpoint.load
+
+    def told(self: Checkpoint, names: Any = None) -> Any:
+        found = load_some(self, names)
+        held.append(sum(one.nbytes for one in found.values()))
+        return found
+
+    monkeypatch.setattr(Checkpoint, "load", told)
+    made = api.import_model(native.path, tmp_path / "in").path
+    whole = load_file(native.path / "model.safetensors")
+    assert sum(held) == sum(one.nbytes for one in whole.values())
+    assert max(held) == max(one.nbytes for one in whole.values())
+    assert (made / "model.safetensors").is_file()
 
 
 def changed_config(**fields: Any) -> Callable[[Path], None]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 
 from heddle.compose.hf.load_native import spec_of_config
 from heddle.specs import spec_hash
@@ -233,3 +234,12 @@ def test_a_published_configuration_is_the_spec_of_the_zoo(name: str) -> None:
     assert config["model_type"] == model_type
     spec, _ = spec_of_config(config, Path("folder"), name=name)
     assert spec_hash(spec.model) == spec_hash(load_zoo(name).spec.model)
+
+
+def test_the_defaults_of_olmo_hybrid_without_positions_are_the_spec_of_the_zoo() -> None:
+    # A base of null, as it is published, says that there are none.
+    none = {"rope_parameters": {"rope_type": "default", "rope_theta": None}}
+    config = transformers.OlmoHybridConfig().to_dict() | none
+    assert config["rms_norm_eps"] == 1e-6
+    spec, _ = spec_of_config(config, Path("folder"), name="olmo")
+    assert spec_hash(spec.model) == spec_hash(load_zoo("olmo-hybrid-7b").spec.model)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from heddle.compose.hf.native_tables import tables, wrong_table
 from heddle.compose.hf.native_weights import their_shapes, to_ours
 from heddle.compose.plan import plan
 from heddle.compose.targets.catalogue import BY_NAME
-from heddle.compose.targets.target import Config, Target
+from heddle.compose.targets.target import ALL_ROWS, Config, Factors, Target
 from heddle.compose.targets.verdict import verdict
 from heddle.errors import HeddleError, Where
 from heddle.specs import ModelSpec, Spec, loads, to_yaml
@@ -44,11 +44,11 @@ def read_native(folder: Path | str, *, name: str, tokenizer: str = "bytes") -> I
     """
     checkpoint = open_checkpoint(folder)
     target = _target(checkpoint)
-    spec, config = spec_of_config(checkpoint.config, checkpoint.folder, name=name, tokenizer=tokenizer)
+    full, factors = target.folded(_filled_in(target, checkpoint.config, checkpoint.folder))
+    spec = _spec(target, full, checkpoint.folder, {"name": name, "tokenizer": tokenizer})
+    config = _understood(target, full, spec.model, checkpoint.folder)
     model = build_causal_lm(spec.model)
-    model.load_state_dict(
-        _weights(target, config, checkpoint, model), strict=not config["tie_word_embeddings"]
-    )
+    _load(_Source(target, config, checkpoint, factors), model)
     return Imported(target, spec, model.eval())
 
 
@@ -61,7 +61,7 @@ def spec_of_config(
         HeddleError: "import-mismatch" for what a spec cannot say, naming the field.
     """
     target = BY_NAME[config["model_type"]]
-    full = _filled_in(target, config, folder)
+    full, _ = target.folded(_filled_in(target, config, folder))
     spec = _spec(target, full, folder, {"name": name, "tokenizer": tokenizer})
     return spec, _understood(target, full, spec.model, folder)
 
@@ -135,9 +135,48 @@ def _lost(theirs: Any, ours: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
         yield path, theirs, ours
 
 
-def _weights(
-    target: Target, config: Config, checkpoint: Checkpoint, model: HeddleForCausalLM
-) -> dict[str, torch.Tensor]:
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """A checkpoint, and how its tensors are read."""
+
+    target: Target
+    config: Config
+    checkpoint: Checkpoint
+    factors: Factors
+
+    def stored_as(self, name: str) -> str:
+        """The name under which a tensor is stored: as published, or as the class itself writes it."""
+        if name not in self.checkpoint.stored:
+            for published, written in self.target.written.items():
+                if name.replace(published, written) in self.checkpoint.stored:
+                    return name.replace(published, written)
+        return name
+
+    def read(self, wanted: Sequence[str]) -> dict[str, torch.Tensor]:
+        """These tensors, times the factors that a spec has in its weights."""
+        loaded = self.checkpoint.load([self.stored_as(name) for name in wanted])
+        return {name: self._scaled(name, loaded[self.stored_as(name)]) for name in wanted}
+
+    def _scaled(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        pieces = self.factors.get(_inside_layer(name))
+        if pieces is None:
+            return tensor
+        rows = [
+            torch.full((len(tensor) if count == ALL_ROWS else count,), factor, dtype=torch.float64)
+            for count, factor in pieces
+        ]
+        return tensor.double() * torch.cat(rows).reshape(-1, *[1] * (tensor.dim() - 1))
+
+
+def _inside_layer(name: str) -> str:
+    """The name of a tensor inside its layer."""
+    return name.split(".", 3)[3] if name.startswith("model.layers.") else name
+
+
+@torch.no_grad()
+def _load(source: _Source, model: HeddleForCausalLM) -> None:
+    """Fill the model, whose tensors in the checkpoint are read a few at a time: no two of it are ever in memory."""
+    target, config, checkpoint = source.target, source.config, source.checkpoint
     tied = config["tie_word_embeddings"]
     ours = {name: one for name, one in model.state_dict().items() if not tied or name != HEAD}
     shapes = {name: tuple(shape) for name, shape in their_shapes(target.keys(config), ours).items()}
@@ -145,29 +184,21 @@ def _weights(
     made = {name: one for name, one in tables(target.name, config).items() if name in checkpoint.stored}
     shapes |= {name: tuple(one.shape) for name, one in made.items()}
     shapes |= {HEAD: shapes[EMBEDDING]} if again else {}
-    names = {name: _stored_as(name, target, checkpoint) for name in shapes}
-    checkpoint.expect({names[name]: shape for name, shape in shapes.items()})
-    loaded = checkpoint.load()
-    theirs = {name: loaded[stored] for name, stored in names.items()}
-    wrong = wrong_table(made, {name: theirs.pop(name) for name in made})
-    if wrong is not None:
-        raise _mismatch(checkpoint.folder, wrong, "is another table than the class computes")
-    if again and not torch.equal(theirs.pop(HEAD), theirs[EMBEDDING]):
+    checkpoint.expect({source.stored_as(name): shape for name, shape in shapes.items()})
+    for name, one in made.items():
+        if wrong_table({name: one}, source.read([name])) is not None:
+            raise _mismatch(checkpoint.folder, name, "is another table than the class computes")
+    if again and not torch.equal(*source.read([HEAD, EMBEDDING]).values()):
         what = f"is true, and {HEAD} is stored and is another than {EMBEDDING}"
         raise _mismatch(checkpoint.folder, "tie_word_embeddings", what)
-    found, left = to_ours(target.keys(config), theirs)
-    assert not left.missing, left.missing
-    assert found.keys() == ours.keys()
-    return found
-
-
-def _stored_as(name: str, target: Target, checkpoint: Checkpoint) -> str:
-    """The name under which a tensor is stored: as published, or as the class itself writes it."""
-    if name not in checkpoint.stored:
-        for published, written in target.written.items():
-            if name.replace(published, written) in checkpoint.stored:
-                return name.replace(published, written)
-    return name
+    filled = set()
+    for key in target.keys(config):
+        found, left = to_ours([key], source.read(key.theirs))
+        assert not left.missing, left.missing
+        for name, tensor in found.items():
+            ours[name].copy_(tensor)
+            filled.add(name)
+    assert filled == ours.keys()
 
 
 def _mismatch(folder: Path, field: str, what: str) -> HeddleError:

@@ -49,6 +49,7 @@ class GatedDeltaNetModule(Initialised, Float32Kept):
         value_dim: int,
         short_conv: int,
         negative_eigenvalues: bool,
+        norm_eps: float | None = None,
     ) -> None:
         super().__init__()
         self.heads, self.value_heads, self.head_dim, self.value_dim = heads, value_heads, head_dim, value_dim
@@ -61,7 +62,7 @@ class GatedDeltaNetModule(Initialised, Float32Kept):
         self.conv = ShortConv(sum(self.sizes), short_conv)
         self.A_log = nn.Parameter(torch.empty(value_heads, dtype=torch.float32))
         self.dt_bias = nn.Parameter(torch.empty(value_heads, dtype=torch.float32))
-        self.norm = RMSNorm(value_dim, site.norm_eps)
+        self.norm = RMSNorm(value_dim, norm_eps or site.norm_eps)
         self.heads_out = nn.Identity()
         self.o_proj = nn.Linear(value_heads * value_dim, site.hidden_size, bias=False)
 

@@ -6,9 +6,9 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
-from heddle.compose.targets import parts
+from heddle.compose.targets import falcon_factors, parts
 from heddle.compose.targets.rope import rope_of, rope_parameters
-from heddle.compose.targets.target import Config, Key, Model, Refusal, Target, mixers_of, same
+from heddle.compose.targets.target import Config, Factors, Key, Model, Refusal, Target, mixers_of, same
 
 
 def mamba_fields(mixer: Mapping[str, Any], hidden_size: int) -> dict[str, Any]:
@@ -298,7 +298,7 @@ class Bamba(Target):
 class FalconH1(Target):
     """Falcon-H1 (arXiv 2507.22448): softmax attention and Mamba-2 side by side in every layer.
 
-    The factors of projections are 1 in what is written: in a spec they are factors of weights.
+    The factors of projections are 1 in what is written: in a spec they are factors of weights, and an import makes them so.
     """
 
     name = "falcon_h1"
@@ -341,6 +341,9 @@ class FalconH1(Target):
             "mlp_multipliers": [1.0, 1.0],
             "ssm_multipliers": [1.0] * 5,
         }
+
+    def folded(self, config: Config) -> tuple[Config, Factors]:
+        return falcon_factors.folded(config)
 
     def scalars(self, config: Config) -> dict[str, Any]:
         factors = {"embedding_multiplier": config["embedding_multiplier"]}

@@ -88,6 +88,7 @@ class OlmoHybrid(Target):
         "mixer.window": "it has no windows",
         "mixer.rope": "every attention layer has the same positions, or none",
         "norm_placement": "norms stand before the parts of linear layers and after those of softmax layers",
+        "mixer.norm_eps": f"the output norm of its linear layers has {LINEAR_EPS:g} whatever the rest has",
         "mixer.negative_eigenvalues": "all its linear layers allow them, or none does",
     }
 
@@ -112,7 +113,8 @@ class OlmoHybrid(Target):
     def block(self, config: Config, index: int) -> dict[str, Any]:
         channel = parts.swiglu(config)
         if config["layer_types"][index] == parts.LINEAR:
-            mixer = {**parts.delta_of(config), "negative_eigenvalues": config["linear_allow_neg_eigval"]}
+            allowed = {"negative_eigenvalues": config["linear_allow_neg_eigval"]}
+            mixer = {**parts.delta_of(config), **allowed, "norm_eps": LINEAR_EPS}
             return {"mixer": mixer, "channel": channel}
         rope = config["rope_parameters"]
         none = rope is None or rope.get("rope_theta") is None
@@ -151,11 +153,6 @@ class OlmoHybrid(Target):
         yield from parts.rate_keys("linear_attn", "A_log", "dt_bias")
 
     def problems(self, model: Model) -> Iterator[Refusal]:
-        if model["norm_eps"] != LINEAR_EPS:
-            yield Refusal(
-                "norm_eps",
-                f"is {model['norm_eps']:g}; the output norm of its linear layers has {LINEAR_EPS:g} whatever the rest has",
-            )
         yield from parts.divides_hidden_size(model)
 
     def idle(self, config: Config) -> frozenset[str]:

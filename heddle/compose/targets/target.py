@@ -15,6 +15,9 @@ from typing import Any, ClassVar
 # What `Plan.runtime` gives: a model as plain data, everything filled in.
 Model = Mapping[str, Any]
 Config = Mapping[str, Any]
+# Of a tensor's first rows, of the next, …, how many they are and what they are multiplied with; by its name inside a layer.
+Factors = Mapping[str, tuple[tuple[int, float], ...]]
+ALL_ROWS = -1
 
 # Fields of a configuration that change no logits: token ids, dropout (which only training has), sizes of chunks, first weights,
 # the kind of cache, what is returned.
@@ -129,6 +132,10 @@ class Target:
     def warning(self, model: Model) -> str:  # noqa: ARG002
         """What the class does wrong with a model that it holds, or nothing."""
         return ""
+
+    def folded(self, config: Config) -> tuple[Config, Factors]:
+        """The configuration without what a spec has as factors of weights, and those factors of each layer's tensors."""
+        return config, {}
 
     def idle(self, config: Config) -> frozenset[str]:  # noqa: ARG002
         """Dotted paths of fields that change no logits of a model of this configuration."""

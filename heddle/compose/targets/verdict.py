@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,12 +31,15 @@ def verdicts(model: Model) -> list[Verdict]:
     return [verdict(target, model) for target in TARGETS]
 
 
-def verdict(target: Target, model: Model) -> Verdict:
-    """Whether `target` holds the model exactly: every field, shown by the way there and back."""
-    found = tuple(_once(target.kinds(model)))
+def verdict(target: Target, model: Model, concerns: Callable[[Refusal], bool] = lambda _: True) -> Verdict:
+    """Whether `target` holds the model exactly: every field, shown by the way there and back.
+
+    Only refusals that it `concerns` count; without those of some layers the configuration may not be theirs.
+    """
+    found = tuple(_once(filter(concerns, target.kinds(model))))
     if found:
         return Verdict(target, found)
-    found, config = tuple(target.problems(model)), target.config(model)
+    found, config = tuple(filter(concerns, target.problems(model))), target.config(model)
     try:
         back = plan(ModelSpec.model_validate(target.spec(config))).runtime()
     # What the class cannot hold may give sizes that no spec can have.
@@ -44,7 +47,7 @@ def verdict(target: Target, model: Model) -> Verdict:
         if not found:
             raise
         return Verdict(target, found)
-    found = (*found, *_once(_differences(target, model, back)))
+    found = (*found, *_once(filter(concerns, _differences(target, model, back))))
     return Verdict(target, found, None if found else config)
 
 

@@ -34,6 +34,7 @@ class GatedDeltaNet(HeadedMixer):
             "value_dim": 12,
             "negative_eigenvalues": True,
             "short_conv": 3,
+            "norm_eps": 1e-3,
         },
     )
     kind: Literal["gated_deltanet"] = "gated_deltanet"
@@ -57,10 +58,21 @@ class GatedDeltaNet(HeadedMixer):
     negative_eigenvalues: Annotated[
         bool, Field(description="Let beta reach 2 instead of 1 (arXiv 2411.12537).")
     ] = False
+    norm_eps: Annotated[
+        float | None,
+        Field(
+            gt=0,
+            le=0.1,
+            description="Added under the root of the output norm; null: as the model's (Olmo Hybrid has 1e-5 here).",
+        ),
+    ] = None
 
     def resolved(self, site: Site) -> GatedDeltaNet:
         H, HV, K, V = self._sizes(site)
-        return self.model_copy(update={"heads": H, "value_heads": HV, "head_dim": K, "value_dim": V})
+        sizes = {"heads": H, "value_heads": HV, "head_dim": K, "value_dim": V}
+        # Unlike the model's or null: a later field, which changes no older hash.
+        own = None if self.norm_eps == site.norm_eps else self.norm_eps
+        return self.model_copy(update={**sizes, "norm_eps": own})
 
     def problems(self, site: Site) -> list[Problem]:
         found = heads_problems(self, site)
