@@ -287,7 +287,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="a few sizes, only as they are launched, and no machine code")
+    parser.add_argument(
+        "--quick", action="store_true", help="a few sizes, only as they are launched, and no machine code"
+    )
     parser.add_argument("--append", action="store_true", help="append rows to evidence-machine-code.jsonl")
     parser.add_argument("--commit", help="what the code is")
     chosen = parser.parse_args()

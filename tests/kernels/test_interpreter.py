@@ -38,7 +38,9 @@ def test_interpreted_kernels_keep_the_contract_and_block_attention_is_right(full
     chosen.append(f"test_block_attention_kernels and ({BLOCKS})")
     done = _run_interpreted([CONTRACTS, BLOCK_TESTS], " or ".join(f"({one})" for one in chosen))
     for op in ("decay_attention", "simple_gla", "gated_delta_rule", "delta_rule", "gla", "kda"):
-        assert re.search(rf"PASSED .*test_ops.py::.*[-\[]{op}-cpu", done), f"no test of {op} in:\n{done[-4000:]}"
+        assert re.search(rf"PASSED .*test_ops.py::.*[-\[]{op}-cpu", done), (
+            f"no test of {op} in:\n{done[-4000:]}"
+        )
     assert "PASSED tests/kernels/test_block_attention_kernels.py" in done
 
 
