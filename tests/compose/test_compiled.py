@@ -63,12 +63,8 @@ def _fresh_compiler() -> Iterator[None]:
     torch.compiler.reset()
 
 
-# Every mixer and channel once: tracing a step of training takes half a minute for all forms.
-EACH_ONCE = HYBRID.model_copy(update={"layers": ["full", "delta", "decay", "both"]})
-
-
-def hybrid(dtype: torch.dtype = torch.float64, spec: ModelSpec = HYBRID) -> HeddleForCausalLM:
-    made: HeddleForCausalLM = shaken(build(spec)).to(dtype)
+def hybrid(dtype: torch.dtype = torch.float64) -> HeddleForCausalLM:
+    made: HeddleForCausalLM = shaken(build(HYBRID)).to(dtype)
     return made
 
 
@@ -183,7 +179,7 @@ def test_a_checkpointed_step_of_corrected_experts_compiles_and_counts_each_choic
 @pytest.mark.slow
 @decomposed
 def test_a_training_step_compiles_under_autocast() -> None:
-    model, ids = hybrid(torch.float32, EACH_ONCE).train(), tokens(24)
+    model, ids = hybrid(torch.float32).train(), tokens(24)
 
     def loss(ids: Tensor) -> Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16):
