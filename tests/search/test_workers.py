@@ -185,6 +185,26 @@ def test_nothing_runs_on_when_the_driver_is_killed() -> None:
     assert not left
 
 
+STARTER = """
+import subprocess, time
+while True:
+    subprocess.Popen(["sleep", "600"])
+    time.sleep(0.01)
+"""
+
+
+def test_who_starts_others_is_stopped_before_they_are_counted() -> None:
+    with subprocess.Popen([sys.executable, "-c", STARTER]) as process:
+        time.sleep(0.5)
+        found = watch.stopped(watch.descendants({process.pid: watch._table()[process.pid].began}))
+        time.sleep(0.2)
+        left = watch.descendants(found)
+        for pid in left:
+            os.kill(pid, signal.SIGKILL)
+    assert len(found) > 1
+    assert left == found
+
+
 def hang(folder: str, times: int) -> str:
     """Hangs the first `times` times."""
     marks = Path(folder)
