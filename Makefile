@@ -6,6 +6,8 @@ INSTALLED := $(VENV)/.installed
 
 # Heddle parallelises over processes; threads inside each would only fight over the same cores.
 export OMP_NUM_THREADS ?= 1
+# Containers often forbid bytecode. Without it every process that a test starts compiles Heddle anew, for more than a second.
+export PYTHONDONTWRITEBYTECODE :=
 
 # Only these files are read on a GPU machine, which may lack what the other tests import.
 GPU_TESTS = $(shell grep -rlE 'mark\.gpu' tests --include='*.py')

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import json
 import os
 import random
@@ -9,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import FileLock
@@ -22,9 +25,41 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests come first: with a file for each worker at a time, what takes minutes must not begin last."""
+    """What takes minutes must not begin last: first what needs Ray, then files with slow tests."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    items.sort(key=lambda item: (not uses_ray(item.nodeid), item.path not in slow))
+
+
+@functools.cache
+def _is_told_of_ray(file: str) -> bool:
+    text = (ROOT / file).read_text(encoding="utf-8")
+    return "workers: Workers" in text or 'usefixtures("workers")' in text or "tiny_run: Run" in text
+
+
+def uses_ray(nodeid: str) -> bool:
+    """Whether the test is of a file that uses the Ray, or the tiny search, of tests/search/conftest.py."""
+    return nodeid.startswith("tests/search/") and _is_told_of_ray(nodeid.partition("::")[0])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A file for each worker at a time, and all that need Ray for one of them: Ray, its processes and the tiny search take
+    40 s of a core to start, and each worker would have its own."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class OneRay(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "Ray" if uses_ray(nodeid) else str(super()._split_scope(nodeid))
+
+    return OneRay(config, log)
+
+
+def pytest_collection_finish() -> None:
+    """The collector need not look again and again at what was imported and collected, which stays."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_report_header() -> str:
@@ -94,6 +129,17 @@ search:
 """
 
 
+# `heddle search`, but for a tenth of the time to take latencies, which no option asks for.
+SEARCH = """
+import functools, sys
+from heddle import cli
+from heddle.search import run
+from heddle.search.latency import Effort
+run.search = functools.partial(run.search, effort=Effort(warmup=1, least=3, most=10, seconds=0.2))
+cli.main(sys.argv[1:])
+"""
+
+
 def _small_corpus(path: Path) -> None:
     sources = sorted(Path(json.__file__).parent.glob("*.py"))
     path.write_text("\n".join(source.read_text(encoding="utf-8") for source in sources) * 4)
@@ -112,7 +158,7 @@ def search_run(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path
             shared.mkdir(exist_ok=True)
             _small_corpus(shared / "corpus.txt")
             (shared / "spec.yaml").write_text(TINY_SEARCH)
-            command = [sys.executable, "-m", "heddle", "search", "spec.yaml", "--out", "run"]
+            command = [sys.executable, "-c", SEARCH, "search", "spec.yaml", "--out", "run"]
             environment = {**os.environ, "PYTHONPATH": str(ROOT)}
             done = subprocess.run(
                 command, cwd=shared, env=environment, capture_output=True, text=True, timeout=900, check=False

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import functools
 import gc
 import io
 import os
@@ -30,6 +31,8 @@ def guarded(call: Callable[..., Any], device: str, *arguments: Any) -> Outcome:
     """`call(*arguments)` with its output kept, one thread on a CPU, and errors as data."""
     printed = io.StringIO()
     _take_one_thread()
+    if "torch" in sys.modules:
+        _keep_what_is_imported()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
         try:
             return Outcome(call(*arguments), None, printed.getvalue())
@@ -40,6 +43,14 @@ def guarded(call: Callable[..., Any], device: str, *arguments: Any) -> Outcome:
             gc.collect()
             if device == "cuda" and "torch" in sys.modules:
                 sys.modules["torch"].cuda.empty_cache()
+
+
+@functools.cache
+def _keep_what_is_imported() -> None:
+    """Takes what there is from the collector, once a process. The modules of torch and transformers have so many objects that
+    each later collection would take 0.2 s and more over them: a call makes one, a timing several."""
+    gc.collect()
+    gc.freeze()
 
 
 def _take_one_thread() -> None:

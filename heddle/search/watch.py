@@ -64,6 +64,7 @@ def main(driver: int, reader: int) -> None:
         family = descendants({**ray_roots(driver), **family})
     if os.read(reader, 1) == RELEASED:
         return
+    family = stopped(descendants(family))
     end = time.monotonic() + LINGER_S
     while time.monotonic() < end:
         family = descendants(family)
@@ -71,6 +72,20 @@ def main(driver: int, reader: int) -> None:
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.1)
+
+
+def stopped(family: Processes) -> Processes:
+    """`family`, stopped, and what it had started meanwhile: the child of one that is killed as it starts it is nobody's."""
+    seen = 0
+    while len(family) > seen:
+        seen = len(family)
+        for pid in family:
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGSTOP)
+        # A start that had begun ends first.
+        time.sleep(0.05)
+        family = descendants(family)
+    return family
 
 
 def ray_roots(driver: int) -> Processes:

@@ -115,7 +115,7 @@ def test_one_delta_layer_with_beta_up_to_2_tracks_the_state(task: str) -> None:
     [
         ("parity", DELTA),
         pytest.param("parity", {"kind": "mamba2", "heads": 4, "state_dim": 32}, marks=pytest.mark.long),
-        ("swaps", DELTA),
+        pytest.param("swaps", DELTA, marks=pytest.mark.long),
         pytest.param("swaps", {"kind": "gated_deltanet", "heads": 2}, marks=pytest.mark.long),
     ],
     ids=lambda one: one if isinstance(one, str) else one["kind"],

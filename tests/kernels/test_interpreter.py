@@ -6,6 +6,7 @@ Triton decides when it is imported whether kernels are compiled or interpreted, 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,38 +17,46 @@ ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
 
 
-# Kernels take long to interpret; this takes each road of them once. The two delta rules share theirs.
-SOME = "65 or packed or token or scratch"
-DELTA = f"gated_delta_rule and ({SOME}) or delta_rule-cpu-float32 and 65 and not gated"
+# Kernels take long to interpret; this takes each road of them once, packed sequences in half precision. The two delta rules
+# share theirs.
+SOME = "65 or packed and not float32 or token or scratch"
+OPS = {
+    "decay_attention": SOME,
+    "simple_gla": SOME,
+    "delta_rule": f"gated and ({SOME}) or delta_rule-cpu-float32 and 65 and not gated",
+    "gla and not simple": "65 or packed and not float32",
+    "kda": "kda-cpu-float32 and 65 or kda-cpu-float16 and packed_sequences",
+}
+CONTRACTS, REPLAY = "tests/contracts/test_ops.py", "tests/kernels/test_replay.py"
+# Attention and a layer's step, whose contract is their own.
+OTHERS = {
+    # All gradients of one form, ragged heads in half precision, a list in three parts.
+    "test_block_attention_kernels": "reference and gates and float32 or odd and group and float16 or split and 3-listed and float32",
+    # Each option once in full precision, one form in half, tiles, and a mixer's decode steps.
+    "test_gated_delta_layer": "odd and float32 or plain and float16 or tiles or window_moves or mixer and float32",
+    # Sinks in half precision, packed sequences by descriptors, keys of a step in three parts.
+    "test_sliding_window_attention": "reference and many and float16 or descriptors and packed-1-cpu and float32 "
+    "or split and 3-cpu and float32",
+}
 
 
-GLA = "gla and not simple"
-# All gradients of one form, ragged heads in half precision, a list in three parts.
-BLOCKS = "reference and gates and float32 or odd and group and float16 or split and 3-listed and float32"
-# Each option once in full precision, one form in half, tiles, and a mixer's decode steps.
-LAYER = "gated_delta_layer and (odd and float32 or plain and float16 or tiles or window_moves or mixer and float32)"
-# Sinks in half precision, packed sequences by descriptors, keys of a step in three parts.
-WINDOWS = "reference and many and float16 or descriptors and packed-1-cpu and float32 or split and 3-cpu and float32"
-KDA = "kda-cpu-float32 and 65 or kda-cpu-float16 and packed_sequences"
+def test_interpreted_kernels_keep_the_contract_and_are_repeated(full_counts: bool) -> None:
+    # In one process: each imports torch anew, and collects all tests.
+    chosen = [f"test_ops and {op}" + ("" if full_counts else f" and ({some})") for op, some in OPS.items()]
+    chosen.append("test_replay and cpu")
+    done = _run_interpreted([CONTRACTS, REPLAY], " or ".join(f"({one})" for one in chosen))
+    for op in ("decay_attention", "simple_gla", "gated_delta_rule", "delta_rule", "gla", "kda"):
+        assert re.search(rf"PASSED .*test_ops.py::.*[-\[]{op}-cpu", done), (
+            f"no test of {op} in:\n{done[-4000:]}"
+        )
+    assert f"PASSED {REPLAY}" in done
 
 
-@pytest.mark.parametrize("op", ["decay_attention", "simple_gla", "delta_rule", GLA, "kda"])
-def test_interpreted_kernels_keep_the_contract(op: str, full_counts: bool) -> None:
-    some = {"delta_rule": DELTA, GLA: f"{GLA} and (65 or packed)", "kda": KDA}.get(op, f"{op} and ({SOME})")
-    _run_interpreted("tests/contracts/test_ops.py", chosen=op if full_counts else some)
-
-
-def test_interpreted_block_attention_and_layer_step_are_right() -> None:
-    files = ("tests/kernels/test_block_attention_kernels.py", "tests/kernels/test_gated_delta_layer.py")
-    _run_interpreted(*files, chosen=f"{BLOCKS} or {LAYER}")
-
-
-def test_interpreted_launchers_are_repeated() -> None:
-    _run_interpreted("tests/kernels/test_replay.py", chosen="cpu")
-
-
-def test_interpreted_sliding_window_attention_is_right() -> None:
-    _run_interpreted("tests/kernels/test_sliding_window_attention.py", chosen=WINDOWS)
+def test_interpreted_attention_and_layer_step_are_right() -> None:
+    files = [f"tests/kernels/{name}.py" for name in OTHERS]
+    done = _run_interpreted(files, " or ".join(f"({name} and ({some}))" for name, some in OTHERS.items()))
+    for file in files:
+        assert f"PASSED {file}" in done
 
 
 # Long: the same tests run on a GPU by `make test-gpu`.
@@ -66,21 +75,24 @@ def test_interpreted_sliding_window_attention_is_right() -> None:
     ],
 )
 def test_interpreted_kernels_are_right_where_they_are_peculiar(op: str) -> None:
-    _run_interpreted(f"tests/kernels/test_{op}.py", chosen=op)
+    _run_interpreted([f"tests/kernels/test_{op}.py"], op)
 
 
-def _run_interpreted(*files: str, chosen: str) -> None:
+def _run_interpreted(files: list[str], chosen: str) -> str:
+    """What pytest tells of those tests, all of which pass."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     # What xdist tells its own workers is not for this process.
     environment = {name: value for name, value in environment.items() if not name.startswith("PYTEST_")}
-    choice = ["-m", "not gpu and not long", "-k", chosen, "-p", "no:cacheprovider", "-q"]
+    choice = ["-m", "not gpu and not long", "-k", chosen]
+    told = ["-p", "no:cacheprovider", "-q", "-rAp", "--no-header"]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", *files, *choice],
+        [sys.executable, "-m", "pytest", *files, *choice, *told],
         cwd=ROOT,
         env=environment,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1800,
         check=False,
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    return done.stdout

@@ -3,6 +3,7 @@ left over."""
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -83,6 +84,19 @@ def test_answers_carry_value_log_and_time(workers: Workers) -> None:
 def test_a_shared_value_arrives_as_itself(workers: Workers) -> None:
     ticket = workers.share(list(range(1000)))
     assert answers(workers, [Job(sum, (ticket,), "sum")])["sum"].value == 499_500
+
+
+def kept_from_the_collector() -> tuple[int, int]:
+    import torch  # noqa: F401
+
+    return os.getpid(), gc.get_freeze_count()
+
+
+def test_what_a_worker_has_imported_is_not_collected_over_and_over(workers: Workers) -> None:
+    found = answers(workers, [Job(kept_from_the_collector, (), n) for n in range(3 * workers.parallel)])
+    # A process that had torch before a call has taken it from the collector.
+    last = dict(found[n].value for n in sorted(found))
+    assert max(last.values()) > 100_000
 
 
 def test_an_error_of_the_call_is_final_and_keeps_its_code(workers: Workers) -> None:
@@ -169,6 +183,26 @@ def test_nothing_runs_on_when_the_driver_is_killed() -> None:
     while (left := watch.descendants(family)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not left
+
+
+STARTER = """
+import subprocess, time
+while True:
+    subprocess.Popen(["sleep", "600"])
+    time.sleep(0.01)
+"""
+
+
+def test_who_starts_others_is_stopped_before_they_are_counted() -> None:
+    with subprocess.Popen([sys.executable, "-c", STARTER]) as process:
+        time.sleep(0.5)
+        found = watch.stopped(watch.descendants({process.pid: watch._table()[process.pid].began}))
+        time.sleep(0.2)
+        left = watch.descendants(found)
+        for pid in left:
+            os.kill(pid, signal.SIGKILL)
+    assert len(found) > 1
+    assert left == found
 
 
 def hang(folder: str, times: int) -> str:

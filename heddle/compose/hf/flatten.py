@@ -8,6 +8,7 @@ so nothing else is copied.
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import importlib.util
 import re
@@ -94,7 +95,8 @@ def _source_file(module: str) -> Path:
     return Path(found.origin)
 
 
-def _imports(source: str, roots: Collection[str]) -> list[_Import]:
+@functools.lru_cache(maxsize=512)
+def _imports(source: str, roots: frozenset[str]) -> tuple[_Import, ...]:
     """Imports of modules of `roots`; those inside a `try` are optional."""
     tree = ast.parse(source)
     tried = {id(node) for block in ast.walk(tree) if isinstance(block, ast.Try) for node in ast.walk(block)}
@@ -107,10 +109,10 @@ def _imports(source: str, roots: Collection[str]) -> list[_Import]:
         elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in roots:
             assert node.module is not None
             found.append(_Import(node.module, node.lineno, id(node) in tried))
-    return found
+    return tuple(found)
 
 
-def _relative(source: str, roots: Collection[str]) -> str:
+def _relative(source: str, roots: frozenset[str]) -> str:
     """The source with our imports made relative to the flat folder."""
     lines = source.splitlines(keepends=True)
     for found in _imports(source, roots):
@@ -122,6 +124,7 @@ def _relative(source: str, roots: Collection[str]) -> str:
     return "".join(lines)
 
 
+@functools.lru_cache(maxsize=512)
 def _guard_optional(source: str) -> str:
     """The source with top-level imports of triton inside a `try`.
 
