@@ -125,19 +125,17 @@ class _Many:
 
     def update(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """One forward, backward and optimizer step of all; their losses, and the norms of their gradients."""
-        self.weights.grad = None
         with autocast(self.device, self.recipe.precision):
             logits = self.stacked.logits(inputs)
         each = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none")
         losses = each.view(labels.shape).sum(dim=1) / (labels != IGNORE).sum(dim=1)
-        losses.sum().backward()  # type: ignore[no-untyped-call]
-        assert self.weights.grad is not None
-        return losses.detach(), self._adamw(self.weights.grad)
+        (gradient,) = torch.autograd.grad(losses.sum(), self.weights)
+        return losses.detach(), self._adamw(gradient)
 
     @torch.no_grad()
     def _adamw(self, gradient: Tensor) -> Tensor:
         """The update of torch.optim.AdamW after clipping, of each row at its own rate."""
-        norms = torch.linalg.vector_norm(gradient, dim=1)
+        norms: Tensor = torch.linalg.vector_norm(gradient, dim=1)
         gradient *= (self.recipe.grad_clip / (norms + CLIP_EPS)).clamp(max=1.0)[:, None]
         first, second = self.recipe.betas
         self.mean.lerp_(gradient, 1.0 - first)
@@ -206,15 +204,15 @@ class _Stacked:
 
     def pieces(self) -> dict[str, Tensor]:
         """The parameters of all models by name, stacked: views of `weights`."""
-        split = self.weights.split([shape.numel() for shape in self.shapes.values()], dim=1)
+        split = torch.split(self.weights, [shape.numel() for shape in self.shapes.values()], dim=1)
         return {
-            name: piece.unflatten(1, shape or (1,)).reshape(len(piece), *shape)
+            name: piece.reshape(len(piece), *shape)
             for (name, shape), piece in zip(self.shapes.items(), split, strict=True)
         }
 
     def logits(self, inputs: Tensor) -> Tensor:
         """Of all models at all positions. inputs: [models, B, T];  out: [models, B T, vocabulary]"""
-        return vmap(self._logits)(self.pieces(), self.fixed, inputs)  # type: ignore[no-any-return]
+        return vmap(self._logits)(self.pieces(), self.fixed, inputs)
 
     def _logits(self, trained: dict[str, Tensor], fixed: dict[str, Tensor], inputs: Tensor) -> Tensor:
         weights = {f"model.{name}": one for name, one in (trained | fixed).items()}
@@ -240,7 +238,6 @@ class _Captured:
     def __init__(self, run: _Many, inputs: Tensor, labels: Tensor) -> None:
         self.inputs, self.labels = inputs.clone(), labels.clone()
         self.graph = torch.cuda.CUDAGraph()
-        run.weights.grad = None
         with torch.cuda.graph(self.graph):
             self.told = run.update(self.inputs, self.labels)
 

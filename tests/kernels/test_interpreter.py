@@ -31,7 +31,8 @@ CONTRACTS, REPLAY = "tests/contracts/test_ops.py", "tests/kernels/test_replay.py
 # Attention and a layer's step, whose contract is their own.
 OTHERS = {
     # All gradients of one form, ragged heads in half precision, a list in three parts.
-    "test_block_attention_kernels": "reference and gates and float32 or odd and group and float16 or split and 3-listed and float32",
+    "test_block_attention_kernels": "reference and gates and float32 or odd and group and float16 "
+    "or split and 3-listed and float32",
     # Each option once in full precision, one form in half, tiles, and a mixer's decode steps.
     "test_gated_delta_layer": "odd and float32 or plain and float16 or tiles or window_moves or mixer and float32",
     # Sinks in half precision, packed sequences by descriptors, keys of a step in three parts.
