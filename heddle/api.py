@@ -77,18 +77,18 @@ def check(path: Path | str) -> SpecFile:
 
     Raises:
         HeddleErrors: every error of the file, each with its place.
-        HeddleError: "target-mismatch", where nothing of its space fits `search.export.must_fit`.
     """
-    return cut(path).whole
+    file = specs.load(path)
+    plan(file.spec.model, where=file.where)
+    return file
 
 
-def cut(path: Path | str) -> Cut:
-    """The spec in `path` as of `check`, with what `search.export.must_fit` leaves of its space, and what it leaves out.
+def cut(file: SpecFile) -> Cut:
+    """What `search.export.must_fit` leaves of the space of a file, and what it leaves out; without one the file as it is.
 
     Raises:
-        HeddleErrors: as `check`.
+        HeddleError: "target-mismatch", where nothing of the space fits.
     """
-    file = _read(path)
     if file.spec.search is None or file.spec.search.export is None:
         return Cut(file, file)
     from heddle.compose.targets.cut import cut_to_targets
@@ -96,20 +96,14 @@ def cut(path: Path | str) -> Cut:
     return cut_to_targets(file)
 
 
-def _read(path: Path | str) -> SpecFile:
-    file = specs.load(path)
-    plan(file.spec.model, where=file.where)
-    return file
-
-
 def show(path: Path | str, *, context: int | None = None, batch: int = 1) -> dict[str, Any]:
     """What a spec builds, as plain data: parameters, FLOPs, cache and state bytes, by layer and in total.
 
     Raises:
-        HeddleErrors: as `check`.
+        HeddleErrors: as `check`, and as `cut`.
     """
-    found = cut(path)
-    file = found.whole
+    file = check(path)
+    found = cut(file)
     model = file.spec.model
     planned = plan(model, where=file.where)
     context = model.context_length if context is None else context
@@ -146,7 +140,7 @@ def graph(
     from heddle.compose.picture import svg
     from heddle.search.durable import write_whole
 
-    file = _read(path)
+    file = check(path)
     planned = plan(file.spec.model, where=file.where)
     drawn = {"mermaid": mermaid, "svg": svg}.get(form)
     text = f"{planned}\n" if drawn is None else drawn(planned)
@@ -164,7 +158,7 @@ def position_bias(path: Path | str, *, length: int | None = None) -> dict[str, A
     from heddle.compose.position_bias import MAX_LENGTH, POSITIONS
     from heddle.compose.position_bias import position_bias as analyse
 
-    file = _read(path)
+    file = check(path)
     length = min(POSITIONS, file.spec.model.context_length) if length is None else length
     if not 1 <= length <= MAX_LENGTH:
         raise HeddleError("bad-argument", f"position bias is for 1 to {MAX_LENGTH} tokens, not {length}")
@@ -181,7 +175,7 @@ def targets(path: Path | str) -> dict[str, Any]:
     """
     from heddle.compose.targets.report import target_rows
 
-    file = _read(path)
+    file = check(path)
     planned = plan(file.spec.model, where=file.where)
     rows = target_rows(planned.runtime())
     for refused in (one for row in rows for one in row["refused"]):
@@ -217,7 +211,7 @@ def train(
     """
     from heddle.search.training import train as train_spec
 
-    file = _read(path)
+    file = check(path)
     folder = fresh_folder(f"{file.spec.name}-train") if out is None else Path(out)
     return train_spec(file, folder, seed=seed, on_step=on_step)
 
@@ -255,7 +249,7 @@ def search(
         HeddleErrors: as `check`; "run-exists", "run-mismatch", "run-locked", "disk-full" …
     """
     seconds = None if time is None else _seconds(time)
-    file = _read(path)
+    file = check(path)
     folder = run_folder(path, out, resume=resume)
     from heddle.search.record import RUN_FILE
     from heddle.search.run import search as search_spec

@@ -99,7 +99,7 @@ def check(file: SpecPath, json: Json = False) -> None:
     """Check a spec and tell all its errors in one go."""
     from heddle import api, terminal
 
-    found = api.cut(file)
+    found = api.cut(api.check(file))
     told = {"cut": list(found.removed)} if found.removed else {}
     terminal.show_json({"ok": True, "errors": [], **told}) if json else terminal.show_checked(found)
 

@@ -162,7 +162,7 @@ def test_conditions_are_counted_anew() -> None:
 def test_check_and_show_tell_what_is_cut(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "a.yaml"
     path.write_text(file_of(HYBRID, "qwen3_5_text").text)
-    found = api.cut(path)
+    found = api.cut(api.check(path))
     assert found.removed
     terminal.show_checked(found)
     told = capsys.readouterr().out
@@ -175,5 +175,5 @@ def test_check_and_show_tell_what_is_cut(tmp_path: Path, capsys: pytest.CaptureF
     assert "search.export.must_fit leaves " in capsys.readouterr().out
     path.write_text(file_of(WINDOWS.replace("WINDOW", "95"), "minimax").text)
     with pytest.raises(HeddleError, match="nothing of this space fits minimax") as error:
-        api.check(path)
+        api.show(path)
     assert error.value.where.file == str(path)
