@@ -302,6 +302,8 @@ app.registered_commands += folder_commands.app.registered_commands + bench_comma
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit: 0 is ok, 1 failed, 2 bad input. A user's mistake gives no traceback."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    # Placement solves small systems by NumPy: on 16 cores its BLAS kept ten of them busy, and took many times as long.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         with _collecting(OBJECTS if words[:1] and words[0] in LIGHT else gc.get_threshold()[0]):
             app(words)
