@@ -285,7 +285,6 @@ def _fits(shape: Shape) -> bool:
     )
 
 
-# No GPU has held the kernels to the reference yet.
 @op(block_attention_reference, _CASES, kernel=_fits)
 def block_attention(
     q: Tensor,

@@ -1,8 +1,8 @@
 """One token of a whole Gated DeltaNet layer, from its projections to its gated heads: the op and its reference.
 
 On a GPU one kernel (`_gated_delta_layer_step`); elsewhere, and where gradients may be asked for, the ops that a layer calls one
-after the other. No GPU has held the kernel to the reference yet: there it runs when it is asked for. Predicted cost for a
-sequence and value head (K = V = 128): 128 KiB of state and 7 K V FLOP, so the memory bounds it.
+after the other. Predicted cost for a sequence and value head (K = V = 128): 128 KiB of state
+and 7 K V FLOP, so the memory bounds it.
 """
 
 from __future__ import annotations

@@ -132,7 +132,6 @@ def _fits(shape: Shape) -> bool:
     return HAS_KERNELS and max(shape["K"], shape["V"]) <= MAX_HEAD_SIZE and shape["G"] <= MAX_GROUP
 
 
-# No GPU has held the kernels to the reference yet.
 @op(sliding_window_attention_reference, _CASES, kernel=_fits)
 def sliding_window_attention(
     q: Tensor,
