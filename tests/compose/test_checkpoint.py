@@ -236,6 +236,26 @@ def test_code_needs_trust(folder: Path) -> None:
     require_trust(folder, trusted=True)
 
 
+@pytest.mark.parametrize("key", ["attn_implementation", "_experts_implementation"])
+def test_kernels_of_a_hub_need_trust(folder: Path, key: str) -> None:
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", key: "someone/kernels"}))
+    with pytest.raises(HeddleError, match="someone/kernels") as error:
+        require_trust(folder, trusted=False)
+    assert error.value.code == "untrusted-code"
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", key: "sdpa"}))
+    require_trust(folder, trusted=False)
+
+
+def test_an_adapter_does_not_take_the_place_of_the_model(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text(
+        '{"base_model_name_or_path": "/elsewhere", "peft_type": "LORA"}'
+    )
+    for read in (open_checkpoint, lambda path: require_trust(path, trusted=True)):
+        with pytest.raises(HeddleError, match="in place of this one") as error:
+            read(folder)
+        assert error.value.code == "checkpoint-broken"
+
+
 def test_tensors_must_be_those_of_the_model(folder: Path) -> None:
     found = open_checkpoint(folder)
     shapes = {name: tuple(held.shape) for name, held in TENSORS.items()}

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from heddle.kernels import force_path, kda
+from heddle.kernels import kda
 from heddle.kernels.accuracy import Sample, compare, draw, results
 from heddle.kernels.common.tuning import tuning
 from heddle.kernels.configs.kda import HOPPER, OTHER, Family
 from heddle.kernels.configs.launch import Launch
-from heddle.kernels.op import INTERPRETED, TRITON_DTYPES
+from heddle.kernels.op import INTERPRETED
 
 pytestmark = pytest.mark.usefixtures("kernels_on_gpu")
 
@@ -123,16 +123,6 @@ def test_heads_of_one_projection_are_read_as_they_lie(device: str) -> None:
     expected = results(kda, sample)
     assert torch.equal(out, expected["out"])
     assert torch.equal(state, expected["final_state"])
-
-
-@pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
-def test_on_a_gpu_the_kernels_run_when_they_are_asked_for(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("heddle.kernels.op._triton_runs", lambda *_: True)
-    assert kda.path("cuda", dtype, K=128, V=128) == ("triton" if INTERPRETED else "torch")
-    with force_path("triton"):
-        assert kda.path("cuda", dtype, K=128, V=128) == "triton"
 
 
 @pytest.mark.parametrize("table", [HOPPER, OTHER], ids=["hopper", "other"])

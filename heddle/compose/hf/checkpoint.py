@@ -22,7 +22,14 @@ from heddle.errors import HeddleError, Where
 if TYPE_CHECKING:
     from torch import Tensor
 
-CONFIG, TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
+CONFIG, TOKENIZER_CONFIG, ADAPTER = "config.json", "tokenizer_config.json", "adapter_config.json"
+# Of a configuration; with a "/" in it the value names kernels of a hub.
+IMPLEMENTATIONS = tuple(
+    f"{prefix}{kind}_implementation{suffix}"
+    for prefix in ("", "_")
+    for kind in ("attn", "experts")
+    for suffix in ("", "_internal")
+)
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Endings of files that torch.load unpickles, which can run anything.
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -111,7 +118,7 @@ def read_config(folder: Path | str) -> dict[str, Any]:
     """config.json of a folder.
 
     Raises:
-        HeddleError: "file-not-found", "file-not-readable", "file-too-large".
+        HeddleError: "file-not-found", "file-not-readable", "file-too-large", "checkpoint-broken" for one beside an adapter.
     """
     path = Path(folder) / CONFIG
     if not path.is_file():
@@ -119,6 +126,16 @@ def read_config(folder: Path | str) -> dict[str, Any]:
         raise HeddleError(
             "file-not-found", f"{folder} is no model folder: it has no {CONFIG}", where=_at(path), hint=hint
         )
+    adapter = path.with_name(ADAPTER)
+    if adapter.exists():
+        # transformers would follow it, to another folder or to a hub, and load that model's weights.
+        told = (
+            f"{ADAPTER} beside {CONFIG} makes transformers load the model that it names in place of this one"
+        )
+        hint = (
+            "merge the adapter into the model (merge_and_unload of peft) and save that, or take the file away"
+        )
+        raise HeddleError("checkpoint-broken", told, where=_at(adapter), hint=hint)
     return read_json(path)
 
 
@@ -143,13 +160,23 @@ def require_trust(folder: Path | str, *, trusted: bool) -> None:
     tokenizer = Path(folder) / TOKENIZER_CONFIG
     told |= {TOKENIZER_CONFIG: read_json(tokenizer)} if tokenizer.is_file() else {}
     for file, config in told.items():
-        if config.get("auto_map") and not trusted:
+        key = _foreign_code(config)
+        if key is not None and not trusted:
             raise HeddleError(
                 "untrusted-code",
-                f"{folder} brings its own code, and loading it would run that",
-                where=Where(file=str(Path(folder) / file), path="auto_map"),
+                f"{folder} brings its own code, and loading it would run that"
+                if key == "auto_map"
+                else f"{folder} names code of a hub ({config[key]}), and loading it would fetch and run that",
+                where=Where(file=str(Path(folder) / file), path=key),
                 hint="read the Python files in it; if you made or trust them, say --trust-remote-code",
             )
+
+
+def _foreign_code(config: Mapping[str, Any]) -> str | None:
+    """The key of a configuration that makes transformers run code other than its own: the folder's, or kernels of a hub."""
+    if config.get("auto_map"):
+        return "auto_map"
+    return next((key for key in IMPLEMENTATIONS if "/" in str(config.get(key, ""))), None)
 
 
 def _stored(folder: Path) -> dict[str, Stored]:

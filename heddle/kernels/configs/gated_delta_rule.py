@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from heddle.kernels.configs.launch import Launch
+from heddle.kernels.configs.launch import BySize, Launch
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,23 +27,9 @@ class Plan:
         return self.solve.chunk
 
 
-@dataclass(frozen=True, slots=True)
-class Family:
-    """What a device family runs: for two- and four-byte elements, and for states taller than `TALL`, which need room."""
-
-    half: Plan
-    half_tall: Plan
-    wide: Plan
-    wide_tall: Plan
-
-    def plan(self, element: int, rows: int) -> Plan:
-        """The launches for an element size and a state of `rows` rows."""
-        if element > 2:
-            return self.wide_tall if rows > TALL else self.wide
-        return self.half_tall if rows > TALL else self.half
+Family = BySize[Plan]
 
 
-TALL = 128
 HOPPER = Family(
     half=Plan(
         solve=Launch(chunk=64, columns=64, warps=4, stages=1),

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from heddle.kernels.configs.launch import Launch
+from heddle.kernels.configs.launch import BySize, Launch
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,23 +28,7 @@ class Plan:
         return self.prepare.chunk
 
 
-@dataclass(frozen=True, slots=True)
-class Family:
-    """What a device family runs: for two- and four-byte elements, and for heads larger than `TALL`, which need room."""
-
-    half: Plan
-    half_tall: Plan
-    wide: Plan
-    wide_tall: Plan
-
-    def plan(self, element: int, size: int) -> Plan:
-        """The launches for an element size and the larger head size."""
-        if element > 2:
-            return self.wide_tall if size > TALL else self.wide
-        return self.half_tall if size > TALL else self.half
-
-
-TALL = 128
+Family = BySize[Plan]
 
 
 def _even(launch: Launch, *, inverse: str = "tf32x3", **others: Launch) -> Plan:

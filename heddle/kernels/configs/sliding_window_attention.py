@@ -5,9 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from heddle.kernels.configs.launch import Launch
-
-TALL = 128
+from heddle.kernels.configs.launch import BySize, Launch
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,26 +21,15 @@ class Plan:
     keys: Launch
 
 
-@dataclass(frozen=True, slots=True)
-class Family:
-    """What a device family runs: for two- and four-byte elements, and for heads larger than `TALL`, which need room.
+@dataclass(frozen=True)
+class Family(BySize[Plan]):
+    """The keys of a step are split where there are fewer programs than `places` a multiprocessor.
 
-    The keys of a step are split where there are fewer programs than `places` a multiprocessor. `descriptors`: 1 where tiles that
-    are walked over are loaded by tensor descriptors, 0 where by pointers
+    `descriptors`: 1 where tiles that are walked over are loaded by tensor descriptors, 0 where by pointers
     """
 
-    half: Plan
-    half_tall: Plan
-    wide: Plan
-    wide_tall: Plan
     places: int = 2
     descriptors: int = 0
-
-    def plan(self, element: int, size: int) -> Plan:
-        """The launches for an element size and the larger head size."""
-        if element > 2:
-            return self.wide_tall if size > TALL else self.wide
-        return self.half_tall if size > TALL else self.half
 
 
 def _even(launch: Launch) -> Plan:
