@@ -273,6 +273,7 @@ def _told(node: Node) -> str:
 
 
 def _fields(data: Mapping[str, Any]) -> str:
-    """`attention(heads=4, window=8)`"""
-    fields = ", ".join(f"{key}={value}" for key, value in data.items() if key != "kind")
+    """`attention(heads=4, window=8)`; what is not set is not told."""
+    told = {key: value for key, value in data.items() if key != "kind" and value is not None}
+    fields = ", ".join(f"{key}={value}" for key, value in told.items())
     return f"{data['kind']}({fields})"

@@ -102,7 +102,7 @@ def _attend(
         attn_mask=mask,
         is_causal=is_causal,
         scale=scale,
-        enable_gqa=q.shape[1] != k.shape[1],
+        enable_gqa=bool(q.shape[1] != k.shape[1]),
     )
     if q.device.type != "cuda":
         return call(q, k, v)

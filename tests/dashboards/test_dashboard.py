@@ -270,7 +270,8 @@ def test_benchmark_rows_are_shown_beside_peers(make_run: MakeRun) -> None:
     seen = get(asked, "/kernels?device=NVIDIA+H100+80GB+HBM3&op=decay_attention")
     assert "fla" in seen.text
     assert "× heddle, same run" in seen.text
-    assert [figure["name"] for figure in seen.figures] == ["kernels-fwd", "kernels-fwdbwd", "kernels-decode"]
+    phases = ("fwd", "fwdbwd", "decode", "decode_graph")
+    assert [figure["name"] for figure in seen.figures] == [f"kernels-{phase}" for phase in phases]
     without = client(Path(__file__).parent)
     assert "There is no such page" in get(without, "/kernels", 404).text
 

@@ -92,7 +92,8 @@ def test_a_decode_step_after_more_context_takes_longer(workers: Workers) -> None
     short, long = (
         workers.call(call, model(2, hidden=128), Place("decode", 2, context)) for context in (64, 65_536)
     )
-    assert long.median_ms > 2 * short.median_ms
+    # Others on these cores slow most steps, few of them the tenth that is fastest.
+    assert long.p10_ms > 2 * short.p10_ms
 
 
 def test_a_row_says_how_it_was_taken_and_goes_through_json() -> None:

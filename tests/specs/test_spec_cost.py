@@ -182,6 +182,7 @@ def test_resolving_changes_no_cost_and_leaves_nothing_open(fields: dict[str, Any
             "grid",
             "lower_bound",
             "local",
+            "norm_eps",
         )
     }
 

@@ -98,7 +98,7 @@ ONE: list[tuple[str, str, str]] = [
         "a.yaml:8:47: blocks.linear.mixer.window: there is no field 'window' here   [unknown-field]  | window is a"
         " field of attention, liger, local_linear_attention, mla; known here: kind, heads, head_dim, value_heads, value_dim,"
         " short_conv,"
-        " negative_eigenvalues",
+        " negative_eigenvalues, norm_eps",
     ),
     # Kinds.
     (

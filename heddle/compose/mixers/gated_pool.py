@@ -66,7 +66,10 @@ class GatedPoolModule(nn.Module):
 
     def filled_cache(self, batch: int, context: int, like: Tensor) -> StateLayer:
         """A cache of random states after `context` tokens, whose step repeats."""
-        return filled_memory((batch, self.heads, self.head_dim + 2), context, like)
+        cache = filled_memory((batch, self.heads, self.head_dim + 2), context, like)
+        # The sum of weights, by which all else is divided.
+        cache.states[MEMORY][..., -2].abs_().add_(1.0)
+        return cache
 
     def kernel_path(self, device: torch.device, dtype: torch.dtype) -> str:  # noqa: ARG002
         """The name of the code that does the mixing."""
