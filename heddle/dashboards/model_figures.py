@@ -7,11 +7,13 @@ from typing import Any
 
 from heddle.dashboards import data, words
 from heddle.dashboards.axes import Z
-from heddle.dashboards.figures import FRONT, LINES, WINNER, Figure, escape, layout, slug
+from heddle.dashboards.figures import FRONT, LINES, TRAINED, WINNER, Figure, escape, layout, slug
 from heddle.search.placement_terms import Term, Terms
 from heddle.search.record import Trial
 from heddle.specs.palette import look_of
 
+# Marks of plotly that are told apart at the size of a point.
+SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x")
 # Field of a layer's costs, its name, its unit.
 COSTS = (
     ("parameters", "Parameters", "parameters"),
@@ -123,7 +125,9 @@ def terms(found: Terms) -> list[Figure]:
     for index, (kind, row) in enumerate(found.singles.items()):
         line: dict[str, Any] = {"type": "scatter", "mode": "lines+markers", "name": escape(kind)}
         line |= {"x": list(range(len(row))), "y": [term.mean for term in row], "error_y": _spread(row)}
-        traces.append(line | {"line": {"dash": LINES[index % len(LINES)]}})
+        # A block is no mixer, whose colours are taken.
+        look = {"line": {"color": TRAINED, "dash": LINES[index % len(LINES)]}}
+        traces.append(line | look | {"marker": {"color": TRAINED, "symbol": SYMBOLS[index % len(SYMBOLS)]}})
     unit = "mean normalised score"
     said = f"Worth of a block at a layer, against {found.baseline} there; bars are 95 % intervals"
     drawn = layout("layer", unit) | {"showlegend": True}

@@ -132,6 +132,9 @@ def add_costs(
             alt=f"Graph of {len(layers)} layers with shared blocks and what layers take from each other",
         )  # fmt: skip
         page.add(sections.section("Graph", element("details", element("summary", "Show the graph"), picture)))
+    else:
+        told = f"Graphs of more than {LAYERS_OF_GRAPH} layers are not drawn here; heddle show SPEC --graph svg draws them."
+        page.add(sections.section("Graph", sections.note(told)))
 
 
 def _predicted(page: Page, watched: Watched, run: Run, trial: Trial) -> None:

@@ -7,8 +7,11 @@ import re
 import pytest
 
 from heddle.dashboards.bars import HEIGHT, bars
+from heddle.dashboards.data import Cell
 from heddle.dashboards.figures import Figure, layout
+from heddle.dashboards.frame import Page
 from heddle.dashboards.model_figures import costs
+from heddle.dashboards.trial_pages import add_costs
 
 
 def _layers(mixers: list[str], values: list[float]) -> list[dict[str, object]]:
@@ -49,6 +52,14 @@ def test_equal_neighbours_of_a_thousand_layers_are_one_bar() -> None:
     drawn = _drawn(["attention"] * 500 + ["mamba2"] * 500, [64.0] * 1000)
     assert drawn.count("<rect") == 2
     assert "layers 500 to 999: mamba2, 64 B" in drawn
+
+
+def test_a_graph_too_large_to_draw_is_said_to_be() -> None:
+    for count, told in ((200, "Show the graph"), (201, "heddle show SPEC --graph svg")):
+        page = Page("a trial")
+        cells = [Cell(at, "full", "attention") for at in range(count)]
+        add_costs(page, cells, _layers(["attention"] * count, [64.0] * count), (4096, 1), "graph.svg")
+        assert told in str(page.sections[-1])
 
 
 def test_nothing_but_zeros_has_an_axis_all_the_same() -> None:

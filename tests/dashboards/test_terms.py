@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from seen import client, get
 
+from heddle.dashboards.figures import TRAINED
+from heddle.dashboards.model_figures import terms
 from heddle.search.placement_terms import LEAST, MOST, placement_terms
 from heddle.search.record import Run, Score, read_run
 
@@ -70,3 +72,11 @@ def test_the_page_shows_the_terms_in_figures_and_in_a_table(make_run: MakeRun) -
     assert [figure["name"] for figure in seen.figures][2:] == ["terms-layers", "terms-pairs"]
     assert "against linear there" in seen.figures[2]["caption"]  # type: ignore[operator]
     assert "full → linear" in seen.text
+
+
+def test_blocks_take_no_colour_of_a_mixer(make_run: MakeRun) -> None:
+    found = placement_terms(_run(make_run(), lambda layers: 0.1 * (layers[2] == "full")))
+    assert found is not None
+    lines = terms(found)[0].data
+    assert {line["line"]["color"] for line in lines} == {TRAINED}
+    assert len({line["marker"]["symbol"] for line in lines}) == len(lines)
