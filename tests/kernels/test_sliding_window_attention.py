@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from held import assert_held, over_settings
 from torch import Tensor
 
 from heddle.errors import HeddleError
-from heddle.kernels import force_path, watch_paths
-from heddle.kernels.accuracy import EPSILON, worst_error
+from heddle.kernels import force_path
+from heddle.kernels.accuracy import EPSILON
 from heddle.kernels.common.tuning import tuning
-from heddle.kernels.op import INTERPRETED, LIBRARY
+from heddle.kernels.op import LIBRARY
 from heddle.kernels.sliding_window_attention import (
     sliding_window_attention,
     sliding_window_attention_reference,
@@ -76,31 +77,12 @@ def results(
 
 
 def assert_right(given: Given, dtype: torch.dtype, device: str, **overrides: Any) -> None:
-    """Every result within twice the error of plain torch, or of the exact one once it is rounded."""
+    """Every result within the tolerance of the exact one."""
     given = given | {name: given[name].to(dtype).double() for name in WANTED}
     exact = results(sliding_window_attention_reference, given, torch.float64, "cpu")
-    with watch_paths() as seen, tuning(**overrides):
-        found = results(sliding_window_attention, given, dtype, device)
-    path = seen[-1][1]
-    assert path == ("triton" if INTERPRETED or device == "cuda" else "torch")
-    with force_path("torch"):
-        plain = results(sliding_window_attention, given, dtype, device)
-    for name, tensor in exact.items():
-        baseline = plain[name] if path == "triton" else tensor.to(dtype)
-        error, worst = worst_error(found[name], tensor, timed=True)
-        allowed, _ = worst_error(baseline, tensor, timed=True)
-        assert error <= 2 * allowed + EPSILON[dtype], f"{name}: {error:.2e}, {allowed:.2e}, {worst}"
-
-
-def _settings() -> list[Any]:
-    here = (torch.float32, torch.float16) if INTERPRETED else (torch.float32,)
-    gpu = (torch.float32, torch.float16, torch.bfloat16)
-    return [pytest.param("cpu", dtype, id=f"cpu-{dtype}") for dtype in here] + [
-        pytest.param("cuda", dtype, id=f"cuda-{dtype}", marks=pytest.mark.gpu) for dtype in gpu
-    ]
-
-
-over_settings = pytest.mark.parametrize(("device", "dtype"), _settings())
+    assert_held(
+        exact, lambda: results(sliding_window_attention, given, dtype, device), dtype, device, **overrides
+    )
 
 
 @over_settings

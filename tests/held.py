@@ -1,0 +1,47 @@
+"""Results of an op held to its reference on each device and dtype: for ops whose contract is not that of tests/contracts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from heddle.kernels import force_path, watch_paths
+from heddle.kernels.accuracy import EPSILON, worst_error
+from heddle.kernels.common.tuning import tuning
+from heddle.kernels.op import INTERPRETED
+
+Results = Mapping[str, Tensor]
+
+
+def settings() -> list[Any]:
+    """Devices and dtypes: on a CPU those of plain torch, or of the interpreter; on a GPU all."""
+    here = (torch.float32, torch.float16) if INTERPRETED else (torch.float32,)
+    gpu = (torch.float32, torch.float16, torch.bfloat16)
+    return [pytest.param("cpu", dtype, id=f"cpu-{dtype}") for dtype in here] + [
+        pytest.param("cuda", dtype, id=f"cuda-{dtype}", marks=pytest.mark.gpu) for dtype in gpu
+    ]
+
+
+over_settings = pytest.mark.parametrize(("device", "dtype"), settings())
+
+
+def assert_held(
+    exact: Results, run: Callable[[], Results], dtype: torch.dtype, device: str, **overrides: Any
+) -> None:
+    """Every result of `run` within twice the error of plain torch, or of the exact one once it is rounded."""
+    with watch_paths() as seen, tuning(**overrides):
+        found = run()
+    path = seen[-1][1]
+    assert path == ("triton" if INTERPRETED or device == "cuda" else "torch")
+    with force_path("torch"):
+        plain = run()
+    for name, tensor in exact.items():
+        timed = tensor.dim() == 4
+        baseline = plain[name] if path == "triton" else tensor.to(dtype)
+        error, worst = worst_error(found[name], tensor, timed=timed)
+        allowed, _ = worst_error(baseline, tensor, timed=timed)
+        assert error <= 2 * allowed + EPSILON[dtype], f"{name}: {error:.2e}, {allowed:.2e}, {worst}"
