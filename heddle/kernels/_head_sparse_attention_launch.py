@@ -235,8 +235,8 @@ class Call:
     def _splits(self, programs: int, keys: int) -> int:
         """Into how many parts keys are split: into one where tiles alone fill the device."""
         table, processors = _device(self.q.device)
-        wanted = table.places * processors // programs
-        return tuned("splits", max(1, min(wanted, triton.cdiv(self.S, keys), MOST_SPLITS)))
+        wanted, most = table.places * processors // programs, -(-self.S // keys)
+        return tuned("splits", max(1, min(wanted, most, MOST_SPLITS)))
 
 
 def _with_room(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 from held import assert_held, over_settings
 from torch import Tensor
+from toys import mixer_of, noise
 
+from heddle.compose.cache import Call
 from heddle.errors import HeddleError
-from heddle.kernels import force_path
+from heddle.kernels import force_path, watch_paths
 from heddle.kernels.accuracy import EPSILON
 from heddle.kernels.common.tuning import tuning
 from heddle.kernels.configs.launch import Launch
@@ -275,6 +278,48 @@ def test_torch_knows_the_op_and_its_gradients(device: str) -> None:
         results(one, given, torch.float32, device) for one in (compiled, head_sparse_attention)
     )
     assert all((found[name] - expected[name]).abs().max() <= EPSILON[torch.float32] for name in expected)
+
+
+def mixed(moh: Any, x: Tensor, step: int | None = None) -> dict[str, Tensor]:
+    """Output and gradients of the mixer; with `step`, the output after a prefill of so many tokens, token by token."""
+    places = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
+    if step is None:
+        y = moh(x, Call(places))
+        upstream = torch.linspace(-1, 1, y.numel(), device=x.device, dtype=y.dtype).view_as(y)
+        parameters = dict(moh.named_parameters())
+        found = torch.autograd.grad(y, [*parameters.values()], upstream, allow_unused=True)
+        return {"y": y.detach(), **dict(zip(parameters, found, strict=True))}
+    cache, parts = moh.new_cache(), []
+    with torch.no_grad():
+        for begin, end in pairwise([0, *range(step, x.shape[1] + 1)]):
+            parts.append(moh(x[:, begin:end], Call(places[:, begin:end], cache=cache)))
+            cache.advance(end - begin)
+    return {"y": torch.cat(parts, dim=1)}
+
+
+@over_settings
+@pytest.mark.parametrize("router", ["learned", "norms"])
+@pytest.mark.parametrize("step", [None, 20])
+def test_the_mixer_gives_with_kernels_what_it_gives_without(
+    step: int | None, router: str, device: str, dtype: torch.dtype
+) -> None:
+    inner = {"kind": "attention", "heads": 4, "kv_heads": 2, "gate": True}
+    moh = mixer_of(32, "moh", mixer=inner, shared_heads=1, active=1, router=router).to(device, dtype).train()
+    x = noise(2, 24, 32).to(device, dtype)
+    with watch_paths() as seen:
+        found = mixed(moh, x, step)
+    # Straight through, heads that are off have gradients as well: then all are computed.
+    routed = (INTERPRETED or device == "cuda") and not (router == "norms" and step is None)
+    assert {path for name, path in seen if name == "head_sparse_attention"} == (
+        {"triton"} if routed else set()
+    )
+    with force_path("torch"):
+        plain = mixed(moh, x, step)
+    exact = mixed(moh.double(), x.double(), step)
+    for name, one in exact.items():
+        if one is not None:
+            allowed = 2 * (plain[name] - one).norm() + EPSILON[dtype] * one.norm()
+            assert (found[name] - one).norm() <= allowed, name
 
 
 def refused(**change: Any) -> str:
