@@ -31,7 +31,7 @@ from heddle.kernels.configs.launch import Launch
 # Into how many parts the keys of a tile are split at most.
 MOST_SPLITS = 32
 # Tokens and heads that a program of the lists reads, and pieces whose counts it reads at a time.
-PIECE, LIST_HEADS, PIECES = 256, 16, 128
+PIECE, LIST_HEADS, PIECES = 128, 16, 128
 
 
 @functools.cache
