@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from heddle.kernels._head_sparse_attention_fwd import FAR, hide, hide_keys, keys_of_tile, rows_of_tile
+from heddle.kernels._head_sparse_attention_fwd import hide, hide_keys, keys_of_tile, rows_of_tile
 from heddle.kernels.common.jit import LOG2_E, load_tile
 
 LENGTHS = ("T", "S", "tiles", "stride_sb")
@@ -137,13 +137,15 @@ def _head_sparse_attention_bwd_key_kernel(
         seen = tl.load(seen_ptr + b * stride_sb + key, mask=inside, other=0) != 0
     # Queries from the first that sees any of these keys, up to the end of the last key's sequence.
     from_query, to_query = tl.maximum(first - shift, 0), T
-    whole_end = tl.where(first + KEYS <= S, first + KEYS, FAR)
+    # From this query on all see all of them; without one, no query does.
+    whole_query = tl.minimum(tl.maximum(first + KEYS - 1 - shift, 0), T)
+    has_whole = first + KEYS <= S
     if VARLEN:
         last = tl.minimum(first + KEYS, S) - 1
         to_query = tl.load(ends_ptr + last)
-        whole_end = tl.where(tl.load(begins_ptr + last) <= first, whole_end, FAR)
+        has_whole = has_whole & (tl.load(begins_ptr + last) <= first)
     if SEEN:
-        whole_end = FAR
+        has_whole = False
     factor = scale * LOG2_E
     dk = tl.zeros([KEYS, ROWS_K], tl.float32)
     dv = tl.zeros([KEYS, ROWS_V], tl.float32)
@@ -153,46 +155,23 @@ def _head_sparse_attention_bwd_key_kernel(
         row = b * H + h
         from_slot = tl.load(before_ptr + row * (T + 1) + from_query)
         to_slot = tl.load(before_ptr + row * (T + 1) + to_query)
-        list_ptr = entries_ptr + row * T
+        whole_slot = tl.load(before_ptr + row * (T + 1) + whole_query)
+        whole_slot = tl.where(has_whole, whole_slot, to_slot)
         for index in range(0, tl.cdiv(to_slot - from_slot, ROWS)):
             slot = from_slot + index * ROWS
             present = slot + rows < to_slot
             q = load_tile(
-                q_rows_ptr + row * T * K,
-                q_tiles,
-                b,
-                h,
-                slot,
-                0,
-                K,
-                present,
-                columns_k,
-                in_k,
-                ROWS,
-                ROWS_K,
-                TILES,
-            )
+                q_rows_ptr + row * T * K, q_tiles, b, h, slot, 0, K, present, columns_k, in_k, ROWS, ROWS_K, TILES
+            )  # fmt: skip
             g = load_tile(
-                g_rows_ptr + row * T * V,
-                g_tiles,
-                b,
-                h,
-                slot,
-                0,
-                V,
-                present,
-                columns_v,
-                in_v,
-                ROWS,
-                ROWS_V,
-                TILES,
-            )
+                g_rows_ptr + row * T * V, g_tiles, b, h, slot, 0, V, present, columns_v, in_v, ROWS, ROWS_V, TILES
+            )  # fmt: skip
             lse = tl.load(lse_rows_ptr + row * T + slot + rows, mask=present, other=float("inf"))
             delta = tl.load(delta_rows_ptr + row * T + slot + rows, mask=present, other=0.0)
             s = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [KEYS, ROWS]
             # A query that is not there has the weight 2^-inf.
-            if shift + tl.load(list_ptr + slot) + 1 < whole_end:
-                token = tl.load(list_ptr + slot + rows, mask=present, other=0)
+            if slot < whole_slot:
+                token = tl.load(entries_ptr + row * T + slot + rows, mask=present, other=0)
                 begin = tl.zeros_like(token)
                 if VARLEN:
                     begin = tl.load(begins_ptr + token, mask=present, other=0)

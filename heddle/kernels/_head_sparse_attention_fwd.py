@@ -179,10 +179,10 @@ def _head_sparse_attention_fwd_kernel(
             inside = first + i < S
             k = load_tile(
                 k_ptr, k_tiles, b, n, first, 0, stride_kt, inside, columns_k, in_k, KEYS, ROWS_K, TILES
-            )
+            )  # fmt: skip
             v = load_tile(
                 v_ptr, v_tiles, b, n, first, 0, stride_vt, inside, columns_v, in_v, KEYS, ROWS_V, TILES
-            )
+            )  # fmt: skip
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             s = hide_keys(s, seen_ptr, place, begin, first + i, S, SEEN, VARLEN)
             most, total, sums = fold(s, v, most, total, sums, factor, PRECISION)
