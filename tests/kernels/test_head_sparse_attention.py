@@ -65,7 +65,6 @@ FORMS: dict[str, Callable[[], Given]] = {
     "ragged": lambda: drawn(T=11, S=83, G=3, d=5, V=40, active=3),
     "padded": lambda: padded(drawn(T=70, S=80, B=2)),
     "packed": lambda: {**drawn(T=100, S=100), "cu_seqlens": torch.tensor([0, 1, 70, 70, 100])},
-    "many heads": lambda: drawn(T=33, S=33, N=20, G=1, active=7),
     "one": lambda: drawn(T=1, S=9),
     "63": lambda: drawn(T=63, S=63, N=1),
     "64": lambda: drawn(T=64, S=64, N=1),
@@ -115,9 +114,9 @@ def test_results_and_gradients_are_those_of_the_reference(form: str, device: str
 
 
 @over_settings
-@pytest.mark.parametrize("descriptors", [0, 1])
-@pytest.mark.parametrize("apart", [0, 1])
-@pytest.mark.parametrize("form", ["ragged", "packed"])
+@pytest.mark.parametrize(
+    ("form", "apart", "descriptors"), [("ragged", 0, 0), ("ragged", 1, 1), ("packed", 1, 1), ("packed", 0, 0)]
+)
 def test_tiles_are_the_same_by_pointers_and_by_descriptors_and_in_two_loops(
     form: str, apart: int, descriptors: int, device: str, dtype: torch.dtype
 ) -> None:
@@ -200,8 +199,9 @@ def test_steps_give_what_the_whole_gives() -> None:
         assert (head_sparse_attention(**step) - whole[:, :, t : t + 1]).abs().max() < EPSILON[torch.float64]
 
 
-def test_later_tokens_change_nothing() -> None:
-    given = drawn(T=90, S=90, active=3)
+@over_settings
+def test_later_tokens_change_no_bit(device: str, dtype: torch.dtype) -> None:
+    given = {name: x.to(device, dtype) for name, x in drawn(T=90, S=90, active=3).items()}
     before = head_sparse_attention(**given)
     changed = {name: given[name].clone() for name in WANTED}
     for name in ("q", "k", "v"):
