@@ -232,7 +232,9 @@ def phases(function: Callable[..., Tensor], given: Given, *wanted: str) -> dict[
 
 
 def work(shape: dict[str, int], phase: str) -> float:
-    """FLOP of the heads that are chosen: two products forward, five backward."""
+    """FLOP of the heads that are chosen: two products forward, five backward; of a step the bytes of their keys and values."""
+    if phase == "decode_graph":
+        return 1.0 * shape["B"] * shape["S"] * shape["active"] * (shape["K"] + shape["V"]) * HALF.itemsize
     pairs = shape["T"] * (shape["S"] - (shape["T"] - 1) / 2) * shape["B"] * shape["active"]
     return 2.0 * pairs * (shape["K"] + shape["V"]) * (3.5 if phase == "fwdbwd" else 1.0)
 
@@ -244,7 +246,8 @@ class Bench:
     log: Log
     file: Path
     header: Row
-    ceiling: float = 0.0
+    tflops: float = 0.0
+    gbps: float = 0.0
     times: dict[tuple[str, str, int], float] = field(default_factory=dict)
 
     def __call__(self, impl: str, phase: str, shape: dict[str, int], call: Callable[[], object]) -> float:
@@ -260,10 +263,11 @@ class Bench:
             "impl": impl,
             "phase": phase,
             "shape": shape,
-            "dtype": str(HALF),
+            "dtype": str(HALF).removeprefix("torch."),
         }
         if phase in ("fwd", "fwdbwd") and "hidden" not in shape and impl != "lists":
-            about["tflops"] = work(shape, phase) / found["ms"] / 1e9
+            done = {**shape, "active": shape["H"]} if impl == "cudnn" else shape
+            about["tflops"] = work(done, phase) / found["ms"] / 1e9
         with self.file.open("a") as file:
             file.write(json.dumps({**self.header, **about, **found}) + "\n")
         sizes = " ".join(f"{name}={shape[name]}" for name in ("B", "T", "S", "hidden") if name in shape)
@@ -293,6 +297,9 @@ def speed(bench: Bench, late: Late, name: str, best: dict[str, Any]) -> None:
         given = drawn(shape)
         for impl, function in (("cudnn", cudnn), (name, ours)):
             bench(impl, "decode_graph", shape, phases(function, given)["fwd"])
+        for splits in (1, 4, 16, 32):
+            with tuning(splits=splits):
+                bench(f"heddle, in {splits} parts", "decode_graph", shape, phases(ours, given)["fwd"])
 
 
 def sweep(bench: Bench, late: Late) -> dict[str, Any]:
@@ -373,18 +380,19 @@ def mixer_of(hidden: int, fields: dict[str, Any]) -> Any:
 
 
 def told(bench: Bench) -> Iterator[str]:
-    """Ratios to dense attention, and shares of the floor that the measured ceiling of products sets."""
-    rivals = {"heddle": "cudnn", "heddle, best launches": "cudnn", "layer, moh": "layer, dense"}
+    """Ratios to dense attention, and shares of the floor that FLOP (of a step bytes) set at the measured ceiling."""
+    rivals = {"layer, moh": "layer, dense", "layer, moh, all heads": "layer, dense"}
     for (impl, phase, size), ms in bench.times.items():
-        dense = bench.times.get((rivals.get(impl, ""), phase, size))
-        if dense is None:
+        is_layer = impl.startswith("layer")
+        dense = bench.times.get((rivals.get(impl, "" if is_layer else "cudnn"), phase, size))
+        if dense is None or "Launch" in impl or impl in ("cudnn", "lists", "router"):
             continue
-        shape = next((one for one in SHAPES if one["T"] * one["B"] + one["S"] == size), None)
-        line = f"{impl:24} {phase:12} {ms:9.4f} ms, dense {dense:9.4f}, ratio {dense / ms:.2f}"
-        if shape is not None and not impl.startswith("layer"):
-            floor = work(shape, phase) / bench.ceiling / 1e9
-            line += f", floor {floor:.4f} (share {floor / ms:.2f}) of {bench.ceiling:.0f} TFLOP/s"
-        yield f"{line}  {'' if shape is None else (shape['B'], shape['T'])}"
+        shape = next(one for one in (*SHAPES, *STEPS) if one["T"] * one["B"] + one["S"] == size)
+        line = f"{impl:22} {phase:12} {shape['B']:2} x {shape['S']:6} {ms:9.4f} ms, dense {dense:9.4f}, ratio {dense / ms:.2f}"
+        if not is_layer:
+            floor = work(shape, phase) / (1e6 * bench.gbps if phase == "decode_graph" else 1e9 * bench.tflops)
+            line += f", floor {floor:.4f}, share {floor / ms:.2f}"
+        yield line
 
 
 def warm(index: int) -> None:
@@ -434,7 +442,7 @@ def main() -> int:
         for process in [subprocess.Popen([*command, str(index)]) for index in range(WORKERS)]:
             process.wait()
     done("warm")
-    bench.ceiling = max(float(row["tflops"] or 0.0) for row in ceilings(DEVICE))
+    bench.gbps, bench.tflops = (float(row["gbps"] or row["tflops"]) for row in ceilings(DEVICE))
     correctness(log, late(0.65))
     done("correctness")
     speed(bench, late(0.75), "heddle", {})
@@ -443,6 +451,7 @@ def main() -> int:
     done("sweep")
     speed(bench, late(0.97), "heddle, best launches", best)
     layers(bench, late(1.0), best)
+    log(f"ceilings: {bench.tflops:.0f} TFLOP/s, {bench.gbps:.0f} GB/s")
     for line in (*told(bench), f"best launches: {best}", *log.wrong):
         log(line)
     log(f"{len(log.wrong)} wrong, {time.monotonic() - begin:.0f} s")
