@@ -68,7 +68,7 @@ def build_causal_lm(
         raise HeddleError(
             "bad-argument", "a causal language model is needed here, and this spec is of an encoder"
         )
-    return _made(HeddleForCausalLM, config_for(model), seed, device, dtype, draw)
+    return _made(HeddleForCausalLM, config_for(model), seed, device, dtype, draw=draw)
 
 
 M = TypeVar("M", bound=HeddlePreTrainedModel)
@@ -80,6 +80,7 @@ def _made(
     seed: int,
     device: str | torch.device,
     dtype: torch.dtype,
+    *,
     draw: Draw = "cpu",
 ) -> M:
     there = torch.device(device)
