@@ -24,6 +24,7 @@ from heddle.kernels._head_sparse_attention_lists import (
     _head_sparse_attention_fill_kernel,
 )
 from heddle.kernels.common.layout import aligned, block, narrower, room, strides, wider
+from heddle.kernels.common.tables import table_on
 from heddle.kernels.common.tuning import tuned
 from heddle.kernels.configs.head_sparse_attention import INTERPRETER, Family, Plan, family
 from heddle.kernels.configs.launch import Launch
@@ -37,10 +38,7 @@ PIECE, LIST_HEADS, PIECES = 128, 16, 128
 @functools.cache
 def _device(device: torch.device) -> tuple[Family, int]:
     """Configurations and multiprocessors."""
-    if device.type != "cuda":
-        return INTERPRETER, 1
-    seen = torch.cuda.get_device_properties(device)
-    return family((seen.major, seen.minor)), seen.multi_processor_count
+    return table_on(device, "head_sparse_attention", INTERPRETER, family)
 
 
 def plan(device: torch.device, element: int, size: int) -> Plan:
