@@ -101,8 +101,7 @@ def _rat_scan_bwd_kernel(
                 gates = gates + (g,)
                 of_values = of_values + (x_less,)
                 of_keys = of_keys + (k_less,)
-            for j in tl.static_range(INNER):
-                i: tl.constexpr = INNER - 1 - j
+            for i in tl.static_range(INNER - 1, -1, -1):
                 t = first + begins + i
                 there = (t >= 0) & (t < length) & (begins + i < chunk)
                 mask = there[:, None] & in_d
