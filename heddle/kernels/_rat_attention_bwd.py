@@ -85,7 +85,18 @@ def _rat_attention_bwd_query_kernel(
             keys_ptr, keys_tiles, b, h, base + first, stride_sc, inside, columns, in_d, KEYS, ROWS_D, TILES
         )
         v = load_rows(
-            values_ptr, values_tiles, b, h, base + first, stride_wc, inside, columns, in_d, KEYS, ROWS_D, TILES
+            values_ptr,
+            values_tiles,
+            b,
+            h,
+            base + first,
+            stride_wc,
+            inside,
+            columns,
+            in_d,
+            KEYS,
+            ROWS_D,
+            TILES,
         )
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [ROWS, KEYS]
         if first + KEYS > first_limit:
@@ -145,7 +156,18 @@ def _rat_attention_bwd_key_kernel(
             q_ptr, q_tiles, b, h % G, begin + from_row, stride_qt, present, columns, in_d, ROWS, ROWS_D, TILES
         )
         d_out = load_rows(
-            d_out_ptr, d_out_tiles, b, h, begin + from_row, stride_gt, present, columns, in_d, ROWS, ROWS_D, TILES
+            d_out_ptr,
+            d_out_tiles,
+            b,
+            h,
+            begin + from_row,
+            stride_gt,
+            present,
+            columns,
+            in_d,
+            ROWS,
+            ROWS_D,
+            TILES,
         )
         lse = tl.load(lse_ptr + at_head + t, mask=present, other=float("inf"))
         delta = tl.load(delta_ptr + at_head + t, mask=present, other=0.0)

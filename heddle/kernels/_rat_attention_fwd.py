@@ -111,7 +111,18 @@ def _rat_attention_fwd_kernel(
             keys_ptr, keys_tiles, b, h, base + first, stride_sc, inside, columns, in_d, KEYS, ROWS_D, TILES
         )
         v = load_rows(
-            values_ptr, values_tiles, b, h, base + first, stride_wc, inside, columns, in_d, KEYS, ROWS_D, TILES
+            values_ptr,
+            values_tiles,
+            b,
+            h,
+            base + first,
+            stride_wc,
+            inside,
+            columns,
+            in_d,
+            KEYS,
+            ROWS_D,
+            TILES,
         )
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [ROWS, KEYS]
         if first + KEYS > first_limit:

@@ -183,9 +183,7 @@ def _narrower(x: Tensor, size: int) -> Tensor:
     return x if size == x.shape[-1] else x[..., :size].contiguous()
 
 
-def _call(
-    sides: Sides, cu_seqlens: Tensor | None, numbers: Numbers
-) -> Call:
+def _call(sides: Sides, cu_seqlens: Tensor | None, numbers: Numbers) -> Call:
     """Head sizes as the kernels take them, by zeros, which change nothing."""
     size = room(sides[0].shape[3], sides[0].device)
     q, key, value, keys, values = (_wider(x, size) for x in sides)
@@ -225,7 +223,5 @@ def launch_backward(
     """Gradients of q, key, value, keys and values; arguments as those of the registered op."""
     call = _call((q, key, value, keys, values), cu_seqlens, Numbers(scale, chunk, start))
     d_out, out = (_wider(x, call.D) for x in (d_out.to(q.dtype), out))
-    dq, d_key, d_value, d_keys, d_values = (
-        _narrower(x, q.shape[3]) for x in call.backward(d_out, out, lse)
-    )
+    dq, d_key, d_value, d_keys, d_values = (_narrower(x, q.shape[3]) for x in call.backward(d_out, out, lse))
     return dq, d_key, d_value, d_keys, d_values

@@ -11,7 +11,8 @@ from heddle.kernels._rat_attention_launch import launch_backward, launch_forward
 from heddle.kernels.op import register
 
 _INPUTS = (
-    "Tensor q, Tensor key, Tensor value, Tensor keys, Tensor values, Tensor? cu_seqlens, float scale, SymInt chunk, SymInt start"
+    "Tensor q, Tensor key, Tensor value, Tensor keys, Tensor values, "
+    "Tensor? cu_seqlens, float scale, SymInt chunk, SymInt start"
 )
 
 

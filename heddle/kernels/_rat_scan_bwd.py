@@ -41,7 +41,7 @@ def _rat_scan_bwd_kernel(
     if VARLEN:
         length = tl.where(n < 0, 0, length)
         b = tl.zeros((), tl.int64)
-    slot, first = tokens_of(tile, length, chunk, off, CHUNKS)
+    slot, first = tokens_of(tile, chunk, off, CHUNKS)
     columns = tl.arange(0, ROWS)
     in_d = (columns < D)[None, :]
     partner, cos, sin = rotation_of(cos_ptr, sin_ptr, slot, columns, TURNED)
@@ -86,6 +86,7 @@ def _rat_scan_bwd_kernel(
                 value += tl.load(past_at + columns[None, :], mask=goes_on, other=0.0)
                 key += tl.load(past_at + H * D + columns[None, :], mask=goes_on, other=0.0)
             gates = ()
+            rests = ()
             of_values = ()
             of_keys = ()
             for i in tl.static_range(INNER):
@@ -93,14 +94,15 @@ def _rat_scan_bwd_kernel(
                 there = (t >= 0) & (t < length) & (begins + i < chunk)
                 mask = there[:, None] & in_d
                 token = t.to(tl.int64)
-                g = gate_of(gate_ptr, token, stride_gt, columns, bias, there, mask)
+                g, rest = gate_of(gate_ptr, token, stride_gt, columns, bias, there, mask)
                 x_less = value - load_wide(x_ptr, token, stride_xt, columns, mask)
                 k_less = key - load_wide(k_ptr, token, stride_kt, columns, mask)
-                value -= (1.0 - g) * x_less
-                key -= (1.0 - g) * k_less
-                gates = gates + (g,)
-                of_values = of_values + (x_less,)
-                of_keys = of_keys + (k_less,)
+                value -= rest * x_less
+                key -= rest * k_less
+                gates = (*gates, g)
+                rests = (*rests, rest)
+                of_values = (*of_values, x_less)
+                of_keys = (*of_keys, k_less)
             for i in tl.static_range(INNER - 1, -1, -1):
                 t = first + begins + i
                 there = (t >= 0) & (t < length) & (begins + i < chunk)
@@ -122,9 +124,8 @@ def _rat_scan_bwd_kernel(
                 r_key += tl.load(running_at + H * D + columns[None, :], mask=last, other=0.0)
                 g = gates[i]
                 at = of_head + (token * H * D)[:, None] + columns[None, :]
-                dx = (1.0 - g) * r_value
-                dk = (1.0 - g) * r_key
-                # A place without a token has the gate 1.
+                dx = rests[i] * r_value
+                dk = rests[i] * r_key
                 d_gate = g * (dx * of_values[i] + dk * of_keys[i])
                 tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
                 tl.store(dk_ptr + at, dk.to(dk_ptr.dtype.element_ty), mask=mask)

@@ -24,7 +24,7 @@ LENGTHS = ("T", "S", "tiles", "chunk", "off", "from_place", "to_place")
 
 
 @triton.jit
-def tokens_of(tile, length, chunk, off, CHUNKS: tl.constexpr):
+def tokens_of(tile, chunk, off, CHUNKS: tl.constexpr):
     """The chunks of a tile, and the token at their first place: negative before the call, or behind the sequence."""
     slot = tile * CHUNKS + tl.arange(0, CHUNKS)
     return slot, slot * chunk - off
@@ -51,9 +51,14 @@ def load_wide(x_ptr, token, stride, columns, mask):
 
 @triton.jit
 def gate_of(gate_ptr, token, stride, columns, bias, there, mask):
-    """σ(gate + bias), and 1 where there is no token."""
+    """g = σ(gate + bias) and 1 - g, which a difference would round off near 0; 1 and 0 where there is no token."""
     raw = load_wide(gate_ptr, token, stride, columns, mask) + bias[None, :]
-    return tl.where(there[:, None], tl.sigmoid(raw), 1.0)
+    small = tl.exp(-tl.abs(raw))
+    larger = 1.0 / (1.0 + small)
+    smaller = small * larger
+    g = tl.where(raw >= 0.0, larger, smaller)
+    rest = tl.where(raw >= 0.0, smaller, larger)
+    return tl.where(there[:, None], g, 1.0), tl.where(there[:, None], rest, 0.0)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -80,7 +85,7 @@ def _rat_scan_fwd_kernel(
         # Of room that no sequence needs there is nothing to do.
         length = tl.where(n < 0, 0, length)
         b = tl.zeros((), tl.int64)
-    slot, first = tokens_of(tile, length, chunk, off, CHUNKS)
+    slot, first = tokens_of(tile, chunk, off, CHUNKS)
     columns = tl.arange(0, ROWS)
     in_d = (columns < D)[None, :]
     partner, cos, sin = rotation_of(cos_ptr, sin_ptr, slot, columns, TURNED)
@@ -122,13 +127,13 @@ def _rat_scan_fwd_kernel(
                 at = ((b * rows + (begin + token) // INNER) * 2 * H + h) * D
                 tl.store(inner_ptr + at[:, None] + columns[None, :], value, mask=kept)
                 tl.store(inner_ptr + (at + H * D)[:, None] + columns[None, :], key, mask=kept)
-            g = gate_of(gate_ptr, token, stride_gt, columns, bias, there, mask)
-            value = g * value + (1.0 - g) * load_wide(x_ptr, token, stride_xt, columns, mask)
-            key = g * key + (1.0 - g) * load_wide(k_ptr, token, stride_kt, columns, mask)
+            g, rest = gate_of(gate_ptr, token, stride_gt, columns, bias, there, mask)
+            value = g * value + rest * load_wide(x_ptr, token, stride_xt, columns, mask)
+            key = g * key + rest * load_wide(k_ptr, token, stride_kt, columns, mask)
             turned = key
             if TURNED > 0:
-                g = gate_of(gate_ptr, token, stride_gt, partner, partner_bias, there, mask)
-                other = g * other + (1.0 - g) * load_wide(k_ptr, token, stride_kt, partner, mask)
+                g, rest = gate_of(gate_ptr, token, stride_gt, partner, partner_bias, there, mask)
+                other = g * other + rest * load_wide(k_ptr, token, stride_kt, partner, mask)
                 turned = key * cos + other * sin
             at = (((b * T + begin + token) * H + h) * D)[:, None] + columns[None, :]
             tl.store(value_ptr + at, value.to(value_ptr.dtype.element_ty), mask=mask)

@@ -152,9 +152,7 @@ def launch_forward(
     start: int,
 ) -> tuple[Tensor, ...]:
     """Results of the op, and what its backward pass wants; arguments as those of the registered op."""
-    call = Call(
-        (k, x, gate), gate_bias, (cos, sin), past, cu_seqlens=cu_seqlens, chunk=chunk, start=start
-    )
+    call = Call((k, x, gate), gate_bias, (cos, sin), past, cu_seqlens=cu_seqlens, chunk=chunk, start=start)
     return call.forward(q)
 
 
@@ -178,9 +176,7 @@ def launch_backward(
     start: int,
 ) -> Gradients:
     """Gradients of q, k, x, gate, gate_bias and past; arguments as those of the registered op."""
-    call = Call(
-        (k, x, gate), gate_bias, (cos, sin), past, cu_seqlens=cu_seqlens, chunk=chunk, start=start
-    )
+    call = Call((k, x, gate), gate_bias, (cos, sin), past, cu_seqlens=cu_seqlens, chunk=chunk, start=start)
     found = call.backward((d_turned, d_key, d_value, d_keys, d_values, d_running), inner)
     # A state that nothing went on from has no gradient.
     return found if call.past is not None or past is None else (*found[:5], torch.zeros_like(past))

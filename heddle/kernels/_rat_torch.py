@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from heddle.kernels.common.chunks import attend_in_blocks, gated_scan
+from heddle.kernels.common.chunks import attend_in_blocks, gated_scan, gates
 from heddle.kernels.op import wide_dtype
 
 
@@ -19,7 +19,9 @@ def turn(x: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
     return torch.cat((first * cos + torch.cat((-high, low), dim=-1) * sin, rest), dim=-1)
 
 
-def places_of(tokens: int, start: int, cu_seqlens: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
+def places_of(
+    tokens: int, start: int, cu_seqlens: Tensor | None, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """Of each token its place in its sequence, and where that begins.  Shapes:  out: two of [T] int64"""
     token = torch.arange(tokens, device=device)
     if cu_seqlens is None:
@@ -44,12 +46,12 @@ def scan(
 ) -> tuple[Tensor, ...]:
     """What `rat_scan` gives; arguments as those of the registered op."""
     wide, (B, T, H, _) = wide_dtype(x.dtype), x.shape
-    place, begin = places_of(T, start, cu_seqlens, x.device)
+    place, _ = places_of(T, start, cu_seqlens, x.device)
     # Head h reads group h mod G.
     pair = torch.stack((x.to(wide), k.to(wide).repeat(1, 1, H // k.shape[2], 1)), dim=2).flatten(3)
-    g = torch.sigmoid(gate.to(wide) + gate_bias.to(wide)).flatten(2)[:, :, None]
+    g, rest = gates((gate.to(wide) + gate_bias.to(wide)).flatten(2)[:, :, None])
     before = None if past is None or start % chunk == 0 else past.flatten(2).to(wide)
-    states = gated_scan(pair, g, (place % chunk == 0)[None], before, min(chunk, T))
+    states = gated_scan(rest * pair, g, (place % chunk == 0)[None], before, min(chunk, T))
     rows = place // chunk - start // chunk
     rotation = None if cos is None or sin is None else (cos[rows][None, :, None], sin[rows][None, :, None])
     value, key = states.view(B, T, 2, H, -1).unbind(2)

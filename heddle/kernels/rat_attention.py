@@ -111,7 +111,9 @@ def _work(shape: Shape, phase: Phase, element: int) -> Work:
     seen = L * whole * (whole - 1) // 2 + rest * whole - L * before * (before - 1) // 2 - after * before + T
     tokens = B * T * (2 * H + shape["G"]) * K + 2 * B * H * K * ((start + T) // L)
     times, more = (3.5, 2) if phase == "fwdbwd" else (1.0, 0)
-    return Work(int(times * 4 * B * H * K * seen), (tokens * (1 + more) + B * T * H * K * (1 + more)) * element)
+    return Work(
+        int(times * 4 * B * H * K * seen), (tokens * (1 + more) + B * T * H * K * (1 + more)) * element
+    )
 
 
 _WIDE = {"H": 16, "G": 2, "K": 128, "chunk": 16}
@@ -178,7 +180,7 @@ def rat_attention(
         raise HeddleError("bad-argument", f"{name}: q, key, value, keys and values must have one dtype")
     check_packing(name, B, T, cu_seqlens)
     least = (start + T - 1) // chunk if cu_seqlens is None else -(-T // chunk)
-    if S < least:
+    if least > S:
         raise HeddleError("bad-argument", f"{name}: {S} summaries, and queries see up to {least}")
     own, rows = (B, T, H, d), (B, H, S, d)
     shapes = {"q": (q, (B, T, G, d)), "value": (value, own), "keys": (keys, rows), "values": (values, rows)}

@@ -193,14 +193,20 @@ def rat_scan(
     """
     name = "rat_scan"
     if q.dim() != 4 or x.dim() != 4 or x.shape[1] < 1:
-        raise HeddleError("bad-argument", f"{name}: q, k, x, gate must be [B, T, heads, d], at least one token")
+        raise HeddleError(
+            "bad-argument", f"{name}: q, k, x, gate must be [B, T, heads, d], at least one token"
+        )
     (B, T, H, d), G = x.shape, q.shape[2]
     if H % G:
         raise HeddleError("bad-argument", f"{name}: {G} groups do not divide {H} heads")
     if chunk < 1 or start < 0:
-        raise HeddleError("bad-argument", f"{name}: chunk {chunk} must be positive, start {start} not negative")
+        raise HeddleError(
+            "bad-argument", f"{name}: chunk {chunk} must be positive, start {start} not negative"
+        )
     if cu_seqlens is not None and (start or past is not None):
-        raise HeddleError("bad-argument", f"{name}: packed sequences begin with their first token: no start, no past")
+        raise HeddleError(
+            "bad-argument", f"{name}: packed sequences begin with their first token: no start, no past"
+        )
     if start % chunk and past is None:
         raise HeddleError("bad-argument", f"{name}: a call that begins inside a chunk needs past")
     if not q.dtype == k.dtype == x.dtype == gate.dtype:
@@ -209,14 +215,20 @@ def rat_scan(
     numbers = -(-(start % chunk + T) // chunk)
     cos, sin = (None, None) if rotation is None else rotation
     turned = 0 if cos is None else cos.shape[-1]
-    shared, own, table = (B, T, G, d), (B, T, H, d), (numbers if cu_seqlens is None else -(-T // chunk), turned)
+    shared, own, table = (
+        (B, T, G, d),
+        (B, T, H, d),
+        (numbers if cu_seqlens is None else -(-T // chunk), turned),
+    )
     shapes = {
         "q": (q, shared), "k": (k, shared), "x": (x, own), "gate": (gate, own), "gate_bias": (gate_bias, (H, d)),
         "rotation[0]": (cos, table), "rotation[1]": (sin, table), "past": (past, (B, 2, H, d)),
     }  # fmt: skip
     check_shapes(name, shapes)
     if turned % 2 or turned > d:
-        raise HeddleError("bad-argument", f"{name}: {turned} channels turn, and it must be an even number up to {d}")
+        raise HeddleError(
+            "bad-argument", f"{name}: {turned} channels turn, and it must be an even number up to {d}"
+        )
     wide = wide_dtype(x.dtype)
     cos, sin, past = (None if side is None else side.to(wide) for side in (cos, sin, past))
     return _op(q, k, x, gate, gate_bias.to(wide), cos, sin, past, cu_seqlens, chunk, start)  # type: ignore[no-any-return]

@@ -376,7 +376,9 @@ def _launch(case: Case) -> Launch:
 def _descriptor(name: str, dtype: str, constants: dict[str, Any]) -> str:
     """Of tiles that are walked over: of keys and values, or of queries and gradients of outputs."""
     rows = constants["KEYS" if name in ("k_tiles", "v_tiles", "keys_tiles", "values_tiles") else "ROWS"]
-    columns = constants.get("ROWS_D") or constants["ROWS_V" if name in ("v_tiles", "d_out_tiles") else "ROWS_K"]
+    columns = (
+        constants.get("ROWS_D") or constants["ROWS_V" if name in ("v_tiles", "d_out_tiles") else "ROWS_K"]
+    )
     return f"tensordesc<{dtype}[1, 1, {rows}, {columns}]>"
 
 

@@ -16,10 +16,10 @@ from heddle.compose.cache import Call
 from heddle.compose.init import initialise
 from heddle.compose.mixers.attention import AttentionModule
 from heddle.compose.mixers.rat import CLOSED, RatModule
-from heddle.kernels.common import chunks
-from heddle.kernels.common.chunks import attend_with_own
 from heddle.compose.modules.site import Site
 from heddle.kernels.accuracy import EPSILON, worst_error
+from heddle.kernels.common import chunks
+from heddle.kernels.common.chunks import attend_with_own
 from heddle.specs import Site as SpecSite
 from heddle.specs.mixers import Rat
 

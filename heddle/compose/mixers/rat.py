@@ -93,8 +93,8 @@ class RatModule(Initialised, Float32Kept):
         # Each channel fades by its own gate, so the heads of a group have keys of their own.
         q, k = (side.repeat(1, 1, self.heads // side.shape[2], 1) for side in (q, k))
         carried = torch.stack((wide(x), wide(k)), dim=2).flatten(3)
-        gate = torch.sigmoid(wide(g).flatten(2) + self.gate_bias)[:, :, None]
-        running = chunks.scan(carried, gate, call.state("running"))
+        raw = (wide(g).flatten(2) + self.gate_bias)[:, :, None]
+        running = chunks.scan(carried, raw, call.state("running"))
         own_value, own_key = running.unflatten(-1, (self.heads, -1)).unbind(2)
         query, own_key = (_turned(side, tables, q.dtype) for side in (q, own_key))
         own_value = own_value.to(x.dtype).transpose(1, 2)

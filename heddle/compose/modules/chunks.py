@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from heddle.compose.cache import Call
-from heddle.kernels.common.chunks import attend_in_blocks, gated_scan
+from heddle.kernels.common.chunks import attend_in_blocks, gated_scan, gates
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +42,14 @@ class Chunks:
         begins, ends = place % length == 0, place % length == length - 1
         return cls(length, start, place // length, begins & real, ends & real, real)
 
-    def scan(self, x: Tensor, gate: Tensor, past: Tensor | None) -> Tensor:
-        """y_t = g_t * y_{t-1} + (1 - g_t) * x_t, from 0 where a chunk begins; padding leaves y as it is.
+    def scan(self, x: Tensor, raw: Tensor, past: Tensor | None) -> Tensor:
+        """y_t = g_t * y_{t-1} + (1 - g_t) * x_t, g = sigmoid(raw), from 0 where a chunk begins; padding leaves y as it is.
 
-        Shapes:  x, out: [B, T, N, C];  gate: [B, T, 1, C], both at least float32;  past: [B, N, C], y before this call
+        Shapes:  x, out: [B, T, N, C];  raw: [B, T, 1, C], both at least float32;  past: [B, N, C], y before this call
         """
-        gate = gate.masked_fill(~self.real[..., None, None], 1.0)
-        return gated_scan(x, gate, self.begins, past, x.shape[1])
+        (gate, rest), hidden = gates(raw), ~self.real[..., None, None]
+        written = (rest * x).masked_fill(hidden, 0.0)
+        return gated_scan(written, gate.masked_fill(hidden, 1.0), self.begins, past, x.shape[1])
 
     def summaries(self, rows: Tensor, past: Tensor | None) -> Tensor:
         """What chunks came to: the rows of earlier calls, then those with which a chunk ends.

@@ -14,16 +14,18 @@ from heddle.kernels.op import wide_dtype
 QUERIES = 4096
 
 
-def gated_scan(x: Tensor, gate: Tensor, begins: Tensor, past: Tensor | None, reach: int) -> Tensor:
-    """y_t = g_t * y_{t-1} + (1 - g_t) * x_t, from 0 at a token that `begins` a chunk; chunks have at most `reach` tokens.
+def gated_scan(written: Tensor, gate: Tensor, begins: Tensor, past: Tensor | None, reach: int) -> Tensor:
+    """y_t = g_t * y_{t-1} + w_t, w what is `written`, from 0 at a token that `begins` a chunk.
+
+    A chunk has at most `reach` tokens.
 
     Doubling: after step s, y_t holds the terms of the last 2^s tokens and a_t is the product of their gates. Nothing is
     divided, so a product that underflows only drops what has no weight.
 
-    Shapes:  x, out: [B, T, N, C];  gate: [B, T, 1, C], both at least float32;  begins: [1 or B, T] bool
+    Shapes:  written, out: [B, T, N, C];  gate: [B, T, 1, C], both at least float32;  begins: [1 or B, T] bool
              past: [B, N, C], y before the first token
     """
-    y, a = (1 - gate) * x, gate.masked_fill(begins[..., None, None], 0.0)
+    y, a = written, gate.masked_fill(begins[..., None, None], 0.0)
     if past is not None:
         y = torch.cat((y[:, :1] + a[:, :1] * past[:, None], y[:, 1:]), dim=1)
     step = 1
@@ -32,6 +34,11 @@ def gated_scan(x: Tensor, gate: Tensor, begins: Tensor, past: Tensor | None, rea
         a = torch.cat((a[:, :step], a[:, step:] * a[:, :-step]), dim=1)
         step *= 2
     return y
+
+
+def gates(raw: Tensor) -> tuple[Tensor, Tensor]:
+    """g = sigmoid(raw) and 1 - g, each with all its digits where it is near 0, and so are their gradients."""
+    return F.logsigmoid(raw).exp(), F.logsigmoid(-raw).exp()
 
 
 def attend_with_own(
