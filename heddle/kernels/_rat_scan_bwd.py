@@ -44,7 +44,7 @@ def _rat_scan_bwd_kernel(
     slot, first = tokens_of(tile, chunk, off, CHUNKS)
     columns = tl.arange(0, ROWS)
     in_d = (columns < D)[None, :]
-    partner, cos, sin = rotation_of(cos_ptr, sin_ptr, slot, columns, TURNED)
+    partner, cos, sin = rotation_of(cos_ptr, sin_ptr, slot, first < length, columns, TURNED)
     if h >= H:
         group = h - H
         of_group = (b * T + begin) * G * D + group * D
@@ -99,10 +99,11 @@ def _rat_scan_bwd_kernel(
                 k_less = key - load_wide(k_ptr, token, stride_kt, columns, mask)
                 value -= rest * x_less
                 key -= rest * k_less
-                gates = (*gates, g)
-                rests = (*rests, rest)
-                of_values = (*of_values, x_less)
-                of_keys = (*of_keys, k_less)
+                # The compiler knows no other way to lengthen a tuple.
+                gates = gates + (g,)  # noqa: RUF005
+                rests = rests + (rest,)  # noqa: RUF005
+                of_values = of_values + (x_less,)  # noqa: RUF005
+                of_keys = of_keys + (k_less,)  # noqa: RUF005
             for i in tl.static_range(INNER - 1, -1, -1):
                 t = first + begins + i
                 there = (t >= 0) & (t < length) & (begins + i < chunk)

@@ -31,10 +31,10 @@ def tokens_of(tile, chunk, off, CHUNKS: tl.constexpr):
 
 
 @triton.jit
-def rotation_of(cos_ptr, sin_ptr, slot, columns, TURNED: tl.constexpr):
+def rotation_of(cos_ptr, sin_ptr, slot, there, columns, TURNED: tl.constexpr):
     """Partner of each channel, and what turns: x_j cos_j + s_j x_partner sin_j with the sign s in `sin` already."""
     half: tl.constexpr = TURNED // 2
-    inside = (columns < TURNED)[None, :]
+    inside = there[:, None] & (columns < TURNED)[None, :]
     partner = tl.where(columns < half, columns + half, tl.where(columns < TURNED, columns - half, columns))
     at = (slot * TURNED)[:, None] + columns[None, :]
     cos = tl.load(cos_ptr + at, mask=inside, other=1.0)
@@ -88,7 +88,7 @@ def _rat_scan_fwd_kernel(
     slot, first = tokens_of(tile, chunk, off, CHUNKS)
     columns = tl.arange(0, ROWS)
     in_d = (columns < D)[None, :]
-    partner, cos, sin = rotation_of(cos_ptr, sin_ptr, slot, columns, TURNED)
+    partner, cos, sin = rotation_of(cos_ptr, sin_ptr, slot, first < length, columns, TURNED)
     if h >= H:
         group = h - H
         q_ptr += b * stride_qb + begin * stride_qt + group * stride_qh

@@ -15,7 +15,7 @@ from heddle.kernels.common.layout import strides
 from heddle.kernels.common.segments import lay_out
 from heddle.kernels.common.tuning import tuned
 from heddle.kernels.configs.launch import Launch
-from heddle.kernels.configs.rat_scan import INTERPRETER, Family, family
+from heddle.kernels.configs.rat_scan import INTERPRETER, PART, Family, family
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -28,7 +28,7 @@ def _family(device: torch.device) -> Family:
 
 
 def plan(device: torch.device) -> Family:
-    """The launches on `device`; overrides come first, and both passes take the parts of the backward pass."""
+    """The launches on `device`; overrides come first."""
     table = _family(device)
     return Family(tuned("scan_forward", table.forward), tuned("scan_backward", table.backward))
 
@@ -36,6 +36,11 @@ def plan(device: torch.device) -> Family:
 def _loaded(x: Tensor) -> Tensor:
     """As the kernels read it: channels side by side."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def parts(chunk: int, length: int) -> int:
+    """Places for the states before the parts of chunks, one for PART tokens."""
+    return -(-length // PART) if chunk > PART else 0
 
 
 class Call:
@@ -63,7 +68,7 @@ class Call:
         self.rotation = [self.bias if side is None else side.float().contiguous() for side in (cos, sin)]
         # No place is beyond this, and products with it stay in 32 bits.
         self.chunk = min(chunk, start + self.T + 1)
-        self.off = start % self.chunk
+        self.off, self.parts = start % self.chunk, parts(chunk, self.T)
         self.past = None if past is None or self.off == 0 else past.float().contiguous()
         self.plan = plan(self.x.device)
         packed = cu_seqlens is not None
@@ -77,7 +82,7 @@ class Call:
         """Programs along time, tables of packed sequences, numbers of the call, and what kernels are compiled for."""
         slots, rows = -(-(self.off + self.T) // self.chunk), triton.next_power_of_2(self.D)
         chunks = min(max(1, launch.columns // rows), triton.next_power_of_2(slots))
-        inner = min(self.plan.backward.chunk, triton.next_power_of_2(self.chunk))
+        inner = min(PART, triton.next_power_of_2(self.chunk))
         within = self.off + self.T <= self.chunk
         places = (self.off, self.off + self.T) if within else (0, self.chunk)
         if self.cu_seqlens is None:
@@ -90,7 +95,7 @@ class Call:
         numbers = [self.T, self.sums, each, self.chunk, self.off, *places]
         constants = {
             "H": self.H, "G": self.G, "D": self.D, "ROWS": rows, "TURNED": self.turned, "CHUNKS": chunks, "INNER": inner,
-            "KEEP": self.chunk > inner, "HAS_PAST": self.past is not None, "VARLEN": self.cu_seqlens is not None,
+            "KEEP": self.parts > 0, "HAS_PAST": self.past is not None, "VARLEN": self.cu_seqlens is not None,
         }  # fmt: skip
         return count, tables, numbers, constants
 
@@ -106,8 +111,7 @@ class Call:
             # Rows between sequences, and the states of empty ones, are written by nobody.
             for room in (keys, values, running):
                 room.zero_()
-        parts = -(-T // constants["INNER"]) if constants["KEEP"] else 0
-        inner = self.empty(B, parts, 2, H, D, dtype=torch.float32)
+        inner = self.empty(B, self.parts, 2, H, D, dtype=torch.float32)
         past = self.bias if self.past is None else self.past
         _rat_scan_fwd_kernel[(count, H + self.G)](
             q, self.k, self.x, self.gate, self.bias, *self.rotation, past,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from heddle.kernels._rat_scan_launch import launch_backward, launch_forward
+from heddle.kernels._rat_scan_launch import launch_backward, launch_forward, parts
 from heddle.kernels.op import register
 
 RESULTS = 6
@@ -35,7 +35,7 @@ def _like(
     rows, states = (B, H, sums, D), (count, 2, H, D)
     return (
         q.new_empty(q.shape), x.new_empty(x.shape), x.new_empty(x.shape), x.new_empty(rows), x.new_empty(rows),
-        gate_bias.new_empty(states, dtype=torch.float32), x.new_empty((B, 0, 2, H, D), dtype=torch.float32),
+        gate_bias.new_empty(states, dtype=torch.float32), x.new_empty((B, parts(chunk, T), 2, H, D), dtype=torch.float32),
     )  # fmt: skip
 
 

@@ -248,7 +248,7 @@ def _rat_constants(case: Case, launch: Launch) -> dict[str, Any]:
     if case.op == "rat_scan":
         constants |= {
             "ROWS": rows, "TURNED": case.K, "CHUNKS": max(1, launch.columns // rows), "KEEP": case.many,
-            "INNER": rat_scan.HOPPER.backward.chunk, "HAS_PAST": not case.many,
+            "INNER": rat_scan.PART, "HAS_PAST": not case.many,
         }  # fmt: skip
     names = KERNELS[case.op, case.kernel].arg_names
     return {name: value for name, value in constants.items() if name in names}

@@ -57,10 +57,10 @@ FORMS: dict[str, Callable[[], Given]] = {
     "one token": lambda: drawn(turned=6, chunk=1, T=20),
     "goes on": lambda: drawn(start=8),
     "at its beginning": lambda: drawn(start=10, T=9),
-    "long chunk": lambda: drawn(start=7, chunk=100),
+    "long chunk": lambda: drawn(H=2, G=1, start=7, chunk=20),
     "step": lambda: drawn(T=1, start=3, chunk=16),
     "step that ends": lambda: drawn(T=1, start=4),
-    "packed": lambda: drawn(B=1, T=70, chunk=16, bounds=[0, 1, 34, 34, 70]),
+    "packed": lambda: drawn(B=1, H=2, G=1, T=40, chunk=9, bounds=[0, 1, 14, 14, 40]),
     "shut": lambda: drawn(T=20, chunk=8, bias=-30.0),
     "open": lambda: drawn(T=20, chunk=8, bias=12.0),
 }
@@ -154,7 +154,7 @@ def test_pieces_give_what_the_whole_gives(device: str, dtype: torch.dtype) -> No
 def test_two_runs_are_equal_to_the_bit_whatever_is_in_fresh_memory(
     device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cases = (drawn(T=24), drawn(start=8, T=13, chunk=20), drawn(B=1, T=40, chunk=16, bounds=[0, 9, 40]))
+    cases = (drawn(T=9), drawn(B=1, H=2, start=8, T=13, chunk=20), drawn(B=1, H=2, T=20, bounds=[0, 9, 20]))
 
     def run() -> list[dict[str, Tensor]]:
         return [results(rat_scan, given, torch.float32, device) for given in cases]
@@ -166,9 +166,11 @@ def test_two_runs_are_equal_to_the_bit_whatever_is_in_fresh_memory(
 
 
 @over_settings
-def test_parts_of_chunks_and_tiles_of_any_size_are_right(device: str, dtype: torch.dtype) -> None:
-    launch = Launch(chunk=2, columns=8, warps=4, stages=1)
-    assert_right(drawn(T=17, start=8, chunk=7), dtype, device, scan_forward=launch, scan_backward=launch)
+def test_tiles_of_any_size_are_right(device: str, dtype: torch.dtype) -> None:
+    launch = Launch(chunk=16, columns=8, warps=4, stages=1)
+    assert_right(
+        drawn(B=1, H=2, G=1, T=17, start=8, chunk=7), dtype, device, scan_forward=launch, scan_backward=launch
+    )
 
 
 @over_settings

@@ -6,30 +6,27 @@ from dataclasses import dataclass
 
 from heddle.kernels.configs.launch import Launch
 
+# Places of a chunk whose gates stay in registers on the way back; the forward pass keeps the state before each so many.
+PART = 16
+
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """The launches of one device family. `columns`: channels that a program holds, those of some chunks of a head
-
-    `chunk` of `backward`: places of a chunk whose gates stay in registers, a power of two; the forward pass keeps the state
-    before each so many.
-    """
+    """The launches of one device family. `columns`: channels that a program holds, those of some chunks of a head"""
 
     forward: Launch
     backward: Launch
 
 
 HOPPER = Family(
-    forward=Launch(chunk=16, columns=1024, warps=4, stages=1),
-    # Three numbers of a place and channel in registers: more than two channels a thread would spill.
-    backward=Launch(chunk=16, columns=256, warps=4, stages=1),
+    forward=Launch(chunk=PART, columns=1024, warps=4, stages=1),
+    # Four numbers of each place and channel in registers: more than two channels a thread would spill.
+    backward=Launch(chunk=PART, columns=256, warps=4, stages=1),
 )
 OTHER = HOPPER
 # The interpreter pays by the operation, whatever the size of the tiles.
-INTERPRETER = Family(
-    forward=Launch(chunk=4, columns=4096, warps=4, stages=1),
-    backward=Launch(chunk=4, columns=4096, warps=4, stages=1),
-)
+_INTERPRETED = Launch(chunk=PART, columns=4096, warps=4, stages=1)
+INTERPRETER = Family(_INTERPRETED, _INTERPRETED)
 
 
 def family(capability: tuple[int, int]) -> Family:
