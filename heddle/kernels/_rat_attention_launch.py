@@ -144,7 +144,7 @@ class Call:
         )  # fmt: skip
         d_keys, d_values = self._of_summaries(d_out, lse, delta)
         # Head h reads group h mod G.
-        dq = dq.transpose(1, 2).unflatten(2, (-1, self.q.shape[1])).sum(2)
+        dq = dq.transpose(1, 2).view(self.B, self.T, -1, self.q.shape[1], self.D).sum(2)
         return dq, d_key.transpose(1, 2), d_value.transpose(1, 2), d_keys, d_values
 
     def _of_summaries(self, d_out: Tensor, lse: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:

@@ -51,7 +51,10 @@ def flex(length: int, device: torch.device) -> Attend:
     def seen(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:  # noqa: ARG001
         return key <= query
 
-    mask = create_block_mask(seen, None, None, length, length, device=str(device)) if length > 1 else None
+    mask = None
+    if length > 1:
+        compiled = device.type == "cuda"
+        mask = create_block_mask(seen, None, None, length, length, device=str(device), _compile=compiled)
     return lambda q, k, v: run(q, k, v, block_mask=mask)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -73,12 +73,15 @@ class RatModule(Initialised, Float32Kept):
         """Rows whose chunks lie alike.  Shapes:  x, g, out: [B, T, H, d];  q, k: [B, T, groups, d]"""
         start, running = 0 if call.cache is None else call.cache.get_seq_length(), call.state("running")
         earlier, numbers = start // self.chunk, -(-(start % self.chunk + x.shape[1]) // self.chunk)
-        index = torch.arange(earlier, earlier + numbers, device=x.device)[None]
-        tables = self._tables(call, index, ("numbers", earlier, numbers))
+        tables = self._tables(
+            call,
+            lambda: torch.arange(earlier, earlier + numbers, device=x.device)[None],
+            ("numbers", earlier, numbers),
+        )
         q, key, value, keys, values, running = rat_scan(
             q, k, x, g, gate_bias=self.gate_bias.view(self.heads, -1), chunk=self.chunk, start=start,
             rotation=None if tables is None else (tables[0][0, :, 0], tables[1][0, :, 0]),
-            past=None if running is None else running.unflatten(-1, (self.heads, -1)),
+            past=None if running is None else running.view(*running.shape[:-1], self.heads, -1),
         )  # fmt: skip
         keys, values = (
             _after(call.state(name), earlier, new) for name, new in (("keys", keys), ("values", values))
@@ -89,13 +92,13 @@ class RatModule(Initialised, Float32Kept):
     def _by_chunks(self, x: Tensor, g: Tensor, q: Tensor, k: Tensor, *, call: Call) -> Tensor:
         """The same with padding, by which chunks lie elsewhere in each row: in plain torch.  Shapes:  as there"""
         chunks = Chunks.of(call, self.chunk)
-        tables = self._tables(call, chunks.index, ("chunks", chunks.start))
+        tables = self._tables(call, lambda: chunks.index, ("chunks", chunks.start))
         # Each channel fades by its own gate, so the heads of a group have keys of their own.
         q, k = (side.repeat(1, 1, self.heads // side.shape[2], 1) for side in (q, k))
         carried = torch.stack((wide(x), wide(k)), dim=2).flatten(3)
         raw = (wide(g).flatten(2) + self.gate_bias)[:, :, None]
         running = chunks.scan(carried, raw, call.state("running"))
-        own_value, own_key = running.unflatten(-1, (self.heads, -1)).unbind(2)
+        own_value, own_key = running.view(*running.shape[:-1], self.heads, -1).unbind(2)
         query, own_key = (_turned(side, tables, q.dtype) for side in (q, own_key))
         own_value = own_value.to(x.dtype).transpose(1, 2)
         keys = chunks.summaries(own_key, call.state("keys"))
@@ -104,14 +107,14 @@ class RatModule(Initialised, Float32Kept):
         call.keep(keys=keys, values=values, running=running[:, -1].clone())
         return chunks.attend(query, keys, values, (own_key, own_value)).transpose(1, 2)
 
-    def _tables(self, call: Call, index: Tensor, what: tuple[Any, ...]) -> Tables | None:
-        """Cosines and sines at the numbers of chunks, `what` they are among others.  Shapes:  index: [1 or B, *]"""
+    def _tables(self, call: Call, index: Callable[[], Tensor], what: tuple[Any, ...]) -> Tables | None:
+        """Cosines and sines at the numbers of chunks, `what` they are among others.  Shapes:  index(): [1 or B, *]"""
         if self.rope is None:
             return None
         turned, theta = int(self.rope["fraction"] * self.head_dim), float(self.rope["theta"])
         scaling = scaling_key(self.rope.get("scaling"))
         key = ("rotary of chunks", self.chunk, *what, turned, theta, scaling)
-        return call.once(key, lambda: rotary_tables(index, turned, theta, scaling))
+        return call.once(key, lambda: rotary_tables(index(), turned, theta, scaling))
 
     def initialise(self, std: float) -> None:  # noqa: ARG002 - gates begin with horizons of up to a chunk
         if self.chunk == 1:
