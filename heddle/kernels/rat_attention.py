@@ -22,6 +22,7 @@ from heddle.kernels.op import (
     Traits,
     Work,
     check_shapes,
+    heads_together,
     normal,
     op,
     register_composite,
@@ -89,6 +90,7 @@ _op = register_composite(
     "(Tensor q, Tensor key, Tensor value, Tensor keys, Tensor values, Tensor? cu_seqlens, float scale, SymInt chunk, "
     "SymInt start) -> Tensor",
     _dispatch,
+    under_vmap=heads_together("rat_attention", (2, 2, 2, 1, 1, None, None, None, None), (2,)),
 )
 
 

@@ -22,6 +22,7 @@ from heddle.kernels.op import (
     Traits,
     Work,
     check_shapes,
+    heads_together,
     normal,
     op,
     register_composite,
@@ -115,6 +116,9 @@ _op = register_composite(
     "(Tensor q, Tensor k, Tensor x, Tensor gate, Tensor gate_bias, Tensor? cos, Tensor? sin, Tensor? past, "
     f"Tensor? cu_seqlens, SymInt chunk, SymInt start) -> ({', '.join(['Tensor'] * 6)})",
     _dispatch,
+    under_vmap=heads_together(
+        "rat_scan", (2, 2, 2, 2, 0, None, None, 2, None, None, None), (2, 2, 2, 1, 1, 2)
+    ),
 )
 
 

@@ -6,6 +6,7 @@ the real ones.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -13,10 +14,14 @@ import pytest
 import torch
 from held import assert_held, over_settings
 from torch import Tensor
+from toys import call_at
 
+from heddle.compose.init import initialise
+from heddle.compose.mixers.rat import RatModule
+from heddle.compose.modules.site import Site as RuntimeSite
 from heddle.errors import HeddleError
 from heddle.kernels import force_path
-from heddle.kernels.accuracy import EPSILON
+from heddle.kernels.accuracy import EPSILON, worst_error
 from heddle.kernels.common.tuning import tuning
 from heddle.kernels.configs.launch import Launch
 from heddle.kernels.dense_attention import dense_attention_reference
@@ -195,6 +200,29 @@ def test_torch_knows_the_op_and_its_gradients(device: str) -> None:
     compiled = torch.compile(rat_attention, fullgraph=True, backend="aot_eager")
     found, expected = (results(one, given, torch.float32, device) for one in (compiled, rat_attention))
     assert all((found[name] - expected[name]).abs().max() <= EPSILON[torch.float32] for name in expected)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@torch.no_grad()
+def test_a_mixer_gives_by_its_ops_what_it_gives_in_float64(device: str) -> None:
+    torch.manual_seed(0)
+    mixer = RatModule(
+        RuntimeSite(24, 0, 1), heads=4, head_dim=6, groups=2, chunk=5, rope={"theta": 100.0, "fraction": 1.0}
+    )
+    for module in mixer.modules():
+        initialise(module, std=0.4)
+    u = torch.randn(2, 17, 24, dtype=torch.float64)
+    exact, mixer = copy.deepcopy(mixer).double(), mixer.to(device)
+    expected = exact(u, call_at(0, 17))
+    whole = mixer(u.float().to(device), call_at(0, 17))
+    cache, pieces, start = mixer.new_cache(), [], 0
+    for end in (7, 8, 9, 10, 16, 17):
+        pieces.append(mixer(u[:, start:end].float().to(device), call_at(start, end - start, cache)))
+        cache.advance(end - start)
+        start = end
+    for found in (whole, torch.cat(pieces, dim=1)):
+        error, worst = worst_error(found, expected, timed=True)
+        assert error <= 5 * EPSILON[torch.float32], worst
 
 
 @pytest.mark.parametrize(("length", "start"), [(1, 4096), (1000, 0), (64, 0), (37, 5)])
