@@ -229,7 +229,7 @@ def window_cases(*, quick: bool) -> Iterator[Case]:
 
 
 def rat_cases(*, quick: bool) -> Iterator[Case]:
-    """The kernels of rat_scan and rat_attention; `many`: packed sequences, and long chunks."""
+    """The kernels of rat_scan and rat_attention; `many`: packed sequences, and chunks of one part."""
     sizes = (128,) if quick else [size for size in SIZES if size >= LEAST_HEAD]
     for size, (op, kernel) in itertools.product(sizes, [one for one in KERNELS if one[0].startswith("rat_")]):
         backward = kernel in ("queries", "keys", "backward")
@@ -247,7 +247,7 @@ def _rat_constants(case: Case, launch: Launch) -> dict[str, Any]:
     }  # fmt: skip
     if case.op == "rat_scan":
         constants |= {
-            "ROWS": rows, "TURNED": case.K, "CHUNKS": max(1, launch.columns // rows), "KEEP": case.many,
+            "ROWS": rows, "TURNED": case.K, "CHUNKS": max(1, launch.columns // rows), "KEEP": not case.many,
             "INNER": rat_scan.PART, "HAS_PAST": not case.many,
         }  # fmt: skip
     names = KERNELS[case.op, case.kernel].arg_names

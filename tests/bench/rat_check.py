@@ -8,7 +8,7 @@ fresh memory filled with NaN, inputs that lie apart, and addresses beyond 2^31 e
 heads of 128, width 2048, chunks of 16) beside the same layer with torch's fastest dense attention and with compiled
 FlexAttention: 1 x 102,400 tokens forward and in both directions, as it is and compiled as a whole, and a decode step behind 4,096
 tokens in a CUDA graph; launches come last. Writes rat_check.log, and rows to evidence-rat.jsonl; a short table comes last. Exits
-with 1 if anything was wrong. `--tiny` runs all of it but the kernels on a CPU, small.
+with 1 if anything was wrong. `--tiny` runs all of it but the kernels on a CPU, small; `--table FILE` prints rows as a table.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from heddle.kernels.accuracy import EPSILON, draw, worst_error
 from heddle.kernels.bench import Row, _peak, ceilings, machine, timed, timed_in_graph
 from heddle.kernels.common.tuning import tuning
 from heddle.kernels.configs.launch import Launch
+from heddle.kernels.configs.rat_scan import PART
 from heddle.kernels.rat_attention import rat_attention, rat_attention_reference
 from heddle.kernels.rat_scan import rat_scan, rat_scan_reference
 
@@ -68,12 +69,12 @@ TRIED = {
         Launch(32, 64, 4, 3), Launch(64, 128, 8, 3),
     ),
     "scan_forward": (
-        Launch(16, 1024, 4, 1), Launch(16, 512, 4, 1), Launch(16, 1024, 8, 1), Launch(16, 256, 4, 1), Launch(16, 512, 2, 1),
-        Launch(16, 256, 2, 1),
+        Launch(PART, 1024, 4, 1), Launch(PART, 512, 4, 1), Launch(PART, 1024, 8, 1), Launch(PART, 256, 4, 1),
+        Launch(PART, 512, 2, 1), Launch(PART, 256, 2, 1),
     ),
     "scan_backward": (
-        Launch(16, 128, 4, 1), Launch(16, 256, 8, 1), Launch(16, 256, 4, 1), Launch(16, 128, 4, 1, 168),
-        Launch(16, 128, 2, 1), Launch(16, 512, 8, 1),
+        Launch(PART, 256, 4, 1), Launch(PART, 128, 4, 1), Launch(PART, 256, 8, 1), Launch(PART, 128, 2, 1),
+        Launch(PART, 256, 4, 1, 168), Launch(PART, 512, 8, 1),
     ),
 }  # fmt: skip
 
@@ -485,6 +486,30 @@ def summary(log: Log, rows: Rows) -> None:
             log(f"{phase} B={batch}: {line}")
 
 
+def table(file: Path) -> str:
+    """The rows of layers as a table for docs/performance.md: milliseconds, and how many times that of the faster of ours."""
+    found: dict[tuple[str, str], dict[str, Row]] = {}
+    for row in map(json.loads, file.read_text().splitlines()):
+        if row["op"] == "rat_layer" and row["phase"] != "decode":
+            key = (row["phase"], " ".join(f"{name} {size}" for name, size in row["shape"].items()))
+            found.setdefault(key, {})[row["impl"]] = row
+    lines = [
+        "| phase | shape | layer | ms | ratio | share of floor | peak, GB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for (phase, shape), impls in found.items():
+        ours = min(
+            (row["ms"] for impl, row in impls.items() if impl.startswith("heddle")), default=float("nan")
+        )
+        for impl, row in impls.items():
+            share = f"{row['share']:.0%}" if "share" in row else ""
+            peak = (row["peak_bytes"] or 0) / 1e9
+            lines.append(
+                f"| {phase} | {shape} | {impl} | {row['ms']:.4f} | {row['ms'] / ours:.2f} | {share} | {peak:.2f} |"
+            )
+    return "\n".join(lines)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -497,7 +522,11 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true", help="small, on a CPU, without the kernels")
     parser.add_argument("--skip", nargs="*", default=[])
     parser.add_argument("--warm", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--table", type=Path, help="print the table of a file of rows, and nothing else")
     chosen = parser.parse_args()
+    if chosen.table is not None:
+        print(table(chosen.table))
+        return 0
     if chosen.warm is not None:
         warm(chosen.warm)
         return 0

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from heddle.kernels.configs.launch import Launch
 
 # Places of a chunk whose gates stay in registers on the way back; the forward pass keeps the state before each so many.
-PART = 16
+PART = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,8 +20,8 @@ class Family:
 
 HOPPER = Family(
     forward=Launch(chunk=PART, columns=1024, warps=4, stages=1),
-    # Four numbers of each place and channel in registers: more than one channel a thread spills.
-    backward=Launch(chunk=PART, columns=128, warps=4, stages=1),
+    # Four numbers of each place and channel in registers: more than two channels a thread would spill.
+    backward=Launch(chunk=PART, columns=256, warps=4, stages=1),
 )
 OTHER = HOPPER
 # The interpreter pays by the operation, whatever the size of the tiles.
