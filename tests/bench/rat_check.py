@@ -156,7 +156,9 @@ def launches() -> Iterator[Sample]:
     for name, tried in TRIED.items():
         for launch in tried:
             if not name.startswith("scan"):
-                yield "rat_attention", f"{name} {told(launch)}", attention, {name: launch}
+                for tiles in (1, 0):
+                    overrides = {name: launch, "descriptors": tiles}
+                    yield "rat_attention", f"{name} {told(launch)}, descriptors {tiles}", attention, overrides
                 continue
             for d, given in scans.items():
                 yield "rat_scan", f"{name} {told(launch)}{' tall' if d > 128 else ''}", given, {name: launch}
@@ -449,10 +451,11 @@ def sweep(log: Log, rows: Rows, good: set[str], late: Callable[[], bool]) -> Non
         for name, tiles in itertools.product(names, (1, 0) if op is rat_attention else (1,)):
             phase = "fwd" if name.endswith("forward") else "fwdbwd"
             for launch in TRIED[name]:
-                if f"{name} {told(launch)}" not in good or late():
+                what = f"{name} {told(launch)}" + (f", descriptors {tiles}" if op is rat_attention else "")
+                if what not in good or late():
                     continue
                 with tuning(**{name: launch, "descriptors": tiles}):
-                    impl = f"heddle, {name} {told(launch)}, descriptors {tiles}"
+                    impl = f"heddle, {what}"
                     try:
                         best[impl] = (rows((op.name, impl, phase), shape, calls[phase]), name)
                     except Exception as error:
