@@ -189,15 +189,10 @@ def results(op: str, function: Callable[..., Any], given: Given) -> dict[str, Te
     found = function(**there)
     found = found if isinstance(found, tuple) else (found,)
     generator, kind = torch.Generator().manual_seed(7), given["q"].dtype
-    some, upstream = [], []
-    for x in found:
-        gradient = torch.randn(x.shape, generator=generator)
-        gradient = (
-            gradient.to(torch.bfloat16 if kind == torch.float64 else kind).to(x) if x.numel() else gradient
-        )
-        if x.numel():
-            some.append(x)
-            upstream.append(gradient)
+    # In float64 they are rounded on their way back (`_Rounded`).
+    upstream = [torch.randn(x.shape, generator=generator).to(kind).to(x) for x in found]
+    some = [x for x in found if x.numel()]
+    upstream = [x for x in upstream if x.numel()]
     gradients = torch.autograd.grad(some, [there[name] for name in wanted], upstream, materialize_grads=True)
     names = ("turned", "key", "value", "keys", "values", "running") if op == "rat_scan" else ("out",)
     named = {name: x.detach() for name, x in zip(names, found, strict=True)}

@@ -72,9 +72,10 @@ def results(
     there = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in given.items()}
     there |= {name: there[name].detach().to(dtype).requires_grad_() for name in WANTED}
     out = function(**there)
+    # The same numbers in every dtype.
     upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
     found = torch.autograd.grad(
-        out, [there[name] for name in WANTED], upstream.to(dtype).to(out), materialize_grads=True
+        out, [there[name] for name in WANTED], upstream.bfloat16().to(out), materialize_grads=True
     )
     named = {"out": out.detach(), **{f"d_{name}": x for name, x in zip(WANTED, found, strict=True)}}
     named |= {name: named[name].transpose(1, 2) for name in ("d_keys", "d_values")}

@@ -80,7 +80,10 @@ def results(
         there[name] = there[name].detach().to(kind).requires_grad_()
     found = function(**there)
     generator = torch.Generator().manual_seed(7)
-    upstream = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(dtype).to(x) for x in found]
+    # The same numbers in every dtype.
+    upstream = [
+        torch.randn(x.shape, generator=generator, dtype=torch.float64).bfloat16().to(x) for x in found
+    ]
     # No summaries have no gradient.
     some = [(x, gradient) for x, gradient in zip(found, upstream, strict=True) if x.numel()]
     inputs = [there[name] for name in wanted]
