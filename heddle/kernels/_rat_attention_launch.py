@@ -18,6 +18,7 @@ from heddle.kernels._rat_attention_bwd import (
 from heddle.kernels._rat_attention_fwd import _rat_attention_fwd_kernel, _rat_attention_fwd_merge_kernel
 from heddle.kernels.common.layout import aligned, block, room, strides
 from heddle.kernels.common.segments import Segments, lay_out
+from heddle.kernels.common.tables import table_on
 from heddle.kernels.common.tuning import tuned
 from heddle.kernels.configs.launch import Launch
 from heddle.kernels.configs.rat_attention import INTERPRETER, Family, Plan, family
@@ -30,10 +31,7 @@ Sides = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 @functools.cache
 def _device(device: torch.device) -> tuple[Family, int]:
     """Configurations and multiprocessors."""
-    if device.type != "cuda":
-        return INTERPRETER, 1
-    seen = torch.cuda.get_device_properties(device)
-    return family((seen.major, seen.minor)), seen.multi_processor_count
+    return table_on(device, "rat_attention", INTERPRETER, family)
 
 
 def plan(device: torch.device, element: int, size: int) -> Plan:

@@ -13,6 +13,7 @@ from heddle.kernels._rat_scan_bwd import _rat_scan_bwd_kernel
 from heddle.kernels._rat_scan_fwd import _rat_scan_fwd_kernel
 from heddle.kernels.common.layout import strides
 from heddle.kernels.common.segments import lay_out
+from heddle.kernels.common.tables import table_on
 from heddle.kernels.common.tuning import tuned
 from heddle.kernels.configs.launch import Launch
 from heddle.kernels.configs.rat_scan import INTERPRETER, PART, Family, family
@@ -22,9 +23,7 @@ Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 @functools.cache
 def _family(device: torch.device) -> Family:
-    if device.type != "cuda":
-        return INTERPRETER
-    return family(torch.cuda.get_device_capability(device))
+    return table_on(device, "rat_scan", INTERPRETER, family)[0]
 
 
 def plan(device: torch.device) -> Family:
