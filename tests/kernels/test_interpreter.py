@@ -41,6 +41,11 @@ OTHERS = {
     # Sinks in half precision, packed sequences by descriptors, keys of a step in three parts.
     "test_sliding_window_attention": "reference and many and float16 or descriptors and packed-1-cpu and float32 "
     "or split and 3-cpu and float32",
+    # A chunk that goes on in half precision, packed sequences.
+    "test_rat_scan": "reference and (goes and float16 or packed and float32)",
+    # Tiles that some queries see in half precision, packed sequences by descriptors, a step in three parts, a mixer.
+    "test_rat_attention": "reference and many and float16 or descriptors and packed-1-cpu and float32 "
+    "or split and 3-cpu and float32 or mixer",
 }
 
 
@@ -77,6 +82,8 @@ def test_interpreted_attention_and_layer_step_are_right() -> None:
         "gated_delta_layer",
         "head_sparse_attention",
         "sliding_window_attention",
+        "rat_scan",
+        "rat_attention",
     ],
 )
 def test_interpreted_kernels_are_right_where_they_are_peculiar(op: str) -> None:
