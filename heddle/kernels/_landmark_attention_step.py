@@ -65,7 +65,7 @@ def _landmark_attention_score_kernel(
 
 @triton.jit
 def best_of(logits, top):
-    """Which are the `top` largest, the earlier ones of equals; -inf never is.
+    """Which are the `top` largest, the earlier ones of equals, but never -inf; and how many of them there are up to each.
 
     The least of them is found from its highest bit down, by counting how many are as large.
     """
@@ -81,10 +81,13 @@ def best_of(logits, top):
         held = tl.where(count >= top, count, held)
         least = tl.where(count >= top, least + step, least)
         step = step // 2
-    above, equal = order > least, order == least
+    real = logits > float("-inf")
+    above, equal = real & (order > least), real & (order == least)
+    # Both are counted at once: there are fewer than 2^15 of either.
+    counts = tl.cumsum(above.to(tl.int32) * 65536 + equal.to(tl.int32), axis=0)
     spare = top - tl.sum(above.to(tl.int32), axis=0)
-    is_first = tl.cumsum(equal.to(tl.int32), axis=0) <= spare
-    return (above | (equal & is_first)) & (logits > float("-inf"))
+    equals = counts & 65535
+    return above | (equal & (equals <= spare)), (counts >> 16) + tl.minimum(equals, spare)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -93,8 +96,8 @@ def _landmark_attention_select_kernel(logits_ptr, bits_ptr, C, words, top, WIDTH
     row = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, WIDTH)
     logits = tl.load(logits_ptr + row * C + c, mask=c < C, other=float("-inf"))
-    chosen = best_of(logits, top).to(tl.int32)
-    bits = tl.reshape(chosen << (c % 32), [WIDTH // 32, 32])
+    chosen, _ = best_of(logits, top)
+    bits = tl.reshape(chosen.to(tl.int32) << (c % 32), [WIDTH // 32, 32])
     word = tl.arange(0, WIDTH // 32)
     tl.store(bits_ptr + row * words + word, tl.sum(bits, axis=1), mask=word < words)
 
@@ -130,14 +133,17 @@ def _landmark_attention_step_kernel(
     seen_ptr += b * stride_sb
     logits_ptr += row * C
 
-    count = own
     index = tl.arange(0, WIDTH)
     rank = index
+    count = own
+    held = own
     if SELECT:
         logits = tl.load(logits_ptr + index, mask=index < C, other=float("-inf"))
-        chosen = best_of(logits, top)
-        rank = tl.where(chosen, tl.cumsum(chosen.to(tl.int32), axis=0) - 1, -1)
-        count = tl.sum(chosen.to(tl.int32), axis=0)
+        chosen, rank = best_of(logits, top)
+        rank = tl.where(chosen, rank - 1, -1)
+        held = tl.sum(chosen.to(tl.int32), axis=0)
+        # As a bound of the loop a sum would leave loads in it without vectors.
+        count = tl.minimum(own, top)
     share = tl.cdiv(count + 1, splits)
     first = split * share
     last = tl.minimum(first + share, count + 1)
@@ -160,7 +166,7 @@ def _landmark_attention_step_kernel(
         distance = place - key
         s = tl.where((distance >= 0) & (seen | (distance == 0)), s, float("-inf"))
         weight, inverse, lse = softmax_of_block(s[:, None], 0)
-        gate = gate_of(mark, lse, is_own, 1)
+        gate = gate_of(mark, lse, is_own, r < held)
         higher = tl.maximum(most, gate)
         base = tl.where(higher == float("-inf"), 0.0, higher)
         faded, part = tl.exp2(most - base), tl.exp2(gate - base)

@@ -35,7 +35,7 @@ except ImportError:
 
 # Of the kernels: of a key and of a value head, keys of a block (a program holds them all), heads of a group,
 # and blocks of which the best are looked for.
-MAX_HEAD_SIZE, MAX_BLOCK, MAX_GROUP, MAX_CHOICE = 256, 128, 64, 32_768
+MAX_HEAD_SIZE, MAX_BLOCK, MAX_GROUP, MAX_CHOICE = 256, 128, 64, 32_767
 
 
 def landmark_attention_reference(
