@@ -4,7 +4,8 @@
 With the weights π_j inside of block b, its weight G_b = 2^(g_b - lse), δ = o · do and c_b = Σ_{j in b} π_j v_j · do,
 
     own block:  ds_j = G_b π_j (v_j · do - δ)        others:  ds_j = G_b π_j (v_j · do - c_b),   dg_b = G_b (c_b - δ)
-    dq = scale (Σ_j ds_j k_j + Σ_b dg_b l_b),   dk_j = scale Σ_rows ds_j q,   dl_b = scale Σ_rows dg_b q,   dv_j = Σ_rows G_b π_j do
+    dq = scale (Σ_j ds_j k_j + Σ_b dg_b l_b),   dk_j = scale Σ_rows ds_j q
+    dl_b = scale Σ_rows dg_b q,                 dv_j = Σ_rows G_b π_j do
 
 What a block's keys come to is worked out again from the whole block, which every program holds. The second kernel holds a block
 and walks over the queries behind it, head by head, in order: nothing is added by atomics. It makes the products with keys as
@@ -192,7 +193,12 @@ def _landmark_attention_bwd_key_kernel(
     tl.store(dk_at, (dk * scale).to(dk_ptr.dtype.element_ty), mask=inside[:, None] & in_k)
     dv_at = dv_ptr + (at_key * V)[:, None] + columns_v[None, :]
     tl.store(dv_at, dv.to(dv_ptr.dtype.element_ty), mask=inside[:, None] & in_v)
-    marks_at = d_marks_ptr + ((unit * C + c) * K).to(tl.int64) + tl.zeros([MARK, ROWS_K], tl.int32) + columns_k[None, :]
+    marks_at = (
+        d_marks_ptr
+        + ((unit * C + c) * K).to(tl.int64)
+        + tl.zeros([MARK, ROWS_K], tl.int32)
+        + columns_k[None, :]
+    )
     tl.store(marks_at, (d_marks * scale).to(d_marks_ptr.dtype.element_ty), mask=is_mark & in_k)
     if BIAS:
         tl.store(d_bias_ptr + at_key, d_bias, mask=inside)

@@ -53,7 +53,7 @@ def keys_of_block(seen_ptr, c, S, BLOCK: tl.constexpr, KEYS: tl.constexpr, SEEN:
 
 @triton.jit
 def softmax_of_block(s, AXIS: tl.constexpr):
-    """The weights of a block's keys before they are divided by their sum, one over that sum, and its logarithm to base 2 with all.
+    """The weights of a block's keys yet to be divided, one over their sum, and the log-sum-exp of the logits, all to base 2.
 
     Where nothing is seen these are 0, 0 and -inf.
     """
@@ -132,8 +132,12 @@ def _landmark_attention_fwd_kernel(
         if is_needed:
             inside, key, seen = keys_of_block(seen_ptr, c, S, BLOCK, KEYS, SEEN)
             token = (c * BLOCK + tl.arange(0, KEYS)).to(tl.int64)[:, None]
-            k = tl.load(k_ptr + token * stride_kt + columns_k[None, :], mask=inside[:, None] & in_k, other=0.0)
-            v = tl.load(v_ptr + token * stride_vt + columns_v[None, :], mask=inside[:, None] & in_v, other=0.0)
+            k = tl.load(
+                k_ptr + token * stride_kt + columns_k[None, :], mask=inside[:, None] & in_k, other=0.0
+            )
+            v = tl.load(
+                v_ptr + token * stride_vt + columns_v[None, :], mask=inside[:, None] & in_v, other=0.0
+            )
             mark = load_landmark(marks_ptr, c, stride_mt, columns_k, in_k)
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor  # [ROWS, KEYS]
             mark = tl.sum(tl.dot(q, tl.trans(mark), input_precision=PRECISION), axis=1) * factor

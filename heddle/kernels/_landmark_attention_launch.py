@@ -199,6 +199,9 @@ class Call:
         (seen, stride), sides = self.keys_seen(), strides(self.q, self.k, self.v, self.marks)
         constants = self.constants(self.plan.queries)
         tiles = triton.cdiv(self.T, constants["ROWS"])
+        of_keys = self.constants(self.plan.keys)
+        if self.q.device.type == "cuda":
+            of_keys["PRECISION"] = self.plan.products
         _landmark_attention_bwd_query_kernel[(self.B * self.H, tiles)](
             self.q, self.k, self.v, self.marks, out, d_out, lse, delta, dq, self.start, bits, seen, *sides,
             self.T, self.S, self.C, self.N, tiles, words, stride, self.scale,
@@ -208,7 +211,7 @@ class Call:
             self.q, self.k, self.v, self.marks, d_out, lse, delta, dk, dv, d_marks, d_bias,
             self.start, bits, seen, *sides,
             self.T, self.S, self.C, self.N, words, stride, self.scale,
-            BIAS=self.biased, **self.constants(self.plan.keys), **self.plan.keys.options(),
+            BIAS=self.biased, **of_keys, **self.plan.keys.options(),
         )  # fmt: skip
         return dq, dk, dv, d_marks, d_bias
 

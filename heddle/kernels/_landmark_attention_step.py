@@ -159,8 +159,12 @@ def _landmark_attention_step_kernel(
         c = tl.where(is_own, own, c)
         inside, key, seen = keys_of_block(seen_ptr, c, S, BLOCK, KEYS, SEEN)
         token = (c * BLOCK + tl.arange(0, KEYS)).to(tl.int64)[:, None]
-        k = tl.load(k_ptr + token * stride_kt + columns_k[None, :], mask=inside[:, None] & in_k[None, :], other=0.0)
-        v = tl.load(v_ptr + token * stride_vt + columns_v[None, :], mask=inside[:, None] & in_v[None, :], other=0.0)
+        k = tl.load(
+            k_ptr + token * stride_kt + columns_k[None, :], mask=inside[:, None] & in_k[None, :], other=0.0
+        )
+        v = tl.load(
+            v_ptr + token * stride_vt + columns_v[None, :], mask=inside[:, None] & in_v[None, :], other=0.0
+        )
         mark = tl.load(logits_ptr + c)
         s = tl.sum(q[None, :] * k.to(tl.float32), axis=1) * factor  # [KEYS]
         distance = place - key
@@ -208,7 +212,9 @@ def _landmark_attention_merge_kernel(
     most = tl.load(most_ptr + room, mask=inside, other=float("-inf"))
     total = tl.load(most_ptr + splits * rows + room, mask=inside, other=0.0)
     mask = inside[:, None] & (columns < V)[None, :]
-    sums = tl.load(sums_ptr + (room * V)[:, None] + columns[None, :], mask=mask, other=0.0)  # [SPLITS, ROWS_V]
+    sums = tl.load(
+        sums_ptr + (room * V)[:, None] + columns[None, :], mask=mask, other=0.0
+    )  # [SPLITS, ROWS_V]
     highest = tl.max(most, axis=0)
     weight = tl.exp2(most - tl.where(highest == float("-inf"), 0.0, highest))
     sums = tl.sum(sums * weight[:, None], axis=0)

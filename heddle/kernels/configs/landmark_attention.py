@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from heddle.kernels.configs.launch import BySize, Launch
 
@@ -10,7 +10,7 @@ from heddle.kernels.configs.launch import BySize, Launch
 @dataclass(frozen=True, slots=True)
 class Plan:
     """The launches of one call. `chunk`: queries of a tile, times the heads of a group in `score`;  `columns`: landmarks that
-    `score` treats at a time. The others take a block as a whole, and `step` one query.
+    `score` treats at a time. The others take a block as a whole, and `step` one query.  `products`: how `keys` multiplies float32
     """
 
     forward: Launch
@@ -18,6 +18,7 @@ class Plan:
     keys: Launch
     score: Launch
     step: Launch
+    products: str = "tf32x3"
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,9 @@ def _even(chunk: int, stages: int) -> Plan:
     return Plan(launch, launch, launch, Launch(chunk=32, columns=32, warps=4, stages=1), _STEP_TALL)
 
 
-_WIDE, _WIDE_TALL = _even(32, 1), _even(16, 1)
+_WIDE = _even(32, 1)
+# A block of such heads and what tensor cores want of it do not fit into shared memory together.
+_WIDE_TALL = replace(_even(16, 1), keys=Launch(chunk=16, columns=1, warps=8, stages=1), products="ieee")
 HOPPER = Family(
     half=Plan(
         forward=Launch(chunk=128, columns=1, warps=8, stages=2),
