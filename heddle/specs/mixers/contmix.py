@@ -50,7 +50,7 @@ class ContMix(HeadedMixer):
     cases: ClassVar[tuple[Mapping[str, Any], ...]] = (
         {"heads": 4},
         {"heads": 3, "head_dim": 10, "query_dim": 6, "taps": 5, "summaries": 3, "static_taps": 0},
-        {"heads": 2, "head_dim": 5, "taps": 3, "summaries": 2, "grid": {"width": 4, "small_taps": 1}},
+        {"heads": 2, "head_dim": 5, "taps": 5, "summaries": 2, "grid": {"width": 4, "small_taps": 3}},
     )
     kind: Literal["contmix"] = "contmix"
     heads: Annotated[int, Field(ge=1, le=4096, description="Heads, each with kernels of its own (a count).")]
