@@ -128,8 +128,8 @@ def _landmark_attention_bwd_key_kernel(
     Shapes:  lse, delta: [B, H, T];  dk: [B, N, S, K];  dv: [B, N, S, V];  d_marks: [B, N, C, K]
              d_bias: [B, N, S], without own keys, with BIAS
     """
-    unit = tl.program_id(0).to(tl.int64)
-    c = tl.program_id(1)
+    unit = tl.program_id(1).to(tl.int64)
+    c = tl.program_id(0)
     n, b = unit % N, unit // N
     start = tl.load(start_ptr + b)
     seen_ptr += b * stride_sb

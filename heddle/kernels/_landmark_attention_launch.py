@@ -181,11 +181,12 @@ class Call:
             )  # fmt: skip
 
     def _splits(self) -> int:
-        """Into how many parts the blocks of a step's query are split: into one where queries alone fill the device."""
+        """Into how many parts the blocks of a step's query are split: enough to fill the device, and none with too many."""
         table, processors = _device(self.q.device)
         most = self.C if self.top is None else self.top + 1
-        wanted = table.places * processors // (self.B * self.H * self.T)
-        return min(tuned("splits", max(1, min(wanted, most))), MOST_SPLITS)
+        wanted = max(1, table.places * processors // (self.B * self.H * self.T))
+        share = min(table.share, triton.cdiv(most, wanted))
+        return min(tuned("splits", triton.cdiv(most, share)), MOST_SPLITS)
 
     def backward(
         self, d_out: Tensor, out: Tensor, lse: Tensor
@@ -207,7 +208,7 @@ class Call:
             self.T, self.S, self.C, self.N, tiles, words, stride, self.scale,
             **constants, **self.plan.queries.options(),
         )  # fmt: skip
-        _landmark_attention_bwd_key_kernel[(self.B * self.N, self.C)](
+        _landmark_attention_bwd_key_kernel[(self.C, self.B * self.N)](
             self.q, self.k, self.v, self.marks, d_out, lse, delta, dk, dv, d_marks, d_bias,
             self.start, bits, seen, *sides,
             self.T, self.S, self.C, self.N, words, stride, self.scale,

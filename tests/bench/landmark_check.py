@@ -57,10 +57,10 @@ TRIED = {
         Launch(64, 1, 8, 2), Launch(64, 1, 4, 2), Launch(64, 1, 8, 1), Launch(64, 1, 8, 3), Launch(128, 1, 8, 2),
         Launch(32, 1, 4, 2), Launch(32, 1, 8, 3),
     ),
-    "step": (Launch(1, 1, 4, 1), Launch(1, 1, 8, 1), Launch(1, 1, 2, 1), Launch(1, 1, 4, 1, 128)),
+    "step": (Launch(1, 1, 4, 1, 128), Launch(1, 1, 4, 1), Launch(1, 1, 8, 1), Launch(1, 1, 4, 1, 96)),
     "score": (Launch(64, 64, 4, 1), Launch(64, 128, 4, 1), Launch(64, 32, 4, 1), Launch(64, 32, 2, 1)),
 }  # fmt: skip
-SPLITS = (1, 2, 4, 6, 8, 11, 17, 33)
+SPLITS = (1, 2, 3, 5, 7, 11, 17, 33)
 # Caches that a step goes through in turn, where one would stay in L2.
 CACHES = 4
 Given = dict[str, Any]

@@ -23,13 +23,15 @@ class Plan:
 
 @dataclass(frozen=True)
 class Family(BySize[Plan]):
-    """The blocks of a step's query are split where there are fewer programs than `places` a multiprocessor."""
+    """The blocks of a step's query are split where there are fewer programs than `places` a multiprocessor, and so that no
+    program reads more than `share` of them."""
 
     places: int = 4
+    share: int = 12
 
 
 _SCORE = Launch(chunk=64, columns=64, warps=4, stages=1)
-_STEP = Launch(chunk=1, columns=1, warps=4, stages=1)
+_STEP = Launch(chunk=1, columns=1, warps=4, stages=1, registers=128)
 _STEP_TALL = Launch(chunk=1, columns=1, warps=8, stages=1)
 
 
