@@ -7,6 +7,7 @@ gradients are worked out again block by block. A decode step is a call with one 
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -186,6 +187,7 @@ def _dispatch(
 ) -> Tensor:
     sizes = {"K": q.shape[3], "V": v.shape[3], "G": q.shape[1] // k.shape[1], "block": block}
     sizes["choice"] = 0 if top is None else landmarks.shape[2]
+    sizes["room"] = int(_has_room(q.device, q.element_size(), max(sizes["K"], sizes["V"])))
     if landmark_attention.choose(q.device, q.dtype, **sizes) == "triton":
         return kernels(q, k, v, landmarks, start, real, written, scale, block, top)[0]  # type: ignore[no-any-return]
     return _torch_op(q, k, v, landmarks, start, real, written, scale, block, top)  # type: ignore[no-any-return]
@@ -221,6 +223,14 @@ _CASES = Traits(
 )
 
 
+@functools.cache
+def _has_room(device: torch.device, element: int, size: int) -> bool:
+    """Whether a block of such heads fits into shared memory, as compiled: before Hopper those of half precision up to 128."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0):
+        return True
+    return element == 2 and size <= 128
+
+
 def _fits(shape: Shape) -> bool:
     return (
         HAS_KERNELS
@@ -228,6 +238,7 @@ def _fits(shape: Shape) -> bool:
         and shape["block"] <= MAX_BLOCK
         and shape["G"] <= MAX_GROUP
         and shape["choice"] <= MAX_CHOICE
+        and bool(shape.get("room", 1))
     )
 
 

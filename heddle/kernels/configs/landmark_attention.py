@@ -61,7 +61,7 @@ HOPPER = Family(
     wide=_WIDE,
     wide_tall=_WIDE_TALL,
 )
-# Fits the 99 KiB of shared memory that every device since Ampere has.
+# `half` fits the 99 KiB of shared memory that every device since Ampere has; before Hopper nothing else is asked for.
 OTHER = Family(half=_even(32, 2), half_tall=_WIDE, wide=_WIDE, wide_tall=_WIDE_TALL)
 
 # The interpreter pays by the operation, whatever the size of the tiles.
