@@ -185,8 +185,8 @@ class Call:
         table, processors = _device(self.q.device)
         most = self.C if self.top is None else self.top + 1
         wanted = max(1, table.places * processors // (self.B * self.H * self.T))
-        share = min(table.share, triton.cdiv(most, wanted))
-        return min(tuned("splits", triton.cdiv(most, share)), MOST_SPLITS)
+        share = min(table.share, -(-most // wanted))
+        return min(tuned("splits", -(-most // share)), MOST_SPLITS)
 
     def backward(
         self, d_out: Tensor, out: Tensor, lse: Tensor
