@@ -3,7 +3,7 @@
     python tests/bench/landmark_check.py --budget 500 --commit "$(git rev-parse --short=12 HEAD)" --out "$OUT"
     TRITON_INTERPRET=1 python tests/bench/landmark_check.py --tiny --out /tmp/landmark
 
-Checks every dtype, head size and length, short ones against the reference and long ones against plain torch in float64, twice for
+Compiles side by side first. Checks every dtype, head size and length, short ones against the reference and long ones against plain torch in float64, twice for
 equal bits and once more with NaN in fresh memory; each launch before it is timed. Then times a decode step at 128 K beside dense
 attention by each of torch's backends, in CUDA graphs over several caches so that L2 holds none, and the training form beside
 causal dense attention. The floor of a step is a copy that moves the bytes it must read, that of training the products alone at
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -44,6 +45,8 @@ BACKENDS = {
 }
 SHORT = {"B": 2, "H": 4, "N": 2, "T": 37, "S": 50, "K": 16, "V": 24, "block": 8}
 MODEL = {"B": 1, "H": 8, "N": 2, "S": 1500, "K": 128, "V": 128, "block": 64}
+# A step as it is timed, of one key head: what is compiled for it is the same.
+STEP = {"B": 1, "H": 4, "N": 1, "T": 1, "S": 131072, "K": 128, "V": 128, "block": 64, "top": 32}
 TINY = {"B": 1, "H": 4, "N": 2, "T": 9, "S": 40, "K": 16, "V": 16, "block": 8}
 LENGTHS = (1, 63, 64, 65, 1000)
 SIZES = ((64, 64), (192, 128), (256, 256), (100, 72))
@@ -338,6 +341,20 @@ def training(report: Report, late: Callable[[], bool]) -> None:
             )
 
 
+def beside_torch(report: Report) -> None:
+    """Both directions beside the path in plain torch, in half precision and in full."""
+    shape = {**landmark_attention.cases.bench_shapes[0], "B": 1}
+    for dtype in (HALF, torch.float32):
+        call = phases(landmark_attention, drawn(shape, dtype, report.device), WANTED)["fwdbwd"]
+        times = {}
+        for path in ("triton", "torch"):
+            with force_path(path):  # type: ignore[arg-type]
+                times[path] = report.row(f"heddle, {path}, {dtype}", "fwdbwd", shape, call)
+        report.table.append(
+            f"fwdbwd 1 x {shape['T']} {dtype}: {times['triton']:.3f} ms, plain torch {times['torch']:.3f}"
+        )
+
+
 def sweep(report: Report, late: Callable[[], bool]) -> None:
     """Each launch of the training form: whether it is right, and its time."""
     small = drawn({**MODEL, "T": 1000}, HALF, report.device)
@@ -357,6 +374,30 @@ def sweep(report: Report, late: Callable[[], bool]) -> None:
             report.log(f"none  {name} {launch}: {' '.join(str(error).split())[-200:]}")
 
 
+def warm(index: int) -> None:
+    """Compiles every `WORKERS`th thing that will run, into Triton's cache on disk."""
+    device = torch.device("cuda")
+    model, step = (drawn(shape, HALF, device) for shape in ({**MODEL, "T": 1000}, STEP))
+    both = partial(results, landmark_attention)
+    things: list[tuple[Given, dict[str, Any]]] = [
+        (given, overrides) for _, given, _, overrides in samples(device, tiny=False)
+    ]
+    things += [
+        (step if name in ("step", "score") else model, {name: launch})
+        for name, launches in TRIED.items()
+        for launch in launches
+    ]
+    for given, overrides in things[index::WORKERS]:
+        try:
+            with tuning(**overrides), force_path("triton"):
+                if given is step:
+                    landmark_attention(**given)
+                else:
+                    both(given, given["q"].dtype, device)
+        except Exception as error:
+            print(f"{overrides}: {str(error).splitlines()[0]}", flush=True)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -367,24 +408,38 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("."), help="folder for the log and the rows")
     parser.add_argument("--commit", help="what the code is")
     parser.add_argument("--tiny", action="store_true", help="a few short samples on a CPU, interpreted")
+    parser.add_argument("--warm", type=int, help=argparse.SUPPRESS)
     parser.add_argument(
-        "--skip", nargs="*", default=[], choices=["correctness", "decode", "training", "sweep"]
+        "--skip",
+        nargs="*",
+        default=[],
+        choices=["warm", "correctness", "decode", "training", "torch", "sweep"],
     )
     chosen = parser.parse_args()
+    if chosen.warm is not None:
+        warm(chosen.warm)
+        return 0
     report = Report(chosen.out, torch.device("cpu" if chosen.tiny else "cuda"), chosen.commit)
     begin, log = time.monotonic(), report.log
 
     def late(share: float) -> Callable[[], bool]:
         return lambda: time.monotonic() - begin > share * chosen.budget
 
+    def warm_up() -> None:
+        command = [sys.executable, __file__, "--warm"]
+        for process in [subprocess.Popen([*command, str(index)]) for index in range(WORKERS)]:
+            process.wait()
+
     def one_time() -> None:
         call = phases(ours, drawn(TINY, torch.float32, report.device), WANTED)["fwd"]
         report.table.append(f"fwd, interpreted: {report.row('heddle', 'fwd', TINY, call):.1f} ms")
 
     steps: dict[str, Callable[[], None]] = {
-        "correctness": lambda: correctness(report, late(0.45), tiny=chosen.tiny),
+        "warm": warm_up,
+        "correctness": lambda: correctness(report, late(0.5), tiny=chosen.tiny),
         "decode": lambda: decode(report, late(0.7)),
-        "training": lambda: training(report, late(0.85)),
+        "training": lambda: training(report, late(0.8)),
+        "torch": lambda: beside_torch(report),
         "sweep": lambda: sweep(report, late(1.0)),
     }
     if chosen.tiny:
