@@ -3,12 +3,12 @@
     python tests/bench/landmark_check.py --budget 500 --commit "$(git rev-parse --short=12 HEAD)" --out "$OUT"
     TRITON_INTERPRET=1 python tests/bench/landmark_check.py --tiny --out /tmp/landmark
 
-Compiles side by side first. Checks every dtype, head size and length, short ones against the reference and long ones against plain torch in float64, twice for
-equal bits and once more with NaN in fresh memory; each launch before it is timed. Then times a decode step at 128 K beside dense
-attention by each of torch's backends, in CUDA graphs over several caches so that L2 holds none, and the training form beside
-causal dense attention. The floor of a step is a copy that moves the bytes it must read, that of training the products alone at
-the rate of one large product. Writes landmark_check.log and rows to evidence-landmark.jsonl; the table comes last;
-exits with 1 if anything was wrong. `--tiny` is the first part on a CPU, and one time.
+Compiles side by side first. Checks every dtype, head size and length, short ones against the reference and long ones against plain
+torch in float64, twice for equal bits and once more with NaN in fresh memory; each launch before it is timed. Then times a decode
+step at 128 K beside dense attention by each of torch's backends, in CUDA graphs over several caches so that L2 holds none, and
+the training form beside causal dense attention. The floor of a step is a copy that moves the bytes it must read, that of
+training the products alone at the rate of one large product. Writes landmark_check.log and rows to evidence-landmark.jsonl;
+the table comes last; exits with 1 if anything was wrong. `--tiny` is the first part on a CPU, and one time.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from heddle.kernels.landmark_attention import landmark_attention, landmark_atten
 
 HALF = torch.bfloat16
 WANTED = ("q", "k", "v", "landmarks")
+WORKERS = 8
 BACKENDS = {
     name: getattr(SDPBackend, f"{name.upper()}_ATTENTION") for name in ("flash", "cudnn", "efficient")
 }
@@ -348,7 +349,7 @@ def beside_torch(report: Report) -> None:
         call = phases(landmark_attention, drawn(shape, dtype, report.device), WANTED)["fwdbwd"]
         times = {}
         for path in ("triton", "torch"):
-            with force_path(path):  # type: ignore[arg-type]
+            with force_path(path):
                 times[path] = report.row(f"heddle, {path}, {dtype}", "fwdbwd", shape, call)
         report.table.append(
             f"fwdbwd 1 x {shape['T']} {dtype}: {times['triton']:.3f} ms, plain torch {times['torch']:.3f}"
