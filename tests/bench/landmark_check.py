@@ -3,7 +3,7 @@
     python tests/bench/landmark_check.py --budget 500 --commit "$(git rev-parse --short=12 HEAD)" --out "$OUT"
     TRITON_INTERPRET=1 python tests/bench/landmark_check.py --tiny --out /tmp/landmark
 
-Compiles side by side first. Checks every dtype, head size and length, short ones against the reference and long ones against plain
+Compiles side by side first. Checks every dtype, head size and length, short ones against the reference, long ones against plain
 torch in float64, twice for equal bits and once more with NaN in fresh memory; each launch before it is timed. Then times a decode
 step at 128 K beside dense attention by each of torch's backends, in CUDA graphs over several caches so that L2 holds none, and
 the training form beside causal dense attention. The floor of a step is a copy that moves the bytes it must read, that of
