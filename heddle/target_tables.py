@@ -46,6 +46,8 @@ def show_imported(result: ImportResult) -> None:
     """Where the spec and the weights lie, and what to do with them."""
     told = f"read {result.target}, {result.parameters:,} parameters, as the spec of hash {result.hash}"
     console().print(told)
+    if result.note:
+        console().print(result.note, soft_wrap=True)
     path = result.path
     next_steps(
         f"wrote {path}",

@@ -14,7 +14,7 @@ from heddle.compose.hf.card import Card, LatencyRow, ScoreRow
 from heddle.compose.hf.checkpoint import CONFIG
 from heddle.compose.hf.export import ExportResult, export
 from heddle.compose.hf.model import HeddleForCausalLM
-from heddle.compose.hf.native import AUTO
+from heddle.compose.hf.native import AUTO, REMOTE
 from heddle.compose.hf.shards import MAX_SHARD_SIZE
 from heddle.errors import HeddleError
 from heddle.search.evaluations import weights_path
@@ -88,7 +88,9 @@ def trained_model(run: Path | str, trial: str | int = BEST) -> tuple[Spec, Heddl
     if is_import(run):
         _only_best(Path(run), "an import", trial)
         file, model, _ = load_import(Path(run))
-        return file.spec, model.eval()
+        if not isinstance(model, HeddleForCausalLM):
+            raise HeddleError("bad-argument", f"{run} is an encoder, and a causal language model is needed here")
+        return file.spec, model
     if is_train_run(run):
         _only_best(Path(run), "a training", trial)
         training = load_run(run)
@@ -145,7 +147,8 @@ def _export_training(run: TrainRun, out: Path, trial: str | int, how: Mapping[st
 def _export_import(folder: Path, out: Path, trial: str | int, how: Mapping[str, Any]) -> ExportResult:
     _only_best(folder, "an import", trial)
     file, model, told = load_import(folder)
-    facts = {"imported from": f"a {told['target']} checkpoint"}
+    target = told["target"]
+    facts = {"imported from": "an export with code of its own" if target == REMOTE else f"a {target} checkpoint"}
     card = Card(name=file.spec.name, spec=file.text, facts=facts, tags=["heddle"])
     return export(model, out, tokenizer=file.spec.tokenizer, card=card, **how)
 

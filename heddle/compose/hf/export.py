@@ -88,8 +88,7 @@ def _export(
         with _full_disk_told(out):
             made = _write_tokenizer(model, folder, tokenizer)
             if native is None:
-                _write_model(model, folder, made)
-                write_weights(_weights(model), folder, max_shard_size)
+                write_remote(model, folder, _ids(made), max_shard_size)
             else:
                 write_native(model, folder, native, _ids(made), max_shard_size)
         checked = verify(model, folder, trusted=native is None)
@@ -150,17 +149,28 @@ def _write_tokenizer(model: HeddlePreTrainedModel, folder: Path, tokenizer: str)
     return made
 
 
-def _write_model(model: HeddlePreTrainedModel, folder: Path, tokenizer: Any) -> None:
-    ids = _ids(tokenizer)
+def write_remote(
+    model: HeddlePreTrainedModel,
+    folder: Path,
+    ids: Mapping[str, int | None],
+    max_shard_size: str = MAX_SHARD_SIZE,
+) -> None:
+    """config.json with the spec in it, generation_config.json, the weights and the code; `ids` are those of special tokens."""
     config = copy.deepcopy(model.config)
     names = {"architectures": [type(model).__name__], "auto_map": _auto_map(model)}
     config.update({**ids, **names, "dtype": model.dtype})
     config.save_pretrained(folder)
     if model.can_generate():
         GenerationConfig(**ids).save_pretrained(folder)
-    kinds = _kinds(model)
-    for name, source in flatten(kinds["mixers"], kinds["channels"], _entry(model)).items():
+    for name, source in source_files(model).items():
         (folder / name).write_text(source, encoding="utf-8")
+    write_weights(_weights(model), folder, max_shard_size)
+
+
+def source_files(model: HeddlePreTrainedModel) -> dict[str, str]:
+    """The Python files that a model needs where there is no heddle, by name."""
+    kinds = _kinds(model)
+    return flatten(kinds["mixers"], kinds["channels"], _entry(model))
 
 
 def _ids(tokenizer: Any) -> dict[str, int | None]:
