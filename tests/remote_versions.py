@@ -67,13 +67,20 @@ class Folders:
             (base / key).mkdir()
             write_remote(model, base / key, IDS)
             imported = read_remote(base / key, name="back")
-            same = all(one.equal(imported.model.state_dict()[name]) for name, one in model.state_dict().items())
+            same = all(
+                one.equal(imported.model.state_dict()[name]) for name, one in model.state_dict().items()
+            )
             self.back[key] = same and spec_hash(imported.spec.model) == spec_hash(made)
             self.right[key] = {"logits": model(self.ids).logits}
             exact = model.double()
             self.right[key]["exact"] = exact(self.ids).logits
             if model.can_generate():
-                usual = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "do_sample": False, "pad_token_id": 0}
+                usual = {
+                    "max_new_tokens": TOKENS,
+                    "min_new_tokens": TOKENS,
+                    "do_sample": False,
+                    "pad_token_id": 0,
+                }
                 usual["attention_mask"] = torch.ones(1, 9, dtype=torch.long)
                 self.right[key]["tokens"] = exact.generate(self.ids[:1, :9], **usual)
 
@@ -82,7 +89,9 @@ class Folders:
         with tempfile.TemporaryDirectory(prefix="ask-", dir=self.base) as scratch:
             found, tensors = self._run([*first], Path(scratch))
         assert found["imported"] == []
-        return found["transformers"], [self._figure(key, found["results"][key], tensors) for key in self.seeds]
+        return found["transformers"], [
+            self._figure(key, found["results"][key], tensors) for key in self.seeds
+        ]
 
     def _run(self, first: list[str], scratch: Path) -> tuple[Any, Mapping[str, Any]]:
         task = {
@@ -91,7 +100,11 @@ class Folders:
             "hidden": [*HIDDEN], "path": [*first, str(SCRIPT.parent), *(entry for entry in sys.path if entry)],
         }  # fmt: skip
         (scratch / "task.json").write_text(json.dumps(task))
-        settings = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(scratch / "hf"), "HF_MODULES_CACHE": str(scratch / "modules")}
+        settings = {
+            "HF_HUB_OFFLINE": "1",
+            "HF_HOME": str(scratch / "hf"),
+            "HF_MODULES_CACHE": str(scratch / "modules"),
+        }
         settings |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         done = subprocess.run(
             [sys.executable, "-I", str(SCRIPT), str(scratch / "task.json")], cwd=scratch, text=True,
@@ -111,7 +124,8 @@ class Folders:
             f"logits {difference:.2g} apart": not difference <= TOLERANCE,
             "AutoModel gives other hidden states": not told["bare_agrees"],
             "other tokens with a cache than without": not told["cache_agrees"],
-            "other tokens than ours": "tokens" in right and not torch.equal(tensors[f"{key}.tokens"], right["tokens"]),
+            "other tokens than ours": "tokens" in right
+            and not torch.equal(tensors[f"{key}.tokens"], right["tokens"]),
             "another hash, or other weights, read back": not self.back[key],
         }
         names = tuple(name for name, is_so in wrong.items() if is_so)

@@ -29,7 +29,7 @@ from heddle.compose.hf import export as export_file
 from heddle.compose.hf import shards
 from heddle.compose.hf.card import Card
 from heddle.compose.hf.config import HeddleConfig
-from heddle.compose.hf.export import ExportResult, export, is_export
+from heddle.compose.hf.export import ExportResult, export, is_export, write_remote
 from heddle.compose.hf.flatten import flatten
 from heddle.compose.hf.model import HeddleForCausalLM
 from heddle.compose.hf.verify import (
@@ -194,6 +194,17 @@ def test_two_exports_live_in_one_process(hybrid: Any, softmax: Any) -> None:
         loaded = AutoModelForCausalLM.from_pretrained(result.path, trust_remote_code=True).eval()
         assert type(loaded).__module__ != type(model).__module__
         assert loaded.dtype == model.dtype
+        assert (loaded(ids).logits - model(ids).logits).abs().max() <= 1e-5
+
+
+@pytest.mark.usefixtures("_own_module_cache")
+def test_two_exports_of_one_folder_name_live_in_one_process(tmp_path: Path) -> None:
+    ids = torch.arange(40).view(2, 20)
+    for place, mixer in (("one", LIGHTNING), ("two", ATTENTION), ("three", LIGHTNING)):
+        model, folder = model_of(mixer), tmp_path / place / "export"
+        folder.mkdir(parents=True)
+        write_remote(model, folder, dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id")))
+        loaded = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
         assert (loaded(ids).logits - model(ids).logits).abs().max() <= 1e-5
 
 
