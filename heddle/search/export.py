@@ -16,6 +16,7 @@ from heddle.compose.hf.export import ExportResult, export
 from heddle.compose.hf.model import HeddleForCausalLM
 from heddle.compose.hf.native import AUTO, REMOTE
 from heddle.compose.hf.shards import MAX_SHARD_SIZE
+from heddle.compose.hf.verify import AUTO as AUTO_BATTERY
 from heddle.errors import HeddleError
 from heddle.search.evaluations import weights_path
 from heddle.search.import_model import IMPORT_FILE, is_import, load_import
@@ -44,11 +45,12 @@ def export_run(
     overwrite: bool = False,
     target: str = AUTO,
     max_shard_size: str = MAX_SHARD_SIZE,
+    battery: str = AUTO_BATTERY,
 ) -> ExportResult:
     """Write the model of a run to `out` as a folder that plain transformers loads, and check that it does.
 
     `run` is a search's folder, a training's, one that `heddle import` wrote, or a spec file, whose weights are random;
-    `trial` is "best" or a number of a search's Pareto front; `target` and `max_shard_size` as of
+    `trial` is "best" or a number of a search's Pareto front; `target`, `max_shard_size` and `battery` as of
     `heddle.compose.hf.export.export`.
 
     Raises:
@@ -57,7 +59,12 @@ def export_run(
             and what `heddle.compose.hf.export.export` raises.
     """
     _check_source(Path(run))
-    how: dict[str, Any] = {"overwrite": overwrite, "target": target, "max_shard_size": max_shard_size}
+    how: dict[str, Any] = {
+        "overwrite": overwrite,
+        "target": target,
+        "max_shard_size": max_shard_size,
+        "battery": battery,
+    }
     if Path(run).is_file():
         return _export_spec(Path(run), Path(out), trial, how)
     if is_import(run):
@@ -89,7 +96,9 @@ def trained_model(run: Path | str, trial: str | int = BEST) -> tuple[Spec, Heddl
         _only_best(Path(run), "an import", trial)
         file, model, _ = load_import(Path(run))
         if not isinstance(model, HeddleForCausalLM):
-            raise HeddleError("bad-argument", f"{run} is an encoder, and a causal language model is needed here")
+            raise HeddleError(
+                "bad-argument", f"{run} is an encoder, and a causal language model is needed here"
+            )
         return file.spec, model
     if is_train_run(run):
         _only_best(Path(run), "a training", trial)
@@ -148,7 +157,9 @@ def _export_import(folder: Path, out: Path, trial: str | int, how: Mapping[str, 
     _only_best(folder, "an import", trial)
     file, model, told = load_import(folder)
     target = told["target"]
-    facts = {"imported from": "an export with code of its own" if target == REMOTE else f"a {target} checkpoint"}
+    facts = {
+        "imported from": "an export with code of its own" if target == REMOTE else f"a {target} checkpoint"
+    }
     card = Card(name=file.spec.name, spec=file.text, facts=facts, tags=["heddle"])
     return export(model, out, tokenizer=file.spec.tokenizer, card=card, **how)
 

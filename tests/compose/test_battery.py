@@ -27,6 +27,7 @@ from heddle.compose.hf.encoder import HeddleForSequenceClassification
 from heddle.compose.hf.export import export
 from heddle.compose.hf.model import HeddleForCausalLM
 from heddle.compose.hf.parity import RECURRENT, WINDOW, Loaded, battery
+from heddle.compose.hf.second_reader import second_reader
 from heddle.errors import HeddleError
 
 ATTENTION: dict[str, Any] = {
@@ -79,7 +80,9 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 def checks(model: Any, folder: Path, *, full: bool = False) -> dict[str, SimpleNamespace]:
     """The battery in this process, on a model that stands for the one of the folder."""
-    loaded = Loaded(model, AutoModelForCausalLM, str(folder), str(folder), 0.0, trusted=True)
+    loaded = Loaded(
+        model, AutoModelForCausalLM, str(folder), str(folder), 0.0, trusted=True, reader=second_reader
+    )
     return {row["check"]: SimpleNamespace(**row) for row in battery(loaded, full=full)}
 
 
@@ -220,7 +223,9 @@ def test_files_that_disagree_with_the_class_are_found(exported: Any, tmp_path: P
     weights = load_file(other / "model.safetensors")
     weights["extra"] = weights.pop("model.norm.weight")
     save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
-    loaded = Loaded(model, AutoModelForCausalLM, str(other), str(folder), 0.0, trusted=True)
+    loaded = Loaded(
+        model, AutoModelForCausalLM, str(other), str(folder), 0.0, trusted=True, reader=second_reader
+    )
     row = next(row for row in battery(loaded, full=False) if row["check"] == "raw files against the class")
     assert row["figure"] == 2.0
     assert "extra is not written by the class; model.norm.weight is not in the files" in row["note"]

@@ -1,4 +1,4 @@
-"""Reads an export with code of its own as a spec and a model of ours. No code of the folder runs: its config.json holds the spec."""
+"""Reads an export with code of its own as a spec and a model of ours. No code of it runs: config.json holds the spec."""
 
 from __future__ import annotations
 

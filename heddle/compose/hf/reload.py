@@ -75,9 +75,9 @@ def generated(model: Any, tokenizer: Any, task: dict[str, Any]) -> tuple[str, bo
 
 
 def battery_of(task: dict[str, Any], *loaded: Any) -> Any:
-    """The checks of the parity battery, whose file stands beside this one."""
-    parity = runpy.run_path(task["battery_file"])
-    return parity["battery"](parity["Loaded"](*loaded), full=task["battery"] == "full")
+    """The checks of the parity battery, whose files stand beside this one, in the form that the task names."""
+    parity, reader = (runpy.run_path(task[name]) for name in ("battery_file", "reader_file"))
+    return parity["asked"](parity["Loaded"](*loaded, reader["second_reader"]), task["battery"])
 
 
 def main(task: dict[str, Any]) -> None:
@@ -103,6 +103,8 @@ def main(task: dict[str, Any]) -> None:
     reloaded = auto_class.from_pretrained(task["again"], trust_remote_code=trusted, dtype=torch.float32)
     with torch.no_grad():
         again = logits_of(reloaded.eval(), inputs)
+    # What comes is asked of one model.
+    del reloaded
     found = {
         "text": text,
         "saved_again": max(float((again[name] - logits[name]).abs().max()) for name in logits),
@@ -112,6 +114,7 @@ def main(task: dict[str, Any]) -> None:
         "transformers": transformers.__version__,
         "torch": torch.__version__,
         "device": processor(),
+        "battery": {"rows": [], "form": "none", "seconds": 0.0},
     }
     if task["battery"]:
         loaded = (model, auto_class, task["folder"], task["again"], found["saved_again"], trusted)
