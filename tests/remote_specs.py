@@ -40,8 +40,8 @@ HEADED = [kind for kind in CAUSAL if issubclass(MIXERS[kind], HeadedMixer)]
 FEW: dict[str, tuple[Any, ...]] = {
     "heads": (2, 3, 4, 6), "kv_heads": (None, 1, 2), "head_dim": (None, 8, 12), "value_dim": (None, 8, 16),
     "window": (None, 3, 7, 30), "short_conv": (None, 2, 4), "scale": (None, 0.2), "softcap": (None, 5.0),
-    "value_heads": (None, 4), "groups": (1, 2), "chunk": (1, 5, 16), "block": (4, 7), "top": (None, 1, 2), "keep": (1, 2), "norm_eps": (None, 1e-5),
-    "static_taps": (None, 0, 2), "key_multiplier": (1.0, 0.4), "gate_rank": (4, 8), "branching": (2, 3),
+    "value_heads": (None, 4), "groups": (1, 2), "chunk": (1, 5, 16), "block": (4, 7), "top": (None, 1, 2), "keep": (1, 2),
+    "norm_eps": (None, 1e-5), "static_taps": (None, 0, 2), "key_multiplier": (1.0, 0.4), "gate_rank": (4, 8), "branching": (2, 3),
     "clusters": (2, 3), "members": (2, 9),
 }  # fmt: skip
 TRIES = 1000

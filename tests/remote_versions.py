@@ -89,9 +89,7 @@ class Folders:
         with tempfile.TemporaryDirectory(prefix="ask-", dir=self.base) as scratch:
             found, tensors = self._run([*first], Path(scratch))
         assert found["imported"] == []
-        return found["transformers"], [
-            self._figure(key, found["results"][key], tensors) for key in self.seeds
-        ]
+        return found["transformers"], [self.figure(key, found["results"][key], tensors) for key in self.seeds]
 
     def _run(self, first: list[str], scratch: Path) -> tuple[Any, Mapping[str, Any]]:
         task = {
@@ -113,7 +111,8 @@ class Folders:
         assert done.returncode == 0, done.stderr
         return json.loads((scratch / "found.json").read_text()), load_file(scratch / "tensors")
 
-    def _figure(self, key: str, told: Mapping[str, Any], tensors: Mapping[str, Any]) -> Figure:
+    def figure(self, key: str, told: Mapping[str, Any], tensors: Mapping[str, Any]) -> Figure:
+        """What a version, which told these things and gave these tensors, made of one spec."""
         kinds = "; ".join(str(one.mixer.kind) for one in self.seeds[key].blocks.values())
         if "failed" in told:
             return Figure(int(key), kinds, (told["failed"],), *[float("inf")] * 2)

@@ -64,7 +64,7 @@ def _spec(checkpoint: Checkpoint, fields: Mapping[str, str]) -> Spec:
     try:
         return loads(text, file=str(checkpoint.folder / CONFIG)).spec
     except HeddleError as error:
-        raise _mismatch(checkpoint.folder, "spec", f"is refused: {error.what}") from error
+        raise _mismatch(checkpoint.folder, "spec", f"is refused: {error.what}", hint=error.hint) from error
 
 
 def _understood(spec: Spec, checkpoint: Checkpoint) -> HeddlePreTrainedModel:
