@@ -7,11 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_model
-
 from heddle.compose.build import build, build_causal_lm
 from heddle.compose.hf.card import Card, LatencyRow, ScoreRow
-from heddle.compose.hf.checkpoint import CONFIG
+from heddle.compose.hf.checkpoint import CONFIG, fill
 from heddle.compose.hf.export import ExportResult, export
 from heddle.compose.hf.model import HeddleForCausalLM
 from heddle.compose.hf.native import AUTO, REMOTE
@@ -212,7 +210,7 @@ def _model(run: Run, trial: Trial, spec: Spec) -> HeddleForCausalLM:
             hint=f"train it again: {retrain_command(run, trial)}",
         )
     model = build_causal_lm(spec.model)
-    load_model(model, path)
+    fill(model, path)
     model.eval()
     return model
 

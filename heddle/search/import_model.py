@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_model, save_file
+from safetensors.torch import save_file
 
 from heddle.compose.build import build
-from heddle.compose.hf.checkpoint import TOKENIZER_CONFIG, read_config, read_json
+from heddle.compose.hf.checkpoint import TOKENIZER_CONFIG, fill, read_config, read_json
 from heddle.compose.hf.load_native import read_native
 from heddle.compose.hf.load_remote import is_remote, read_remote
 from heddle.compose.hf.model import HeddlePreTrainedModel
@@ -95,12 +95,12 @@ def load_import(path: Path | str) -> tuple[SpecFile, HeddlePreTrainedModel, dict
     """The spec, the model in float32, and what it was.
 
     Raises:
-        HeddleError: what reading the spec raises.
+        HeddleError: what reading the spec raises; "checkpoint-broken" for weights that are not those of the spec, or cut off.
     """
     folder = Path(path)
     file = load(folder / SPEC_FILE)
     model = build(file.spec.model)
-    load_model(model, folder / WEIGHTS_FILE)
+    fill(model, folder / WEIGHTS_FILE)
     told: dict[str, str] = json.loads((folder / IMPORT_FILE).read_bytes())
     return file, model.eval(), told
 

@@ -170,3 +170,12 @@ def test_what_needs_a_causal_language_model_refuses_an_encoder(
     with pytest.raises(HeddleError, match="is an encoder") as error:
         api.reuse_policy(made)
     assert error.value.code == "bad-argument"
+
+
+def test_an_import_whose_weights_are_cut_off_names_file_and_tensor(copied: Path, tmp_path: Path) -> None:
+    made = api.import_model(copied, tmp_path / "in").path
+    weights = made / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    with pytest.raises(HeddleError, match=r"tensor '.*' is cut off") as error:
+        api.export(made, tmp_path / "out")
+    assert (error.value.code, error.value.errors[0].where.file) == ("checkpoint-broken", str(weights))
