@@ -90,21 +90,28 @@ def main(task: dict[str, Any]) -> None:
 
     gc.enable()
     auto_class, trusted = getattr(transformers, task["auto_class"]), task["trusted"]
-    model, loading = auto_class.from_pretrained(
-        task["folder"], trust_remote_code=trusted, dtype=torch.float32, output_loading_info=True
-    )
-    tokenizer = transformers.AutoTokenizer.from_pretrained(task["folder"])
+
+    def load(folder: str) -> tuple[Any, dict[str, Any]]:
+        usual = {"trust_remote_code": trusted, "dtype": torch.float32, "output_loading_info": True}
+        model, loading = auto_class.from_pretrained(folder, **usual)
+        return model.eval(), loading
+
+    model, loading = load(task["folder"])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(task["folder"], trust_remote_code=trusted)
     inputs = load_file(task["inputs"])
     with torch.no_grad():
-        logits = logits_of(model.eval(), inputs)
+        logits = logits_of(model, inputs)
         text, cache_agrees = generated(model, tokenizer, task) if model.can_generate() else ("", True)
     save_file(logits, task["logits"])
     model.save_pretrained(task["again"])
-    reloaded = auto_class.from_pretrained(task["again"], trust_remote_code=trusted, dtype=torch.float32)
+    # One model is in memory at a time.
+    del model
+    gc.collect()
+    reloaded, _ = load(task["again"])
     with torch.no_grad():
-        again = logits_of(reloaded.eval(), inputs)
-    # What comes is asked of one model.
+        again = logits_of(reloaded, inputs)
     del reloaded
+    gc.collect()
     found = {
         "text": text,
         "saved_again": max(float((again[name] - logits[name]).abs().max()) for name in logits),
@@ -117,7 +124,14 @@ def main(task: dict[str, Any]) -> None:
         "battery": {"rows": [], "form": "none", "seconds": 0.0},
     }
     if task["battery"]:
-        loaded = (model, auto_class, task["folder"], task["again"], found["saved_again"], trusted)
+        loaded = (
+            load(task["folder"])[0],
+            auto_class,
+            task["folder"],
+            task["again"],
+            found["saved_again"],
+            trusted,
+        )
         found["battery"] = battery_of(task, *loaded)
     with open(task["found"], "w", encoding="utf-8") as file:
         json.dump(found, file)
