@@ -295,7 +295,7 @@ def import_model(
     out: Annotated[Path, typer.Option(help="Folder to make.", show_default=False)],
     json: Json = False,
 ) -> None:
-    """Turn a native checkpoint of transformers into a spec and weights; no code of it runs."""
+    """Turn a native checkpoint of transformers, or an export, into a spec and weights; no code of it runs."""
     from heddle import api, target_tables, terminal
 
     result = api.import_model(folder, out)
