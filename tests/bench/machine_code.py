@@ -36,6 +36,8 @@ from heddle.kernels import (
     _gated_delta_rule_fwd,
     _gla_bwd,
     _gla_fwd,
+    _head_sparse_attention_bwd,
+    _head_sparse_attention_fwd,
     _kda_bwd,
     _kda_fwd,
     _simple_gla_sweep,
@@ -50,6 +52,7 @@ from heddle.kernels.configs import (
     decay_attention,
     gated_delta_rule,
     gla,
+    head_sparse_attention,
     kda,
     simple_gla,
     sliding_window_attention,
@@ -89,6 +92,10 @@ KERNELS = {
         "sliding_window_attention",
         "keys",
     ): _sliding_window_attention_bwd._sliding_window_attention_bwd_key_kernel,
+    ("head_sparse_attention", "forward"): _head_sparse_attention_fwd._head_sparse_attention_fwd_kernel,
+    ("head_sparse_attention", "step"): _head_sparse_attention_fwd._head_sparse_attention_fwd_kernel,
+    ("head_sparse_attention", "queries"): _head_sparse_attention_bwd._head_sparse_attention_bwd_query_kernel,
+    ("head_sparse_attention", "keys"): _head_sparse_attention_bwd._head_sparse_attention_bwd_key_kernel,
     ("kda", "prepare"): _kda_fwd._kda_prepare_kernel,
     ("kda", "forward"): _kda_fwd._kda_sweep_kernel,
     ("kda", "keep"): _kda_fwd._kda_sweep_kernel,
@@ -103,14 +110,18 @@ FLOATS = (
     "gates_ptr", "logs_ptr", "rows_ptr", "ends_ptr", "beta_ptr", "last_ptr", "summary_ptr", "starts_ptr",
     "d_initial_ptr", "d_log_decay_ptr", "d_beta_ptr", "totals_ptr", "reach_ptr",
     "lse_ptr", "delta_ptr", "most_ptr", "d_bias_ptr", "d_gates_ptr",
+    "weights_ptr", "d_weights_ptr", "lse_rows_ptr", "delta_rows_ptr",
 )  # fmt: skip
 DOUBLES = ("sums_ptr",)
-INTEGERS = ("table_ptr", "offsets_ptr", "cu_seqlens_ptr", "start_ptr", "entries_ptr")
+INTEGERS = (
+    "table_ptr", "offsets_ptr", "cu_seqlens_ptr", "start_ptr", "entries_ptr", "before_ptr", "begins_ptr",
+)  # fmt: skip
 # Where a name stands for something else than in the other ops.
-BLOCK_TYPES = {"sums_ptr": "*fp32", "seen_ptr": "*u8"}
+BLOCK_TYPES = {"sums_ptr": "*fp32", "seen_ptr": "*u8", "ends_ptr": "*i32"}
 # Attention that reads some keys has plans by the larger head size.
 SPARSE = {
     "block_attention": block_attention.HOPPER,
+    "head_sparse_attention": head_sparse_attention.HOPPER,
     "sliding_window_attention": sliding_window_attention.HOPPER,
 }
 # Of block_attention: heads of a group (of a step of sliding_window_attention, too), and keys of a block.
@@ -145,7 +156,8 @@ def cases(*, quick: bool) -> Iterator[Case]:
     sizes = QUICK if quick else [(K, V) for K in SIZES for V in SIZES]
     yield from planned_cases(quick=quick)
     yield from block_cases(quick=quick)
-    yield from window_cases(quick=quick)
+    yield from window_cases("sliding_window_attention", quick=quick)
+    yield from window_cases("head_sparse_attention", quick=quick)
     for op, (K, V) in itertools.product(("decay_attention", "simple_gla"), sizes):
         first = Case(op, "output", "bf16", K, V, aligned=True, many=False, backward=False)
         both = (first, replace(first, backward=True, many=True))
@@ -195,17 +207,15 @@ def block_cases(*, quick: bool) -> Iterator[Case]:
             yield replace(first, dtype="fp16")
 
 
-def window_cases(*, quick: bool) -> Iterator[Case]:
-    """The kernels of sliding_window_attention, by descriptors; `many`: with sinks, limits and packed sequences."""
+def window_cases(op: str, *, quick: bool) -> Iterator[Case]:
+    """The kernels of attention that reads by descriptors; `many`: with sinks, limits and packed sequences."""
     sizes = [size for size in SIZES if size >= LEAST_HEAD]
-    kernels = [kernel for op, kernel in KERNELS if op == "sliding_window_attention"]
+    kernels = [kernel for name, kernel in KERNELS if name == op]
     for (K, V), kernel in itertools.product(
         [(128, 128)] if quick else itertools.product(sizes, sizes), kernels
     ):
         backward = kernel in ("queries", "keys")
-        first = Case(
-            "sliding_window_attention", kernel, "bf16", K, V, aligned=True, many=False, backward=backward
-        )
+        first = Case(op, kernel, "bf16", K, V, aligned=True, many=False, backward=backward)
         yield first
         if K == V and not quick:
             yield from (replace(first, many=True), replace(first, dtype="fp32"), replace(first, dtype="fp16"))
@@ -218,7 +228,7 @@ def _window_constants(case: Case, launch: Launch) -> dict[str, Any]:
         "ROWS": block(GROUP) if is_step else launch.chunk, "QUERIES": 1 if is_step else launch.chunk,
         "HEADS": GROUP if is_step else 1, "PACKED": GROUP if is_step else 1, "GROUP": GROUP if is_step else 4,
         "KEYS": launch.columns, "SINKS": case.many, "SEEN": case.many, "VARLEN": case.many, "SPLIT": is_step,
-        "TILES": True, "PRECISION": "tf32x3",
+        "TILES": True, "PRECISION": "tf32x3", "LISTED": not is_step, "APART": case.many, "WALKED": launch.chunk,
     }  # fmt: skip
     names = KERNELS[case.op, case.kernel].arg_names
     return {name: value for name, value in constants.items() if name in names}
@@ -265,7 +275,7 @@ def ptx(case: Case) -> tuple[str, dict[str, int | None]]:
         constants = _planned_constants(case, launch)
     if case.op == "block_attention":
         constants = _block_constants(case, launch)
-    if case.op == "sliding_window_attention":
+    if case.op in ("sliding_window_attention", "head_sparse_attention"):
         constants = _window_constants(case, launch)
     if case.kernel == "output":
         constants |= {"SEGMENTED": False, "HAS_INITIAL": True, "HAS_D_FINAL": case.backward}
@@ -325,7 +335,7 @@ def _launch(case: Case) -> Launch:
 def _descriptor(name: str, dtype: str, constants: dict[str, Any]) -> str:
     """Of tiles that are walked over: of keys and values, or of queries and gradients of outputs."""
     rows = constants["KEYS" if name in ("k_tiles", "v_tiles") else "ROWS"]
-    columns = constants["ROWS_V" if name in ("v_tiles", "d_out_tiles") else "ROWS_K"]
+    columns = constants["ROWS_V" if name in ("v_tiles", "d_out_tiles", "g_tiles") else "ROWS_K"]
     return f"tensordesc<{dtype}[1, 1, {rows}, {columns}]>"
 
 
