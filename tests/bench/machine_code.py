@@ -40,13 +40,13 @@ from heddle.kernels import (
     _head_sparse_attention_fwd,
     _kda_bwd,
     _kda_fwd,
+    _landmark_attention_bwd,
+    _landmark_attention_fwd,
+    _landmark_attention_step,
     _rat_attention_bwd,
     _rat_attention_fwd,
     _rat_scan_bwd,
     _rat_scan_fwd,
-    _landmark_attention_bwd,
-    _landmark_attention_fwd,
-    _landmark_attention_step,
     _simple_gla_sweep,
     _sliding_window_attention_bwd,
     _sliding_window_attention_fwd,
@@ -61,9 +61,9 @@ from heddle.kernels.configs import (
     gla,
     head_sparse_attention,
     kda,
+    landmark_attention,
     rat_attention,
     rat_scan,
-    landmark_attention,
     simple_gla,
     sliding_window_attention,
 )
@@ -273,6 +273,8 @@ def _rat_constants(case: Case, launch: Launch) -> dict[str, Any]:
             "ROWS": rows, "TURNED": case.K, "CHUNKS": max(1, launch.columns // rows), "KEEP": not case.many,
             "INNER": rat_scan.PART, "HAS_PAST": not case.many,
         }  # fmt: skip
+    names = KERNELS[case.op, case.kernel].arg_names
+    return {name: value for name, value in constants.items() if name in names}
 
 
 def landmark_cases(*, quick: bool) -> Iterator[Case]:
