@@ -27,9 +27,14 @@ PAINT = {
     "--ink": "#1d2125",
     "--soft": "#5a6169",
     "--bad": "#b3261e",
+    "--over": "#a85b00",
+    "--left": "#7b3fa0",
     "--line": "#dcdcd5",
 }
-SYMBOLS = {"star": "*", "diamond": "D", "square": "s", "cross": "P", "triangle-up": "^", "x-thin": "x"}
+SYMBOLS = {
+    "star": "*", "diamond": "D", "square": "s", "cross": "P", "triangle-up": "^", "triangle-down": "v", "x-thin": "x",
+    "line-ns": "|",
+}  # fmt: skip
 DASHES = {
     "dash": "--",
     "dot": ":",
@@ -38,6 +43,8 @@ DASHES = {
     "longdashdot": (0, (8, 3, 1, 3)),
 }
 DPI = 200
+# The lowest share of a plot, which trials without a score have to themselves.
+FOOT = 0.17
 
 
 def draw_all(run: Run, folder: Path) -> list[Path]:
@@ -68,6 +75,9 @@ def draw(figure: Figure, path: Path) -> Path:
         axes.set_axisbelow(True)
         for trace in figure.data:
             _trace(axes, trace)
+        if any(trace.get("yaxis") == "y2" for trace in figure.data):
+            low, high = axes.get_ylim()
+            axes.set_ylim(low - FOOT / (1 - FOOT) * (high - low), high)
         _frame(axes, figure)
         metadata = {"Date": None} if path.suffix == ".svg" else None
         sheet.savefig(path, dpi=DPI, metadata=metadata)
@@ -104,11 +114,12 @@ def _bars(axes: Axes, trace: dict[str, Any]) -> None:
 
 
 def _rug(axes: Axes, trace: dict[str, Any]) -> None:
-    """Trials without a score, as crosses at the foot of the plot."""
-    foot = [0.03] * len(trace["x"])
+    """Trials without a score, as marks at the foot of the plot, a row a kind."""
+    foot = [FOOT - 0.05 + 0.05 * at for at in trace["y"]]
+    marker = trace["marker"]
     axes.plot(
-        trace["x"], foot, "x", color=_paint(trace["marker"]["color"]), label=_text(trace["name"]),
-        transform=axes.get_xaxis_transform(), markersize=5,
+        trace["x"], foot, SYMBOLS[marker["symbol"].removesuffix("-open")], color=_paint(marker["color"]),
+        label=_text(trace["name"]), transform=axes.get_xaxis_transform(), markersize=5, markerfacecolor="none",
     )  # fmt: skip
 
 

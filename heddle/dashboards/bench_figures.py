@@ -1,0 +1,159 @@
+"""Plots of benchmark rows: beside other implementations and the floor, over commits, on all devices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from heddle.dashboards.data import natural
+from heddle.dashboards.figures import BROKEN, Figure, escape, layout
+
+SYMBOLS = {"heddle": "circle", "fla": "diamond", "torch": "square", "cudnn": "cross", "flash": "triangle-up"}
+OTHERS = ("triangle-down", "x", "hexagon", "bowtie", "star-square")
+# The time that nobody beats stands in a plot as one more implementation.
+FLOOR, FLOOR_MARK = "floor", {"symbol": "line-ew-open", "size": 16, "color": BROKEN, "line": {"width": 2}}
+OURS = "heddle"
+# Of devices: Okabe and Ito's colours, told apart by all, and marks.
+COLOURS, DEVICES = (
+    ("#0072b2", "#e69f00", "#009e73", "#cc79a7"),
+    ("circle", "square", "diamond", "triangle-up"),
+)
+Bench = dict[str, Any]
+
+
+def ceiling(rows: Iterable[Bench]) -> dict[str, float]:
+    """The most that was measured of the device itself: bytes and FLOPs a second."""
+    tops: dict[str, float] = {}
+    for row in rows:
+        for unit in ("gbps", "tflops"):
+            if row["phase"] == "ceiling" and row.get(unit):
+                tops[unit] = max(tops.get(unit, 0.0), float(row[unit]))
+    return tops
+
+
+def case_of(row: Bench) -> str:
+    return f"{row['phase']} {_shape(row)}"
+
+
+def _shape(row: Bench, left_out: frozenset[str] = frozenset()) -> str:
+    parts = [f"{name}={value}" for name, value in row["shape"].items() if name not in left_out]
+    return " ".join([*parts, str(row["dtype"])] if "dtype" not in left_out else parts)
+
+
+def newest(rows: Iterable[Bench]) -> dict[tuple[str, str], Bench]:
+    """The newest row of each case and implementation."""
+    return {(case_of(row), row["impl"]): row for row in sorted(rows, key=_time)}
+
+
+def _time(row: Bench) -> str:
+    return str(row.get("time", ""))
+
+
+def floors(rows: Iterable[Bench], tops: Mapping[str, float]) -> list[Bench]:
+    """For each row of ours one of the floor: the milliseconds that its bytes or its operations need at `tops`."""
+    found = []
+    for row in rows:
+        shares = [float(row[unit]) / top for unit, top in tops.items() if row.get(unit)]
+        if row["impl"] == OURS and shares:
+            found.append(row | {"impl": FLOOR, "ms": row["ms"] * max(shares)})
+    return found
+
+
+def beside_others(rows: Sequence[Bench], tops: Mapping[str, float]) -> list[Figure]:
+    """One plot a phase: the newest of each implementation and the floor, case by case."""
+    found = []
+    for phase, mine in _phases(newest(rows).values()):
+        known = [*mine, *floors(mine, tops)]
+        cases, said = _cases(mine)
+        traces = [
+            _points(impl, here, [cases[case_of(row)] for row in here]) for impl, here in _by(known, "impl")
+        ]
+        found.append(_drawn(f"beside-{phase}", f"{phase}: median time{said}", traces, cases))
+    return found
+
+
+def over_commits(rows: Sequence[Bench], tops: Mapping[str, float]) -> list[Figure]:
+    """One plot a phase: every case of each implementation and of the floor, commit by commit in the order of their runs."""
+    found = []
+    for phase, mine in _phases(sorted(rows, key=_time)):
+        traces = []
+        for impl, here in _by([*mine, *floors(mine, tops)], "impl"):
+            # Two levels: implementations stand beside each other inside of a commit.
+            commits = [escape(str(row["commit"])[:7]) for row in here]
+            traces.append(_points(impl, here, [commits, [escape(impl)] * len(here)]))
+        drawn = layout("commit, oldest first", "ms") | {"showlegend": True}
+        drawn["xaxis"] |= {"type": "multicategory"}
+        drawn["yaxis"] |= {"type": "log"}
+        found.append(Figure(f"kernels-{phase}", f"{phase}: median time of every case", traces, drawn))
+    return found
+
+
+def devices(rows: Sequence[Bench], tops: Mapping[str, Mapping[str, float]]) -> list[Figure]:
+    """One plot a phase: our newest time of each case on every device that was measured, and the device's own floor."""
+    found = []
+    for phase, mine in _phases(row for row in rows if row["impl"] == OURS):
+        known = _by(mine, "device")
+        if len(known) < 2:
+            continue
+        cases, said = _cases(mine)
+        traces = []
+        for index, (device, here) in enumerate(known):
+            colour, symbol = COLOURS[index % len(COLOURS)], DEVICES[index % len(DEVICES)]
+            last = list(newest(here).values())
+            for name, seen, look in (
+                (device, last, {"symbol": symbol, "size": 10, "color": colour}),
+                (f"{device}: floor", floors(last, tops[device]), FLOOR_MARK | {"color": colour}),
+            ):
+                trace = _points(name, seen, [cases[case_of(row)] for row in seen])
+                traces.append(trace | {"marker": look})
+        found.append(_drawn(f"devices-{phase}", f"{phase}: heddle{said}", traces, cases))
+    return found
+
+
+def _phases(rows: Iterable[Bench]) -> list[tuple[str, list[Bench]]]:
+    return [(phase, mine) for phase, mine in _by(rows, "phase") if phase != "ceiling"]
+
+
+def _by(rows: Iterable[Bench], field: str) -> list[tuple[str, list[Bench]]]:
+    found: dict[str, list[Bench]] = {}
+    for row in rows:
+        found.setdefault(str(row[field]), []).append(row)
+    return list(found.items())
+
+
+def _cases(rows: Sequence[Bench]) -> tuple[dict[str, str], str]:
+    """Short names of the cases from small to large, without what is the same in all of them, which is told for the caption."""
+    held = [{**row["shape"], "dtype": row["dtype"]} for row in rows]
+    same = (
+        {name for name in held[0] if len({str(one.get(name)) for one in held}) == 1}
+        if len(held) > 1
+        else set()
+    )
+    ordered = sorted({case_of(row): row for row in rows}.items(), key=lambda item: natural(item[0]))
+    names = {case: escape(_shape(row, frozenset(same))) or "the only case" for case, row in ordered}
+    told = " ".join(
+        str(held[0][name]) if name == "dtype" else f"{name}={held[0][name]}"
+        for name in held[0]
+        if name in same
+    )
+    return names, f", {told}" if told else ""
+
+
+def _points(impl: str, rows: Sequence[Bench], x: Sequence[Any]) -> dict[str, Any]:
+    symbol = SYMBOLS.get(impl) or OTHERS[sum(map(ord, impl)) % len(OTHERS)]
+    marker = FLOOR_MARK if impl == FLOOR else {"symbol": symbol, "size": 9}
+    text = [escape(f"{impl} {case_of(row)}: {row['ms']:.4g} ms") for row in rows]
+    trace: dict[str, Any] = {"type": "scatter", "mode": "markers", "name": escape(impl), "marker": marker}
+    return trace | {
+        "x": x,
+        "y": [row["ms"] for row in rows],
+        "text": text,
+        "hovertemplate": "%{text}<extra></extra>",
+    }
+
+
+def _drawn(name: str, caption: str, traces: list[dict[str, Any]], cases: Mapping[str, str]) -> Figure:
+    drawn = layout("case", "ms") | {"showlegend": True}
+    drawn["xaxis"] |= {"type": "category", "categoryorder": "array", "categoryarray": list(cases.values())}
+    drawn["yaxis"] |= {"type": "log"}
+    return Figure(name, caption, traces, drawn)
