@@ -185,11 +185,11 @@ class Recorded:
         return self.evaluation(log, number, "latency", asdict(row), key)
 
     def values(self, layers: Sequence[str]) -> tuple[float, float]:
-        """Accuracy and bits per byte: more full layers are better, in the upper half most of all."""
+        """Accuracy and bits per byte: full layers are good for both, upper ones for the first and lower ones for the second."""
         share = layers.count("full") / len(layers)
         upper = layers[len(layers) // 2 :].count("full") / len(layers)
-        mqar = min(1.0, 0.45 + 0.3 * share + 0.4 * upper + self.random.gauss(0, 0.04))
-        return mqar, 2.4 - 0.2 * share - 0.2 * upper + self.random.gauss(0, 0.04)
+        mqar = min(1.0, 0.45 + 0.8 * upper + self.random.gauss(0, 0.04))
+        return mqar, 2.4 - 0.4 * (share - upper) + self.random.gauss(0, 0.04)
 
     def training(
         self, log: EventLog, number: int, task: TaskInfo, value: float, rung: int | None = None

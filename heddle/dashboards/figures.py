@@ -77,7 +77,7 @@ def pair(run: Run, x: Axis, y: Axis) -> Figure:
     draw_limit(drawn, "x", x.limit)
     draw_limit(drawn, "y", y.limit)
     caption = f"{y.text} against {x.text}. Bars are 95 % intervals (scores: 1.96 standard errors)."
-    caption += f" {untold} without a score were not measured across either." if untold else ""
+    caption += f" Nothing was measured of {untold} more." if untold else ""
     return Figure(slug(f"{y.key} against {x.key}"), caption, traces, drawn)
 
 
