@@ -21,6 +21,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 from recorded_runs import FRAME_MS, FULL_MS, LINEAR_MS, Recorded
 
 from heddle.search.record import read_run
+from heddle.search.study import Direction, Study, open_storage
 
 ROOT = Path(__file__).parents[1]
 # Beside the trials.
@@ -29,8 +30,8 @@ SPECS = [ROOT / "examples/specs/hybrid.yaml", ROOT / "examples/specs/sequential.
 WIDE, NARROW = {"width": 1280, "height": 1150}, {"width": 390, "height": 1000}
 # Searches that are made up, and the seeds of their numbers.
 MADE_UP, TRIALS = {"made-up-a": 1, "made-up-b": 2}, 120
-# A page has few colours, and a picture of so many is a third as large.
-COLOURS = 96
+# A page has few colours, and a picture of so many is half as large.
+COLOURS = 255
 # Pictures of what stands further down on a page.
 HEADINGS = {"blocks": "Predicted time of each block"}
 
@@ -47,7 +48,7 @@ def pages(keys: list[str], trial: int, other: int) -> dict[str, str]:
         "placement": f"/run/{key}/placement",
         "latency": f"/run/{key}/latency",
         "tools": f"/run/{key}/tools",
-        "kernels": "/kernels",
+        "kernels": "/kernels?op=gated_delta_rule",
     }
     if len(keys) > 1:
         found |= {"runs": "/", "beside": f"/compare?t={key}:{trial}&t={key}:{other}&t={keys[1]}:{other}"}
@@ -72,7 +73,9 @@ def take(page: Page, address: str, out: Path, heading: str | None = None) -> Non
     page.wait_for_function("() => [...document.querySelectorAll('.plot')].every((one) => one.firstChild)")
     page.wait_for_timeout(300)
     page.screenshot(path=out)
-    Image.open(out).convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE).save(out, optimize=True)
+    Image.open(out).convert("RGB").quantize(
+        COLOURS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE
+    ).save(out, optimize=True)
     print(f"{out}  {out.stat().st_size / 1000:.0f} kB")
 
 
@@ -81,6 +84,11 @@ def made_up(folder: Path) -> Path:
     for name, seed in MADE_UP.items():
         run = read_run(Recorded(folder / name, TRIALS, name=name, seed=seed, has_all=True).write())
         assert run.best is not None
+        directions: list[Direction] = [
+            "maximize" if task.higher_is_better else "minimize" for task in run.tasks
+        ]
+        # No trial is in it; the page of tools opens it where it is.
+        Study(open_storage(run.path), name, directions, sampler="random", seed=0, startup=1)
         with_model(run.path, phases=("decode",), number=run.best, times=(FRAME_MS, LINEAR_MS, FULL_MS, 0.0))
     return folder
 

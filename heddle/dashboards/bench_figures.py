@@ -13,6 +13,9 @@ OTHERS = ("triangle-down", "x", "hexagon", "bowtie", "star-square")
 # The time that nobody beats stands in a plot as one more implementation.
 FLOOR, FLOOR_MARK = "floor", {"symbol": "line-ew-open", "size": 16, "color": BROKEN, "line": {"width": 2}}
 OURS = "heddle"
+ABOVE = {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"}
+# With ticks at 1, 2 and 5.
+LOG = {"type": "log", "dtick": "D2"}
 # Of devices: Okabe and Ito's colours, told apart by all, and marks.
 COLOURS, DEVICES = (
     ("#0072b2", "#e69f00", "#009e73", "#cc79a7"),
@@ -35,9 +38,8 @@ def case_of(row: Bench) -> str:
     return f"{row['phase']} {_shape(row)}"
 
 
-def _shape(row: Bench, left_out: frozenset[str] = frozenset()) -> str:
-    parts = [f"{name}={value}" for name, value in row["shape"].items() if name not in left_out]
-    return " ".join([*parts, str(row["dtype"])] if "dtype" not in left_out else parts)
+def _shape(row: Bench) -> str:
+    return " ".join([*(f"{name}={value}" for name, value in row["shape"].items()), str(row["dtype"])])
 
 
 def newest(rows: Iterable[Bench]) -> dict[tuple[str, str], Bench]:
@@ -83,7 +85,8 @@ def over_commits(rows: Sequence[Bench], tops: Mapping[str, float]) -> list[Figur
             traces.append(_points(impl, here, [commits, [escape(impl)] * len(here)]))
         drawn = layout("commit, oldest first", "ms") | {"showlegend": True}
         drawn["xaxis"] |= {"type": "multicategory"}
-        drawn["yaxis"] |= {"type": "log"}
+        drawn["yaxis"] |= LOG
+        drawn["legend"] = ABOVE
         found.append(Figure(f"kernels-{phase}", f"{phase}: median time of every case", traces, drawn))
     return found
 
@@ -111,7 +114,19 @@ def devices(rows: Sequence[Bench], tops: Mapping[str, Mapping[str, float]]) -> l
 
 
 def _phases(rows: Iterable[Bench]) -> list[tuple[str, list[Bench]]]:
-    return [(phase, mine) for phase, mine in _by(rows, "phase") if phase != "ceiling"]
+    """The rows of each phase, without settings that were only tried: "heddle, splits 4" beside "heddle"."""
+    known = list(rows)
+    plain = {(row["phase"], row["impl"]) for row in known}
+    kept = [
+        row
+        for row in known
+        if (row["phase"], _base(row["impl"])) not in plain or _base(row["impl"]) == row["impl"]
+    ]
+    return [(phase, mine) for phase, mine in _by(kept, "phase") if phase != "ceiling"]
+
+
+def _base(impl: str) -> str:
+    return impl.partition(",")[0]
 
 
 def _by(rows: Iterable[Bench], field: str) -> list[tuple[str, list[Bench]]]:
@@ -124,23 +139,22 @@ def _by(rows: Iterable[Bench], field: str) -> list[tuple[str, list[Bench]]]:
 def _cases(rows: Sequence[Bench]) -> tuple[dict[str, str], str]:
     """Short names of the cases from small to large, without what is the same in all of them, which is told for the caption."""
     held = [{**row["shape"], "dtype": row["dtype"]} for row in rows]
-    same = (
-        {name for name in held[0] if len({str(one.get(name)) for one in held}) == 1}
-        if len(held) > 1
-        else set()
-    )
-    ordered = sorted({case_of(row): row for row in rows}.items(), key=lambda item: natural(item[0]))
-    names = {case: escape(_shape(row, frozenset(same))) or "the only case" for case, row in ordered}
-    told = " ".join(
-        str(held[0][name]) if name == "dtype" else f"{name}={held[0][name]}"
-        for name in held[0]
-        if name in same
-    )
-    return names, f", {told}" if told else ""
+    columns = {name: tuple(str(one.get(name)) for one in held) for name in held[0]}
+    same = [name for name, column in columns.items() if len(set(column)) == 1]
+    # Of two dimensions that are equal in all cases one is enough.
+    told = {column: name for name, column in reversed(columns.items()) if name not in same}
+    names = {}
+    for row in sorted(rows, key=lambda row: natural(case_of(row))):
+        parts = {**row["shape"], "dtype": row["dtype"]}
+        lines = [f"{name}={parts.get(name)}" for name in columns if name in told.values()]
+        names[case_of(row)] = "<br>".join(map(escape, lines)) or "one case"
+    shared = " ".join(f"{name}={held[0][name]}" for name in same)
+    return names, f", {shared}" if shared else ""
 
 
 def _points(impl: str, rows: Sequence[Bench], x: Sequence[Any]) -> dict[str, Any]:
-    symbol = SYMBOLS.get(impl) or OTHERS[sum(map(ord, impl)) % len(OTHERS)]
+    name = _base(impl)
+    symbol = SYMBOLS.get(name) or OTHERS[sum(map(ord, name)) % len(OTHERS)]
     marker = FLOOR_MARK if impl == FLOOR else {"symbol": symbol, "size": 9}
     text = [escape(f"{impl} {case_of(row)}: {row['ms']:.4g} ms") for row in rows]
     trace: dict[str, Any] = {"type": "scatter", "mode": "markers", "name": escape(impl), "marker": marker}
@@ -155,5 +169,7 @@ def _points(impl: str, rows: Sequence[Bench], x: Sequence[Any]) -> dict[str, Any
 def _drawn(name: str, caption: str, traces: list[dict[str, Any]], cases: Mapping[str, str]) -> Figure:
     drawn = layout("case", "ms") | {"showlegend": True}
     drawn["xaxis"] |= {"type": "category", "categoryorder": "array", "categoryarray": list(cases.values())}
-    drawn["yaxis"] |= {"type": "log"}
+    drawn["yaxis"] |= LOG
+    # Names of cases stand below, in several lines.
+    drawn["legend"] = ABOVE
     return Figure(name, caption, traces, drawn)

@@ -61,7 +61,9 @@ def overview(site: Site, query: Query) -> Page:
             continue
         rows.append(_run_row(key, drawn[key]))
     header = ["Run", "Status", "Trials", "Winner", "Mean normalised score", "Took"]
-    page.add(sections.section("Side by side", table(header, rows, numeric=(4,))) if rows else None)
+    page.add(
+        sections.section("Side by side", table(header, rows, numeric=(4,), cls="runs")) if rows else None
+    )
     page.plots("Best so far", [figures.progress_of(list(drawn.items()))])
     add_fronts(page, site, drawn, query)
     page.add(trained)
