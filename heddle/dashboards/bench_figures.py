@@ -11,11 +11,11 @@ from heddle.dashboards.figures import BROKEN, Figure, escape, layout
 SYMBOLS = {"heddle": "circle", "fla": "diamond", "torch": "square", "cudnn": "cross", "flash": "triangle-up"}
 OTHERS = ("triangle-down", "x", "hexagon", "bowtie", "star-square")
 # The time that nobody beats stands in a plot as one more implementation.
-FLOOR, FLOOR_MARK = "floor", {"symbol": "line-ew-open", "size": 16, "color": BROKEN, "line": {"width": 2}}
+FLOOR, FLOOR_MARK = "floor", {"symbol": "line-ns-open", "size": 16, "color": BROKEN, "line": {"width": 2}}
 OURS = "heddle"
 ABOVE = {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"}
-# With ticks at 1, 2 and 5.
-LOG = {"type": "log", "dtick": "D2"}
+# Times that differ by less may have none of 1, 2 and 5 between them; of times that differ by more these are too many.
+NARROW, WIDE = 5.0, 300.0
 # Of devices: Okabe and Ito's colours, told apart by all, and marks.
 COLOURS, DEVICES = (
     ("#0072b2", "#e69f00", "#009e73", "#cc79a7"),
@@ -67,9 +67,7 @@ def beside_others(rows: Sequence[Bench], tops: Mapping[str, float]) -> list[Figu
     for phase, mine in _phases(newest(rows).values()):
         known = [*mine, *floors(mine, tops)]
         cases, said = _cases(mine)
-        traces = [
-            _points(impl, here, [cases[case_of(row)] for row in here]) for impl, here in _by(known, "impl")
-        ]
+        traces = [_along(impl, here, cases) for impl, here in _by(known, "impl")]
         found.append(_drawn(f"beside-{phase}", f"{phase}: median time{said}", traces, cases))
     return found
 
@@ -82,10 +80,11 @@ def over_commits(rows: Sequence[Bench], tops: Mapping[str, float]) -> list[Figur
         for impl, here in _by([*mine, *floors(mine, tops)], "impl"):
             # Two levels: implementations stand beside each other inside of a commit.
             commits = [escape(str(row["commit"])[:7]) for row in here]
-            traces.append(_points(impl, here, [commits, [escape(impl)] * len(here)]))
+            places = {"x": [commits, [escape(impl)] * len(here)], "y": [row["ms"] for row in here]}
+            traces.append(_points(impl, here) | places)
         drawn = layout("commit, oldest first", "ms") | {"showlegend": True}
         drawn["xaxis"] |= {"type": "multicategory"}
-        drawn["yaxis"] |= LOG
+        drawn["yaxis"] |= _log([ms for trace in traces for ms in trace["y"]])
         drawn["legend"] = ABOVE
         found.append(Figure(f"kernels-{phase}", f"{phase}: median time of every case", traces, drawn))
     return found
@@ -107,8 +106,7 @@ def devices(rows: Sequence[Bench], tops: Mapping[str, Mapping[str, float]]) -> l
                 (device, last, {"symbol": symbol, "size": 10, "color": colour}),
                 (f"{device}: floor", floors(last, tops[device]), FLOOR_MARK | {"color": colour}),
             ):
-                trace = _points(name, seen, [cases[case_of(row)] for row in seen])
-                traces.append(trace | {"marker": look})
+                traces.append(_along(name, seen, cases) | {"marker": look})
         found.append(_drawn(f"devices-{phase}", f"{phase}: heddle{said}", traces, cases))
     return found
 
@@ -147,29 +145,39 @@ def _cases(rows: Sequence[Bench]) -> tuple[dict[str, str], str]:
     for row in sorted(rows, key=lambda row: natural(case_of(row))):
         parts = {**row["shape"], "dtype": row["dtype"]}
         lines = [f"{name}={parts.get(name)}" for name in columns if name in told.values()]
-        names[case_of(row)] = "<br>".join(map(escape, lines)) or "one case"
+        names[case_of(row)] = " ".join(map(escape, lines)) or "one case"
     shared = " ".join(f"{name}={held[0][name]}" for name in same)
     return names, f", {shared}" if shared else ""
 
 
-def _points(impl: str, rows: Sequence[Bench], x: Sequence[Any]) -> dict[str, Any]:
+def _points(impl: str, rows: Sequence[Bench]) -> dict[str, Any]:
+    """An implementation's marks, without their places."""
     name = _base(impl)
     symbol = SYMBOLS.get(name) or OTHERS[sum(map(ord, name)) % len(OTHERS)]
-    marker = FLOOR_MARK if impl == FLOOR else {"symbol": symbol, "size": 9}
+    marker = FLOOR_MARK | {"symbol": "line-ew-open"} if impl == FLOOR else {"symbol": symbol, "size": 9}
     text = [escape(f"{impl} {case_of(row)}: {row['ms']:.4g} ms") for row in rows]
     trace: dict[str, Any] = {"type": "scatter", "mode": "markers", "name": escape(impl), "marker": marker}
-    return trace | {
-        "x": x,
-        "y": [row["ms"] for row in rows],
-        "text": text,
-        "hovertemplate": "%{text}<extra></extra>",
-    }
+    return trace | {"text": text, "hovertemplate": "%{text}<extra></extra>"}
+
+
+def _along(impl: str, rows: Sequence[Bench], cases: Mapping[str, str]) -> dict[str, Any]:
+    """The same with the times across and the cases up."""
+    trace = _points(impl, rows)
+    look = {"marker": FLOOR_MARK} if impl == FLOOR else {}
+    return trace | look | {"x": [row["ms"] for row in rows], "y": [cases[case_of(row)] for row in rows]}
+
+
+def _log(times: Sequence[float]) -> dict[str, Any]:
+    """An axis of milliseconds with ticks at 1, 2 and 5, at powers of ten where these are many, else where plotly puts them."""
+    low, high = min(times), max(times)
+    ticks = {} if low < high < NARROW * low else {"dtick": 1 if high > WIDE * low else "D2"}
+    return {"title": {"text": "ms"}, "type": "log"} | ticks
 
 
 def _drawn(name: str, caption: str, traces: list[dict[str, Any]], cases: Mapping[str, str]) -> Figure:
-    drawn = layout("case", "ms") | {"showlegend": True}
-    drawn["xaxis"] |= {"type": "category", "categoryorder": "array", "categoryarray": list(cases.values())}
-    drawn["yaxis"] |= LOG
-    # Names of cases stand below, in several lines.
-    drawn["legend"] = ABOVE
+    """Cases as rows, the smallest above, since their names are long."""
+    drawn = layout("ms", "case") | {"showlegend": True, "legend": ABOVE}
+    order = list(dict.fromkeys(reversed(list(cases.values()))))
+    drawn["yaxis"] |= {"type": "category", "categoryorder": "array", "categoryarray": order}
+    drawn["xaxis"] |= _log([ms for trace in traces for ms in trace["x"]])
     return Figure(name, caption, traces, drawn)

@@ -38,6 +38,4 @@ def _flat(places: Any) -> Any:
 
 def _cell(value: object) -> str:
     """Figures hold their texts escaped, since plotly reads tags in them; here they are plain again."""
-    return (
-        f"{value:.6g}" if isinstance(value, int | float) else html.unescape(str(value).replace("<br>", " "))
-    )
+    return f"{value:.6g}" if isinstance(value, int | float) else html.unescape(str(value))
