@@ -134,12 +134,22 @@ def paint(mixer: str) -> str:
     return f"background-color:{look.colour}{hatch}"
 
 
+# Shown once report.js has drawn; it says which picture is meant.
+SAVE = element(
+    "span",
+    *(element("button", form.upper(), type="button", data_save=form, aria_label=f"Save this plot as {form.upper()}")
+      for form in ("svg", "png")),
+    cls="save",
+)  # fmt: skip
+
+
 def plot_places(drawn: Sequence[Figure], first: int = 0) -> Html:
     """A place for each figure; the page's figures are numbered through from `first`."""
     places = []
     for index, figure in enumerate(drawn, first):
         plot = element("div", id=f"plot-{index}", cls="plot", role="img", aria_label=figure.caption)
-        places.append(element("figure", plot, element("figcaption", figure.caption), numbers(figure)))
+        caption = element("figcaption", figure.caption, SAVE)
+        places.append(element("figure", plot, caption, numbers(figure)))
     return element("div", *places, cls="plots")
 
 

@@ -276,6 +276,21 @@ def test_every_page_is_reached_with_the_keyboard(browser: Browser, make_run: Mak
         page.context.close()
 
 
+def test_any_plot_is_saved_as_a_picture(browser: Browser, make_run: MakeRun, tmp_path: Path) -> None:
+    page, wrong = _watched(browser, color_scheme="dark")
+    with serving(make_run(), bench=_few_rows(tmp_path)) as base:
+        for path in ("/run/run/compare?t=3&t=4", "/kernels"):
+            _open(page, base + path)
+            for form, begins in (("SVG", b"<svg"), ("PNG", b"\x89PNG")):
+                with page.expect_download() as told:
+                    page.get_by_role("button", name=f"Save this plot as {form}").first.click()
+                name = page.evaluate("window.heddleFigures()[0].name")
+                assert told.value.suggested_filename == f"{name}.{form.lower()}"
+                assert Path(told.value.path()).read_bytes().startswith(begins)
+        page.context.close()
+    assert not [one for one in wrong if not one.startswith(f"blob:{base}/")]
+
+
 def test_what_is_chosen_is_drawn_and_a_text_is_copied(browser: Browser, make_run: MakeRun) -> None:
     page, wrong = _watched(browser, permissions=["clipboard-read", "clipboard-write"])
     with serving(make_run()) as base:
