@@ -29,7 +29,7 @@ LOST = {
 ROW, GAP = 0.05, 0.05
 SCORED = {"symbol": "circle-open", "size": 8, "color": TRAINED, "line": {"width": 1.5}}
 # A cloud of more trials is thinned: of those that would lie on one another, one is drawn.
-CLOUD, CELLS = 600, (36, 24)
+CLOUD, IN_A_ROW, CELLS = 600, 72, (36, 24)
 # Bars of more trials than these hide the points.
 BARS = 40
 # Lines are told apart by their dashes as well as by their colours.
@@ -196,7 +196,7 @@ def _add_rugs(
         lost = [(where[t.number], 0.0, t) for t in run.trials if t.state == state and t.number in where]
         if not lost:
             continue
-        kept = thinned(lost)
+        kept = thinned(lost, IN_A_ROW)
         trace = points(name, kept, run, [where[trial.number] for trial in kept], [float(-rows)] * len(kept))
         marks = {"symbol": symbol, "size": 9, "color": colour, "line": {"width": 2, "color": colour}}
         traces.append(trace | {"yaxis": "y2", "marker": marks})
@@ -265,9 +265,9 @@ def _bars(trials: Sequence[Trial], x: Axis, y: Axis, colour: str) -> dict[str, A
     return found
 
 
-def thinned(placed: Sequence[tuple[float, float, Trial]]) -> list[Trial]:
-    """Of many trials those that are seen: one in each cell of a fine grid."""
-    if len(placed) <= CLOUD:
+def thinned(placed: Sequence[tuple[float, float, Trial]], most: int = CLOUD) -> list[Trial]:
+    """Of more than `most` trials those that are seen: one in each cell of a fine grid."""
+    if len(placed) <= most:
         return [trial for *_, trial in placed]
     columns = [[x for x, _, _ in placed], [y for _, y, _ in placed]]
     lows = [min(column) for column in columns]

@@ -152,7 +152,7 @@ def _plots(page: Page, watched: Watched, run: Run, query: Query) -> None:
     first = next((key for key in known if key.startswith("budget:")), "parameters")
     x = known.get(query.get("x", ""), known[first])
     y = known.get(query.get("y", ""), next(iter(known.values())))
-    overs = spent.overs(run)
+    overs = watched.once(run, "overs", lambda: spent.overs(run))
     over = query.get("over", "trial")
     over = over if over in overs else "trial"
     names = {key: axis.plain for key, axis in known.items()}

@@ -20,11 +20,10 @@ def overs(run: Run) -> dict[str, str]:
 
 def _tells_gpus(run: Run) -> bool:
     """Whether every session that evaluated told on which GPUs: an older heddle did not."""
-    placed, finished = (
-        {event["session"] for event in run.events if event["event"] == kind}
-        for kind in ("evaluation_placed", "evaluation_finished")
+    placed = {event["session"] for event in run.events if event["event"] == "evaluation_placed"}
+    return bool(placed) and all(
+        event["session"] in placed for event in run.events if event["event"] == "evaluation_finished"
     )
-    return bool(placed) and finished <= placed
 
 
 def positions(run: Run, over: str) -> dict[int, float]:
