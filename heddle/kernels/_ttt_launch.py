@@ -103,8 +103,9 @@ class _Call:
         _, programs, options = self._tiles(launch)
         start_kernel(
             _ttt_sweep_kernel, (programs,),
-            self.q, self.k, self.v, self.rates, self._or(self.gates), self.weight, self._or(self.given), out, final,
-            kept.states, kept.errors, kept.means, kept.lines, self._or(self.cu_seqlens),
+            self.q, self.k, self.v, self.rates, self.rates if self.gates is None else self.gates, self.weight,
+            final if self.given is None else self.given, out, final,
+            kept.states, kept.errors, kept.means, kept.lines, self.q if self.cu_seqlens is None else self.cu_seqlens,
             *strides(self.q, self.k, self.v, out), self.T, self.H, self.chunk, self.slots, self.sequences,
             int(self.given is not None),
             **self.swept, KEEP=keep, **options,
@@ -127,9 +128,10 @@ class _Call:
         d_means = self.room(parts, self.slots, self.H)
         start_kernel(
             _ttt_backward_kernel, (programs,),
-            self.q, self.k, self.v, d_out, self.rates, self.weight, self._or(self.given), self._or(d_final),
-            kept.states, kept.errors, kept.means, dv, d_rates, d_initial, d_before, d_had, d_steps, d_means,
-            self._or(self.cu_seqlens),
+            self.q, self.k, self.v, d_out, self.rates, self.weight, d_initial if self.given is None else self.given,
+            d_initial if d_final is None else d_final, kept.states, kept.errors, kept.means,
+            dv, d_rates, d_initial, d_before, d_had, d_steps, d_means,
+            self.q if self.cu_seqlens is None else self.cu_seqlens,
             *strides(self.q, self.k, self.v, d_out, dv), self.T, self.H, self.chunk, self.slots, self.sequences,
             int(self.given is not None), int(d_final is not None), d_rates.stride(0),
             **self.swept, **options,
@@ -156,10 +158,6 @@ class _Call:
         parts = triton.cdiv(self.D, columns)
         tiles = {"C": self._tokens(launch), "ROWS": block(self.D), "COLUMNS": columns}
         return parts, parts * self.H * self.sequences, {**tiles, **launch.options()}
-
-    def _or(self, x: Tensor | None) -> Tensor:
-        """Anything where there is nothing."""
-        return self.q if x is None else x
 
 
 def launch_forward(

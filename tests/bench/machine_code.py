@@ -41,9 +41,12 @@ from heddle.kernels import (
     _simple_gla_sweep,
     _sliding_window_attention_bwd,
     _sliding_window_attention_fwd,
+    _ttt_bwd,
+    _ttt_fwd,
 )
 from heddle.kernels._block_attention_launch import queries_of
 from heddle.kernels._gla_launch import KEY_TILE
+from heddle.kernels._ttt_launch import ROW_TILE
 from heddle.kernels.common.layout import ALIGNMENT, LEAST_HEAD, block
 from heddle.kernels.configs import (
     block_attention,
@@ -53,6 +56,7 @@ from heddle.kernels.configs import (
     kda,
     simple_gla,
     sliding_window_attention,
+    ttt,
 )
 from heddle.kernels.configs.launch import Launch
 
@@ -94,6 +98,11 @@ KERNELS = {
     ("kda", "keep"): _kda_fwd._kda_sweep_kernel,
     ("kda", "backward"): _kda_bwd._kda_backward_kernel,
     ("kda", "gradient"): _kda_bwd._kda_gradient_kernel,
+    ("ttt", "forward"): _ttt_fwd._ttt_sweep_kernel,
+    ("ttt", "keep"): _ttt_fwd._ttt_sweep_kernel,
+    ("ttt", "backward"): _ttt_bwd._ttt_backward_kernel,
+    ("ttt", "tokens"): _ttt_bwd._ttt_token_kernel,
+    ("ttt", "step"): _ttt_fwd._ttt_sweep_kernel,
 }
 # Their launches share a chunk, and their kernels what they are told.
 PLANS = {"gated_delta_rule": gated_delta_rule.HOPPER, "gla": gla.HOPPER, "kda": kda.HOPPER}
@@ -103,9 +112,10 @@ FLOATS = (
     "gates_ptr", "logs_ptr", "rows_ptr", "ends_ptr", "beta_ptr", "last_ptr", "summary_ptr", "starts_ptr",
     "d_initial_ptr", "d_log_decay_ptr", "d_beta_ptr", "totals_ptr", "reach_ptr",
     "lse_ptr", "delta_ptr", "most_ptr", "d_bias_ptr", "d_gates_ptr",
+    "rates_ptr", "weight_ptr", "means_ptr", "d_rates_ptr", "d_before_ptr", "d_had_ptr", "d_means_ptr",
 )  # fmt: skip
 DOUBLES = ("sums_ptr",)
-INTEGERS = ("table_ptr", "offsets_ptr", "cu_seqlens_ptr", "start_ptr", "entries_ptr")
+INTEGERS = ("table_ptr", "offsets_ptr", "cu_seqlens_ptr", "start_ptr", "entries_ptr", "lines_ptr")
 # Where a name stands for something else than in the other ops.
 BLOCK_TYPES = {"sums_ptr": "*fp32", "seen_ptr": "*u8"}
 # Attention that reads some keys has plans by the larger head size.
@@ -126,7 +136,7 @@ class Case:
     """One kernel of an op at the launch of the table; K and V are those of a, b and of c.
 
     `aligned`: strides are multiples of 16;  `many`: so is the number of heads, which Triton looks at as well
-    `halved`: the longer way through a chunk of gla or kda
+    `halved`: the longer way through a chunk of gla or kda, and the loss of ttt that measures a distance
     """
 
     op: str
@@ -146,6 +156,7 @@ def cases(*, quick: bool) -> Iterator[Case]:
     yield from planned_cases(quick=quick)
     yield from block_cases(quick=quick)
     yield from window_cases(quick=quick)
+    yield from memory_cases(quick=quick)
     for op, (K, V) in itertools.product(("decay_attention", "simple_gla"), sizes):
         first = Case(op, "output", "bf16", K, V, aligned=True, many=False, backward=False)
         both = (first, replace(first, backward=True, many=True))
@@ -211,6 +222,28 @@ def window_cases(*, quick: bool) -> Iterator[Case]:
             yield from (replace(first, many=True), replace(first, dtype="fp32"), replace(first, dtype="fp16"))
 
 
+def memory_cases(*, quick: bool) -> Iterator[Case]:
+    """The kernels of ttt, whose heads are as large as their memory."""
+    for K, kernel in itertools.product([128] if quick else SIZES, [name for op, name in KERNELS if op == "ttt"]):
+        first = Case("ttt", kernel, "bf16", K, K, aligned=True, many=False, backward=False, halved=True)
+        yield first
+        if not quick:
+            yield replace(first, halved=False)
+            yield from (replace(first, dtype=dtype) for dtype in ("fp32", "fp16"))
+
+
+def _memory_constants(case: Case, launch: Launch) -> dict[str, Any]:
+    constants = {
+        "D": case.K, "C": launch.chunk, "ROWS": block(case.K), "COLUMNS": launch.columns, "MOMENTUM": True,
+        "L2": case.halved, "NORMALISE": 1, "VARLEN": False, "KEEP": case.kernel == "keep", "PARTS": 4,
+        "PRECISION": "tf32x3",
+    }  # fmt: skip
+    if case.kernel == "tokens":
+        constants["ROWS"] = min(ROW_TILE, block(case.K))
+    names = KERNELS[case.op, case.kernel].arg_names
+    return {name: value for name, value in constants.items() if name in names}
+
+
 def _window_constants(case: Case, launch: Launch) -> dict[str, Any]:
     is_step = case.kernel == "step"
     constants = {
@@ -267,6 +300,8 @@ def ptx(case: Case) -> tuple[str, dict[str, int | None]]:
         constants = _block_constants(case, launch)
     if case.op == "sliding_window_attention":
         constants = _window_constants(case, launch)
+    if case.op == "ttt":
+        constants = _memory_constants(case, launch)
     if case.kernel == "output":
         constants |= {"SEGMENTED": False, "HAS_INITIAL": True, "HAS_D_FINAL": case.backward}
     if case.op == "simple_gla":
@@ -308,6 +343,8 @@ def _launch(case: Case) -> Launch:
     elif case.op in SPARSE:
         size = max(block(case.K), block(case.V))
         return getattr(SPARSE[case.op].plan(ELEMENTS[case.dtype], size), case.kernel)
+    elif case.op == "ttt":
+        launch = getattr(ttt.HOPPER.plan(ELEMENTS[case.dtype], block(case.K)), case.kernel)
     elif case.op in PLANS:
         launch = getattr(PLANS[case.op].plan(ELEMENTS[case.dtype], _largest(case)), case.kernel)
     else:
