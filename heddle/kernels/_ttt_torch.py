@@ -7,13 +7,15 @@ to the dtype of the inputs, and so do those of their gradients.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from heddle.kernels.common.products import product
-from heddle.kernels.op import wide_dtype
+from heddle.kernels.op import are_plain, wide_dtype
 
 # Of a norm by which a row of weights is divided.
 EPS = 1e-5
@@ -165,26 +167,41 @@ def _walk(
     layout: Layout,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The outputs of all parts, and the states of all rows or sequences at the end; `sides` begin with the axis of parts."""
-    q, k, v, rates, gates = sides
     begun, found, after = state, [], []
-    for m in range(q.shape[0]):
+    part = partial(_part, weight=weight, rule=rule)
+    if torch.is_grad_enabled() and are_plain((*sides, weight)):
+        # What a part makes is made again for its gradients; kept are what it begins with and its tokens.
+        part = partial(checkpoint, part, use_reentrant=False, preserve_rng_state=False)
+    for m in range(sides[0].shape[0]):
         if layout.sequence is not None and layout.first is not None:
             own = layout.sequence[m : m + 1]
             state = [
                 torch.where(layout.first[m], one[own], held[:1])
                 for one, held in zip(begun, state, strict=True)
             ]
-        now = weight + state[0]
-        found.append(_read(q[m], now, rule))
-        gradient = state[-2] + _gradient(k[m], v[m], rates[m], now, rule)
-        gate = state[-1] if gates is None else state[-1] + gates[m].sum(-1, keepdim=True) / rule.chunk
-        full = layout.full[:, m, None, None]
-        state = _written(state, gradient, gate, weight, full, rule.normalise)
+        tokens = [None if side is None else side[m] for side in sides]
+        out, state = part(tokens, state, layout.full[:, m, None, None])
+        found.append(out)
         after.append(state)
     if layout.last is None:
         return found, state
     ended = [torch.cat(held)[layout.last] for held in zip(*after, strict=True)]
     return found, ended
+
+
+def _part(
+    tokens: list[Tensor | None], state: list[Tensor], full: Tensor, weight: Tensor, rule: Rule
+) -> tuple[Tensor, list[Tensor]]:
+    """The output of a part, and the state after it."""
+    q, k, v, rates, gates = tokens
+    assert q is not None
+    assert k is not None
+    assert v is not None
+    assert rates is not None
+    now = weight + state[0]
+    gradient = state[-2] + _gradient(k, v, rates, now, rule)
+    gate = state[-1] if gates is None else state[-1] + gates.sum(-1, keepdim=True) / rule.chunk
+    return _read(q, now, rule), _written(state, gradient, gate, weight, full, rule.normalise)
 
 
 def _written(

@@ -29,12 +29,12 @@ def _even(launch: Launch) -> Plan:
     return Plan(launch, launch, launch, launch, launch)
 
 
-_SWEEP = Launch(chunk=64, columns=64, warps=8, stages=2)
 HOPPER = Family(
+    # With wider tiles ptxas spills.
     half=Plan(
-        forward=_SWEEP,
-        keep=_SWEEP,
-        backward=_SWEEP,
+        forward=Launch(chunk=64, columns=32, warps=4, stages=2),
+        keep=Launch(chunk=64, columns=32, warps=4, stages=2),
+        backward=Launch(chunk=64, columns=32, warps=8, stages=2),
         tokens=Launch(chunk=64, columns=64, warps=4, stages=1),
         step=Launch(chunk=16, columns=16, warps=4, stages=1),
     ),
