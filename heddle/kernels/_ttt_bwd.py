@@ -9,8 +9,8 @@ dM and dG the gradients of weights, momentum and open gradient, a chunk gives, b
 
 The sweep, as the forward one, has some columns of a memory in a program, and d_rate comes in as many parts.
 
-Bytes for a token and head of D = 128 in bfloat16: the sweep reads q, k, d_out and v or e, and writes dv (1280); tokens read d_out,
-v or e, and dv, and write dq and dk (1280). Products: 4 D² and 4 D², with the loss "l2" 2 D² more in each.
+Bytes for a token and head of D = 128 in bfloat16: the sweep reads q, k, d_out and v or e, and writes dv (1280); tokens read
+d_out, v or e, and dv, and write dq and dk (1280). Products: 4 D² and 4 D², with the loss "l2" 2 D² more in each.
 """
 
 from __future__ import annotations
@@ -227,9 +227,8 @@ def _ttt_token_kernel(
         dk = tl.dot(pull, step, dk, input_precision=PRECISION)
     tl.store(dq_ptr + out_offsets + columns[None, :], dq.to(dq_ptr.dtype.element_ty), mask=kept)
     tl.store(dk_ptr + out_offsets + columns[None, :], dk.to(dk_ptr.dtype.element_ty), mask=kept)
-    if MOMENTUM:
-        if tile == 0:
-            d_mean = 0.0
-            for part in range(PARTS):
-                d_mean += tl.load(d_means_ptr + (part * slots).to(tl.int64) * H + at)
-            tl.store(d_gates_ptr + flat, tl.zeros([C], tl.float32) + d_mean / chunk, mask=present)
+    if MOMENTUM & (tile == 0):
+        d_mean = 0.0
+        for part in range(PARTS):
+            d_mean += tl.load(d_means_ptr + (part * slots).to(tl.int64) * H + at)
+        tl.store(d_gates_ptr + flat, tl.zeros([C], tl.float32) + d_mean / chunk, mask=present)

@@ -124,14 +124,13 @@ def _ttt_sweep_kernel(
         place = (t + before) % chunk
         stop = tl.minimum(t - place + chunk, length)
         at = (slot + (t + before) // chunk) * H + head
-        if KEEP:
-            if (t == 0) | (place == 0):
-                tl.store(states_ptr + at * (2 * SIZE) + square, weights, mask=inside)
-                if (tile == 0) & (head == 0):
-                    line = lines_ptr + (slot + (t + before) // chunk) * LINE
-                    tl.store(line, row.to(tl.int32))
-                    tl.store(line + 1, (begin + t).to(tl.int32))
-                    tl.store(line + 2, stop - t)
+        if KEEP & ((t == 0) | (place == 0)):
+            tl.store(states_ptr + at * (2 * SIZE) + square, weights, mask=inside)
+            if (tile == 0) & (head == 0):
+                line = lines_ptr + (slot + (t + before) // chunk) * LINE
+                tl.store(line, row.to(tl.int32))
+                tl.store(line + 1, (begin + t).to(tl.int32))
+                tl.store(line + 2, stop - t)
         present = t + i < stop
         wide = present[:, None] & in_rows[None, :]
         kept = present[:, None] & in_columns[None, :]
@@ -176,15 +175,12 @@ def _ttt_sweep_kernel(
             gradient = tl.zeros_like(gradient)
             mean = 0.0
 
-    if KEEP:
+    if KEEP & (tile == 0) & (head == 0):
         # Places that no chunk has.
-        if (tile == 0) & (head == 0):
-            used = slot + (before + length + chunk - 1) // chunk
-            past = tl.where(n == sequences - 1, slots, first_slot(n + 1, behind + length, chunk))
-            if length == 0:
-                used = slot
-            for spare in range(used.to(tl.int32), past.to(tl.int32)):
-                tl.store(lines_ptr + spare * LINE + 2, 0)
+        used = slot + tl.where(length > 0, (before + length + chunk - 1) // chunk, 0)
+        past = tl.where(n == sequences - 1, slots, first_slot(n + 1, behind + length, chunk))
+        for spare in range(used.to(tl.int32), past.to(tl.int32)):
+            tl.store(lines_ptr + spare * LINE + 2, 0)
     # What was not written to is given back as it came.
     learned = tl.load(initial_ptr + square, mask=given, other=0.0)
     first = tl.load(weight_ptr + head * SIZE + square, mask=inside, other=0.0)
