@@ -11,6 +11,11 @@ import triton
 from torch import Tensor
 from torch.nn.functional import pad
 
+from heddle.kernels._local_linear_bwd import (
+    _local_linear_bwd_key_kernel,
+    _local_linear_bwd_query_kernel,
+    _local_linear_bwd_right_kernel,
+)
 from heddle.kernels._local_linear_fwd import (
     _local_linear_fwd_mean_kernel,
     _local_linear_fwd_output_kernel,
@@ -36,7 +41,7 @@ def _family(device: torch.device) -> Family:
 def plan(device: torch.device, element: int, size: int) -> Plan:
     """The launches for tensors on `device`, elements of so many bytes and the larger head size; overrides come first."""
     table = _family(device).plan(element, block(size))
-    names = ("mean", "solve", "output")
+    names = ("mean", "solve", "output", "right", "queries", "keys")
     return replace(table, **{name: tuned(name, getattr(table, name)) for name in names})
 
 
@@ -60,7 +65,6 @@ class Call:
         seen: Tensor | None,
         numbers: tuple[float, float, int | None],
     ) -> None:
-        self.sides = sides
         self.q, self.k, self.v = (aligned(_with_room(side)) for side in sides)
         self.scale, self.ridge, window = numbers
         (self.B, self.H, self.T, self.K), (self.N, self.S) = self.q.shape, self.k.shape[1:3]
@@ -111,6 +115,35 @@ class Call:
         )  # fmt: skip
         return out
 
+    def right(self, means: Means, d_out: Tensor) -> tuple[Tensor, Tensor]:
+        """The right side of the adjoint solve, and room for two numbers of each query, of which the first are there."""
+        right, middle = self._empty(self.T, self.K), self._empty(self.T)
+        middle = torch.cat((middle, middle))
+        grid, options = self._tiles(self.plan.right)
+        _local_linear_bwd_right_kernel[grid](
+            self.q, self.k, self.v, d_out, means.lse, means.mean, right, middle, self.seen,
+            *strides(self.q, self.k, self.v, d_out), *self.along, self.scale,
+            V=self.V, ROWS_V=block(self.V), **self.constants, **options,
+        )  # fmt: skip
+        return right, middle
+
+    def gradients(
+        self, means: Means, d_out: Tensor, slopes: tuple[Tensor, Tensor | None], middle: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Gradients of q, k and v, and of a bias of the logits, [B, N, S]; `slopes` are x, and y if x was solved."""
+        x, y = slopes
+        dq, dk, dv = (x.new_empty(x.shape) for x in (self.q, self.k, self.v))
+        d_seen = torch.empty(self.B, self.N, self.S, dtype=torch.float32, device=x.device)
+        tensors = (self.q, self.k, self.v, d_out, means.lse, means.mean, x, x if y is None else y, middle)
+        told = (*strides(self.q, self.k, self.v, d_out), *self.along, self.scale)
+        constants = {**self.constants, "V": self.V, "ROWS_V": block(self.V), "SOLVED": y is not None}
+        grid, options = self._tiles(self.plan.queries)
+        _local_linear_bwd_query_kernel[grid](*tensors, dq, self.seen, *told, **constants, **options)
+        _, options = self._tiles(self.plan.keys)
+        grid = (triton.cdiv(self.S, options["KEYS"]), self.B * self.N)
+        _local_linear_bwd_key_kernel[grid](*tensors, dk, dv, d_seen, self.seen, *told, **constants, **options)
+        return dq, dk, dv, d_seen
+
     def _empty(self, *shape: int) -> Tensor:
         return torch.empty(self.B, self.H, *shape, dtype=torch.float32, device=self.q.device)
 
@@ -138,3 +171,25 @@ def launch_forward(
     call = Call((q, k, v), seen, numbers)
     means = call.means()
     return call.output(means, call.slopes(means, slope))[..., : v.shape[3]]
+
+
+def launch_backward(
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slope: Tensor | None,
+    seen: Tensor | None,
+    numbers: tuple[float, float, int | None],
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+    """Gradients of q, k, v and the slope, if given, and of a bias of the logits of each key but a query's own, [B, S]."""
+    call = Call((q, k, v), seen, numbers)
+    d_out = aligned(_with_room(d_out.to(v.dtype)))
+    means = call.means()
+    x = call.slopes(means, slope)
+    right, middle = call.right(means, d_out)
+    y = call.solve(means, right) if slope is None else None
+    dq, dk, dv, d_seen = call.gradients(means, d_out, (x, y), middle)
+    size = q.shape[3]
+    d_slope = None if slope is None else -right[..., :size]
+    return dq[..., :size], dk[..., :size], dv[..., : v.shape[3]], d_slope, d_seen.sum(1)

@@ -1,7 +1,7 @@
 """Softmax attention that fits a line where softmax takes a mean: local linear attention, its solver-free relative, and their
 reference.
 
-In plain torch, which solves by Cholesky, or forward by kernels, which solve by conjugate gradients. It has no state of its own: a
+In plain torch, which solves by Cholesky, or by kernels, which solve by conjugate gradients. It has no state of its own: a
 decode step is a call with one query and all keys. Necessary work for a query and key of size d, in FLOPs: 10 d + 2 d² with the
 solve by Cholesky, 10 d + 6 d a step with the other, 8 d without a solve.
 """
@@ -27,7 +27,7 @@ from heddle.kernels.op import (
 )
 
 try:
-    from heddle.kernels._local_linear_launch import WIDEST, launch_forward
+    from heddle.kernels._local_linear_launch import WIDEST, launch_backward, launch_forward
 
     HAS_KERNELS = True
 except ImportError:
@@ -129,6 +129,11 @@ def _backward(
     ridge: float,
     window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if local_linear_attention.choose(q.device, q.dtype, K=q.shape[3], V=v.shape[3]) == "triton":
+        numbers = (scale, ridge, window)
+        dq, dk, dv, d_slope, d_seen = launch_backward(d_out, q, k, v, slope, _seen(real, written), numbers)
+        d_slope = q.new_empty(0) if d_slope is None else d_slope.to(q.dtype)
+        return dq, dk, dv, d_slope, q.new_empty(0) if written is None else d_seen.to(written.dtype)
     given = Given.of(q, k, v, slope, real, written)
     g = d_out.to(given.v.dtype).view(*given.q.shape[:4], v.shape[-1])
     dq, dk, dv, d_slope, d_written = backward(g, given, Form(scale, ridge, window))

@@ -9,11 +9,17 @@ from heddle.kernels.configs.launch import BySize, Launch
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The launches of one kind of inputs; `chunk`: queries of a tile, `columns`: keys at a time."""
+    """The launches of one kind of inputs. `chunk`: queries of a tile, `columns`: keys of one
+
+    `right` begins the adjoint solve, `queries` and `keys` are the gradients of theirs.
+    """
 
     mean: Launch
     solve: Launch
     output: Launch
+    right: Launch
+    queries: Launch
+    keys: Launch
 
 
 Family = BySize[Plan]
@@ -21,7 +27,7 @@ Family = BySize[Plan]
 
 def _even(launch: Launch) -> Plan:
     """One launch for all kernels."""
-    return Plan(launch, launch, launch)
+    return Plan(launch, launch, launch, launch, launch, launch)
 
 
 HOPPER = Family(
@@ -29,6 +35,9 @@ HOPPER = Family(
         mean=Launch(chunk=64, columns=64, warps=4, stages=2),
         solve=Launch(chunk=64, columns=64, warps=8, stages=2),
         output=Launch(chunk=64, columns=64, warps=4, stages=2),
+        right=Launch(chunk=64, columns=64, warps=8, stages=1),
+        queries=Launch(chunk=64, columns=32, warps=8, stages=1),
+        keys=Launch(chunk=32, columns=64, warps=8, stages=1),
     ),
     half_tall=_even(Launch(chunk=64, columns=32, warps=8, stages=1)),
     wide=_even(Launch(chunk=32, columns=32, warps=8, stages=1)),
