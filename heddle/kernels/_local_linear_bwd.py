@@ -25,7 +25,9 @@ def dot_both(x, y, total, like, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
     high = y.to(like.dtype)
     total = dot_wide(x, high, total, SPLIT, PRECISION)
     if SPLIT:
-        total = tl.dot(x.to(like.dtype), (y - high.to(tl.float32)).to(like.dtype), total, input_precision=PRECISION)
+        total = tl.dot(
+            x.to(like.dtype), (y - high.to(tl.float32)).to(like.dtype), total, input_precision=PRECISION
+        )
     return total
 
 
@@ -144,8 +146,12 @@ def _local_linear_bwd_key_kernel(
     first = tl.program_id(0) * KEYS
     key = first + tl.arange(0, KEYS)
     columns, columns_v = tl.arange(0, ROWS_K), tl.arange(0, ROWS_V)
-    k = load_rows(k_ptr + batch * stride_kb + shared * stride_kh, key, stride_kt, S, columns, K)  # [KEYS, ROWS_K]
-    v = load_rows(v_ptr + batch * stride_vb + shared * stride_vh, key, stride_vt, S, columns_v, V)  # [KEYS, ROWS_V]
+    k = load_rows(
+        k_ptr + batch * stride_kb + shared * stride_kh, key, stride_kt, S, columns, K
+    )  # [KEYS, ROWS_K]
+    v = load_rows(
+        v_ptr + batch * stride_vb + shared * stride_vh, key, stride_vt, S, columns_v, V
+    )  # [KEYS, ROWS_V]
     seen = key < S
     if SEEN:
         seen = tl.load(seen_ptr + batch * stride_sb + key, mask=key < S, other=0) != 0
@@ -162,26 +168,36 @@ def _local_linear_bwd_key_kernel(
         present = t < T
         along = batch * H + head
         rows = along * T * K
-        q = load_rows(q_ptr + batch * stride_qb + head * stride_qh, t, stride_qt, T, columns, K)  # [ROWS, ROWS_K]
-        g = load_rows(d_out_ptr + batch * stride_db + head * stride_dh, t, stride_dt, T, columns_v, V)  # [ROWS, ROWS_V]
+        q = load_rows(
+            q_ptr + batch * stride_qb + head * stride_qh, t, stride_qt, T, columns, K
+        )  # [ROWS, ROWS_K]
+        g = load_rows(
+            d_out_ptr + batch * stride_db + head * stride_dh, t, stride_dt, T, columns_v, V
+        )  # [ROWS, ROWS_V]
         x = load_rows(x_ptr + rows, t, K, T, columns, K)
         mean = load_rows(mean_ptr + rows, t, K, T, columns, K)
         lse = tl.load(lse_ptr + along * T + t, mask=present, other=0.0)
         middle = tl.load(middle_ptr + along * T + t, mask=present, other=0.0)
-        total = tl.load(middle_ptr + (tl.num_programs(1).to(tl.int64) * GROUP + along) * T + t, mask=present, other=0.0)
+        total = tl.load(
+            middle_ptr + (tl.num_programs(1).to(tl.int64) * GROUP + along) * T + t, mask=present, other=0.0
+        )
         distance = (S - T + t)[None, :] - key[:, None]
         visible = (distance >= 0) & (distance < window) & present[None, :] & (seen[:, None] | (distance == 0))
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2_E)  # [KEYS, ROWS]
         p = tl.exp2(tl.where(visible, s - lse[None, :], float("-inf")))
         c = tl.dot(v, tl.trans(g), input_precision=PRECISION)
         high_x = x.to(k.dtype)
-        a = tl.dot(k, tl.trans(high_x), nothing - tl.sum(x * mean, axis=1)[None, :], input_precision=PRECISION)
+        a = tl.dot(
+            k, tl.trans(high_x), nothing - tl.sum(x * mean, axis=1)[None, :], input_precision=PRECISION
+        )
         if SPLIT:
             a = tl.dot(k, tl.trans((x - high_x.to(tl.float32)).to(k.dtype)), a, input_precision=PRECISION)
         if SOLVED:
             y = load_rows(y_ptr + rows, t, K, T, columns, K)
             high_y = y.to(k.dtype)
-            b = tl.dot(k, tl.trans(high_y), nothing - tl.sum(y * mean, axis=1)[None, :], input_precision=PRECISION)
+            b = tl.dot(
+                k, tl.trans(high_y), nothing - tl.sum(y * mean, axis=1)[None, :], input_precision=PRECISION
+            )
             if SPLIT:
                 b = tl.dot(k, tl.trans((y - high_y.to(tl.float32)).to(k.dtype)), b, input_precision=PRECISION)
             c -= b
@@ -197,8 +213,12 @@ def _local_linear_bwd_key_kernel(
     inside = key < S
     tl.store(d_seen_ptr + at, d_seen, mask=inside)
     tl.store(
-        dk_ptr + at[:, None] * K + columns[None, :], dk.to(dk_ptr.dtype.element_ty), mask=inside[:, None] & (columns < K)[None, :]
+        dk_ptr + at[:, None] * K + columns[None, :],
+        dk.to(dk_ptr.dtype.element_ty),
+        mask=inside[:, None] & (columns < K)[None, :],
     )
     tl.store(
-        dv_ptr + at[:, None] * V + columns_v[None, :], dv.to(dv_ptr.dtype.element_ty), mask=inside[:, None] & (columns_v < V)[None, :]
+        dv_ptr + at[:, None] * V + columns_v[None, :],
+        dv.to(dv_ptr.dtype.element_ty),
+        mask=inside[:, None] & (columns_v < V)[None, :],
     )

@@ -146,7 +146,13 @@ def _local_linear_solve_kernel(
             k = load_rows(k_ptr, key, stride_kt, S, columns, K)  # [KEYS, ROWS_K]
             s = logits(q, k, place, key, window, S, seen_ptr, scale * LOG2_E, SEEN, PRECISION)
             p = tl.exp2(s - lse[:, None])
-            a = dot_wide(unit_along, tl.trans(k), tl.zeros([ROWS, KEYS], tl.float32) - middle[:, None], SPLIT, PRECISION)
+            a = dot_wide(
+                unit_along,
+                tl.trans(k),
+                tl.zeros([ROWS, KEYS], tl.float32) - middle[:, None],
+                SPLIT,
+                PRECISION,
+            )
             spread = dot_wide(p * a, k, spread, SPLIT, PRECISION)
         spread = spread * length[:, None] + ridge * along
         bent = tl.sum(along * spread, axis=1)

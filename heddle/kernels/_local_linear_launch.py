@@ -72,7 +72,13 @@ class Call:
         # More than there is would run over in the kernels.
         self.window = min(window or self.S, self.S)
         self.seen = self.q if seen is None else seen.contiguous().view(torch.uint8)
-        self.along = (self.H, self.T, self.S, self.window, self.S if seen is not None and len(seen) > 1 else 0)
+        self.along = (
+            self.H,
+            self.T,
+            self.S,
+            self.window,
+            self.S if seen is not None and len(seen) > 1 else 0,
+        )
         self.plan = plan(self.q.device, self.q.element_size(), max(self.K, self.V))
         self.constants = {
             "K": self.K, "ROWS_K": block(self.K), "GROUP": self.H // self.N, "SEEN": seen is not None,

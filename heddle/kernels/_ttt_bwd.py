@@ -214,7 +214,9 @@ def _ttt_token_kernel(
         inside = in_rows[:, None] & in_columns[None, :]
         turned = columns[None, :] * D + rows[:, None]
         d_out = tl.load(d_out_ptr + d_out_offsets + rows[None, :], mask=wide, other=0.0)  # [C, ROWS]
-        weights = tl.load(states_ptr + at * (2 * SIZE) + turned, mask=inside, other=0.0).to(d_out.dtype)  # [ROWS, COLUMNS]
+        weights = tl.load(states_ptr + at * (2 * SIZE) + turned, mask=inside, other=0.0).to(
+            d_out.dtype
+        )  # [ROWS, COLUMNS]
         step = tl.load(d_steps_ptr + at * SIZE + turned, mask=inside, other=0.0)  # [ROWS, COLUMNS]
         dq = tl.dot(d_out, weights, dq, input_precision=PRECISION)
         if L2:

@@ -38,6 +38,8 @@ from heddle.kernels import (
     _gla_fwd,
     _kda_bwd,
     _kda_fwd,
+    _local_linear_bwd,
+    _local_linear_fwd,
     _simple_gla_sweep,
     _sliding_window_attention_bwd,
     _sliding_window_attention_fwd,
@@ -54,6 +56,7 @@ from heddle.kernels.configs import (
     gated_delta_rule,
     gla,
     kda,
+    local_linear_attention,
     simple_gla,
     sliding_window_attention,
     ttt,
@@ -103,6 +106,12 @@ KERNELS = {
     ("ttt", "backward"): _ttt_bwd._ttt_backward_kernel,
     ("ttt", "tokens"): _ttt_bwd._ttt_token_kernel,
     ("ttt", "step"): _ttt_fwd._ttt_sweep_kernel,
+    ("local_linear_attention", "mean"): _local_linear_fwd._local_linear_fwd_mean_kernel,
+    ("local_linear_attention", "solve"): _local_linear_fwd._local_linear_solve_kernel,
+    ("local_linear_attention", "output"): _local_linear_fwd._local_linear_fwd_output_kernel,
+    ("local_linear_attention", "right"): _local_linear_bwd._local_linear_bwd_right_kernel,
+    ("local_linear_attention", "queries"): _local_linear_bwd._local_linear_bwd_query_kernel,
+    ("local_linear_attention", "keys"): _local_linear_bwd._local_linear_bwd_key_kernel,
 }
 # Their launches share a chunk, and their kernels what they are told.
 PLANS = {"gated_delta_rule": gated_delta_rule.HOPPER, "gla": gla.HOPPER, "kda": kda.HOPPER}
@@ -113,6 +122,7 @@ FLOATS = (
     "d_initial_ptr", "d_log_decay_ptr", "d_beta_ptr", "totals_ptr", "reach_ptr",
     "lse_ptr", "delta_ptr", "most_ptr", "d_bias_ptr", "d_gates_ptr",
     "rates_ptr", "weight_ptr", "means_ptr", "d_rates_ptr", "d_before_ptr", "d_had_ptr", "d_means_ptr",
+    "mean_ptr", "right_ptr", "x_ptr", "y_ptr", "middle_ptr", "d_seen_ptr",
 )  # fmt: skip
 DOUBLES = ("sums_ptr",)
 INTEGERS = ("table_ptr", "offsets_ptr", "cu_seqlens_ptr", "start_ptr", "entries_ptr", "lines_ptr")
@@ -122,6 +132,7 @@ BLOCK_TYPES = {"sums_ptr": "*fp32", "seen_ptr": "*u8"}
 SPARSE = {
     "block_attention": block_attention.HOPPER,
     "sliding_window_attention": sliding_window_attention.HOPPER,
+    "local_linear_attention": local_linear_attention.HOPPER,
 }
 # Of block_attention: heads of a group (of a step of sliding_window_attention, too), and keys of a block.
 GROUP, BLOCK_KEYS = 16, 64
@@ -157,6 +168,7 @@ def cases(*, quick: bool) -> Iterator[Case]:
     yield from block_cases(quick=quick)
     yield from window_cases(quick=quick)
     yield from memory_cases(quick=quick)
+    yield from local_cases(quick=quick)
     for op, (K, V) in itertools.product(("decay_attention", "simple_gla"), sizes):
         first = Case(op, "output", "bf16", K, V, aligned=True, many=False, backward=False)
         both = (first, replace(first, backward=True, many=True))
@@ -224,7 +236,9 @@ def window_cases(*, quick: bool) -> Iterator[Case]:
 
 def memory_cases(*, quick: bool) -> Iterator[Case]:
     """The kernels of ttt, whose heads are as large as their memory."""
-    for K, kernel in itertools.product([128] if quick else SIZES, [name for op, name in KERNELS if op == "ttt"]):
+    for K, kernel in itertools.product(
+        [128] if quick else SIZES, [name for op, name in KERNELS if op == "ttt"]
+    ):
         first = Case("ttt", kernel, "bf16", K, K, aligned=True, many=False, backward=False, halved=True)
         yield first
         if not quick:
@@ -240,6 +254,27 @@ def _memory_constants(case: Case, launch: Launch) -> dict[str, Any]:
     }  # fmt: skip
     if case.kernel == "tokens":
         constants["ROWS"] = min(ROW_TILE, block(case.K))
+    names = KERNELS[case.op, case.kernel].arg_names
+    return {name: value for name, value in constants.items() if name in names}
+
+
+def local_cases(*, quick: bool) -> Iterator[Case]:
+    """The kernels of local_linear_attention; `many`: with keys that are not seen."""
+    sizes = [128] if quick else [size for size in SIZES if size >= LEAST_HEAD]
+    kernels = [name for op, name in KERNELS if op == "local_linear_attention"]
+    for K, kernel in itertools.product(sizes, kernels):
+        first = Case("local_linear_attention", kernel, "bf16", K, K, aligned=True, many=False, backward=False)
+        yield first
+        if not quick:
+            yield from (replace(first, many=True), replace(first, dtype="fp32"), replace(first, dtype="fp16"))
+
+
+def _local_constants(case: Case, launch: Launch) -> dict[str, Any]:
+    constants = {
+        "K": case.K, "V": case.V, "ROWS_K": block(case.K), "ROWS_V": block(case.V), "ROWS": launch.chunk,
+        "KEYS": launch.columns, "GROUP": 1, "SEEN": case.many, "SPLIT": case.dtype != "fp32", "GIVEN": False,
+        "SOLVED": True, "PRECISION": "tf32x3",
+    }  # fmt: skip
     names = KERNELS[case.op, case.kernel].arg_names
     return {name: value for name, value in constants.items() if name in names}
 
@@ -302,7 +337,9 @@ def ptx(case: Case) -> tuple[str, dict[str, int | None]]:
         constants = _window_constants(case, launch)
     if case.op == "ttt":
         constants = _memory_constants(case, launch)
-    if case.kernel == "output":
+    if case.op == "local_linear_attention":
+        constants = _local_constants(case, launch)
+    if case.kernel == "output" and case.op not in SPARSE:
         constants |= {"SEGMENTED": False, "HAS_INITIAL": True, "HAS_D_FINAL": case.backward}
     if case.op == "simple_gla":
         constants |= {"PRECISE": case.dtype == "fp32", "H": 16 if case.many else 2}
@@ -372,7 +409,7 @@ def _type(name: str, dtype: str, constants: dict[str, Any]) -> str:
     if name.endswith("_ptr"):
         known = {FLOATS: "*fp32", DOUBLES: "*fp64", INTEGERS: "*i32"}
         return next((kind for names, kind in known.items() if name in names), f"*{dtype}")
-    return "fp32" if name == "scale" else "i32"
+    return "fp32" if name in ("scale", "ridge", "tolerance") else "i32"
 
 
 def layouts_of_one_address(text: str) -> list[str]:

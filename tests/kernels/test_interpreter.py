@@ -39,6 +39,8 @@ OTHERS = {
     # Sinks in half precision, packed sequences by descriptors, keys of a step in three parts.
     "test_sliding_window_attention": "reference and many and float16 or descriptors and packed-1-cpu and float32 "
     "or split and 3-cpu and float32",
+    # All gradients with masks in full precision, a given slope and a window in half.
+    "test_local_linear_attention": "kernels_are and (masked and float32 or slope and float16)",
     # Both losses, with momentum and without, before and never to the norm; padding.
     "test_ttt": "any_form and packed and (l2-before or dot-none) or padding_of",
 }
@@ -77,6 +79,7 @@ def test_interpreted_kernels_of_a_contract_of_their_own_are_right() -> None:
         "gated_delta_layer",
         "sliding_window_attention",
         "ttt",
+        "local_linear_attention",
     ],
 )
 def test_interpreted_kernels_are_right_where_they_are_peculiar(op: str) -> None:
