@@ -8,8 +8,8 @@ A program has a tile of queries of one head, walks over the tiles of keys that a
     output   o = Σ_j p_j (1 + k_j · x - kb · x) v_j
 
 Each row goes its own way in a solve and stops when its residual is `tolerance` of what it was; a tile goes on until all have
-stopped, at most `most` times. Steps depend on (λ + ridge) / ridge, λ the largest eigenvalue of the covariance: for keys of normally
-distributed numbers and a tolerance of 1e-6 some 8 at a ridge of 10, 18 at 1, 47 at 0.1.
+stopped, at most `most` times. Steps depend on (λ + ridge) / ridge, λ the largest eigenvalue of the covariance: for keys of
+normally distributed numbers and a tolerance of 1e-6 some 8 at a ridge of 10, 18 at 1, 47 at 0.1.
 
 What is summed or solved is float32. In half precision operands of products that are no inputs are two numbers, the second what
 rounding the first has left over: with one alone the output erred by three times what is allowed at a ridge of 1.

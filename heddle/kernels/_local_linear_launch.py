@@ -65,7 +65,11 @@ class Call:
         seen: Tensor | None,
         numbers: tuple[float, float, int | None],
     ) -> None:
-        self.q, self.k, self.v = (aligned(_with_room(side)) for side in sides)
+        q, k, v = (_with_room(side) for side in sides)
+        # What all keys have in common changes no covariance and would only be rounded. Half precision cannot hold the rest.
+        self.common = k[:, :, :1] if k.dtype == torch.float32 else None
+        k = k if self.common is None else k - self.common
+        self.q, self.k, self.v = aligned(q), aligned(k), aligned(v)
         self.scale, self.ridge, window = numbers
         (self.B, self.H, self.T, self.K), (self.N, self.S) = self.q.shape, self.k.shape[1:3]
         self.V = self.v.shape[3]
@@ -97,6 +101,9 @@ class Call:
 
     def solve(self, means: Means, right: Tensor | None = None) -> Tensor:
         """x with (Cov_p(k) + ridge I) x = right, which is q less the mean key if not given."""
+        if right is None and self.common is not None:
+            apart = self.q.unflatten(1, (self.N, -1)) - self.common[:, :, None]
+            right = apart.flatten(1, 2) - means.mean
         x = self._empty(self.T, self.K)
         grid, options = self._tiles(self.plan.solve)
         steps = tuned("steps", STEPS_PER_CHANNEL * self.K)

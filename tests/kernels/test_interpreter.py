@@ -39,8 +39,8 @@ OTHERS = {
     # Sinks in half precision, packed sequences by descriptors, keys of a step in three parts.
     "test_sliding_window_attention": "reference and many and float16 or descriptors and packed-1-cpu and float32 "
     "or split and 3-cpu and float32",
-    # All gradients with masks in full precision, a given slope and a window in half.
-    "test_local_linear_attention": "kernels_are and (masked and float32 or slope and float16)",
+    # A step with masks in full precision, a given slope and a window in half.
+    "test_local_linear_attention": "kernels_are and (step and float32 or slope and float16)",
     # Both losses, with momentum and without, before and never to the norm; padding.
     "test_ttt": "any_form and packed and (l2-before or dot-none) or padding_of",
 }
