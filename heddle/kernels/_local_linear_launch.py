@@ -102,8 +102,8 @@ class Call:
     def solve(self, means: Means, right: Tensor | None = None) -> Tensor:
         """x with (Cov_p(k) + ridge I) x = right, which is q less the mean key if not given."""
         if right is None and self.common is not None:
-            apart = self.q.unflatten(1, (self.N, -1)) - self.common[:, :, None]
-            right = apart.flatten(1, 2) - means.mean
+            group = self.H // self.N
+            right = self.q - self.common.repeat_interleave(group, dim=1) - means.mean
         x = self._empty(self.T, self.K)
         grid, options = self._tiles(self.plan.solve)
         steps = tuned("steps", STEPS_PER_CHANNEL * self.K)

@@ -2,21 +2,24 @@
 
     python tests/bench/lla_check.py --budget 300 --commit "$(git rev-parse --short=12 HEAD)" --out "$OUT"
 
-Holds every dtype, head size, form and launch to the paper's uncentred form in float64, forward and backward, twice for its bits.
-Then, in bfloat16 at H = 16, d = 128: times forward and both directions at ridges of 10 and 1, with a learned slope (no solve), a
-step, and fla's parallel attention beside them where fla is installed (softmax with no line: the nearest op of full cost), after
-which each launch is timed. The floor is `products` at the speed of a product of this machine. Writes lla_check.log, and rows to
-lla.jsonl and evidence-lla-kernels.jsonl; the short table comes last. Exits with 1 if anything was wrong. `--tiny`: on a CPU with
-TRITON_INTERPRET=1, small, without launches and rival.
+Compiles side by side first, then holds every dtype, head size and form to the paper's uncentred form in float64, forward and
+backward, twice for its bits. Then, in bfloat16 at H = 16, d = 128: times forward and both directions at ridges of 10 and 1 and
+with a learned slope (no solve), and beside them softmax attention by fla, where it is installed, and by torch; then each launch
+that is right. The floor is `products`, those of softmax attention, at the speed of a product of this machine. Writes
+lla_check.log and rows to lla.jsonl; the short table comes last. Exits with 1 if anything was wrong. `--tiny`: on a CPU with
+TRITON_INTERPRET=1, small, without launches and rivals.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +36,9 @@ from heddle.kernels.local_linear_attention import local_linear_attention, local_
 from heddle.kernels.op import TRITON_DTYPES
 
 Given = dict[str, Any]
-MAIN = {"B": 2, "H": 4, "N": 2, "T": 150, "S": 200, "d": 128, "V": 128}
+MAIN = {"B": 1, "H": 4, "N": 2, "T": 150, "S": 200, "d": 128, "V": 128}
+TINY = {"B": 1, "H": 2, "N": 1, "T": 20, "S": 40, "d": 16, "V": 16}
+WORKERS = 14
 FORMS: dict[str, Given] = {
     "ridge 10": {"ridge": 10.0},
     "ridge 1, window": {"ridge": 1.0, "window": 70},
@@ -105,18 +110,42 @@ def judge(log: Log, what: str, given: Given, **overrides: Any) -> bool:
 
 def samples(device: torch.device, *, tiny: bool) -> Iterator[tuple[str, Given]]:
     """What is checked: a name and arguments."""
-    main = {**MAIN, "T": 40, "S": 70, "d": 16, "V": 16} if tiny else MAIN
+    main = TINY if tiny else MAIN
     for dtype in (torch.float32,) if tiny else TRITON_DTYPES:
         short = str(dtype).removeprefix("torch.")
         for name, form in FORMS.items():
             yield f"{short} {name}", drawn(main, dtype, device, form)
         yield f"{short} step", drawn({**main, "T": 1}, dtype, device, FORMS["ridge 10"])
-        for d, V in () if tiny else ((64, 64), (100, 72), (256, 128)):
+        for d, V in ((64, 64), (100, 72), (256, 128)) if dtype == torch.bfloat16 else ():
             yield f"{short} d={d} V={V}", drawn({**MAIN, "d": d, "V": V}, dtype, device, FORMS["ridge 10"])
         for name, (which, factor, more) in HARD.items():
             given = drawn(main, dtype, device, FORMS["ridge 10"])
             given[which] = given[which] * (factor or 1.0) + more
             yield f"{short} {name}", given
+
+
+def warm(index: int, device: torch.device) -> None:
+    """Compiles every `WORKERS`th thing that will run, into Triton's cache on disk."""
+    main = drawn(MAIN, torch.bfloat16, device, FORMS["ridge 10"])
+    things: list[tuple[Given, Given]] = [(given, {}) for _, given in samples(device, tiny=False)]
+    things += [(main, {kernel: launch}) for kernel, launches in TRIED.items() for launch in launches]
+    for given, overrides in things[index::WORKERS]:
+        try:
+            with tuning(**overrides), force_path("triton"):
+                results(local_linear_attention, given)
+        except Exception as error:
+            print(f"{overrides}: {' '.join(str(error).split())[-200:]}", flush=True)
+
+
+def compiled(log: Log, begin: float) -> None:
+    """Compiles all that will run, in processes side by side."""
+    start = partial(subprocess.Popen, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    workers = [start([sys.executable, __file__, "--warm", str(n)], env=environment) for n in range(WORKERS)]
+    for index, worker in enumerate(workers):
+        for line in worker.communicate()[0].splitlines()[-5:]:
+            log(f"compile {index}: {line}")
+    log(f"compiled in {time.monotonic() - begin:.0f} s")
 
 
 def calls(
@@ -184,7 +213,7 @@ def race(
         lines.append(f"{name} {impl} {phase}: {times['ms']:.4f} ms, attention's floor {floor:.4f}")
         log(lines[-1])
 
-    shapes = {"1x70": (1, 70)} if tiny else SHAPES
+    shapes = {"1x40": (1, 40)} if tiny else SHAPES
     for name, (B, T) in shapes.items():
         shape = {"B": B, "T": T, "S": T, **heads}
         for told, form in {"ridge 10": {}, "ridge 1": {"ridge": 1.0}, "slope": {"slope": True}}.items():
@@ -231,11 +260,17 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("."), help="folder for the log and the rows")
     parser.add_argument("--commit", help="what the code is")
     parser.add_argument("--tiny", action="store_true", help="on a CPU, in Triton's interpreter")
+    parser.add_argument("--warm", type=int, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
+    if chosen.warm is not None:
+        warm(chosen.warm, torch.device("cuda"))
+        return 0
     device, begin = torch.device("cpu" if chosen.tiny else "cuda"), time.monotonic()
     late = lambda: time.monotonic() - begin > chosen.budget  # noqa: E731
     chosen.out.mkdir(parents=True, exist_ok=True)
     log = Log(chosen.out / "lla_check.log")
+    if not chosen.tiny:
+        compiled(log, begin)
     for what, given in samples(device, tiny=chosen.tiny):
         try:
             judge(log, what, given)
