@@ -236,9 +236,8 @@ def window_cases(*, quick: bool) -> Iterator[Case]:
 
 def memory_cases(*, quick: bool) -> Iterator[Case]:
     """The kernels of ttt, whose heads are as large as their memory."""
-    for K, kernel in itertools.product(
-        [128] if quick else SIZES, [name for op, name in KERNELS if op == "ttt"]
-    ):
+    kernels = ["forward", "backward", "tokens"] if quick else [name for op, name in KERNELS if op == "ttt"]
+    for K, kernel in itertools.product([128] if quick else SIZES, kernels):
         first = Case("ttt", kernel, "bf16", K, K, aligned=True, many=False, backward=False, halved=True)
         yield first
         if not quick:
@@ -261,7 +260,8 @@ def _memory_constants(case: Case, launch: Launch) -> dict[str, Any]:
 def local_cases(*, quick: bool) -> Iterator[Case]:
     """The kernels of local_linear_attention; `many`: with keys that are not seen."""
     sizes = [128] if quick else [size for size in SIZES if size >= LEAST_HEAD]
-    kernels = [name for op, name in KERNELS if op == "local_linear_attention"]
+    every = [name for op, name in KERNELS if op == "local_linear_attention"]
+    kernels = ["solve", "keys"] if quick else every
     for K, kernel in itertools.product(sizes, kernels):
         first = Case("local_linear_attention", kernel, "bf16", K, K, aligned=True, many=False, backward=False)
         yield first

@@ -26,7 +26,7 @@ OPS = {
     "delta_rule": f"gated and ({SOME}) or delta_rule-cpu-float32 and 65 and not gated",
     "gla and not simple": "65 or packed and not float32",
     "kda": "kda-cpu-float32 and 65 or kda-cpu-float16 and packed_sequences",
-    "ttt": "ttt-cpu-float32 and (65 or step) or ttt-cpu-float16 and packed_sequences",
+    "ttt": "ttt-cpu-float32 and 65 or ttt-cpu-float16 and packed_sequences",
 }
 CONTRACTS, REPLAY = "tests/contracts/test_ops.py", "tests/kernels/test_replay.py"
 # Attention and a layer's step, whose contract is their own, and forms of ops that contracts do not have.
@@ -41,8 +41,8 @@ OTHERS = {
     "or split and 3-cpu and float32",
     # A step with masks in full precision, a given slope and a window in half.
     "test_local_linear_attention": "kernels_are and (step and float32 or slope and float16)",
-    # Both losses, with momentum and without, before and never to the norm; padding.
-    "test_ttt": "any_form and packed and (l2-before or dot-none) or padding_of",
+    # The loss and the norm that contracts do not have; padding.
+    "test_ttt": "any_form and packed and l2-before or padding_of",
 }
 
 
