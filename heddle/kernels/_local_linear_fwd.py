@@ -12,7 +12,7 @@ stopped, at most `most` times. Steps depend on (λ + ridge) / ridge, λ the larg
 normally distributed numbers and a tolerance of 1e-6 some 8 at a ridge of 10, 18 at 1, 47 at 0.1.
 
 What is summed or solved is float32. In half precision operands of products that are no inputs are two numbers, the second what
-rounding the first has left over: with one alone the output erred by three times what is allowed at a ridge of 1.
+rounding the first has left over: with one alone the output erred by more than twice what is allowed at a ridge of 1.
 
 Products for a query and key: 3 d, 5 d a step, 3 d + 2 V in half precision; bytes: what flash attention has, once a walk.
 """

@@ -2,8 +2,8 @@
 
     python tests/bench/lla_steps.py --commit "$(git rev-parse --short=12 HEAD)" --out tests/bench/results
 
-The solve of the kernels in plain torch, all keys at once, operands of products rounded as theirs are: to the dtype once, or in two
-parts. Appends rows to evidence-lla-steps.jsonl: the residual asked for, steps taken, error and bound.
+The solve of the kernels in plain torch, all keys at once, operands of products rounded as theirs are: to the dtype once, or in
+two parts. Appends rows to evidence-lla-steps.jsonl: the residual asked for, steps taken, error and bound.
 """
 
 from __future__ import annotations
