@@ -92,15 +92,15 @@ class Traits:
 class Op(Generic[P, R]):
     """A public tensor function: what computes it fast, what it must equal, and which path it takes where.
 
-    `kernel(shape)` says whether the Triton kernels take a shape; None means that there are none yet. In the dtypes of
-    `unproven` no GPU has held them to the reference yet: torch runs there, unless Triton is forced.
+    `kernel(shape)` says whether the Triton kernels take a shape; None, of all shapes or of one, that there are none yet. In the
+    dtypes of `unproven` no GPU has held them to the reference yet: torch runs there, unless Triton is forced.
     """
 
     name: str
     fast: Callable[P, R]
     reference: Callable[..., Any]
     cases: Traits
-    kernel: Callable[[Shape], bool] | None = None
+    kernel: Callable[[Shape], bool | None] | None = None
     step: Callable[..., tuple[Tensor, Tensor]] | None = field(default=None)
     unproven: tuple[torch.dtype, ...] = ()
 
@@ -109,10 +109,11 @@ class Op(Generic[P, R]):
 
     def path(self, device: torch.device | str, dtype: torch.dtype, **shape: int) -> Path:
         """The code that runs on this device with this dtype and shape: "triton" or "torch"."""
-        possible = self.kernel is not None and self.kernel(shape) and _triton_runs(device, dtype)
+        takes = None if self.kernel is None else self.kernel(shape)
+        possible = takes and _triton_runs(device, dtype)
         if not _forced:
             return "triton" if possible and self.is_proven(dtype) else "torch"
-        if _forced[-1] == "triton" and not possible and self.kernel is not None:
+        if _forced[-1] == "triton" and not possible and takes is not None:
             raise HeddleError(
                 "bad-argument", f"{self.name} cannot run in Triton on {device} in {dtype} at {shape}"
             )
@@ -134,7 +135,7 @@ def op(
     reference: Callable[..., Any],
     cases: Traits,
     *,
-    kernel: Callable[[Shape], bool] | None = None,
+    kernel: Callable[[Shape], bool | None] | None = None,
     step: Callable[..., tuple[Tensor, Tensor]] | None = None,
     unproven: tuple[torch.dtype, ...] = (),
 ) -> Callable[[Callable[P, R]], Op[P, R]]:

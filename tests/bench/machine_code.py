@@ -43,6 +43,8 @@ from heddle.kernels import (
     _landmark_attention_bwd,
     _landmark_attention_fwd,
     _landmark_attention_step,
+    _local_linear_bwd,
+    _local_linear_fwd,
     _rat_attention_bwd,
     _rat_attention_fwd,
     _rat_scan_bwd,
@@ -50,9 +52,12 @@ from heddle.kernels import (
     _simple_gla_sweep,
     _sliding_window_attention_bwd,
     _sliding_window_attention_fwd,
+    _ttt_bwd,
+    _ttt_fwd,
 )
 from heddle.kernels._block_attention_launch import queries_of
 from heddle.kernels._gla_launch import KEY_TILE
+from heddle.kernels._ttt_launch import ROW_TILE
 from heddle.kernels.common.layout import ALIGNMENT, LEAST_HEAD, block
 from heddle.kernels.configs import (
     block_attention,
@@ -62,10 +67,12 @@ from heddle.kernels.configs import (
     head_sparse_attention,
     kda,
     landmark_attention,
+    local_linear_attention,
     rat_attention,
     rat_scan,
     simple_gla,
     sliding_window_attention,
+    ttt,
 )
 from heddle.kernels.configs.launch import Launch
 
@@ -122,6 +129,17 @@ KERNELS = {
     ("rat_attention", "keys"): _rat_attention_bwd._rat_attention_bwd_key_kernel,
     ("rat_scan", "forward"): _rat_scan_fwd._rat_scan_fwd_kernel,
     ("rat_scan", "backward"): _rat_scan_bwd._rat_scan_bwd_kernel,
+    ("ttt", "forward"): _ttt_fwd._ttt_sweep_kernel,
+    ("ttt", "keep"): _ttt_fwd._ttt_sweep_kernel,
+    ("ttt", "backward"): _ttt_bwd._ttt_backward_kernel,
+    ("ttt", "tokens"): _ttt_bwd._ttt_token_kernel,
+    ("ttt", "step"): _ttt_fwd._ttt_sweep_kernel,
+    ("local_linear_attention", "mean"): _local_linear_fwd._local_linear_fwd_mean_kernel,
+    ("local_linear_attention", "solve"): _local_linear_fwd._local_linear_solve_kernel,
+    ("local_linear_attention", "output"): _local_linear_fwd._local_linear_fwd_output_kernel,
+    ("local_linear_attention", "right"): _local_linear_bwd._local_linear_bwd_right_kernel,
+    ("local_linear_attention", "queries"): _local_linear_bwd._local_linear_bwd_query_kernel,
+    ("local_linear_attention", "keys"): _local_linear_bwd._local_linear_bwd_key_kernel,
 }
 # Their launches share a chunk, and their kernels what they are told.
 PLANS = {"gated_delta_rule": gated_delta_rule.HOPPER, "gla": gla.HOPPER, "kda": kda.HOPPER}
@@ -132,10 +150,13 @@ FLOATS = (
     "d_initial_ptr", "d_log_decay_ptr", "d_beta_ptr", "totals_ptr", "reach_ptr",
     "lse_ptr", "delta_ptr", "most_ptr", "d_bias_ptr", "d_gates_ptr", "logits_ptr",
     "weights_ptr", "d_weights_ptr", "lse_rows_ptr", "delta_rows_ptr",
+    "rates_ptr", "weight_ptr", "means_ptr", "d_rates_ptr", "d_before_ptr", "d_had_ptr", "d_means_ptr",
+    "mean_ptr", "right_ptr", "x_ptr", "y_ptr", "middle_ptr", "d_seen_ptr",
 )  # fmt: skip
 DOUBLES = ("sums_ptr",)
 INTEGERS = (
     "table_ptr", "offsets_ptr", "cu_seqlens_ptr", "start_ptr", "entries_ptr", "before_ptr", "begins_ptr", "bits_ptr",
+    "lines_ptr",
 )  # fmt: skip
 # Where a name stands for something else than in the other ops.
 BLOCK_TYPES = {"sums_ptr": "*fp32", "seen_ptr": "*u8", "held_ptr": "*u8", "ends_ptr": "*i32"}
@@ -145,6 +166,7 @@ SPARSE = {
     "head_sparse_attention": head_sparse_attention.HOPPER,
     "landmark_attention": landmark_attention.HOPPER,
     "sliding_window_attention": sliding_window_attention.HOPPER,
+    "local_linear_attention": local_linear_attention.HOPPER,
 }
 # Of rat_scan and rat_attention, whose heads have one size.
 RAT_FLOATS = (
@@ -165,7 +187,7 @@ class Case:
     """One kernel of an op at the launch of the table; K and V are those of a, b and of c.
 
     `aligned`: strides are multiples of 16;  `many`: so is the number of heads, which Triton looks at as well
-    `halved`: the longer way through a chunk of gla or kda
+    `halved`: the longer way through a chunk of gla or kda, and the loss of ttt that measures a distance
     """
 
     op: str
@@ -188,6 +210,8 @@ def cases(*, quick: bool) -> Iterator[Case]:
     yield from window_cases("head_sparse_attention", quick=quick)
     yield from rat_cases(quick=quick)
     yield from landmark_cases(quick=quick)
+    yield from memory_cases(quick=quick)
+    yield from local_cases(quick=quick)
     for op, (K, V) in itertools.product(("decay_attention", "simple_gla"), sizes):
         first = Case(op, "output", "bf16", K, V, aligned=True, many=False, backward=False)
         both = (first, replace(first, backward=True, many=True))
@@ -262,6 +286,41 @@ def rat_cases(*, quick: bool) -> Iterator[Case]:
             yield from (replace(first, many=True), replace(first, dtype="fp32"), replace(first, dtype="fp16"))
 
 
+def memory_cases(*, quick: bool) -> Iterator[Case]:
+    """The kernels of ttt, whose heads are as large as their memory."""
+    kernels = ["forward", "backward", "tokens"] if quick else [name for op, name in KERNELS if op == "ttt"]
+    for K, kernel in itertools.product([128] if quick else SIZES, kernels):
+        first = Case("ttt", kernel, "bf16", K, K, aligned=True, many=False, backward=False, halved=True)
+        yield first
+        if not quick:
+            yield replace(first, halved=False)
+            yield from (replace(first, dtype=dtype) for dtype in ("fp32", "fp16"))
+
+
+def _memory_constants(case: Case, launch: Launch) -> dict[str, Any]:
+    constants = {
+        "D": case.K, "C": launch.chunk, "ROWS": block(case.K), "COLUMNS": launch.columns, "MOMENTUM": True,
+        "L2": case.halved, "NORMALISE": 1, "VARLEN": False, "KEEP": case.kernel == "keep", "PARTS": 4,
+        "PRECISION": "tf32x3",
+    }  # fmt: skip
+    if case.kernel == "tokens":
+        constants["ROWS"] = min(ROW_TILE, block(case.K))
+    names = KERNELS[case.op, case.kernel].arg_names
+    return {name: value for name, value in constants.items() if name in names}
+
+
+def local_cases(*, quick: bool) -> Iterator[Case]:
+    """The kernels of local_linear_attention; `many`: with keys that are not seen."""
+    sizes = [128] if quick else [size for size in SIZES if size >= LEAST_HEAD]
+    every = [name for op, name in KERNELS if op == "local_linear_attention"]
+    kernels = ["solve", "keys"] if quick else every
+    for K, kernel in itertools.product(sizes, kernels):
+        first = Case("local_linear_attention", kernel, "bf16", K, K, aligned=True, many=False, backward=False)
+        yield first
+        if not quick:
+            yield from (replace(first, many=True), replace(first, dtype="fp32"), replace(first, dtype="fp16"))
+
+
 def _rat_constants(case: Case, launch: Launch) -> dict[str, Any]:
     rows = block(case.K)
     constants = {
@@ -302,6 +361,16 @@ def _landmark_constants(case: Case, launch: Launch) -> dict[str, Any]:
     }  # fmt: skip
     if case.kernel == "keys":
         constants["PRECISION"] = landmark_attention.HOPPER.plan(ELEMENTS[case.dtype], _largest(case)).products
+    names = KERNELS[case.op, case.kernel].arg_names
+    return {name: value for name, value in constants.items() if name in names}
+
+
+def _local_constants(case: Case, launch: Launch) -> dict[str, Any]:
+    constants = {
+        "K": case.K, "V": case.V, "ROWS_K": block(case.K), "ROWS_V": block(case.V), "ROWS": launch.chunk,
+        "KEYS": launch.columns, "GROUP": 1, "SEEN": case.many, "SPLIT": case.dtype != "fp32", "GIVEN": False,
+        "SOLVED": True, "PRECISION": "tf32x3",
+    }  # fmt: skip
     names = KERNELS[case.op, case.kernel].arg_names
     return {name: value for name, value in constants.items() if name in names}
 
@@ -366,7 +435,11 @@ def ptx(case: Case) -> tuple[str, dict[str, int | None]]:
         constants = _rat_constants(case, launch)
     if case.op == "landmark_attention":
         constants = _landmark_constants(case, launch)
-    if case.kernel == "output":
+    if case.op == "ttt":
+        constants = _memory_constants(case, launch)
+    if case.op == "local_linear_attention":
+        constants = _local_constants(case, launch)
+    if case.kernel == "output" and case.op not in SPARSE:
         constants |= {"SEGMENTED": False, "HAS_INITIAL": True, "HAS_D_FINAL": case.backward}
     if case.op == "simple_gla":
         constants |= {"PRECISE": case.dtype == "fp32", "H": 16 if case.many else 2}
@@ -413,6 +486,8 @@ def _launch(case: Case) -> Launch:
     elif case.op in SPARSE:
         size = max(block(case.K), block(case.V))
         return getattr(SPARSE[case.op].plan(ELEMENTS[case.dtype], size), case.kernel)
+    elif case.op == "ttt":
+        launch = getattr(ttt.HOPPER.plan(ELEMENTS[case.dtype], block(case.K)), case.kernel)
     elif case.op in PLANS:
         launch = getattr(PLANS[case.op].plan(ELEMENTS[case.dtype], _largest(case)), case.kernel)
     else:
@@ -441,7 +516,7 @@ def _type(name: str, dtype: str, constants: dict[str, Any]) -> str:
     if name.endswith("_ptr"):
         known = {FLOATS: "*fp32", DOUBLES: "*fp64", INTEGERS: "*i32"}
         return next((kind for names, kind in known.items() if name in names), f"*{dtype}")
-    return "fp32" if name == "scale" else "i32"
+    return "fp32" if name in ("scale", "ridge", "tolerance") else "i32"
 
 
 def layouts_of_one_address(text: str) -> list[str]:
