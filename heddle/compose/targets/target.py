@@ -133,6 +133,10 @@ class Target:
         """What the class does wrong with a model that it holds, or nothing."""
         return ""
 
+    def miscounts(self, model: Model) -> bool:  # noqa: ARG002
+        """Whether the class generates other tokens with its cache than without, so that only who names it is given it."""
+        return False
+
     def folded(self, config: Config) -> tuple[Config, Factors]:
         """The configuration without what a spec has as factors of weights, and those factors of each layer's tensors."""
         return config, {}
