@@ -160,8 +160,8 @@ def row_of(version: str, figures: Sequence[Figure]) -> dict[str, Any]:
 def told_of(held: Sequence[Figure]) -> dict[str, Any]:
     """Of the specs of one class the largest differences, and how many kept what is asked of all."""
     models = [model_spec(one.target, one.seed) for one in held]
-    layers = [[layer for layer in plan(model).runtime()["layers"]] for model in models]
-    mixers = {kind: None for all_of in layers for layer in all_of for kind in kinds_of(layer["mixer"])}
+    layers = [plan(model).runtime()["layers"] for model in models]
+    mixers = dict.fromkeys(kind for all_of in layers for layer in all_of for kind in kinds_of(layer["mixer"]))
     return {
         "specs": len(held),
         "mixers": [*mixers],
@@ -203,7 +203,7 @@ def main() -> None:
             row = {
                 "time": time.strftime("%Y-%m-%dT%H:%MZ", time.gmtime()), "commit": chosen.commit, "device": "cpu",
                 "python": sys.version.split()[0], "torch": torch.__version__,
-                "command": "python tests/native_versions.py", **row_of(*folders.ask(first)),
+                "command": f"python tests/native_versions.py --specs {chosen.specs}", **row_of(*folders.ask(first)),
             }  # fmt: skip
             print(json.dumps(row), flush=True)
             if chosen.append:
