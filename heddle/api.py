@@ -173,9 +173,13 @@ def targets(path: Path | str) -> dict[str, Any]:
     Raises:
         HeddleErrors: as `check`.
     """
+    return targets_of(check(path))
+
+
+def targets_of(file: SpecFile) -> dict[str, Any]:
+    """As `targets`, of a file that is checked."""
     from heddle.compose.targets.report import target_rows
 
-    file = check(path)
     planned = plan(file.spec.model, where=file.where)
     rows = target_rows(planned.runtime())
     for refused in (one for row in rows for one in row["refused"]):

@@ -94,14 +94,29 @@ def doctor(json: Json = False) -> None:
         raise typer.Exit(FAILED)
 
 
-@app.command(epilog=example("heddle check spec.yaml", "heddle check spec.yaml --json"))
-def check(file: SpecPath, json: Json = False) -> None:
-    """Check a spec and tell all its errors in one go."""
-    from heddle import api, terminal
+@app.command(epilog=example("heddle check spec.yaml", "heddle check spec.yaml --targets --json"))
+def check(
+    file: SpecPath,
+    targets: Annotated[
+        bool,
+        typer.Option("--targets", help="Tell of each class and server that does not fit what forbids it."),
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Check a spec, tell all its errors in one go, and which classes of transformers and servers it fits."""
+    from heddle import api, target_tables, terminal
 
     found = api.cut(api.check(file))
-    told = {"cut": list(found.removed)} if found.removed else {}
-    terminal.show_json({"ok": True, "errors": [], **told}) if json else terminal.show_checked(found)
+    fitting = api.targets_of(found.whole)
+    if json:
+        told: dict[str, Any] = {"cut": list(found.removed)} if found.removed else {}
+        told |= {"fits": [row["target"] for row in fitting["targets"] if row["fits"]]}
+        terminal.show_json(
+            {"ok": True, "errors": [], **told, **({"targets": fitting["targets"]} if targets else {})}
+        )
+        return
+    terminal.show_checked(found)
+    target_tables.show_targets(fitting) if targets else target_tables.show_fitting(fitting)
 
 
 @app.command(

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from heddle.compose.targets.servers import VERSIONS, Serves, served
+from heddle.compose.targets.demand import SERVERS
+from heddle.compose.targets.servers import REMOTE, VERSIONS, Serves, checked, served
 from heddle.compose.targets.target import Model
 from heddle.compose.targets.verdict import verdicts
-
-REMOTE = "remote"
 
 
 def target_rows(model: Model) -> list[dict[str, Any]]:
     """A row a target: whether it holds the model exactly, each field that forbids it, and which servers would take it.
 
-    `warning` is what the class does wrong with a model that it holds, or empty; `takes` is null where a server's source was not
-    read.
+    Classes of transformers, code in the folder, and servers: a server takes what a class can carry that it has, told as
+    `through`. `warning` is what the class does wrong with a model that it holds, or empty; `takes` is null where a server's
+    source was not read.
     """
     rows = []
     for found in verdicts(model):
@@ -24,7 +24,15 @@ def target_rows(model: Model) -> list[dict[str, Any]]:
         row = _row(found.target.name, found.target.model_class, refused, servers)
         rows.append({**row, "warning": found.target.warning(model) if found.fits else ""})
     causal = model.get("kind", "causal_lm") == "causal_lm"
-    return [*rows, _row(REMOTE, "code in the folder", [], served(REMOTE, model) if causal else {})]
+    rows.append(_row(REMOTE, "code in the folder", [], served(REMOTE, model) if causal else {}))
+    return [*rows, *(_server_row(name, model) for name in VERSIONS)]
+
+
+def _server_row(name: str, model: Model) -> dict[str, Any]:
+    through = SERVERS[name].chosen(model)
+    refused = [] if through else [{"path": one.path, "why": one.why} for one in SERVERS[name].refusals(model)]
+    row = _row(name, VERSIONS[name], refused, {})
+    return {**row, "through": None if through is None else through.name}
 
 
 def _row(name: str, made: str, refused: list[dict[str, str]], servers: dict[str, Serves]) -> dict[str, Any]:
@@ -32,8 +40,9 @@ def _row(name: str, made: str, refused: list[dict[str, str]], servers: dict[str,
         server: {
             "version": VERSIONS[server],
             "takes": one.takes,
+            "path": one.path,
             "note": one.note,
-            "checked": "read, not run",
+            "checked": checked(server, name),
         }
         for server, one in servers.items()
     }
