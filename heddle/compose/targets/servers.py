@@ -43,9 +43,9 @@ _GENERIC = Serves(None, "no file of its own; a generic fallback")
 # Answers that hold for every model of a target, if the model has nothing that is told below: vLLM, SGLang.
 ALWAYS: Mapping[str, tuple[Serves, Serves]] = {
     "llama": (YES, UNREAD),
-    "mistral": (YES, UNREAD),
-    "qwen2": (YES, YES),
     "qwen3": (YES, YES),
+    "qwen2": (YES, YES),
+    "mistral": (YES, UNREAD),
     "qwen3_5_text": (YES, YES),
     "qwen3_next": (YES, YES),
     "olmo_hybrid": (YES, _NO_CLASS),
@@ -66,6 +66,12 @@ SOMETIMES: Mapping[str, tuple[str, str]] = {
     "qwen3_next": ("yes with experts", "yes if every n-th layer is a full one, and no other"),
 }
 REMOTE = "remote"
+# The linear mixers of classes that servers load as hybrids: without one nobody has read what they do.
+LINEAR: Mapping[str, frozenset[str]] = {
+    **dict.fromkeys(("qwen3_5_text", "qwen3_next"), frozenset({"gated_deltanet"})),
+    "granitemoehybrid": frozenset({"mamba2"}),
+    "kimi_linear": frozenset({"kda"}),
+}
 
 
 def served(target: str, model: Model) -> dict[str, Serves]:
@@ -73,6 +79,8 @@ def served(target: str, model: Model) -> dict[str, Serves]:
     if target == REMOTE:
         return {"vllm": _remote(model), "sglang": _NO_CLASS}
     vllm, sglang = ALWAYS[target]
+    if target in LINEAR and not LINEAR[target] & {layer["mixer"]["kind"] for layer in model["layers"]}:
+        return {"vllm": _unread(vllm), "sglang": _unread(sglang)}
     if target in ("qwen2", "qwen3"):
         vllm, sglang = _windowed(model)
     elif target in ("qwen3_5_text", "qwen3_next"):
@@ -90,6 +98,10 @@ def classes_of(server: str) -> tuple[str, ...]:
     """The targets of which a server takes some models."""
     place = [*VERSIONS].index(server)
     return tuple(name for name, answers in ALWAYS.items() if answers[place].takes)
+
+
+def _unread(answer: Serves) -> Serves:
+    return Serves(None, "not read for a model without a linear layer") if answer.takes else answer
 
 
 def _windowed(model: Model) -> tuple[Serves, Serves]:
