@@ -47,7 +47,8 @@ class Figure:
 
     `float32` is how far its logits are from ours, both in float32, `apart` from ours in float64, at most `allowed`; `bfloat16`
     and `ours_bfloat16` are against float64. `same_cached` are tokens with its cache as without, `same` without it as ours, and
-    `excused` is whether the class is known to generate others with it; `back` is the hash of what is read back.
+    `excused` is whether the class is known to generate others with it, `tied` whether the first other token is as likely in
+    float64, to 1e-5; `back` is the hash of what is read back.
     """
 
     target: str
@@ -60,6 +61,7 @@ class Figure:
     same_cached: bool = False
     excused: bool = False
     same: bool = False
+    tied: bool = False
     back: bool = False
 
 
@@ -131,18 +133,19 @@ class Folders:
         exactly, allowed = rounded_apart(model, {"ids": self.ids}, found, {"ids": right["logits"]})
         excused = BY_NAME[target].miscounts(runtime_of(model))
         same = torch.equal(tensors[f"{key}.tokens"], right["tokens"])
+        tied = not same and tie(model, right["tokens"], tensors[f"{key}.tokens"])
         wrong = {
             f"loaded as {told['class']}": told["class"] != BY_NAME[target].model_class,
             f"tensors not in common: {told['keys']}": told["keys"],
             f"logits {exactly:.2g} apart, {allowed:.2g} allowed": between > TOLERANCE
             and not exactly <= allowed,
             "other tokens with a cache than without": not told["cache_agrees"] and not excused,
-            "other tokens than ours": not same,
+            "other tokens than ours": not same and not tied,
             "another hash read back": not self.back[key],
         }
         narrow, ours = (error(one, right["exact"]) for one in (tensors[f"{key}.bfloat16"], right["bfloat16"]))
         names = tuple(name for name, is_so in wrong.items() if is_so)
-        figures = (between, exactly, narrow, ours, told["cache_agrees"], excused, same, self.back[key])
+        figures = (between, exactly, narrow, ours, told["cache_agrees"], excused, same, tied, self.back[key])
         return Figure(target, int(seed), names, *figures)
 
 
@@ -175,8 +178,17 @@ def told_of(held: Sequence[Figure]) -> dict[str, Any]:
         "same_cached": sum(one.same_cached for one in held),
         "excused": sum(one.excused and not one.same_cached for one in held),
         "same_as_ours": sum(one.same for one in held),
+        "tied": sum(one.tied for one in held),
         "hash_back": sum(one.back for one in held),
     }
+
+
+def tie(model: Any, one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether in float64 the first tokens in which two texts differ are as likely, to 1e-5.  Shapes:  one, other: [1, T]"""
+    at = int((one != other)[0].int().argmax())
+    (exact,) = logits_of(model, {"ids": one[:, :at]}, torch.float64).values()
+    apart_by = exact[0, -1, one[0, at]] - exact[0, -1, other[0, at]]
+    return abs(float(apart_by)) <= TOLERANCE
 
 
 def kinds_of(mixer: Mapping[str, Any]) -> list[str]:
