@@ -106,8 +106,8 @@ def check(
     """Check a spec, tell all its errors in one go, and which classes of transformers and servers it fits."""
     from heddle import api, target_tables, terminal
 
-    found = api.cut(api.check(file))
-    fitting = api.targets_of(found.whole)
+    checked, fitting = api.check_with_targets(file)
+    found = api.cut(checked)
     if json:
         told: dict[str, Any] = {"cut": list(found.removed)} if found.removed else {}
         told |= {"fits": [row["target"] for row in fitting["targets"] if row["fits"]]}

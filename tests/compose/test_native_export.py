@@ -26,7 +26,7 @@ from heddle.compose.hf.export import export, is_export
 from heddle.compose.hf.load_native import read_native
 from heddle.compose.hf.verify import Verification
 from heddle.compose.targets.catalogue import BY_NAME, TARGETS
-from heddle.compose.targets.matrix import with_matrix
+from heddle.compose.targets.matrix import ROWS, read_rows, with_tables
 from heddle.errors import HeddleError
 from heddle.search.import_model import load_import
 from heddle.specs import ModelSpec, load, spec_hash
@@ -106,7 +106,7 @@ def test_a_check_tells_what_fits_and_with_targets_what_forbids_the_rest(hybrid: 
 
 
 def test_a_check_imports_no_torch(hybrid: Path) -> None:
-    code = f"import sys; from heddle import api; api.targets_of(api.check({str(hybrid)!r})); print('torch' in sys.modules)"
+    code = f"import sys; from heddle import api; api.check_with_targets({str(hybrid)!r}); print('torch' in sys.modules)"
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
         == "False\n"
@@ -292,6 +292,25 @@ def test_the_names_of_a_spec_are_those_of_the_catalogue() -> None:
     assert get_args(TargetName) == tuple(target.name for target in TARGETS) == (*BY_NAME,)
 
 
-def test_the_table_of_the_page_is_that_of_the_catalogue() -> None:
+def test_the_tables_of_the_page_are_those_of_the_rows() -> None:
     page = (ROOT / "docs" / "export.md").read_text(encoding="utf-8")
-    assert page == with_matrix(page), "python -m heddle.compose.targets.matrix writes it"
+    rows = read_rows(ROOT / ROWS)
+    assert page == with_tables(page, rows), "python -m heddle.compose.targets.matrix writes them"
+
+
+def test_rows_hold_every_class_in_every_version_and_nothing_that_is_wrong() -> None:
+    rows = read_rows(ROOT / ROWS)
+    exports = {row["transformers"]: row for row in rows if "targets" in row}
+    assert {version.rpartition(".")[0] for version in exports} == {"5.17", "5.19", "5.23"}
+    for row in exports.values():
+        assert row["targets"].keys() == BY_NAME.keys()
+        for told in row["targets"].values():
+            kept = (
+                told["same_cached"] + told["excused"],
+                told["same_as_ours"] + told["tied"],
+                told["hash_back"],
+            )
+            assert {*kept} == {told["specs"]}
+    imports = next(row["imports"] for row in reversed(rows) if "imports" in row)
+    assert imports.keys() == BY_NAME.keys()
+    assert all(told["held"] == told["configurations"] for told in imports.values())

@@ -21,7 +21,7 @@ from heddle.compose.hf.verify import TOLERANCE, apart, as_classes_round, rounded
 from heddle.compose.plan import plan
 from heddle.compose.targets.catalogue import BY_NAME, TARGETS
 from heddle.compose.targets.target import Key
-from heddle.compose.targets.verdict import verdict
+from heddle.compose.targets.verdict import runtime_of_spec, verdict
 from heddle.errors import HeddleError
 from heddle.specs import ModelSpec, spec_hash
 
@@ -157,6 +157,15 @@ def test_a_norm_that_readers_take_in_two_ways_is_refused() -> None:
     (refused,) = verdict(BY_NAME["bamba"], plan(ModelSpec.model_validate(data)).runtime()).refusals
     assert refused.path.endswith(".mixer.groups")
     assert "readers of this class differ" in refused.why
+
+
+@every_target
+def test_blocks_planned_once_are_the_layers_of_the_whole_plan(name: str) -> None:
+    model = plan(model_spec(name, 3)).runtime()
+    found = verdict(BY_NAME[name], model)
+    assert found.config is not None
+    whole = plan(ModelSpec.model_validate(BY_NAME[name].spec(found.config))).runtime()
+    assert runtime_of_spec(BY_NAME[name].spec(found.config)) == whole
 
 
 def test_the_runtime_of_a_model_is_that_of_its_plan() -> None:

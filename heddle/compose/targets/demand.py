@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from heddle.compose.plan import plan
@@ -10,7 +10,7 @@ from heddle.compose.targets import part_verdict
 from heddle.compose.targets.catalogue import BY_NAME, TARGETS
 from heddle.compose.targets.servers import VERSIONS, Serves, classes_of, served
 from heddle.compose.targets.target import Model, Refusal, Target
-from heddle.compose.targets.verdict import verdict
+from heddle.compose.targets.verdict import Verdict, verdict
 from heddle.errors import HeddleError
 from heddle.specs.model import ModelSpec
 
@@ -31,9 +31,12 @@ class Demand:
         first, *others = (target.needs for target in self.targets)
         return tuple(kind for kind in first if all(kind in needs for needs in others))
 
-    def chosen(self, model: Model) -> Target | None:
-        """The first class that holds the model, and that the server takes of it."""
-        return next((target for target in self.targets if self.holds(target, model)), None)
+    def judged(self, found: Mapping[str, Verdict], model: Model) -> tuple[Target | None, tuple[Refusal, ...]]:
+        """The first class that holds the model, and that the server takes of it, or what forbids it in the nearest; by the
+        verdicts of all targets."""
+        refused = [found[target.name].refusals or self._unserved(target, model) for target in self.targets]
+        first = next((target for target, why in zip(self.targets, refused, strict=True) if not why), None)
+        return first, () if first else self._nearest(refused, model)
 
     def holds(self, target: Target, model: Model) -> bool:
         """Whether one of its classes holds the model, and the server takes it as that."""
@@ -42,6 +45,9 @@ class Demand:
     def refusals(self, model: Model, *, any_order: bool = False) -> tuple[Refusal, ...]:
         """What forbids the model, in the class that is nearest to it; with `any_order` its layers may stand otherwise."""
         found = [self._refusals(target, model, any_order=any_order) for target in self.targets]
+        return self._nearest(found, model)
+
+    def _nearest(self, found: Sequence[tuple[Refusal, ...]], model: Model) -> tuple[Refusal, ...]:
         nearest = min(zip(found, self.targets, strict=True), key=lambda one: _distance(model, *one))
         return self._named(*nearest)
 
@@ -65,9 +71,12 @@ class Demand:
             raise HeddleError("target-mismatch", what, hint="heddle show --targets tells what fits")
 
     def _refusals(self, target: Target, model: Model, *, any_order: bool = False) -> tuple[Refusal, ...]:
-        found = verdict(target, model).refusals
-        if found or not self.server:
-            return found
+        return verdict(target, model).refusals or self._unserved(target, model, any_order=any_order)
+
+    def _unserved(self, target: Target, model: Model, *, any_order: bool = False) -> tuple[Refusal, ...]:
+        """What the server forbids of a model that the class holds."""
+        if not self.server:
+            return ()
         return tuple(_forbidden(served(target.name, model)[self.server], any_order=any_order))
 
     def _judged(self, judge: PartJudge, model: ModelSpec, block: str) -> tuple[Refusal, ...] | None:

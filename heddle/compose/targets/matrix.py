@@ -1,8 +1,8 @@
 """The tables of docs/export.md, from rows of what was run: `python -m heddle.compose.targets.matrix` writes them there.
 
-Rows are those of `tests/native_versions.py` (exports, a row a version of transformers) and `tests/foreign.py` (imports) in
-tests/bench/results/evidence-export.jsonl; of several the last counts. What servers take is read in their source, and told by
-`servers.py`.
+Rows are those of `tests/native_versions.py` (exports, a row a version of transformers), `tests/foreign.py` (imports) and
+`tests/native_rounding.py` in tests/bench/results/evidence-export.jsonl; of several the last counts. What servers take is read in
+their source, and told by `servers.py`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ def tables(rows: Sequence[Row]) -> dict[str, str]:
     return {
         "targets": "\n".join(_targets()),
         "exports": "\n".join(_exports(rows)),
+        "rounding": "\n".join(_rounding(rows)),
         "imports": "\n".join(_imports(rows)),
     }
 
@@ -95,6 +96,27 @@ def _imports(rows: Sequence[Row]) -> Iterator[str]:
             f"{told['bfloat16']:.1%}", f"{told['held']} of {count}",
         )  # fmt: skip
         yield f"| {' | '.join(cells)} |"
+
+
+def _rounding(rows: Sequence[Row]) -> Iterator[str]:
+    names = (
+        "ours_float32",
+        "class_float32",
+        "between_float32",
+        "between_float32_as_class",
+        "between_float32_own_chunks",
+    )
+    heads = "one from the other | ours with its softplus | and its chunk form | class, no float32"
+    yield f"| class | specs | ours | class | {heads} |"
+    yield "|---|---|---|---|---|---|---|---|"
+    found = {
+        row["target"]: row
+        for row in rows
+        if "largest_logit_apart" in row and names[-1] in row["largest_logit_apart"]
+    }
+    for name, row in found.items():
+        cells = (f"{row['largest_logit_apart'][one]:.1e}" for one in (*names, "class_float64"))
+        yield f"| `{name}` | {row['specs']} | {' | '.join(cells)} |"
 
 
 def _cell(one: Serves) -> str:
