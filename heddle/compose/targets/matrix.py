@@ -46,6 +46,12 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+def exports(rows: Sequence[Row]) -> dict[tuple[str, str], Row]:
+    """By class and version of transformers what was last made of its random specs."""
+    asked = [row for row in rows if "targets" in row]
+    return {(name, row["transformers"]): told for row in asked for name, told in row["targets"].items()}
+
+
 def _targets() -> Iterator[str]:
     yield f"| target | class | what a spec may have | {' | '.join(VERSIONS.values())} |"
     yield "|---|---|---|---|---|"
@@ -61,11 +67,10 @@ def _exports(rows: Sequence[Row]) -> Iterator[str]:
     heads = "specs, orders | float32 | float32, from float64 | bfloat16 (ours) | tokens with and without cache | as ours | hash"
     yield f"| target | what they held | transformers | {heads} |"
     yield "|---|---|---|---|---|---|---|---|---|---|"
-    found = {row["transformers"]: row["targets"] for row in rows if "targets" in row}
+    found = exports(rows)
     for target in TARGETS:
-        for version in sorted(found):
-            if target.name in found[version]:
-                yield _export(target.name, version, found[version][target.name])
+        for version in sorted(version for name, version in found if name == target.name):
+            yield _export(target.name, version, found[target.name, version])
 
 
 def _export(name: str, version: str, told: Row) -> str:

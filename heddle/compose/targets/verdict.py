@@ -67,7 +67,7 @@ def require(target: Target, model: Model) -> Config:
 
 
 def runtime_of_spec(spec: dict[str, Any]) -> Model:
-    """`Plan.runtime` of what a target makes of a configuration: layers know nothing of each other, so each block is planned once."""
+    """`Plan.runtime` of what a target makes of a configuration. No layer knows of another, so each block is planned once."""
     names = [*dict.fromkeys(spec["layers"])]
     runtime = plan(ModelSpec.model_validate({**spec, "layers": names})).runtime()
     layers = dict(zip(names, runtime["layers"], strict=True))
