@@ -22,6 +22,7 @@ from heddle import specs
 from heddle.bench_api import bench as bench
 from heddle.bench_api import bench_fit as bench_fit
 from heddle.bench_api import bench_ops as bench_ops
+from heddle.bench_api import bench_tune as bench_tune
 from heddle.compose.plan import Plan, plan
 from heddle.errors import HeddleError
 from heddle.folder_api import dashboard as dashboard

@@ -12,6 +12,7 @@ from heddle.errors import HeddleError
 from heddle.specs import SpecFile
 
 if TYPE_CHECKING:
+    from heddle.kernels.tune import Tuned
     from heddle.search.latency import Effort
     from heddle.search.latency_model.measuring import Site
     from heddle.search.latency_model.model import LatencyModel
@@ -83,6 +84,23 @@ def bench_ops() -> list[dict[str, Any]]:
     from heddle.kernels.bench import bench_ops as time_ops
 
     return time_ops()
+
+
+def bench_tune(
+    names: Sequence[str] | None = None, *, report: Callable[[str], None] = lambda _: None
+) -> tuple[list[Tuned], Path]:
+    """Search faster launches of the ops named, or of all that have a table of them, on the GPU of this machine; gives what was
+    found and the file that keeps it, from which every later process takes them.
+
+    `report` is told of each try, a line each.
+
+    Raises:
+        HeddleError: "bad-argument" without a CUDA device, or for an op without launches to tune.
+    """
+    from heddle.kernels.configs.found import launches_file
+    from heddle.kernels.tune import tune
+
+    return tune(names, report=report), launches_file()
 
 
 def _causal(path: Path | str) -> SpecFile:

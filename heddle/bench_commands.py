@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,6 +22,7 @@ app = typer.Typer()
         "heddle bench spec.yaml --context 8192 --phase decode",
         "heddle bench space.yaml --fit",
         "heddle bench --ops",
+        "heddle bench --tune --op gla",
     )
 )
 def bench(
@@ -28,6 +30,16 @@ def bench(
         Path | None, typer.Argument(metavar="[SPEC]", help="Spec file.", show_default=False)
     ] = None,
     ops: Annotated[bool, typer.Option("--ops", help="Time the kernels instead of a spec.")] = False,
+    tune: Annotated[
+        bool,
+        typer.Option("--tune", help="Search faster launches of the kernels for this GPU, and keep them."),
+    ] = False,
+    op: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="With --tune: an op to tune; all if not given. May be given again.", show_default=False
+        ),
+    ] = None,
     fit: Annotated[
         bool, typer.Option("--fit", help="Fit a latency model of the spec's space, for its search to go by.")
     ] = False,
@@ -45,13 +57,18 @@ def bench(
     """Measure the latency of a spec's model, of a space of specs, or of the kernels, on this machine."""
     from heddle import api, terminal
 
-    if ops == (file is not None):
-        raise HeddleError("bad-argument", "heddle bench takes a SPEC or --ops, one of the two")
+    if (ops, tune, file is not None).count(True) != 1:
+        raise HeddleError("bad-argument", "heddle bench takes a SPEC, --ops or --tune, one of them")
+    if op and not tune:
+        raise HeddleError("bad-argument", "--op is for --tune")
     if not fit and (stacks is not None or out is not None):
         raise HeddleError("bad-argument", "--stacks and --out are for --fit")
     if file is None:
         if fit:
             raise HeddleError("bad-argument", "--fit takes a SPEC whose space it fits")
+        if tune:
+            _tune(op, json=json)
+            return
         rows = api.bench_ops()
         terminal.show_json(rows) if json else terminal.show_ops(rows)
         return
@@ -63,6 +80,25 @@ def bench(
     tell = _silent if json else _tell
     model, path = api.bench_fit(file, out, stacks=stacks, on_stack=tell, **place)
     terminal.show_json({**model.data(), "file": str(path)}) if json else _show(model, path, file)
+
+
+def _tune(names: list[str] | None, *, json: bool) -> None:
+    from heddle import api, terminal
+
+    tell = (lambda _: None) if json else (lambda line: typer.echo(line, err=True))
+    found, path = api.bench_tune(names, report=tell)
+    if json:
+        terminal.show_json([*map(asdict, found)])
+        return
+    for one in found:
+        gain = (
+            f"{one.shipped_ms:.4f} ms as shipped, now {one.found_ms:.4f}"
+            if one.launches
+            else "as shipped is best"
+        )
+        typer.echo(f"{one.op}: {gain} ({one.tried} tried)")
+    if any(one.launches for one in found):
+        terminal.next_steps(f"wrote {path}", ["heddle bench --ops   # the kernels with what was found"])
 
 
 def _silent(done: int, total: int, known: bool) -> None:

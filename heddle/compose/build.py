@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 
@@ -13,6 +13,8 @@ from heddle.compose.hf.model import HeddleForCausalLM, HeddlePreTrainedModel
 from heddle.compose.plan import plan
 from heddle.errors import HeddleError
 from heddle.specs import ModelSpec
+
+Draw = Literal["cpu", "device"]
 
 
 def config_for(model: ModelSpec, *, name: str | None = None) -> HeddleConfig:
@@ -53,8 +55,11 @@ def build_causal_lm(
     seed: int = 0,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    draw: Draw = "cpu",
 ) -> HeddleForCausalLM:
     """As `build`, for what works with causal language models alone.
+
+    With `draw="device"` weights are drawn where they will be: in no time on a GPU, and others than on a CPU.
 
     Raises:
         HeddleError: "bad-argument" for an encoder, and what planning the spec raises.
@@ -63,17 +68,25 @@ def build_causal_lm(
         raise HeddleError(
             "bad-argument", "a causal language model is needed here, and this spec is of an encoder"
         )
-    return _made(HeddleForCausalLM, config_for(model), seed, device, dtype)
+    return _made(HeddleForCausalLM, config_for(model), seed, device, dtype, draw=draw)
 
 
 M = TypeVar("M", bound=HeddlePreTrainedModel)
 
 
 def _made(
-    kind: type[M], config: HeddleConfig, seed: int, device: str | torch.device, dtype: torch.dtype
+    kind: type[M],
+    config: HeddleConfig,
+    seed: int,
+    device: str | torch.device,
+    dtype: torch.dtype,
+    *,
+    draw: Draw = "cpu",
 ) -> M:
-    on_meta = torch.device(device).type == "meta"
-    with torch.random.fork_rng(devices=[]), torch.device("meta") if on_meta else nullcontext():
+    there = torch.device(device)
+    drawn = there if draw == "device" or there.type == "meta" else None
+    on_gpu = [torch.cuda.current_device()] if drawn is not None and drawn.type == "cuda" else []
+    with torch.random.fork_rng(devices=on_gpu), drawn or nullcontext():
         torch.manual_seed(seed)
         module = kind(config)
     moved: M = module.to(device=device, dtype=dtype)

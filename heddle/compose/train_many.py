@@ -31,6 +31,7 @@ from heddle.compose.train import (
     on_side_stream,
     parameter_groups,
 )
+from heddle.compose.train_layers import CompiledLayers
 from heddle.errors import HeddleError
 
 EPS = 1e-8
@@ -44,13 +45,15 @@ def fit_many(
     recipes: Sequence[Recipe],
     *,
     launch: Literal["eager", "graph"] = "eager",
+    compiled: bool = False,
 ) -> list[Fit | HeddleError]:
     """Trains each of `models` in place, as `fit` does, with batches of its own, a learning rate and a seed of its own.
 
     The models differ in nothing but their weights, and add no loss of their own; batches have one shape at a step. The head
     computes all positions, also those where nothing is asked. Results are those of `fit` but for rounding: products of
     stacked weights are summed in another order. `launch="graph"` (CUDA only) replays a step of all as one graph; batches
-    may then not change their shape from step to step.
+    may then not change their shape from step to step. `compiled` has torch.compile make one function of each kind of
+    layer, once in a process however many models have such layers; it is for models whose layers take nothing from each other.
 
     A training whose loss is no number any more ends with its error ("loss-not-finite") in place of a `Fit`; the others go on.
     `wall_s` is that of all.
@@ -63,7 +66,7 @@ def fit_many(
     first = [draw(0) for draw in batches]
     steps = {max(1, round(r.tokens / b[0].numel())) for r, b in zip(recipes, first, strict=True)}
     assert len(steps) == 1, f"all trainings take the same number of steps, not {sorted(steps)}"
-    run = _Many(models, recipes, steps.pop(), device)
+    run = _Many(models, recipes, steps.pop(), device, compiled=compiled)
     for model in models:
         model.train()
     for step in range(run.steps):
@@ -83,13 +86,20 @@ class _Many:
     """
 
     def __init__(
-        self, models: Sequence[nn.Module], recipes: Sequence[Recipe], steps: int, device: torch.device
+        self,
+        models: Sequence[nn.Module],
+        recipes: Sequence[Recipe],
+        steps: int,
+        device: torch.device,
+        *,
+        compiled: bool = False,
     ) -> None:
         self.models, self.recipes, self.steps, self.device = models, recipes, steps, device
         self.recipe = recipes[0]
         alike = {replace(each, learning_rate=0.0, seed=0) for each in recipes}
         assert len(alike) == 1, "the recipes differ in nothing but their learning rates and seeds"
         self.stacked = _Stacked(models)
+        self.layers = CompiledLayers(models[0]) if compiled else None
         self.weights = self.stacked.weights
         self.mean, self.square = torch.zeros_like(self.weights), torch.zeros_like(self.weights)
         self.decay = self.stacked.decay(self.recipe.weight_decay)
@@ -126,11 +136,16 @@ class _Many:
     def update(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """One forward, backward and optimizer step of all; their losses, and the norms of their gradients."""
         with autocast(self.device, self.recipe.precision):
-            logits = self.stacked.logits(inputs)
+            logits = self._logits(inputs)
         each = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none")
         losses = each.view(labels.shape).sum(dim=1) / (labels != IGNORE).sum(dim=1)
         (gradient,) = torch.autograd.grad(losses.sum(), self.weights)
         return losses.detach(), self._adamw(gradient)
+
+    def _logits(self, inputs: Tensor) -> Tensor:
+        if self.layers is None:
+            return self.stacked.logits(inputs)
+        return self.layers.logits(self.stacked.pieces() | self.stacked.fixed, inputs)
 
     @torch.no_grad()
     def _adamw(self, gradient: Tensor) -> Tensor:

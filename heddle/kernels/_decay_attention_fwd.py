@@ -20,6 +20,7 @@ from heddle.kernels._decay_attention_sweep import (
 from heddle.kernels.common.layout import ALIGNMENT, aligned, block, dense_state, padded, turned_state
 from heddle.kernels.common.replay import empty, replayed, start_kernel
 from heddle.kernels.common.segments import cut, lay_out
+from heddle.kernels.common.tables import table_on
 from heddle.kernels.common.tuning import tuned
 from heddle.kernels.configs.decay_attention import INTERPRETER, Family, family
 from heddle.kernels.configs.launch import Launch
@@ -30,10 +31,7 @@ CARRY_BLOCK = 256
 @functools.cache
 def _device(device: torch.device) -> tuple[Family, int]:
     """Configurations and multiprocessors."""
-    if device.type != "cuda":
-        return INTERPRETER, 1
-    seen = torch.cuda.get_device_properties(device)
-    return family((seen.major, seen.minor)), seen.multi_processor_count
+    return table_on(device, "decay_attention", INTERPRETER, family)
 
 
 @dataclass(frozen=True, slots=True)

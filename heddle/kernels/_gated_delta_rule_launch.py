@@ -32,6 +32,7 @@ from heddle.kernels.common.layout import (
 )
 from heddle.kernels.common.replay import empty, start_kernel
 from heddle.kernels.common.segments import cut, lay_out
+from heddle.kernels.common.tables import table_on
 from heddle.kernels.common.tuning import tuned
 from heddle.kernels.configs.gated_delta_rule import INTERPRETER, Family, Plan, family
 from heddle.kernels.configs.launch import Launch
@@ -44,10 +45,7 @@ RESIDENT, LEAST_SEGMENT, FEWEST_SEGMENTS = 2, 512, 3
 
 @functools.cache
 def _family(device: torch.device) -> Family:
-    if device.type != "cuda":
-        return INTERPRETER
-    seen = torch.cuda.get_device_properties(device)
-    return family((seen.major, seen.minor))
+    return table_on(device, "gated_delta_rule", INTERPRETER, family)[0]
 
 
 def plan(device: torch.device, element: int, rows: int) -> Plan:

@@ -15,6 +15,7 @@ from heddle.kernels._gla_fwd import _gla_carry_kernel, _gla_prepare_kernel, _gla
 from heddle.kernels.common.layout import aligned, block, dense_state, infinite, room, strides, with_room
 from heddle.kernels.common.replay import derived, empty, replayed, start_kernel
 from heddle.kernels.common.segments import count_segments, cut, lay_out
+from heddle.kernels.common.tables import table_on
 from heddle.kernels.common.tuning import tuned
 from heddle.kernels.configs.gla import INTERPRETER, Family, Plan, family
 from heddle.kernels.configs.launch import Launch
@@ -29,10 +30,7 @@ RESIDENT, LEAST_SEGMENT = 2, 256
 @functools.cache
 def _device(device: torch.device) -> tuple[Family, int]:
     """Configurations and multiprocessors."""
-    if device.type != "cuda":
-        return INTERPRETER, 1
-    seen = torch.cuda.get_device_properties(device)
-    return family((seen.major, seen.minor)), seen.multi_processor_count
+    return table_on(device, "gla", INTERPRETER, family)
 
 
 def plan(device: torch.device, element: int, size: int) -> Plan:

@@ -25,6 +25,7 @@ from heddle.kernels.common.layout import (
 )
 from heddle.kernels.common.replay import derived, empty, replayed, start_kernel
 from heddle.kernels.common.segments import cut, lay_out
+from heddle.kernels.common.tables import table_on
 from heddle.kernels.common.tuning import tuned
 from heddle.kernels.configs.kda import INTERPRETER, Family, Plan, family
 from heddle.kernels.configs.launch import Launch
@@ -40,10 +41,7 @@ RESIDENT, LEAST_SEGMENT, FEWEST_SEGMENTS = 2, 512, 3
 @functools.cache
 def _device(device: torch.device) -> tuple[Family, int]:
     """Configurations and multiprocessors."""
-    if device.type != "cuda":
-        return INTERPRETER, 1
-    seen = torch.cuda.get_device_properties(device)
-    return family((seen.major, seen.minor)), seen.multi_processor_count
+    return table_on(device, "kda", INTERPRETER, family)
 
 
 def plan(device: torch.device, element: int, size: int) -> Plan:

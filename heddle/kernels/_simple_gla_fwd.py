@@ -23,6 +23,7 @@ from heddle.kernels._simple_gla_sweep import (
 from heddle.kernels.common.layout import ALIGNMENT, aligned, block, dense_state, padded
 from heddle.kernels.common.replay import empty, replayed, start_kernel
 from heddle.kernels.common.segments import Segments, cut, lay_out
+from heddle.kernels.common.tables import table_on
 from heddle.kernels.common.tuning import tuned
 from heddle.kernels.configs.launch import Launch
 from heddle.kernels.configs.simple_gla import INTERPRETER, Family, family
@@ -37,10 +38,7 @@ PRECISE_SEGMENT = 64
 @functools.cache
 def _device(device: torch.device) -> tuple[Family, int]:
     """Configurations and multiprocessors."""
-    if device.type != "cuda":
-        return INTERPRETER, 1
-    seen = torch.cuda.get_device_properties(device)
-    return family((seen.major, seen.minor)), seen.multi_processor_count
+    return table_on(device, "simple_gla", INTERPRETER, family)
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ from heddle.kernels._sliding_window_attention_fwd import (
 )
 from heddle.kernels.common.layout import aligned, block, room, strides
 from heddle.kernels.common.segments import Segments, lay_out
+from heddle.kernels.common.tables import table_on
 from heddle.kernels.common.tuning import tuned
 from heddle.kernels.configs.launch import Launch
 from heddle.kernels.configs.sliding_window_attention import INTERPRETER, Family, Plan, family
@@ -33,10 +34,7 @@ MOST_SPLITS = 32
 @functools.cache
 def _device(device: torch.device) -> tuple[Family, int]:
     """Configurations and multiprocessors."""
-    if device.type != "cuda":
-        return INTERPRETER, 1
-    seen = torch.cuda.get_device_properties(device)
-    return family((seen.major, seen.minor)), seen.multi_processor_count
+    return table_on(device, "sliding_window_attention", INTERPRETER, family)
 
 
 def plan(device: torch.device, element: int, size: int) -> Plan:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from heddle.kernels import OPS
-from heddle.kernels.accuracy import draw
+from heddle.kernels.accuracy import Sample, draw
 from heddle.kernels.op import TRITON_VERSION, Op, Phase, Shape, force_path
 
 Row = dict[str, Any]
@@ -144,6 +144,19 @@ def timed(call: Call, device: torch.device) -> Row:
         times.append((time.perf_counter() - before) * 1e3)
     cuts = statistics.quantiles(times, n=10, method="inclusive")
     return {"ms": statistics.median(times), "ms_p10": cuts[0], "ms_p90": cuts[-1]}
+
+
+def timing_sample(op: Op[..., Any], shape: Shape, dtype: torch.dtype, device: torch.device) -> Sample:
+    """What an op is timed on: the inputs of its benchmarks, without an initial state."""
+    given = replace(op, cases=replace(op.cases, inputs=op.cases.timed_inputs or op.cases.inputs))
+    return draw(given, shape, dtype, initial_state=False, device=device)
+
+
+def milliseconds(op: Op[..., Any], sample: Sample, phase: Phase) -> float:
+    """The median of a call, "fwd" or "fwdbwd"."""
+    upstream = sample.upstream[0]
+    call = _call(op, sample.arguments, op.cases.differentiable, upstream, phase)
+    return float(timed(call, upstream.device)["ms"])
 
 
 def timed_in_graph(call: Call) -> Row:

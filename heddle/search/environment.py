@@ -3,7 +3,6 @@ run."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
 import warnings
@@ -14,7 +13,7 @@ from typing import Any
 
 import torch
 
-import heddle
+from heddle.kernels.configs.found import running_digest
 from heddle.search.cores import usable_cores
 
 PACKAGES = (
@@ -95,15 +94,6 @@ def foreign_processes() -> int | None:
     return len([pid for pid in pids if not _ours(pid)]) if os.getpid() in pids else None
 
 
-def kernel_digest() -> str:
-    """16 hex digits of the text of heddle's kernels: with the packages it says what a step runs."""
-    found = hashlib.sha256()
-    folder = Path(heddle.__file__).parent / "kernels"
-    for path in sorted(folder.rglob("*.py")):
-        found.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes())
-    return found.hexdigest()[:16]
-
-
 def describe(device: str) -> dict[str, Any]:
     """What run.json records of the machine."""
     return {
@@ -115,7 +105,7 @@ def describe(device: str) -> dict[str, Any]:
         "driver": driver_version(),
         "cuda": torch.version.cuda,
         "cores": usable_cores(),
-        "kernels": kernel_digest(),
+        "kernels": running_digest(),
     }
 
 

@@ -251,7 +251,7 @@ class _Step:
     """One model ready to be timed: `run()` does the work once and gives the milliseconds it took."""
 
     def __init__(self, spec: ModelSpec, place: Place, device: str, dtype: torch.dtype) -> None:
-        self._model = build_causal_lm(spec, seed=0, device=device, dtype=dtype).eval()
+        self._model = build_causal_lm(spec, seed=0, device=device, dtype=dtype, draw="device").eval()
         length = 1 if place.phase == "decode" else place.context
         generator = torch.Generator().manual_seed(0)
         shape = (place.batch, length)

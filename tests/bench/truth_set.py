@@ -142,7 +142,9 @@ def train(path: str, name: str, index: int, device: str) -> dict[str, Any]:
     nets = [build_causal_lm(model, seed=seed, device=device) for _, seed in kinds]
     examples = [_examples(path, index, seed, device) for _, seed in kinds]
     started = time.perf_counter()
-    fits = fit_many(nets, examples, recipes, launch="graph" if device == "cuda" else "eager")
+    fits = fit_many(
+        nets, examples, recipes, launch="graph" if device == "cuda" else "eager", compiled=device == "cuda"
+    )
     seconds = time.perf_counter() - started
     scores = [
         None if isinstance(fit, HeddleError) else task.evaluate(net, device=device).value

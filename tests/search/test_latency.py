@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from heddle.compose.build import build_causal_lm
 from heddle.search.cores import usable_cores
 from heddle.search.latency import (
     Effort,
@@ -129,3 +130,13 @@ def test_a_build_gets_its_share_of_the_effort() -> None:
     part = whole.of_one_build
     assert (part.least, part.most, part.seconds, part.builds) == (3, 50, 0.75, 1)
     assert part.precision == pytest.approx(0.04)
+
+
+def test_weights_that_are_drawn_on_the_device_are_those_of_the_seed_there() -> None:
+    """On a CPU they are the same as ever, and nothing else's random numbers change."""
+    spec = model(1, "{kind: gated_deltanet, heads: 2}")
+    before = torch.get_rng_state()
+    found, usual = build_causal_lm(spec, seed=3, draw="device"), build_causal_lm(spec, seed=3)
+    assert torch.equal(before, torch.get_rng_state())
+    for one, other in zip(found.state_dict().values(), usual.state_dict().values(), strict=True):
+        assert torch.equal(one, other)

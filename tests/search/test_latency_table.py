@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from heddle.search.latency_model.table import Table, cache_folder, code_digest, timing_environment
+from heddle.kernels.configs.found import cache_folder
+from heddle.search.latency_model.table import Table, code_digest, timing_environment
 
 HERE = {"device": "A", "kind": "cpu", "dtype": "float32", "threads": 2, "torch": "1", "driver": None}
 WANTED = [{"spec": f"s{number}", "phase": "decode"} for number in range(12)]

@@ -10,7 +10,7 @@ import pytest
 from fast_search import scored
 
 from heddle.errors import HeddleError
-from heddle.search.environment import kernel_digest
+from heddle.kernels.configs.found import running_digest
 from heddle.search.latency import Effort
 from heddle.search.lock import FOLLOWED_FILE, LOCK_FILE, Frozen, lock_of, plain, read_lock
 from heddle.search.record import Run, read_run
@@ -43,7 +43,7 @@ def test_the_lockfile_is_the_run(tiny_run: Run, lock: dict[str, Any]) -> None:
     assert set(lock["data"]) == {"mqar", "text"}
     assert lock["seeds"] == {"search": 0, "train": 0}
     assert lock["sampler"] == {"sampler": "tpe", "round": 2, "startup": 2}
-    assert lock["environment"]["kernels"] == kernel_digest()
+    assert lock["environment"]["kernels"] == running_digest()
     assert {"python", "packages", "device", "device_name", "driver"} <= set(lock["environment"])
     assert plain(lock_of(tiny_run)) | {"time": 0} == lock | {"time": 0}
 

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from heddle.errors import HeddleError
+from heddle.kernels.configs.found import cache_folder
 from heddle.search import space
 from heddle.search.latency import Place
 from heddle.search.latency_model.model import LatencyModel, load_model
-from heddle.search.latency_model.table import MACHINE, cache_folder
+from heddle.search.latency_model.table import MACHINE
 from heddle.search.ledger import key_of
 from heddle.specs import SpecFile
 

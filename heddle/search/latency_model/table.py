@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 
 import heddle
+from heddle.kernels.configs.found import cache_folder, kernel_digest, running_digest
 from heddle.search import environment
 from heddle.search.cores import usable_cores
 from heddle.search.durable import write_json
@@ -35,15 +35,6 @@ MACHINE = ("device", "kind", "dtype", "threads")
 CODE = {"kernels": "kernels", "modules": "compose"}
 
 
-def cache_folder() -> Path:
-    """HEDDLE_CACHE, else heddle/ in the user's cache folder (XDG_CACHE_HOME, by default ~/.cache)."""
-    named = os.environ.get("HEDDLE_CACHE")
-    if named:
-        return Path(named)
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "heddle"
-
-
 def timing_environment(device: str) -> dict[str, Any]:
     """What a latency on `device` depends on besides spec, shape and phase."""
     packages = environment.package_versions()
@@ -57,6 +48,7 @@ def timing_environment(device: str) -> dict[str, Any]:
         "torch": packages.get("torch"),
         "triton": packages.get("triton"),
         **{name: code_digest(folder) for name, folder in CODE.items()},
+        **({} if running_digest() == kernel_digest() else {"launches": running_digest()}),
     }
 
 

@@ -1,0 +1,120 @@
+"""Tuning of launches: what is tried, what is kept, and that tables of another machine or of older kernels are passed over."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+
+from heddle.errors import HeddleError
+from heddle.kernels.configs import found, gla, kda, simple_gla
+from heddle.kernels.configs.launch import Launch
+from heddle.kernels.tune import climb, neighbours, tune, tuned_ops
+
+SLOW = Launch(chunk=64, columns=64, warps=4, stages=2)
+SHIPPED = {"forward": SLOW, "gradient": Launch(chunk=64, columns=32, warps=4, stages=1)}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HEDDLE_CACHE", str(tmp_path))
+    return tmp_path
+
+
+def keep(launches: Mapping[str, Launch], device: str = "A card") -> Path:
+    return found.keep(
+        "gla", launches, device=device, triton="3.6.0", told={"shipped_ms": 2.0, "found_ms": 1.0}
+    )
+
+
+def test_neighbours_differ_in_one_thing() -> None:
+    tried = list(neighbours(SLOW))
+    assert len(tried) == len(set(tried)) == 6
+    for one in tried:
+        pairs = zip(
+            (one.chunk, one.columns, one.warps, one.stages),
+            (SLOW.chunk, SLOW.columns, SLOW.warps, SLOW.stages),
+            strict=True,
+        )
+        assert [a == b for a, b in pairs].count(False) == 1
+
+
+def test_one_stage_stays_one() -> None:
+    assert {one.stages for one in neighbours(SHIPPED["gradient"])} == {1}
+
+
+def test_the_climb_takes_what_is_faster_and_passes_over_what_fails() -> None:
+    def trial(launches: Mapping[str, Launch]) -> float:
+        forward = launches.get("forward", SLOW)
+        if forward.warps == 8:
+            raise RuntimeError("out of resource: shared memory")
+        return 10.0 - (forward.columns == 128) * 3 - (forward.stages == 3) * 2
+
+    told: list[str] = []
+    best = climb("gla", SHIPPED, trial, report=told.append)
+    # Both gains are found, one after the other, from the launch that was shipped; the later one is taken if it is better.
+    assert best.launches == {"forward": Launch(64, 128, 4, 2)}
+    assert (best.shipped_ms, best.found_ms) == (10.0, 7.0)
+    assert best.tried == len(told)
+    assert any("shared memory" in line for line in told)
+
+
+def test_noise_is_no_gain_and_no_time_is_no_try() -> None:
+    times = iter([10.0, *([9.9] * 100)])
+    assert climb("gla", SHIPPED, lambda _: next(times)).launches == {}
+    assert climb("gla", SHIPPED, lambda _: 1.0, late=lambda: True).tried == 0
+
+
+def test_what_was_found_comes_before_the_table_on_that_machine_alone() -> None:
+    path = keep({"forward": SLOW})
+    here = found.found_for("gla", device="A card", triton="3.6.0")
+    assert here == {"forward": SLOW}
+    assert found.found_for("gla", device="Another", triton="3.6.0") == {}
+    assert found.found_for("gla", device="A card", triton="3.7.1") == {}
+    assert found.found_for("kda", device="A card", triton="3.6.0") == {}
+    table = found.overlaid(gla.HOPPER, here)
+    assert table.half.forward == SLOW
+    assert table.half.gradient == gla.HOPPER.half.gradient
+    assert table.wide == gla.HOPPER.wide
+    data = json.loads(path.read_text())
+    data["found"][0]["kernels"] = "older"
+    path.write_text(json.dumps(data))
+    assert found.found_for("gla", device="A card", triton="3.6.0") == {}
+
+
+def test_a_second_tuning_replaces_the_first_and_leaves_other_machines() -> None:
+    keep({"forward": SLOW})
+    keep({"forward": SLOW}, device="Another")
+    path = keep({"gradient": SLOW})
+    assert found.found_for("gla", device="A card", triton="3.6.0") == {"gradient": SLOW}
+    assert len(json.loads(path.read_text())["found"]) == 2
+
+
+def test_what_was_found_is_part_of_what_runs() -> None:
+    before = found.running_digest()
+    assert before == found.kernel_digest()
+    keep({"forward": SLOW})
+    assert found.running_digest() != before
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 1, "found": 3}', '{"format": 9, "found": []}'])
+def test_a_file_that_cannot_be_read_is_no_table(cache: Path, text: str) -> None:
+    (cache / "launches.json").write_text(text)
+    assert found.found_for("gla", device="A card", triton="3.6.0") == {}
+    assert found.running_digest() == found.kernel_digest()
+
+
+def test_every_kernel_of_half_precision_can_be_tuned() -> None:
+    assert set(found.tunable(gla.HOPPER)) == {"prepare", "forward", "summary", "keep", "backward", "gradient"}
+    assert set(found.tunable(kda.HOPPER)) == {"prepare", "forward", "keep", "backward", "gradient"}
+    assert set(found.tunable(simple_gla.HOPPER)) == {"output", "backward", "state"}
+    assert {"gla", "kda", "simple_gla", "decay_attention", "gated_delta_rule"} <= set(tuned_ops())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_there_is_nothing_to_tune() -> None:
+    with pytest.raises(HeddleError, match="there is none here"):
+        tune()
