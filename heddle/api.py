@@ -296,6 +296,7 @@ def export(
     force: bool = False,
     max_shard_size: str = "50GB",
     target: str = "auto",
+    battery: str = "auto",
 ) -> ExportResult:
     """Write the model of `run`, a search, a training, a folder that was imported or a spec file (whose weights are then
     random), as a Hugging Face folder; `force` replaces it.
@@ -303,7 +304,8 @@ def export(
     `target` is the name of a native class of transformers (`targets`), "remote" for code in the folder, or "auto": the first
     class that holds the model exactly, else "remote".
 
-    Weights of more than `max_shard_size` are spread over several files.
+    Weights of more than `max_shard_size` are spread over several files. `battery` says which checks the folder must pass: "full",
+    "short", "none" (its logits alone), or "auto": all, where that takes less than a minute.
 
     Raises:
         HeddleError: "run-not-found", "file-exists", "no-weights" (with the command that trains that trial),
@@ -311,7 +313,8 @@ def export(
     """
     from heddle.search.export import export_run
 
-    return export_run(run, out, trial=trial, overwrite=force, target=target, max_shard_size=max_shard_size)
+    how = {"target": target, "max_shard_size": max_shard_size, "battery": battery}
+    return export_run(run, out, trial=trial, overwrite=force, **how)
 
 
 def fresh_folder(name: str) -> Path:

@@ -19,6 +19,7 @@ import heddle
 from heddle import bench_commands, folder_commands
 from heddle.command_options import (
     Batch,
+    BatteryForm,
     Context,
     Deterministic,
     GraphForm,
@@ -287,13 +288,18 @@ def export(
     max_shard_size: Annotated[
         str, typer.Option(help='Spread larger weights over several files, as "5GB".')
     ] = "50GB",
+    battery: Annotated[
+        BatteryForm,
+        typer.Option(help="Checks to pass: auto is full where that takes less than a minute, else short."),
+    ] = BatteryForm.auto,
     json: Json = False,
 ) -> None:
     """Write a trained model as a Hugging Face folder that loads without heddle."""
-    from heddle import api, terminal
+    from heddle import api, target_tables, terminal
 
-    result = api.export(run, out, trial=trial, force=force, target=target, max_shard_size=max_shard_size)
-    terminal.show_json(result) if json else terminal.show_exported(result)
+    how = {"target": target, "max_shard_size": max_shard_size, "battery": battery.value}
+    result = api.export(run, out, trial=trial, force=force, **how)
+    terminal.show_json(target_tables.exported_data(result)) if json else target_tables.show_exported(result)
 
 
 @app.command(name="import", epilog=example("heddle import Qwen3-0.6B --out runs/qwen"))
@@ -304,7 +310,7 @@ def import_model(
     out: Annotated[Path, typer.Option(help="Folder to make.", show_default=False)],
     json: Json = False,
 ) -> None:
-    """Turn a native checkpoint of transformers into a spec and weights; no code of it runs."""
+    """Turn a native checkpoint of transformers, or an export, into a spec and weights; no code of it runs."""
     from heddle import api, target_tables, terminal
 
     result = api.import_model(folder, out)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from rich.padding import Padding
@@ -11,6 +13,8 @@ from rich.text import Text
 from heddle.terminal import console, next_steps
 
 if TYPE_CHECKING:
+    from heddle.compose.hf.card import ParityRow
+    from heddle.compose.hf.export import ExportResult
     from heddle.search.import_model import ImportResult
 
 _WORDS = {True: "yes", False: "no", None: "?"}
@@ -61,8 +65,64 @@ def show_imported(result: ImportResult) -> None:
     """Where the spec and the weights lie, and what to do with them."""
     told = f"read {result.target}, {result.parameters:,} parameters, as the spec of hash {result.hash}"
     console().print(told)
+    if result.note:
+        console().print(result.note, soft_wrap=True)
     path = result.path
     next_steps(
         f"wrote {path}",
         [f"heddle show {path / 'spec.yaml'}", f"heddle export {path} --out DIR --target auto"],
     )
+
+
+def exported_data(result: ExportResult) -> dict[str, Any]:
+    """An export as JSON can say it."""
+    return {**asdict(result), "parity": parity_data(result.parity)}
+
+
+def parity_data(rows: Iterable[ParityRow]) -> list[dict[str, Any]]:
+    """The rows of the battery as JSON can say them: a figure that is infinite, of a check that raised, is null."""
+    return [
+        {**asdict(row), "figure": row.figure if math.isfinite(row.figure) else None, "tolerance": _most(row)}
+        for row in rows
+    ]
+
+
+def _most(row: ParityRow) -> float | None:
+    return row.tolerance if row.tolerance is not None and math.isfinite(row.tolerance) else None
+
+
+def show_exported(result: ExportResult) -> None:
+    """Where the Hugging Face folder lies, how close it computes, and what it was checked for."""
+    screen = console()
+    show_parity(result.parity)
+    if result.battery:
+        screen.print(f"parity battery: {result.battery}", soft_wrap=True)
+    screen.print(f"largest difference of its logits, read back without heddle: {result.max_difference:.1e}")
+    screen.print(f"it writes: {result.generated_text!r}", soft_wrap=True)
+    if result.note:
+        screen.print(result.note, soft_wrap=True)
+    kind = "code in the folder" if result.target == "remote" else f"{result.target} of transformers, no code"
+    next_steps(f"wrote {result.path} ({kind}); its README.md holds a snippet from text to text", [])
+
+
+def show_parity(rows: Sequence[ParityRow]) -> None:
+    """One line a check: what it is, its figure, the most it may be, and how it went; a note that has no room there below it."""
+    screen = console()
+    wide = max((len(row.check) for row in rows), default=0)
+    if rows:
+        screen.print(f"{'check':{wide}}  {'figure':>7}  {'at most':>7}", style="dim")
+    for row in rows:
+        verdict, style = ("FAILED", "bold red") if row.verdict == "fail" else (row.verdict, "")
+        most = "" if row.tolerance is None else _figure(row.tolerance)
+        line = Text(f"{row.check:{wide}}  {_figure(row.figure):>7}  {most:>7}  {verdict:8}", style=style)
+        fits = len(line) + len(row.note) + 2 <= screen.width
+        if row.note and fits:
+            line.append(f"  {row.note}", style="dim")
+        line.rstrip()
+        screen.print(line)
+        if not fits:
+            screen.print(Padding(Text(row.note, style="dim"), (0, 0, 0, 4), expand=False))
+
+
+def _figure(value: float) -> str:
+    return "0" if value == 0 else f"{value:.1e}"

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from heddle.compose.hf.export import ExportResult
     from heddle.doctor import Diagnosis
     from heddle.search.record import Latency, Run, Trial
     from heddle.search.training import TrainRun
@@ -282,18 +281,6 @@ def show_trained(run: TrainRun) -> None:
     for warning in run.warnings:
         screen.print(f"warning: {warning}", style="yellow", soft_wrap=True)
     next_steps(f"wrote {run.path}", [f"heddle export {run.path} --out {run.path.name}-hf"])
-
-
-def show_exported(result: ExportResult) -> None:
-    """Where the Hugging Face folder lies and how close it computes."""
-    difference = f"largest difference of its logits, read back without heddle: {result.max_difference:.1e}"
-    screen = console()
-    screen.print(difference)
-    screen.print(f"it writes: {result.generated_text!r}", soft_wrap=True)
-    if result.note:
-        screen.print(result.note, soft_wrap=True)
-    kind = "code in the folder" if result.target == "remote" else f"{result.target} of transformers, no code"
-    next_steps(f"wrote {result.path} ({kind}); its README.md holds a snippet from text to text", [])
 
 
 def show_run(run: Run, spec_path: Path) -> None:

@@ -283,9 +283,10 @@ def test_train_and_export_make_a_folder(run: Heddle, spec: Path) -> None:
     assert status == 0, err
     assert "bits" in out or "text" in out
     assert run("train", spec, "--out", "trained")[0] == 2
-    status, out, err = run("export", "trained", "--out", "hf", "--json")
+    status, out, err = run("export", "trained", "--out", "hf", "--battery", "short")
     assert status == 0, err
-    assert json.loads(out)["max_difference"] <= 1e-5
+    assert "one-token steps" in out
+    assert "parity battery: short" in out
     assert Path("hf/config.json").exists()
 
 
@@ -361,10 +362,16 @@ def test_report_and_export_read_a_run(run: Heddle, search_run: Path, tmp_path: P
     assert run("report", search_run, "--out", tmp_path / "report.html")[0] == 0
     assert (tmp_path / "report.html").read_text().startswith("<!doctype html>")
     status, out, err = run(
-        "export", search_run, "--trial", read_run(search_run).best, "--out", tmp_path / "hf", "--json"
-    )
+        "export", search_run, "--trial", read_run(search_run).best, "--out", tmp_path / "hf", "--json",
+        "--battery", "none",
+    )  # fmt: skip
     assert status == 0, err
-    assert json.loads(out)["max_difference"] <= 1e-5
+    found = json.loads(out)
+    assert found["max_difference"] <= 1e-5
+    assert (found["battery"], [row["check"] for row in found["parity"]]) == (
+        "none",
+        ["loads in a clean process"],
+    )
     status, _, err = run("export", search_run, "--trial", "first", "--out", tmp_path / "other")
     assert status == 2
     assert "[bad-argument]" in err

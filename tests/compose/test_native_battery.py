@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from heddle.compose.hf import parity
 from heddle.compose.hf.parity import Loaded, battery
+from heddle.compose.hf.second_reader import second_reader
 from heddle.compose.plan import plan
 from heddle.compose.targets.report import target_rows
 from heddle.specs import ModelSpec
@@ -53,7 +54,9 @@ def checks(spec: ModelSpec, name: str, base: Path) -> dict[str, SimpleNamespace]
     folder, again = written(ready(spec), name, base / "out"), base / "again"
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     theirs.save_pretrained(again)
-    loaded = Loaded(theirs, AutoModelForCausalLM, str(folder), str(again), 0.0, trusted=False)
+    loaded = Loaded(
+        theirs, AutoModelForCausalLM, str(folder), str(again), 0.0, trusted=False, reader=second_reader
+    )
     return {row["check"]: SimpleNamespace(**row) for row in battery(loaded, full=False)}
 
 
@@ -105,6 +108,14 @@ def test_wrong_rows_of_olmo_hybrids_convolution_are_found(tmp_path: Path) -> Non
     name = next(key for key in held if key.endswith("k_conv1d.weight"))
     held[name] = held[name].flip(0).contiguous()
     save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
-    loaded = Loaded(theirs, AutoModelForCausalLM, str(folder), str(tmp_path / "again"), 0.0, trusted=False)
+    loaded = Loaded(
+        theirs,
+        AutoModelForCausalLM,
+        str(folder),
+        str(tmp_path / "again"),
+        0.0,
+        trusted=False,
+        reader=second_reader,
+    )
     row = next(row for row in battery(loaded, full=False) if row["check"] == "raw files against the class")
     assert (row["passed"], row["note"]) == (False, f"{name} has other values")

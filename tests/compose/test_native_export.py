@@ -59,7 +59,7 @@ def hybrid(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def native(hybrid: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return api.export(hybrid, tmp_path_factory.mktemp("native") / "out")
+    return api.export(hybrid, tmp_path_factory.mktemp("native") / "out", battery="short")
 
 
 def row(found: dict[str, Any], name: str) -> dict[str, Any]:
@@ -148,7 +148,7 @@ def test_force_replaces_a_native_export_and_no_checkpoint_of_others(hybrid: Path
 def test_auto_goes_back_to_code_where_the_class_fails_its_check(
     hybrid: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: Any, trusted: bool) -> Verification:
+    def fail(*_: Any, trusted: bool, **__: Any) -> Verification:
         if not trusted:
             raise HeddleError("export-mismatch", "logits differ")
         return Verification(0.0, "", "5", "2")

@@ -14,6 +14,7 @@ import platform
 import runpy
 import signal
 import sys
+from collections.abc import Callable
 from importlib.abc import MetaPathFinder
 from typing import Any
 
@@ -77,9 +78,55 @@ def generated(model: Any, tokenizer: Any, task: dict[str, Any]) -> tuple[str, in
     return tokenizer.decode(tokens[0]), differing
 
 
-def battery_of(task: dict[str, Any], parity: dict[str, Any], *loaded: Any) -> Any:
-    """The checks of the parity battery, whose file stands beside this one."""
-    return parity["battery"](parity["Loaded"](*loaded), full=task["battery"] == "full")
+def battery_of(task: dict[str, Any], *loaded: Any) -> Any:
+    """The checks of the parity battery, whose files stand beside this one, in the form that the task names."""
+    parity, reader = (runpy.run_path(task[name]) for name in ("battery_file", "reader_file"))
+    return parity["asked"](parity["Loaded"](*loaded, reader["second_reader"]), task["battery"])
+
+
+def loader(task: dict[str, Any]) -> Callable[[str], tuple[Any, dict[str, Any]]]:
+    """What loads a folder in float32, and tells which tensors it and the class do not have in common."""
+    import torch
+    import transformers
+
+    usual = {"trust_remote_code": task["trusted"], "dtype": torch.float32, "output_loading_info": True}
+
+    def load(folder: str) -> tuple[Any, dict[str, Any]]:
+        model, loading = getattr(transformers, task["auto_class"]).from_pretrained(folder, **usual)
+        return model.eval(), loading
+
+    return load
+
+
+def looked_at(task: dict[str, Any], load: Callable[[str], tuple[Any, dict[str, Any]]]) -> dict[str, Any]:
+    """What the model computes, writes and gives when it is saved again; it is gone from memory afterwards."""
+    import torch
+    import transformers
+    from safetensors.torch import load_file, save_file
+
+    model, loading = load(task["folder"])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(task["folder"], trust_remote_code=task["trusted"])
+    inputs = load_file(task["inputs"])
+    with torch.no_grad():
+        logits = logits_of(model, inputs)
+        text, differing = generated(model, tokenizer, task) if model.can_generate() else ("", 0)
+    parity = runpy.run_path(task["battery_file"])
+    excuse = parity["known_failures"](model.config).get(parity["GENERATION"], "")
+    save_file(logits, task["logits"])
+    model.save_pretrained(task["again"])
+    # One model is in memory at a time.
+    del model
+    gc.collect()
+    with torch.no_grad():
+        again = logits_of(load(task["again"])[0], inputs)
+    gc.collect()
+    return {
+        "text": text,
+        "saved_again": max(float((again[name] - logits[name]).abs().max()) for name in logits),
+        "tokens_differ": differing,
+        "cache_excuse": excuse,
+        "keys": sorted(str(key) for kind in KEYS for key in loading[kind]),
+    }
 
 
 def main(task: dict[str, Any]) -> None:
@@ -88,38 +135,20 @@ def main(task: dict[str, Any]) -> None:
     hide(frozenset(task["hidden"]))
     import torch
     import transformers
-    from safetensors.torch import load_file, save_file
 
     gc.enable()
-    auto_class, trusted = getattr(transformers, task["auto_class"]), task["trusted"]
-    model, loading = auto_class.from_pretrained(
-        task["folder"], trust_remote_code=trusted, dtype=torch.float32, output_loading_info=True
-    )
-    tokenizer = transformers.AutoTokenizer.from_pretrained(task["folder"])
-    inputs = load_file(task["inputs"])
-    with torch.no_grad():
-        logits = logits_of(model.eval(), inputs)
-        text, differing = generated(model, tokenizer, task) if model.can_generate() else ("", 0)
-    save_file(logits, task["logits"])
-    model.save_pretrained(task["again"])
-    reloaded = auto_class.from_pretrained(task["again"], trust_remote_code=trusted, dtype=torch.float32)
-    with torch.no_grad():
-        again = logits_of(reloaded.eval(), inputs)
-    found = {
-        "text": text,
-        "saved_again": max(float((again[name] - logits[name]).abs().max()) for name in logits),
-        "tokens_differ": differing,
-        "keys": sorted(str(key) for kind in KEYS for key in loading[kind]),
-        "imported": sorted(set(task["hidden"]) & set(sys.modules)),
+    load = loader(task)
+    found = looked_at(task, load) | {
         "transformers": transformers.__version__,
         "torch": torch.__version__,
         "device": processor(),
+        "battery": {"rows": [], "form": "none", "seconds": 0.0},
     }
     if task["battery"]:
-        loaded = (model, auto_class, task["folder"], task["again"], found["saved_again"], trusted)
-        parity = runpy.run_path(task["battery_file"])
-        found["battery"] = battery_of(task, parity, *loaded)
-        found["cache_excuse"] = parity["known_failures"](model.config).get(parity["GENERATION"], "")
+        auto_class, again = getattr(transformers, task["auto_class"]), found["saved_again"]
+        told = (auto_class, task["folder"], task["again"], again, task["trusted"])
+        found["battery"] = battery_of(task, load(task["folder"])[0], *told)
+    found["imported"] = sorted(set(task["hidden"]) & set(sys.modules))
     with open(task["found"], "w", encoding="utf-8") as file:
         json.dump(found, file)
 
