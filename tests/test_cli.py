@@ -326,7 +326,7 @@ def test_a_bug_of_ours_is_one_line_and_exits_with_1(
         raise RuntimeError("wires\ncrossed")
 
     monkeypatch.delenv("HEDDLE_TRACEBACK", raising=False)
-    monkeypatch.setattr("heddle.api.check", broken)
+    monkeypatch.setattr("heddle.api.check_with_targets", broken)
     status, _, err = run("check", spec)
     assert status == 1
     assert err.splitlines()[0] == "heddle failed: RuntimeError: wires crossed"
