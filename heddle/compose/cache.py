@@ -297,7 +297,7 @@ class Call:
     # How often every expert was chosen, [E] int64 each, and sums over members of clusters, in the order of the calls.
     loads: list[Tensor] = field(default_factory=list)
     members: list[Tensor] = field(default_factory=list)
-    # [B, T, H], or None: factors of the heads of the mixer that is called, before its output projection.
+    # [B, T, H], or None: factors of the heads of the mixer that is called, before its output projection; of 0 without gradient.
     head_gates: Tensor | None = None
     # [B, T] of 0 and 1, or None for 1: which of these tokens the mixer remembers. Every token is answered.
     written: Tensor | None = None

@@ -21,11 +21,10 @@ from heddle.kernels._sliding_window_attention_fwd import (
     LENGTHS,
     hide,
     keys_in_view,
-    load_tile,
     rows_of_tile,
     tile_of_keys,
 )
-from heddle.kernels.common.jit import LOG2_E, find_sequence
+from heddle.kernels.common.jit import LOG2_E, find_sequence, load_tile
 
 
 @triton.jit(do_not_specialize=LENGTHS)

@@ -23,7 +23,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from heddle.kernels.common.jit import LOG2_E, find_sequence
+from heddle.kernels.common.jit import LOG2_E, find_sequence, load_tile
 
 # A new length must not mean a new compilation.
 LENGTHS = ("T", "S", "tiles", "splits", "window", "sinks", "stride_sb")
@@ -63,23 +63,6 @@ def hide(s, distance, reach, seen, SEEN: tl.constexpr):
     if SEEN:
         visible = visible & (seen | (distance == 0))
     return tl.where(visible, s, float("-inf"))
-
-
-@triton.jit
-def load_tile(
-    x_ptr, x_tiles, b, head, token, begin, stride, inside, columns, in_columns,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr,
-):  # fmt: skip
-    """ROWS tokens of one head from the one at `begin` + `token` on; with TILES by a descriptor, which costs threads nothing.
-
-    A descriptor does not look at `inside`: rows that are not there are zeros, or tokens that nobody here sees.
-    """
-    if TILES:
-        place = (begin + token).to(tl.int32)
-        return x_tiles.load([b.to(tl.int32), head.to(tl.int32), place, 0]).reshape([ROWS, COLUMNS])
-    rows = tl.arange(0, ROWS) * stride
-    at = x_ptr + token.to(tl.int64) * stride + rows[:, None] + columns[None, :]
-    return tl.load(at, mask=inside[:, None] & in_columns, other=0.0)
 
 
 @triton.jit

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from torch.nn.functional import pad
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from heddle.kernels._sliding_window_attention_bwd import (
@@ -20,7 +19,7 @@ from heddle.kernels._sliding_window_attention_fwd import (
     _sliding_window_attention_fwd_kernel,
     _sliding_window_attention_fwd_merge_kernel,
 )
-from heddle.kernels.common.layout import aligned, block, room, strides
+from heddle.kernels.common.layout import aligned, block, narrower, room, strides, wider
 from heddle.kernels.common.segments import Segments, lay_out
 from heddle.kernels.common.tables import table_on
 from heddle.kernels.common.tuning import tuned
@@ -195,18 +194,8 @@ class Call:
 
 def _with_room(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Head sizes as the kernels take them, by zeros, which change nothing."""
-    q, k, v = (_wider(x, room(x.shape[3], x.device)) for x in (q, k, v))
+    q, k, v = (wider(x, room(x.shape[3], x.device)) for x in (q, k, v))
     return q, k, v
-
-
-def _wider(x: Tensor, size: int) -> Tensor:
-    """The same with a last axis of `size`, zeros behind what is there."""
-    return pad(x, (0, size - x.shape[-1])) if size > x.shape[-1] else x
-
-
-def _narrower(x: Tensor, size: int) -> Tensor:
-    """The first `size` of the last axis, in memory with time before heads."""
-    return x if size == x.shape[-1] else x.transpose(1, 2)[..., :size].contiguous().transpose(1, 2)
 
 
 def launch_forward(
@@ -221,7 +210,7 @@ def launch_forward(
 ) -> tuple[Tensor, Tensor]:
     """Output, and what the backward pass wants; arguments as those of the registered op."""
     out, lse = Call(_with_room(q, k, v), (real, cu_seqlens), (scale, window, sinks)).forward()
-    return _narrower(out, v.shape[3]), lse
+    return narrower(out, v.shape[3]), lse
 
 
 def launch_backward(
@@ -239,6 +228,6 @@ def launch_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v; arguments as those of the registered op."""
     call = Call(_with_room(q, k, v), (real, cu_seqlens), (scale, window, sinks))
-    d_out, out = (_wider(x, call.V) for x in (d_out.to(v.dtype), out))
+    d_out, out = (wider(x, call.V) for x in (d_out.to(v.dtype), out))
     dq, dk, dv = call.backward(d_out, out, lse)
-    return _narrower(dq, q.shape[3]), _narrower(dk, k.shape[3]), _narrower(dv, v.shape[3])
+    return narrower(dq, q.shape[3]), narrower(dk, k.shape[3]), narrower(dv, v.shape[3])

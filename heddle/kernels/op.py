@@ -314,6 +314,39 @@ def rows_together(name: str) -> Callable[..., Any]:
     return rule
 
 
+def heads_together(name: str, given_at: Sequence[int | None], found_at: Sequence[int]) -> Callable[..., Any]:
+    """The vmap rule of an op whose tensors have heads on these axes, each head on its own: the heads of all calls in one.
+
+    Calls lie side by side in each head, so that which head reads which group of heads stays as it is by their remainder.
+    What has no axis (None) must be the same for all calls.
+    """
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *given: Any) -> tuple[Any, Any]:
+        def all_heads(argument: Any, dim: int | None, axis: int | None) -> Any:
+            if not isinstance(argument, Tensor):
+                return argument
+            if axis is None:
+                if dim is not None:
+                    what = "vmap takes no rotation and no cu_seqlens that differ between calls"
+                    raise HeddleError("bad-argument", f"{name}: {what}")
+                return argument
+            many = (
+                argument.expand(info.batch_size, *argument.shape) if dim is None else argument.movedim(dim, 0)
+            )
+            return many.movedim(0, axis + 1).flatten(axis, axis + 1)
+
+        found = _require(name)(*map(all_heads, given, in_dims, given_at))
+        each = (found,) if isinstance(found, Tensor) else found
+        parts = tuple(
+            x.reshape(*x.shape[:axis], -1, info.batch_size, *x.shape[axis + 1 :])
+            for x, axis in zip(each, found_at, strict=True)
+        )
+        axes = tuple(axis + 1 for axis in found_at)
+        return (parts[0], axes[0]) if isinstance(found, Tensor) else (parts, axes)
+
+    return rule
+
+
 def _known(name: str) -> Callable[..., Any] | None:
     packet = getattr(getattr(torch.ops, LIBRARY), name, None)
     return None if packet is None else packet.default

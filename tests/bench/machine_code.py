@@ -36,8 +36,14 @@ from heddle.kernels import (
     _gated_delta_rule_fwd,
     _gla_bwd,
     _gla_fwd,
+    _head_sparse_attention_bwd,
+    _head_sparse_attention_fwd,
     _kda_bwd,
     _kda_fwd,
+    _rat_attention_bwd,
+    _rat_attention_fwd,
+    _rat_scan_bwd,
+    _rat_scan_fwd,
     _simple_gla_sweep,
     _sliding_window_attention_bwd,
     _sliding_window_attention_fwd,
@@ -50,7 +56,10 @@ from heddle.kernels.configs import (
     decay_attention,
     gated_delta_rule,
     gla,
+    head_sparse_attention,
     kda,
+    rat_attention,
+    rat_scan,
     simple_gla,
     sliding_window_attention,
 )
@@ -89,11 +98,21 @@ KERNELS = {
         "sliding_window_attention",
         "keys",
     ): _sliding_window_attention_bwd._sliding_window_attention_bwd_key_kernel,
+    ("head_sparse_attention", "forward"): _head_sparse_attention_fwd._head_sparse_attention_fwd_kernel,
+    ("head_sparse_attention", "step"): _head_sparse_attention_fwd._head_sparse_attention_fwd_kernel,
+    ("head_sparse_attention", "queries"): _head_sparse_attention_bwd._head_sparse_attention_bwd_query_kernel,
+    ("head_sparse_attention", "keys"): _head_sparse_attention_bwd._head_sparse_attention_bwd_key_kernel,
     ("kda", "prepare"): _kda_fwd._kda_prepare_kernel,
     ("kda", "forward"): _kda_fwd._kda_sweep_kernel,
     ("kda", "keep"): _kda_fwd._kda_sweep_kernel,
     ("kda", "backward"): _kda_bwd._kda_backward_kernel,
     ("kda", "gradient"): _kda_bwd._kda_gradient_kernel,
+    ("rat_attention", "forward"): _rat_attention_fwd._rat_attention_fwd_kernel,
+    ("rat_attention", "step"): _rat_attention_fwd._rat_attention_fwd_kernel,
+    ("rat_attention", "queries"): _rat_attention_bwd._rat_attention_bwd_query_kernel,
+    ("rat_attention", "keys"): _rat_attention_bwd._rat_attention_bwd_key_kernel,
+    ("rat_scan", "forward"): _rat_scan_fwd._rat_scan_fwd_kernel,
+    ("rat_scan", "backward"): _rat_scan_bwd._rat_scan_bwd_kernel,
 }
 # Their launches share a chunk, and their kernels what they are told.
 PLANS = {"gated_delta_rule": gated_delta_rule.HOPPER, "gla": gla.HOPPER, "kda": kda.HOPPER}
@@ -103,16 +122,24 @@ FLOATS = (
     "gates_ptr", "logs_ptr", "rows_ptr", "ends_ptr", "beta_ptr", "last_ptr", "summary_ptr", "starts_ptr",
     "d_initial_ptr", "d_log_decay_ptr", "d_beta_ptr", "totals_ptr", "reach_ptr",
     "lse_ptr", "delta_ptr", "most_ptr", "d_bias_ptr", "d_gates_ptr",
+    "weights_ptr", "d_weights_ptr", "lse_rows_ptr", "delta_rows_ptr",
 )  # fmt: skip
 DOUBLES = ("sums_ptr",)
-INTEGERS = ("table_ptr", "offsets_ptr", "cu_seqlens_ptr", "start_ptr", "entries_ptr")
+INTEGERS = (
+    "table_ptr", "offsets_ptr", "cu_seqlens_ptr", "start_ptr", "entries_ptr", "before_ptr", "begins_ptr",
+)  # fmt: skip
 # Where a name stands for something else than in the other ops.
-BLOCK_TYPES = {"sums_ptr": "*fp32", "seen_ptr": "*u8"}
+BLOCK_TYPES = {"sums_ptr": "*fp32", "seen_ptr": "*u8", "ends_ptr": "*i32"}
 # Attention that reads some keys has plans by the larger head size.
 SPARSE = {
     "block_attention": block_attention.HOPPER,
+    "head_sparse_attention": head_sparse_attention.HOPPER,
     "sliding_window_attention": sliding_window_attention.HOPPER,
 }
+# Of rat_scan and rat_attention, whose heads have one size.
+RAT_FLOATS = (
+    "bias_ptr", "cos_ptr", "sin_ptr", "past_ptr", "running_ptr", "inner_ptr", "d_running_ptr", "d_past_ptr", "sums_ptr",
+)  # fmt: skip
 # Of block_attention: heads of a group (of a step of sliding_window_attention, too), and keys of a block.
 GROUP, BLOCK_KEYS = 16, 64
 # Tiles of each height and width, full and partly empty.
@@ -145,7 +172,9 @@ def cases(*, quick: bool) -> Iterator[Case]:
     sizes = QUICK if quick else [(K, V) for K in SIZES for V in SIZES]
     yield from planned_cases(quick=quick)
     yield from block_cases(quick=quick)
-    yield from window_cases(quick=quick)
+    yield from window_cases("sliding_window_attention", quick=quick)
+    yield from window_cases("head_sparse_attention", quick=quick)
+    yield from rat_cases(quick=quick)
     for op, (K, V) in itertools.product(("decay_attention", "simple_gla"), sizes):
         first = Case(op, "output", "bf16", K, V, aligned=True, many=False, backward=False)
         both = (first, replace(first, backward=True, many=True))
@@ -195,20 +224,44 @@ def block_cases(*, quick: bool) -> Iterator[Case]:
             yield replace(first, dtype="fp16")
 
 
-def window_cases(*, quick: bool) -> Iterator[Case]:
-    """The kernels of sliding_window_attention, by descriptors; `many`: with sinks, limits and packed sequences."""
+def window_cases(op: str, *, quick: bool) -> Iterator[Case]:
+    """The kernels of attention that reads by descriptors; `many`: with sinks, limits and packed sequences."""
     sizes = [size for size in SIZES if size >= LEAST_HEAD]
-    kernels = [kernel for op, kernel in KERNELS if op == "sliding_window_attention"]
+    kernels = [kernel for name, kernel in KERNELS if name == op]
     for (K, V), kernel in itertools.product(
         [(128, 128)] if quick else itertools.product(sizes, sizes), kernels
     ):
         backward = kernel in ("queries", "keys")
-        first = Case(
-            "sliding_window_attention", kernel, "bf16", K, V, aligned=True, many=False, backward=backward
-        )
+        first = Case(op, kernel, "bf16", K, V, aligned=True, many=False, backward=backward)
         yield first
         if K == V and not quick:
             yield from (replace(first, many=True), replace(first, dtype="fp32"), replace(first, dtype="fp16"))
+
+
+def rat_cases(*, quick: bool) -> Iterator[Case]:
+    """The kernels of rat_scan and rat_attention; `many`: packed sequences, and chunks of one part."""
+    sizes = (128,) if quick else [size for size in SIZES if size >= LEAST_HEAD]
+    for size, (op, kernel) in itertools.product(sizes, [one for one in KERNELS if one[0].startswith("rat_")]):
+        backward = kernel in ("queries", "keys", "backward")
+        first = Case(op, kernel, "bf16", size, size, aligned=True, many=False, backward=backward)
+        yield first
+        if not quick:
+            yield from (replace(first, many=True), replace(first, dtype="fp32"), replace(first, dtype="fp16"))
+
+
+def _rat_constants(case: Case, launch: Launch) -> dict[str, Any]:
+    rows = block(case.K)
+    constants = {
+        "H": 16, "G": 2, "D": case.K, "ROWS_D": rows, "KEYS": launch.columns, "ROWS": launch.chunk,
+        "VARLEN": case.many, "SPLIT": case.kernel == "step", "TILES": True, "PRECISION": "tf32x3",
+    }  # fmt: skip
+    if case.op == "rat_scan":
+        constants |= {
+            "ROWS": rows, "TURNED": case.K, "CHUNKS": max(1, launch.columns // rows), "KEEP": not case.many,
+            "INNER": rat_scan.PART, "HAS_PAST": not case.many,
+        }  # fmt: skip
+    names = KERNELS[case.op, case.kernel].arg_names
+    return {name: value for name, value in constants.items() if name in names}
 
 
 def _window_constants(case: Case, launch: Launch) -> dict[str, Any]:
@@ -218,7 +271,7 @@ def _window_constants(case: Case, launch: Launch) -> dict[str, Any]:
         "ROWS": block(GROUP) if is_step else launch.chunk, "QUERIES": 1 if is_step else launch.chunk,
         "HEADS": GROUP if is_step else 1, "PACKED": GROUP if is_step else 1, "GROUP": GROUP if is_step else 4,
         "KEYS": launch.columns, "SINKS": case.many, "SEEN": case.many, "VARLEN": case.many, "SPLIT": is_step,
-        "TILES": True, "PRECISION": "tf32x3",
+        "TILES": True, "PRECISION": "tf32x3", "LISTED": not is_step, "APART": case.many, "WALKED": launch.chunk,
     }  # fmt: skip
     names = KERNELS[case.op, case.kernel].arg_names
     return {name: value for name, value in constants.items() if name in names}
@@ -265,8 +318,10 @@ def ptx(case: Case) -> tuple[str, dict[str, int | None]]:
         constants = _planned_constants(case, launch)
     if case.op == "block_attention":
         constants = _block_constants(case, launch)
-    if case.op == "sliding_window_attention":
+    if case.op in ("sliding_window_attention", "head_sparse_attention"):
         constants = _window_constants(case, launch)
+    if case.op.startswith("rat_"):
+        constants = _rat_constants(case, launch)
     if case.kernel == "output":
         constants |= {"SEGMENTED": False, "HAS_INITIAL": True, "HAS_D_FINAL": case.backward}
     if case.op == "simple_gla":
@@ -281,6 +336,8 @@ def ptx(case: Case) -> tuple[str, dict[str, int | None]]:
             signature[name] = f"*{case.dtype}"
         if case.op in SPARSE and name in BLOCK_TYPES:
             signature[name] = BLOCK_TYPES[name]
+        if case.op.startswith("rat_") and name in RAT_FLOATS:
+            signature[name] = "*fp32"
         if name.endswith("_tiles"):
             signature[name] = _descriptor(name, case.dtype, constants)
         if name in constants or name.endswith("_tiles"):
@@ -305,6 +362,10 @@ def without_machine_code(*given: Any) -> tuple[str, str] | None:
 def _launch(case: Case) -> Launch:
     if case.op == "decay_attention":
         launch = decay_attention.HOPPER.launch(case.kernel, ELEMENTS[case.dtype], block(case.K))
+    elif case.op == "rat_scan":
+        return getattr(rat_scan.HOPPER, case.kernel)
+    elif case.op == "rat_attention":
+        return getattr(rat_attention.HOPPER.plan(ELEMENTS[case.dtype], block(case.K)), case.kernel)
     elif case.op in SPARSE:
         size = max(block(case.K), block(case.V))
         return getattr(SPARSE[case.op].plan(ELEMENTS[case.dtype], size), case.kernel)
@@ -324,8 +385,9 @@ def _launch(case: Case) -> Launch:
 
 def _descriptor(name: str, dtype: str, constants: dict[str, Any]) -> str:
     """Of tiles that are walked over: of keys and values, or of queries and gradients of outputs."""
-    rows = constants["KEYS" if name in ("k_tiles", "v_tiles") else "ROWS"]
-    columns = constants["ROWS_V" if name in ("v_tiles", "d_out_tiles") else "ROWS_K"]
+    rows = constants["KEYS" if name in ("k_tiles", "v_tiles", "keys_tiles", "values_tiles") else "ROWS"]
+    of_values = name in ("v_tiles", "d_out_tiles", "g_tiles")
+    columns = constants.get("ROWS_D") or constants["ROWS_V" if of_values else "ROWS_K"]
     return f"tensordesc<{dtype}[1, 1, {rows}, {columns}]>"
 
 

@@ -35,9 +35,17 @@ OTHERS = {
     "or split and 3-listed and float32",
     # Each option once in full precision, one form in half, tiles, and a mixer's decode steps.
     "test_gated_delta_layer": "odd and float32 or plain and float16 or tiles or window_moves or mixer and float32",
+    # Ragged heads in half precision, packed sequences by descriptors in two loops, keys of a step in three parts, lists, a mixer.
+    "test_head_sparse_attention": "reference and ragged and float16 or two_loops and packed-1-1 and float32 "
+    "or split and 1-3-cpu and float32 or list or mixer and 20-learned and float32",
     # Sinks in half precision, packed sequences by descriptors, keys of a step in three parts.
     "test_sliding_window_attention": "reference and many and float16 or descriptors and packed-1-cpu and float32 "
     "or split and 3-cpu and float32",
+    # A chunk that goes on in half precision, packed sequences.
+    "test_rat_scan": "reference and (goes and float16 or packed and float32)",
+    # Tiles that some queries see in half precision, packed sequences by descriptors, a step in three parts, a mixer.
+    "test_rat_attention": "reference and many and float16 or descriptors and packed-1-cpu and float32 "
+    "or split and 3-cpu and float32 or mixer",
 }
 
 
@@ -72,7 +80,10 @@ def test_interpreted_attention_and_layer_step_are_right() -> None:
         "kda",
         "block_attention_kernels",
         "gated_delta_layer",
+        "head_sparse_attention",
         "sliding_window_attention",
+        "rat_scan",
+        "rat_attention",
     ],
 )
 def test_interpreted_kernels_are_right_where_they_are_peculiar(op: str) -> None:

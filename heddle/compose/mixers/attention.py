@@ -18,6 +18,7 @@ from heddle.compose.cache import (
     TokenCount,
 )
 from heddle.compose.init import Initialised, fill
+from heddle.compose.modules.chosen_heads import attend_chosen, has_routed_kernels, skips
 from heddle.compose.modules.grid_window import grid_keys
 from heddle.compose.modules.head_mix import HeadMix
 from heddle.compose.modules.in_view import attend_in_view, keys_so_far
@@ -137,10 +138,15 @@ class AttentionModule(Initialised):
             k, v, written = call.handed["keys", self.keys_from], call.handed["values", self.keys_from], None
         if self.rows_out.queries is not None:
             self.rows_out(self._rows(q, k, written, call))
-        o = self.head_mix(self._attend(q, k, v, written, call), v).transpose(1, 2)
+        is_routed = self._is_routed(call, straight=route is not None) and skips(q, (k, v, written), self.view)
+        if is_routed:
+            o = attend_chosen(q, (k, v, written), call, self.scale)
+        else:
+            o = self.head_mix(self._attend(q, k, v, written, call), v)
+        o = o.transpose(1, 2)
         if gate:
             o = o * torch.sigmoid(gate[0])
-        y: Tensor = self.o_proj(self.heads_out(call.gated(o)).flatten(2))
+        y: Tensor = self.o_proj(self.heads_out(o if is_routed else call.gated(o)).flatten(2))
         return y
 
     def _place(self, x: Tensor, norm: nn.Module | None, call: Call, factor: float = 1.0) -> Tensor:
@@ -253,11 +259,28 @@ class AttentionModule(Initialised):
     def _keeps_keys(self) -> bool:
         return self.view.causal and self.keys_from is None
 
+    def _is_fused(self) -> bool:
+        """Whether it is softmax attention as it stands, over keys that are chosen by how far away they are."""
+        plain = self.softcap is None and self.sinks is None and self.boundary == "clip"
+        return plain and not self.selection and not self.grid
+
+    def _is_routed(self, call: Call, *, straight: bool) -> bool:
+        """Whether a head whose factor is 0 may be left out; with `straight` such a factor has a gradient, if any has one."""
+        gates = call.head_gates
+        asked = gates is None or (straight and gates.requires_grad)
+        return not asked and self.head_mix.share is None and self._is_fused()
+
+    def routed_path(self, device: torch.device, dtype: torch.dtype) -> str:
+        """The name of the code that does the mixing where a router chooses heads and keys are those of no window."""
+        routed = self._is_fused() and self.view == View()
+        group = self.heads // self.kv_heads
+        if routed and has_routed_kernels(device, dtype, self.head_dim, group):
+            return "triton"
+        return self.kernel_path(device, dtype)
+
     def kernel_path(self, device: torch.device, dtype: torch.dtype) -> str:
         """The name of the code that does the mixing."""
-        is_fused = (
-            self.softcap is None and self.sinks is None and not self.selection and not self.grid
-        ) and self.boundary == "clip"
+        is_fused = self._is_fused()
         if is_fused and self.view.window is not None and self.view.causal:
             group = self.heads // self.kv_heads
             return "triton" if has_kernels(device, dtype, self.head_dim, group) else "sdpa"

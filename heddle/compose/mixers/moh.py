@@ -24,14 +24,15 @@ class MohModule(CompositeMixer):
 
     These are the factors of the released code: K, Hs and 2 make all of them 1 for a router that knows nothing. Keys and
     values are those of all heads. In training the layer adds  Hr sum_i mean_t(p_i) mean_t(M_i)  over the tokens that are no
-    padding, as `moh_balance`. All heads are computed; factors of 0 save no work.
+    padding, as `moh_balance`. On CUDA softmax attention leaves out what has the factor 0 (op `head_sparse_attention`); other
+    mixers, and plain PyTorch, compute all heads.
 
     With `router` "norms" there are no weights (MoH-LLaMA3-8B):
 
         p   = softmax(n / std(n)),  n_i = |q_i| of the routed heads, before any norm or rotation; std is the unbiased one
         g_r = M,  g_s = 1
 
-    Only p has a gradient, which M takes over (straight through).
+    Only p has a gradient, which M takes over (straight through), so that training asks all heads what they would give.
 
     Shapes:  x, y: [B, T, D];  what `gates_out` sees: [B, T, H], at least float32
     """
@@ -112,3 +113,9 @@ class MohModule(CompositeMixer):
         count = real.sum().clamp(min=1.0)
         wanted, load = ((side * real).sum(dim=(0, 1)) / count for side in (p, chosen))
         call.add_loss("moh_balance", self.routed_heads * (wanted * load).sum(), self.balance)
+
+    def kernel_path(self, device: torch.device, dtype: torch.dtype) -> str:
+        """The name of the code that does the mixing."""
+        # Of mixers with heads, attention leaves out those that are not chosen.
+        routed = getattr(self.mixer, "routed_path", None)
+        return super().kernel_path(device, dtype) if routed is None else str(routed(device, dtype))

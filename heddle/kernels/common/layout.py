@@ -74,6 +74,16 @@ def room(size: int, device: torch.device) -> int:
     return max(size + -size % ALIGNMENT, LEAST_HEAD if device.type == "cuda" else 0)
 
 
+def wider(x: Tensor, size: int) -> Tensor:
+    """The same with a last axis of `size`, zeros behind what is there."""
+    return pad(x, (0, size - x.shape[-1])) if size > x.shape[-1] else x
+
+
+def narrower(x: Tensor, size: int) -> Tensor:
+    """The first `size` of the last axis, in memory with time before heads."""
+    return x if size == x.shape[-1] else x.transpose(1, 2)[..., :size].contiguous().transpose(1, 2)
+
+
 def with_room(
     keys: Sequence[Tensor], values: Sequence[Tensor], states: Sequence[Tensor | None]
 ) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor | None]] | None:

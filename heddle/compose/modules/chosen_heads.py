@@ -1,0 +1,40 @@
+"""Causal attention in the heads that a router chose by kernels of its own, where they run unasked."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from heddle.compose.cache import Call
+from heddle.compose.modules.masks import View
+from heddle.kernels.head_sparse_attention import head_sparse_attention
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def has_routed_kernels(device: torch.device, dtype: torch.dtype, size: int, group: int) -> bool:
+    """Whether they take heads of this size, so many of them to a key head. A compiler takes the answer as it is."""
+    return head_sparse_attention.path(device, dtype, K=size, V=size, G=group) == "triton"
+
+
+def skips(q: Tensor, keys: tuple[Tensor, Tensor, Tensor | None], view: View) -> bool:
+    """Whether `attend_chosen` is the better way where heads may be left out: keys are all those before, and there are kernels.
+
+    Where memory is written in parts masks have gradients, which the kernels do not make.
+    """
+    k, _, written = keys
+    if not view.causal or written is not None:
+        return False
+    if view.window is not None and k.shape[2] > view.window:
+        return False
+    found: bool = has_routed_kernels(q.device, q.dtype, q.shape[3], q.shape[1] // k.shape[1])
+    return found
+
+
+def attend_chosen(
+    q: Tensor, keys: tuple[Tensor, Tensor, Tensor | None], call: Call, scale: float | None = None
+) -> Tensor:
+    """What `attend_in_view` gives with softmax attention, times the factors of heads.  Shapes:  as there"""
+    assert call.head_gates is not None
+    k, v, _ = keys
+    real = None if call.key_padding is None else call.key_padding[:, -k.shape[2] :] > 0
+    return head_sparse_attention(q, k, v, call.head_gates, real=real, scale=scale)
