@@ -105,7 +105,7 @@ def check(
     json: Json = False,
 ) -> None:
     """Check a spec, tell all its errors in one go, and which classes of transformers and servers it fits."""
-    from heddle import api, target_tables, terminal
+    from heddle import api, terminal
 
     checked, fitting = api.check_with_targets(file)
     found = api.cut(checked)
@@ -117,7 +117,12 @@ def check(
         )
         return
     terminal.show_checked(found)
-    target_tables.show_targets(fitting) if targets else target_tables.show_fitting(fitting)
+    if targets:
+        from heddle import target_tables
+
+        target_tables.show_targets(fitting)
+    else:
+        terminal.show_fitting(fitting)
 
 
 @app.command(

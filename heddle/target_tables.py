@@ -33,16 +33,6 @@ def show_targets(found: Mapping[str, Any]) -> None:
     screen.print(f"{' and '.join(versions)}: read in their source; what was run is told", style="dim")
 
 
-def show_fitting(found: Mapping[str, Any]) -> None:
-    """A line for each target that fits; of a server as which class."""
-    screen = console()
-    for row in found["targets"]:
-        if row["fits"]:
-            told = f"as {row['through']}" if row.get("through") else row["class"]
-            screen.print(f"  fits {row['target']:18}{told}", style="dim", soft_wrap=True)
-    screen.print("  --targets tells what forbids the others", style="dim")
-
-
 def _refused(refused: Sequence[Mapping[str, str]]) -> list[str]:
     return [f"{one['path']}: {one['why']}" if one["path"] else one["why"] for one in refused]
 
