@@ -44,6 +44,9 @@ from heddle.kernels import (
     _rat_attention_fwd,
     _rat_scan_bwd,
     _rat_scan_fwd,
+    _landmark_attention_bwd,
+    _landmark_attention_fwd,
+    _landmark_attention_step,
     _simple_gla_sweep,
     _sliding_window_attention_bwd,
     _sliding_window_attention_fwd,
@@ -60,6 +63,7 @@ from heddle.kernels.configs import (
     kda,
     rat_attention,
     rat_scan,
+    landmark_attention,
     simple_gla,
     sliding_window_attention,
 )
@@ -98,6 +102,11 @@ KERNELS = {
         "sliding_window_attention",
         "keys",
     ): _sliding_window_attention_bwd._sliding_window_attention_bwd_key_kernel,
+    ("landmark_attention", "forward"): _landmark_attention_fwd._landmark_attention_fwd_kernel,
+    ("landmark_attention", "queries"): _landmark_attention_bwd._landmark_attention_bwd_query_kernel,
+    ("landmark_attention", "keys"): _landmark_attention_bwd._landmark_attention_bwd_key_kernel,
+    ("landmark_attention", "score"): _landmark_attention_step._landmark_attention_score_kernel,
+    ("landmark_attention", "step"): _landmark_attention_step._landmark_attention_step_kernel,
     ("head_sparse_attention", "forward"): _head_sparse_attention_fwd._head_sparse_attention_fwd_kernel,
     ("head_sparse_attention", "step"): _head_sparse_attention_fwd._head_sparse_attention_fwd_kernel,
     ("head_sparse_attention", "queries"): _head_sparse_attention_bwd._head_sparse_attention_bwd_query_kernel,
@@ -121,19 +130,20 @@ FLOATS = (
     "log_decay_ptr", "final_ptr", "states_ptr", "initial_ptr", "d_final_ptr", "d_final_t_ptr",
     "gates_ptr", "logs_ptr", "rows_ptr", "ends_ptr", "beta_ptr", "last_ptr", "summary_ptr", "starts_ptr",
     "d_initial_ptr", "d_log_decay_ptr", "d_beta_ptr", "totals_ptr", "reach_ptr",
-    "lse_ptr", "delta_ptr", "most_ptr", "d_bias_ptr", "d_gates_ptr",
+    "lse_ptr", "delta_ptr", "most_ptr", "d_bias_ptr", "d_gates_ptr", "logits_ptr",
     "weights_ptr", "d_weights_ptr", "lse_rows_ptr", "delta_rows_ptr",
 )  # fmt: skip
 DOUBLES = ("sums_ptr",)
 INTEGERS = (
-    "table_ptr", "offsets_ptr", "cu_seqlens_ptr", "start_ptr", "entries_ptr", "before_ptr", "begins_ptr",
+    "table_ptr", "offsets_ptr", "cu_seqlens_ptr", "start_ptr", "entries_ptr", "before_ptr", "begins_ptr", "bits_ptr",
 )  # fmt: skip
 # Where a name stands for something else than in the other ops.
-BLOCK_TYPES = {"sums_ptr": "*fp32", "seen_ptr": "*u8", "ends_ptr": "*i32"}
+BLOCK_TYPES = {"sums_ptr": "*fp32", "seen_ptr": "*u8", "held_ptr": "*u8", "ends_ptr": "*i32"}
 # Attention that reads some keys has plans by the larger head size.
 SPARSE = {
     "block_attention": block_attention.HOPPER,
     "head_sparse_attention": head_sparse_attention.HOPPER,
+    "landmark_attention": landmark_attention.HOPPER,
     "sliding_window_attention": sliding_window_attention.HOPPER,
 }
 # Of rat_scan and rat_attention, whose heads have one size.
@@ -142,6 +152,8 @@ RAT_FLOATS = (
 )  # fmt: skip
 # Of block_attention: heads of a group (of a step of sliding_window_attention, too), and keys of a block.
 GROUP, BLOCK_KEYS = 16, 64
+# Of landmark_attention: heads of a group, and blocks of which a step finds the best.
+LANDMARK_GROUP, LANDMARKS = 4, 2048
 # Tiles of each height and width, full and partly empty.
 SIZES = (16, 32, 48, 64, 96, 128, 160, 256)
 QUICK = ((16, 16), (32, 48), (48, 32), (64, 64), (128, 32), (256, 64))
@@ -175,6 +187,7 @@ def cases(*, quick: bool) -> Iterator[Case]:
     yield from window_cases("sliding_window_attention", quick=quick)
     yield from window_cases("head_sparse_attention", quick=quick)
     yield from rat_cases(quick=quick)
+    yield from landmark_cases(quick=quick)
     for op, (K, V) in itertools.product(("decay_attention", "simple_gla"), sizes):
         first = Case(op, "output", "bf16", K, V, aligned=True, many=False, backward=False)
         both = (first, replace(first, backward=True, many=True))
@@ -260,6 +273,33 @@ def _rat_constants(case: Case, launch: Launch) -> dict[str, Any]:
             "ROWS": rows, "TURNED": case.K, "CHUNKS": max(1, launch.columns // rows), "KEEP": not case.many,
             "INNER": rat_scan.PART, "HAS_PAST": not case.many,
         }  # fmt: skip
+
+
+def landmark_cases(*, quick: bool) -> Iterator[Case]:
+    """The kernels of landmark_attention; `many`: with a choice, limits and a block that is no power of two."""
+    sizes = [size for size in SIZES if size >= LEAST_HEAD]
+    kernels = [kernel for op, kernel in KERNELS if op == "landmark_attention"]
+    for (K, V), kernel in itertools.product(
+        [(128, 128)] if quick else itertools.product(sizes, sizes), kernels
+    ):
+        backward = kernel in ("queries", "keys")
+        first = Case("landmark_attention", kernel, "bf16", K, V, aligned=True, many=False, backward=backward)
+        yield first
+        if K == V and not quick:
+            yield from (replace(first, many=True), replace(first, dtype="fp32"), replace(first, dtype="fp16"))
+
+
+def _landmark_constants(case: Case, launch: Launch) -> dict[str, Any]:
+    keys = BLOCK_KEYS - 4 if case.many else BLOCK_KEYS
+    heads = LANDMARK_GROUP
+    constants = {
+        "K": case.K, "V": case.V, "ROWS_K": block(case.K), "ROWS_V": block(case.V), "ROWS": launch.chunk,
+        "QUERIES": launch.chunk // heads, "HEADS": heads, "GROUP": heads, "BLOCK": keys, "KEYS": BLOCK_KEYS,
+        "COLUMNS": launch.columns, "WIDTH": LANDMARKS, "SELECT": case.many or case.kernel == "step", "SEEN": case.many,
+        "SPLIT": True, "BIAS": case.many, "PRECISION": "tf32x3",
+    }  # fmt: skip
+    if case.kernel == "keys":
+        constants["PRECISION"] = landmark_attention.HOPPER.plan(ELEMENTS[case.dtype], _largest(case)).products
     names = KERNELS[case.op, case.kernel].arg_names
     return {name: value for name, value in constants.items() if name in names}
 
@@ -322,6 +362,8 @@ def ptx(case: Case) -> tuple[str, dict[str, int | None]]:
         constants = _window_constants(case, launch)
     if case.op.startswith("rat_"):
         constants = _rat_constants(case, launch)
+    if case.op == "landmark_attention":
+        constants = _landmark_constants(case, launch)
     if case.kernel == "output":
         constants |= {"SEGMENTED": False, "HAS_INITIAL": True, "HAS_D_FINAL": case.backward}
     if case.op == "simple_gla":

@@ -33,6 +33,9 @@ OTHERS = {
     # All gradients of one form, ragged heads in half precision, a list in three parts.
     "test_block_attention_kernels": "reference and gates and float32 or odd and group and float16 "
     "or split and 3-listed and float32",
+    # A choice in both directions with all limits, ragged heads and blocks in half precision, a step in three parts.
+    "test_landmark_attention": "results and reference and 1-cpu and float32 or odd and group and float16 "
+    "or split and 3-2-cpu and float32 or 1-cpu and fresh",
     # Each option once in full precision, one form in half, tiles, and a mixer's decode steps.
     "test_gated_delta_layer": "odd and float32 or plain and float16 or tiles or window_moves or mixer and float32",
     # Ragged heads in half precision, packed sequences by descriptors in two loops, keys of a step in three parts, lists, a mixer.
@@ -80,6 +83,7 @@ def test_interpreted_attention_and_layer_step_are_right() -> None:
         "kda",
         "block_attention_kernels",
         "gated_delta_layer",
+        "landmark_attention",
         "head_sparse_attention",
         "sliding_window_attention",
         "rat_scan",
