@@ -95,14 +95,34 @@ def doctor(json: Json = False) -> None:
         raise typer.Exit(FAILED)
 
 
-@app.command(epilog=example("heddle check spec.yaml", "heddle check spec.yaml --json"))
-def check(file: SpecPath, json: Json = False) -> None:
-    """Check a spec and tell all its errors in one go."""
+@app.command(epilog=example("heddle check spec.yaml", "heddle check spec.yaml --targets --json"))
+def check(
+    file: SpecPath,
+    targets: Annotated[
+        bool,
+        typer.Option("--targets", help="Tell of each class and server that does not fit what forbids it."),
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Check a spec, tell all its errors in one go, and which classes of transformers and servers it fits."""
     from heddle import api, terminal
 
-    found = api.cut(api.check(file))
-    told = {"cut": list(found.removed)} if found.removed else {}
-    terminal.show_json({"ok": True, "errors": [], **told}) if json else terminal.show_checked(found)
+    checked, fitting = api.check_with_targets(file)
+    found = api.cut(checked)
+    if json:
+        told: dict[str, Any] = {"cut": list(found.removed)} if found.removed else {}
+        told |= {"fits": [row["target"] for row in fitting["targets"] if row["fits"]]}
+        terminal.show_json(
+            {"ok": True, "errors": [], **told, **({"targets": fitting["targets"]} if targets else {})}
+        )
+        return
+    terminal.show_checked(found)
+    if targets:
+        from heddle import target_tables
+
+        target_tables.show_targets(fitting)
+    else:
+        terminal.show_fitting(fitting)
 
 
 @app.command(

@@ -25,25 +25,30 @@ def show_targets(found: Mapping[str, Any]) -> None:
     screen = console()
     screen.print(f"{found['name']}   hash {found['hash']}", style="bold")
     for row in found["targets"]:
-        screen.print(f"{row['target']:18}{_WORDS[row['fits']]}", style="bold" if row["fits"] else "")
-        servers = [
-            _served(name, row["servers"].get(key)) for name, key in (("vLLM", "vllm"), ("SGLang", "sglang"))
-        ]
-        for line in (*_refused(row["refused"]), *filter(None, (row["warning"], *servers))):
+        through = f", as {row['through']}" if row.get("through") else ""
+        screen.print(f"{row['target']:18}{_WORDS[row['fits']]}{through}", style="bold" if row["fits"] else "")
+        for line in (*_refused(row["refused"]), *filter(None, (row["warning"], *_servers(row)))):
             screen.print(Padding(Text(line, style="dim"), (0, 0, 0, 4), expand=False))
     versions = {one["version"]: None for row in found["targets"] for one in row["servers"].values()}
-    screen.print(f"{' and '.join(versions)}: read in their source, not run", style="dim")
+    screen.print(f"{' and '.join(versions)}: read in their source; what was run is told", style="dim")
 
 
 def _refused(refused: Sequence[Mapping[str, str]]) -> list[str]:
     return [f"{one['path']}: {one['why']}" if one["path"] else one["why"] for one in refused]
 
 
-def _served(name: str, server: Mapping[str, Any] | None) -> str:
-    if server is None:
-        return ""
-    word = _WORDS[server["takes"]]
-    return f"{name}: {word}, {server['note']}" if server["note"] else f"{name}: {word}"
+def _servers(row: Mapping[str, Any]) -> list[str]:
+    return [
+        _served(name, row["servers"][key])
+        for name, key in (("vLLM", "vllm"), ("SGLang", "sglang"))
+        if key in row["servers"]
+    ]
+
+
+def _served(name: str, server: Mapping[str, Any]) -> str:
+    told = [f"{server['path']}: {server['note']}" if server["path"] else server["note"]]
+    told += [server["checked"]] if server["checked"].startswith("run") else []
+    return ", ".join(filter(None, (f"{name}: {_WORDS[server['takes']]}", *told)))
 
 
 def show_imported(result: ImportResult) -> None:

@@ -123,6 +123,15 @@ def show_checked(found: Cut) -> None:
         print(f"  blocks.{name} has too many settings to judge each; only its kinds were")
 
 
+def show_fitting(found: Mapping[str, Any]) -> None:
+    """A line for each target that fits; of a server as which class."""
+    for row in found["targets"]:
+        if row["fits"]:
+            told = f"as {row['through']}" if row.get("through") else row["class"]
+            print(f"  fits {row['target']:18}{told}")
+    print("  --targets tells what forbids the others")
+
+
 def show_summary(summary: Mapping[str, Any]) -> None:
     """The layers of a model and its totals."""
     screen = console()

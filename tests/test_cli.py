@@ -99,7 +99,7 @@ def test_show_tells_targets_to_a_person_and_to_a_program(run: Heddle, spec: Path
     status, out, err = run("show", spec, "--targets")
     assert status == 0, err
     assert "layers.0.mixer.kind: is gated_deltanet" in " ".join(out.split())
-    assert "read in their source, not run" in out
+    assert "read in their source" in out
     status, out, err = run("show", spec, "--targets", "--json")
     assert status == 0, err
     told = {row["target"]: row["fits"] for row in json.loads(out)["targets"]}
@@ -119,7 +119,7 @@ def test_init_writes_a_spec_that_checks_and_does_not_overwrite(run: Heddle) -> N
 
 def test_check_prints_the_form_of_house_for_a_good_file(run: Heddle, spec: Path) -> None:
     status, out, _ = run("check", spec, "--json")
-    assert (status, json.loads(out)) == (0, {"ok": True, "errors": []})
+    assert (status, json.loads(out)) == (0, {"ok": True, "errors": [], "fits": ["remote"]})
 
 
 def test_check_tells_all_errors_with_their_places(run: Heddle, spec: Path) -> None:
@@ -326,7 +326,7 @@ def test_a_bug_of_ours_is_one_line_and_exits_with_1(
         raise RuntimeError("wires\ncrossed")
 
     monkeypatch.delenv("HEDDLE_TRACEBACK", raising=False)
-    monkeypatch.setattr("heddle.api.check", broken)
+    monkeypatch.setattr("heddle.api.check_with_targets", broken)
     status, _, err = run("check", spec)
     assert status == 1
     assert err.splitlines()[0] == "heddle failed: RuntimeError: wires crossed"
