@@ -3,9 +3,9 @@
     python tests/bench/cold_start.py --commit "$(git rev-parse --short=12 HEAD)" --out "$OUT"
     python tests/bench/cold_start.py --impl fla --ops gla --out "$OUT"
 
-A process for each op imports it, makes the CUDA context and draws the inputs of its first benchmark; then the clock starts, and it
-stops when the gradients are there. `again_s` is the same call once more: the rest of the first was compiling, or a rival's tuning.
-Rows go to evidence-cold-start.jsonl in `--out`.
+A process for each op imports it, makes the CUDA context and draws the inputs of its first benchmark; then the clock starts, and
+it stops when the gradients are there. `again_s` is the same call once more: the rest of the first was compiling, or a rival's
+tuning. Rows go to evidence-cold-start.jsonl in `--out`.
 """
 
 from __future__ import annotations
