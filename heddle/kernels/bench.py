@@ -215,7 +215,7 @@ def _row(
 ) -> Row | None:
     given = replace(op, cases=replace(op.cases, inputs=op.cases.timed_inputs or op.cases.inputs))
     sample = draw(given, shape, dtype, initial_state=_decodes(phase), device=device)
-    function = _function(op, phase, impl, sample.arguments, dtype, device)
+    function = _function(op, phase, shape, impl, dtype, device)
     if function is None:
         return None
     call = _call(function, sample.arguments, op.cases.differentiable, sample.upstream[0], phase)
@@ -247,18 +247,15 @@ def _row(
 def _function(
     op: Op[..., Any],
     phase: Phase,
+    shape: Shape,
     impl: str,
-    arguments: Mapping[str, Tensor],
     dtype: torch.dtype,
     device: torch.device,
 ) -> Callable[..., Any] | None:
     """What to call with the op's arguments, or None if there is nothing, or nothing new, to time."""
     if impl == "fla":
         return _rival(op.name, phase) if device.type == "cuda" else None
-    sizes = {
-        letter: arguments[name].shape[-1] for letter, name in (("K", "k"), ("V", "v")) if name in arguments
-    }
-    if impl == "torch" and (op.kernel is None or op.path(device, dtype, **sizes) == "torch"):
+    if impl == "torch" and (op.kernel is None or op.path(device, dtype, **shape) == "torch"):
         return None
     if not _decodes(phase):
         return op

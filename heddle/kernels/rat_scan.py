@@ -15,7 +15,6 @@ from heddle.errors import HeddleError
 from heddle.kernels._rat_torch import scan
 from heddle.kernels.common.varlen import check_packing
 from heddle.kernels.op import (
-    TRITON_DTYPES,
     Inputs,
     Phase,
     Shape,
@@ -163,7 +162,11 @@ def _fits(shape: Shape) -> bool:
     return HAS_KERNELS and shape["K"] <= MAX_HEAD_SIZE
 
 
-@op(rat_scan_reference, _CASES, kernel=_fits, unproven=TRITON_DTYPES)
+# tests/bench/rat_check.py ran out of time in float16, before float32.
+_UNPROVEN = (torch.float16, torch.float32)
+
+
+@op(rat_scan_reference, _CASES, kernel=_fits, unproven=_UNPROVEN)
 def rat_scan(
     q: Tensor,
     k: Tensor,

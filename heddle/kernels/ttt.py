@@ -15,7 +15,6 @@ from heddle.errors import HeddleError
 from heddle.kernels._ttt_torch import Rule, chunked, state_size
 from heddle.kernels.common.varlen import check_packing
 from heddle.kernels.op import (
-    TRITON_DTYPES,
     Inputs,
     Phase,
     Shape,
@@ -264,7 +263,7 @@ _CASES = Traits(
 )
 
 
-@op(ttt_reference, _CASES, kernel=_fits, unproven=TRITON_DTYPES)
+@op(ttt_reference, _CASES, kernel=_fits)
 def ttt(
     q: Tensor,
     k: Tensor,

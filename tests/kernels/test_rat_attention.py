@@ -226,6 +226,11 @@ def test_a_mixer_gives_by_its_ops_what_it_gives_in_float64(device: str) -> None:
         assert error <= 5 * EPSILON[torch.float32], worst
 
 
+def test_both_ops_run_unasked_in_the_dtype_that_a_gpu_has_held() -> None:
+    # In one of them alone a layer would pass from one path to the other.
+    assert rat_scan.unproven == rat_attention.unproven == (torch.float16, torch.float32)
+
+
 @pytest.mark.parametrize(("length", "start"), [(1, 4096), (1000, 0), (64, 0), (37, 5)])
 def test_a_spec_counts_the_work_of_the_ops(length: int, start: int) -> None:
     spec, site = Rat(heads=16), Site(hidden_size=2048)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from heddle.kernels import OPS, causal_conv1d, decay_attention, decay_attention_step
+from heddle.kernels import OPS, bench, causal_conv1d, decay_attention, decay_attention_step, ttt
 from heddle.kernels.bench import bench_ops, table
 from heddle.kernels.selftest import check_op, self_test
 
@@ -80,6 +80,19 @@ def test_a_row_is_told_before_the_next_is_timed() -> None:
     with pytest.raises(LeaseEndedError):
         bench_ops(device="cpu", report=report)
     assert [row["op"] for row in seen] == ["copy", "matmul", OPS[0].name]
+
+
+def test_a_benchmark_asks_for_the_path_at_the_whole_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Mapping[str, int]] = []
+
+    def takes(shape: Mapping[str, int]) -> None:
+        asked.append(shape)
+
+    monkeypatch.setattr(bench, "OPS", (replace(ttt, kernel=takes),))
+    rows = bench_ops(["ttt"], device="cpu", impls=["torch"], phases=["fwd"])
+    # An MLP has no kernel, so its path in torch is timed under one name.
+    assert [shape.get("M") for shape in asked] == [None, 256]
+    assert {row["op"] for row in rows} == {"copy", "matmul"}
 
 
 @pytest.mark.gpu

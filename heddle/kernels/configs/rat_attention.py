@@ -1,5 +1,5 @@
 """Launch configurations of rat_attention: plain data, begun from those that an H200 chose for sliding_window_attention
-(tests/bench/rat_check.py tries others)."""
+and timed there as they are (tests/bench/rat_check.py tries others)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Launch configurations of rat_scan: plain data, chosen without a GPU so far (tests/bench/rat_check.py tries others)."""
+"""Launch configurations of rat_scan: plain data, guessed; an H200 timed these alone (tests/bench/rat_check.py tries others)."""
 
 from __future__ import annotations
 
