@@ -23,7 +23,7 @@ from heddle.bench_api import bench as bench
 from heddle.bench_api import bench_fit as bench_fit
 from heddle.bench_api import bench_ops as bench_ops
 from heddle.bench_api import bench_tune as bench_tune
-from heddle.compose.plan import plan
+from heddle.compose.plan import Plan, plan
 from heddle.errors import HeddleError
 from heddle.folder_api import dashboard as dashboard
 from heddle.folder_api import evaluate as evaluate
@@ -79,9 +79,12 @@ def check(path: Path | str) -> SpecFile:
     Raises:
         HeddleErrors: every error of the file, each with its place.
     """
+    return _planned(path)[0]
+
+
+def _planned(path: Path | str) -> tuple[SpecFile, Plan]:
     file = specs.load(path)
-    plan(file.spec.model, where=file.where)
-    return file
+    return file, plan(file.spec.model, where=file.where)
 
 
 def cut(file: SpecFile) -> Cut:
@@ -174,14 +177,18 @@ def targets(path: Path | str) -> dict[str, Any]:
     Raises:
         HeddleErrors: as `check`.
     """
+    return check_with_targets(path)[1]
+
+
+def check_with_targets(path: Path | str) -> tuple[SpecFile, dict[str, Any]]:
+    """`check` and `targets` in one."""
     from heddle.compose.targets.report import target_rows
 
-    file = check(path)
-    planned = plan(file.spec.model, where=file.where)
+    file, planned = _planned(path)
     rows = target_rows(planned.runtime())
     for refused in (one for row in rows for one in row["refused"]):
         refused["line"] = file.where(refused["path"]).line if refused["path"] else None
-    return {"name": file.spec.name, "hash": specs.spec_hash(file.spec.model), "targets": rows}
+    return file, {"name": file.spec.name, "hash": specs.spec_hash(file.spec.model), "targets": rows}
 
 
 def diff(left: Path | str, right: Path | str) -> list[Difference]:
@@ -289,6 +296,7 @@ def export(
     force: bool = False,
     max_shard_size: str = "50GB",
     target: str = "auto",
+    battery: str = "auto",
 ) -> ExportResult:
     """Write the model of `run`, a search, a training, a folder that was imported or a spec file (whose weights are then
     random), as a Hugging Face folder; `force` replaces it.
@@ -296,7 +304,8 @@ def export(
     `target` is the name of a native class of transformers (`targets`), "remote" for code in the folder, or "auto": the first
     class that holds the model exactly, else "remote".
 
-    Weights of more than `max_shard_size` are spread over several files.
+    Weights of more than `max_shard_size` are spread over several files. `battery` says which checks the folder must pass: "full",
+    "short", "none" (its logits alone), or "auto": all, where that takes less than a minute.
 
     Raises:
         HeddleError: "run-not-found", "file-exists", "no-weights" (with the command that trains that trial),
@@ -304,7 +313,8 @@ def export(
     """
     from heddle.search.export import export_run
 
-    return export_run(run, out, trial=trial, overwrite=force, target=target, max_shard_size=max_shard_size)
+    how = {"target": target, "max_shard_size": max_shard_size, "battery": battery}
+    return export_run(run, out, trial=trial, overwrite=force, **how)
 
 
 def fresh_folder(name: str) -> Path:

@@ -19,6 +19,7 @@ import heddle
 from heddle import bench_commands, folder_commands
 from heddle.command_options import (
     Batch,
+    BatteryForm,
     Context,
     Deterministic,
     GraphForm,
@@ -94,14 +95,34 @@ def doctor(json: Json = False) -> None:
         raise typer.Exit(FAILED)
 
 
-@app.command(epilog=example("heddle check spec.yaml", "heddle check spec.yaml --json"))
-def check(file: SpecPath, json: Json = False) -> None:
-    """Check a spec and tell all its errors in one go."""
+@app.command(epilog=example("heddle check spec.yaml", "heddle check spec.yaml --targets --json"))
+def check(
+    file: SpecPath,
+    targets: Annotated[
+        bool,
+        typer.Option("--targets", help="Tell of each class and server that does not fit what forbids it."),
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Check a spec, tell all its errors in one go, and which classes of transformers and servers it fits."""
     from heddle import api, terminal
 
-    found = api.cut(api.check(file))
-    told = {"cut": list(found.removed)} if found.removed else {}
-    terminal.show_json({"ok": True, "errors": [], **told}) if json else terminal.show_checked(found)
+    checked, fitting = api.check_with_targets(file)
+    found = api.cut(checked)
+    if json:
+        told: dict[str, Any] = {"cut": list(found.removed)} if found.removed else {}
+        told |= {"fits": [row["target"] for row in fitting["targets"] if row["fits"]]}
+        terminal.show_json(
+            {"ok": True, "errors": [], **told, **({"targets": fitting["targets"]} if targets else {})}
+        )
+        return
+    terminal.show_checked(found)
+    if targets:
+        from heddle import target_tables
+
+        target_tables.show_targets(fitting)
+    else:
+        terminal.show_fitting(fitting)
 
 
 @app.command(
@@ -272,13 +293,18 @@ def export(
     max_shard_size: Annotated[
         str, typer.Option(help='Spread larger weights over several files, as "5GB".')
     ] = "50GB",
+    battery: Annotated[
+        BatteryForm,
+        typer.Option(help="Checks to pass: auto is full where that takes less than a minute, else short."),
+    ] = BatteryForm.auto,
     json: Json = False,
 ) -> None:
     """Write a trained model as a Hugging Face folder that loads without heddle."""
-    from heddle import api, terminal
+    from heddle import api, target_tables, terminal
 
-    result = api.export(run, out, trial=trial, force=force, target=target, max_shard_size=max_shard_size)
-    terminal.show_json(result) if json else terminal.show_exported(result)
+    how = {"target": target, "max_shard_size": max_shard_size, "battery": battery.value}
+    result = api.export(run, out, trial=trial, force=force, **how)
+    terminal.show_json(target_tables.exported_data(result)) if json else target_tables.show_exported(result)
 
 
 @app.command(name="import", epilog=example("heddle import Qwen3-0.6B --out runs/qwen"))
@@ -289,7 +315,7 @@ def import_model(
     out: Annotated[Path, typer.Option(help="Folder to make.", show_default=False)],
     json: Json = False,
 ) -> None:
-    """Turn a native checkpoint of transformers into a spec and weights; no code of it runs."""
+    """Turn a native checkpoint of transformers, or an export, into a spec and weights; no code of it runs."""
     from heddle import api, target_tables, terminal
 
     result = api.import_model(folder, out)

@@ -42,6 +42,15 @@ class TableForm(StrEnum):
     latex = "latex"
 
 
+class BatteryForm(StrEnum):
+    """How much of the parity battery `heddle export` runs."""
+
+    auto = "auto"
+    full = "full"
+    short = "short"
+    none = "none"
+
+
 SpecPath = Annotated[
     Path, typer.Argument(metavar="SPEC", help="Spec file, YAML or JSON.", show_default=False)
 ]

@@ -52,8 +52,8 @@ def evaluate(
 
 
 def import_model(folder: Path | str, out: Path | str) -> ImportResult:
-    """Turn a checkpoint of a native class of transformers into a spec and weights in the new folder `out`, which `export`
-    takes. No code of the folder runs.
+    """Turn a checkpoint of a native class of transformers, or an export with code of its own, into a spec and weights in the new
+    folder `out`, which `export` takes. No code of the folder runs.
 
     Raises:
         HeddleError: "import-mismatch", naming the field that a spec cannot say; "file-exists", "checkpoint-broken",

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -59,10 +58,11 @@ def report(
 @app.command(epilog=example("heddle verify my-model --trust-remote-code"))
 def verify(folder: FolderPath, trust_remote_code: Trust = False, json: Json = False) -> None:
     """Check that a folder computes the same whichever way it is asked: in steps, padded, reloaded, in beams."""
-    from heddle import api, terminal
+    from heddle import api, target_tables, terminal
 
     battery = api.verify(folder, trust_remote_code=trust_remote_code)
-    terminal.show_json({"ok": battery.ok, **_data(battery)}) if json else _show(battery)
+    data = {"ok": battery.ok, **asdict(battery), "rows": target_tables.parity_data(battery.rows)}
+    terminal.show_json(data) if json else _show(battery)
     if not battery.ok:
         raise typer.Exit(FAILED)
 
@@ -169,33 +169,14 @@ def _show_scores(rows: list[ScoreRow]) -> None:
     terminal.console().print(table)
 
 
-def _data(battery: Battery) -> dict[str, Any]:
-    """The battery as JSON can say it: a figure that is infinite, of a check that raised, is null."""
-    data = asdict(battery)
-    for row in data["rows"]:
-        row["figure"], row["tolerance"] = _finite(row["figure"]), _finite(row["tolerance"])
-    return data
-
-
-def _finite(number: float | None) -> float | None:
-    return number if number is not None and math.isfinite(number) else None
-
-
 def _show(battery: Battery) -> None:
-    """One line a check: what it is, its figure, the most it may be, and how it went."""
-    from rich.table import Table
-
     from heddle import terminal
+    from heddle.target_tables import show_parity
 
-    table = Table("check", "figure", "tolerance", "", "", box=None, pad_edge=False, header_style="dim")
-    for row in battery.rows:
-        tolerance = "" if row.tolerance is None else f"{row.tolerance:.1e}"
-        verdict, style = ("FAILED", "bold red") if row.verdict == "fail" else (row.verdict, None)
-        table.add_row(row.check, f"{row.figure:.1e}", tolerance, verdict, row.note, style=style)
     screen = terminal.console()
     screen.print(f"{battery.folder}   {battery.auto_class}", style="bold")
     screen.print(f"{battery.device}, transformers {battery.transformers}, torch {battery.torch}")
-    screen.print(table)
+    show_parity(battery.rows)
     failed = sum(row.verdict == "fail" for row in battery.rows)
     expected = sum(row.verdict == "expected" for row in battery.rows)
     told = "all well" if battery.ok else f"{failed} of {len(battery.rows)} checks failed"

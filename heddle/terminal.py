@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from heddle.compose.hf.export import ExportResult
     from heddle.doctor import Diagnosis
     from heddle.search.record import Latency, Run, Trial
     from heddle.search.training import TrainRun
@@ -122,6 +121,15 @@ def show_checked(found: Cut) -> None:
         print("\n".join(f"  {one}" for one in found.removed))
     for name in found.unjudged:
         print(f"  blocks.{name} has too many settings to judge each; only its kinds were")
+
+
+def show_fitting(found: Mapping[str, Any]) -> None:
+    """A line for each target that fits; of a server as which class."""
+    for row in found["targets"]:
+        if row["fits"]:
+            told = f"as {row['through']}" if row.get("through") else row["class"]
+            print(f"  fits {row['target']:18}{told}")
+    print("  --targets tells what forbids the others")
 
 
 def show_summary(summary: Mapping[str, Any]) -> None:
@@ -282,18 +290,6 @@ def show_trained(run: TrainRun) -> None:
     for warning in run.warnings:
         screen.print(f"warning: {warning}", style="yellow", soft_wrap=True)
     next_steps(f"wrote {run.path}", [f"heddle export {run.path} --out {run.path.name}-hf"])
-
-
-def show_exported(result: ExportResult) -> None:
-    """Where the Hugging Face folder lies and how close it computes."""
-    difference = f"largest difference of its logits, read back without heddle: {result.max_difference:.1e}"
-    screen = console()
-    screen.print(difference)
-    screen.print(f"it writes: {result.generated_text!r}", soft_wrap=True)
-    if result.note:
-        screen.print(result.note, soft_wrap=True)
-    kind = "code in the folder" if result.target == "remote" else f"{result.target} of transformers, no code"
-    next_steps(f"wrote {result.path} ({kind}); its README.md holds a snippet from text to text", [])
 
 
 def show_run(run: Run, spec_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import gc
-import json
 import os
 import random
 import subprocess
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 from filelock import FileLock
+from tiny_search import SEARCH, TINY_SEARCH, small_corpus
 
 ROOT = Path(__file__).parents[1]
 
@@ -103,48 +103,6 @@ def pytest_runtest_makereport(item: pytest.Item) -> object:
     return report
 
 
-TINY_SEARCH = """\
-version: 1
-name: tiny
-model:
-  vocab_size: 256
-  hidden_size: 32
-  blocks:
-    linear:
-      mixer: {choice: [{kind: gated_deltanet, heads: 2}, {kind: decay_attention, heads: 2}]}
-      channel: {kind: swiglu}
-    full: {mixer: {kind: attention, heads: 2}, channel: {kind: swiglu}}
-  layers:
-    placement: {length: 3, of: [linear, full], count: {full: {int: [1, 2]}}}
-tokenizer: bytes
-data: {source: corpus.txt, sequence_length: 64}
-train: {tokens: 8k, batch_tokens: 1024, learning_rate: 3.0e-3}
-search:
-  tasks: [{mqar: {pairs: 2, length: 16, tokens: 8k}}, text]
-  trials: 4
-  confirm_seeds: 2
-  # Loose on purpose: a run of a few trials must have a winner on any machine.
-  budgets:
-    - decode_ms: {at_most: 5.0, relative_to: all-full, batch: 1, context: 256}
-"""
-
-
-# `heddle search`, but for a tenth of the time to take latencies, which no option asks for.
-SEARCH = """
-import functools, sys
-from heddle import cli
-from heddle.search import run
-from heddle.search.latency import Effort
-run.search = functools.partial(run.search, effort=Effort(warmup=1, least=3, most=10, seconds=0.2))
-cli.main(sys.argv[1:])
-"""
-
-
-def _small_corpus(path: Path) -> None:
-    sources = sorted(Path(json.__file__).parent.glob("*.py"))
-    path.write_text("\n".join(source.read_text(encoding="utf-8") for source in sources) * 4)
-
-
 @pytest.fixture(scope="session")
 def search_run(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
     """The folder of one real search, made once a test run by the command line; read it, never write to it.
@@ -156,7 +114,7 @@ def search_run(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path
     with FileLock(f"{shared}.lock"):
         if not (shared / "stdout.txt").exists():
             shared.mkdir(exist_ok=True)
-            _small_corpus(shared / "corpus.txt")
+            small_corpus(shared / "corpus.txt")
             (shared / "spec.yaml").write_text(TINY_SEARCH)
             command = [sys.executable, "-c", SEARCH, "search", "spec.yaml", "--out", "run"]
             environment = {**os.environ, "PYTHONPATH": str(ROOT)}

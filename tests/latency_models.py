@@ -17,15 +17,24 @@ UNSEEN = [[1.0 + n / 10, 1.05 + n / 10] for n in range(30)]
 FRAME_MS, LINEAR_MS, FULL_MS, PAIR_MS = 0.3, 0.1, 0.25, -0.01
 
 
-def with_model(folder: Path, *, phases: tuple[str, ...] = ("decode", "prefill"), whole: bool = True) -> Path:
-    """A latency model as a search leaves it in its folder; without a term of the full layers unless `whole`."""
+def with_model(
+    folder: Path,
+    *,
+    phases: tuple[str, ...] = ("decode", "prefill"),
+    whole: bool = True,
+    number: int = TRIAL,
+    times: tuple[float, float, float, float] = (FRAME_MS, LINEAR_MS, FULL_MS, PAIR_MS),
+) -> Path:
+    """A latency model as a search leaves it in its folder, of the terms of one trial; without a term of the full layers
+    unless `whole`. `times` are milliseconds."""
     run = read_run(folder)
-    stack = stack_of(specs.loads(run.trial(TRIAL).spec).spec.model)
+    frame_ms, linear_ms, full_ms, pair_ms = times
+    stack = stack_of(specs.loads(run.trial(number).spec).spec.model)
     terms = dict(zip(stack.blocks, stack.terms, strict=True))
-    weights: list[dict[str, Any]] = [{"column": ["frame", stack.frame], "ms": FRAME_MS}]
-    weights.append({"column": ["term", terms["linear"]], "ms": LINEAR_MS})
-    weights += [{"column": ["term", terms["full"]], "ms": FULL_MS}] if whole else []
-    weights += [{"column": ["pair", *pair], "ms": PAIR_MS} for pair in stack.pairs]
+    weights: list[dict[str, Any]] = [{"column": ["frame", stack.frame], "ms": frame_ms}]
+    weights.append({"column": ["term", terms["linear"]], "ms": linear_ms})
+    weights += [{"column": ["term", terms["full"]], "ms": full_ms}] if whole else []
+    weights += [{"column": ["pair", *pair], "ms": pair_ms} for pair in stack.pairs]
     assert run.reference is not None
     fits = [
         {

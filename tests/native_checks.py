@@ -1,8 +1,8 @@
 """What a native class of transformers makes of folders, in a process without heddle: `python -I native_checks.py TASK.json`.
 
 The task names folders, token ids, the packages to hide and the path, so that any version of transformers can be asked. For
-each folder it writes down logits in float32 and in bfloat16, greedy tokens with a cache and without, and which tensors the
-class and the folder do not have in common; where something raises, why.
+each folder it writes down logits in float32 and in bfloat16, greedy tokens without a cache, whether they are the same with one,
+and which tensors the class and the folder do not have in common; where something raises, why.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def asked(folder: str, ids: Any, tokens: int) -> tuple[dict[str, Any], dict[str,
     found = {
         "logits": model(ids, use_cache=False).logits,
         "bfloat16": narrow(ids, use_cache=False).logits.float(),
-        "tokens": written[0],
+        "tokens": written[1],
     }
     keys = sorted(str(key) for kind in loading.values() for key in kind)
     told = {"class": type(model).__name__, "keys": keys, "cache_agrees": bool(written[0].equal(written[1]))}

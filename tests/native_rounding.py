@@ -4,7 +4,8 @@
 
 Classes of transformers cast to float32 within their layers whatever the type of the model is. `Wide` makes float64 of those
 casts, so that the class computes in float64 throughout. For Kimi Linear the float32 pass is also repeated with a softplus that
-is exact near 0 in the decay gate, where the class has log(1 + exp(x)).
+is exact near 0 in the decay gate, where the class has log(1 + exp(x)). Ours is repeated with that formula, as an export is
+compared, and with the classes' own chunk forms of the delta rule beside it.
 """
 
 from __future__ import annotations
@@ -24,9 +25,13 @@ from native_specs import SPECS, model_spec, ready, written
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers.models.kimi_linear import modeling_kimi_linear
+from transformers.models.qwen3_5 import modeling_qwen3_5
 
-from heddle.compose.hf.verify import logits_of
+from heddle.compose.hf.verify import as_classes_round, logits_of
+from heddle.compose.mixers import gated_deltanet, kda
 
+# Classes with a delta rule.
+DELTA = ("qwen3_5_text", "qwen3_next", "olmo_hybrid", "kimi_linear")
 RESULTS = Path(__file__).parent / "bench" / "results" / "evidence-export.jsonl"
 
 
@@ -81,6 +86,27 @@ def exact_softplus() -> Iterator[None]:
         gate.forward = before
 
 
+@contextmanager
+def own_chunks() -> Iterator[None]:
+    """Our delta rules in the chunk form of transformers."""
+    before = gated_deltanet.gated_delta_rule, kda.kda
+
+    def gated(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, **given: Any) -> Any:
+        q, k = (one.repeat_interleave(v.shape[2] // one.shape[2], dim=2) for one in (q, k))
+        sides = {"g": log_decay, "beta": beta, "initial_state": given["initial_state"]}
+        return modeling_qwen3_5.torch_chunk_gated_delta_rule(q, k, v, **sides, output_final_state=True)
+
+    def by_channel(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, **given: Any) -> Any:
+        sides = {"g": log_decay, "beta": beta, "initial_state": given["initial_state"]}
+        return modeling_kimi_linear.chunk_kimi_delta_attention(q, k, v, **sides, output_final_state=True)
+
+    gated_deltanet.gated_delta_rule, kda.kda = gated, by_channel
+    try:
+        yield
+    finally:
+        gated_deltanet.gated_delta_rule, kda.kda = before
+
+
 @torch.no_grad()
 def measured(name: str, seed: int) -> dict[str, float]:
     """The largest differences of a random spec's logits."""
@@ -94,6 +120,11 @@ def measured(name: str, seed: int) -> dict[str, float]:
     plain = theirs(ids, use_cache=False).logits
     found = {"ours_float32": largest(mine, exact), "class_float32": largest(plain, exact)}
     found["between_float32"] = largest(plain, mine)
+    rounded = as_classes_round(ours)
+    found["between_float32_as_class"] = largest(plain, rounded(ids, use_cache=False).logits)
+    if name in DELTA:
+        with own_chunks():
+            found["between_float32_own_chunks"] = largest(plain, rounded(ids, use_cache=False).logits)
     if name == "kimi_linear":
         with exact_softplus():
             found["class_float32_softplus"] = largest(theirs(ids, use_cache=False).logits, exact)

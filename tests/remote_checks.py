@@ -287,7 +287,11 @@ def lora_attaches_trains_and_is_merged(task: SimpleNamespace) -> None:
     assert (adapted - plain).abs().max() > 1e-3
     tuned.save_pretrained(f"{task.scratch}/adapter")
     again = peft.PeftModel.from_pretrained(load(task.causal), f"{task.scratch}/adapter").eval()
-    assert torch.equal(again(ids).logits, adapted)
+    held, right = again.state_dict(), tuned.state_dict()
+    assert held.keys() == right.keys()
+    assert all(torch.equal(one, right[name]) for name, one in held.items())
+    # Where tensors lie in memory decides how a CPU sums.
+    assert (again(ids).logits - adapted).abs().max() <= 1e-5
     assert torch.equal(tuned.generate(input_ids=ids[:, :5], max_new_tokens=4, do_sample=False, pad_token_id=0),
                        again.generate(input_ids=ids[:, :5], max_new_tokens=4, do_sample=False, pad_token_id=0))  # fmt: skip
     assert (again.merge_and_unload()(ids).logits - adapted).abs().max() <= 1e-4

@@ -1,9 +1,8 @@
 """Takes the pictures of docs/img: each page of the dashboard in both themes, on a wide window and at the width of a phone.
 
-    python tests/screenshots.py RUN [--out docs/img] [--bench tests/bench/results] [--only trial,tools]
-    python tests/screenshots.py FOLDER --only runs,beside,placement
+    python tests/screenshots.py [RUN_OR_FOLDER] [--out docs/img] [--bench tests/bench/results] [--only trial,tools]
 
-A folder of runs gives the pages of several runs, and those of its first one.
+A folder of runs gives the pages of several runs, and those of its first one; without a run two are made up.
 
 Needs Chromium (apt-get install chromium) and Pillow, which matplotlib brings.
 """
@@ -16,16 +15,23 @@ from shutil import copy, copytree
 from tempfile import TemporaryDirectory
 
 from browsing import chromium, serving
+from latency_models import with_model
 from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
+from recorded_runs import FRAME_MS, FULL_MS, LINEAR_MS, Recorded
+
+from heddle.search.record import read_run
+from heddle.search.study import Direction, Study, open_storage
 
 ROOT = Path(__file__).parents[1]
 # Beside the trials.
 SPECS = [ROOT / "examples/specs/hybrid.yaml", ROOT / "examples/specs/sequential.yaml"]
 # As high as the pictures, since plots out of sight are drawn later.
 WIDE, NARROW = {"width": 1280, "height": 1150}, {"width": 390, "height": 1000}
-# A page has few colours, and a picture of so many is a third as large.
-COLOURS = 96
+# Searches that are made up, and the seeds of their numbers.
+MADE_UP, TRIALS = {"made-up-a": 1, "made-up-b": 2}, 120
+# A page has few colours, and a picture of so many is half as large.
+COLOURS = 255
 # Pictures of what stands further down on a page.
 HEADINGS = {"blocks": "Predicted time of each block"}
 
@@ -42,11 +48,20 @@ def pages(keys: list[str], trial: int, other: int) -> dict[str, str]:
         "placement": f"/run/{key}/placement",
         "latency": f"/run/{key}/latency",
         "tools": f"/run/{key}/tools",
-        "kernels": "/kernels",
+        "kernels": "/kernels?op=gated_delta_rule",
     }
     if len(keys) > 1:
         found |= {"runs": "/", "beside": f"/compare?t={key}:{trial}&t={key}:{other}&t={keys[1]}:{other}"}
     return found
+
+
+def shown(folder: Path) -> tuple[int, int]:
+    """The trials of the pictures: the winner of a run, and another of its front."""
+    run = read_run(folder)
+    others = [
+        number for number in (*run.front, *(trial.number for trial in run.trials)) if number != run.best
+    ]
+    return run.best or 0, others[0]
 
 
 def take(page: Page, address: str, out: Path, heading: str | None = None) -> None:
@@ -58,27 +73,46 @@ def take(page: Page, address: str, out: Path, heading: str | None = None) -> Non
     page.wait_for_function("() => [...document.querySelectorAll('.plot')].every((one) => one.firstChild)")
     page.wait_for_timeout(300)
     page.screenshot(path=out)
-    Image.open(out).convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE).save(out, optimize=True)
+    Image.open(out).convert("RGB").quantize(
+        COLOURS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE
+    ).save(out, optimize=True)
     print(f"{out}  {out.stat().st_size / 1000:.0f} kB")
+
+
+def made_up(folder: Path) -> Path:
+    """Two searches, the first with a latency model of its winner's layers."""
+    for name, seed in MADE_UP.items():
+        run = read_run(Recorded(folder / name, TRIALS, name=name, seed=seed, has_all=True).write())
+        assert run.best is not None
+        directions: list[Direction] = [
+            "maximize" if task.higher_is_better else "minimize" for task in run.tasks
+        ]
+        # No trial is in it; the page of tools opens it where it is.
+        Study(open_storage(run.path), name, directions, sampler="random", seed=0, startup=1)
+        with_model(run.path, phases=("decode",), number=run.best, times=(FRAME_MS, LINEAR_MS, FULL_MS, 0.0))
+    return folder
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path)
+    parser.add_argument("run", type=Path, nargs="?")
     parser.add_argument("--out", type=Path, default=ROOT / "docs/img")
     parser.add_argument("--bench", type=Path, default=ROOT / "tests/bench/results")
-    parser.add_argument("--trials", type=int, nargs=2, default=(0, 1))
+    parser.add_argument(
+        "--trials", type=int, nargs=2, help="the winner and the next on the front if not given"
+    )
     parser.add_argument("--only", help="names of pictures, with commas between; all if not given")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory() as held:
         # Copied, so that the pages name short folders.
-        run = copytree(given.run, Path(held) / "runs" / given.run.resolve().name)
+        source = given.run or made_up(Path(held) / "made-up")
+        run = copytree(source, Path(held) / "runs" / source.resolve().name)
         bench = copytree(given.bench, Path(held) / "bench")
         specs = [Path(copy(path, held)) for path in SPECS]
         is_run = (run / "run.json").exists()
         keys = [run.name] if is_run else sorted(path.parent.name for path in run.glob("*/run.json"))
-        wanted = pages(keys, *given.trials)
+        wanted = pages(keys, *(given.trials or shown(run if is_run else run / keys[0])))
         only = given.only.split(",") if given.only else list(wanted)
         with serving(run, bench=bench, specs=specs) as base, sync_playwright() as playwright:
             named = {name: base + wanted[name] for name in only}

@@ -99,7 +99,7 @@ def test_show_tells_targets_to_a_person_and_to_a_program(run: Heddle, spec: Path
     status, out, err = run("show", spec, "--targets")
     assert status == 0, err
     assert "layers.0.mixer.kind: is gated_deltanet" in " ".join(out.split())
-    assert "read in their source, not run" in out
+    assert "read in their source" in out
     status, out, err = run("show", spec, "--targets", "--json")
     assert status == 0, err
     told = {row["target"]: row["fits"] for row in json.loads(out)["targets"]}
@@ -119,7 +119,7 @@ def test_init_writes_a_spec_that_checks_and_does_not_overwrite(run: Heddle) -> N
 
 def test_check_prints_the_form_of_house_for_a_good_file(run: Heddle, spec: Path) -> None:
     status, out, _ = run("check", spec, "--json")
-    assert (status, json.loads(out)) == (0, {"ok": True, "errors": []})
+    assert (status, json.loads(out)) == (0, {"ok": True, "errors": [], "fits": ["remote"]})
 
 
 def test_check_tells_all_errors_with_their_places(run: Heddle, spec: Path) -> None:
@@ -283,9 +283,10 @@ def test_train_and_export_make_a_folder(run: Heddle, spec: Path) -> None:
     assert status == 0, err
     assert "bits" in out or "text" in out
     assert run("train", spec, "--out", "trained")[0] == 2
-    status, out, err = run("export", "trained", "--out", "hf", "--json")
+    status, out, err = run("export", "trained", "--out", "hf", "--battery", "short")
     assert status == 0, err
-    assert json.loads(out)["max_difference"] <= 1e-5
+    assert "one-token steps" in out
+    assert "parity battery: short" in out
     assert Path("hf/config.json").exists()
 
 
@@ -325,7 +326,7 @@ def test_a_bug_of_ours_is_one_line_and_exits_with_1(
         raise RuntimeError("wires\ncrossed")
 
     monkeypatch.delenv("HEDDLE_TRACEBACK", raising=False)
-    monkeypatch.setattr("heddle.api.check", broken)
+    monkeypatch.setattr("heddle.api.check_with_targets", broken)
     status, _, err = run("check", spec)
     assert status == 1
     assert err.splitlines()[0] == "heddle failed: RuntimeError: wires crossed"
@@ -361,10 +362,16 @@ def test_report_and_export_read_a_run(run: Heddle, search_run: Path, tmp_path: P
     assert run("report", search_run, "--out", tmp_path / "report.html")[0] == 0
     assert (tmp_path / "report.html").read_text().startswith("<!doctype html>")
     status, out, err = run(
-        "export", search_run, "--trial", read_run(search_run).best, "--out", tmp_path / "hf", "--json"
-    )
+        "export", search_run, "--trial", read_run(search_run).best, "--out", tmp_path / "hf", "--json",
+        "--battery", "none",
+    )  # fmt: skip
     assert status == 0, err
-    assert json.loads(out)["max_difference"] <= 1e-5
+    found = json.loads(out)
+    assert found["max_difference"] <= 1e-5
+    assert (found["battery"], [row["check"] for row in found["parity"]]) == (
+        "none",
+        ["loads in a clean process"],
+    )
     status, _, err = run("export", search_run, "--trial", "first", "--out", tmp_path / "other")
     assert status == 2
     assert "[bad-argument]" in err

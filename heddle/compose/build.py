@@ -13,6 +13,7 @@ from heddle.compose.hf.model import HeddleForCausalLM, HeddlePreTrainedModel
 from heddle.compose.plan import plan
 from heddle.errors import HeddleError
 from heddle.specs import ModelSpec
+from heddle.specs.spec import VERSION
 
 Draw = Literal["cpu", "device"]
 
@@ -25,6 +26,7 @@ def config_for(model: ModelSpec, *, name: str | None = None) -> HeddleConfig:
         data |= {"model_kind": data.pop("kind"), "use_cache": False}
     if model.readout is not None:
         data["num_labels"] = data["readout"].pop("classes")
+    data["spec"] = {"version": VERSION, "model": model.written()}
     return HeddleConfig(**data, **({} if name is None else {"name_or_path": name}))
 
 

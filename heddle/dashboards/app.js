@@ -37,6 +37,19 @@
     return { fresh, address: answer.url };
   }
 
+  // The script that draws, which a page without figures, as of a young run, came without.
+  let loading = null;
+  function drawing() {
+    if (window.heddleDraw) return null;
+    loading ||= new Promise(function (done) {
+      const script = document.createElement("script");
+      script.src = "/assets/report.js";
+      script.onload = script.onerror = done;
+      document.head.append(script);
+    });
+    return loading;
+  }
+
   function figuresOf(fresh) {
     const held = fresh.getElementById("figures");
     return held ? JSON.parse(held.textContent) : [];
@@ -50,11 +63,8 @@
     const { fresh } = await page(address, [...now.map((part) => part.dataset.live), ...known.map((one) => one.digest)]);
     if (!fresh || path !== here) return;
     const figures = figuresOf(fresh), then = [...fresh.querySelectorAll("[data-live]")];
-    if (figures.length && !window.heddleDraw) {
-      // The first figures of a young run: the scripts that draw are not loaded yet.
-      window.location.reload();
-      return;
-    }
+    if (figures.length) await drawing();
+    if (path !== here) return;
     const parts = new Map(now.map((part) => [part.dataset.live, part]));
     const isMoved = (part, index) => "same" in part.dataset && part.dataset.live !== now[index].dataset.live;
     if (now.length !== then.length || then.some(isMoved)) {
@@ -82,6 +92,7 @@
     const isNew = scroll === undefined;
     const found = await page(address, []).catch(() => ({}));
     const { fresh } = found, figures = fresh ? figuresOf(fresh) : [];
+    if (figures.length) await drawing();
     if (!fresh?.querySelector("main") || (figures.length && !window.heddleDraw)) {
       window.location.assign(address);
       return;

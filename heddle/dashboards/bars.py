@@ -38,7 +38,8 @@ def _bars(figure: Figure) -> Html:
     mixers = [_mixer(figure.name, trace, (count, ceiling), unit) for trace in figure.data]
     axes = [*_levels(step * per, ceiling, per), *_layers(count), _text(unit, x=0, y=-12, cls="unit")]
     axes.append(_text("layer", x="100%", y=HEIGHT + 32, text_anchor="end"))
-    inner = element("svg", *axes, *mixers, width="100%", height=HEIGHT)
+    dense = "dense" if count > SINGLE else None
+    inner = element("svg", *axes, *mixers, width="100%", height=HEIGHT, cls=dense)
     return element("div", inner, cls="bars", role="img", aria_label=figure.caption)
 
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from heddle.dashboards import sections
-from heddle.dashboards.figures import Figure, escape, layout
+from heddle.dashboards import bench_figures, sections
+from heddle.dashboards.bench_figures import OURS, Bench, ceiling, newest
 from heddle.dashboards.frame import Page, choose, empty, pick
 from heddle.dashboards.html import Html, element, table
 
+FLOOR = (
+    "The newest row of each case. The floor is the time that the bytes or the operations that are needed would take at the most "
+    "that was measured of the device itself."
+)
 NEEDED = ("op", "impl", "phase", "device", "commit", "shape", "dtype", "ms")
-SYMBOLS = {"heddle": "circle", "fla": "diamond", "torch": "square", "cudnn": "cross", "flash": "triangle-up"}
-Bench = dict[str, Any]
 
 
 def rows_of(folder: Path) -> list[Bench]:
@@ -46,6 +47,7 @@ def kernels(folder: Path, query: Mapping[str, str]) -> Page:
     devices = _names(rows, "device")
     device = query.get("device") if query.get("device") in devices else next(iter(devices), None)
     here = [row for row in rows if row["device"] == device]
+    tops = {name: ceiling(row for row in rows if row["device"] == name) for name in devices}
     ops = {
         op: op for op in _names(here, "op") if any(r["op"] == op and r["phase"] != "ceiling" for r in here)
     }
@@ -55,8 +57,10 @@ def kernels(folder: Path, query: Mapping[str, str]) -> Page:
         page.add(empty("No benchmark row was found.", "make bench writes rows; --bench names their folder."))
         return page
     page.add(pick(choose("Device", "device", devices, device), choose("Op", "op", ops, op)))
-    page.plots("Time over commits", _over_commits(mine))
-    page.add(_table(mine, _ceiling(here)))
+    page.plots("Beside others", bench_figures.beside_others(mine, tops[device]), sections.note(FLOOR))
+    page.add(_table(mine, tops[device]))
+    page.plots("Over commits", bench_figures.over_commits(mine, tops[device]))
+    page.plots("On all devices", bench_figures.devices([row for row in rows if row["op"] == op], tops))
     return page
 
 
@@ -64,58 +68,13 @@ def _names(rows: Iterable[Bench], field: str) -> dict[str, str]:
     return {str(name): str(name) for name in dict.fromkeys(row[field] for row in rows)}
 
 
-def _ceiling(rows: Sequence[Bench]) -> dict[str, float]:
-    """The most that was measured of the device itself: bytes and FLOPs a second."""
-    tops: dict[str, float] = {}
-    for row in rows:
-        for unit in ("gbps", "tflops"):
-            if row["phase"] == "ceiling" and row.get(unit):
-                tops[unit] = max(tops.get(unit, 0.0), float(row[unit]))
-    return tops
-
-
-def _case(row: Bench) -> str:
-    shape = " ".join(f"{name}={value}" for name, value in row["shape"].items())
-    return f"{row['phase']} {shape} {row['dtype']}"
-
-
-def _over_commits(rows: Sequence[Bench]) -> list[Figure]:
-    """One plot a phase: each case and implementation in the order of its runs."""
-    found = []
-    for phase in _names(rows, "phase"):
-        mine = sorted((r for r in rows if r["phase"] == phase), key=lambda row: str(row.get("time", "")))
-        traces = []
-        for impl in _names(mine, "impl"):
-            points = [row for row in mine if row["impl"] == impl]
-            marker = {"symbol": SYMBOLS.get(impl, "x"), "size": 9}
-            trace: dict[str, Any] = {
-                "type": "scatter",
-                "mode": "markers",
-                "name": escape(impl),
-                "marker": marker,
-            }
-            # Two levels: implementations stand beside each other inside of a commit.
-            trace["x"] = [[escape(str(row["commit"])[:7]) for row in points], [escape(impl)] * len(points)]
-            trace["y"] = [row["ms"] for row in points]
-            text = [escape(f"{impl} {_case(row)}: {row['ms']:.3f} ms") for row in points]
-            traces.append(trace | {"text": text, "hovertemplate": "%{text}<extra></extra>"})
-        drawn = layout("commit, oldest first", "ms")
-        drawn["xaxis"] |= {"type": "multicategory"}
-        drawn["yaxis"] |= {"type": "log"}
-        found.append(Figure(f"kernels-{phase}", f"{phase}: median time of every case", traces, drawn))
-    return found
-
-
 def _table(rows: Sequence[Bench], ceiling: Mapping[str, float]) -> Html:
     """The newest row of each case and implementation, with the time of others as a multiple of ours."""
-    newest: dict[tuple[str, str], Bench] = {}
-    for row in sorted(rows, key=lambda row: str(row.get("time", ""))):
-        newest[_case(row), row["impl"]] = row
-    cells = []
-    for (case, impl), row in sorted(newest.items()):
-        ours = newest.get((case, "heddle"))
+    last, cells = newest(rows), []
+    for (case, impl), row in sorted(last.items()):
+        ours = last.get((case, OURS))
         same = ours is not None and ours.get("run") == row.get("run")
-        ratio = f"{row['ms'] / ours['ms']:.2f}" if ours is not None and same and impl != "heddle" else "–"
+        ratio = f"{row['ms'] / ours['ms']:.2f}" if ours is not None and same and impl != OURS else "–"
         parts = [_share(row, unit, name, ceiling) for unit, name in (("gbps", "GB/s"), ("tflops", "TFLOP/s"))]
         cells.append([case, impl, f"{row['ms']:.4f}", ratio, *parts, row["commit"]])
     header = [
@@ -130,7 +89,7 @@ def _table(rows: Sequence[Bench], ceiling: Mapping[str, float]) -> Html:
     said = sections.note(
         "The newest row of each. The ceiling is the most that was measured of the device itself."
     )
-    return sections.section("Beside others", said, table(header, cells, numeric=range(2, 6)))
+    return sections.section("In figures", said, table(header, cells, numeric=range(2, 6)))
 
 
 def _share(row: Bench, unit: str, name: str, ceiling: Mapping[str, float]) -> str:

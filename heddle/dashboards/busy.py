@@ -1,4 +1,4 @@
-"""Which workers and GPUs a search keeps busy, by the events of its last session."""
+"""Which workers and GPUs a search keeps busy, by the events of a session."""
 
 from __future__ import annotations
 
@@ -6,14 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from heddle.dashboards import data
-from heddle.dashboards.frame import url
-from heddle.dashboards.html import Html, element, join, table
-from heddle.dashboards.sections import note, section
-from heddle.search.record import REFERENCE, Run
+from heddle.search.record import Run
 
-# As in `heddle.search.evaluations`, whose import brings Ray.
-LATENCY = "latency"
 # A GPU: the name of its machine, and its index as Ray counts.
 Gpu = tuple[str, str]
 
@@ -71,8 +65,15 @@ class Busy:
 
     def share(self, gpu: Gpu) -> float:
         """How much of the session a GPU was busy, until its last event."""
-        open_s = self.clock_s - self._since[gpu] if gpu in self._since else 0.0
-        return (self.spent_s[gpu] + open_s) / self.clock_s if self.clock_s else 0.0
+        return self._spent(gpu) / self.clock_s if self.clock_s else 0.0
+
+    @property
+    def gpu_s(self) -> float:
+        """Seconds that GPUs were busy, all of them together, until the last event."""
+        return sum(map(self._spent, self.spent_s))
+
+    def _spent(self, gpu: Gpu) -> float:
+        return self.spent_s[gpu] + (self.clock_s - self._since[gpu] if gpu in self._since else 0.0)
 
 
 def busy(run: Run) -> Busy:
@@ -85,51 +86,3 @@ def busy(run: Run) -> Busy:
     if run.status != "running":
         found.flying = {}
     return found
-
-
-def facts(found: Busy) -> list[tuple[str, object]]:
-    """How many workers and GPUs are busy, for tiles."""
-    count = len(found.flying)
-    told: list[tuple[str, object]] = [
-        ("workers busy", count if found.workers is None else f"{count} of {found.workers}")
-    ]
-    return told + ([("GPUs busy", f"{len(found.busy_gpus)} of {found.gpus}")] if found.gpus else [])
-
-
-def busy_section(run: Run, key: str, found: Busy) -> Html | None:
-    """What runs now, and how long each GPU was busy; nothing of a search on a CPU that has ended."""
-    parts = [_flying(run, key, found), _gpus(found)]
-    held = [part for part in parts if part is not None]
-    return section("Workers", *held) if held else None
-
-
-def _flying(run: Run, key: str, found: Busy) -> Html | None:
-    if not found.flying:
-        return None
-    known = {trial.number: trial for trial in data.with_reference(run)}
-    rows = []
-    for one in sorted(found.flying.values(), key=lambda one: one.began):
-        trial = known.get(one.number)
-        name = f"trial {one.number}" if trial is None else data.name_of(trial, run)
-        what = "timing" if one.stage == LATENCY else one.stage
-        link = element("a", name, href=url(key, "trial", one.number)) if one.number >= REFERENCE else name
-        rows.append([link, what, one.began[:19].replace("T", " "), *([_names(one)] if found.gpus else [])])
-    return table(["Spec", "Evaluation", "Since (UTC)", *(["GPU"] if found.gpus else [])], rows)
-
-
-def _names(one: Flying) -> str:
-    return ", ".join(f"{node} GPU {gpu}" for node, gpu in one.gpus) or "not told yet"
-
-
-def _gpus(found: Busy) -> Html | None:
-    if not found.gpus or not found.spent_s:
-        return None
-    now = found.busy_gpus
-    rows = [
-        [f"{node} GPU {index}", "busy" if (node, index) in now else "idle", f"{100 * found.share((node, index)):.0f} %"]
-        for node, index in sorted(found.spent_s)
-    ]  # fmt: skip
-    never = found.gpus - len(rows)
-    told = note(f"{never} of {found.gpus} GPUs took no evaluation yet.") if never > 0 else ""
-    how = note("Busy: at least one evaluation is on it, which says nothing of how much of it that uses.")
-    return join([how, table(["GPU", "Now", "Busy in this session"], rows, numeric=(2,)), told])

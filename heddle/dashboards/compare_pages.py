@@ -305,4 +305,6 @@ def _difference(left: Beside, right: Beside) -> Html:
 
 
 def _text(value: object) -> str:
+    if isinstance(value, Mapping):
+        return "; ".join(f"{name} {text}" for name, text in sections.flat(value))
     return "–" if value is None else str(value)

@@ -13,13 +13,6 @@ from heddle.errors import CODES, HeddleError
 from heddle.search.record import Latency, Run, Trial
 from heddle.specs import BlockSpec
 
-# What a search is followed over, with the unit of the axis.
-OVER = {
-    "trial": "trial",
-    "time": "minutes of the search",
-    "device": "minutes of evaluations, all workers together",
-}
-
 
 @dataclass(frozen=True, slots=True)
 class Cell:
@@ -116,27 +109,6 @@ def name_of(trial: Trial, run: Run) -> str:
         relative = next((budget.relative_to for budget in run.budgets if budget.relative_to), None)
         return relative or "reference"
     return f"trial {trial.number}"
-
-
-def positions(run: Run, over: str) -> dict[int, float]:
-    """Where each trial stands on an axis of `OVER`: at its number, or at the minutes that had passed when it ended."""
-    if over == "trial":
-        return {trial.number: float(trial.number) for trial in run.trials}
-    found: dict[int, float] = {}
-    if over == "device":
-        spent = 0.0
-        for trial in run.trials:
-            spent += trial.wall_s
-            found[trial.number] = spent / 60
-        return found
-    before, session, clock = 0.0, None, 0.0
-    for event in run.events:
-        if event["session"] != session:
-            before, session, clock = before + clock, event["session"], 0.0
-        clock = max(clock, event["clock_s"])
-        if event["event"] in ("trial_started", "trial_finished"):
-            found[event["number"]] = (before + event["clock_s"]) / 60
-    return found
 
 
 def failures(run: Run) -> dict[str, int]:

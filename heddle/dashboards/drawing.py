@@ -18,6 +18,7 @@ from heddle.search.record import Run
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+Reached = dict[tuple[str, bool], float]
 FORMS = ("svg", "png")
 # The light colours of report.css, by the names that figures have for them.
 PAINT = {
@@ -27,9 +28,14 @@ PAINT = {
     "--ink": "#1d2125",
     "--soft": "#5a6169",
     "--bad": "#b3261e",
+    "--over": "#8a6800",
+    "--left": "#7b3fa0",
     "--line": "#dcdcd5",
 }
-SYMBOLS = {"star": "*", "diamond": "D", "square": "s", "cross": "P", "triangle-up": "^", "x-thin": "x"}
+SYMBOLS = {
+    "star": "*", "diamond": "D", "square": "s", "cross": "P", "triangle-up": "^", "triangle-down": "v", "x-thin": "x",
+    "line-ns": "|",
+}  # fmt: skip
 DASHES = {
     "dash": "--",
     "dot": ":",
@@ -38,6 +44,10 @@ DASHES = {
     "longdashdot": (0, (8, 3, 1, 3)),
 }
 DPI = 200
+# The lowest share of a plot, which trials without a score have to themselves.
+FOOT = 0.17
+# Longer names stand below one another in a legend.
+LONG_NAME = 22
 
 
 def draw_all(run: Run, folder: Path) -> list[Path]:
@@ -66,19 +76,24 @@ def draw(figure: Figure, path: Path) -> Path:
         axes = sheet.subplots()
         axes.grid(color=PAINT["--line"], linewidth=0.6)
         axes.set_axisbelow(True)
+        # Where bars stand on one another, how far those of a row reach already, to the right and to the left.
+        reached: Reached | None = {} if figure.layout.get("barmode") == "relative" else None
         for trace in figure.data:
-            _trace(axes, trace)
+            _trace(axes, trace, reached)
+        if any(trace.get("yaxis") == "y2" for trace in figure.data):
+            low, high = axes.get_ylim()
+            axes.set_ylim(low - FOOT / (1 - FOOT) * (high - low), high)
         _frame(axes, figure)
         metadata = {"Date": None} if path.suffix == ".svg" else None
         sheet.savefig(path, dpi=DPI, metadata=metadata)
     return path
 
 
-def _trace(axes: Axes, trace: dict[str, Any]) -> None:
+def _trace(axes: Axes, trace: dict[str, Any], reached: Reached | None) -> None:
     if trace["type"] == "heatmap":
         _heat(axes, trace)
     elif trace["type"] == "bar":
-        _bars(axes, trace)
+        _bars(axes, trace, reached)
     elif trace.get("yaxis") == "y2":
         _rug(axes, trace)
     elif trace["x"]:
@@ -93,22 +108,32 @@ def _heat(axes: Axes, trace: dict[str, Any]) -> None:
     axes.figure.colorbar(mesh, ax=axes, label=trace["colorbar"]["title"]["text"])
 
 
-def _bars(axes: Axes, trace: dict[str, Any]) -> None:
+def _bars(axes: Axes, trace: dict[str, Any], reached: Reached | None) -> None:
     colour = _paint(trace["marker"]["color"])
     if trace.get("orientation") == "h":
-        reach = _reach(trace.get("error_x"))
-        axes.barh(_texts(trace["y"]), trace["x"], color=colour, xerr=reach, label=_text(trace["name"]))
+        left = [0.0] * len(trace["x"])
+        for at, (row, width) in enumerate(zip(trace["y"], trace["x"], strict=True)):
+            if reached is not None:
+                left[at] = reached.get((row, width < 0), 0.0)
+                reached[row, width < 0] = left[at] + width
+        reach, look = _reach(trace.get("error_x")), _hatch(trace)
+        name = _text(trace["name"]) if trace.get("showlegend", True) else None
+        axes.barh(_texts(trace["y"]), trace["x"], left=left, color=colour, xerr=reach, label=name, **look)
     else:
-        look = {"hatch": "///", "edgecolor": "#ffffff"} if "pattern" in trace["marker"] else {}
-        axes.bar(trace["x"], trace["y"], color=colour, label=_text(trace["name"]), **look)
+        axes.bar(trace["x"], trace["y"], color=colour, label=_text(trace["name"]), **_hatch(trace))
+
+
+def _hatch(trace: dict[str, Any]) -> dict[str, str]:
+    return {"hatch": "///", "edgecolor": "#ffffff"} if "pattern" in trace["marker"] else {}
 
 
 def _rug(axes: Axes, trace: dict[str, Any]) -> None:
-    """Trials without a score, as crosses at the foot of the plot."""
-    foot = [0.03] * len(trace["x"])
+    """Trials without a score, as marks at the foot of the plot, a row a kind."""
+    foot = [FOOT - 0.05 + 0.05 * at for at in trace["y"]]
+    marker = trace["marker"]
     axes.plot(
-        trace["x"], foot, "x", color=_paint(trace["marker"]["color"]), label=_text(trace["name"]),
-        transform=axes.get_xaxis_transform(), markersize=5,
+        trace["x"], foot, SYMBOLS[marker["symbol"].removesuffix("-open")], color=_paint(marker["color"]),
+        label=_text(trace["name"]), transform=axes.get_xaxis_transform(), markersize=5, markerfacecolor="none",
     )  # fmt: skip
 
 
@@ -143,8 +168,14 @@ def _frame(axes: Axes, figure: Figure) -> None:
         )
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    if len(axes.get_legend_handles_labels()[0]) > 1:
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3, frameon=False, fontsize=8)
+    if figure.layout["xaxis"].get("tickformat") == "d":
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    if figure.layout["yaxis"].get("autorange") == "reversed":
+        axes.invert_yaxis()
+    names = axes.get_legend_handles_labels()[1]
+    if len(names) > 1:
+        columns = 3 if max(map(len, names)) < LONG_NAME else 1
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=columns, frameon=False, fontsize=8)
 
 
 def _paint(colour: str | None) -> str | None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from math import ceil
 
 from heddle.dashboards import data, latency_section, model_figures
+from heddle.dashboards.block_times import block_times, stacked
 from heddle.dashboards.figures import Figure, figures, progress, twice
+from heddle.dashboards.site import Watched
 from heddle.errors import HeddleError
 from heddle.search.costs import layer_costs
 from heddle.search.placement_terms import placement_terms
@@ -17,12 +19,22 @@ BEST_SHARE = 0.1
 
 def every_figure(run: Run) -> list[Figure]:
     """All that have something to show."""
-    found = [*figures(run), progress(run, "time"), progress(run, "device"), *placements(run)]
+    return [figure for _, drawn in grouped(run) for figure in drawn]
+
+
+def grouped(run: Run) -> list[tuple[str, list[Figure]]]:
+    """All that have something to show, under the headings that the pages have."""
     learnt = placement_terms(run)
-    found += [] if learnt is None else model_figures.terms(learnt)
-    found += [*latency_section.unseen(run), *latency_section.scatter(run), *twice(run)]
-    found += [] if run.best_trial is None else _winner(run, run.best_trial)
-    return [figure for figure in found if not figure.is_empty]
+    groups = [
+        ("Plots", [*figures(run), progress(run, "time"), progress(run, "device")]),
+        ("Mixer at each layer", placements(run)),
+        ("What the placement model has learnt", [] if learnt is None else model_figures.terms(learnt)),
+        ("Measured against predicted", [*latency_section.unseen(run), *latency_section.scatter(run)]),
+        ("The front timed twice", twice(run)),
+        ("The winner", [] if run.best_trial is None else _winner(run, run.best_trial)),
+    ]  # fmt: skip
+    shown = [(title, [one for one in drawn if not one.is_empty]) for title, drawn in groups]
+    return [(title, drawn) for title, drawn in shown if drawn]
 
 
 def best_placed(run: Run) -> list[Trial]:
@@ -52,12 +64,21 @@ def place_of(run: Run) -> tuple[int, int]:
 
 
 def _winner(run: Run, best: Trial) -> list[Figure]:
-    """What its layers cost, how long it took, how it was trained."""
-    found = [*model_figures.timings(best), *model_figures.curves([(data.name_of(best, run), best)])]
+    """What its layers cost, how long its blocks and all of it took, how it was trained."""
     context, batch = place_of(run)
+    found = [*_times(run, best), *model_figures.timings(best)]
+    found += model_figures.curves([(data.name_of(best, run), best)])
     try:
         layers = layer_costs(best.spec, context=context, batch=batch)
     except HeddleError:
         # Written by another heddle, perhaps.
         return found
     return [*model_figures.costs(layers, context, batch), *found]
+
+
+def _times(run: Run, best: Trial) -> list[Figure]:
+    """The predicted times of its blocks; none where the run has no latency model, or one that cannot be read."""
+    try:
+        return stacked(block_times(Watched(run.name, run.path), run, best))
+    except (HeddleError, ValueError, KeyError, TypeError):
+        return []

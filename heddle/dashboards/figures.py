@@ -6,22 +6,30 @@ Plotly reads some HTML in texts, so that every name of a run is escaped here as 
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
-from heddle.dashboards import data, words
+from heddle.dashboards import data, spent, words
 from heddle.dashboards.axes import Axis, axes
 from heddle.search.record import Run, Trial
 
 # Names of CSS variables; report.js puts in the colours of the page.
 TRAINED, FRONT, WINNER, REFERENCE, BROKEN, LIMIT = ("--dim", "--accent", "--good", "--ink", "--bad", "--bad")
-AGAIN = "--soft"
+AGAIN, OVER, LEFT = "--soft", "--over", "--left"
 
-LOST = "over budget or failed"
+# What has no score stands below the plot, each kind in a row of its own: its name, mark and colour.
+LOST = {
+    "infeasible": (words.STATE_WORDS["infeasible"], "x-thin-open", OVER),
+    "pruned": (words.STATE_WORDS["pruned"], "line-ns-open", LEFT),
+    "failed": (words.STATE_WORDS["failed"], "triangle-down-open", BROKEN),
+}
+# The heights of a row and of the gap above the rows, as shares of the plot.
+ROW, GAP = 0.05, 0.05
+SCORED = {"symbol": "circle-open", "size": 8, "color": TRAINED, "line": {"width": 1.5}}
 # A cloud of more trials is thinned: of those that would lie on one another, one is drawn.
-CLOUD, CELLS = 600, (36, 24)
+CLOUD, IN_A_ROW, CELLS = 600, 72, (36, 24)
 # Bars of more trials than these hide the points.
 BARS = 40
 # Lines are told apart by their dashes as well as by their colours.
@@ -61,12 +69,15 @@ def pair(run: Run, x: Axis, y: Axis) -> Figure:
     """Every trial at two quantities: trained, front, winner, reference, timed again; and what was lost at the edge."""
     traces = _clouds(run, x, y)
     drawn = layout(x.label, y.label)
-    if x.budget is not None:
-        refused = [t for t in run.trials if t.state != "complete" and x.value(t) is not None]
-        _add_rug(traces, drawn, _rug(run, refused, [x.value(t) for t in refused]))
+    untold = 0
+    if x.task is None:
+        places = {trial.number: x.value(trial) for trial in run.trials if trial.state in LOST}
+        _add_rugs(traces, drawn, run, {number: at for number, at in places.items() if at is not None})
+        untold = sum(at is None for at in places.values())
     draw_limit(drawn, "x", x.limit)
     draw_limit(drawn, "y", y.limit)
     caption = f"{y.text} against {x.text}. Bars are 95 % intervals (scores: 1.96 standard errors)."
+    caption += f" Nothing was measured of {untold} more." if untold else ""
     return Figure(slug(f"{y.key} against {x.key}"), caption, traces, drawn)
 
 
@@ -96,23 +107,22 @@ def draw_limit(layout: dict[str, Any], side: str, limit: float | None) -> None:
 
 
 def progress(run: Run, over: str = "trial") -> Figure:
-    """The best so far over trials, over minutes of the search, or over minutes of devices."""
-    where = data.positions(run, over)
+    """The best so far over trials, over minutes, or over the seconds of GPUs or workers."""
+    where = spent.positions(run, over)
     scored = [trial for trial in run.trials if trial.quality is not None]
-    lost = [trial for trial in run.trials if trial.state in ("infeasible", "failed", "pruned")]
     steps = [(where[number], value) for number, value in data.best_so_far(run)]
     if steps:
         steps.append((max(where.values()), steps[-1][1]))
     best: dict[str, Any] = {"type": "scatter", "mode": "lines", "name": "best so far"}
     best |= {"x": [x for x, _ in steps], "y": [y for _, y in steps], "hoverinfo": "skip"}
     seen = thinned([(where[t.number], float(t.quality or 0), t) for t in scored])
-    trained = points("trained", seen, run, [where[t.number] for t in seen], [t.quality for t in seen])
+    trained = points(_trained(run), seen, run, [where[t.number] for t in seen], [t.quality for t in seen])
     traces = [
         best | {"line": {"shape": "hv", "color": FRONT, "width": 2}},
-        trained | {"marker": {"size": 7, "color": TRAINED}},
+        trained | {"marker": SCORED},
     ]
-    drawn = layout(data.OVER[over], "mean normalised score")
-    _add_rug(traces, drawn, _rug(run, lost, [where[trial.number] for trial in lost]))
+    drawn = layout(spent.overs(run)[over], "mean normalised score")
+    _add_rugs(traces, drawn, run, where)
     caption = "Best mean normalised score so far (0 is chance, 1 the best possible)"
     return Figure(slug(f"best so far by {over}"), caption, traces, drawn)
 
@@ -123,7 +133,7 @@ def failures(run: Run) -> Figure:
     bars: dict[str, Any] = {"type": "bar", "orientation": "h", "marker": {"color": BROKEN}, "name": "failed"}
     names = [escape(name) for name in counted]
     bars |= {"y": names, "x": list(counted.values()), "hovertemplate": "%{y}: %{x}<extra></extra>"}
-    drawn = layout("trials", "") | {"showlegend": False}
+    drawn = layout("trials", "error code") | {"showlegend": False}
     drawn["xaxis"] |= {"rangemode": "tozero", "tickformat": "d"}
     return Figure("failures", "Trials that failed, by class", [bars], drawn)
 
@@ -132,14 +142,14 @@ def progress_of(runs: Sequence[tuple[str, Run]]) -> Figure:
     """The best so far of several runs over the time each has spent."""
     traces = []
     for index, (key, run) in enumerate(runs):
-        where, steps = data.positions(run, "time"), data.best_so_far(run)
+        where, steps = spent.positions(run, "time"), data.best_so_far(run)
         if steps:
             steps.append((max(where, key=lambda number: where[number]), steps[-1][1]))
             line = {"shape": "hv", "width": 2, "dash": LINES[index % len(LINES)]}
             trace: dict[str, Any] = {"type": "scatter", "mode": "lines", "name": escape(key), "line": line}
             traces.append(trace | {"x": [where[number] for number, _ in steps], "y": [y for _, y in steps]})
     said = "Best mean normalised score so far, each run over its own time"
-    return Figure("runs", said, traces, layout(data.OVER["time"], "mean normalised score"))
+    return Figure("runs", said, traces, layout(spent.MINUTES, "mean normalised score"))
 
 
 def twice(run: Run) -> list[Figure]:
@@ -176,24 +186,36 @@ def equal(values: Sequence[float]) -> dict[str, Any]:
     return line | {"x": ends, "y": ends, "line": {"color": TRAINED, "dash": "dash", "width": 1}}
 
 
-def _rug(run: Run, trials: Sequence[Trial], x: Sequence[float | None]) -> dict[str, Any]:
-    """Trials without a score as a row of crosses below the plot, in a band of its own."""
-    kept = thinned([(float(at), 0.0, trial) for at, trial in zip(x, trials, strict=True) if at is not None])
-    places = {trial.number: at for at, trial in zip(x, trials, strict=True)}
-    crosses: dict[str, Any] = {"symbol": "x-thin-open", "size": 9, "color": BROKEN, "line": {"width": 2}}
-    name = f"{LOST} or pruned" if run.has_rungs else LOST
-    trace = points(name, kept, run, [places[trial.number] for trial in kept], [0.0] * len(kept))
-    return trace | {"yaxis": "y2", "marker": crosses}
-
-
-def _add_rug(traces: list[dict[str, Any]], drawn: dict[str, Any], rug: dict[str, Any]) -> None:
-    """Put a rug below a plot; plotly cannot draw an axis that nothing stands on, so an empty one is left out."""
-    if not rug["x"]:
+def _add_rugs(
+    traces: list[dict[str, Any]], drawn: dict[str, Any], run: Run, where: Mapping[int, float]
+) -> None:
+    """Put trials without a score below a plot, each kind as a row of marks; plotly cannot draw an axis that nothing stands on,
+    so that without such trials there is no band."""
+    rows = 0
+    for state, (name, symbol, colour) in LOST.items():
+        lost = [(where[t.number], 0.0, t) for t in run.trials if t.state == state and t.number in where]
+        if not lost:
+            continue
+        kept = thinned(lost, IN_A_ROW)
+        trace = points(name, kept, run, [where[trial.number] for trial in kept], [float(-rows)] * len(kept))
+        marks = {"symbol": symbol, "size": 9, "color": colour, "line": {"width": 2, "color": colour}}
+        traces.append(trace | {"yaxis": "y2", "marker": marks})
+        rows += 1
+    if not rows:
         return
-    traces.append(rug)
     drawn["xaxis"] |= {"anchor": "y2"}
-    drawn["yaxis"] |= {"domain": [0.14, 1]}
-    drawn["yaxis2"] = {"domain": [0, 0.08], "range": [-1, 1], "showticklabels": False, "showgrid": False}
+    drawn["yaxis"] |= {"domain": [rows * ROW + GAP, 1]}
+    drawn["yaxis2"] = {
+        "domain": [0, rows * ROW],
+        "range": [0.5 - rows, 0.5],
+        "showticklabels": False,
+        "showgrid": False,
+    }
+
+
+def _trained(run: Run) -> str:
+    """What a trial with scores is called: of a search with budgets it kept them."""
+    return "feasible" if run.budgets else words.STATE_WORDS["complete"]
 
 
 def _clouds(run: Run, x: Axis, y: Axis) -> list[dict[str, Any]]:
@@ -208,7 +230,7 @@ def _clouds(run: Run, x: Axis, y: Axis) -> list[dict[str, Any]]:
     reference = [run.reference] if run.reference is not None and known else []
     drawn = thinned([one for one in done if one[2].number not in members])
     looks: list[tuple[str, Sequence[Trial], dict[str, Any]]] = [
-        ("trained", drawn, {"symbol": "circle-open", "size": 8, "color": TRAINED, "line": {"width": 1.5}}),
+        (_trained(run), drawn, SCORED),
         ("Pareto front", front, {"symbol": "circle", "size": 9, "color": FRONT}),
         ("winner", winner, {"symbol": "star", "size": 15, "color": WINNER}),
         ("reference", reference, {"symbol": "diamond", "size": 10, "color": REFERENCE}),
@@ -243,9 +265,9 @@ def _bars(trials: Sequence[Trial], x: Axis, y: Axis, colour: str) -> dict[str, A
     return found
 
 
-def thinned(placed: Sequence[tuple[float, float, Trial]]) -> list[Trial]:
-    """Of many trials those that are seen: one in each cell of a fine grid."""
-    if len(placed) <= CLOUD:
+def thinned(placed: Sequence[tuple[float, float, Trial]], most: int = CLOUD) -> list[Trial]:
+    """Of more than `most` trials those that are seen: one in each cell of a fine grid."""
+    if len(placed) <= most:
         return [trial for *_, trial in placed]
     columns = [[x for x, _, _ in placed], [y for _, y, _ in placed]]
     lows = [min(column) for column in columns]

@@ -14,9 +14,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 TOKEN = "heddle-token"
 LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
 HEADERS = {
-    # No script but ours, nothing from elsewhere, no page around ours; plotly sets styles of its own.
+    # No script but ours, nothing from elsewhere, no page around ours; plotly sets styles of its own, and makes a PNG of a blob.
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; "
-    "img-src 'self' data:; connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
+    "img-src 'self' data: blob:; connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
     "cross-origin-resource-policy": "same-origin",

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from heddle.dashboards import data
 from heddle.dashboards.axes import axes
-from heddle.dashboards.figures import FRONT, TRAINED, Figure, equal, escape, layout, points, slug, thinned
+from heddle.dashboards.figures import FRONT, SCORED, Figure, equal, escape, layout, points, slug, thinned
 from heddle.dashboards.html import Html, element
 from heddle.search.curse import Curse, compared, counted, curses, predicted, summary
 from heddle.search.expected_latency import expected_latencies
@@ -37,7 +37,7 @@ FIT_HEADER = [
     "Spearman",
     "Margin",
 ]
-OTHER = {"symbol": "circle-open", "size": 8, "color": TRAINED, "line": {"width": 1.5}}
+OTHER = SCORED
 MEMBER = {"symbol": "circle", "size": 9, "color": FRONT}
 FRONT_HEADER = ["Spec", "Measurement", "Predicted", "Measured again", "Error"]
 

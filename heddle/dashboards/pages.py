@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from math import ceil
 
-from heddle.dashboards import busy, data, figures, latency_section, sections, words
+from heddle.dashboards import busy_section, data, figures, latency_section, sections, spent, words
 from heddle.dashboards.axes import axes
+from heddle.dashboards.busy import Busy, busy
 from heddle.dashboards.compare_pages import add_fronts
 from heddle.dashboards.every_figure import best_placed, placements
 from heddle.dashboards.frame import Page, choose, empty, pick, tiles, url
@@ -60,7 +61,9 @@ def overview(site: Site, query: Query) -> Page:
             continue
         rows.append(_run_row(key, drawn[key]))
     header = ["Run", "Status", "Trials", "Winner", "Mean normalised score", "Took"]
-    page.add(sections.section("Side by side", table(header, rows, numeric=(4,))) if rows else None)
+    page.add(
+        sections.section("Side by side", table(header, rows, numeric=(4,), cls="runs")) if rows else None
+    )
     page.plots("Best so far", [figures.progress_of(list(drawn.items()))])
     add_fronts(page, site, drawn, query)
     page.add(trained)
@@ -117,7 +120,7 @@ def _state(watched: Watched, run: Run) -> Html:
     ]
     facts += [(words.STATE_WORDS[state], run.count(state)) for state in run.states if state != "running"]
     if run.status == "running" and watched.follower.share_read >= 1:
-        facts += busy.facts(found)
+        facts += busy_section.facts(found)
         facts.append(("phase", pace.phase or "starting"))
         left = pace.seconds_left
         facts.append(("left of the rounds, at this pace", "–" if left is None else words.duration_text(left)))
@@ -126,8 +129,8 @@ def _state(watched: Watched, run: Run) -> Html:
     return element("section", tiles(facts))
 
 
-def _busy(watched: Watched, run: Run) -> busy.Busy:
-    held: busy.Busy = watched.once(run, "busy", lambda: busy.busy(run))
+def _busy(watched: Watched, run: Run) -> Busy:
+    held: Busy = watched.once(run, "busy", lambda: busy(run))
     return held
 
 
@@ -135,7 +138,7 @@ def _workers(watched: Watched, run: Run) -> Html | None:
     """Who is busy with what; of a part of a record nobody can say."""
     if watched.follower.share_read < 1:
         return None
-    return busy.busy_section(run, watched.key, _busy(watched, run))
+    return busy_section.busy_section(run, watched.key, _busy(watched, run))
 
 
 def _nothing_yet(run: Run) -> Html | None:
@@ -149,13 +152,14 @@ def _plots(page: Page, watched: Watched, run: Run, query: Query) -> None:
     first = next((key for key in known if key.startswith("budget:")), "parameters")
     x = known.get(query.get("x", ""), known[first])
     y = known.get(query.get("y", ""), next(iter(known.values())))
+    overs = watched.once(run, "overs", lambda: spent.overs(run))
     over = query.get("over", "trial")
-    over = over if over in data.OVER else "trial"
+    over = over if over in overs else "trial"
     names = {key: axis.plain for key, axis in known.items()}
     picked = pick(
         choose("Across", "x", names, x.key),
         choose("Up", "y", names, y.key),
-        choose("Best so far over", "over", data.OVER, over),
+        choose("Best so far over", "over", overs, over),
     )
     drawn = [
         watched.once(run, ("pair", x.key, y.key), lambda: figures.pair(run, x, y)),

@@ -130,6 +130,21 @@
     drawAll(isNear);
   }
 
+  // The picture as it is seen, zoom and hidden traces included, on the colour of its panel.
+  async function save(place, format) {
+    const layout = Object.assign({}, place.layout, { paper_bgcolor: colour("--panel") });
+    const { width, height } = place.getBoundingClientRect();
+    const link = document.createElement("a");
+    link.href = await Plotly.toImage({ data: place.data, layout }, { format, width, height, scale: format === "png" ? 3 : 1 });
+    link.download = figures[Number(place.id.slice("plot-".length))].name + "." + format;
+    link.click();
+  }
+
+  document.addEventListener("click", function (event) {
+    const button = event.target.closest("button[data-save]");
+    if (button && window.Plotly) save(button.closest("figure").querySelector(".plot"), button.dataset.save);
+  });
+
   const held = document.getElementById("figures");
   window.heddleDraw = draw;
   window.heddleFigures = () => figures;

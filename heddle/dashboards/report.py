@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
-from heddle.dashboards.figures import Figure, figures
+from heddle.dashboards.every_figure import grouped
+from heddle.dashboards.figures import Figure
 from heddle.dashboards.html import Html, element
-from heddle.dashboards.sections import SECTIONS, header
+from heddle.dashboards.sections import EVIDENCE, NO_SCRIPTS, OUTCOME, header, plot_places, section
 from heddle.search.durable import write_whole
 from heddle.search.record import Run
 
@@ -30,18 +32,29 @@ def write_report(run: Run, out: Path) -> Path:
 
 def page(run: Run) -> Html:
     """The whole page."""
-    drawn = figures(run)
-    title = f"Heddle search: {run.name}"
+    groups = grouped(run)
+    drawn = [figure for _, figures in groups for figure in figures]
     head = element(
         "head",
         element("meta", charset="utf-8"),
         element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        element("title", title),
+        element("title", f"Heddle search: {run.name}"),
         element("style", Html(_resource("report.css"))),
     )
-    sections = [section for part in SECTIONS if (section := part(run)) is not None]
+    parts = [part(run) for part in OUTCOME], _plots(groups), [part(run) for part in EVIDENCE]
+    sections = [section for group in parts for section in group if section is not None]
     body = element("body", element("header", *header(run)), element("main", *sections), *_scripts(drawn))
     return Html(f"<!doctype html>\n{element('html', head, body, lang='en')}\n")
+
+
+def _plots(groups: Sequence[tuple[str, list[Figure]]]) -> list[Html]:
+    """The places of the plots; report.js fills them."""
+    sections, first = [], 0
+    for title, drawn in groups:
+        told = [] if first else [NO_SCRIPTS]
+        sections.append(section(title, *told, plot_places(drawn, first)))
+        first += len(drawn)
+    return sections
 
 
 def _scripts(drawn: list[Figure]) -> list[Html]:

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from heddle.dashboards import data, latency_section, rungs_section, words
-from heddle.dashboards.figures import Figure, figures
+from heddle.dashboards.figure_numbers import numbers
+from heddle.dashboards.figures import Figure
 from heddle.dashboards.html import Html, Row, element, join, table
 from heddle.search.record import Confirm, Latency, Run, TaskInfo, Trial
 from heddle.specs.palette import look_of
@@ -133,10 +134,13 @@ def paint(mixer: str) -> str:
     return f"background-color:{look.colour}{hatch}"
 
 
-def plots(run: Run) -> Html | None:
-    """The plots' places; report.js fills them."""
-    drawn = figures(run)
-    return section("Plots", NO_SCRIPTS, plot_places(drawn)) if drawn else None
+# Shown once report.js has drawn; it says which picture is meant.
+SAVE = element(
+    "span",
+    *(element("button", form.upper(), type="button", data_save=form, aria_label=f"Save this plot as {form.upper()}")
+      for form in ("svg", "png")),
+    cls="save",
+)  # fmt: skip
 
 
 def plot_places(drawn: Sequence[Figure], first: int = 0) -> Html:
@@ -144,7 +148,8 @@ def plot_places(drawn: Sequence[Figure], first: int = 0) -> Html:
     places = []
     for index, figure in enumerate(drawn, first):
         plot = element("div", id=f"plot-{index}", cls="plot", role="img", aria_label=figure.caption)
-        places.append(element("figure", plot, element("figcaption", figure.caption)))
+        caption = element("figcaption", figure.caption, SAVE)
+        places.append(element("figure", plot, caption, numbers(figure)))
     return element("div", *places, cls="plots")
 
 
@@ -373,11 +378,10 @@ def reproduce(run: Run) -> Html:
     return section("Reproduce", element("pre", join(commands, "\n")), spec)
 
 
-SECTIONS: tuple[Callable[[Run], Html | None], ...] = (
-    front,
-    least_violating,
-    strips,
-    plots,
+Section = Callable[[Run], Html | None]
+# What stands above the plots of a report, and what below.
+OUTCOME: tuple[Section, ...] = (front, least_violating, strips)
+EVIDENCE: tuple[Section, ...] = (
     rungs,
     confirmation,
     remeasured,

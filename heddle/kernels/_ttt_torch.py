@@ -1,17 +1,21 @@
 """ttt in plain torch, which autograd and compilers see through: chunk after chunk, all rows and heads of one at once.
 
-All of it is float32 (float64 for float64): no kernel has it for its baseline, so nothing is rounded but inputs and output.
+All of it is float32 (float64 for float64), but that products with a linear memory, which has kernels, take operands rounded
+to the dtype of the inputs, and so do those of their gradients.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from heddle.kernels.op import wide_dtype
+from heddle.kernels.common.products import product
+from heddle.kernels.op import are_plain, wide_dtype
 
 # Of a norm by which a row of weights is divided.
 EPS = 1e-5
@@ -98,11 +102,15 @@ def packed(before: Tensor, cu_seqlens: Tensor, length: int, chunk: int, *, parts
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """How weights are written: `chunk` tokens at a time, the loss, and when rows are brought to the norm of the first weights."""
+    """How weights are written: `chunk` tokens at a time, the loss, and when rows are brought to the norm of the first weights.
+
+    `dtype` is that of the operands of products with a linear memory.
+    """
 
     chunk: int
     loss: str
     normalise: str
+    dtype: torch.dtype
 
 
 def chunked(
@@ -159,26 +167,41 @@ def _walk(
     layout: Layout,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The outputs of all parts, and the states of all rows or sequences at the end; `sides` begin with the axis of parts."""
-    q, k, v, rates, gates = sides
     begun, found, after = state, [], []
-    for m in range(q.shape[0]):
+    part = partial(_part, weight=weight, rule=rule)
+    if torch.is_grad_enabled() and are_plain((*sides, weight)):
+        # What a part makes is made again for its gradients; kept are what it begins with and its tokens.
+        part = partial(checkpoint, part, use_reentrant=False, preserve_rng_state=False)
+    for m in range(sides[0].shape[0]):
         if layout.sequence is not None and layout.first is not None:
             own = layout.sequence[m : m + 1]
             state = [
                 torch.where(layout.first[m], one[own], held[:1])
                 for one, held in zip(begun, state, strict=True)
             ]
-        now = weight + state[0]
-        found.append(_read(q[m], now))
-        gradient = state[-2] + _gradient(k[m], v[m], rates[m], now, rule.loss)
-        gate = state[-1] if gates is None else state[-1] + gates[m].sum(-1, keepdim=True) / rule.chunk
-        full = layout.full[:, m, None, None]
-        state = _written(state, gradient, gate, weight, full, rule.normalise)
+        tokens = [None if side is None else side[m] for side in sides]
+        out, state = part(tokens, state, layout.full[:, m, None, None])
+        found.append(out)
         after.append(state)
     if layout.last is None:
         return found, state
     ended = [torch.cat(held)[layout.last] for held in zip(*after, strict=True)]
     return found, ended
+
+
+def _part(
+    tokens: list[Tensor | None], state: list[Tensor], full: Tensor, weight: Tensor, rule: Rule
+) -> tuple[Tensor, list[Tensor]]:
+    """The output of a part, and the state after it."""
+    q, k, v, rates, gates = tokens
+    assert q is not None
+    assert k is not None
+    assert v is not None
+    assert rates is not None
+    now = weight + state[0]
+    gradient = state[-2] + _gradient(k, v, rates, now, rule)
+    gate = state[-1] if gates is None else state[-1] + gates.sum(-1, keepdim=True) / rule.chunk
+    return _read(q, now, rule), _written(state, gradient, gate, weight, full, rule.normalise)
 
 
 def _written(
@@ -213,26 +236,26 @@ def _normalised(weights: Tensor, first: Tensor) -> Tensor:
     return torch.cat((rows(weights[..., :-1, :, :], first[..., :-1, :, :], -1), last), dim=-3)
 
 
-def _read(z: Tensor, weights: Tensor) -> Tensor:
+def _read(z: Tensor, weights: Tensor, rule: Rule) -> Tensor:
     """z + m(z).  Shapes:  z, out: [R, H, W, D];  weights: [R, H, N, M, D]"""
     if weights.shape[-3] == 1:
-        return z + z @ weights[:, :, 0]
+        return z + product(z, weights[:, :, 0], rule.dtype)
     hidden = F.silu(z @ weights[:, :, 0].mT) * (z @ weights[:, :, 1].mT)
     return z + hidden @ weights[:, :, 2]
 
 
-def _gradient(k: Tensor, v: Tensor, rates: Tensor, weights: Tensor, loss: str) -> Tensor:
+def _gradient(k: Tensor, v: Tensor, rates: Tensor, weights: Tensor, rule: Rule) -> Tensor:
     """Σ_t rate_t · d loss_t / d weights.  Shapes:  k, v: [R, H, W, D];  rates: [R, H, W, N];  weights, out: [R, H, N, M, D]"""
     last = weights[:, :, -1]
     # A linear memory is the last matrix alone.
     if weights.shape[-3] == 1:
-        error = -v if loss == "dot" else k + k @ last - v
-        return ((rates * k).mT @ error)[:, :, None]
+        error = -v if rule.loss == "dot" else _read(k, weights, rule) - v
+        return product((rates * k).mT, error, rule.dtype)[:, :, None]
     a, b = k @ weights[:, :, 0].mT, k @ weights[:, :, 1].mT
     share = torch.sigmoid(a)
     silu = a * share
     hidden = silu * b
-    error = -v if loss == "dot" else k + hidden @ last - v
+    error = -v if rule.loss == "dot" else k + hidden @ last - v
     d_hidden = error @ last.mT
     d_a = d_hidden * b * share * (1 + a * (1 - share))
     sides = ((d_a, k), (d_hidden * silu, k), (hidden, error))

@@ -152,6 +152,19 @@ def timing_sample(op: Op[..., Any], shape: Shape, dtype: torch.dtype, device: to
     return draw(given, shape, dtype, initial_state=False, device=device)
 
 
+def first_call(op: Op[..., Any], shape: Shape, *, impl: str, device: torch.device) -> Call:
+    """An op, or its rival, in both directions on its inputs: nothing of it has run yet.
+
+    Raises:
+        LookupError: where there is no such rival.
+    """
+    sample = timing_sample(op, shape, torch.bfloat16, device)
+    function = _function(op, "fwdbwd", impl, sample.arguments, torch.bfloat16, device)
+    if function is None:
+        raise LookupError(f"{impl} has no {op.name}")
+    return _call(function, sample.arguments, op.cases.differentiable, sample.upstream[0], "fwdbwd")
+
+
 def milliseconds(op: Op[..., Any], sample: Sample, phase: Phase) -> float:
     """The median of a call, "fwd" or "fwdbwd"."""
     upstream = sample.upstream[0]

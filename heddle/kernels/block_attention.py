@@ -1,8 +1,8 @@
-"""Softmax attention that reads some blocks of keys: chosen ones, or those behind landmarks; and its reference.
+"""Softmax attention that reads some blocks of keys, those that are chosen; and its reference.
 
 The kernels compute the products with the blocks that are read alone, for the heads of a group and a few neighbouring queries
 together. In plain torch no table of all queries by all keys is made, but all products are: it saves memory and no work. So it
-is with landmarks, and without any choice, on every device. A decode step is a call with one query and all keys.
+is without any choice on every device. A decode step is a call with one query and all keys.
 """
 
 from __future__ import annotations
@@ -43,8 +43,6 @@ def block_attention_reference(
     *,
     block: int,
     start: Tensor,
-    landmarks: Tensor | None = None,
-    top: int | None = None,
     listed: Tensor | None = None,
     chosen: Tensor | None = None,
     gates: Tensor | None = None,
@@ -52,7 +50,7 @@ def block_attention_reference(
     written: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """`block_attention` in float64, query by query, by the groups of the landmark paper; shares nothing with it."""
+    """`block_attention` in float64, query by query; shares nothing with it."""
     group, size = q.shape[1] // k.shape[1], q.shape[-1]
     factor = size**-0.5 if scale is None else scale
     rows = [[one[b].double() for one in (q, k, v)] for b in range(q.shape[0])]
@@ -64,21 +62,6 @@ def block_attention_reference(
         seen = [j for j in range(here + 1) if j == here or _is_seen(j, b, real, written)]
         bias = [0.0 if written is None or j == here else written[b, j] - written[b, j].detach() for j in seen]
         s = {j: factor * (qs[h, t] @ ks[n, j]) + extra for j, extra in zip(seen, bias, strict=True)}
-        blocks = sorted({j // block for j in seen if j // block < here // block})
-        if landmarks is not None:
-            mark = {c: factor * (qs[h, t] @ landmarks[b, n, c].double()) for c in blocks}
-            worth = {c: (-float(mark[c].detach()), c) for c in blocks}
-            blocks = sorted(blocks, key=worth.__getitem__)[:top]
-            gate = [s[j] for j in seen if j // block == here // block] + [mark[c] for c in blocks]
-            total = torch.stack(gate).exp().sum() if gate else 1.0
-            for j in seen:
-                mates = [s[i] for i in seen if i // block == j // block]
-                if j // block == here // block:
-                    out[b, h, t] += s[j].exp() / total * vs[n, j]
-                elif j // block in blocks:
-                    inner = s[j].exp() / torch.stack(mates).exp().sum()
-                    out[b, h, t] += mark[j // block].exp() / total * inner * vs[n, j]
-            continue
         read = [j for j in seen if chosen is None or j == here or chosen[b, n, t, j // block]]
         if listed is not None:
             read = [j for j in seen if j == here or bool((listed[b, n, t] == j // block).any())]
@@ -98,9 +81,9 @@ def _is_seen(key: int, row: int, real: Tensor | None, written: Tensor | None) ->
     return held and (written is None or bool(written[row, key].detach() > 0.5))
 
 
-_CHOICE = "Tensor? landmarks, Tensor? chosen, Tensor? gates"
+_CHOICE = "Tensor? chosen, Tensor? gates"
 _TENSORS = f"Tensor q, Tensor k, Tensor v, Tensor start, {_CHOICE}, Tensor? real, Tensor? written"
-_INPUTS = f"{_TENSORS}, float scale, int block, int? top"
+_INPUTS = f"{_TENSORS}, float scale, int block"
 
 
 def _forward(
@@ -108,17 +91,15 @@ def _forward(
     k: Tensor,
     v: Tensor,
     start: Tensor,
-    landmarks: Tensor | None,
     chosen: Tensor | None,
     gates: Tensor | None,
     real: Tensor | None,
     written: Tensor | None,
     scale: float,
     block: int,
-    top: int | None,
 ) -> Tensor:
-    given = Given.of((q, k, v), (landmarks, chosen, gates), start, (real, written), block)
-    return forward(given, Form(scale, block, top)).flatten(1, 2).to(v.dtype)
+    given = Given.of((q, k, v), (None, chosen, gates), start, (real, written), block)
+    return forward(given, Form(scale, block, None)).flatten(1, 2).to(v.dtype)
 
 
 def _like(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:  # noqa: ARG001
@@ -131,22 +112,20 @@ def _backward(
     k: Tensor,
     v: Tensor,
     start: Tensor,
-    landmarks: Tensor | None,
     chosen: Tensor | None,
     gates: Tensor | None,
     real: Tensor | None,
     written: Tensor | None,
     scale: float,
     block: int,
-    top: int | None,
 ) -> tuple[Tensor, ...]:
-    given = Given.of((q, k, v), (landmarks, chosen, gates), start, (real, written), block)
+    given = Given.of((q, k, v), (None, chosen, gates), start, (real, written), block)
     g = d_out.to(given.v.dtype).view(*given.q.shape[:4], v.shape[-1])
-    dq, dk, dv, d_marks, d_gates, d_bias = backward(g, given, Form(scale, block, top))
+    dq, dk, dv, _, d_gates, d_bias = backward(g, given, Form(scale, block, None))
     d_written = q.new_zeros(0) if written is None else d_bias.to(written.dtype)
     dq, dk, dv = dq.flatten(1, 2).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
     d_gates = d_gates if gates is None else d_gates.to(gates.dtype)
-    return dq, dk.contiguous(), dv.contiguous(), d_marks.to(q.dtype), d_gates, d_written.contiguous()
+    return dq, dk.contiguous(), dv.contiguous(), d_gates, d_written.contiguous()
 
 
 def _gradients_like(
@@ -155,36 +134,33 @@ def _gradients_like(
     k: Tensor,
     v: Tensor,
     start: Tensor,  # noqa: ARG001
-    landmarks: Tensor | None,
     chosen: Tensor | None,  # noqa: ARG001
     gates: Tensor | None,
     real: Tensor | None,  # noqa: ARG001
     written: Tensor | None,
     *rest: Any,  # noqa: ARG001
 ) -> tuple[Tensor, ...]:
-    given = (q, k, v, landmarks, gates, written)
+    given = (q, k, v, gates, written)
     return tuple(q.new_empty(0) if x is None else x.new_empty(x.shape) for x in given)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
-    *tensors, scale, block, top = inputs
+    *tensors, scale, block = inputs
     ctx.save_for_backward(*tensors)
-    ctx.numbers = (scale, block, top)
+    ctx.numbers = (scale, block)
 
 
 def _gradients(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors
     dq, dk, dv, *rest = _backward_op(d_out.contiguous(), *tensors, *ctx.numbers)
-    asked = (tensors[4], tensors[6], tensors[8])
-    d_marks, d_gates, d_written = (
-        None if given is None else found for given, found in zip(asked, rest, strict=True)
-    )
-    return dq, dk, dv, None, d_marks, None, d_gates, None, d_written, None, None, None
+    asked = (tensors[5], tensors[7])
+    d_gates, d_written = (None if given is None else found for given, found in zip(asked, rest, strict=True))
+    return dq, dk, dv, None, None, d_gates, None, d_written, None, None
 
 
 _backward_op = register(
     "block_attention_torch_backward",
-    f"(Tensor d_out, {_INPUTS}) -> ({', '.join(['Tensor'] * 6)})",
+    f"(Tensor d_out, {_INPUTS}) -> ({', '.join(['Tensor'] * 5)})",
     _backward,
     fake=_gradients_like,
 )
@@ -203,7 +179,6 @@ def _dispatch(
     k: Tensor,
     v: Tensor,
     start: Tensor,
-    landmarks: Tensor | None,
     listed: Tensor | None,
     chosen: Tensor | None,
     gates: Tensor | None,
@@ -211,14 +186,13 @@ def _dispatch(
     written: Tensor | None,
     scale: float,
     block: int,
-    top: int | None,
 ) -> Tensor:
     is_choice = any(one is not None for one in (listed, chosen, gates))
     sizes = {"K": q.shape[3], "V": v.shape[3], "G": q.shape[1] // k.shape[1], "choice": int(is_choice)}
     if block_attention.choose(q.device, q.dtype, **sizes) == "triton":
         return kernels(q, k, v, start, listed, chosen, gates, real, written, scale, block)[0]  # type: ignore[no-any-return]
     chosen = chosen if listed is None else _as_chosen(listed, -(-k.shape[2] // block))
-    return _torch_op(q, k, v, start, landmarks, chosen, gates, real, written, scale, block, top)  # type: ignore[no-any-return]
+    return _torch_op(q, k, v, start, chosen, gates, real, written, scale, block)  # type: ignore[no-any-return]
 
 
 def _as_chosen(listed: Tensor, count: int) -> Tensor:
@@ -293,8 +267,6 @@ def block_attention(
     *,
     block: int,
     start: Tensor,
-    landmarks: Tensor | None = None,
-    top: int | None = None,
     listed: Tensor | None = None,
     chosen: Tensor | None = None,
     gates: Tensor | None = None,
@@ -307,16 +279,8 @@ def block_attention(
         o_i = sum_j p_ij v_j,   p_i = softmax over the own key and those of the chosen blocks up to it
 
     What is chosen is `listed`, each block at most once and -1 for none, or marked in `chosen`: one set for the query heads of a
-    key head. Without a choice all are.
-
-    With `landmarks`, one key for each block, the softmax is grouped (arXiv 2305.16300): over the landmarks of earlier blocks
-    and the keys of the own one; what a landmark gets is divided inside its block,
-
-        p_ij = gate_i(j) in the own block, else gate_i(landmark of b) · softmax_{j in b}(q_i · k_j)
-
-    and with `top` only so many of the best landmarks count, for each query and head, the earlier one of equals. The choice has
-    no gradient; all logits have. Gradients have none of their own. They are worked out again block by block: nothing of T x S
-    stands in memory.
+    key head. Without a choice all are. The choice has no gradient; all logits have. Gradients have none of their own. They are
+    worked out again block by block: nothing of T x S stands in memory.
 
     With `gates`, of 0 and 1, the keys are those of the own block and of the earlier ones whose gate is 1; such a gate has the
     gradient of a bias of its block's logits in later blocks, one that is 0 has none.
@@ -327,8 +291,8 @@ def block_attention(
     head h // (H / N). `scale` defaults to d^-0.5.
 
     Shapes:  q: [B, H, T, d];  k: [B, N, S, d];  v: [B, N, S, V];  out: [B, H, T, V];  of one dtype
-             start: [B] int64;  landmarks: [B, N, C, d], C = ceil(S / block);  listed: [B, N, T, L] integers
-             chosen: [B, N, T, C] bool;  gates: [B, N, C]
+             start: [B] int64;  listed: [B, N, T, L] integers;  chosen: [B, N, T, C] bool, C = ceil(S / block)
+             gates: [B, N, C]
              real: [1 or B, S] bool;  written: [B, S] of 0 and 1
 
     Raises:
@@ -341,22 +305,17 @@ def block_attention(
     (B, H, T, d), (N, S) = q.shape, k.shape[1:3]
     if H % N:
         raise HeddleError("bad-argument", f"{name}: {N} key heads do not divide {H} query heads")
-    if block < 1 or (top is not None and top < 1):
-        raise HeddleError("bad-argument", f"{name}: block {block} and top {top} must be positive")
-    if sum(one is not None for one in (landmarks, listed, chosen, gates)) > 1 or (
-        top is not None and landmarks is None
-    ):
-        raise HeddleError("bad-argument", f"{name}: landmarks choose with top, and nothing else beside them")
-    if not q.dtype == k.dtype == v.dtype == (q if landmarks is None else landmarks).dtype:
-        raise HeddleError("bad-argument", f"{name}: q, k, v and landmarks must have one dtype")
+    if block < 1:
+        raise HeddleError("bad-argument", f"{name}: block {block} must be positive")
+    if sum(one is not None for one in (listed, chosen, gates)) > 1:
+        raise HeddleError("bad-argument", f"{name}: only one of listed, chosen and gates may be given")
+    if not q.dtype == k.dtype == v.dtype:
+        raise HeddleError("bad-argument", f"{name}: q, k and v must have one dtype")
     rows, count = B if real is None or real.shape[0] > 1 else 1, -(-S // block)
     expected = {"k": (k, (B, N, S, d)), "v": (v, (B, N, S, v.shape[-1])), "start": (start, (B,))}
     limits = {"real": (real, (rows, S)), "written": (written, (B, S)), "chosen": (chosen, (B, N, T, count))}
     if listed is not None:
         limits["listed"] = (listed, (B, N, T, listed.shape[-1]))
-    check_shapes(
-        name,
-        {**expected, "landmarks": (landmarks, (B, N, count, d)), **limits, "gates": (gates, (B, N, count))},
-    )
+    check_shapes(name, {**expected, **limits, "gates": (gates, (B, N, count))})
     scale = d**-0.5 if scale is None else scale
-    return _op(q, k, v, start, landmarks, listed, chosen, gates, real, written, scale, block, top)  # type: ignore[no-any-return]
+    return _op(q, k, v, start, listed, chosen, gates, real, written, scale, block)  # type: ignore[no-any-return]

@@ -92,15 +92,15 @@ class Traits:
 class Op(Generic[P, R]):
     """A public tensor function: what computes it fast, what it must equal, and which path it takes where.
 
-    `kernel(shape)` says whether the Triton kernels take a shape; None means that there are none yet. In the dtypes of
-    `unproven` no GPU has held them to the reference yet: torch runs there, unless Triton is forced.
+    `kernel(shape)` says whether the Triton kernels take a shape; None, of all shapes or of one, that there are none yet. In the
+    dtypes of `unproven` no GPU has held them to the reference yet: torch runs there, unless Triton is forced.
     """
 
     name: str
     fast: Callable[P, R]
     reference: Callable[..., Any]
     cases: Traits
-    kernel: Callable[[Shape], bool] | None = None
+    kernel: Callable[[Shape], bool | None] | None = None
     step: Callable[..., tuple[Tensor, Tensor]] | None = field(default=None)
     unproven: tuple[torch.dtype, ...] = ()
 
@@ -109,10 +109,11 @@ class Op(Generic[P, R]):
 
     def path(self, device: torch.device | str, dtype: torch.dtype, **shape: int) -> Path:
         """The code that runs on this device with this dtype and shape: "triton" or "torch"."""
-        possible = self.kernel is not None and self.kernel(shape) and _triton_runs(device, dtype)
+        takes = None if self.kernel is None else self.kernel(shape)
+        possible = takes and _triton_runs(device, dtype)
         if not _forced:
             return "triton" if possible and self.is_proven(dtype) else "torch"
-        if _forced[-1] == "triton" and not possible and self.kernel is not None:
+        if _forced[-1] == "triton" and not possible and takes is not None:
             raise HeddleError(
                 "bad-argument", f"{self.name} cannot run in Triton on {device} in {dtype} at {shape}"
             )
@@ -134,7 +135,7 @@ def op(
     reference: Callable[..., Any],
     cases: Traits,
     *,
-    kernel: Callable[[Shape], bool] | None = None,
+    kernel: Callable[[Shape], bool | None] | None = None,
     step: Callable[..., tuple[Tensor, Tensor]] | None = None,
     unproven: tuple[torch.dtype, ...] = (),
 ) -> Callable[[Callable[P, R]], Op[P, R]]:
@@ -310,6 +311,39 @@ def rows_together(name: str) -> Callable[..., Any]:
 
         found = _require(name)(*map(all_rows, given, in_dims))
         return tuple(each.unflatten(0, (info.batch_size, -1)) for each in found), (0,) * len(found)
+
+    return rule
+
+
+def heads_together(name: str, given_at: Sequence[int | None], found_at: Sequence[int]) -> Callable[..., Any]:
+    """The vmap rule of an op whose tensors have heads on these axes, each head on its own: the heads of all calls in one.
+
+    Calls lie side by side in each head, so that which head reads which group of heads stays as it is by their remainder.
+    What has no axis (None) must be the same for all calls.
+    """
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *given: Any) -> tuple[Any, Any]:
+        def all_heads(argument: Any, dim: int | None, axis: int | None) -> Any:
+            if not isinstance(argument, Tensor):
+                return argument
+            if axis is None:
+                if dim is not None:
+                    what = "vmap takes no rotation and no cu_seqlens that differ between calls"
+                    raise HeddleError("bad-argument", f"{name}: {what}")
+                return argument
+            many = (
+                argument.expand(info.batch_size, *argument.shape) if dim is None else argument.movedim(dim, 0)
+            )
+            return many.movedim(0, axis + 1).flatten(axis, axis + 1)
+
+        found = _require(name)(*map(all_heads, given, in_dims, given_at))
+        each = (found,) if isinstance(found, Tensor) else found
+        parts = tuple(
+            x.reshape(*x.shape[:axis], -1, info.batch_size, *x.shape[axis + 1 :])
+            for x, axis in zip(each, found_at, strict=True)
+        )
+        axes = tuple(axis + 1 for axis in found_at)
+        return (parts[0], axes[0]) if isinstance(found, Tensor) else (parts, axes)
 
     return rule
 

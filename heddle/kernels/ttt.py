@@ -1,7 +1,8 @@
 """A memory that learns while it reads: fast weights, written by gradient descent a chunk at a time; the op and its reference.
 
-In plain torch on every device. Necessary work for a token and head of size D: 4 D² FLOPs with a linear memory, 18 D M with an
-MLP of M features, and once a chunk as many bytes as its weights have.
+With a linear memory in Triton on CUDA, in plain torch elsewhere; with an MLP in plain torch on every device. Necessary work for
+a token and head of size D: 4 D² FLOPs with a linear memory, 18 D M with an MLP of M features, and once a chunk as many bytes as
+its weights have.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from heddle.errors import HeddleError
 from heddle.kernels._ttt_torch import Rule, chunked, state_size
 from heddle.kernels.common.varlen import check_packing
 from heddle.kernels.op import (
+    TRITON_DTYPES,
     Inputs,
     Phase,
     Shape,
@@ -25,6 +27,14 @@ from heddle.kernels.op import (
     register_composite,
     wide_dtype,
 )
+
+try:
+    from heddle.kernels._ttt_launch import WIDEST
+    from heddle.kernels._ttt_op import forward_kernels
+
+    HAS_KERNELS = True
+except ImportError:
+    HAS_KERNELS = False
 
 CHUNK = 64
 LOSSES = ("dot", "l2")
@@ -138,15 +148,57 @@ def _forward(
     cu_seqlens: Tensor | None,
     real: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    ttt.choose(q.device, q.dtype, D=q.shape[-1])
+    sides = (q, k, v, rates, momentum)
+    if ttt.choose(q.device, q.dtype, **shape_of(weight)) == "triton":
+        rule = (chunk, loss, normalise)
+        if real is not None:
+            return _real_alone(sides, weight, rule, initial_state, real)
+        return forward_kernels(*sides, weight, *rule, initial_state, cu_seqlens)  # type: ignore[no-any-return]
     return chunked(
-        (q, k, v, rates, momentum),
+        sides,
         weight,
-        Rule(chunk, loss, normalise),
+        Rule(chunk, loss, normalise, v.dtype),
         initial_state=initial_state,
         cu_seqlens=cu_seqlens,
         real=real,
     )
+
+
+def _real_alone(
+    sides: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None],
+    weight: Tensor,
+    rule: tuple[int, str, str],
+    state: Tensor | None,
+    real: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Rows without their padding as packed sequences, for the kernels; where a token is not real the output is 0."""
+    # Real tokens first, in their order.
+    order = (~real).flatten().long().sort(stable=True).indices
+    counts = real.sum(-1)
+    ends = F.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
+    there = torch.arange(order.shape[0], device=real.device) < ends[-1]
+
+    def packed(x: Tensor) -> Tensor:
+        taken = x.flatten(0, 1)[order]
+        # Nobody writes gradients of the others.
+        return torch.where(there.view(-1, *(1,) * (taken.dim() - 1)), taken, 0.0)[None]
+
+    given = [None if x is None else packed(x) for x in sides]
+    out, state = forward_kernels(*given, weight, *rule, state, ends)
+    place = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=real.device))
+    found = torch.where(there[:, None, None], out[0], 0.0)[place]
+    return found.view(*real.shape, *found.shape[1:]), state
+
+
+def shape_of(weight: Tensor) -> dict[str, int]:
+    """The sizes that a path is chosen by.  Shapes:  weight: [H, N, M, D]"""
+    sizes = {"K": weight.shape[3]}
+    return sizes if weight.shape[1] == 1 else {**sizes, "M": weight.shape[2]}
+
+
+def _fits(shape: Shape) -> bool | None:
+    """There are kernels of a linear memory alone."""
+    return None if "M" in shape else HAS_KERNELS and shape["K"] <= WIDEST
 
 
 _forward_op = register_composite(
@@ -212,7 +264,7 @@ _CASES = Traits(
 )
 
 
-@op(ttt_reference, _CASES)
+@op(ttt_reference, _CASES, kernel=_fits, unproven=TRITON_DTYPES)
 def ttt(
     q: Tensor,
     k: Tensor,

@@ -6,8 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from heddle.compose.plan import plan
-from heddle.compose.targets.catalogue import BY_NAME
-from heddle.compose.targets.verdict import require
+from heddle.compose.targets.demand import DEMANDS
 from heddle.errors import HeddleError
 from heddle.search import space
 from heddle.search.durable import write_whole
@@ -95,7 +94,7 @@ class Asking:
             parameters = planned.parameters
             space.check_reach(one.model, self._least_reach)
             for name in self.setting.must_fit:
-                require(BY_NAME[name], planned.runtime())
+                DEMANDS[name].require(planned.runtime())
         except HeddleError as error:
             # A combination that the space allows and the model does not, such as heads that do not divide.
             self.illegal[number] = f"{error.code}: {error.what}"

@@ -7,15 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_model
-
 from heddle.compose.build import build, build_causal_lm
 from heddle.compose.hf.card import Card, LatencyRow, ScoreRow
-from heddle.compose.hf.checkpoint import CONFIG
+from heddle.compose.hf.checkpoint import CONFIG, fill
 from heddle.compose.hf.export import ExportResult, export
 from heddle.compose.hf.model import HeddleForCausalLM
-from heddle.compose.hf.native import AUTO
+from heddle.compose.hf.native import AUTO, REMOTE
 from heddle.compose.hf.shards import MAX_SHARD_SIZE
+from heddle.compose.hf.verify import AUTO as AUTO_BATTERY
 from heddle.errors import HeddleError
 from heddle.search.evaluations import weights_path
 from heddle.search.import_model import IMPORT_FILE, is_import, load_import
@@ -44,11 +43,12 @@ def export_run(
     overwrite: bool = False,
     target: str = AUTO,
     max_shard_size: str = MAX_SHARD_SIZE,
+    battery: str = AUTO_BATTERY,
 ) -> ExportResult:
     """Write the model of a run to `out` as a folder that plain transformers loads, and check that it does.
 
     `run` is a search's folder, a training's, one that `heddle import` wrote, or a spec file, whose weights are random;
-    `trial` is "best" or a number of a search's Pareto front; `target` and `max_shard_size` as of
+    `trial` is "best" or a number of a search's Pareto front; `target`, `max_shard_size` and `battery` as of
     `heddle.compose.hf.export.export`.
 
     Raises:
@@ -57,7 +57,12 @@ def export_run(
             and what `heddle.compose.hf.export.export` raises.
     """
     _check_source(Path(run))
-    how: dict[str, Any] = {"overwrite": overwrite, "target": target, "max_shard_size": max_shard_size}
+    how: dict[str, Any] = {
+        "overwrite": overwrite,
+        "target": target,
+        "max_shard_size": max_shard_size,
+        "battery": battery,
+    }
     if Path(run).is_file():
         return _export_spec(Path(run), Path(out), trial, how)
     if is_import(run):
@@ -88,7 +93,11 @@ def trained_model(run: Path | str, trial: str | int = BEST) -> tuple[Spec, Heddl
     if is_import(run):
         _only_best(Path(run), "an import", trial)
         file, model, _ = load_import(Path(run))
-        return file.spec, model.eval()
+        if not isinstance(model, HeddleForCausalLM):
+            raise HeddleError(
+                "bad-argument", f"{run} is an encoder, and a causal language model is needed here"
+            )
+        return file.spec, model
     if is_train_run(run):
         _only_best(Path(run), "a training", trial)
         training = load_run(run)
@@ -145,7 +154,10 @@ def _export_training(run: TrainRun, out: Path, trial: str | int, how: Mapping[st
 def _export_import(folder: Path, out: Path, trial: str | int, how: Mapping[str, Any]) -> ExportResult:
     _only_best(folder, "an import", trial)
     file, model, told = load_import(folder)
-    facts = {"imported from": f"a {told['target']} checkpoint"}
+    target = told["target"]
+    facts = {
+        "imported from": "an export with code of its own" if target == REMOTE else f"a {target} checkpoint"
+    }
     card = Card(name=file.spec.name, spec=file.text, facts=facts, tags=["heddle"])
     return export(model, out, tokenizer=file.spec.tokenizer, card=card, **how)
 
@@ -198,7 +210,7 @@ def _model(run: Run, trial: Trial, spec: Spec) -> HeddleForCausalLM:
             hint=f"train it again: {retrain_command(run, trial)}",
         )
     model = build_causal_lm(spec.model)
-    load_model(model, path)
+    fill(model, path)
     model.eval()
     return model
 

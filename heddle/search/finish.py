@@ -9,6 +9,8 @@ from itertools import product
 from math import inf
 
 from heddle.compose.hf.native import AUTO
+from heddle.compose.plan import plan
+from heddle.compose.targets.demand import meeting
 from heddle.search import pareto, space
 from heddle.search.confirm import paired_difference, unseen_seeds
 from heddle.search.driver import Driver
@@ -26,6 +28,7 @@ from heddle.search.record import (
     assemble,
 )
 from heddle.search.setting import Objective
+from heddle.specs import loads
 
 PHASES = ("decode", "prefill")
 # A prefill that no budget asks for is timed at a budget's context, up to these tokens: it costs the search
@@ -187,5 +190,6 @@ def keep_best(driver: Driver, number: int, *, export: bool) -> None:
     write_whole(best / "model.safetensors", weights.read_bytes())
     if export and not exported.exists():
         driver.enter("export")
-        target = next(iter(driver.setting.must_fit), AUTO)
-        export_run(folder, exported, trial=number, target=target)
+        runtime = plan(loads(trial.spec).spec.model).runtime()
+        target = meeting(driver.setting.must_fit, runtime)
+        export_run(folder, exported, trial=number, target=AUTO if target is None else target.name)

@@ -91,7 +91,7 @@ class Setting:
 
     @property
     def must_fit(self) -> tuple[str, ...]:
-        """Classes of transformers that must hold whatever is tried."""
+        """Classes of transformers that must hold whatever is tried, and servers that must take it."""
         search = self.file.spec.search
         return () if search is None or search.export is None else tuple(search.export.must_fit)
 

@@ -118,18 +118,19 @@ TargetName = Literal[
     "kimi_linear",
     "minimax",
 ]
+ServerName = Literal["vllm", "sglang"]
 
 
 class ExportSpec(Schema):
     """Where what is found must be able to live."""
 
     must_fit: Annotated[
-        list[TargetName],
+        list[TargetName | ServerName],
         Field(
             min_length=1,
             max_length=16,
-            description="Classes of transformers that must each hold a spec exactly, or it is not tried; the winner is exported "
-            "to the first.",
+            description="Classes of transformers that must each hold a spec exactly, and servers that must take it as one of "
+            "them, or it is not tried; the winner is exported to the first.",
         ),
     ]
 

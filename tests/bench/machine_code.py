@@ -40,12 +40,24 @@ from heddle.kernels import (
     _head_sparse_attention_fwd,
     _kda_bwd,
     _kda_fwd,
+    _landmark_attention_bwd,
+    _landmark_attention_fwd,
+    _landmark_attention_step,
+    _local_linear_bwd,
+    _local_linear_fwd,
+    _rat_attention_bwd,
+    _rat_attention_fwd,
+    _rat_scan_bwd,
+    _rat_scan_fwd,
     _simple_gla_sweep,
     _sliding_window_attention_bwd,
     _sliding_window_attention_fwd,
+    _ttt_bwd,
+    _ttt_fwd,
 )
 from heddle.kernels._block_attention_launch import queries_of
 from heddle.kernels._gla_launch import KEY_TILE
+from heddle.kernels._ttt_launch import ROW_TILE
 from heddle.kernels.common.layout import ALIGNMENT, LEAST_HEAD, block
 from heddle.kernels.configs import (
     block_attention,
@@ -54,8 +66,13 @@ from heddle.kernels.configs import (
     gla,
     head_sparse_attention,
     kda,
+    landmark_attention,
+    local_linear_attention,
+    rat_attention,
+    rat_scan,
     simple_gla,
     sliding_window_attention,
+    ttt,
 )
 from heddle.kernels.configs.launch import Launch
 
@@ -92,6 +109,11 @@ KERNELS = {
         "sliding_window_attention",
         "keys",
     ): _sliding_window_attention_bwd._sliding_window_attention_bwd_key_kernel,
+    ("landmark_attention", "forward"): _landmark_attention_fwd._landmark_attention_fwd_kernel,
+    ("landmark_attention", "queries"): _landmark_attention_bwd._landmark_attention_bwd_query_kernel,
+    ("landmark_attention", "keys"): _landmark_attention_bwd._landmark_attention_bwd_key_kernel,
+    ("landmark_attention", "score"): _landmark_attention_step._landmark_attention_score_kernel,
+    ("landmark_attention", "step"): _landmark_attention_step._landmark_attention_step_kernel,
     ("head_sparse_attention", "forward"): _head_sparse_attention_fwd._head_sparse_attention_fwd_kernel,
     ("head_sparse_attention", "step"): _head_sparse_attention_fwd._head_sparse_attention_fwd_kernel,
     ("head_sparse_attention", "queries"): _head_sparse_attention_bwd._head_sparse_attention_bwd_query_kernel,
@@ -101,6 +123,23 @@ KERNELS = {
     ("kda", "keep"): _kda_fwd._kda_sweep_kernel,
     ("kda", "backward"): _kda_bwd._kda_backward_kernel,
     ("kda", "gradient"): _kda_bwd._kda_gradient_kernel,
+    ("rat_attention", "forward"): _rat_attention_fwd._rat_attention_fwd_kernel,
+    ("rat_attention", "step"): _rat_attention_fwd._rat_attention_fwd_kernel,
+    ("rat_attention", "queries"): _rat_attention_bwd._rat_attention_bwd_query_kernel,
+    ("rat_attention", "keys"): _rat_attention_bwd._rat_attention_bwd_key_kernel,
+    ("rat_scan", "forward"): _rat_scan_fwd._rat_scan_fwd_kernel,
+    ("rat_scan", "backward"): _rat_scan_bwd._rat_scan_bwd_kernel,
+    ("ttt", "forward"): _ttt_fwd._ttt_sweep_kernel,
+    ("ttt", "keep"): _ttt_fwd._ttt_sweep_kernel,
+    ("ttt", "backward"): _ttt_bwd._ttt_backward_kernel,
+    ("ttt", "tokens"): _ttt_bwd._ttt_token_kernel,
+    ("ttt", "step"): _ttt_fwd._ttt_sweep_kernel,
+    ("local_linear_attention", "mean"): _local_linear_fwd._local_linear_fwd_mean_kernel,
+    ("local_linear_attention", "solve"): _local_linear_fwd._local_linear_solve_kernel,
+    ("local_linear_attention", "output"): _local_linear_fwd._local_linear_fwd_output_kernel,
+    ("local_linear_attention", "right"): _local_linear_bwd._local_linear_bwd_right_kernel,
+    ("local_linear_attention", "queries"): _local_linear_bwd._local_linear_bwd_query_kernel,
+    ("local_linear_attention", "keys"): _local_linear_bwd._local_linear_bwd_key_kernel,
 }
 # Their launches share a chunk, and their kernels what they are told.
 PLANS = {"gated_delta_rule": gated_delta_rule.HOPPER, "gla": gla.HOPPER, "kda": kda.HOPPER}
@@ -109,23 +148,34 @@ FLOATS = (
     "log_decay_ptr", "final_ptr", "states_ptr", "initial_ptr", "d_final_ptr", "d_final_t_ptr",
     "gates_ptr", "logs_ptr", "rows_ptr", "ends_ptr", "beta_ptr", "last_ptr", "summary_ptr", "starts_ptr",
     "d_initial_ptr", "d_log_decay_ptr", "d_beta_ptr", "totals_ptr", "reach_ptr",
-    "lse_ptr", "delta_ptr", "most_ptr", "d_bias_ptr", "d_gates_ptr",
+    "lse_ptr", "delta_ptr", "most_ptr", "d_bias_ptr", "d_gates_ptr", "logits_ptr",
     "weights_ptr", "d_weights_ptr", "lse_rows_ptr", "delta_rows_ptr",
+    "rates_ptr", "weight_ptr", "means_ptr", "d_rates_ptr", "d_before_ptr", "d_had_ptr", "d_means_ptr",
+    "mean_ptr", "right_ptr", "x_ptr", "y_ptr", "middle_ptr", "d_seen_ptr",
 )  # fmt: skip
 DOUBLES = ("sums_ptr",)
 INTEGERS = (
-    "table_ptr", "offsets_ptr", "cu_seqlens_ptr", "start_ptr", "entries_ptr", "before_ptr", "begins_ptr",
+    "table_ptr", "offsets_ptr", "cu_seqlens_ptr", "start_ptr", "entries_ptr", "before_ptr", "begins_ptr", "bits_ptr",
+    "lines_ptr",
 )  # fmt: skip
 # Where a name stands for something else than in the other ops.
-BLOCK_TYPES = {"sums_ptr": "*fp32", "seen_ptr": "*u8", "ends_ptr": "*i32"}
+BLOCK_TYPES = {"sums_ptr": "*fp32", "seen_ptr": "*u8", "held_ptr": "*u8", "ends_ptr": "*i32"}
 # Attention that reads some keys has plans by the larger head size.
 SPARSE = {
     "block_attention": block_attention.HOPPER,
     "head_sparse_attention": head_sparse_attention.HOPPER,
+    "landmark_attention": landmark_attention.HOPPER,
     "sliding_window_attention": sliding_window_attention.HOPPER,
+    "local_linear_attention": local_linear_attention.HOPPER,
 }
+# Of rat_scan and rat_attention, whose heads have one size.
+RAT_FLOATS = (
+    "bias_ptr", "cos_ptr", "sin_ptr", "past_ptr", "running_ptr", "inner_ptr", "d_running_ptr", "d_past_ptr", "sums_ptr",
+)  # fmt: skip
 # Of block_attention: heads of a group (of a step of sliding_window_attention, too), and keys of a block.
 GROUP, BLOCK_KEYS = 16, 64
+# Of landmark_attention: heads of a group, and blocks of which a step finds the best.
+LANDMARK_GROUP, LANDMARKS = 4, 2048
 # Tiles of each height and width, full and partly empty.
 SIZES = (16, 32, 48, 64, 96, 128, 160, 256)
 QUICK = ((16, 16), (32, 48), (48, 32), (64, 64), (128, 32), (256, 64))
@@ -137,7 +187,7 @@ class Case:
     """One kernel of an op at the launch of the table; K and V are those of a, b and of c.
 
     `aligned`: strides are multiples of 16;  `many`: so is the number of heads, which Triton looks at as well
-    `halved`: the longer way through a chunk of gla or kda
+    `halved`: the longer way through a chunk of gla or kda, and the loss of ttt that measures a distance
     """
 
     op: str
@@ -158,6 +208,10 @@ def cases(*, quick: bool) -> Iterator[Case]:
     yield from block_cases(quick=quick)
     yield from window_cases("sliding_window_attention", quick=quick)
     yield from window_cases("head_sparse_attention", quick=quick)
+    yield from rat_cases(quick=quick)
+    yield from landmark_cases(quick=quick)
+    yield from memory_cases(quick=quick)
+    yield from local_cases(quick=quick)
     for op, (K, V) in itertools.product(("decay_attention", "simple_gla"), sizes):
         first = Case(op, "output", "bf16", K, V, aligned=True, many=False, backward=False)
         both = (first, replace(first, backward=True, many=True))
@@ -221,6 +275,106 @@ def window_cases(op: str, *, quick: bool) -> Iterator[Case]:
             yield from (replace(first, many=True), replace(first, dtype="fp32"), replace(first, dtype="fp16"))
 
 
+def rat_cases(*, quick: bool) -> Iterator[Case]:
+    """The kernels of rat_scan and rat_attention; `many`: packed sequences, and chunks of one part."""
+    sizes = (128,) if quick else [size for size in SIZES if size >= LEAST_HEAD]
+    for size, (op, kernel) in itertools.product(sizes, [one for one in KERNELS if one[0].startswith("rat_")]):
+        backward = kernel in ("queries", "keys", "backward")
+        first = Case(op, kernel, "bf16", size, size, aligned=True, many=False, backward=backward)
+        yield first
+        if not quick:
+            yield from (replace(first, many=True), replace(first, dtype="fp32"), replace(first, dtype="fp16"))
+
+
+def memory_cases(*, quick: bool) -> Iterator[Case]:
+    """The kernels of ttt, whose heads are as large as their memory."""
+    kernels = ["forward", "backward", "tokens"] if quick else [name for op, name in KERNELS if op == "ttt"]
+    for K, kernel in itertools.product([128] if quick else SIZES, kernels):
+        first = Case("ttt", kernel, "bf16", K, K, aligned=True, many=False, backward=False, halved=True)
+        yield first
+        if not quick:
+            yield replace(first, halved=False)
+            yield from (replace(first, dtype=dtype) for dtype in ("fp32", "fp16"))
+
+
+def _memory_constants(case: Case, launch: Launch) -> dict[str, Any]:
+    constants = {
+        "D": case.K, "C": launch.chunk, "ROWS": block(case.K), "COLUMNS": launch.columns, "MOMENTUM": True,
+        "L2": case.halved, "NORMALISE": 1, "VARLEN": False, "KEEP": case.kernel == "keep", "PARTS": 4,
+        "PRECISION": "tf32x3",
+    }  # fmt: skip
+    if case.kernel == "tokens":
+        constants["ROWS"] = min(ROW_TILE, block(case.K))
+    names = KERNELS[case.op, case.kernel].arg_names
+    return {name: value for name, value in constants.items() if name in names}
+
+
+def local_cases(*, quick: bool) -> Iterator[Case]:
+    """The kernels of local_linear_attention; `many`: with keys that are not seen."""
+    sizes = [128] if quick else [size for size in SIZES if size >= LEAST_HEAD]
+    every = [name for op, name in KERNELS if op == "local_linear_attention"]
+    kernels = ["solve", "keys"] if quick else every
+    for K, kernel in itertools.product(sizes, kernels):
+        first = Case("local_linear_attention", kernel, "bf16", K, K, aligned=True, many=False, backward=False)
+        yield first
+        if not quick:
+            yield from (replace(first, many=True), replace(first, dtype="fp32"), replace(first, dtype="fp16"))
+
+
+def _rat_constants(case: Case, launch: Launch) -> dict[str, Any]:
+    rows = block(case.K)
+    constants = {
+        "H": 16, "G": 2, "D": case.K, "ROWS_D": rows, "KEYS": launch.columns, "ROWS": launch.chunk,
+        "VARLEN": case.many, "SPLIT": case.kernel == "step", "TILES": True, "PRECISION": "tf32x3",
+    }  # fmt: skip
+    if case.op == "rat_scan":
+        constants |= {
+            "ROWS": rows, "TURNED": case.K, "CHUNKS": max(1, launch.columns // rows), "KEEP": not case.many,
+            "INNER": rat_scan.PART, "HAS_PAST": not case.many,
+        }  # fmt: skip
+    names = KERNELS[case.op, case.kernel].arg_names
+    return {name: value for name, value in constants.items() if name in names}
+
+
+def landmark_cases(*, quick: bool) -> Iterator[Case]:
+    """The kernels of landmark_attention; `many`: with a choice, limits and a block that is no power of two."""
+    sizes = [size for size in SIZES if size >= LEAST_HEAD]
+    kernels = [kernel for op, kernel in KERNELS if op == "landmark_attention"]
+    for (K, V), kernel in itertools.product(
+        [(128, 128)] if quick else itertools.product(sizes, sizes), kernels
+    ):
+        backward = kernel in ("queries", "keys")
+        first = Case("landmark_attention", kernel, "bf16", K, V, aligned=True, many=False, backward=backward)
+        yield first
+        if K == V and not quick:
+            yield from (replace(first, many=True), replace(first, dtype="fp32"), replace(first, dtype="fp16"))
+
+
+def _landmark_constants(case: Case, launch: Launch) -> dict[str, Any]:
+    keys = BLOCK_KEYS - 4 if case.many else BLOCK_KEYS
+    heads = LANDMARK_GROUP
+    constants = {
+        "K": case.K, "V": case.V, "ROWS_K": block(case.K), "ROWS_V": block(case.V), "ROWS": launch.chunk,
+        "QUERIES": launch.chunk // heads, "HEADS": heads, "GROUP": heads, "BLOCK": keys, "KEYS": BLOCK_KEYS,
+        "COLUMNS": launch.columns, "WIDTH": LANDMARKS, "SELECT": case.many or case.kernel == "step", "SEEN": case.many,
+        "SPLIT": True, "BIAS": case.many, "PRECISION": "tf32x3",
+    }  # fmt: skip
+    if case.kernel == "keys":
+        constants["PRECISION"] = landmark_attention.HOPPER.plan(ELEMENTS[case.dtype], _largest(case)).products
+    names = KERNELS[case.op, case.kernel].arg_names
+    return {name: value for name, value in constants.items() if name in names}
+
+
+def _local_constants(case: Case, launch: Launch) -> dict[str, Any]:
+    constants = {
+        "K": case.K, "V": case.V, "ROWS_K": block(case.K), "ROWS_V": block(case.V), "ROWS": launch.chunk,
+        "KEYS": launch.columns, "GROUP": 1, "SEEN": case.many, "SPLIT": case.dtype != "fp32", "GIVEN": False,
+        "SOLVED": True, "PRECISION": "tf32x3",
+    }  # fmt: skip
+    names = KERNELS[case.op, case.kernel].arg_names
+    return {name: value for name, value in constants.items() if name in names}
+
+
 def _window_constants(case: Case, launch: Launch) -> dict[str, Any]:
     is_step = case.kernel == "step"
     constants = {
@@ -277,7 +431,15 @@ def ptx(case: Case) -> tuple[str, dict[str, int | None]]:
         constants = _block_constants(case, launch)
     if case.op in ("sliding_window_attention", "head_sparse_attention"):
         constants = _window_constants(case, launch)
-    if case.kernel == "output":
+    if case.op.startswith("rat_"):
+        constants = _rat_constants(case, launch)
+    if case.op == "landmark_attention":
+        constants = _landmark_constants(case, launch)
+    if case.op == "ttt":
+        constants = _memory_constants(case, launch)
+    if case.op == "local_linear_attention":
+        constants = _local_constants(case, launch)
+    if case.kernel == "output" and case.op not in SPARSE:
         constants |= {"SEGMENTED": False, "HAS_INITIAL": True, "HAS_D_FINAL": case.backward}
     if case.op == "simple_gla":
         constants |= {"PRECISE": case.dtype == "fp32", "H": 16 if case.many else 2}
@@ -291,6 +453,8 @@ def ptx(case: Case) -> tuple[str, dict[str, int | None]]:
             signature[name] = f"*{case.dtype}"
         if case.op in SPARSE and name in BLOCK_TYPES:
             signature[name] = BLOCK_TYPES[name]
+        if case.op.startswith("rat_") and name in RAT_FLOATS:
+            signature[name] = "*fp32"
         if name.endswith("_tiles"):
             signature[name] = _descriptor(name, case.dtype, constants)
         if name in constants or name.endswith("_tiles"):
@@ -315,9 +479,15 @@ def without_machine_code(*given: Any) -> tuple[str, str] | None:
 def _launch(case: Case) -> Launch:
     if case.op == "decay_attention":
         launch = decay_attention.HOPPER.launch(case.kernel, ELEMENTS[case.dtype], block(case.K))
+    elif case.op == "rat_scan":
+        return getattr(rat_scan.HOPPER, case.kernel)
+    elif case.op == "rat_attention":
+        return getattr(rat_attention.HOPPER.plan(ELEMENTS[case.dtype], block(case.K)), case.kernel)
     elif case.op in SPARSE:
         size = max(block(case.K), block(case.V))
         return getattr(SPARSE[case.op].plan(ELEMENTS[case.dtype], size), case.kernel)
+    elif case.op == "ttt":
+        launch = getattr(ttt.HOPPER.plan(ELEMENTS[case.dtype], block(case.K)), case.kernel)
     elif case.op in PLANS:
         launch = getattr(PLANS[case.op].plan(ELEMENTS[case.dtype], _largest(case)), case.kernel)
     else:
@@ -334,8 +504,9 @@ def _launch(case: Case) -> Launch:
 
 def _descriptor(name: str, dtype: str, constants: dict[str, Any]) -> str:
     """Of tiles that are walked over: of keys and values, or of queries and gradients of outputs."""
-    rows = constants["KEYS" if name in ("k_tiles", "v_tiles") else "ROWS"]
-    columns = constants["ROWS_V" if name in ("v_tiles", "d_out_tiles", "g_tiles") else "ROWS_K"]
+    rows = constants["KEYS" if name in ("k_tiles", "v_tiles", "keys_tiles", "values_tiles") else "ROWS"]
+    of_values = name in ("v_tiles", "d_out_tiles", "g_tiles")
+    columns = constants.get("ROWS_D") or constants["ROWS_V" if of_values else "ROWS_K"]
     return f"tensordesc<{dtype}[1, 1, {rows}, {columns}]>"
 
 
@@ -345,7 +516,7 @@ def _type(name: str, dtype: str, constants: dict[str, Any]) -> str:
     if name.endswith("_ptr"):
         known = {FLOATS: "*fp32", DOUBLES: "*fp64", INTEGERS: "*i32"}
         return next((kind for names, kind in known.items() if name in names), f"*{dtype}")
-    return "fp32" if name == "scale" else "i32"
+    return "fp32" if name in ("scale", "ridge", "tolerance") else "i32"
 
 
 def layouts_of_one_address(text: str) -> list[str]:

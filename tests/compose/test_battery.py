@@ -27,6 +27,7 @@ from heddle.compose.hf.encoder import HeddleForSequenceClassification
 from heddle.compose.hf.export import export
 from heddle.compose.hf.model import HeddleForCausalLM
 from heddle.compose.hf.parity import RECURRENT, WINDOW, Loaded, battery
+from heddle.compose.hf.second_reader import second_reader
 from heddle.errors import HeddleError
 
 ATTENTION: dict[str, Any] = {
@@ -79,7 +80,9 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 def checks(model: Any, folder: Path, *, full: bool = False) -> dict[str, SimpleNamespace]:
     """The battery in this process, on a model that stands for the one of the folder."""
-    loaded = Loaded(model, AutoModelForCausalLM, str(folder), str(folder), 0.0, trusted=True)
+    loaded = Loaded(
+        model, AutoModelForCausalLM, str(folder), str(folder), 0.0, trusted=True, reader=second_reader
+    )
     return {row["check"]: SimpleNamespace(**row) for row in battery(loaded, full=full)}
 
 
@@ -197,6 +200,41 @@ def test_a_cache_that_forgets_is_found(exported: Any, monkeypatch: pytest.Monkey
     assert not {"left padding", "right padding"} & found
 
 
+def test_the_full_form_runs_by_itself_where_it_is_quick(
+    exported: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parity, "LENGTH", 24)
+    monkeypatch.setattr(parity, "GREEDY", 12)
+    folder = str(exported("classifier"))
+    loaded = Loaded(
+        classifier(), HeddleForSequenceClassification, folder, folder, 0.0, trusted=True, reader=second_reader
+    )
+    for limit, form in ((1e9, "full"), (0.0, "short")):
+        monkeypatch.setattr(parity, "FULL_SECONDS", limit)
+        found = parity.asked(loaded, "auto")
+        assert (found["form"], found["seconds"] > 0) == (form, True)
+        assert ("bfloat16, full pass" in [row["check"] for row in found["rows"]]) == (form == "full")
+    assert parity.asked(loaded, "full")["form"] == "full"
+    assert parity.asked(loaded, "short")["form"] == "short"
+
+
+def test_a_model_is_float64_for_a_while_and_then_what_it_was() -> None:
+    model = causal(*HYBRID)
+    before = {name: one.clone() for name, one in model.state_dict().items()}
+    with parity.in_float64(model):
+        assert {one.dtype for one in model.state_dict().values()} == {torch.float64}
+        assert model(torch.arange(9)[None]).logits.dtype == torch.float64
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert all(one.dtype == before[name].dtype for name, one in model.state_dict().items())
+    assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items())
+
+
+def test_an_unknown_form_of_the_battery_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(HeddleError, match="battery is 'long'") as error:
+        export(causal(ATTENTION), tmp_path / "out", card=Card("a", "version: 1\n"), battery="long")
+    assert (error.value.code, [*tmp_path.iterdir()]) == ("bad-argument", [])
+
+
 def test_padding_that_is_seen_is_found(exported: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = causal(ATTENTION)
     monkeypatch.setattr(type(model.model), "_call", _without_mask(type(model.model)._call))
@@ -220,7 +258,9 @@ def test_files_that_disagree_with_the_class_are_found(exported: Any, tmp_path: P
     weights = load_file(other / "model.safetensors")
     weights["extra"] = weights.pop("model.norm.weight")
     save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
-    loaded = Loaded(model, AutoModelForCausalLM, str(other), str(folder), 0.0, trusted=True)
+    loaded = Loaded(
+        model, AutoModelForCausalLM, str(other), str(folder), 0.0, trusted=True, reader=second_reader
+    )
     row = next(row for row in battery(loaded, full=False) if row["check"] == "raw files against the class")
     assert row["figure"] == 2.0
     assert "extra is not written by the class; model.norm.weight is not in the files" in row["note"]

@@ -29,7 +29,7 @@ from heddle.compose.hf import export as export_file
 from heddle.compose.hf import shards
 from heddle.compose.hf.card import Card
 from heddle.compose.hf.config import HeddleConfig
-from heddle.compose.hf.export import ExportResult, export, is_export
+from heddle.compose.hf.export import ExportResult, export, is_export, write_remote
 from heddle.compose.hf.flatten import flatten
 from heddle.compose.hf.model import HeddleForCausalLM
 from heddle.compose.hf.verify import (
@@ -85,7 +85,7 @@ def hybrid(tmp_path_factory: pytest.TempPathFactory) -> tuple[HeddleForCausalLM,
 @pytest.fixture(scope="module")
 def softmax(tmp_path_factory: pytest.TempPathFactory) -> tuple[HeddleForCausalLM, ExportResult]:
     model = model_of(ATTENTION, channel="gelu", tied=False).to(torch.bfloat16)
-    return model, export(model, tmp_path_factory.mktemp("exports") / "softmax", card=CARD)
+    return model, export(model, tmp_path_factory.mktemp("exports") / "softmax", card=CARD, battery="short")
 
 
 def code_of(folder: Path) -> dict[str, ast.Module]:
@@ -105,9 +105,12 @@ def test_a_clean_process_finds_the_same_logits_and_generates_from_text(hybrid: A
         assert len(result.generated_text) > len("def main():")
 
 
-def test_the_card_tells_the_checks_that_an_export_runs(hybrid: Any) -> None:
-    _, result = hybrid
-    card = (result.path / "README.md").read_text().partition("## Parity")[2]
+def test_the_card_tells_the_checks_that_an_export_runs_and_which_form_of_them(
+    hybrid: Any, softmax: Any
+) -> None:
+    card, short = (
+        (result.path / "README.md").read_text().partition("## Parity")[2] for _, result in (hybrid, softmax)
+    )
     for told in (
         "| one-token steps |",
         "| left padding |",
@@ -115,14 +118,20 @@ def test_the_card_tells_the_checks_that_an_export_runs(hybrid: Any) -> None:
         "| expected |",
         "| transformers |",
         "| device |",
+        "| greedy, 64 tokens, with and without cache |",
+        "| bfloat16, one-token steps |",
+        "| loads in a clean process |",
+        "| parity battery | full |",
     ):
         assert told in card
-    assert "greedy" not in card
+    assert "| one-token steps |" in short
+    assert "| parity battery | short |" in short
+    assert "greedy" not in short
 
 
 def test_an_export_loads_where_triton_is_not_installed(hybrid: Any) -> None:
     model, result = hybrid
-    assert verify(model, result.path, hidden=(*HIDDEN, "triton")).max_difference <= 1e-5
+    assert verify(model, result.path, hidden=(*HIDDEN, "triton"), battery="short").max_difference <= 1e-5
 
 
 @pytest.mark.slow
@@ -142,7 +151,7 @@ def test_every_kind_that_tells_its_cases_travels(model_kind: str, tmp_path: Path
         "layers": list(blocks),
     }
     model = build(ModelSpec.model_validate(sizes)).eval()
-    assert export(model, tmp_path / "kinds", card=CARD).max_difference <= 1e-5
+    assert export(model, tmp_path / "kinds", card=CARD, battery="short").max_difference <= 1e-5
 
 
 def test_exported_code_needs_torch_and_transformers_alone(hybrid: Any, softmax: Any) -> None:
@@ -200,6 +209,17 @@ def test_two_exports_live_in_one_process(hybrid: Any, softmax: Any) -> None:
 
 
 @pytest.mark.usefixtures("_own_module_cache")
+def test_two_exports_of_one_folder_name_live_in_one_process(tmp_path: Path) -> None:
+    ids = torch.arange(40).view(2, 20)
+    for place, mixer in (("one", LIGHTNING), ("two", ATTENTION), ("three", LIGHTNING)):
+        model, folder = model_of(mixer), tmp_path / place / "export"
+        folder.mkdir(parents=True)
+        write_remote(model, folder, dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id")))
+        loaded = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+        assert (loaded(ids).logits - model(ids).logits).abs().max() <= 1e-5
+
+
+@pytest.mark.usefixtures("_own_module_cache")
 def test_the_bare_model_loads_too_and_remembers_every_auto_class(hybrid: Any) -> None:
     model, result = hybrid
     loaded = AutoModel.from_pretrained(result.path, trust_remote_code=True).eval()
@@ -213,7 +233,7 @@ def test_the_bare_model_loads_too_and_remembers_every_auto_class(hybrid: Any) ->
 def test_gates_are_stored_and_loaded_as_float32(hybrid: Any, tmp_path: Path) -> None:
     model, _ = hybrid
     narrow = HeddleForCausalLM(model.config).to(torch.bfloat16)
-    result = export(narrow, tmp_path / "narrow", card=CARD)
+    result = export(narrow, tmp_path / "narrow", card=CARD, battery="none")
     assert result.max_difference <= 1e-5
     stored = load_file(result.path / "model.safetensors")
     assert {name for name, held in stored.items() if held.dtype == torch.float32} == {
@@ -238,7 +258,7 @@ def test_a_changed_weight_is_noticed(hybrid: Any, tmp_path: Path) -> None:
     weights["model.norm.weight"] *= 1.001
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(HeddleError, match="differ by") as error:
-        verify(model, folder)
+        verify(model, folder, battery="none")
     assert error.value.code == "export-mismatch"
 
 
@@ -247,7 +267,7 @@ def test_a_missing_file_is_noticed(hybrid: Any, tmp_path: Path) -> None:
     folder = shutil.copytree(result.path, tmp_path / "missing")
     (folder / "compose_cache.py").unlink()
     with pytest.raises(HeddleError, match="does not load"):
-        verify(model, folder)
+        verify(model, folder, battery="none")
 
 
 @pytest.fixture

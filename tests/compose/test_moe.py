@@ -465,9 +465,8 @@ def test_show_tells_the_active_parameters_of_the_example() -> None:
 def test_an_exported_model_computes_the_same_without_heddle(tmp_path: Path) -> None:
     model = model_of(DEEPSEEK, torch.float32, vocab_size=256)
     model.model.layers[0].channel.correction.bias.copy_(torch.linspace(-0.3, 0.3, EXPERTS))
-    result = export(
-        model, tmp_path / "out", card=Card("moe", "version: 1\nname: moe\n", license="apache-2.0")
-    )
+    card = Card("moe", "version: 1\nname: moe\n", license="apache-2.0")
+    result = export(model, tmp_path / "out", card=card, battery="short")
     assert result.max_difference < SINGLE
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
@@ -12,8 +14,10 @@ from typing import Any, get_args
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from heddle import api
+from heddle.cli import app
 from heddle.compose.build import build
 from heddle.compose.hf import export as export_file
 from heddle.compose.hf.card import Card
@@ -22,7 +26,7 @@ from heddle.compose.hf.export import export, is_export
 from heddle.compose.hf.load_native import read_native
 from heddle.compose.hf.verify import Verification
 from heddle.compose.targets.catalogue import BY_NAME, TARGETS
-from heddle.compose.targets.matrix import with_matrix
+from heddle.compose.targets.matrix import ROWS, exports, read_rows, with_tables
 from heddle.errors import HeddleError
 from heddle.search.import_model import load_import
 from heddle.specs import ModelSpec, load, spec_hash
@@ -55,7 +59,7 @@ def hybrid(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def native(hybrid: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return api.export(hybrid, tmp_path_factory.mktemp("native") / "out")
+    return api.export(hybrid, tmp_path_factory.mktemp("native") / "out", battery="short")
 
 
 def row(found: dict[str, Any], name: str) -> dict[str, Any]:
@@ -79,6 +83,34 @@ def test_verdicts_name_the_field_its_line_and_what_the_class_has(hybrid: Path) -
     assert (first["line"], "gated_deltanet" in first["why"]) == (8, True)
     assert "there it is kda or mla" in row(found, "kimi_linear")["refused"][0]["why"]
     assert row(found, "remote")["fits"]
+    # A server is a target too: the nearest class that it has, and the field that forbids it there.
+    assert (row(found, "vllm")["fits"], row(found, "vllm")["through"]) == (True, "qwen3_5_text")
+    (refused,) = row(found, "sglang")["refused"]
+    assert (refused["path"], refused["line"]) == ("layers.2.mixer.kind", 10)
+
+
+def test_a_check_tells_what_fits_and_with_targets_what_forbids_the_rest(hybrid: Path) -> None:
+    def told(*options: str) -> str:
+        done = CliRunner().invoke(app, ["check", str(hybrid), *options])
+        assert done.exit_code == 0, done.output
+        return done.output
+
+    lines = [line.split() for line in told().splitlines()]
+    assert ["fits", "qwen3_5_text", "Qwen3_5ForCausalLM"] in lines
+    assert ["fits", "vllm", "as", "qwen3_5_text"] in lines
+    assert not any(line[:2] in (["fits", "llama"], ["fits", "sglang"]) for line in lines)
+    assert "layers.0.mixer.kind: is gated_deltanet; there it is attention" in told("--targets")
+    assert json.loads(told("--json"))["fits"] == ["qwen3_5_text", "qwen3_next", "remote", "vllm"]
+    rows = json.loads(told("--json", "--targets"))["targets"]
+    assert row({"targets": rows}, "llama")["refused"][0]["line"] == 8
+
+
+def test_a_check_imports_no_torch(hybrid: Path) -> None:
+    code = f"import sys; from heddle import api; api.check_with_targets({str(hybrid)!r}); print('torch' in sys.modules)"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        == "False\n"
+    )
 
 
 def test_a_field_that_no_target_knows_is_refused_by_all() -> None:
@@ -116,7 +148,7 @@ def test_force_replaces_a_native_export_and_no_checkpoint_of_others(hybrid: Path
 def test_auto_goes_back_to_code_where_the_class_fails_its_check(
     hybrid: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: Any, trusted: bool) -> Verification:
+    def fail(*_: Any, trusted: bool, **__: Any) -> Verification:
         if not trusted:
             raise HeddleError("export-mismatch", "logits differ")
         return Verification(0.0, "", "5", "2")
@@ -260,6 +292,21 @@ def test_the_names_of_a_spec_are_those_of_the_catalogue() -> None:
     assert get_args(TargetName) == tuple(target.name for target in TARGETS) == (*BY_NAME,)
 
 
-def test_the_table_of_the_page_is_that_of_the_catalogue() -> None:
+def test_the_tables_of_the_page_are_those_of_the_rows() -> None:
     page = (ROOT / "docs" / "export.md").read_text(encoding="utf-8")
-    assert page == with_matrix(page), "python -m heddle.compose.targets.matrix writes it"
+    rows = read_rows(ROOT / ROWS)
+    assert page == with_tables(page, rows), "python -m heddle.compose.targets.matrix writes them"
+
+
+def test_rows_hold_every_class_in_every_version_and_nothing_that_is_wrong() -> None:
+    rows = read_rows(ROOT / ROWS)
+    found = exports(rows)
+    versions = {version for _, version in found}
+    assert {version.rpartition(".")[0] for version in versions} == {"5.17", "5.19", "5.23"}
+    assert found.keys() == {(name, version) for name in BY_NAME for version in versions}
+    for told in found.values():
+        same = told["same_as_ours"] + told.get("tied", 0)
+        assert {told["same_cached"] + told["excused"], same, told["hash_back"]} == {told["specs"]}
+    imports = next(row["imports"] for row in reversed(rows) if "imports" in row)
+    assert imports.keys() == BY_NAME.keys()
+    assert all(told["held"] == told["configurations"] for told in imports.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,13 @@ import pytest
 import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from heddle.compose.build import build
 from heddle.compose.hf.card import Card
 from heddle.compose.hf.export import export
 from heddle.compose.hf.load_native import read_native, spec_of_config
-from heddle.compose.hf.native import write_native
+from heddle.compose.hf.native import chosen_target, write_native
 from heddle.compose.hf.verify import rounded_apart
 from heddle.compose.plan import plan
 from heddle.compose.targets.catalogue import BY_NAME
@@ -235,25 +237,56 @@ def test_tables_of_decays_are_the_ones_that_the_class_computes(minimax: Path, tm
 def test_minimax_with_a_linear_first_layer_is_exact_without_a_cache_alone(minimax: Path) -> None:
     ours, ids = model_of(MINIMAX), torch.randint(256, (2, 70), generator=torch.Generator().manual_seed(0))
     theirs = hf.AutoModelForCausalLM.from_pretrained(minimax, dtype=torch.float32).eval()
+    right = ours(ids).logits
     error, allowed = rounded_apart(
-        ours, {"ids": ids}, {"ids": theirs(ids, use_cache=False).logits}, {"ids": ours(ids).logits}
+        ours, {"ids": ids}, {"ids": theirs(ids, use_cache=False).logits}, {"ids": right}
     )
     assert error <= allowed
     # Today's behaviour of the class: it counts the tokens of its first layer, and places all later ones at 0 unless it is told.
-    for placed in (False, True):
-        start = theirs(ids[:, :40], use_cache=True)
-        given = {"position_ids": torch.full((2, 1), 40)} if placed else {}
-        ends = theirs(ids[:, 40:41], past_key_values=start.past_key_values, use_cache=True, **given).logits[
-            :, 0
-        ]
-        apart = (ends - ours(ids).logits[:, 40]).abs().max()
-        assert apart <= 2 * allowed if placed else apart > 100 * allowed
+    assert after(theirs, ids, 40, 1, placed=True) <= 2 * allowed
+    for count, placed in ((1, False), (20, False), (20, True)):
+        assert after(theirs, ids, 40, count, placed=placed) > 100 * allowed, (count, placed)
     rows = {row["target"]: row for row in target_rows(plan(ModelSpec.model_validate(MINIMAX)).runtime())}
     assert rows["minimax"]["fits"]
     assert "right without a cache; with one" in rows["minimax"]["warning"]
-    after = {**MINIMAX, "layers": ["full", "linear"]}
-    rows = {row["target"]: row for row in target_rows(plan(ModelSpec.model_validate(after)).runtime())}
+    first = {**MINIMAX, "layers": ["full", "linear"]}
+    rows = {row["target"]: row for row in target_rows(plan(ModelSpec.model_validate(first)).runtime())}
     assert (rows["minimax"]["fits"], rows["minimax"]["warning"]) == (True, "")
+
+
+def after(model: Any, ids: Tensor, start: int, count: int, *, placed: bool) -> float:
+    """How far the logits of `count` tokens after a cache of `start` are from a pass without one."""
+    right = model(ids, use_cache=False).logits[:, start : start + count]
+    past = model(ids[:, :start], use_cache=True).past_key_values
+    given = {"position_ids": torch.arange(start, start + count)[None].expand(2, -1)} if placed else {}
+    found = model(ids[:, start : start + count], past_key_values=past, use_cache=True, **given).logits
+    return float((found - right).abs().max())
+
+
+@torch.no_grad()
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_minimax_with_a_linear_first_layer_and_a_window_generates_wrong_with_a_cache(tmp_path: Path) -> None:
+    data = with_block(MINIMAX, "full", "mixer", window=7)
+    ours = model_of(data)
+    theirs = hf.AutoModelForCausalLM.from_pretrained(folder_of(ours, "minimax", tmp_path / "out")).eval()
+    ids = torch.randint(256, (2, 70), generator=torch.Generator().manual_seed(0))
+    assert (theirs(ids, use_cache=False).logits - ours(ids).logits).abs().max() <= 1e-5
+    # Steps are right up to the window, which the class ends where its first layer says.
+    assert after(theirs, ids, 4, 1, placed=True) <= 1e-5
+    assert after(theirs, ids, 40, 1, placed=True) > 1e-3
+    (row,) = [
+        row
+        for row in target_rows(plan(ModelSpec.model_validate(data)).runtime())
+        if row["target"] == "minimax"
+    ]
+    assert "wrong past its window" in row["warning"]
+    # Who names the class gets it with that verdict; nobody gets it unasked.
+    assert chosen_target("auto", ours) is None
+    export(ours, tmp_path / "named", card=CARD, target="minimax")
+    card = (tmp_path / "named" / "README.md").read_text()
+    for check in ("one-token steps", "greedy, 64 tokens, with and without cache"):
+        assert re.search(rf"^\| {check} \|.*\| expected \|", card, re.MULTILINE), check
 
 
 @pytest.mark.slow

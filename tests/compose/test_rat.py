@@ -16,10 +16,10 @@ from heddle.compose.cache import Call
 from heddle.compose.init import initialise
 from heddle.compose.mixers.attention import AttentionModule
 from heddle.compose.mixers.rat import CLOSED, RatModule
-from heddle.compose.modules import chunks
-from heddle.compose.modules.chunks import attend_with_own
 from heddle.compose.modules.site import Site
 from heddle.kernels.accuracy import EPSILON, worst_error
+from heddle.kernels.common import chunks
+from heddle.kernels.common.chunks import attend_with_own
 from heddle.specs import Site as SpecSite
 from heddle.specs.mixers import Rat
 
@@ -263,7 +263,7 @@ def test_narrow_types_lose_no_more_in_the_logit_of_the_own_key_than_in_others(dt
     # Logits up to 60, of which a rounding to bfloat16 would take up to 1/8.
     q, k, v, own_key, own_value = (one.to(dtype) for one in (q * 8, k, v, own_key + q / 4, own_value))
     seen = torch.arange(9) < torch.arange(40)[:, None] // 4
-    found = attend_with_own(q, k, v, (own_key, own_value), seen[None, None])
+    found = attend_with_own(q, k, v, (own_key, own_value), seen=seen[None, None])
 
     def explicit(wide: torch.dtype) -> Tensor:
         """Products of `dtype`, all else in `wide`."""

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import remote_checks
 import torch
+from remote_specs import ready, spec
 from safetensors.torch import load_file, save_file
 from toys import shaken
 
@@ -54,7 +55,11 @@ ENCODER = ModelSpec.model_validate(
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Exports of a hybrid, in one file and in several, and of a classifier; and the logits that are right."""
     base = tmp_path_factory.mktemp("remote")
-    causal, encoder = shaken(build(HYBRID)).float(), shaken(build(ENCODER)).float()
+    return exported(base, shaken(build(HYBRID)).float(), shaken(build(ENCODER)).float())
+
+
+def exported(base: Path, causal: Any, encoder: Any) -> dict[str, str]:
+    """Exports of the two models, and the logits that are right."""
     wanted = {"causal": (causal, "50GB"), "sharded": (causal, "15KB"), "encoder": (encoder, "50GB")}
     with pytest.MonkeyPatch.context() as patch:
         # The checks come after.
@@ -112,6 +117,21 @@ def kept(folders: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> d
 @pytest.mark.parametrize("promise", PROMISES)
 def test_an_export_keeps_its_promise(kept: dict[str, str], promise: str) -> None:
     assert kept[promise] == "ok", kept[promise]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("number", range(6))
+def test_exports_of_random_specs_keep_them_too(number: int, random_seed: int, tmp_path: Path) -> None:
+    seeds = range(random_seed % 1_000_000 + 10 * number, 2_000_000)
+    causal = next(seed for seed in seeds if spec(seed).kind == "causal_lm" and spec(seed).tie_embeddings)
+    encoder = next(
+        seed for seed in seeds if spec(seed).readout is not None and spec(seed).readout.classes > 2
+    )
+    folders = exported(tmp_path, ready(spec(causal), causal), ready(spec(encoder), encoder))
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    found = ask(folders, scratch, [], checks=PROMISES)["results"]
+    assert {name: told for name, told in found.items() if told != "ok"} == {}, (causal, encoder)
 
 
 @pytest.fixture(scope="module", params=["5.17", "5.19"])

@@ -10,17 +10,18 @@ import pytest
 import torch
 import transformers as hf
 from native_specs import SPECS, model_spec, ready, written
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from heddle.compose.build import build
 from heddle.compose.hf.load_native import read_native
 from heddle.compose.hf.native import runtime_of
 from heddle.compose.hf.native_weights import to_ours, to_theirs
-from heddle.compose.hf.verify import rounded_apart
+from heddle.compose.hf.verify import TOLERANCE, apart, as_classes_round, rounded_apart
 from heddle.compose.plan import plan
 from heddle.compose.targets.catalogue import BY_NAME, TARGETS
 from heddle.compose.targets.target import Key
-from heddle.compose.targets.verdict import verdict
+from heddle.compose.targets.verdict import runtime_of_spec, verdict
 from heddle.errors import HeddleError
 from heddle.specs import ModelSpec, spec_hash
 
@@ -56,14 +57,16 @@ def test_a_random_spec_computes_the_same_there_and_comes_back(name: str, seed: i
     ids = torch.randint(256, (2, 70))
     expected = ours(ids).logits
     found = {"ids": theirs(ids, use_cache=False).logits}
-    error, allowed = rounded_apart(ours, {"ids": ids}, found, {"ids": expected})
-    assert error <= allowed
+    if apart(found, {"ids": as_classes_round(ours)(ids).logits}) > TOLERANCE:
+        error, allowed = rounded_apart(ours, {"ids": ids}, found, {"ids": expected})
+        assert error <= allowed
     prompt = {"input_ids": ids[:1, :9], "attention_mask": torch.ones(1, 9, dtype=torch.long)}
-    # Past the windows; the full count behind `long`.
-    greedy = {**prompt, "max_new_tokens": 24 if seed == 0 else 4 if seed < 5 else 64, "do_sample": False}
-    tokens = theirs.generate(**greedy)
+    # All of them behind `long`, and of the first.
+    greedy = {**prompt, "max_new_tokens": 64 if seed == 0 or seed >= 5 else 8, "do_sample": False}
+    tokens = ours.generate(**greedy)
     assert torch.equal(tokens, theirs.generate(**greedy, use_cache=False))
-    assert torch.equal(tokens, ours.generate(**greedy))
+    if not BY_NAME[name].miscounts(plan(spec).runtime()):
+        assert torch.equal(tokens, theirs.generate(**greedy))
     back = read_native(folder, name="back")
     assert spec_hash(back.spec.model) == spec_hash(spec)
     assert torch.equal(back.model(ids).logits, expected)
@@ -75,7 +78,6 @@ def test_a_random_spec_computes_the_same_there_and_comes_back(name: str, seed: i
 )
 @pytest.mark.filterwarnings("ignore")
 def test_what_a_class_writes_itself_is_imported(name: str, tmp_path: Path) -> None:
-    # Olmo Hybrid's writer cuts its convolution into equal parts: of this spec they are.
     spec = model_spec(name, 1)
     ours = ready(spec, 1)
     theirs, _ = loaded(written(ours, name, tmp_path / "out"))
@@ -88,14 +90,26 @@ def test_what_a_class_writes_itself_is_imported(name: str, tmp_path: Path) -> No
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_rows_cut_wrongly_by_the_writer_of_olmo_hybrid_are_refused_by_tensor(tmp_path: Path) -> None:
+def test_rows_cut_wrongly_by_the_writer_of_olmo_hybrid_are_joined_as_the_class_joins_them(
+    tmp_path: Path,
+) -> None:
     data = SPECS["olmo_hybrid"](random.Random(0))
     data["blocks"]["b"]["mixer"] |= {"heads": 1, "value_heads": 2, "head_dim": 8, "value_dim": 16}
     ours = build(ModelSpec.model_validate(data))
     theirs, _ = loaded(written(ours, "olmo_hybrid", tmp_path / "out"))
     theirs.save_pretrained(tmp_path / "theirs")
+    file = tmp_path / "theirs" / "model.safetensors"
+    stored = load_file(file)
+    name = next(key for key in stored if key.endswith("q_conv1d.weight"))
+    assert stored[name].shape[0] == 16
+    back = read_native(tmp_path / "theirs", name="back").model.state_dict()
+    assert all(torch.equal(one, back[key]) for key, one in ours.state_dict().items())
+    # Of another cut nobody knows what it was.
+    other = name.replace("q_conv1d", "k_conv1d")
+    rows = torch.cat((stored[name], stored[other]))
+    save_file({**stored, name: rows[:10].clone(), other: rows[10:].clone()}, file, metadata={"format": "pt"})
     with pytest.raises(
-        HeddleError, match=r"q_conv1d\.weight' is \[16, 1, \d\], the model's is \[8, 1"
+        HeddleError, match=r"q_conv1d\.weight' is \[10, 1, \d\], the model's is \[8, 1"
     ) as error:
         read_native(tmp_path / "theirs", name="back")
     assert error.value.code == "checkpoint-broken"
@@ -143,6 +157,15 @@ def test_a_norm_that_readers_take_in_two_ways_is_refused() -> None:
     (refused,) = verdict(BY_NAME["bamba"], plan(ModelSpec.model_validate(data)).runtime()).refusals
     assert refused.path.endswith(".mixer.groups")
     assert "readers of this class differ" in refused.why
+
+
+@every_target
+def test_blocks_planned_once_are_the_layers_of_the_whole_plan(name: str) -> None:
+    model = plan(model_spec(name, 3)).runtime()
+    found = verdict(BY_NAME[name], model)
+    assert found.config is not None
+    whole = plan(ModelSpec.model_validate(BY_NAME[name].spec(found.config))).runtime()
+    assert runtime_of_spec(BY_NAME[name].spec(found.config)) == whole
 
 
 def test_the_runtime_of_a_model_is_that_of_its_plan() -> None:

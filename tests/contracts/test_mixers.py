@@ -764,6 +764,7 @@ def test_no_kind_is_exempt_but_these() -> None:
     both_sides = {"causality", "step", "chunks"}
     assert sometimes == {
         "attention": both_sides,
+        "contmix": both_sides,
         "inline": both_sides,
         "hierarchical_attention": both_sides | {"written"},
     }
@@ -774,7 +775,7 @@ def test_no_kind_is_exempt_but_these() -> None:
 def test_who_says_more_than_its_class_has_said_it_here() -> None:
     """A kind that works its exemptions out must be known to the test above, which sees only the fields of `VARIANTS`."""
     own = {kind for kind, found in MIXERS.items() if "exemptions" in vars(found)}
-    assert own == {"attention", "inline", "hierarchical_attention"}
+    assert own == {"attention", "contmix", "inline", "hierarchical_attention"}
 
 
 def test_no_kind_is_tested_elsewhere_but_this() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,8 +14,10 @@ from axe_playwright_python.sync_playwright import Axe
 from browsing import chromium, chromium_path, serving
 from latency_models import with_model, with_predictions
 from playwright.sync_api import Browser, Page, expect, sync_playwright
+from tiny_search import SEARCH, TINY_SEARCH, small_corpus
 
 from heddle import api
+from heddle.search.record import read_run
 
 MakeRun = Callable[..., Path]
 ROOT = Path(__file__).parents[2]
@@ -22,7 +25,16 @@ SPECS = [ROOT / "examples/specs/sequential.yaml"]
 EVERYTHING = [
     *(
         f"/run/run{path}"
-        for path in ("", "/trial/4", "/compare?t=3&t=4&t=0", "/placement", "/latency", "/tools")
+        for path in (
+            "",
+            "/trial/4",
+            "/trial/12",
+            "/compare?t=3&t=4&t=0",
+            "/compare",
+            "/placement",
+            "/latency",
+            "/tools",
+        )
     ),
     "/kernels",
     "/spec/sequential.yaml",
@@ -67,42 +79,104 @@ def _watched(browser: Browser, **options: object) -> tuple[Page, list[str]]:
     return page, wrong
 
 
-def test_a_search_is_followed_to_a_trial_a_comparison_and_an_export(
-    browser: Browser, make_run: MakeRun, tmp_path: Path
+def _search(folder: Path) -> subprocess.Popen[str]:
+    """A real search of six small models, begun in `folder`; its run is `runs/live`."""
+    small_corpus(folder / "corpus.txt")
+    spec = TINY_SEARCH
+    for old, new in (("trials: 4", "trials: 6"), ("8k", "12k"), ("confirm_seeds: 2", "confirm_seeds: 0")):
+        spec = spec.replace(old, new)
+    (folder / "spec.yaml").write_text(spec)
+    command = [sys.executable, "-c", SEARCH, "search", "spec.yaml", "--out", "runs/live"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    out = subprocess.PIPE
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=out, stderr=subprocess.STDOUT, text=True
+    )
+
+
+# Keeps how many trials the page has said to be told, without looking away.
+KEEP_WHAT_WAS_TOLD = """() => {
+  window.told = new Set();
+  const look = () => {
+    const found = document.querySelector("main").textContent.match(/(\\d+) of 6trials told/);
+    if (found) window.told.add(Number(found[1]));
+  };
+  new MutationObserver(look).observe(document.body, {childList: true, subtree: true});
+}"""
+
+
+def test_a_real_search_is_watched_to_a_trial_a_comparison_and_a_report(
+    browser: Browser, tmp_path: Path
 ) -> None:
-    folder = make_run()
-    lines = (folder / "events.jsonl").read_bytes().splitlines(keepends=True)
-    (folder / "events.jsonl").write_bytes(b"".join(lines[:9]))
+    (tmp_path / "runs").mkdir()
     page, wrong = _watched(browser)
-    with serving(folder) as base:
+    with serving(tmp_path / "runs") as base:
         _open(page, f"{base}/")
-        assert page.url == f"{base}/run/run"
-        expect(page.locator("main")).to_contain_text("The search is still under way")
-        page.evaluate("window.same = true")
-        with open(folder / "events.jsonl", "ab") as file:
-            file.write(b"".join(lines[9:]))
-        expect(page.locator("main")).to_contain_text("Trial 4 wins with")
-        assert page.evaluate("window.same"), "the page was loaded again"
-        assert page.locator("[data-live]:empty").count() == 0
-        # Two trials of the made-up run have one score in the other task.
-        _open(page, f"{base}/run/run?y=task:text")
-        page.locator("#plot-0").scroll_into_view_if_needed()
-        # Plotly lays its own layer over the points, so the pointer goes where the winner is drawn.
-        place = page.evaluate(WHERE_THE_WINNER_IS)
-        page.mouse.move(place["x"] - 3, place["y"])
-        page.mouse.move(**place)
-        expect(page.locator("#plot-0 .hoverlayer .hovertext")).to_contain_text("trial 4")
-        page.mouse.click(**place)
-        page.wait_for_url("**/trial/4")
-        expect(page.get_by_role("heading", name="trial 4 ★ winner")).to_be_visible()
-        page.goto(f"{base}/run/run")
-        for number in (3, 4):
+        expect(page.locator("main")).to_contain_text("There is no run in")
+        page.evaluate(KEEP_WHAT_WAS_TOLD)
+        with _search(tmp_path) as search:
+            link = page.get_by_role("link", name="tiny", exact=True)
+            expect(link).to_be_visible(timeout=120_000)
+            link.click()
+            expect(page.locator("main")).to_contain_text("The search is still under way", timeout=60_000)
+            expect(page.locator("main")).to_contain_text("wins with", timeout=120_000)
+            printed, _ = search.communicate(timeout=120)
+            assert search.returncode == 0, printed
+        expect(page.locator(".tiles")).to_contain_text("finishedstatus")
+        told = page.evaluate("[...window.told]")
+        assert len(told) >= 3, told
+        assert told == sorted(told), "the page was loaded again, or went back"
+        assert told[-1] == 6
+        best = read_run(tmp_path / "runs/live").best
+        _click_the_winner(page, f"trial {best}")
+        page.wait_for_url(f"**/trial/{best}")
+        expect(page.get_by_role("heading", name=f"trial {best} ★ winner")).to_be_visible()
+        page.get_by_role("link", name="Front", exact=True).click()
+        others = [number for number in range(6) if number != best][:1]
+        for number in (best, *others):
             page.get_by_label(f"Compare trial {number}", exact=True).check()
         page.get_by_role("button", name="Compare the chosen").click()
-        expect(page.get_by_role("heading", name="trial 4 against trial 3")).to_be_visible()
+        first, second = sorted((best, *others), key=lambda number: number == best)
+        pair = rf"trial ({first} against trial {second}|{second} against trial {first})"
+        expect(page.get_by_role("heading", name=re.compile(pair))).to_be_visible()
         page.context.close()
-    assert api.report(folder, tmp_path / "report.html").stat().st_size > 0
     assert not wrong
+    _report_is_read(browser, tmp_path, f"Trial {best} wins with")
+
+
+def _click_the_winner(page: Page, name: str) -> None:
+    page.locator("#plot-0").scroll_into_view_if_needed()
+    # Plotly lays its own layer over the points, so the pointer goes where the winner is drawn.
+    place = page.evaluate(WHERE_THE_WINNER_IS)
+    page.mouse.move(place["x"] - 3, place["y"])
+    page.mouse.move(**place)
+    expect(page.locator("#plot-0 .hoverlayer .hovertext")).to_contain_text(name)
+    page.mouse.click(**place)
+
+
+def _report_is_read(browser: Browser, folder: Path, verdict: str) -> None:
+    """The report as its reader opens it: a file, with scripts and without, that asks for nothing else."""
+    command = [sys.executable, "-P", "-m", "heddle", "report", "runs/live", "--out", "report.html"]
+    subprocess.run(command, cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, timeout=60)
+    address = (folder / "report.html").as_uri()
+    for has_scripts in (True, False):
+        page = browser.new_context(java_script_enabled=has_scripts).new_page()
+        asked: list[str] = []
+        page.on("request", lambda one, asked=asked: asked.append(one.url))
+        page.on("pageerror", lambda error, asked=asked: asked.append(str(error)))
+        page.goto(address)
+        expect(page.locator("main table").first).to_be_visible()
+        expect(page.locator("header")).to_contain_text(verdict)
+        if has_scripts:
+            page.wait_for_function(
+                "() => [...document.querySelectorAll('.plot')].every((one) => one.firstChild)"
+            )
+            assert page.locator(".plot .main-svg").count() > 10
+        else:
+            assert "The plots need scripts" in page.locator("main").inner_text()
+            expect(page.locator("figure table").first).to_be_visible()
+        assert asked == [address]
+        page.context.close()
 
 
 def _few_rows(folder: Path) -> Path:
@@ -113,52 +187,23 @@ def _few_rows(folder: Path) -> Path:
     return folder / "bench"
 
 
-@pytest.mark.long
-def test_a_real_search_is_watched_from_its_first_trial_to_its_winner(
-    browser: Browser, search_run: Path, tmp_path: Path
-) -> None:
-    for name in ("spec.yaml", "corpus.txt"):
-        (tmp_path / name).write_bytes((search_run.parent / name).read_bytes())
-    (tmp_path / "runs").mkdir()
-    command = [sys.executable, "-m", "heddle", "search", "spec.yaml", "--out", "runs/live"]
-    page, wrong = _watched(browser)
-    with serving(tmp_path / "runs") as base:
-        _open(page, f"{base}/")
-        expect(page.locator("main")).to_contain_text("There is no run in")
-        page.evaluate("window.same = true")
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL) as search:
-            expect(page.get_by_role("link", name="tiny", exact=True)).to_be_visible(timeout=300_000)
-            assert page.evaluate("window.same"), "the page was loaded again"
-            page.get_by_role("link", name="tiny", exact=True).click()
-            expect(page.locator("main")).to_contain_text("The search is still under way", timeout=60_000)
-            expect(page.locator("main")).to_contain_text("wins with", timeout=600_000)
-            assert search.wait(300) == 0
-        expect(page.locator("main")).to_contain_text("finished")
-        page.context.close()
-    assert not wrong
-
-
-# What a theme can spoil, on two pages that have all there is; the light one is looked at for everything.
-RULES = {"light": None, "dark": {"runOnly": ["color-contrast"]}}
-LOOKED_AT = {"light": EVERYTHING, "dark": EVERYTHING[:2]}
-
-
-@pytest.mark.parametrize("theme", RULES)
+@pytest.mark.parametrize("theme", ["light", "dark"])
 def test_axe_finds_nothing_serious(browser: Browser, make_run: MakeRun, tmp_path: Path, theme: str) -> None:
     axe, found = Axe(), []
     # A plot is one picture with a caption; what it is drawn of is plotly's.
     context = {"exclude": [[".plot > *"]]}
     page, wrong = _watched(browser, color_scheme=theme, viewport={"width": 1280, "height": 800})
-    with serving(with_predictions(with_model(make_run())), bench=_few_rows(tmp_path), specs=SPECS) as base:
-        for path in LOOKED_AT[theme]:
-            _open(page, base + path)
-            for fault in axe.run(page, context, RULES[theme]).response["violations"]:
+    folder = with_predictions(with_model(make_run()))
+    report = api.report(folder, tmp_path / "report.html").as_uri()
+    with serving(folder, bench=_few_rows(tmp_path), specs=SPECS) as base:
+        for address in (*(base + path for path in EVERYTHING), report):
+            _open(page, address)
+            for fault in axe.run(page, context).response["violations"]:
                 if fault["impact"] in ("serious", "critical"):
-                    found.append(f"{path}: {fault['id']}: {fault['nodes'][0]['html'][:200]}")
+                    found.append(f"{address}: {fault['id']}: {fault['nodes'][0]['html'][:200]}")
         page.context.close()
     assert not found, "\n".join(found)
-    assert not wrong
+    assert [one for one in wrong if one != report] == []
 
 
 def test_no_page_is_wider_than_a_phone(browser: Browser, make_run: MakeRun, tmp_path: Path) -> None:
@@ -210,7 +255,7 @@ def test_a_section_that_moves_up_keeps_what_is_in_it(browser: Browser, make_run:
         page.wait_for_url("**over=device**")
         expect(heads.first).not_to_have_attribute("data-live", "00000000")
         assert page.locator("[data-live]:empty").count() == 0
-        expect(page.locator("#plot-1")).to_contain_text("minutes of evaluations")
+        expect(page.locator("#plot-1")).to_contain_text("worker-seconds")
         page.context.close()
     assert not wrong
 
@@ -231,6 +276,27 @@ def test_every_page_is_reached_with_the_keyboard(browser: Browser, make_run: Mak
         page.context.close()
 
 
+def test_any_plot_is_saved_as_a_picture(browser: Browser, make_run: MakeRun, tmp_path: Path) -> None:
+    page, wrong = _watched(browser, color_scheme="dark")
+    with serving(make_run(), bench=_few_rows(tmp_path)) as base:
+        for path in ("/run/run/compare?t=3&t=4", "/kernels"):
+            _open(page, base + path)
+            for form, begins in (("SVG", b"<svg"), ("PNG", b"\x89PNG")):
+                with page.expect_download() as told:
+                    page.get_by_role("button", name=f"Save this plot as {form}").first.click()
+                name = page.evaluate("window.heddleFigures()[0].name")
+                assert told.value.suggested_filename == f"{name}.{form.lower()}"
+                assert Path(told.value.path()).read_bytes().startswith(begins)
+        page.context.close()
+    assert not [one for one in wrong if not one.startswith(f"blob:{base}/")]
+
+
+# Looks at the moment in which the page says that what is seen is drawn.
+KEEP_WHETHER_PLOTLY_CAME_FIRST = """new MutationObserver(() => {
+  if (document.documentElement.dataset.drawn) window.plotlyFirst ??= Boolean(document.querySelector("script[src*=plotly]"));
+}).observe(document, {subtree: true, attributes: true, attributeFilter: ["data-drawn"]});"""
+
+
 def test_what_is_chosen_is_drawn_and_a_text_is_copied(browser: Browser, make_run: MakeRun) -> None:
     page, wrong = _watched(browser, permissions=["clipboard-read", "clipboard-write"])
     with serving(make_run()) as base:
@@ -239,10 +305,9 @@ def test_what_is_chosen_is_drawn_and_a_text_is_copied(browser: Browser, make_run
         page.wait_for_url("**x=parameters**")
         expect(page.locator("#plot-0")).to_contain_text("parameters")
         # A trial is there without plotly, which draws what stands below as soon as it has come.
-        asked: list[str] = []
-        page.on("request", lambda one: asked.append(one.url))
+        page.add_init_script(KEEP_WHETHER_PLOTLY_CAME_FIRST)
         _open(page, f"{base}/run/run/trial/4")
-        assert not [address for address in asked if "plotly" in address]
+        assert page.evaluate("window.plotlyFirst") is False
         expect(page.locator(".bars").first).to_contain_text("parameters")
         page.wait_for_function("() => [...document.querySelectorAll('.plot')].every((one) => one.firstChild)")
         page.get_by_role("button", name="Copy: Its spec").click()

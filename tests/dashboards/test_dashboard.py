@@ -17,7 +17,7 @@ import pytest
 from seen import client, get
 from starlette.testclient import TestClient
 
-from heddle.dashboards import guard, pages, server, site
+from heddle.dashboards import bench_figures, guard, pages, server, site
 from heddle.dashboards.site import Site, Watched, open_site
 from heddle.errors import HeddleError
 from heddle.search import record
@@ -265,15 +265,36 @@ def test_a_run_without_a_trial_says_what_happens_next(make_run: MakeRun) -> None
     assert "Two to 6 trials can be compared" in get(asked, "/run/run/compare").text
 
 
-def test_benchmark_rows_are_shown_beside_peers(make_run: MakeRun) -> None:
+def test_benchmark_rows_are_shown_beside_peers_the_floor_and_other_devices(make_run: MakeRun) -> None:
     asked = client(make_run(), ROOT / "tests/bench/results")
     seen = get(asked, "/kernels?device=NVIDIA+H100+80GB+HBM3&op=decay_attention")
     assert "fla" in seen.text
     assert "× heddle, same run" in seen.text
     phases = ("fwd", "fwdbwd", "decode", "decode_graph")
-    assert [figure["name"] for figure in seen.figures] == [f"kernels-{phase}" for phase in phases]
+    kinds = ("beside", "kernels", "devices")
+    figures: dict[str, Any] = {str(figure["name"]): figure for figure in seen.figures}
+    # Our steps in a graph were timed on one device alone.
+    assert list(figures) == [f"{kind}-{phase}" for kind in kinds for phase in phases][:-1]
+    for kind in ("beside", "kernels"):
+        assert {"heddle", "fla", "floor"} <= {trace["name"] for trace in figures[f"{kind}-fwd"]["data"]}
+    names = [trace["name"] for trace in figures["devices-fwd"]["data"]]
+    assert names == [
+        name + rest for name in ("NVIDIA H100 80GB HBM3", "NVIDIA H200") for rest in ("", ": floor")
+    ]
     without = client(Path(__file__).parent)
     assert "There is no such page" in get(without, "/kernels", 404).text
+
+
+def test_the_floor_is_the_time_of_the_bytes_or_operations_at_the_ceiling_of_the_device() -> None:
+    shared = {"device": "d", "commit": "c", "shape": {"T": 1}, "dtype": "float32"}
+    ceilings = [
+        {"op": "copy", "phase": "ceiling", "gbps": 4000.0},
+        {"op": "matmul", "phase": "ceiling", "tflops": 800.0},
+    ]
+    ours = {"op": "gla", "impl": "heddle", "phase": "fwd", "ms": 2.0, "gbps": 1000.0, "tflops": 600.0}
+    tops = bench_figures.ceiling(shared | row for row in ceilings)
+    (floor,) = bench_figures.floors([shared | ours, shared | ours | {"impl": "fla"}], tops)
+    assert (floor["impl"], floor["ms"]) == ("floor", 1.5)
 
 
 def test_following_reads_only_what_is_new_and_gives_what_reading_anew_gives(make_run: MakeRun) -> None:

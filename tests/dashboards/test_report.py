@@ -7,13 +7,18 @@ import re
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from shutil import copytree, rmtree
+from tempfile import mkdtemp
 
 import pytest
+from latency_models import UNSEEN, with_model, with_predictions
+from recorded_runs import Recorded
 
 from heddle.dashboards import data, words
+from heddle.dashboards.every_figure import every_figure
 from heddle.dashboards.report import page, write_report
 from heddle.errors import HeddleError
-from heddle.search.record import read_run
+from heddle.search.record import Run, read_run
 
 MakeRun = Callable[..., Path]
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>&\"'`{{7*7}}"
@@ -94,10 +99,72 @@ def test_infeasible_and_failed_trials_are_drawn_and_listed(make_run: MakeRun) ->
     seen = _Page(page(run))
     figures = json.loads(next(script for script in seen.scripts if script.lstrip().startswith("[")))
     against_budget = figures[0]
-    refused = next(trace for trace in against_budget["data"] if trace["name"] == "over budget or failed")
+    refused = next(trace for trace in against_budget["data"] if trace["name"] == "over budget")
     assert len(refused["x"]) == run.count("infeasible") == 2
+    # The trial that failed was not timed, so that it has no place in this plot.
+    assert against_budget["caption"].endswith("Nothing was measured of 1 more.")
+    so_far = next(figure for figure in figures if figure["name"] == "best-so-far-by-trial")
+    assert next(len(trace["x"]) for trace in so_far["data"] if trace["name"] == "failed") == 1
     assert against_budget["layout"]["shapes"][0]["x0"] == 0.8
     assert "loss-not-finite: the loss is nan at step 7 of 90" in seen.text
+
+
+@pytest.fixture(scope="module")
+def thousand(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A thousand trials, written by the engine's own recorder, with all that a run may hold."""
+    # The recorder waits for the disk at each event, which is no part of what is tested.
+    memory = Path("/dev/shm")
+    folder = Path(mkdtemp(dir=memory)) if memory.is_dir() else tmp_path_factory.mktemp("runs")
+    try:
+        written = Recorded(folder / "run", 1000, has_all=True).write()
+        copytree(written, kept := tmp_path_factory.mktemp("thousand") / "run")
+    finally:
+        rmtree(folder)
+    run = read_run(kept)
+    assert run.best is not None
+    return read_run(with_model(kept, number=run.best))
+
+
+def test_a_report_of_a_thousand_trials_holds_every_plot_in_five_megabytes(
+    thousand: Run, tmp_path: Path
+) -> None:
+    path = write_report(thousand, tmp_path / "report.html")
+    assert path.stat().st_size < 5_000_000
+    seen = _Page(path.read_text())
+    assert {"link", "img", "iframe", "object", "embed"}.isdisjoint(seen.tags)
+    figures = json.loads(next(script for script in seen.scripts if script.lstrip().startswith("[")))
+    names = [figure["name"] for figure in figures]
+    assert names == [figure.name for figure in every_figure(thousand)]
+    assert seen.tags.count("figure") == len(names)
+    kinds = (
+        "task",
+        "best",
+        "failures",
+        "placement",
+        "terms",
+        "held",
+        "predicted",
+        "twice",
+        "layers",
+        "blocks",
+        "curve",
+    )
+    assert {name.partition("-")[0] for name in names} == {*kinds, "latency"}
+
+
+def test_numbers_that_stand_in_no_table_are_told_where_scripts_are_off(make_run: MakeRun) -> None:
+    run = read_run(with_predictions(with_model(make_run())))
+    hidden = _Page("".join(re.findall(r"<noscript>(.*?)</noscript>", page(run), re.DOTALL))).text
+    assert "The plots need scripts" in hidden
+    best = run.best_trial
+    assert best is not None
+    for task, score in best.scores.items():
+        for step, loss in score.losses:
+            assert f"trial 4 {step} {loss:g}" in hidden, task
+    for predicted, measured in UNSEEN:
+        assert f"held-out stack {predicted:.6g} {measured:.6g}" in hidden
+    assert "mixer layer 0 layer 1" in hidden
+    assert "failed 1 loss-not-finite" in hidden
 
 
 def test_hostile_names_are_shown_as_text(make_run: MakeRun, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""block_attention: chosen blocks and landmarks against the reference query by query, its limits, rounding, what it refuses."""
+"""block_attention: chosen blocks against the reference query by query, its limits, rounding, what it refuses."""
 
 from __future__ import annotations
 
@@ -18,11 +18,9 @@ B, H, N, D, V, BLOCK = 2, 4, 2, 5, 6, 3
 FLOAT64 = EPSILON[torch.float64]
 
 
-def drawn(queries: int = 7, keys: int = 11, *, landmarks: bool = True, d: int = D) -> dict[str, Tensor]:
+def drawn(queries: int = 7, keys: int = 11, *, d: int = D) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     shapes = {"q": (H, queries, d), "k": (N, keys, d), "v": (N, keys, V)}
-    if landmarks:
-        shapes["landmarks"] = (N, -(-keys // BLOCK), d)
     made = {
         name: torch.randn(B, *shape, generator=generator, dtype=torch.float64)
         for name, shape in shapes.items()
@@ -56,53 +54,33 @@ def graded(function: Any, given: dict[str, Tensor], **rest: Any) -> dict[str, Te
     return {"out": out.detach()} | nothing
 
 
-@pytest.mark.parametrize("form", ["all", "chosen", "gates", "landmarks", "best"])
+@pytest.mark.parametrize("form", ["all", "chosen", "gates"])
 @pytest.mark.parametrize("is_limited", [False, True])
 @pytest.mark.parametrize("sizes", [(7, 11), (1, 9), (4, 4)], ids=str)
 def test_results_and_gradients_are_those_of_the_reference(
     form: str, is_limited: bool, sizes: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(parts, "QUERIES", 4)
-    given = drawn(*sizes, landmarks=form in ("landmarks", "best")) | (limits(*sizes) if is_limited else {})
+    given = drawn(*sizes) | (limits(*sizes) if is_limited else {})
     given |= {"chosen": some_blocks(*sizes)} if form == "chosen" else {}
     if form == "gates":
         given["gates"] = some_blocks(*sizes)[:, :, 0].double()
-    rest = {"block": BLOCK} | ({"top": 1} if form == "best" else {})
-    found, expected = (graded(one, given, **rest) for one in (block_attention, block_attention_reference))
+    found, expected = (
+        graded(one, given, block=BLOCK) for one in (block_attention, block_attention_reference)
+    )
     assert found.keys() == expected.keys() >= {"out", "q", "k", "v"}
     for name, tensor in expected.items():
         assert (found[name] - tensor).abs().max() < FLOAT64 * max(1.0, tensor.abs().max()), name
 
 
-def test_every_block_is_softmax_attention_and_so_are_landmarks_that_weigh_their_blocks() -> None:
+def test_every_block_is_softmax_attention() -> None:
     given = drawn(11, 11)
     softmax = F.scaled_dot_product_attention(
         given["q"], given["k"], given["v"], is_causal=True, enable_gqa=True
     )
-    plain = {name: x for name, x in given.items() if name != "landmarks"}
     everything = torch.ones(B, N, 11, 4, dtype=torch.bool)
     for rest in ({}, {"chosen": everything}):
-        assert (block_attention(**plain, **rest, block=BLOCK) - softmax).abs().max() < FLOAT64
-    # A block of one key whose landmark is that key has the key's weight.
-    same = {**given, "landmarks": given["k"]}
-    assert (block_attention(**same, block=1) - softmax).abs().max() < FLOAT64
-    assert (block_attention(**given, block=BLOCK) - softmax).abs().max() > 1e-2
-    # As many as there are is all of them.
-    assert torch.equal(block_attention(**given, block=BLOCK, top=4), block_attention(**given, block=BLOCK))
-
-
-def test_weights_sum_to_one_and_of_equal_landmarks_the_earlier_is_read() -> None:
-    given = drawn(11, 11)
-    ones = {**given, "v": torch.ones_like(given["v"])}
-    for top in (None, 1, 2):
-        assert (block_attention(**ones, block=BLOCK, top=top) - 1).abs().max() < FLOAT64
-    equal = {**given, "landmarks": given["landmarks"][:, :, :1].expand(-1, -1, 4, -1)}
-    where = {**equal, "v": torch.arange(11.0, dtype=torch.float64)[:, None].expand(B, N, 11, V) // BLOCK}
-    # The last query is in block 3: what it reads is of that and of block 0.
-    told = block_attention(**where, block=BLOCK, top=1)[:, :, -1]
-    blocks = {**where, "v": (where["v"] == 1).double() + (where["v"] == 2).double()}
-    assert (told > 0).all()
-    assert block_attention(**blocks, block=BLOCK, top=1)[:, :, -1].abs().max() < FLOAT64
+        assert (block_attention(**given, **rest, block=BLOCK) - softmax).abs().max() < FLOAT64
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -122,11 +100,10 @@ def test_rounding_costs_no_more_than_inputs_and_outputs(dtype: torch.dtype) -> N
 
 def test_large_logits_leave_everything_finite() -> None:
     given = drawn(40, 40)
-    for side in ("q", "k", "landmarks"):
+    for side in ("q", "k"):
         given[side] = given[side] * 100
     given = {name: x.float() if x.is_floating_point() else x for name, x in given.items()}
-    for top in (None, 1):
-        assert all(x.isfinite().all() for x in graded(block_attention, given, block=BLOCK, top=top).values())
+    assert all(x.isfinite().all() for x in graded(block_attention, given, block=BLOCK).values())
 
 
 def refused(**change: Any) -> str:
@@ -139,9 +116,8 @@ def refused(**change: Any) -> str:
 def test_what_does_not_fit_is_told() -> None:
     assert "no more than keys" in refused(q=torch.ones(B, H, 12, D))
     assert "2 key heads do not divide 3 query heads" in refused(q=torch.ones(B, 3, 7, D))
-    assert "block 0 and top None must be positive" in refused(block=0)
+    assert "block 0 must be positive" in refused(block=0)
     assert "one dtype" in refused(q=torch.ones(B, H, 7, D))
-    assert "nothing else beside them" in refused(chosen=some_blocks())
-    assert "landmarks has shape [2, 2, 3, 5], expected [2, 2, 4, 5]" in refused(
-        landmarks=torch.ones(B, N, 3, D, dtype=torch.float64)
+    assert "only one of listed, chosen and gates" in refused(
+        chosen=some_blocks(), gates=some_blocks()[:, :, 0].double()
     )

@@ -26,13 +26,17 @@ OPS = {
     "delta_rule": f"gated and ({SOME}) or delta_rule-cpu-float32 and 65 and not gated",
     "gla and not simple": "65 or packed and not float32",
     "kda": "kda-cpu-float32 and 65 or kda-cpu-float16 and packed_sequences",
+    "ttt": "ttt-cpu-float32 and 65 or ttt-cpu-float16 and packed_sequences",
 }
 CONTRACTS, REPLAY = "tests/contracts/test_ops.py", "tests/kernels/test_replay.py"
-# Attention and a layer's step, whose contract is their own.
+# Attention and a layer's step, whose contract is their own, and forms of ops that contracts do not have.
 OTHERS = {
     # All gradients of one form, ragged heads in half precision, a list in three parts.
     "test_block_attention_kernels": "reference and gates and float32 or odd and group and float16 "
     "or split and 3-listed and float32",
+    # A choice in both directions with all limits, ragged heads and blocks in half precision, a step in three parts.
+    "test_landmark_attention": "results and reference and 1-cpu and float32 or odd and group and float16 "
+    "or split and 3-2-cpu and float32 or 1-cpu and fresh",
     # Each option once in full precision, one form in half, tiles, and a mixer's decode steps.
     "test_gated_delta_layer": "odd and float32 or plain and float16 or tiles or window_moves or mixer and float32",
     # Ragged heads in half precision, packed sequences by descriptors in two loops, keys of a step in three parts, lists, a mixer.
@@ -41,6 +45,15 @@ OTHERS = {
     # Sinks in half precision, packed sequences by descriptors, keys of a step in three parts.
     "test_sliding_window_attention": "reference and many and float16 or descriptors and packed-1-cpu and float32 "
     "or split and 3-cpu and float32",
+    # A chunk that goes on in half precision, packed sequences.
+    "test_rat_scan": "reference and (goes and float16 or packed and float32)",
+    # Tiles that some queries see in half precision, packed sequences by descriptors, a step in three parts, a mixer.
+    "test_rat_attention": "reference and many and float16 or descriptors and packed-1-cpu and float32 "
+    "or split and 3-cpu and float32 or mixer",
+    # A step with masks in full precision, a given slope and a window in half.
+    "test_local_linear_attention": "kernels_are and (step and float32 or slope and float16)",
+    # The loss and the norm that contracts do not have; padding.
+    "test_ttt": "any_form and packed and l2-before or padding_of",
 }
 
 
@@ -49,14 +62,14 @@ def test_interpreted_kernels_keep_the_contract_and_are_repeated(full_counts: boo
     chosen = [f"test_ops and {op}" + ("" if full_counts else f" and ({some})") for op, some in OPS.items()]
     chosen.append("test_replay and cpu")
     done = _run_interpreted([CONTRACTS, REPLAY], " or ".join(f"({one})" for one in chosen))
-    for op in ("decay_attention", "simple_gla", "gated_delta_rule", "delta_rule", "gla", "kda"):
+    for op in ("decay_attention", "simple_gla", "gated_delta_rule", "delta_rule", "gla", "kda", "ttt"):
         assert re.search(rf"PASSED .*test_ops.py::.*[-\[]{op}-cpu", done), (
             f"no test of {op} in:\n{done[-4000:]}"
         )
     assert f"PASSED {REPLAY}" in done
 
 
-def test_interpreted_attention_and_layer_step_are_right() -> None:
+def test_interpreted_kernels_of_a_contract_of_their_own_are_right() -> None:
     files = [f"tests/kernels/{name}.py" for name in OTHERS]
     done = _run_interpreted(files, " or ".join(f"({name} and ({some}))" for name, some in OTHERS.items()))
     for file in files:
@@ -75,8 +88,13 @@ def test_interpreted_attention_and_layer_step_are_right() -> None:
         "kda",
         "block_attention_kernels",
         "gated_delta_layer",
+        "landmark_attention",
         "head_sparse_attention",
         "sliding_window_attention",
+        "rat_scan",
+        "rat_attention",
+        "ttt",
+        "local_linear_attention",
     ],
 )
 def test_interpreted_kernels_are_right_where_they_are_peculiar(op: str) -> None:

@@ -12,9 +12,13 @@ from torch.nn import functional as F
 
 from heddle.errors import HeddleError
 from heddle.kernels import _local_linear_torch as blocks
+from heddle.kernels import force_path, watch_paths
 from heddle.kernels.accuracy import EPSILON, worst_error
 from heddle.kernels.local_linear_attention import local_linear_attention, local_linear_attention_reference
+from heddle.kernels.op import INTERPRETED, TRITON_DTYPES
 
+# Does nothing on a CPU.
+pytestmark = pytest.mark.usefixtures("kernels_on_gpu")
 B, H, N, T, S, D, V = 2, 4, 2, 9, 13, 5, 6
 FLOAT64 = EPSILON[torch.float64]
 
@@ -40,7 +44,9 @@ def graded(function: Any, given: dict[str, Tensor], **rest: Any) -> dict[str, Te
     }
     out = function(**leaves, **rest)
     weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
-    (out * weight.to(out.dtype)).sum().backward()
+    # The same for the reference in float64 of what comes rounded.
+    weight = weight.to(torch.bfloat16).to(out.device, out.dtype)
+    (out * weight).sum().backward()
     return {"out": out.detach()} | {name: x.grad for name, x in leaves.items() if x.grad is not None}
 
 
@@ -125,6 +131,54 @@ def test_hard_keys_leave_everything_finite(kind: str, dtype: torch.dtype) -> Non
         mean = given["v"].to(dtype).double().cumsum(2) / torch.arange(1, 71)[:, None]
         error = (found["out"].double().unflatten(1, (N, -1)) - mean[:, :, None]).abs().max()
         assert error < 2 * torch.finfo(dtype).eps * mean.abs().max() + EPSILON[dtype]
+
+
+KERNEL_DTYPES = [
+    *([("cpu", torch.float32), ("cpu", torch.float16)] if INTERPRETED else []),
+    *(pytest.param("cuda", dtype, marks=pytest.mark.gpu) for dtype in TRITON_DTYPES),
+]
+# Two tiles of queries, two of keys; masks; with a slope and without, more or fewer steps to go.
+FORMS: dict[str, dict[str, Any]] = {
+    "masked": {"ridge": 10.0},
+    "window": {"ridge": 1.0, "window": 30},
+    "slope": {"ridge": 10.0, "window": 30},
+    "step": {"ridge": 10.0},
+}
+
+
+@pytest.mark.parametrize(("device", "dtype"), KERNEL_DTYPES, ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_kernels_are_within_twice_the_error_of_plain_torch(
+    form: str, device: str, dtype: torch.dtype
+) -> None:
+    tokens = 1 if form == "step" else 70
+    given = drawn(queries=tokens, keys=90, d=20, value=24)
+    if form == "masked":
+        given |= masks(queries=tokens, keys=90)
+    if form == "slope":
+        given["slope"] = torch.randn(B, H, tokens, 20, dtype=torch.float64) / 3
+    given = {name: x.to(dtype if x.is_floating_point() else x.dtype) for name, x in given.items()}
+    given = {name: x.float() if name == "written" else x for name, x in given.items()}
+    exact = graded(
+        local_linear_attention_reference,
+        {name: x.double() if x.is_floating_point() else x for name, x in given.items()},
+        **FORMS[form],
+    )
+    there = {name: x.to(device) for name, x in given.items()}
+    with watch_paths() as seen:
+        found, again = (graded(local_linear_attention, there, **FORMS[form]) for _ in range(2))
+    assert {path for _, path in seen} == {"triton"}
+    with force_path("torch"):
+        plain = graded(local_linear_attention, there, **FORMS[form])
+    assert found.keys() == exact.keys()
+    for name, tensor in exact.items():
+        assert torch.equal(found[name], again[name]), f"two runs differ in {name}"
+        turned = [
+            x[..., None].cpu() if x.dim() == 2 else x.transpose(1, 2).cpu()
+            for x in (found[name], plain[name], tensor)
+        ]
+        (error, worst), (allowed, _) = (worst_error(x, turned[2], timed=True) for x in turned[:2])
+        assert error <= 2 * allowed + EPSILON[dtype], f"{name}: {error:.2e}, {worst}"
 
 
 def refused(**change: Any) -> str:

@@ -68,3 +68,14 @@ def test_no_kernel_is_launched_that_ptxas_may_get_wrong(tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), "--quick"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+
+
+@pytest.mark.slow
+def test_a_step_of_landmarks_loads_sixteen_bytes_at_a_time() -> None:
+    # The compiler loses what it knows of addresses if a loop's bounds come from a sum: docs/decisions/0020-landmark-kernels.md.
+    script = _script()
+    step = [case for case in script.landmark_cases(quick=True) if case.kernel == "step"]
+    text, _ = script.ptx(step[0])
+    assert text.count("ld.global.v4.b32") >= 16
+    # But for the query.
+    assert text.count("ld.global.b16") <= 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from typing import Any
@@ -10,10 +11,14 @@ import pytest
 import torch
 
 from heddle.errors import HeddleError
-from heddle.kernels.accuracy import EPSILON, compare, draw
-from heddle.kernels.op import Op
+from heddle.kernels import _ttt_torch
+from heddle.kernels.accuracy import EPSILON, Sample, compare, draw
+from heddle.kernels.op import INTERPRETED, TRITON_DTYPES, Op, force_path
 from heddle.kernels.ttt import LOSSES, NORMALISE, ttt, ttt_reference
 
+# Does nothing on a CPU.
+pytestmark = pytest.mark.usefixtures("kernels_on_gpu")
+on_devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 LINEAR, MLP = {"B": 2, "H": 2, "K": 5}, {"B": 2, "H": 2, "K": 5, "M": 7}
 FLOAT64 = EPSILON[torch.float64]
 
@@ -79,6 +84,90 @@ def test_at_a_rate_of_zero_it_reads_its_first_weights() -> None:
     expected = given["q"] + torch.einsum("bthm,hmd->bthd", hidden, first[:, 2])
     assert (out - expected).abs().max() < FLOAT64
     assert (state[..., :-2] == 0).all()
+
+
+def without_momentum(sample: Sample) -> Sample:
+    """The same sample, of an op that is told `momentum=None`."""
+    arguments = {name: x for name, x in sample.arguments.items() if name != "momentum"}
+    arguments["initial_state"] = state_without_momentum(arguments["initial_state"])
+    wanted = tuple(name for name in sample.wanted if name != "momentum")
+    upstream = (sample.upstream[0], state_without_momentum(sample.upstream[1]))
+    return Sample(sample.dtype, arguments, wanted, upstream)
+
+
+# Every loss, way to normalise, momentum and none, blocks that a chunk's end cuts, chunks longer than a block.
+FORMS = [
+    {"loss": "dot", "normalise": "after", "chunk": 7},
+    {"loss": "l2", "normalise": "before", "chunk": 70},
+    {"loss": "l2", "normalise": "after", "chunk": 70, "momentum": None},
+    {"loss": "dot", "normalise": "none", "chunk": 7, "momentum": None},
+    {"loss": "l2", "normalise": "none", "chunk": 700},
+]
+
+
+# In half precision the path in torch is the kernels' baseline itself.
+@pytest.mark.parametrize(
+    ("device", "dtype"),
+    [
+        ("cpu", torch.float16 if INTERPRETED else torch.float32),
+        *(pytest.param("cuda", dtype, marks=pytest.mark.gpu) for dtype in TRITON_DTYPES),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize(
+    "form", FORMS, ids=lambda form: f"{form['loss']}-{form['normalise']}-{form['chunk']}"
+)
+def test_a_linear_memory_of_any_form_is_that_of_the_reference(
+    form: dict[str, Any], packed: bool, device: str, dtype: torch.dtype
+) -> None:
+    # Of a size that no tile has, in chunks that earlier calls have begun.
+    shape, ends = {"B": 1 if packed else 2, "H": 2, "K": 20, "T": 90}, [0, 1, 1, 40, 90] if packed else None
+    sample = draw(ttt, shape, dtype, cu_seqlens=ends)
+    state, chunk = sample.arguments["initial_state"], form["chunk"]
+    state[..., -1] = (3 * torch.arange(state.shape[0]) % chunk / chunk)[:, None]
+    sample = without_momentum(sample) if "momentum" in form else sample
+    op = replace(ttt, fast=partial(ttt.fast, **form), reference=partial(ttt_reference, **form))
+    measured = compare(op, sample, device)
+    assert {one.path for one in measured} == {"triton" if INTERPRETED or device == "cuda" else "torch"}
+    wrong = [str(one) for one in measured if not one.ok]
+    assert not wrong, "\n".join(wrong)
+
+
+@on_devices
+def test_padding_of_a_linear_memory_leaves_no_trace_on_any_path(device: str) -> None:
+    given = draw(ttt, {**LINEAR, "T": 23}, torch.float32).to(device).arguments
+    given["initial_state"][..., -1] = torch.tensor([1 / 4, 2 / 4])[:, None]
+    real = torch.ones(2, 23, dtype=torch.bool, device=device)
+    real[0, :9] = real[1, 20:] = real[1, 3] = False
+    found = []
+    for path in ("torch", "triton" if INTERPRETED or device == "cuda" else "torch"):
+        leaves = {name: x.detach().clone().requires_grad_() for name, x in given.items()}
+        with force_path(path):
+            out, state = ttt(**leaves, chunk=4, real=real)
+        (out[real].square().sum() + state.square().sum()).backward()
+        found.append([out[real], state, *(x.grad for x in leaves.values())])
+    for one, other in zip(*found, strict=True):
+        assert one.isfinite().all()
+        assert (one - other).abs().max() < 20 * EPSILON[torch.float32] * other.abs().max()
+
+
+def test_what_a_chunk_makes_is_not_kept_for_its_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    whole = _ttt_torch._written
+
+    def counted(*args: Any) -> list[torch.Tensor]:
+        made.append(1)
+        return whole(*args)
+
+    monkeypatch.setattr(_ttt_torch, "_written", counted)
+    given = draw(ttt, {**MLP, "T": 20}, torch.float64, initial_state=False).arguments
+    given["k"].requires_grad_()
+    out, _ = ttt(**given, chunk=5)
+    assert len(made) == 4
+    out.sum().backward()
+    # The last chunk is read by nobody who has gradients.
+    assert len(made) == 8
 
 
 def refused(**change: Any) -> str:

@@ -14,6 +14,8 @@ from heddle.kernels.causal_conv1d import causal_conv1d
 from heddle.kernels.dense_attention import dense_attention
 from heddle.kernels.gated_delta_rule import gated_delta_rule
 from heddle.kernels.op import Op
+from heddle.kernels.rat_attention import rat_attention
+from heddle.kernels.rat_scan import rat_scan
 
 MANY = 3
 
@@ -25,6 +27,11 @@ def _drawn(op: Op[..., Any], index: int) -> dict[str, Tensor]:
 
 def _causal(**given: Tensor) -> Tensor:
     return dense_attention(**given, is_causal=True)
+
+
+def _keys_and_summaries(**given: Tensor) -> Tensor:
+    turned, *rest = rat_scan(**given, chunk=5)
+    return torch.cat([turned.flatten(), *(x.flatten() for x in rest)])
 
 
 def _masked(**given: Tensor) -> Tensor:
@@ -42,6 +49,8 @@ def _rows_masked(**given: Tensor) -> Tensor:
         pytest.param(
             causal_conv1d, lambda **given: causal_conv1d(**given, activation="silu")[0], id="causal_conv1d"
         ),
+        pytest.param(rat_scan, _keys_and_summaries, id="rat_scan"),
+        pytest.param(rat_attention, lambda **given: rat_attention(**given, chunk=5), id="rat_attention"),
         pytest.param(dense_attention, _causal, id="dense_attention"),
         pytest.param(dense_attention, _masked, id="one mask"),
         pytest.param(dense_attention, _rows_masked, id="a mask for each row"),

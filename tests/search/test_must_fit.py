@@ -61,6 +61,34 @@ search:
   {tasks: [{mqar: {pairs: 2, length: 16}}], trials: 4, seed: 1, sampler: random, confirm_seeds: 0, export: {must_fit: [qwen3]}}
 """
 )
+SERVED = (
+    HEAD
+    + """
+  blocks:
+    full:
+      mixer: {{kind: attention, heads: 2, qk_norm: true, gate: {{choice: [false, true]}}, window: {{choice: [null, 8]}}}}
+      channel: {{kind: swiglu, width: {{choice: [16, 32]}}}}
+    linear: {{mixer: {{kind: gated_deltanet, heads: 2}}, channel: {{kind: swiglu, width: {{choice: [16, 32]}}}}}}
+  layers: [linear, full]
+data: {{source: {corpus}, sequence_length: 32}}
+train: {{tokens: 2k, batch_tokens: 512}}
+search: {{tasks: [text], trials: 2, seed: 1, sampler: random, confirm_seeds: 0, export: {{must_fit: [sglang, vllm]}}}}
+"""
+)
+
+
+@pytest.mark.slow
+def test_what_a_server_does_not_take_is_not_proposed(workers: Workers, corpus: Path, tmp_path: Path) -> None:
+    assert workers.parallel
+    run = search(loads(SERVED.format(corpus=corpus)), tmp_path / "run")
+    for trial in run.trials:
+        assert trial.params["blocks.full.mixer.gate"] is True
+        assert trial.params["blocks.full.mixer.window"] is None
+        fits = trial.params["blocks.full.channel.width"] == trial.params["blocks.linear.channel.width"]
+        assert (trial.state == "complete") == fits
+        assert fits or "channel.width: is" in (trial.reason or "")
+    assert run.export is not None
+    assert json.loads((run.export / "config.json").read_text())["architectures"] == ["Qwen3_5ForCausalLM"]
 
 
 @pytest.mark.slow

@@ -10,7 +10,14 @@ from typing import Any
 
 from heddle.compose.hf.card import ParityRow
 from heddle.compose.hf.checkpoint import CONFIG, open_checkpoint, require_trust
-from heddle.compose.hf.verify import HIDDEN, fixed_inputs, parity_rows, reload_in_clean_process
+from heddle.compose.hf.verify import (
+    FULL,
+    HIDDEN,
+    clean_row,
+    fixed_inputs,
+    parity_rows,
+    reload_in_clean_process,
+)
 from heddle.errors import HeddleError, Where
 
 HEADS = ("ForCausalLM", "ForMaskedLM", "ForSequenceClassification")
@@ -55,20 +62,11 @@ def run_battery(
             "auto_class": head,
             "folder": str(folder),
             "hidden": [*hidden],
-            "battery": "full",
+            "battery": FULL,
         }
         task |= {"trusted": trusted, "first": [*path]}
         found, _ = reload_in_clean_process(task, inputs, Path(scratch))
-    clean = ParityRow(
-        "loads in a clean process",
-        float(len(found["imported"])),
-        0.0,
-        "fail" if found["imported"] else "pass",
-        f"imported {', '.join(found['imported'])}"
-        if found["imported"]
-        else f"without {hidden[0]}, no network",
-    )
-    rows = (clean, *parity_rows(found["battery"]))
+    rows = (clean_row(found, hidden), *parity_rows(found["battery"]["rows"]))
     return Battery(folder, head, rows, found["device"], found["transformers"], found["torch"])
 
 

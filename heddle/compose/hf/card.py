@@ -72,6 +72,7 @@ class Checked:
     auto_class: str = "AutoModelForCausalLM"
     device: str = ""
     parity: Sequence[ParityRow] = ()
+    battery: str = ""
     native: str | None = None
 
 
@@ -204,6 +205,7 @@ def _parity(checked: Checked) -> str:
         ("device", checked.device),
         ("transformers", checked.transformers),
         ("torch", checked.torch),
+        ("parity battery", checked.battery),
     ]
     table = _table(("checked at export", ""), [row for row in rows if row[1]])
     return "\n\n".join(part for part in (table, _battery(checked.parity)) if part)
@@ -219,7 +221,7 @@ def _battery(rows: Sequence[ParityRow]) -> str:
     return (
         f"{_table(('check', 'figure', 'tolerance', '', ''), cells)}\n\n"
         "Logits in float32 against one pass in float64, as the worst relative norm of 64 tokens; at most twice the error of one "
-        "pass in float32 plus 2e-6. Of files the figure counts tensors. `heddle verify` runs more."
+        "pass in the same type plus 2e-6 (bfloat16: 1e-3). Of files the figure counts tensors, of generation tokens that differ."
     )
 
 

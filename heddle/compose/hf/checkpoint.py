@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from heddle.errors import HeddleError, Where
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 CONFIG, TOKENIZER_CONFIG, ADAPTER = "config.json", "tokenizer_config.json", "adapter_config.json"
 # Of a configuration; with a "/" in it the value names kernels of a hub.
@@ -112,6 +112,21 @@ def open_checkpoint(folder: Path | str) -> Checkpoint:
     """
     folder = Path(folder)
     return Checkpoint(folder, read_config(folder), _stored(folder))
+
+
+def fill(model: nn.Module, path: Path) -> None:
+    """Copies the tensors of one safetensors file into those of the model, one at a time; what has two names is stored once.
+
+    Raises:
+        HeddleError: "checkpoint-broken", naming file and tensor.
+    """
+    ours: dict[int, tuple[str, Tensor]] = {}
+    for name, tensor in model.state_dict().items():
+        ours.setdefault(tensor.data_ptr(), (name, tensor))
+    checkpoint = Checkpoint(path.parent, {}, _header(path))
+    checkpoint.expect({name: tuple(tensor.shape) for name, tensor in ours.values()})
+    for name, tensor in ours.values():
+        tensor.copy_(checkpoint.load([name])[name])
 
 
 def read_config(folder: Path | str) -> dict[str, Any]:

@@ -18,7 +18,8 @@ class HeddleConfig(PreTrainedConfig):  # type: ignore[misc]
 
     `lower_bounds_width` is how many columns the model's table of lower bounds has, with a row for each layer; 0: there is none.
     `model_kind` is causal_lm or encoder; `readout` holds, for an encoder that classifies sequences, `{"kind", …}`, and
-    `num_labels` the number of classes.
+    `num_labels` the number of classes. `spec` is what all this was made from, `{"version", "model"}` as in a spec file, for
+    `heddle import`; nothing here reads it.
     """
 
     model_type = "heddle"
@@ -38,6 +39,7 @@ class HeddleConfig(PreTrainedConfig):  # type: ignore[misc]
     model_kind: str = "causal_lm"
     readout: dict[str, Any] | None = None
     layers: list[dict[str, Any]] = field(default_factory=list)
+    spec: dict[str, Any] | None = None
     tie_word_embeddings: bool = True
     use_cache: bool = True
     pad_token_id: int | None = None

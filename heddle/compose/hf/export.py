@@ -16,21 +16,22 @@ from typing import Any
 from torch import Tensor
 from transformers import GenerationConfig
 
-from heddle.compose.hf.card import Card, Checked, render
+from heddle.compose.hf.card import Card, Checked, ParityRow, render
 from heddle.compose.hf.flatten import CONFIG, ENCODER, ENTRIES, MODEL, flatten
 from heddle.compose.hf.model import HeddlePreTrainedModel
 from heddle.compose.hf.native import AUTO, MARK, REMOTE, chosen_target, write_native
 from heddle.compose.hf.shards import MAX_SHARD_SIZE, size_of, write_weights
 from heddle.compose.hf.tokenizer import BYTES, tokenizer_for
-from heddle.compose.hf.verify import Verification, auto_class, verify
+from heddle.compose.hf.verify import AUTO as AUTO_BATTERY
+from heddle.compose.hf.verify import Verification, auto_class, check_battery, verify
 from heddle.compose.targets.target import Target
 from heddle.errors import HeddleError
 
 
 @dataclass(frozen=True, slots=True)
 class ExportResult:
-    """Where the folder is, what loading it in a clean process gave, the target it was written for, and why not for another
-    that "auto" tried."""
+    """Where the folder is, what loading it in a clean process gave, the target it was written for, why not for another that
+    "auto" tried, and the rows of the battery with the form of it that ran."""
 
     path: Path
     max_difference: float
@@ -38,6 +39,8 @@ class ExportResult:
     transformers: str
     target: str = REMOTE
     note: str = ""
+    parity: tuple[ParityRow, ...] = ()
+    battery: str = ""
 
 
 def export(
@@ -49,6 +52,7 @@ def export(
     overwrite: bool = False,
     max_shard_size: str = MAX_SHARD_SIZE,
     target: str = REMOTE,
+    battery: str = AUTO_BATTERY,
 ) -> ExportResult:
     """Writes config, weights, code, tokenizer and card to `out_dir`, all or nothing; `model` is of any kind that has a head.
 
@@ -56,23 +60,25 @@ def export(
     code; or "auto", the first class that holds the model exactly, else "remote".
 
     The folder is written beside `out_dir`, loaded in a process without heddle, compared, and only then given
-    its name. `overwrite` replaces an earlier export, and nothing else. Weights of more than `max_shard_size`, as "5GB", are
-    spread over several files.
+    its name; `battery` is the form of the parity battery that it must pass, as of `heddle.compose.hf.verify.verify`. `overwrite`
+    replaces an earlier export, and nothing else. Weights of more than `max_shard_size`, as "5GB", are spread over several files.
 
     Raises:
         HeddleError: "bad-argument", "file-exists", "tokenizer-mismatch", "target-mismatch", "export-mismatch", "disk-full".
     """
     out = Path(out_dir).absolute()
     size_of(max_shard_size)
+    check_battery(battery)
     native = chosen_target(target, model)
     _check_free(out, overwrite=overwrite)
+    how = {"max_shard_size": max_shard_size, "battery": battery}
     try:
-        return _export(model, out, card, tokenizer, native, max_shard_size=max_shard_size)
+        return _export(model, out, card, tokenizer, native, **how)
     except HeddleError as error:
         if target != AUTO or native is None or error.code != "export-mismatch":
             raise
         note = f"as {native.name} it does not pass the check ({error.what}), so it is remote code"
-        return replace(_export(model, out, card, tokenizer, None, max_shard_size=max_shard_size), note=note)
+        return replace(_export(model, out, card, tokenizer, None, **how), note=note)
 
 
 def _export(
@@ -83,22 +89,23 @@ def _export(
     native: Target | None,
     *,
     max_shard_size: str,
+    battery: str,
 ) -> ExportResult:
     with _folder_beside(out) as folder:
         with _full_disk_told(out):
             made = _write_tokenizer(model, folder, tokenizer)
             if native is None:
-                _write_model(model, folder, made)
-                write_weights(_weights(model), folder, max_shard_size)
+                write_remote(model, folder, _ids(made), max_shard_size)
             else:
                 write_native(model, folder, native, _ids(made), max_shard_size)
-        checked = verify(model, folder, trusted=native is None)
+        checked = verify(model, folder, trusted=native is None, battery=battery)
         with _full_disk_told(out):
             text = render(card, _checked(model, checked, native))
             (folder / "README.md").write_text(text, encoding="utf-8")
         _give_name(folder, out)
     name = REMOTE if native is None else native.name
-    return ExportResult(out, checked.max_difference, checked.generated_text, checked.transformers, name)
+    found = (checked.max_difference, checked.generated_text, checked.transformers)
+    return ExportResult(out, *found, name, parity=checked.parity, battery=checked.battery)
 
 
 def is_export(folder: Path) -> bool:
@@ -150,17 +157,28 @@ def _write_tokenizer(model: HeddlePreTrainedModel, folder: Path, tokenizer: str)
     return made
 
 
-def _write_model(model: HeddlePreTrainedModel, folder: Path, tokenizer: Any) -> None:
-    ids = _ids(tokenizer)
+def write_remote(
+    model: HeddlePreTrainedModel,
+    folder: Path,
+    ids: Mapping[str, int | None],
+    max_shard_size: str = MAX_SHARD_SIZE,
+) -> None:
+    """config.json with the spec in it, generation_config.json, the weights and the code; `ids` are those of special tokens."""
     config = copy.deepcopy(model.config)
     names = {"architectures": [type(model).__name__], "auto_map": _auto_map(model)}
     config.update({**ids, **names, "dtype": model.dtype})
     config.save_pretrained(folder)
     if model.can_generate():
         GenerationConfig(**ids).save_pretrained(folder)
-    kinds = _kinds(model)
-    for name, source in flatten(kinds["mixers"], kinds["channels"], _entry(model)).items():
+    for name, source in source_files(model).items():
         (folder / name).write_text(source, encoding="utf-8")
+    write_weights(_weights(model), folder, max_shard_size)
+
+
+def source_files(model: HeddlePreTrainedModel) -> dict[str, str]:
+    """The Python files that a model needs where there is no heddle, by name."""
+    kinds = _kinds(model)
+    return flatten(kinds["mixers"], kinds["channels"], _entry(model))
 
 
 def _ids(tokenizer: Any) -> dict[str, int | None]:
@@ -220,6 +238,7 @@ def _checked(model: HeddlePreTrainedModel, found: Verification, native: Target |
         auto_class=auto_class(model),
         device=found.device,
         parity=found.parity,
+        battery=found.battery,
         native=None if native is None else native.model_class,
     )
 

@@ -78,7 +78,9 @@ def flatten(mixers: Collection[str], channels: Collection[str], entry: str = MOD
         text = LIBRARY.sub(rf'\1 = "heddle_{digest}"', _guard_optional(_relative(source, roots)))
         if module == entry:
             text += _fetch_list(closure, entry)
-        files[f"{flat_name(module)}.py"] = f"# Written by heddle {__version__} from {module}.\n{text}"
+        files[f"{flat_name(module)}.py"] = (
+            f"# Written by heddle {__version__} from {module}, code {digest}.\n{text}"
+        )
     assert len(files) == len(closure.sources), "two modules share a flat name"
     return files
 

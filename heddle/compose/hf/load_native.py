@@ -152,6 +152,10 @@ class _Source:
                     return name.replace(published, written)
         return name
 
+    def rows(self) -> dict[str, int]:
+        """How many rows each tensor has."""
+        return {name: one.shape[0] for name, one in self.checkpoint.stored.items() if one.shape}
+
     def read(self, wanted: Sequence[str]) -> dict[str, torch.Tensor]:
         """These tensors, times the factors that a spec has in its weights."""
         loaded = self.checkpoint.load([self.stored_as(name) for name in wanted])
@@ -178,21 +182,21 @@ def _load(source: _Source, model: HeddleForCausalLM) -> None:
     """Fill the model, whose tensors in the checkpoint are read a few at a time: no two of it are ever in memory."""
     target, config, checkpoint = source.target, source.config, source.checkpoint
     tied = config["tie_word_embeddings"]
+    keys = [*target.stored_keys(config, source.rows())]
     ours = {name: one for name, one in model.state_dict().items() if not tied or name != HEAD}
-    shapes = {name: tuple(shape) for name, shape in their_shapes(target.keys(config), ours).items()}
+    shapes = {name: tuple(shape) for name, shape in their_shapes(keys, ours).items()}
     again = tied and HEAD in checkpoint.stored
     made = {name: one for name, one in tables(target.name, config).items() if name in checkpoint.stored}
     shapes |= {name: tuple(one.shape) for name, one in made.items()}
     shapes |= {HEAD: shapes[EMBEDDING]} if again else {}
     checkpoint.expect({source.stored_as(name): shape for name, shape in shapes.items()})
     for name, one in made.items():
-        if wrong_table({name: one}, source.read([name])) is not None:
-            raise _mismatch(checkpoint.folder, name, "is another table than the class computes")
+        _check_table(checkpoint.folder, name, one, source.read([name])[name])
     if again and not torch.equal(*source.read([HEAD, EMBEDDING]).values()):
         what = f"is true, and {HEAD} is stored and is another than {EMBEDDING}"
         raise _mismatch(checkpoint.folder, "tie_word_embeddings", what)
     filled = set()
-    for key in target.keys(config):
+    for key in keys:
         found, left = to_ours([key], source.read(key.theirs))
         assert not left.missing, left.missing
         for name, tensor in found.items():
@@ -201,6 +205,18 @@ def _load(source: _Source, model: HeddleForCausalLM) -> None:
     assert filled == ours.keys()
 
 
-def _mismatch(folder: Path, field: str, what: str) -> HeddleError:
+def _check_table(folder: Path, name: str, made: torch.Tensor, stored: torch.Tensor) -> None:
+    """That a stored table is the one that follows from the configuration: the class computes with what is stored."""
+    if wrong_table({name: made}, {name: stored}) is not None:
+        raise _mismatch(folder, name, "is another table than the class computes")
+    if wrong_table({name: made}, {name: stored.float()}) is not None:
+        told = str(stored.dtype).removeprefix("torch.")
+        what = (
+            f"is rounded to {told}: the class computes with it as it is, and a spec's decays are not rounded"
+        )
+        raise _mismatch(folder, name, what, "store its tables of decays in float32, or leave them out")
+
+
+def _mismatch(folder: Path, field: str, what: str, hint: str | None = None) -> HeddleError:
     told = f"{field} {what}" if field and not what.startswith("cannot") else f"the configuration {what}"
-    return HeddleError("import-mismatch", told, where=Where(file=str(folder / CONFIG), path=field))
+    return HeddleError("import-mismatch", told, where=Where(file=str(folder / CONFIG), path=field), hint=hint)

@@ -36,7 +36,8 @@ def runtime_of(model: HeddlePreTrainedModel) -> dict[str, Any]:
 
 
 def chosen_target(name: str, model: HeddlePreTrainedModel) -> Target | None:
-    """The target of that name; of "auto" the first that holds the model exactly; None for remote code.
+    """The target of that name; of "auto" the first that holds the model exactly and generates the same with its cache as without;
+    None for remote code.
 
     Raises:
         HeddleError: "bad-argument" for a name that is no target.
@@ -44,7 +45,9 @@ def chosen_target(name: str, model: HeddlePreTrainedModel) -> Target | None:
     if name == REMOTE:
         return None
     if name == AUTO:
-        return next((one.target for one in verdicts(runtime_of(model)) if one.fits), None)
+        runtime = runtime_of(model)
+        fitting = (one.target for one in verdicts(runtime) if one.fits)
+        return next((target for target in fitting if not target.miscounts(runtime)), None)
     return target_named(name)
 
 

@@ -3,31 +3,40 @@
 Run by `reload.py` in a process that has no heddle; it imports nothing of ours. The oracle is the full pass in float64, the
 baseline the full pass in float32, and an error may be at most twice that of the baseline plus ε (`kernels/accuracy.py`). An
 error is the worst relative norm over sequences and blocks of 64 tokens, floored by the root mean square of all logits.
+
+The model is in memory once: for what is asked in float64 it becomes float64 itself, 8 bytes a parameter, and then float32 again.
 """
 
 from __future__ import annotations
 
-import copy
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 EPSILON = {torch.float32: 2e-6, torch.bfloat16: 1e-3}
 # Tokens of a pass (more than a chunk of a kernel), of padding, and of what is generated; prompts are short.
 LENGTH, PADDING, PROMPT, GREEDY, BEAM = 70, 9, 7, 64, 12
-# At an export few tokens are stepped through and nothing is generated.
+# The short form steps through few tokens and generates nothing.
 SHORT_STEPS = 6
+# What all checks cost, in full passes in float64 and in float32, and how long they may take where nobody asked for them.
+FULL_PASSES, FULL_SECONDS = (160, 200), 60.0
 RECURRENT = "a recurrent state cannot skip padding that follows text: pad on the left"
 WINDOW = "a window counts padding that follows text as places: pad on the left"
 GENERATION = "with and without cache"
 CHUNKS, CHUNKS_PLACED = "chunked prefill", "chunked prefill, positions given"
 BEAMS = f"three beams, {GENERATION}"
 ONE_STEPPED, RIGHT_STEPPED = "batch of one, padded, then steps", "right padding, then steps"
+STEPS, NARROW_STEPS = "one-token steps", "bfloat16, one-token steps"
+# Kinds of mixers in an export of ours that decide on a whole prompt, once: pieces of it, and a pass without a cache, decide anew.
+BY_PROMPT = ("layer_router",)
+PROMPTED = (
+    "a layer picks its mixer by the whole prompt, and a call without the cache of that prompt picks again"
+)
 # Checks that classes of transformers fail by themselves, measured with 5.23.0: their logits without a cache are right.
 EXPECTED = {
     "bamba": {CHUNKS: "the class counts positions only where position_ids are given"},
@@ -36,34 +45,38 @@ EXPECTED = {
     ),
     "minimax": {BEAMS: "with a cache the class finds other beams than without"},
 }
+UNCOUNTED = "the class asks its first layer for the number of tokens, and a linear one has none"
 FIRST_IS_LINEAR = {
-    "minimax": dict.fromkeys(
-        (CHUNKS, CHUNKS_PLACED, ONE_STEPPED, RIGHT_STEPPED, GENERATION),
-        "the class asks its first layer for the number of tokens, and a linear one has none",
-    )
+    "minimax": dict.fromkeys((CHUNKS, CHUNKS_PLACED, ONE_STEPPED, RIGHT_STEPPED, GENERATION), UNCOUNTED)
 }
-
 # Classes with Mamba-2, and what they fail where its projections have a bias.
 BIASED = ("bamba", "granitemoehybrid", "falcon_h1")
 BIAS = "the class masks padding before its projection, whose bias then reaches the convolution"
 PADDED_LEFT, PADDED_ONE = "left padding", "batch of one, padded"
-
-# Names that the writer of a class gives to what is published, and loaded, under others.
-RENAMED = {
-    "kimi_linear": (".mlp.", ".block_sparse_moe."),
-    "olmo_hybrid": ("post_attention_layernorm", "feedforward_layer_norm"),
-}
-# Tensors that a class joins by rows, and its name for them; its writer cuts them into equal parts, whatever theirs are.
-JOINED = {"olmo_hybrid": (("q_conv1d", "k_conv1d", "v_conv1d"), "conv1d")}
 
 
 def known_failures(config: Any) -> dict[str, str]:
     """Checks that the class of `config` fails, and why."""
     first = next(iter(getattr(config, "layer_types", None) or []), "")
     linear = FIRST_IS_LINEAR.get(config.model_type, {}) if first == "linear_attention" else {}
+    if linear and getattr(config, "sliding_window", None):
+        # Where a window ends is counted from the same number.
+        linear = {**linear, **dict.fromkeys((STEPS, NARROW_STEPS), UNCOUNTED)}
     biased = config.model_type in BIASED and getattr(config, "mamba_proj_bias", False)
     padded = dict.fromkeys((PADDED_LEFT, PADDED_ONE, ONE_STEPPED), BIAS) if biased else {}
-    return {**EXPECTED.get(config.model_type, {}), **linear, **padded}
+    steps = (STEPS, NARROW_STEPS, CHUNKS, CHUNKS_PLACED, ONE_STEPPED, RIGHT_STEPPED, GENERATION)
+    picks = config.model_type == "heddle" and any(kind in BY_PROMPT for kind in kinds(config.layers))
+    prompted = dict.fromkeys(steps, PROMPTED) if picks else {}
+    return {**EXPECTED.get(config.model_type, {}), **linear, **padded, **prompted}
+
+
+def kinds(data: Any) -> Iterator[str]:
+    """Every `kind` in plain data."""
+    if isinstance(data, Mapping):
+        yield from (str(data[name]) for name in data if name == "kind")
+    inner = data.values() if isinstance(data, Mapping) else data if isinstance(data, (list, tuple)) else ()
+    for one in inner:
+        yield from kinds(one)
 
 
 @dataclass(slots=True)
@@ -80,7 +93,7 @@ class Row:
 
 @dataclass(slots=True)
 class Loaded:
-    """The model of a folder, in float32, and what is needed to load it otherwise."""
+    """The model of a folder, in float32, what loads it otherwise, and what reads its files (`second_reader.py`)."""
 
     model: Any
     auto_class: Any
@@ -88,13 +101,29 @@ class Loaded:
     again: str
     saved_again: float
     trusted: bool
+    reader: Callable[[Any, str, str], tuple[list[str], int]]
 
 
 @torch.no_grad()
 def battery(loaded: Loaded, *, full: bool) -> list[dict[str, Any]]:
-    """Every check of a folder, as plain data; without `full` those that an export waits for."""
-    checks = _Causal(loaded, full=full) if loaded.model.can_generate() else _Checks(loaded, full=full)
-    return [asdict(row) for row in checks.rows()]
+    """Every check of a folder, as plain data; without `full` the short form."""
+    return [asdict(row) for row in checks_of(loaded, full=full).rows()]
+
+
+@torch.no_grad()
+def asked(loaded: Loaded, form: str) -> dict[str, Any]:
+    """The checks of a form, which is full, short, or auto: full where that takes less than a minute. `form` tells which it was,
+    `seconds` what the full form was expected to take."""
+    checks = checks_of(loaded, full=form == "full")
+    seconds = checks.full_seconds()
+    checks.full |= form == "auto" and seconds <= FULL_SECONDS
+    rows = [asdict(row) for row in checks.rows()]
+    return {"rows": rows, "form": "full" if checks.full else "short", "seconds": seconds}
+
+
+def checks_of(loaded: Loaded, *, full: bool) -> _Checks:
+    """The checks of a model that generates, or of one that does not."""
+    return _Causal(loaded, full=full) if loaded.model.can_generate() else _Checks(loaded, full=full)
 
 
 class _Checks:
@@ -108,21 +137,39 @@ class _Checks:
         self.padding = max(1, min(PADDING, self.length // 4))
         generator = torch.Generator().manual_seed(0)
         self.ids = torch.randint(1, int(config.vocab_size), (2, self.length), generator=generator)
-        self.exact_model, self.oracle = exact_twin(self.model, self.ids)
-        self.exact = whole(self.exact_model, self.ids)
+        with in_float64(self.model):
+            _, self.no_float64 = attempt(lambda: float(whole(self.model, self.ids).sum()))
+        with self.exactly():
+            self.exact = whole(self.model, self.ids)
+            # A classifier's logits are of the whole row, so a row of its own says what is right beside padding.
+            self.alone = whole(self.model, self.ids[:1, : self.length - self.padding])
         self.baseline = error(whole(self.model, self.ids), self.exact)
         self.known = known_failures(config)
+
+    def exactly(self) -> AbstractContextManager[None]:
+        """The model in float64 while it lasts, if its class can compute so."""
+        return nullcontext() if self.no_float64 else in_float64(self.model)
+
+    def full_seconds(self) -> float:
+        """How long every check may take, from what a pass takes."""
+        with self.exactly():
+            exact = seconds_of(lambda: whole(self.model, self.ids))
+        plain = seconds_of(lambda: whole(self.model, self.ids))
+        return FULL_PASSES[0] * exact + FULL_PASSES[1] * plain
 
     def rows(self) -> Iterator[Row]:
         yield self.second_reader()
         again = self.loaded.saved_again
         yield Row("saved again and reloaded", again, 0.0, again == 0.0)
-        yield Row("full pass", self.baseline, None, self.baseline < float("inf"), self.oracle)
+        against = "float32 against float64"
+        if self.no_float64:
+            against = f"against itself: the class has no float64 ({self.no_float64})"
+        yield Row("full pass", self.baseline, None, self.baseline < float("inf"), against)
         yield self.compared(PADDED_LEFT, lambda m: self.padded(m, "left"))
         yield self.compared("right padding", lambda m: self.padded(m, "right"))
         yield self.compared(PADDED_ONE, lambda m: self.padded(m, "left", rows=1))
         if self.full:
-            yield from self.narrow()
+            yield from self.narrow(self.in_bfloat16())
 
     def compared(
         self,
@@ -144,7 +191,8 @@ class _Checks:
         # A full pass that is not finite allows anything.
         passed = figure <= allowed < float("inf")
         if not passed and not note:
-            exact, _ = attempt(lambda: error(*compute(self.exact_model)))
+            with self.exactly():
+                exact, _ = attempt(lambda: error(*compute(self.model)))
             passed = exact <= EPSILON[torch.float32]
             note = f"{exact:.1e} in float64" + (": a near tie, decided by rounding" if passed else "")
         return Row(check, figure, allowed, passed, note, self.known.get(check, excused))
@@ -158,35 +206,16 @@ class _Checks:
         mask = torch.ones_like(ids)
         mask[0, slice(None, self.padding) if side == "left" else slice(real, None)] = 0
         found = whole(model, ids, mask)
-        # A classifier's logits are of the whole row, so a row of its own says what is right.
-        alone = whole(self.exact_model, first)
         if found.dim() == 2:
-            return found[:1], alone
-        return found[:1][mask[:1].bool()][None], alone
+            return found[:1], self.alone
+        return found[:1][mask[:1].bool()][None], self.alone
 
     def second_reader(self) -> Row:
-        """Names, shapes and values in the files, as another reader sees them, against the class and what it writes itself."""
-        stored, held = raw(self.loaded.folder), self.model.state_dict()
-        kind = self.model.config.model_type
-        held |= joined(stored, held, *JOINED.get(kind, ((), "")))
-        published, written = RENAMED.get(kind, ("", ""))
-        renamed = {name.replace(published, written): name for name in stored} if published else {}
-        resaved = {renamed.get(name, name): one for name, one in raw(self.loaded.again).items()}
-        wrong = [f"{name} is not written by the class" for name in stored if name not in resaved | held]
-        wrong += [f"{name} is not in the files" for name in resaved if name not in stored]
-        for name, tensor in stored.items():
-            of_class = held.get(name)
-            if of_class is None or of_class.shape != tensor.shape:
-                of_class = resaved.get(name)
-            if of_class is not None and of_class.shape != tensor.shape:
-                wrong.append(f"{name} is {list(tensor.shape)}, the class has {list(of_class.shape)}")
-            elif of_class is not None and not torch.equal(tensor.to(of_class.dtype), of_class):
-                wrong.append(f"{name} has other values")
-        note = "; ".join(wrong[:3]) or f"{len(stored)} tensors"
+        wrong, count = self.loaded.reader(self.model, self.loaded.folder, self.loaded.again)
+        note = "; ".join(wrong[:3]) or f"{count} tensors"
         return Row("raw files against the class", float(len(wrong)), 0.0, not wrong, note)
 
-    def narrow(self) -> Iterator[Row]:
-        model = self.in_bfloat16()
+    def narrow(self, model: Any) -> Iterator[Row]:
         figure = error(whole(model, self.ids), self.exact)
         yield Row("bfloat16, full pass", figure, None, figure < float("inf"), "against float64")
 
@@ -207,7 +236,7 @@ class _Causal(_Checks):
         last = [self.length - SHORT_STEPS, *[1] * SHORT_STEPS] if self.length > SHORT_STEPS else every
         sizes = every if self.full else last
         ones = torch.ones_like(self.ids)
-        yield self.compared("one-token steps", lambda m: (pieces(m, self.ids, sizes, ones), self.exact))
+        yield self.compared(STEPS, lambda m: (pieces(m, self.ids, sizes, ones), self.exact))
         chunks = [self.length // 3, 1, self.length - self.length // 3 - 1]
         chunks = [size for size in chunks if size > 0]
         yield self.compared(CHUNKS, lambda m: (pieces(m, self.ids, chunks), self.exact))
@@ -220,12 +249,11 @@ class _Causal(_Checks):
             yield self.generated(f"greedy, {GREEDY} tokens, {GENERATION}", GREEDY, beams=1)
             yield self.generated(BEAMS, BEAM, beams=3)
 
-    def narrow(self) -> Iterator[Row]:
-        yield from super().narrow()
-        model = self.in_bfloat16()
+    def narrow(self, model: Any) -> Iterator[Row]:
+        yield from super().narrow(model)
         baseline = error(whole(model, self.ids), self.exact)
         yield self.compared(
-            "bfloat16, one-token steps",
+            NARROW_STEPS,
             lambda m: (pieces(m, self.ids, [1] * self.length, torch.ones_like(self.ids)), self.exact),
             model=model,
             baseline=baseline,
@@ -272,7 +300,8 @@ class _Causal(_Checks):
         usual |= {"max_new_tokens": tokens, "min_new_tokens": tokens, "attention_mask": mask}
 
         def differing() -> float:
-            found = [self.exact_model.generate(prompt, use_cache=cached, **usual) for cached in (True, False)]
+            with self.exactly():
+                found = [self.model.generate(prompt, use_cache=cached, **usual) for cached in (True, False)]
             assert found[0].shape[1] == prompt.shape[1] + tokens, "generation stopped early"
             return float((found[0] != found[1]).sum())
 
@@ -282,17 +311,33 @@ class _Causal(_Checks):
         )
 
 
-def exact_twin(model: Any, ids: Tensor) -> tuple[Any, str]:
-    """The model in float64, and what its numbers are; the model itself where its class cannot compute in float64."""
-    twin = copy.deepcopy(model).double()
+@contextmanager
+def in_float64(model: Any) -> Iterator[None]:
+    """The model itself in float64, so that it is in memory once; then every number is again what it was."""
+    held = [(one, one.dtype) for one in (*model.parameters(), *model.buffers()) if one.is_floating_point()]
     # The grouped product of experts takes no float64.
-    for part in twin.modules():
-        if getattr(getattr(part, "config", None), "_experts_implementation", None):
-            part.config._experts_implementation = "eager"
-    _, failure = attempt(lambda: float(whole(twin, ids).sum()))
-    if failure:
-        return model, f"against itself: the class has no float64 ({failure})"
-    return twin, "float32 against float64"
+    configs: list[Any] = [getattr(part, "config", None) for part in model.modules()]
+    chosen = [
+        (one, one._experts_implementation) for one in configs if getattr(one, "_experts_implementation", None)
+    ]
+    try:
+        for one, _ in held:
+            one.data = one.data.double()
+        for config, _ in chosen:
+            config._experts_implementation = "eager"
+        yield
+    finally:
+        for one, dtype in held:
+            one.data = one.data.to(dtype)
+        for config, name in reversed(chosen):
+            config._experts_implementation = name
+
+
+def seconds_of(compute: Callable[[], Any]) -> float:
+    """How long it takes; it was done before."""
+    start = time.perf_counter()
+    compute()
+    return time.perf_counter() - start
 
 
 def whole(model: Any, ids: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -346,19 +391,6 @@ def error(found: Tensor, exact: Tensor) -> float:
     return float(torch.stack(errors).max())
 
 
-def joined(
-    stored: Mapping[str, Tensor], held: Mapping[str, Tensor], names: Sequence[str], name: str
-) -> dict[str, Tensor]:
-    """The rows of each tensor `name` of a class under the `names` that they have in the files."""
-    found: dict[str, Tensor] = {}
-    for key in [key for key in held if names and f".{name}." in key]:
-        theirs = [key.replace(f".{name}.", f".{one}.") for one in names]
-        rows = [stored[one].shape[0] for one in theirs if one in stored]
-        if len(rows) == len(theirs) and sum(rows) == held[key].shape[0]:
-            found |= dict(zip(theirs, torch.split(held[key], rows), strict=True))
-    return found
-
-
 def attempt(compute: Callable[[], float]) -> tuple[float, str]:
     """What `compute` gives; infinity and the reason where it raises."""
     try:
@@ -366,12 +398,3 @@ def attempt(compute: Callable[[], float]) -> tuple[float, str]:
     # Whatever a class raises is a finding.
     except Exception as failure:
         return float("inf"), f"{type(failure).__name__}: {' '.join(str(failure).split())[:200]}"
-
-
-def raw(folder: str) -> dict[str, Tensor]:
-    """Every tensor in the safetensors files of a folder."""
-    found: dict[str, Tensor] = {}
-    for file in sorted(Path(folder).glob("*.safetensors")):
-        with safe_open(file, framework="pt") as opened:
-            found |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
-    return found

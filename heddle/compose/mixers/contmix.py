@@ -1,16 +1,21 @@
-"""ContMix: short kernels over the last tokens, made for each token from what came before."""
+"""ContMix: short kernels over the last tokens, made for each token from what came before; or over an image, from all of it."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import product
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from heddle.compose.cache import Call, PreallocatedRecurrentLayer, RecurrentLayer, StateLayer
+from heddle.compose.cache import Call, PreallocatedRecurrentLayer, RecurrentLayer, StateLayer, TokenCount
 from heddle.compose.init import Initialised, fill, normal, uniform
+from heddle.compose.modules.canvas import Canvas
 from heddle.compose.modules.precision import wide, wide_dtype
 from heddle.compose.modules.running_means import affinities
 from heddle.compose.modules.site import Site
+from heddle.errors import HeddleError
 
 
 class ContMixModule(Initialised):
@@ -19,10 +24,17 @@ class ContMixModule(Initialised):
         a = affinities of q with the means of k, over sqrt(query_dim);   w = softmax_j (P a + r)_j
         y_t = W_o (silu(W_g x_t) * sum_j (w_tj + u_j) v_(t-j)),   v 0 before the first token
 
-    Padding and what is not written is in no mean and in no later token's sum. Weights and means are float32.
+    With `grid`, in the paper's form, the means are those of k over summaries² regions of the image, the sum goes over squares
+    around the token, of `taps` and `small_taps` for the two halves of a head's channels with a softmax each, and v is 0 beyond
+    the edges; its state is empty. Padding and what is not written is in no mean and in no other token's sum. Weights and means
+    are float32.
 
     Shapes:  x, y: [B, T, D];  P: [taps, summaries];  r: [H, taps];  u: [H, d, static_taps];  `heads_out` sees [B, T, H, d]
              states: means: [B, H, summaries, query_dim];  values: [B, most taps - 1, H d]
+             with `grid` P: [taps² + small_taps², summaries²], r and u likewise, and taps lie row by row
+
+    Raises:
+        HeddleError: "bad-argument" for a cache of earlier tokens with `grid`.
     """
 
     def __init__(
@@ -35,8 +47,12 @@ class ContMixModule(Initialised):
         taps: int,
         summaries: int,
         static_taps: int,
+        grid: Mapping[str, int] | None = None,
     ) -> None:
         super().__init__()
+        self.grid, self.taps, self.static_taps, self.regions = dict(grid or {}), taps, static_taps, summaries
+        if grid is not None:
+            taps, static_taps, summaries = taps**2 + grid["small_taps"] ** 2, static_taps**2, summaries**2
         self.heads, self.head_dim, self.query_dim, self.summaries = heads, head_dim, query_dim, summaries
         self.reach = max(taps, static_taps) - 1
         self.q_proj, self.k_proj, self.v_proj, self.g_proj = (
@@ -55,16 +71,43 @@ class ContMixModule(Initialised):
             wide(proj(x)).view(*x.shape[:2], self.heads, -1)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        means = call.state("means")
-        if means is None:
-            means = q.new_zeros(len(x), self.heads, self.summaries, self.query_dim)
-        a, means = affinities(q * self.query_dim**-0.5, call.hide_unwritten(k), means)
-        call.keep(means=means)
-        w = torch.softmax(F.linear(a, wide(self.tap_weight)) + wide(self.tap_bias), dim=-1)
-        o = self._mixed(v, w, call).to(x.dtype)
+        o = (self._around(q, k, v, call) if self.grid else self._behind(q, k, v, call)).to(x.dtype)
         o = o * F.silu(self.g_proj(x)).view_as(o)
         y: Tensor = self.o_proj(self.heads_out(call.gated(o)).flatten(2))
         return y
+
+    def _behind(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
+        """Shapes:  q, k: [B, T, H, query_dim];  v, out: [B, T, H, d]"""
+        means = call.state("means")
+        if means is None:
+            means = q.new_zeros(len(q), self.heads, self.summaries, self.query_dim)
+        a, means = affinities(q * self.query_dim**-0.5, call.hide_unwritten(k), means)
+        call.keep(means=means)
+        w = torch.softmax(F.linear(a, wide(self.tap_weight)) + wide(self.tap_bias), dim=-1)
+        return self._mixed(v, w, call)
+
+    def _around(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
+        """Shapes:  as those of `_behind`"""
+        if call.cache is not None and call.cache.get_seq_length() > 0:
+            raise HeddleError("bad-argument", "kernels that see later tokens cannot go on from a cache")
+        canvas = Canvas.of(call, v.shape[1], self.grid["width"])
+        weight = canvas.laid(call.hide_unwritten(call.hide_padding(v.new_ones(*v.shape[:2], 1))))
+        regions = canvas.region_means(canvas.laid(k.flatten(2)), weight, self.regions)
+        regions = regions.unflatten(-1, (self.heads, -1))  # type: ignore[no-untyped-call]
+        a = torch.einsum("bthq,bshq->bths", q * self.query_dim**-0.5, regions)
+        w = F.linear(a, wide(self.tap_weight)) + wide(self.tap_bias)
+        image, large = canvas.laid(v.flatten(2)).unflatten(-1, (self.heads, -1)), self.taps**2  # type: ignore[no-untyped-call]
+        half, sides = self.head_dim // 2, (self.taps, self.grid["small_taps"])
+        o = [
+            _over_square(part, weight, canvas.laid(torch.softmax(made, dim=-1).flatten(2)), side)
+            for part, made, side in zip(
+                (image[..., :half], image[..., half:]), (w[..., :large], w[..., large:]), sides, strict=True
+            )
+        ]
+        out = torch.cat(o, dim=-1)
+        if self.static is not None:
+            out = out + _over_square(image, weight, wide(self.static), self.static_taps)
+        return canvas.taken(out.flatten(3)).unflatten(-1, (self.heads, -1))  # type: ignore[no-any-return, no-untyped-call]
 
     def _mixed(self, v: Tensor, w: Tensor, call: Call) -> Tensor:
         """Shapes:  v, out: [B, T, H, d];  w: [B, T, H, taps]"""
@@ -96,10 +139,12 @@ class ContMixModule(Initialised):
             uniform(self.static, -bound, bound)
 
     def new_cache(self) -> StateLayer:
-        return RecurrentLayer()
+        return TokenCount() if self.grid else RecurrentLayer()
 
     def filled_cache(self, batch: int, context: int, like: Tensor) -> StateLayer:
         """A cache of random states after `context` tokens, whose step repeats."""
+        if self.grid:
+            return PreallocatedRecurrentLayer({}, context=context)
         means = (batch, self.heads, self.summaries, self.query_dim)
         states = {
             "means": like.new_empty(means, dtype=wide_dtype(like.dtype)).normal_(),
@@ -110,3 +155,21 @@ class ContMixModule(Initialised):
     def kernel_path(self, device: torch.device, dtype: torch.dtype) -> str:  # noqa: ARG002
         """The name of the code that does the mixing."""
         return "torch"
+
+
+def _over_square(image: Tensor, weight: Tensor, kernel: Tensor, side: int) -> Tensor:
+    """Sums over squares around each token; a token hears itself, and of others those with a weight.
+
+    Shapes:  image, out: [B, rows, width, H, d];  weight: [B, rows, width, 1] of 0 and 1
+             kernel: [B, rows, width, H side²], or one for all tokens, [H, d, side²]
+    """
+    rows, width, heads = image.shape[1:4]
+    kernel = kernel if kernel.dim() == 3 else kernel.unflatten(-1, (heads, 1, -1))  # type: ignore[no-untyped-call]
+    reach = side // 2
+    heard = F.pad(image * weight[..., None], (0, 0, 0, 0, reach, reach, reach, reach))
+    out = torch.zeros_like(image)
+    for tap, (down, right) in enumerate(product(range(side), repeat=2)):
+        is_own = down == right == reach
+        row = image if is_own else heard[:, down : down + rows, right : right + width]
+        out = out + kernel[..., tap] * row
+    return out

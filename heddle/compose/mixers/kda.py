@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -36,6 +37,8 @@ class KdaModule(Initialised, Float32Kept):
     """
 
     KEPT: ClassVar[tuple[str, ...]] = ("A_log", "dt_bias")
+    # Another formula of it is set where an export is compared with a class that has that one.
+    softplus: Callable[[Tensor], Tensor] = staticmethod(F.softplus)
 
     def __init__(
         self,
@@ -81,7 +84,7 @@ class KdaModule(Initialised, Float32Kept):
         step = (wide(self.decay_up(self.decay_down(x))) + self.dt_bias).view(*x.shape[:2], self.heads, -1)
         rate = torch.exp(wide(self.A_log))[:, None]
         if self.lower_bound is None:
-            return -rate * F.softplus(step)
+            return -rate * self.softplus(step)
         return self.lower_bound * torch.sigmoid(rate * step)
 
     def initialise(self, std: float) -> None:  # noqa: ARG002 - rates have ranges of their own

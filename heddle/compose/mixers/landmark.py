@@ -23,7 +23,7 @@ from heddle.compose.modules.precision import wide, wide_dtype
 from heddle.compose.modules.rope import rotary_key, rotary_tables, rotate
 from heddle.compose.modules.selection import Places
 from heddle.compose.modules.site import Site
-from heddle.kernels.block_attention import block_attention
+from heddle.kernels.landmark_attention import landmark_attention
 
 KEPT = "tokens"
 
@@ -31,7 +31,7 @@ KEPT = "tokens"
 class LandmarkModule(nn.Module):
     """Grouped softmax over landmarks of earlier blocks and the keys of the own one.        (arXiv 2305.16300)
 
-        l_b = W_l mean_{j in b} x_j;   o by `block_attention` with these landmarks;   y = W_o o
+        l_b = W_l mean_{j in b} x_j;   o by `landmark_attention`;   y = W_o o
 
     Blocks are counted from each row's first real token. A landmark is normed as a key and turned as one at its block's end;
     what is padding or not written has no part in it. Training reads all blocks, evaluation the `top` best. Sums over an open
@@ -75,13 +75,13 @@ class LandmarkModule(nn.Module):
         real = None if call.key_padding is None else call.key_padding[:, -k.shape[2] :] > 0
         places = Places(self.block, k.shape[2], real, k.device)
         landmarks = self._landmarks(x, call, places)
-        o = block_attention(
+        o = landmark_attention(
             q,
             places.aligned(k),
             places.aligned(v),
+            landmarks,
             block=self.block,
             start=places.first(x.shape[0], x.shape[1]),
-            landmarks=landmarks,
             top=None if self.training else self.top,
             real=None if real is None else places.aligned_marks(real),
             written=None if written is None else places.aligned_marks(written),
@@ -154,9 +154,18 @@ class LandmarkModule(nn.Module):
         made.tokens, made.is_initialized = context, True
         return made
 
-    def kernel_path(self, device: torch.device, dtype: torch.dtype) -> str:  # noqa: ARG002
+    def kernel_path(self, device: torch.device, dtype: torch.dtype) -> str:
         """The name of the code that does the mixing."""
-        return "torch"
+        return landmark_attention.path(
+            device,
+            dtype,
+            K=self.head_dim,
+            V=self.head_dim,
+            G=self.heads // self.kv_heads,
+            block=self.block,
+            # How many landmarks there are is a matter of the context.
+            choice=0,
+        )
 
 
 def _placed(x: Tensor, norm: nn.Module | None, tables: tuple[Tensor, Tensor] | None) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -14,6 +14,8 @@ from heddle.compose.modules.chunks import Chunks
 from heddle.compose.modules.precision import Float32Kept, wide, wide_dtype
 from heddle.compose.modules.rope import Tables, rotary_tables, rotate, scaling_key
 from heddle.compose.modules.site import Site
+from heddle.kernels.rat_attention import rat_attention
+from heddle.kernels.rat_scan import rat_scan
 
 # Where gates begin in chunks of one token, which have nothing to carry: sigmoid(-6) is 0.0025.
 CLOSED = -6.0
@@ -59,32 +61,60 @@ class RatModule(Initialised, Float32Kept):
 
     def forward(self, u: Tensor, call: Call) -> Tensor:
         z, x, g, q, k = self.in_proj(u).split(self.sizes, dim=-1)
-        chunks, tables = Chunks.of(call, self.chunk), self._tables(call)
-        # Each channel fades by its own gate, so the heads of a group have keys of their own.
-        q, k = (side.repeat(1, 1, self.sizes[0] // self.sizes[3]) for side in (q, k))
-        carried = call.hide_unwritten(torch.stack((wide(x), wide(k)), dim=2))
-        gate = torch.sigmoid(wide(g) + self.gate_bias)[:, :, None]
-        running = chunks.scan(carried, gate, call.state("running"))
-        value, key = running.view(*running.shape[:3], self.heads, self.head_dim).unbind(2)
-        query, own_key = (_turned(side, tables, q.dtype) for side in (q.unflatten(-1, (self.heads, -1)), key))
-        own_value = value.to(x.dtype).transpose(1, 2)
-        keys = chunks.summaries(own_key, call.state("keys"))
-        values = chunks.summaries(own_value, call.state("values"))
-        # A view would keep all of a long prefill in memory.
-        call.keep(keys=keys, values=values, running=running[:, -1].clone())
-        o = chunks.attend(query, keys, values, (own_key, own_value)).transpose(1, 2)
+        x, g, q, k = (side.unflatten(-1, (-1, self.head_dim)) for side in (x, g, q, k))
+        x, k = (call.hide_unwritten(side) for side in (x, k))
+        mix = self._by_ops if call.key_padding is None else self._by_chunks
+        o = mix(x, g, q, k, call=call)
         o = (torch.sigmoid(wide(z)).view_as(o) * o).to(z.dtype)
         y: Tensor = self.o_proj(self.heads_out(call.gated(o)).flatten(2))
         return y
 
-    def _tables(self, call: Call) -> Tables | None:
-        """Cosines and sines at the numbers of the chunks."""
+    def _by_ops(self, x: Tensor, g: Tensor, q: Tensor, k: Tensor, *, call: Call) -> Tensor:
+        """Rows whose chunks lie alike.  Shapes:  x, g, out: [B, T, H, d];  q, k: [B, T, groups, d]"""
+        start, running = 0 if call.cache is None else call.cache.get_seq_length(), call.state("running")
+        earlier, numbers = start // self.chunk, -(-(start % self.chunk + x.shape[1]) // self.chunk)
+        tables = self._tables(
+            call,
+            lambda: torch.arange(earlier, earlier + numbers, device=x.device)[None],
+            ("numbers", earlier, numbers),
+        )
+        q, key, value, keys, values, running = rat_scan(
+            q, k, x, g, gate_bias=self.gate_bias.view(self.heads, -1), chunk=self.chunk, start=start,
+            rotation=None if tables is None else (tables[0][0, :, 0], tables[1][0, :, 0]),
+            past=None if running is None else running.view(*running.shape[:-1], self.heads, -1),
+        )  # fmt: skip
+        keys, values = (
+            _after(call.state(name), earlier, new) for name, new in (("keys", keys), ("values", values))
+        )
+        call.keep(keys=keys, values=values, running=running.flatten(2))
+        return rat_attention(q, key, value, keys=keys, values=values, chunk=self.chunk, start=start)
+
+    def _by_chunks(self, x: Tensor, g: Tensor, q: Tensor, k: Tensor, *, call: Call) -> Tensor:
+        """The same with padding, by which chunks lie elsewhere in each row: in plain torch.  Shapes:  as there"""
+        chunks = Chunks.of(call, self.chunk)
+        tables = self._tables(call, lambda: chunks.index, ("chunks", chunks.start))
+        # Each channel fades by its own gate, so the heads of a group have keys of their own.
+        q, k = (side.repeat(1, 1, self.heads // side.shape[2], 1) for side in (q, k))
+        carried = torch.stack((wide(x), wide(k)), dim=2).flatten(3)
+        raw = (wide(g).flatten(2) + self.gate_bias)[:, :, None]
+        running = chunks.scan(carried, raw, call.state("running"))
+        own_value, own_key = running.view(*running.shape[:-1], self.heads, -1).unbind(2)
+        query, own_key = (_turned(side, tables, q.dtype) for side in (q, own_key))
+        own_value = own_value.to(x.dtype).transpose(1, 2)
+        keys = chunks.summaries(own_key, call.state("keys"))
+        values = chunks.summaries(own_value, call.state("values"))
+        # A view would keep all of a long prefill in memory.
+        call.keep(keys=keys, values=values, running=running[:, -1].clone())
+        return chunks.attend(query, keys, values, (own_key, own_value)).transpose(1, 2)
+
+    def _tables(self, call: Call, index: Callable[[], Tensor], what: tuple[Any, ...]) -> Tables | None:
+        """Cosines and sines at the numbers of chunks, `what` they are among others.  Shapes:  index(): [1 or B, *]"""
         if self.rope is None:
             return None
         turned, theta = int(self.rope["fraction"] * self.head_dim), float(self.rope["theta"])
-        scaling, chunks = scaling_key(self.rope.get("scaling")), Chunks.of(call, self.chunk)
-        key = ("rotary of chunks", self.chunk, chunks.start, turned, theta, scaling)
-        return call.once(key, lambda: rotary_tables(chunks.index, turned, theta, scaling))
+        scaling = scaling_key(self.rope.get("scaling"))
+        key = ("rotary of chunks", self.chunk, *what, turned, theta, scaling)
+        return call.once(key, lambda: rotary_tables(index(), turned, theta, scaling))
 
     def initialise(self, std: float) -> None:  # noqa: ARG002 - gates begin with horizons of up to a chunk
         if self.chunk == 1:
@@ -104,9 +134,18 @@ class RatModule(Initialised, Float32Kept):
         states["running"] = like.new_empty(running, dtype=wide_dtype(like.dtype)).normal_()
         return PreallocatedRecurrentLayer(states, context=context)
 
-    def kernel_path(self, device: torch.device, dtype: torch.dtype) -> str:  # noqa: ARG002
+    def kernel_path(self, device: torch.device, dtype: torch.dtype) -> str:
         """The name of the code that does the mixing."""
-        return "sdpa"
+        path = rat_attention.path(device, dtype, K=self.head_dim)
+        return "sdpa" if path == "torch" else path
+
+
+def _after(earlier: Tensor | None, count: int, new: Tensor) -> Tensor:
+    """The first `count` summaries of earlier calls, and new ones.  Shapes:  [B, H, chunks, d]"""
+    if earlier is None or count == 0:
+        return new
+    earlier = earlier[:, :, :count]
+    return earlier if new.shape[2] == 0 else torch.cat((earlier, new), dim=2)
 
 
 def _turned(x: Tensor, tables: Tables | None, dtype: torch.dtype) -> Tensor:

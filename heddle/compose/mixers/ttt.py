@@ -15,7 +15,7 @@ from heddle.compose.modules.norm import RMSNorm, l2_norm
 from heddle.compose.modules.precision import wide
 from heddle.compose.modules.short_conv import ShortConv
 from heddle.compose.modules.site import Site
-from heddle.kernels.ttt import ttt
+from heddle.kernels.ttt import shape_of, ttt
 
 
 class TttModule(Initialised):
@@ -108,4 +108,4 @@ class TttModule(Initialised):
 
     def kernel_path(self, device: torch.device, dtype: torch.dtype) -> str:
         """The name of the code that does the mixing."""
-        return ttt.path(device, dtype, D=self.weight.shape[-1])
+        return ttt.path(device, dtype, **shape_of(self.weight))

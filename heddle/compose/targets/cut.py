@@ -1,4 +1,4 @@
-"""Cuts the space of a search to what the classes of `export.must_fit` can hold. No torch.
+"""Cuts the space of a search to what the classes of `export.must_fit` can hold and its servers take. No torch.
 
 What no combination that fits has is left out before anything is drawn: options and numbers of open values, and blocks. First
 each block is judged alone with all its settings, then, where they are few enough, all settings of the whole space. A trial that
@@ -13,12 +13,11 @@ from itertools import islice
 from typing import Any
 
 from heddle.compose.plan import plan
-from heddle.compose.targets.catalogue import BY_NAME
 from heddle.compose.targets.cut_counts import Counts
-from heddle.compose.targets.part_verdict import FIRST, kind_refusals, part_refusals
+from heddle.compose.targets.demand import DEMANDS, Demand
+from heddle.compose.targets.part_verdict import FIRST
 from heddle.compose.targets.support import Judged, Support, label
-from heddle.compose.targets.target import Refusal, Target
-from heddle.compose.targets.verdict import verdict
+from heddle.compose.targets.target import Refusal
 from heddle.errors import NOWHERE, HeddleError, Where
 from heddle.specs import Space, SpecFile
 from heddle.specs.space_cut import Cut, Walk, cut_space
@@ -42,13 +41,13 @@ def cut_to_targets(file: SpecFile) -> Cut:
     search = file.spec.search
     if search is None or search.export is None:
         return Cut(file, file)
-    return _Cutter(file, [BY_NAME[name] for name in search.export.must_fit]).cut()
+    return _Cutter(file, [DEMANDS[name] for name in search.export.must_fit]).cut()
 
 
 class _Cutter:
     """The cut of one file. `space` grows smaller; `whys` says of what was left out why."""
 
-    def __init__(self, file: SpecFile, targets: Sequence[Target]) -> None:
+    def __init__(self, file: SpecFile, targets: Sequence[Demand]) -> None:
         self.file, self.targets, self.space = file, targets, file.space
         self.whys: dict[str, str] = {}
         self.unjudged: list[str] = []
@@ -86,9 +85,9 @@ class _Cutter:
             if len(settings) > MOST:
                 return
             support = Support(self.space, names)
-            judge = kind_refusals
+            judge = Demand.kind_refusals
         else:
-            judge = part_refusals
+            judge = Demand.part_refusals
         providers = set[str]()
         for values in settings:
             judged = self._block_at(name, values, judge)
@@ -204,9 +203,10 @@ class _Cutter:
         except HeddleError as error:
             return Judged((Refusal(error.where.path, error.what),))
         for target in self.targets:
-            found = verdict(target, runtime)
-            if not found.fits:
-                return Judged(found.refusals, "", target)
+            # Layers that are placed stand otherwise in a trial.
+            refused = target.refusals(runtime, any_order=self.space.placement is not None)
+            if refused:
+                return Judged(refused, "", target)
         return Judged()
 
     # What is left out, and what is said about it.

@@ -17,7 +17,8 @@ class MiniMax(Target):
     """MiniMax-Text-01 (arXiv 2501.08313): what goes past a part is the normed stream.
 
     The class asks its first layer how many tokens there were. A folder whose first layer is linear is exact without a cache; with
-    one, single steps with positions are right, as `generate` makes them of a prompt without padding, and the rest is not.
+    one, single steps with positions are right, as `generate` makes them of a prompt without padding, up to the end of a window;
+    the rest is not.
     """
 
     name = "minimax"
@@ -99,12 +100,17 @@ class MiniMax(Target):
         else:
             yield from parts.attention_keys()
 
+    def miscounts(self, model: Model) -> bool:
+        windowed = any(mixer["window"] is not None for mixer in mixers_of(model, "attention"))
+        return windowed and bool(model["layers"][0]["mixer"]["kind"] == "lightning")
+
     def warning(self, model: Model) -> str:
         if model["layers"][0]["mixer"]["kind"] != "lightning":
             return ""
+        where = "past its window, and " if self.miscounts(model) else ""
         return (
-            "right without a cache; with one transformers 5.23 is wrong where a call goes on with several tokens or without "
-            "position_ids: the class asks its first layer for the number of tokens, and a linear one has none"
+            f"right without a cache; with one transformers 5.23 is wrong {where}where a call goes on with several tokens or "
+            "without position_ids: the class asks its first layer for the number of tokens, and a linear one has none"
         )
 
     def idle(self, config: Config) -> frozenset[str]:

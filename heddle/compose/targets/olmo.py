@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from heddle.compose.targets import parts
@@ -73,8 +74,8 @@ class Olmo3(Target):
 class OlmoHybrid(Target):
     """Olmo Hybrid (arXiv 2604.03444): pre-norm Gated DeltaNet layers, post-norm softmax ones without positions.
 
-    On disk the convolution is three tensors, and transformers' own writer cuts them at the wrong rows where K and V differ.
-    It also gives a norm of softmax layers the name that one of linear layers has on disk.
+    On disk the convolution is three tensors, and transformers' own writer cuts them at the wrong rows where K and V differ;
+    ours does not, and both are read. It also gives a norm of softmax layers the name that one of linear layers has on disk.
     """
 
     name = "olmo_hybrid"
@@ -135,6 +136,18 @@ class OlmoHybrid(Target):
         else:
             yield from parts.post_norm_keys()
             yield from parts.attention_keys(norms=True, biases="all" if config["attention_bias"] else "none")
+
+    def stored_keys(self, config: Config, rows: Mapping[str, int]) -> Iterator[Key]:
+        """What its own writer cut is joined as the class joins it: thirds, rounded up, of all rows of a convolution."""
+        for key in self.keys(config):
+            cut = tuple(rows.get(name, 0) for name in key.theirs)
+            whole = sum(sum(sizes) for sizes in key.pieces)
+            third = -(-whole // 3)
+            yield (
+                replace(key, pieces=(cut,))
+                if key.middle and cut == (third, third, whole - 2 * third)
+                else key
+            )
 
     def _linear(self, config: Config) -> Iterator[Key]:
         rows = parts.delta_rows(config)

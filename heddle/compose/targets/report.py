@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from heddle.compose.targets.servers import VERSIONS, Serves, served
+from heddle.compose.targets.demand import SERVERS
+from heddle.compose.targets.servers import REMOTE, VERSIONS, Serves, checked, served
 from heddle.compose.targets.target import Model
-from heddle.compose.targets.verdict import verdicts
-
-REMOTE = "remote"
+from heddle.compose.targets.verdict import Verdict, verdicts
 
 
 def target_rows(model: Model) -> list[dict[str, Any]]:
     """A row a target: whether it holds the model exactly, each field that forbids it, and which servers would take it.
 
-    `warning` is what the class does wrong with a model that it holds, or empty; `takes` is null where a server's source was not
-    read.
+    Classes of transformers, code in the folder, and servers: a server takes what a class can carry that it has, told as
+    `through`. `warning` is what the class does wrong with a model that it holds, or empty; `takes` is null where a server's
+    source was not read.
     """
-    rows = []
-    for found in verdicts(model):
+    rows, all_found = [], {one.target.name: one for one in verdicts(model)}
+    for found in all_found.values():
         refused = [{"path": one.path, "why": one.why} for one in found.refusals]
         servers = served(found.target.name, model) if found.fits else {}
         row = _row(found.target.name, found.target.model_class, refused, servers)
         rows.append({**row, "warning": found.target.warning(model) if found.fits else ""})
     causal = model.get("kind", "causal_lm") == "causal_lm"
-    return [*rows, _row(REMOTE, "code in the folder", [], served(REMOTE, model) if causal else {})]
+    rows.append(_row(REMOTE, "code in the folder", [], served(REMOTE, model) if causal else {}))
+    return [*rows, *(_server_row(name, model, all_found) for name in VERSIONS)]
+
+
+def _server_row(name: str, model: Model, found: Mapping[str, Verdict]) -> dict[str, Any]:
+    through, refused = SERVERS[name].judged(found, model)
+    row = _row(name, VERSIONS[name], [{"path": one.path, "why": one.why} for one in refused], {})
+    return {**row, "through": None if through is None else through.name}
 
 
 def _row(name: str, made: str, refused: list[dict[str, str]], servers: dict[str, Serves]) -> dict[str, Any]:
@@ -32,8 +40,9 @@ def _row(name: str, made: str, refused: list[dict[str, str]], servers: dict[str,
         server: {
             "version": VERSIONS[server],
             "takes": one.takes,
+            "path": one.path,
             "note": one.note,
-            "checked": "read, not run",
+            "checked": checked(server, name),
         }
         for server, one in servers.items()
     }

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from heddle.compose.targets.target import Refusal, Target
+from heddle.compose.targets.demand import Demand
+from heddle.compose.targets.target import Refusal
 from heddle.specs import Parameter, Space
 from heddle.specs.space_cut import looked_at
 
@@ -18,7 +19,7 @@ class Judged:
 
     refusals: tuple[Refusal, ...] = ()
     kind: str = ""
-    target: Target | None = None
+    target: Demand | None = None
 
     def told(self, path: str = "") -> str:
         """The first of what forbids it, after the class's name; the field is named unless it is the one at `path`."""

@@ -133,6 +133,10 @@ class Target:
         """What the class does wrong with a model that it holds, or nothing."""
         return ""
 
+    def miscounts(self, model: Model) -> bool:  # noqa: ARG002
+        """Whether the class generates other tokens with its cache than without, so that only who names it is given it."""
+        return False
+
     def folded(self, config: Config) -> tuple[Config, Factors]:
         """The configuration without what a spec has as factors of weights, and those factors of each layer's tensors."""
         return config, {}
@@ -173,6 +177,10 @@ class Target:
         yield same("model.norm.weight", self.last_norm, less=self.less)
         if not config["tie_word_embeddings"]:
             yield same("lm_head.weight", "lm_head.weight")
+
+    def stored_keys(self, config: Config, rows: Mapping[str, int]) -> Iterator[Key]:  # noqa: ARG002
+        """All weights as a checkpoint has them whose tensors have so many rows, for a class whose writer cuts them otherwise."""
+        yield from self.keys(config)
 
     def spec(self, config: Config) -> dict[str, Any]:
         """The model part of a spec file."""

@@ -41,7 +41,7 @@ def verdict(target: Target, model: Model, concerns: Callable[[Refusal], bool] = 
         return Verdict(target, found)
     found, config = tuple(filter(concerns, target.problems(model))), target.config(model)
     try:
-        back = plan(ModelSpec.model_validate(target.spec(config))).runtime()
+        back = runtime_of_spec(target.spec(config))
     # What the class cannot hold may give sizes that no spec can have.
     except (HeddleError, ValueError):
         if not found:
@@ -66,13 +66,27 @@ def require(target: Target, model: Model) -> Config:
     return found.config
 
 
+def runtime_of_spec(spec: dict[str, Any]) -> Model:
+    """`Plan.runtime` of what a target makes of a configuration. No layer knows of another, so each block is planned once."""
+    names = [*dict.fromkeys(spec["layers"])]
+    runtime = plan(ModelSpec.model_validate({**spec, "layers": names})).runtime()
+    layers = dict(zip(names, runtime["layers"], strict=True))
+    return {**runtime, "layers": [layers[name] for name in spec["layers"]]}
+
+
 def _differences(target: Target, model: Model, back: Model) -> Iterator[Refusal]:
     """What of the model does not come back from the configuration."""
     for name in sorted({*model, *back} - {"layers"}):
         if model.get(name) != back.get(name):
             yield _told(target, name, name, (model.get(name), back.get(name)))
+    # Of a thousand layers few are of their own.
+    known: list[tuple[Any, Any, list[tuple[str, tuple[Any, Any]]]]] = []
     for index, (ours, theirs) in enumerate(zip(model["layers"], back["layers"], strict=True)):
-        for path, values in _unequal(ours, theirs, ""):
+        found = next((one for mine, its, one in known if its is theirs and mine == ours), None)
+        if found is None:
+            found = [*_unequal(ours, theirs, "")]
+            known.append((ours, theirs, found))
+        for path, values in found:
             yield _told(target, f"layers.{index}.{path}", path, values)
 
 

@@ -23,8 +23,10 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, y = (side.to(ctx.wide) for side in ctx.saved_tensors)
-        gradient = gradient.to(ctx.saved_tensors[0].dtype).to(ctx.wide)
+        # Looked at once, as checkpoints demand.
+        x, y = ctx.saved_tensors
+        gradient = gradient.to(x.dtype).to(ctx.wide)
+        x, y = x.to(ctx.wide), y.to(ctx.wide)
         return gradient @ y.mT, x.mT @ gradient, None
 
 

@@ -27,7 +27,7 @@ class Landmark(AttentionMixer):
     that text, labels and generation stay as they are.
     """
 
-    ops: ClassVar[tuple[str, ...]] = ("block_attention",)
+    ops: ClassVar[tuple[str, ...]] = ("landmark_attention",)
     cases: ClassVar[tuple[Mapping[str, Any], ...]] = (
         {"heads": 4, "block": 7, "top": None},
         {

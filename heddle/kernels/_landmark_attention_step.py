@@ -1,0 +1,222 @@
+# mypy: ignore-errors
+"""The kernels of landmark_attention that choose blocks by their landmarks, and those of a decode step.
+
+A step is three launches. The first leaves the logits of all landmarks, a key head's query heads together. In the second each
+program finds the `top` best of one query by itself, among as many numbers as there are blocks, and reads its part of them and of
+the own block, with weights and merges as in `_landmark_attention_fwd.py`; choosing again costs less than one more launch. The
+third merges the parts:  o = Σ_p 2^(m_p - m) a_p / Σ_p 2^(m_p - m) L_p.
+
+Bytes of a step for a row and head: (top + 1) `block` keys, (K + V) elements each, and for a row and key head C landmarks of K.
+FLOP: 2 (K + V) for a key that is read.
+
+Where there are many queries, the choice is left as bits, for the kernels that hold tiles of queries.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from heddle.kernels._landmark_attention_fwd import LENGTHS, gate_of, keys_of_block, softmax_of_block
+from heddle.kernels.common.jit import LOG2_E
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def _landmark_attention_score_kernel(
+    q_ptr, marks_ptr, logits_ptr, start_ptr, held_ptr,
+    stride_qb, stride_qh, stride_qt,
+    stride_mb, stride_mh, stride_mt,
+    T, C, N, tiles, stride_sb, scale,
+    K: tl.constexpr, ROWS_K: tl.constexpr, ROWS: tl.constexpr, QUERIES: tl.constexpr, HEADS: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, SEEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Logits to base 2 of COLUMNS landmarks, for a tile of queries of all heads that share a key head.
+
+    Shapes:  logits: [B, H, T, C] float32, -inf but for earlier blocks;  held: [1 or B, C] uint8, which blocks have a key to see
+    """
+    row = tl.program_id(0).to(tl.int64)
+    tile = (row % tiles).to(tl.int32)
+    n = row // tiles % N
+    b = row // tiles // N
+    start = tl.load(start_ptr + b)
+    r = tl.arange(0, ROWS)
+    t, head = tile * QUERIES + r // HEADS, r % HEADS
+    present = (r // HEADS < QUERIES) & (head < GROUP) & (t < T)
+    own = tl.where(start + t < 0, 0, (start + t) // BLOCK)
+    columns = tl.arange(0, ROWS_K)
+    in_k = (columns < K)[None, :]
+    q_ptr += b * stride_qb + n * GROUP * stride_qh
+    q_at = q_ptr + (t.to(tl.int64) * stride_qt + head.to(tl.int64) * stride_qh)[:, None] + columns[None, :]
+    q = tl.load(q_at, mask=present[:, None] & in_k, other=0.0)  # [ROWS, ROWS_K]
+    c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = c < C
+    marks_ptr += b * stride_mb + n * stride_mh
+    marks_at = marks_ptr + (c.to(tl.int64) * stride_mt)[:, None] + columns[None, :]
+    marks = tl.load(marks_at, mask=inside[:, None] & in_k, other=0.0)  # [COLUMNS, ROWS_K]
+    s = tl.dot(q, tl.trans(marks), input_precision=PRECISION) * (scale * LOG2_E)
+    held = inside
+    if SEEN:
+        held = tl.load(held_ptr + b * stride_sb + c, mask=inside, other=0) != 0
+    s = tl.where(held[None, :] & (c[None, :] < own[:, None]), s, float("-inf"))
+    at = ((b * N + n) * GROUP + head) * T + t
+    logits_at = logits_ptr + (at * C)[:, None] + c[None, :]
+    tl.store(logits_at, s, mask=present[:, None] & inside[None, :])
+
+
+@triton.jit
+def best_of(logits, top):
+    """Which are the `top` largest, the earlier ones of equals, but never -inf; and how many of them there are up to each.
+
+    The least of them is found from its highest bit down, by counting how many are as large.
+    """
+    raw = tl.where(logits == 0.0, 0.0, logits).to(tl.int32, bitcast=True)
+    # Whole numbers in the order of the logits.
+    order = tl.where(raw < 0, raw ^ 0x7FFFFFFF, raw)
+    held = tl.sum((order >= 0).to(tl.int32), axis=0)
+    least = tl.where(held >= top, 0, -2147483648)
+    held = tl.where(held >= top, held, 2147483647)
+    step = held * 0 + 1073741824
+    while (step > 0) & (held != top):
+        count = tl.sum((order >= least + step).to(tl.int32), axis=0)
+        held = tl.where(count >= top, count, held)
+        least = tl.where(count >= top, least + step, least)
+        step = step // 2
+    real = logits > float("-inf")
+    above, equal = real & (order > least), real & (order == least)
+    # Both are counted at once: there are fewer than 2^15 of either.
+    counts = tl.cumsum(above.to(tl.int32) * 65536 + equal.to(tl.int32), axis=0)
+    spare = top - tl.sum(above.to(tl.int32), axis=0)
+    equals = counts & 65535
+    return above | (equal & (equals <= spare)), (counts >> 16) + tl.minimum(equals, spare)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def _landmark_attention_select_kernel(logits_ptr, bits_ptr, C, words, top, WIDTH: tl.constexpr):
+    """The best landmarks of one query, a bit each.  Shapes:  logits: [rows, C];  bits: [rows, words] int32"""
+    row = tl.program_id(0).to(tl.int64)
+    c = tl.arange(0, WIDTH)
+    logits = tl.load(logits_ptr + row * C + c, mask=c < C, other=float("-inf"))
+    chosen, _ = best_of(logits, top)
+    bits = tl.reshape(chosen.to(tl.int32) << (c % 32), [WIDTH // 32, 32])
+    word = tl.arange(0, WIDTH // 32)
+    tl.store(bits_ptr + row * words + word, tl.sum(bits, axis=1), mask=word < words)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def _landmark_attention_step_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, sums_ptr, most_ptr, logits_ptr, start_ptr, seen_ptr,
+    stride_qb, stride_qh, stride_qt,
+    stride_kb, stride_kh, stride_kt,
+    stride_vb, stride_vh, stride_vt,
+    T, S, C, N, splits, top, stride_sb, scale,
+    K: tl.constexpr, V: tl.constexpr, ROWS_K: tl.constexpr, ROWS_V: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr,
+    SELECT: tl.constexpr, SEEN: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """One query of one head and one part of the blocks that it reads; the own block is the last of them.
+
+    Shapes:  logits: [B, H, T, C];  out: [B, H, T, V];  lse: [B, H, T], base 2, inf where nothing is seen
+             sums: [splits, B H T, V], most: [2, splits, B H T]: what is merged
+    """
+    row = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    t, h, b = row % T, row // T % (N * GROUP), row // T // (N * GROUP)
+    n = h // GROUP
+    place = tl.load(start_ptr + b) + t.to(tl.int32)
+    own = tl.where(place < 0, 0, place // BLOCK)
+    columns_k, columns_v = tl.arange(0, ROWS_K), tl.arange(0, ROWS_V)
+    in_k, in_v = columns_k < K, columns_v < V
+    q_at = q_ptr + b * stride_qb + h * stride_qh + t * stride_qt + columns_k
+    q = tl.load(q_at, mask=in_k, other=0.0).to(tl.float32)  # [ROWS_K]
+    k_ptr += b * stride_kb + n * stride_kh
+    v_ptr += b * stride_vb + n * stride_vh
+    seen_ptr += b * stride_sb
+    logits_ptr += row * C
+
+    index = tl.arange(0, WIDTH)
+    rank = index
+    count = own
+    held = own
+    if SELECT:
+        logits = tl.load(logits_ptr + index, mask=index < C, other=float("-inf"))
+        chosen, rank = best_of(logits, top)
+        rank = tl.where(chosen, rank - 1, -1)
+        held = tl.sum(chosen.to(tl.int32), axis=0)
+        # As a bound of the loop a sum would leave loads in it without vectors.
+        count = tl.minimum(own, top)
+    share = tl.cdiv(count + 1, splits)
+    first = split * share
+    last = tl.minimum(first + share, count + 1)
+    factor = scale * LOG2_E
+    most = tl.full([1], float("-inf"), tl.float32)
+    total = tl.zeros([1], tl.float32)
+    sums = tl.zeros([ROWS_V], tl.float32)
+    for r in range(first, last):
+        is_own = r == count
+        c = r
+        if SELECT:
+            c = tl.sum(tl.where(rank == r, index, 0), axis=0)
+        c = tl.where(is_own, own, c)
+        inside, key, seen = keys_of_block(seen_ptr, c, S, BLOCK, KEYS, SEEN)
+        token = (c * BLOCK + tl.arange(0, KEYS)).to(tl.int64)[:, None]
+        k = tl.load(
+            k_ptr + token * stride_kt + columns_k[None, :], mask=inside[:, None] & in_k[None, :], other=0.0
+        )
+        v = tl.load(
+            v_ptr + token * stride_vt + columns_v[None, :], mask=inside[:, None] & in_v[None, :], other=0.0
+        )
+        mark = tl.load(logits_ptr + c)
+        s = tl.sum(q[None, :] * k.to(tl.float32), axis=1) * factor  # [KEYS]
+        distance = place - key
+        s = tl.where((distance >= 0) & (seen | (distance == 0)), s, float("-inf"))
+        weight, inverse, lse = softmax_of_block(s[:, None], 0)
+        gate = gate_of(mark, lse, is_own, r < held)
+        higher = tl.maximum(most, gate)
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+        faded, part = tl.exp2(most - base), tl.exp2(gate - base)
+        total = total * faded + part
+        sums = sums * faded + tl.sum(weight * (part * inverse)[None, :] * v.to(tl.float32), axis=0)
+        most = higher
+
+    if SPLIT:
+        rows = tl.num_programs(0).to(tl.int64)
+        room = split * rows + row + tl.zeros([1], tl.int64)
+        tl.store(most_ptr + room, most)
+        tl.store(most_ptr + splits * rows + room, total)
+        tl.store(sums_ptr + (split * rows + row) * V + columns_v, sums, mask=in_v)
+    else:
+        store_row(out_ptr, lse_ptr, row, sums, most, total, V, columns_v)
+
+
+@triton.jit
+def store_row(out_ptr, lse_ptr, row, sums, most, total, V: tl.constexpr, columns):
+    """Output and log-sum-exp of a query."""
+    some = total > 0.0
+    total = tl.where(some, total, 1.0)
+    lse = tl.where(some, most + tl.log2(total), float("inf"))
+    tl.store(lse_ptr + row + tl.zeros([1], tl.int64), lse)
+    out = (sums / total).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + row * V + columns, out, mask=columns < V)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def _landmark_attention_merge_kernel(
+    sums_ptr, most_ptr, out_ptr, lse_ptr, splits, V: tl.constexpr, ROWS_V: tl.constexpr, SPLITS: tl.constexpr
+):
+    """What the parts of one query come to together; shapes as those of `_landmark_attention_step_kernel`."""
+    row = tl.program_id(0).to(tl.int64)
+    rows = tl.num_programs(0).to(tl.int64)
+    split, columns = tl.arange(0, SPLITS), tl.arange(0, ROWS_V)
+    inside = split < splits
+    room = split * rows + row
+    most = tl.load(most_ptr + room, mask=inside, other=float("-inf"))
+    total = tl.load(most_ptr + splits * rows + room, mask=inside, other=0.0)
+    mask = inside[:, None] & (columns < V)[None, :]
+    sums = tl.load(
+        sums_ptr + (room * V)[:, None] + columns[None, :], mask=mask, other=0.0
+    )  # [SPLITS, ROWS_V]
+    highest = tl.max(most, axis=0)
+    weight = tl.exp2(most - tl.where(highest == float("-inf"), 0.0, highest))
+    sums = tl.sum(sums * weight[:, None], axis=0)
+    total = tl.sum(total * weight, axis=0) + tl.zeros([1], tl.float32)
+    store_row(out_ptr, lse_ptr, row, sums, highest, total, V, columns)

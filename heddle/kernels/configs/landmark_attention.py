@@ -1,0 +1,74 @@
+"""Launch configurations of landmark_attention: plain data, not measured yet (tests/bench/landmark_check.py tries them)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from heddle.kernels.configs.launch import BySize, Launch
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The launches of one call. `chunk`: queries of a tile, times the heads of a group in `score`;  `columns`: landmarks that
+    `score` treats at a time. The others take a block as a whole, and `step` one query.  `products`: how `keys` multiplies float32
+    """
+
+    forward: Launch
+    queries: Launch
+    keys: Launch
+    score: Launch
+    step: Launch
+    products: str = "tf32x3"
+
+
+@dataclass(frozen=True)
+class Family(BySize[Plan]):
+    """The blocks of a step's query are split where there are fewer programs than `places` a multiprocessor, and so that no
+    program reads more than `share` of them."""
+
+    places: int = 4
+    share: int = 12
+
+
+_SCORE = Launch(chunk=64, columns=64, warps=4, stages=1)
+_STEP = Launch(chunk=1, columns=1, warps=4, stages=1, registers=128)
+_STEP_TALL = Launch(chunk=1, columns=1, warps=8, stages=1)
+
+
+def _even(chunk: int, stages: int) -> Plan:
+    launch = Launch(chunk=chunk, columns=1, warps=4, stages=stages)
+    return Plan(launch, launch, launch, Launch(chunk=32, columns=32, warps=4, stages=1), _STEP_TALL)
+
+
+_WIDE = _even(32, 1)
+# A block of such heads and what tensor cores want of it do not fit into shared memory together.
+_WIDE_TALL = replace(_even(16, 1), keys=Launch(chunk=16, columns=1, warps=8, stages=1), products="ieee")
+HOPPER = Family(
+    half=Plan(
+        forward=Launch(chunk=128, columns=1, warps=8, stages=2),
+        queries=Launch(chunk=64, columns=1, warps=4, stages=2),
+        keys=Launch(chunk=64, columns=1, warps=8, stages=2),
+        score=_SCORE,
+        step=_STEP,
+    ),
+    half_tall=Plan(
+        forward=Launch(chunk=64, columns=1, warps=8, stages=2),
+        queries=Launch(chunk=64, columns=1, warps=8, stages=1),
+        keys=Launch(chunk=64, columns=1, warps=8, stages=1),
+        score=_SCORE,
+        step=_STEP_TALL,
+    ),
+    wide=_WIDE,
+    wide_tall=_WIDE_TALL,
+)
+# `half` fits the 99 KiB of shared memory that every device since Ampere has; before Hopper nothing else is asked for.
+OTHER = Family(half=_even(32, 2), half_tall=_WIDE, wide=_WIDE, wide_tall=_WIDE_TALL)
+
+# The interpreter pays by the operation, whatever the size of the tiles.
+_INTERPRETED = _even(32, 1)
+INTERPRETER = Family(half=_INTERPRETED, half_tall=_INTERPRETED, wide=_INTERPRETED, wide_tall=_INTERPRETED)
+
+
+def family(capability: tuple[int, int]) -> Family:
+    """The configurations for a CUDA compute capability."""
+    return HOPPER if capability[0] == 9 else OTHER

@@ -1,0 +1,92 @@
+"""The first call of each op, forward and backward, in a fresh process whose Triton cache is empty.
+
+    python tests/bench/cold_start.py --commit "$(git rev-parse --short=12 HEAD)" --out "$OUT"
+    python tests/bench/cold_start.py --impl fla --ops gla --out "$OUT"
+
+A process for each op imports it, makes the CUDA context and draws the inputs of its first benchmark; then the clock starts, and
+it stops when the gradients are there. `again_s` is the same call once more: the rest of the first was compiling, or a rival's
+tuning. Rows go to evidence-cold-start.jsonl in `--out`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from heddle.kernels import OPS
+from heddle.kernels.bench import first_call, machine
+
+RESULTS = Path(__file__).parent / "results"
+NAMES = [op.name for op in OPS if op.kernel is not None and op.cases.bench_shapes]
+GOAL_S = 15.0
+
+
+def measured(name: str, impl: str) -> dict[str, object]:
+    """In the process of one op: seconds of both calls."""
+    (op,) = (op for op in OPS if op.name == name)
+    device = torch.device("cuda")
+    call = first_call(op, op.cases.bench_shapes[0], impl=impl, device=device)
+    torch.cuda.synchronize(device)
+    seconds = []
+    for _ in range(2):
+        begin = time.perf_counter()
+        call()
+        torch.cuda.synchronize(device)
+        seconds.append(round(time.perf_counter() - begin, 3))
+    return {
+        "op": name,
+        "impl": impl,
+        "shape": dict(op.cases.bench_shapes[0]),
+        "first_s": seconds[0],
+        "again_s": seconds[1],
+    }
+
+
+def in_fresh_process(name: str, impl: str, seconds: float) -> dict[str, object]:
+    """The row of an op; `failed` in it where the process ended otherwise."""
+    with tempfile.TemporaryDirectory() as cache:
+        command = [sys.executable, __file__, "--inside", "--ops", name, "--impl", impl]
+        environment = {**os.environ, "TRITON_CACHE_DIR": cache}
+        try:
+            done = subprocess.run(
+                command, env=environment, capture_output=True, text=True, timeout=seconds, check=True
+            )
+        except subprocess.SubprocessError as error:
+            told = str(getattr(error, "stderr", None) or error).strip().splitlines()
+            return {"op": name, "impl": impl, "failed": told[-1] if told else type(error).__name__}
+        return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--ops", nargs="*", choices=NAMES, default=NAMES)
+    parser.add_argument("--impl", choices=["heddle", "fla"], default="heddle")
+    parser.add_argument("--commit", help="the code that ran")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the rows")
+    parser.add_argument("--limit", type=float, default=240.0, help="seconds for one op")
+    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    if chosen.inside:
+        print(json.dumps(measured(chosen.ops[0], chosen.impl)))
+        return
+    header = {**machine(torch.device("cuda")), "commit": chosen.commit}
+    for name in chosen.ops:
+        row = in_fresh_process(name, chosen.impl, chosen.limit)
+        with (chosen.out / "evidence-cold-start.jsonl").open("a") as rows:
+            rows.write(json.dumps({**header, **row}) + "\n")
+        told = row.get("failed") or f"{row['first_s']} s, then {row['again_s']} s (goal {GOAL_S:.0f})"
+        print(f"{name} {chosen.impl}: {told}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

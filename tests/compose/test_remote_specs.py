@@ -1,0 +1,109 @@
+"""Exports with code of their own of random specs, in a process without heddle: `remote_versions.py` says what is compared.
+
+`make test` draws five, `make test-long` fifty, and asks older versions of transformers too.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from native_versions import install
+from remote_specs import COMPOSED, KINDS, SITE, mixer, ready, spec
+from remote_versions import Folders
+
+from heddle.compose.hf import parity
+from heddle.compose.hf.parity import Loaded, battery
+from heddle.specs import CHANNELS, MIXERS
+from heddle.specs.kinds import MixerSpec
+
+COUNT, FULL_COUNT = 5, 50
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory, random_seed: int, full_counts: bool) -> Folders:
+    """The exports, written once; seeds begin anywhere, so that each run draws others."""
+    first = random_seed % 1_000_000
+    return Folders(
+        tmp_path_factory.mktemp("remote"), range(first, first + (FULL_COUNT if full_counts else COUNT))
+    )
+
+
+def wrong(folders: Folders, first: list[str]) -> tuple[str, dict[str, tuple[str, ...]]]:
+    """The version that was asked, and what is wrong, by seed and kinds."""
+    version, figures = folders.ask(first)
+    assert len(figures) == len(folders.seeds)
+    return version, {f"{one.seed}: {one.kinds}": one.wrong for one in figures if one.wrong}
+
+
+@pytest.mark.slow
+def test_random_specs_compute_the_same_in_a_clean_process_and_are_read_back(folders: Folders) -> None:
+    assert wrong(folders, [])[1] == {}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("version", ["5.17", "5.19"])
+def test_random_specs_compute_the_same_in_an_older_transformers(
+    folders: Folders, version: str, tmp_path: Path
+) -> None:
+    asked, found = wrong(folders, [install(version, tmp_path / "packages")])
+    assert asked.startswith(f"{version}.")
+    assert found == {}
+
+
+def kinds_in(held: MixerSpec) -> set[str]:
+    return {held.kind}.union(*(kinds_in(part) for part in held.parts().values()))
+
+
+def test_fifty_random_specs_hold_every_kind_of_mixer_channel_and_model() -> None:
+    blocks, models = [], [spec(seed) for seed in range(FULL_COUNT)]
+    for one in models:
+        blocks += one.blocks.values()
+    assert set[str]().union(*(kinds_in(block.mixer) for block in blocks)) == {*KINDS}
+    assert {block.channel.kind for block in blocks} == {*CHANNELS}
+    assert {block.norm_placement for block in blocks} == {"pre", "post", "sandwich"}
+    assert {block.shared for block in blocks} == {True, False}
+    assert any(block.skip for block in blocks)
+    assert any(getattr(block.mixer, "keys_from", None) for block in blocks)
+    readouts = {one.readout.kind for one in models if one.readout is not None}
+    assert len(readouts) >= 3
+    assert {one.kind for one in models} == {"causal_lm", "encoder"}
+
+
+@pytest.mark.slow
+def test_whatever_an_export_computes_otherwise_is_told(folders: Folders) -> None:
+    key = next(key for key, right in folders.right.items() if "tokens" in right)
+    right = folders.right[key]
+    found = {"logits": right["logits"] + 1e-3, "bfloat16": right["exact"], "tokens": right["tokens"] + 1}
+    told = {"keys": ["norm.weight"], "bare_agrees": False, "cache_agrees": False}
+    figure = folders.figure(key, told, {f"{key}.{name}": one for name, one in found.items()})
+    assert len(figure.wrong) == 5
+    assert figure.apart > 9e-4
+
+
+@pytest.mark.parametrize("kind", COMPOSED)
+def test_every_composition_of_mixers_can_be_drawn(kind: str) -> None:
+    drawn = [MIXERS[kind].model_validate(mixer(random.Random(seed), kind)) for seed in range(5)]
+    assert all(not one.problems(SITE) for one in drawn)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_layer_that_picks_by_the_prompt_is_expected_to_pick_again_without_its_cache(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(parity, "LENGTH", 24)
+    model = ready(spec(KINDS.index("layer_router")))
+    for part in model.modules():
+        if hasattr(part, "last_bias"):
+            torch.nn.init.normal_(part.last_weight, std=100.0)
+            torch.nn.init.zeros_(part.last_bias)
+    loaded = Loaded(model, None, "", "", 0.0, trusted=True, reader=lambda *_: ([], 0))
+    rows: dict[str, Any] = {row["check"]: SimpleNamespace(**row) for row in battery(loaded, full=False)}
+    failed = {name: row.expected for name, row in rows.items() if not row.passed}
+    assert parity.PROMPTED in failed.values()
+    assert all(failed.values()), failed
+    assert {"left padding", "batch of one, padded", "full pass"} & {*failed} == set()
