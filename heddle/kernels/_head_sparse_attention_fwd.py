@@ -5,9 +5,9 @@ A program holds a tile of one head's list (see `_head_sparse_attention_lists`): 
 a decode step the queries of all heads that share a key head. It walks over tiles of keys from the first one that a query sees
 to the own key of the last one,
 
-    m' = max(m, max_j s_j),   l' = 2^(c m - c m') l + Σ_j 2^(c s_j - c m'),   a' = 2^(c m - c m') a + Σ_j 2^(c s_j - c m') v_j
+    m' = max(m, c max_j s_j),   l' = 2^(m - m') l + Σ_j 2^(c s_j - m'),   a' = 2^(m - m') a + Σ_j 2^(c s_j - m') v_j
 
-with s_j = q · k_j and c = scale log2(e) > 0; then out = w a / l with the weight w of the head, and c m + log2(l) is kept for the
+with s_j = q · k_j and c = scale log2(e) > 0; then out = w a / l with the weight w of the head, and m + log2(l) is kept for the
 gradients. Places in a list rise, so tiles of keys up to the first query's place need no mask: with half of the queries of a head
 in its list, a tile of M rows compares about 2 M keys. Rows of queries that did not choose the head are 0, which costs their
 stores alone; a tile with none but those reads no keys.
@@ -97,10 +97,11 @@ def hide_keys(s, seen_ptr, place, begin, key, S, SEEN: tl.constexpr, VARLEN: tl.
 @triton.jit
 def fold(s, v, most, total, sums, factor, PRECISION: tl.constexpr):
     """(m, l, a) with one more tile of keys."""
-    higher = tl.maximum(most, tl.max(s, axis=1))
-    base = tl.where(higher == float("-inf"), 0.0, higher * factor)
+    # Of logits times the factor: a product less itself rounded, in one instruction, is not 0, and each tile would fade the sums.
+    higher = tl.maximum(most, tl.max(s, axis=1) * factor)
+    base = tl.where(higher == float("-inf"), 0.0, higher)
     p = tl.exp2(s * factor - base[:, None])
-    faded = tl.exp2(most * factor - base)
+    faded = tl.exp2(most - base)
     total = total * faded + tl.sum(p, axis=1)
     sums = tl.dot(p.to(v.dtype), v, sums * faded[:, None], input_precision=PRECISION)
     return higher, total, sums
@@ -187,7 +188,6 @@ def _head_sparse_attention_fwd_kernel(
             s = hide_keys(s, seen_ptr, place, begin, first + i, S, SEEN, VARLEN)
             most, total, sums = fold(s, v, most, total, sums, factor, PRECISION)
 
-    most = most * factor
     if SPLIT:
         programs = tl.num_programs(0).to(tl.int64)
         room = (split * programs + program) * ROWS + tl.arange(0, ROWS)

@@ -195,6 +195,9 @@ def test_the_balance_loss_is_that_of_real_tokens(mixer: dict[str, Any], pad: int
             tokens += 1
     expected = 4 * sum(p_sum[index] / tokens * on_sum[index] / tokens for index in range(4))
     assert loss.item() == pytest.approx(expected, rel=1e-12)
+    if pad == 0:
+        ((_, loss, _),) = losses_of(moh, x, whole())
+        assert loss.item() == pytest.approx(expected, rel=1e-12)
 
 
 def test_the_balance_loss_of_even_shares_is_the_number_of_active_heads() -> None:

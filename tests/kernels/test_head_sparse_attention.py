@@ -7,7 +7,6 @@ the real ones.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -255,9 +254,16 @@ def test_a_list_has_those_that_chose_a_head_and_then_the_others(
         assert before[b, h].tolist() == [0, *on.cumsum(0).tolist()]
 
 
-def test_no_gpu_runs_the_kernels_unasked_until_one_has_held_them() -> None:
-    assert set(head_sparse_attention.unproven) == {torch.bfloat16, torch.float16, torch.float32}
-    assert all(replace(head_sparse_attention, unproven=()).is_proven(dtype) for dtype in EPSILON)
+@pytest.mark.gpu
+def test_many_tiles_of_keys_add_no_error() -> None:
+    for queries in (1, 70):
+        given = drawn(T=queries, S=4000, d=128, V=128)
+        assert_right(given, torch.float32, "cuda", splits=1)
+
+
+def test_a_gpu_runs_the_kernels_unasked_in_16_bits_alone() -> None:
+    assert set(head_sparse_attention.unproven) == {torch.float32}
+    assert all(head_sparse_attention.is_proven(dtype) for dtype in (torch.bfloat16, torch.float16))
 
 
 def test_heads_too_large_for_the_kernels_are_refused_by_them() -> None:
@@ -315,7 +321,7 @@ def test_the_mixer_gives_with_kernels_what_it_gives_without(
     )
     with force_path("torch"):
         plain = mixed(moh, x, step)
-    exact = mixed(moh.double(), x.double(), step)
+        exact = mixed(moh.double(), x.double(), step)
     for name, one in exact.items():
         if one is not None:
             allowed = 2 * (plain[name] - one).norm() + EPSILON[dtype] * one.norm()

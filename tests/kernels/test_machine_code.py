@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +40,26 @@ def test_two_layouts_of_one_address_are_found() -> None:
     layouts_of_one_address = _script().layouts_of_one_address
     assert layouts_of_one_address(WRONG) == ["%rd180: 0x40000040, 0x80000020"]
     assert layouts_of_one_address(WRONG.replace("%rd180, -9", "%rd182, -9")) == []
+
+
+@pytest.mark.slow
+def test_an_unchanged_maximum_fades_no_sums(tmp_path: Path) -> None:
+    # The interpreter fuses nothing. A product less itself rounded, in one instruction, is not 0: only logits may be fused.
+    code = (
+        "import machine_code as it",
+        "it.knobs.runtime.add_stages_inspection_hook = it.without_machine_code",
+        "form = {'aligned': True, 'many': False, 'backward': False}",
+        "print(it.ptx(it.Case('head_sparse_attention', 'step', 'fp32', 128, 128, **form))[0])",
+    )
+    paths = os.pathsep.join((str(SCRIPT.parent), os.environ.get("PYTHONPATH", "")))
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": paths}
+    command = [sys.executable, "-c", "\n".join(code)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    made_by = {name: by for by, name in re.findall(r"^\s*(\S+)\s+(%r\d+), .*;$", done.stdout, re.MULTILINE)}
+    exponents = re.findall(r"ex2\.approx\S*\s+%r\d+, (%r\d+);", done.stdout)
+    # Logits of four keys, and the maxima of two queries, before and after a tile.
+    assert sorted(made_by[name] for name in exponents) == ["fma.rn.f32"] * 4 + ["sub.f32"] * 2
 
 
 @pytest.mark.slow

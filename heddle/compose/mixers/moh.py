@@ -109,9 +109,12 @@ class MohModule(CompositeMixer):
 
     def _account(self, p: Tensor, chosen: Tensor, call: Call) -> None:
         """Asks for all routed heads alike. Only the mean of p has a gradient.  Shapes:  p, chosen: [B, T, Hr]"""
-        real = torch.ones_like(p[..., :1]) if call.padding is None else call.padding[..., None].to(p.dtype)
-        count = real.sum().clamp(min=1.0)
-        wanted, load = ((side * real).sum(dim=(0, 1)) / count for side in (p, chosen))
+        if call.padding is None:
+            wanted, load = p.mean(dim=(0, 1)), chosen.mean(dim=(0, 1))
+        else:
+            real = call.padding[..., None].to(p.dtype)
+            count = real.sum().clamp(min=1.0)
+            wanted, load = ((side * real).sum(dim=(0, 1)) / count for side in (p, chosen))
         call.add_loss("moh_balance", self.routed_heads * (wanted * load).sum(), self.balance)
 
     def kernel_path(self, device: torch.device, dtype: torch.dtype) -> str:

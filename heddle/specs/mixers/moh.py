@@ -22,8 +22,8 @@ class Moh(CompositeMixer):
         y_t = sum_i g_(t,i) o_(t,i) W_i,   g = (a_0 Hs softmax(x W_s),  a_1 K topk(softmax(x W_g)) / sum),   a = 2 softmax(x W_h)
 
     The first Hs heads are always on, of the others K = `active`. Heads are those before the output projection: of grouped
-    ones query heads, of a delta rule value heads. Costs are those of all heads, which all are computed: what is turned off
-    is multiplied by 0.
+    ones query heads, of a delta rule value heads. Costs are those of all heads: what is turned off is multiplied by 0, or
+    left out where kernels can.
 
     With `router: norms` there are no weights: g is 1 for the shared heads and for the K longest queries, and else 0. Only
     softmax attention has a query for each head.
