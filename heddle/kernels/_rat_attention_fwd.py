@@ -4,7 +4,7 @@
 A program holds a tile of neighbouring queries of one head. The key that a query has for itself comes first, so that there is a
 weight from the beginning: m = s, l = 1, a = x~. Then it walks over the tiles of summaries that its last query sees; for each,
 
-    m' = max(m, max_j s_j),   l' = 2^(c m - c m') l + Σ_j 2^(c s_j - c m'),   a' = 2^(c m - c m') a + Σ_j 2^(c s_j - c m') v_j
+    m' = max(m, c max_j s_j),   l' = 2^(m - m') l + Σ_j 2^(c s_j - m'),   a' = 2^(m - m') a + Σ_j 2^(c s_j - m') v_j
 
 with s_j = q · k_j and c = scale log2(e) > 0; then o = a / l, and c m + log2(l) is kept for the gradients. Query t sees as many
 summaries as there are whole chunks before it, so only the last tiles are compared. The longest rows are begun first.
@@ -95,7 +95,7 @@ def _rat_attention_fwd_kernel(
         from_tile = split * share
         to_tile = tl.minimum(from_tile + share, to_tile)
     key = tl.load(key_at, mask=here, other=0.0)
-    most = tl.sum(q.to(tl.float32) * key.to(tl.float32), axis=1)
+    most = tl.sum(q.to(tl.float32) * key.to(tl.float32), axis=1) * factor
     total = tl.full([ROWS], 1.0, tl.float32)
     sums = tl.load(value_at, mask=here, other=0.0).to(tl.float32)  # [ROWS, ROWS_D]
     if SPLIT:
@@ -127,17 +127,17 @@ def _rat_attention_fwd_kernel(
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [ROWS, KEYS]
         if first + KEYS > first_limit:
             s = tl.where((first + i)[None, :] < limit[:, None], s, float("-inf"))
-        higher = tl.maximum(most, tl.max(s, axis=1))
-        shift = higher * factor
+        # Of logits times the factor: a fused product less itself rounded is not 0, and each tile would fade the sums.
+        higher = tl.maximum(most, tl.max(s, axis=1) * factor)
+        shift = higher
         if SPLIT:
-            shift = tl.where(higher == float("-inf"), 0.0, shift)
+            shift = tl.where(higher == float("-inf"), 0.0, higher)
         p = tl.exp2(s * factor - shift[:, None])
-        faded = tl.exp2(most * factor - shift)
+        faded = tl.exp2(most - shift)
         total = total * faded + tl.sum(p, axis=1)
         sums = tl.dot(p.to(v.dtype), v, sums * faded[:, None], input_precision=PRECISION)
         most = higher
 
-    most = most * factor
     if SPLIT:
         programs = tl.num_programs(0).to(tl.int64) * tl.num_programs(1)
         room = (split * programs + h * tl.num_programs(0) + pid) * ROWS + tl.arange(0, ROWS)

@@ -5,9 +5,9 @@ A program holds a tile of neighbouring queries of one head, or in a decode step 
 walks over the tiles of keys that any of them sees: those of the sinks first, then from the first key in the first query's window
 on. For each of them, over the keys j that a row sees,
 
-    m' = max(m, max_j s_j),   l' = 2^(c m - c m') l + Σ_j 2^(c s_j - c m'),   a' = 2^(c m - c m') a + Σ_j 2^(c s_j - c m') v_j
+    m' = max(m, c max_j s_j),   l' = 2^(m - m') l + Σ_j 2^(c s_j - m'),   a' = 2^(m - m') a + Σ_j 2^(c s_j - m') v_j
 
-with s_j = q · k_j and c = scale log2(e) > 0; then o = a / l, and c m + log2(l) is kept for the gradients. A key is in view if
+with s_j = q · k_j and c = scale log2(e) > 0; then o = a / l, and m + log2(l) is kept for the gradients. A key is in view if
 its distance, read as a number without a sign, is smaller than a limit: one comparison for both ends of the window. Tiles that all
 rows see whole are not compared at all. Nothing is made for keys that no row sees, but in the tiles at the two ends.
 
@@ -149,15 +149,15 @@ def _sliding_window_attention_fwd_kernel(
             if SEEN:
                 seen = tl.load(seen_ptr + first + i, mask=inside, other=0) != 0
             s = hide(s, place[:, None] - key[None, :], reach, seen[None, :], SEEN)
-        higher = tl.maximum(most, tl.max(s, axis=1))
-        base = tl.where(higher == float("-inf"), 0.0, higher * factor)
+        # Of logits times the factor: a fused product less itself rounded is not 0, and each tile would fade the sums.
+        higher = tl.maximum(most, tl.max(s, axis=1) * factor)
+        base = tl.where(higher == float("-inf"), 0.0, higher)
         p = tl.exp2(s * factor - base[:, None])
-        faded = tl.exp2(most * factor - base)
+        faded = tl.exp2(most - base)
         total = total * faded + tl.sum(p, axis=1)
         sums = tl.dot(p.to(v.dtype), v, sums * faded[:, None], input_precision=PRECISION)
         most = higher
 
-    most = most * factor
     token = begin + t
     if SPLIT:
         programs = tl.num_programs(0).to(tl.int64) * tl.num_programs(1)
