@@ -2,11 +2,11 @@
 """The forward kernels of rat_attention: one walks over the summaries before a tile of queries, one merges what was split.
 
 A program holds a tile of neighbouring queries of one head. The key that a query has for itself comes first, so that there is a
-weight from the beginning: m = s, l = 1, a = x~. Then it walks over the tiles of summaries that its last query sees; for each,
+weight from the beginning: m = c s, l = 1, a = x~. Then it walks over the tiles of summaries that its last query sees; for each,
 
     m' = max(m, c max_j s_j),   l' = 2^(m - m') l + Σ_j 2^(c s_j - m'),   a' = 2^(m - m') a + Σ_j 2^(c s_j - m') v_j
 
-with s_j = q · k_j and c = scale log2(e) > 0; then o = a / l, and c m + log2(l) is kept for the gradients. Query t sees as many
+with s_j = q · k_j and c = scale log2(e) > 0; then o = a / l, and m + log2(l) is kept for the gradients. Query t sees as many
 summaries as there are whole chunks before it, so only the last tiles are compared. The longest rows are begun first.
 
 Where tiles are too few to fill the device, as in a decode step, summaries are split between programs; each leaves (m, l, a), and

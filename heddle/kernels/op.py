@@ -93,7 +93,8 @@ class Op(Generic[P, R]):
     """A public tensor function: what computes it fast, what it must equal, and which path it takes where.
 
     `kernel(shape)` says whether the Triton kernels take a shape; None, of all shapes or of one, that there are none yet. In the
-    dtypes of `unproven` no GPU has held them to the reference yet: torch runs there, unless Triton is forced.
+    dtypes of `unproven` no GPU has held them to the reference yet: torch runs there, unless Triton is forced, and so it
+    does for shapes of which `unproven_shapes(shape)` says the same.
     """
 
     name: str
@@ -103,6 +104,7 @@ class Op(Generic[P, R]):
     kernel: Callable[[Shape], bool | None] | None = None
     step: Callable[..., tuple[Tensor, Tensor]] | None = field(default=None)
     unproven: tuple[torch.dtype, ...] = ()
+    unproven_shapes: Callable[[Shape], bool] | None = None
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         return self.fast(*args, **kwargs)
@@ -112,16 +114,18 @@ class Op(Generic[P, R]):
         takes = None if self.kernel is None else self.kernel(shape)
         possible = takes and _triton_runs(device, dtype)
         if not _forced:
-            return "triton" if possible and self.is_proven(dtype) else "torch"
+            return "triton" if possible and self.is_proven(dtype, **shape) else "torch"
         if _forced[-1] == "triton" and not possible and takes is not None:
             raise HeddleError(
                 "bad-argument", f"{self.name} cannot run in Triton on {device} in {dtype} at {shape}"
             )
         return _forced[-1] if possible else "torch"
 
-    def is_proven(self, dtype: torch.dtype) -> bool:
-        """Whether the kernels may run unasked in this dtype: the interpreter has no compiler that could get them wrong."""
-        return INTERPRETED or dtype not in self.unproven
+    def is_proven(self, dtype: torch.dtype, **shape: int) -> bool:
+        """Whether the kernels may run unasked in this dtype, of this shape if one is given: the interpreter has no compiler
+        that could get them wrong."""
+        doubtful = bool(shape) and self.unproven_shapes is not None and self.unproven_shapes(shape)
+        return INTERPRETED or (dtype not in self.unproven and not doubtful)
 
     def choose(self, device: torch.device, dtype: torch.dtype, **shape: int) -> Path:
         """`path`, noted down for `watch_paths`: called where the work is about to be done."""
@@ -138,11 +142,12 @@ def op(
     kernel: Callable[[Shape], bool | None] | None = None,
     step: Callable[..., tuple[Tensor, Tensor]] | None = None,
     unproven: tuple[torch.dtype, ...] = (),
+    unproven_shapes: Callable[[Shape], bool] | None = None,
 ) -> Callable[[Callable[P, R]], Op[P, R]]:
     """Makes the decorated function an `Op` of the same name and docstring."""
 
     def wrap(fast: Callable[P, R]) -> Op[P, R]:
-        made = Op(fast.__name__, fast, reference, cases, kernel, step, unproven)
+        made = Op(fast.__name__, fast, reference, cases, kernel, step, unproven, unproven_shapes)
         # What functools.update_wrapper would set; the class is frozen.
         vars(made).update(
             {name: getattr(fast, name) for name in functools.WRAPPER_ASSIGNMENTS}, __wrapped__=fast

@@ -190,6 +190,7 @@ def samples(device: torch.device, *, tiny: bool) -> Iterator[tuple[str, Given, b
             )
         if tiny:
             continue
+        yield f"{dtype} step at 128 K", drawn(STEP, dtype, device), False, {}
         for T in LENGTHS:
             yield f"{dtype} T={T}", drawn({**MODEL, "T": T}, dtype, device), False, {}
         for (K, V), T in itertools.product(SIZES, (1, 130)):
