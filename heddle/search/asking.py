@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from heddle.compose.plan import plan
@@ -23,8 +23,8 @@ from heddle.specs import to_yaml
 class Asking:
     """The trials that were asked for, and those of the next round. `trials` is the driver's own record, which grows with them.
 
-    `events` are those with which trials were asked for; `first` the number of the first trial with a spec's hash; `candidates`
-    and `figures` the specs of trials that are under way, and what is known of them without a measurement; `illegal` why a
+    `events` are those with which trials were asked for; `first` the number of the first trial with a spec's hash, and `_placed`
+    with values and layers, which are known without making a spec; `candidates` and `figures` the specs of trials that are under way, and what is known of them without a measurement; `illegal` why a
     combination is no model; `running` the trials that have not ended.
     """
 
@@ -38,9 +38,9 @@ class Asking:
         self.events = {e["number"]: e for e in log.events if e["event"] == "trial_started"}
         self.running = {number for number, trial in trials.items() if trial.state == "running"}
         self.first: dict[str, int] = {}
-        for number, event in sorted(self.events.items()):
-            if number >= 0 and event["hash"]:
-                self.first.setdefault(event["hash"], number)
+        self._placed: dict[tuple[str, tuple[str, ...]], int] = {}
+        for _, event in sorted(self.events.items()):
+            self._note(event)
         self.candidates: dict[int, space.Candidate] = {}
         self.illegal: dict[int, str] = {}
         self.figures: dict[int, dict[str, Figure]] = {}
@@ -125,11 +125,17 @@ class Asking:
             parameters=parameters,
         )
         self.events[number] = event
-        if number >= 0 and one:
-            self.first.setdefault(one.hash, number)
+        self._note(event)
         self.trials[number] = assemble(self.setting.folder / LEDGER_FOLDER, event)
         self.running.add(number)
         self.progress.trial_started(self.trials[number])
+
+    def _note(self, event: Mapping[str, Any]) -> None:
+        """Remember what the trial of "trial_started" is, for those after it."""
+        number = event["number"]
+        if number >= 0 and event["hash"]:
+            self.first.setdefault(event["hash"], number)
+            self._placed.setdefault(_placing(event["params"], event["layers"]), number)
 
     def _place(self, number: int, values: Mapping[str, Any]) -> space.Candidate:
         """The layers for `values`."""
@@ -142,9 +148,13 @@ class Asking:
             seed=self.setting.seed,
             number=number,
             timed=learnt.timed,
-            is_tried=learnt.is_tried,
+            is_tried=lambda values, layers: self._placed.get(_placing(values, layers), number) < number,
         )
 
     def _learnt_for(self, number: int) -> Learnt:
         """What the rounds before the trial's own say, and they alone."""
         return self._learnt.until(number // self.setting.round * self.setting.round, self.trials)
+
+
+def _placing(values: Mapping[str, Any], layers: Sequence[str]) -> tuple[str, tuple[str, ...]]:
+    return repr(sorted(values.items())), tuple(layers)
