@@ -24,8 +24,9 @@ class Asking:
     """The trials that were asked for, and those of the next round. `trials` is the driver's own record, which grows with them.
 
     `events` are those with which trials were asked for; `first` the number of the first trial with a spec's hash, and `_placed`
-    with values and layers, which are known without making a spec; `candidates` and `figures` the specs of trials that are under way, and what is known of them without a measurement; `illegal` why a
-    combination is no model; `running` the trials that have not ended.
+    with values and layers, which are known without making a spec; `candidates` and `figures` the specs of trials that are under
+    way, and what is known of them without a measurement; `illegal` why a combination is no model; `running` the trials that have
+    not ended.
     """
 
     def __init__(

@@ -28,7 +28,6 @@ from heddle.specs.pattern import layers_of
 from heddle.specs.search import names_file
 from heddle.specs.sight import reach
 
-
 # Placements that turn out to be a spec that was asked for under another one, before the next of them is taken: where two
 # blocks are equal all are, and to make the spec of each of 24 layers takes 3 ms.
 TWINS = 200

@@ -176,6 +176,14 @@ class SearchSpec(Schema):
         int | None,
         Field(ge=1, le=10_000, description="Trials asked for at once (a count); null: by the workers."),
     ] = None
+    per_gpu: Annotated[
+        int,
+        Field(
+            ge=1,
+            le=16,
+            description="Trainings side by side on one GPU (a count); one that runs out of memory there is made again alone.",
+        ),
+    ] = 4
     budgets: list[BudgetSpec] = Field(
         default_factory=list, max_length=16, description="Limits that a winner keeps."
     )
