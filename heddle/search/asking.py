@@ -9,7 +9,7 @@ from heddle.compose.plan import plan
 from heddle.compose.targets.catalogue import BY_NAME
 from heddle.compose.targets.verdict import require
 from heddle.errors import HeddleError
-from heddle.search import space
+from heddle.search import listing, space
 from heddle.search.durable import write_whole
 from heddle.search.events import EventLog
 from heddle.search.learnt import Learnt
@@ -36,6 +36,8 @@ class Asking:
         search = setting.file.spec.search
         self._least_reach = None if search is None else search.min_reach
         self._learnt = Learnt(setting.file, len(setting.rungs))
+        listed = search is not None and search.sampler in listing.SAMPLERS
+        self._listing = listing.Listing(setting.file, search.sampler) if search and listed else None
         self.events = {e["number"]: e for e in log.events if e["event"] == "trial_started"}
         self.running = {number for number, trial in trials.items() if trial.state == "running"}
         self.first: dict[str, int] = {}
@@ -82,14 +84,19 @@ class Asking:
         return pending
 
     def _is_exhausted(self) -> bool:
-        """Whether every spec of the space was asked for."""
+        """Whether every spec of the space was asked for, or all that the sampler goes through."""
+        if self._listing is not None and self._listing.at(self.study.count) is None:
+            return True
         return len(self.first) >= self.setting.file.space.size()
 
     def _settle(self, number: int) -> None:
         """Give trial `number` its values and its layers, and store both before anything is evaluated."""
         file, study = self.setting.file, self.study
+        listed = None if self._listing is None else self._listing.at(number)
+        if listed is not None:
+            study.choose(number, space.suggested(file.space, listed.values))
         values = space.suggest_all(study, number, file.space)
-        layers = study.attr(number, "layers")
+        layers = study.attr(number, "layers") or (listed and listed.layers)
         try:
             one = space.candidate(file, values, layers) if layers else self._place(number, values)
             planned = plan(one.model)

@@ -70,6 +70,12 @@ def suggest(trial: optuna.Trial, parameter: Parameter) -> Any:
     return trial.suggest_float(name, low, high, log=parameter.log)
 
 
+def suggested(space: Space, values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` as Optuna has them, by the names of their parameters."""
+    kinds = {parameter.name: parameter.kind for parameter in space.parameters}
+    return {name: label_of(value) if kinds[name] == "choice" else value for name, value in values.items()}
+
+
 def label_of(choice: object) -> str:
     """A choice as one short string: Optuna's storages take no mappings, and a string reads well in a
     dashboard."""

@@ -168,9 +168,12 @@ class SearchSpec(Schema):
             "null: 20 times the longest one of its kind, 10m at least."
         ),
     ] = None
-    sampler: Annotated[Literal["tpe", "nsga2", "gp", "random"], Field(description="Optuna's sampler.")] = (
-        "tpe"
-    )
+    sampler: Annotated[
+        Literal["tpe", "nsga2", "gp", "random", "grid", "all"],
+        Field(
+            description="Optuna's sampler; grid: each combination of open values once; all: each spec once, brute force."
+        ),
+    ] = "tpe"
     seed: Annotated[int, Field(ge=0, le=2**31 - 1, description="Seed of the search.")] = 0
     round: Annotated[
         int | None,
