@@ -29,7 +29,7 @@ from heddle.specs.search import names_file
 from heddle.specs.sight import reach
 
 # Placements that turn out to be a spec that was asked for under another one, before the next of them is taken: where two
-# blocks are equal all are, and to make the spec of each of 24 layers takes 3 ms.
+# blocks are equal all are, and to make the spec of each of 24 layers takes 0.7 ms of a core.
 TWINS = 200
 
 

@@ -33,7 +33,7 @@ search: {{tasks: [{{mqar: {{pairs: 2, length: 16}}}}], trials: {TRIALS}, round: 
 def test_a_search_of_equal_blocks_ends_and_tells_the_tie(tmp_path: Path) -> None:
     began = time.monotonic()
     run = search(loads(TEXT, file="twins.yaml"), tmp_path / "run", evaluate=scored)
-    # It went through 134,596 placements for each trial: ten minutes each.
+    # It went through 134,596 placements for each trial, 0.7 ms of a core each.
     assert time.monotonic() - began < 120
     assert run.status == "finished"
     assert [trial.duplicate_of for trial in run.trials] == [None] + [0] * (TRIALS - 1)
