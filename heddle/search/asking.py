@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from heddle.compose.plan import plan
 from heddle.compose.targets.demand import DEMANDS
 from heddle.errors import HeddleError
-from heddle.search import space
+from heddle.search import listing, space
 from heddle.search.durable import write_whole
 from heddle.search.events import EventLog
 from heddle.search.learnt import Learnt
@@ -22,9 +22,10 @@ from heddle.specs import to_yaml
 class Asking:
     """The trials that were asked for, and those of the next round. `trials` is the driver's own record, which grows with them.
 
-    `events` are those with which trials were asked for; `first` the number of the first trial with a spec's hash; `candidates`
-    and `figures` the specs of trials that are under way, and what is known of them without a measurement; `illegal` why a
-    combination is no model; `running` the trials that have not ended.
+    `events` are those with which trials were asked for; `first` the number of the first trial with a spec's hash, and `_placed`
+    with values and layers, which are known without making a spec; `candidates` and `figures` the specs of trials that are under
+    way, and what is known of them without a measurement; `illegal` why a combination is no model; `running` the trials that have
+    not ended.
     """
 
     def __init__(
@@ -34,12 +35,14 @@ class Asking:
         search = setting.file.spec.search
         self._least_reach = None if search is None else search.min_reach
         self._learnt = Learnt(setting.file, len(setting.rungs))
+        listed = search is not None and search.sampler in listing.SAMPLERS
+        self._listing = listing.Listing(setting.file, search.sampler) if search and listed else None
         self.events = {e["number"]: e for e in log.events if e["event"] == "trial_started"}
         self.running = {number for number, trial in trials.items() if trial.state == "running"}
         self.first: dict[str, int] = {}
-        for number, event in sorted(self.events.items()):
-            if number >= 0 and event["hash"]:
-                self.first.setdefault(event["hash"], number)
+        self._placed: dict[tuple[str, tuple[str, ...]], int] = {}
+        for _, event in sorted(self.events.items()):
+            self._note(event)
         self.candidates: dict[int, space.Candidate] = {}
         self.illegal: dict[int, str] = {}
         self.figures: dict[int, dict[str, Figure]] = {}
@@ -80,14 +83,19 @@ class Asking:
         return pending
 
     def _is_exhausted(self) -> bool:
-        """Whether every spec of the space was asked for."""
+        """Whether every spec of the space was asked for, or all that the sampler goes through."""
+        if self._listing is not None and self._listing.at(self.study.count) is None:
+            return True
         return len(self.first) >= self.setting.file.space.size()
 
     def _settle(self, number: int) -> None:
         """Give trial `number` its values and its layers, and store both before anything is evaluated."""
         file, study = self.setting.file, self.study
+        listed = None if self._listing is None else self._listing.at(number)
+        if listed is not None:
+            study.choose(number, space.suggested(file.space, listed.values))
         values = space.suggest_all(study, number, file.space)
-        layers = study.attr(number, "layers")
+        layers = study.attr(number, "layers") or (listed and listed.layers)
         try:
             one = space.candidate(file, values, layers) if layers else self._place(number, values)
             planned = plan(one.model)
@@ -124,11 +132,17 @@ class Asking:
             parameters=parameters,
         )
         self.events[number] = event
-        if number >= 0 and one:
-            self.first.setdefault(one.hash, number)
+        self._note(event)
         self.trials[number] = assemble(self.setting.folder / LEDGER_FOLDER, event)
         self.running.add(number)
         self.progress.trial_started(self.trials[number])
+
+    def _note(self, event: Mapping[str, Any]) -> None:
+        """Remember what the trial of "trial_started" is, for those after it."""
+        number = event["number"]
+        if number >= 0 and event["hash"]:
+            self.first.setdefault(event["hash"], number)
+            self._placed.setdefault(_placing(event["params"], event["layers"]), number)
 
     def _place(self, number: int, values: Mapping[str, Any]) -> space.Candidate:
         """The layers for `values`."""
@@ -141,9 +155,13 @@ class Asking:
             seed=self.setting.seed,
             number=number,
             timed=learnt.timed,
-            is_tried=learnt.is_tried,
+            is_tried=lambda values, layers: self._placed.get(_placing(values, layers), number) < number,
         )
 
     def _learnt_for(self, number: int) -> Learnt:
         """What the rounds before the trial's own say, and they alone."""
         return self._learnt.until(number // self.setting.round * self.setting.round, self.trials)
+
+
+def _placing(values: Mapping[str, Any], layers: Sequence[str]) -> tuple[str, tuple[str, ...]]:
+    return repr(sorted(values.items())), tuple(layers)

@@ -12,7 +12,7 @@ from typing import Any
 import ray
 
 from heddle.errors import HeddleError
-from heddle.search.nodes import require_same_code
+from heddle.search.nodes import SameCode
 
 CONNECT_S = 5.0
 # Ray (2.60) tries 20 times, each up to 40 s where nothing answers.
@@ -31,8 +31,8 @@ def check_address(address: str) -> None:
         raise _no_cluster(address, f"nothing answers there ({error})") from error
 
 
-def join(address: str, env: Mapping[str, str], **options: Any) -> None:
-    """Make this process a driver of the cluster at `address`, whose workers get the variables `env`.
+def join(address: str, env: Mapping[str, str], **options: Any) -> SameCode:
+    """Make this process a driver of the cluster at `address`, whose workers get the variables `env`; gives what asks later nodes.
 
     Raises:
         HeddleError: "bad-argument" if there is no cluster, one that refuses this process's token, or one of whose nodes has
@@ -51,7 +51,9 @@ def join(address: str, env: Mapping[str, str], **options: Any) -> None:
                 "bad-argument", f"the Ray cluster at {address} refuses this token", hint=hint
             ) from error
         raise _no_cluster(address, str(error).splitlines()[0]) from error
-    require_same_code()
+    nodes = SameCode()
+    nodes.require()
+    return nodes
 
 
 def _no_cluster(address: str, why: str) -> HeddleError:

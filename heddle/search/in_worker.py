@@ -3,11 +3,9 @@ of the time, and takes a fifth of the memory."""
 
 from __future__ import annotations
 
-import contextlib
 import faulthandler
 import functools
 import gc
-import io
 import os
 import sys
 import traceback
@@ -16,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from heddle.errors import HeddleError
+from heddle.search import said
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,15 +28,15 @@ class Outcome:
 
 def guarded(call: Callable[..., Any], device: str, *arguments: Any) -> Outcome:
     """`call(*arguments)` with its output kept, one thread on a CPU, and errors as data."""
-    printed = io.StringIO()
     _take_one_thread()
     if "torch" in sys.modules:
         _keep_what_is_imported()
-    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+    with said.kept() as printed:
         try:
-            return Outcome(call(*arguments), None, printed.getvalue())
+            value = call(*arguments)
+            return Outcome(value, None, said.read(printed))
         except Exception as error:
-            log = printed.getvalue() + traceback.format_exc()
+            log = said.read(printed) + traceback.format_exc()
             return Outcome(None, _portable(error), log)
         finally:
             gc.collect()
@@ -63,12 +62,11 @@ def _take_one_thread() -> None:
 
 
 def limited(limit_s: float, call: Callable[..., Any], *arguments: Any) -> Any:
-    """`call(*arguments)`; after the limit the process writes its stack into Ray's log of the worker and ends.
+    """`call(*arguments)`; after the limit the process says its stack (`heddle.search.said`) and ends.
 
     The watch is a thread of C: it needs no lock of Python's, which a call that hangs may hold.
     """
-    assert sys.__stderr__ is not None
-    faulthandler.dump_traceback_later(limit_s, exit=True, file=sys.__stderr__)
+    faulthandler.dump_traceback_later(limit_s, exit=True, file=said.STDERR)
     try:
         return call(*arguments)
     finally:

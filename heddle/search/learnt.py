@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 from heddle.search import space
 from heddle.search.placement import History, Seen, Timed
@@ -20,13 +19,11 @@ class Learnt:
         self._file, self._rungs, self._next = file, rungs, 0
         self.history, self.timed = History(), list[Timed]()
         self._ended = list[Trial]()
-        self._tried = set[tuple[str, tuple[str, ...]]]()
 
     def until(self, number: int, trials: Mapping[int, Trial]) -> Learnt:
         """This with all trials up to `number`, itself left out: they have ended, and change no more."""
         new = [trials[each] for each in range(self._next, number) if each in trials]
         for trial in new:
-            self._tried.add((_key(trial.params), trial.layers))
             if trial.constraints:
                 shares = {name: 1.0 + over for name, over in trial.constraints.items()}
                 self.timed.append(Timed(trial.layers, space.outer(self._file, trial.params), shares))
@@ -43,11 +40,3 @@ class Learnt:
     def _learn(self, scored: Iterable[tuple[Trial, float]]) -> None:
         for trial, quality in scored:
             self.history.append(Seen(trial.layers, space.outer(self._file, trial.params), quality))
-
-    def is_tried(self, values: Mapping[str, Any], layers: tuple[str, ...]) -> bool:
-        """Whether one of these trials had those very values and layers: known without making its spec."""
-        return (_key(values), layers) in self._tried
-
-
-def _key(values: Mapping[str, Any]) -> str:
-    return repr(sorted(values.items()))

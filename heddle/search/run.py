@@ -114,7 +114,7 @@ def _open(stack: ExitStack, cut: Cut, out: Path, given: Given, *, asked: Asked, 
     """A driver with its workers, its study and its folder, new or as they were left; `stack` closes them."""
     file = cut.whole
     env = lock.DETERMINISTIC_ENV if given.is_deterministic(out) else None
-    workers = stack.enter_context(Workers(address=given.ray_address, env=env))
+    workers = stack.enter_context(_workers(file, given, env))
     workers.warm_up()
     trained = asked.objectives(workers.share)
     machine = workers.call(environment.describe, workers.device)
@@ -152,6 +152,11 @@ def _open(stack: ExitStack, cut: Cut, out: Path, given: Given, *, asked: Asked, 
             "package versions changed since the search began; what is unfinished is measured with these"
         )
     return driver
+
+
+def _workers(file: SpecFile, given: Given, env: Mapping[str, str] | None) -> Workers:
+    assert file.spec.search is not None
+    return Workers(address=given.ray_address, env=env, per_gpu=file.spec.search.per_gpu)
 
 
 def _storage(given: Given) -> str:
@@ -238,7 +243,7 @@ def _check_folder(out: Path, *, resume: bool) -> None:
 def _space_digest(file: SpecFile) -> str:
     """A digest of what a resumed search may not change; how long it runs, and its name, it may."""
     assert file.spec.search is not None
-    left = {"trials", "time", "timeout", "latency_model"} | (
+    left = {"trials", "time", "timeout", "latency_model", "per_gpu"} | (
         {"rungs"} if file.spec.search.rungs is None else set()
     )
     spec = file.spec.model_dump(mode="json", exclude={"name": True, "search": left})

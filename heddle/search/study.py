@@ -94,7 +94,8 @@ def open_storage(folder: Path, url: str | None = None) -> BaseStorage:
 
 def make_sampler(kind: str, seed: int, startup: int) -> BaseSampler:
     """A sampler of spec `search.sampler`, seeded; `startup` trials are random before it models anything."""
-    if kind == "random":
+    if kind in ("random", "grid", "all"):
+        # Of the last two each value is chosen before it is drawn.
         return RandomSampler(seed=seed)
     if kind == "tpe":
         # Independent TPE is what Optuna takes for several objectives; for one objective the multivariate form
@@ -108,6 +109,28 @@ def make_sampler(kind: str, seed: int, startup: int) -> BaseSampler:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         return GPSampler(seed=seed, n_startup_trials=startup)
+
+
+class Chosen(BaseSampler):
+    """Gives the values that were chosen for a trial, by the names of its parameters."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self._values = values
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, Any]:  # noqa: ARG002
+        return {}
+
+    def sample_relative(self, study: optuna.Study, trial: FrozenTrial, search_space: Any) -> dict[str, Any]:  # noqa: ARG002
+        return {}
+
+    def sample_independent(
+        self,
+        study: optuna.Study,  # noqa: ARG002
+        trial: FrozenTrial,  # noqa: ARG002
+        param_name: str,
+        param_distribution: Any,  # noqa: ARG002
+    ) -> Any:
+        return self._values[param_name]
 
 
 def seed_from(*parts: object) -> int:
@@ -144,6 +167,7 @@ class Study:
             )
         )
         self._live: dict[int, optuna.Trial] = {}
+        self._chosen: dict[int, Mapping[str, Any]] = {}
         # Of this driver's own: to list all trials takes a storage as long as they are many.
         trials = self.trials
         self._count = len(trials)
@@ -223,7 +247,14 @@ class Study:
 
         return self._patiently(attempt, number)
 
+    def choose(self, number: int, values: Mapping[str, Any]) -> None:
+        """Let `suggest` draw these values in trial `number`."""
+        self._chosen[number] = values
+
     def _reseed(self, number: int, step: str) -> None:
+        if number in self._chosen:
+            self._study.sampler = Chosen(self._chosen[number])
+            return
         self._study.sampler = make_sampler(self._kind, seed_from(self._seed, number, step), self._startup)
 
     def attr(self, number: int, name: str) -> Any:
@@ -301,4 +332,5 @@ class Study:
     def _tell(self, number: int, values: Sequence[float] | None, state: TrialState | None) -> None:
         self._patiently(lambda: self._study.tell(number, values, state=state, skip_if_finished=True))
         del self._live[number]
+        self._chosen.pop(number, None)
         self._unfinished.discard(number)

@@ -30,9 +30,10 @@ from ray.exceptions import (
 )
 
 from heddle.errors import HeddleError
-from heddle.search import cluster, places, watch
+from heddle.search import cluster, places, said, watch
 from heddle.search.cores import usable_cores
 from heddle.search.in_worker import Outcome, guarded, limited
+from heddle.search.nodes import SameCode
 
 # A call whose process dies is made again this often.
 RETRIES = 2
@@ -47,7 +48,7 @@ WORKER_ENV = {"OMP_WAIT_POLICY": "PASSIVE"}
 # Ray ends a process that is idle for a second, as all but one are while a spec is timed; the next would
 # import torch anew, for seconds.
 KEEP_IDLE_MS = 24 * 3600 * 1000
-# Trainings side by side on one GPU.
+# Trainings side by side on one GPU, unless the spec says another number.
 ON_ONE_GPU = 4
 
 
@@ -62,11 +63,13 @@ class Job:
     attempt: int = 1
     # Seconds in the worker, after which its process ends itself.
     limit_s: float | None = None
+    # What the attempts before this one said.
+    said: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What became of a job: a value, or the code and message of the error; `log` is what it printed."""
+    """What became of a job: a value, or the code and message of the error; `log` is what it said, and the attempts before it."""
 
     job: Job
     value: Any = None
@@ -92,17 +95,25 @@ class Flight:
 class Workers:
     """A pool of Ray workers for one kind of device; use it as a context.
 
-    `parallel` trainings run side by side: one a core on a CPU, four a GPU on CUDA. `env` are variables of every worker.
+    `parallel` trainings run side by side: one a core on a CPU, `per_gpu` a GPU on CUDA. `env` are variables of every
+    worker.
     """
 
     def __init__(
-        self, device: str | None = None, *, address: str | None = None, env: Mapping[str, str] | None = None
+        self,
+        device: str | None = None,
+        *,
+        address: str | None = None,
+        env: Mapping[str, str] | None = None,
+        per_gpu: int = ON_ONE_GPU,
     ) -> None:
+        self._per_gpu = per_gpu
         self._wanted, self._address, self._env = device, address, WORKER_ENV | dict(env or {})
         self._guard: watch.Guard | None = None
         # Ray's own processes that this one started.
         self._roots: watch.Processes = {}
         self._owned = False
+        self._nodes: SameCode | None = None
 
     def __enter__(self) -> Workers:
         if not ray.is_initialized():
@@ -110,7 +121,7 @@ class Workers:
             self._start()
         self.device = self._wanted or ("cuda" if ray.cluster_resources().get("GPU", 0) >= 1 else "cpu")
         self.parallel = self._room()
-        share = {"num_gpus": 1 / ON_ONE_GPU} if self.device == "cuda" else {}
+        share = {"num_gpus": 1 / self._per_gpu} if self.device == "cuda" else {}
         # Ray ends a process after one GPU task unless told otherwise; ours take seconds to import torch.
         kept: dict[str, Any] = {"max_retries": 0, "max_calls": 0}
         self._one = ray.remote(num_cpus=1, **share, **kept)(guarded)
@@ -121,7 +132,7 @@ class Workers:
         resources = ray.cluster_resources()
         cores, gpus = int(resources.get("CPU", 1)), int(resources.get("GPU", 0))
         self.gpus = gpus if self.device == "cuda" else 0
-        return max(1, min(cores, gpus * ON_ONE_GPU) if self.device == "cuda" else cores)
+        return max(1, min(cores, gpus * self._per_gpu) if self.device == "cuda" else cores)
 
     def _whole(self) -> Any:
         """The call with a whole device of the largest node that is left: no other would ever take it."""
@@ -152,7 +163,7 @@ class Workers:
             )
             self._roots = watch.ray_roots(os.getpid())
             return
-        cluster.join(self._address, self._env, **options)
+        self._nodes = cluster.join(self._address, self._env, **options)
 
     def _require_ray(self) -> None:
         """Raises HeddleError "cluster-lost" where no call can come back: Ray itself would wait for ever.
@@ -183,12 +194,29 @@ class Workers:
 
     def on_whole_device(self, jobs: Iterable[Job], watcher: Watcher) -> Iterator[Answer]:
         """Answers of `jobs`, one after the other, each with the whole device to itself."""
+        self._ask_nodes()
         return self._answers(jobs, self._whole, 1, watcher)
 
     def side_by_side(self, jobs: Iterable[Job], watcher: Watcher) -> Iterator[Answer]:
-        """Answers of `jobs` as they come, `parallel` at a time; nodes that came or went since the last ones count."""
+        """Answers of `jobs` as they come, `parallel` at a time; nodes that came or went since the last ones count.
+
+        What finds too little memory beside others on its GPU is made once more, after them, with a GPU to itself.
+        """
+        self._ask_nodes()
         self.parallel = self._room()
-        return self._answers(jobs, lambda: self._one, self.parallel, watcher)
+        crowded = list[Job]()
+        for answer in self._answers(jobs, lambda: self._one, self.parallel, watcher):
+            if answer.code == "out-of-memory" and self.device == "cuda" and self._per_gpu > 1:
+                crowded.append(_again(answer))
+            else:
+                yield answer
+        yield from self._answers(crowded, self._whole, max(1, self.gpus), watcher)
+
+    def _ask_nodes(self) -> None:
+        """Raises HeddleError "bad-argument" where a node has come since whose heddle is another."""
+        if self._nodes is not None:
+            self._nodes.ask_again()
+            self._nodes.require()
 
     def _answers(
         self, jobs: Iterable[Job], remote: Callable[[], Any], width: int, watcher: Watcher
@@ -205,16 +233,22 @@ class Workers:
             _hear_places(flying.values(), watcher)
             if not done:
                 self._require_ray()
+            elif self._nodes is not None:
+                # Ray gives work to a node as soon as it is there.
+                self._nodes.require()
             watcher.tick()
             for reference in done:
                 flight = flying.pop(reference)
                 job, wall_s = flight.job, round(time.monotonic() - flight.began, 3)
                 answer = replace(_answer(job, reference), wall_s=wall_s)
                 answer = _timed_out(answer)
-                if answer.code == "worker-died":
+                if answer.code in MADE_AGAIN:
                     self._require_ray()
+                    answer = replace(answer, log=said.of_dead(reference))
+                if job.said:
+                    answer = replace(answer, log=job.said + answer.log)
                 if answer.code in MADE_AGAIN and job.attempt <= RETRIES:
-                    waiting.appendleft(replace(job, attempt=job.attempt + 1))
+                    waiting.appendleft(_again(answer))
                 else:
                     # The caller writes the answer before it comes back: until then `reference` keeps the copy that lies
                     # with the worker.
@@ -249,6 +283,13 @@ def _hear_places(flying: Iterable[Flight], watcher: Watcher) -> None:
         if found is not None:
             flight.key = None
             watcher.placed(flight.job, found)
+
+
+def _again(answer: Answer) -> Job:
+    """The next attempt at what `answer` has failed at."""
+    job = answer.job
+    told = f"{answer.log.rstrip()}\n--- attempt {job.attempt}: {answer.code}: {answer.message}\n".lstrip()
+    return replace(job, attempt=job.attempt + 1, said=told)
 
 
 def _timed_out(answer: Answer) -> Answer:

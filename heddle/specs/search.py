@@ -169,14 +169,25 @@ class SearchSpec(Schema):
             "null: 20 times the longest one of its kind, 10m at least."
         ),
     ] = None
-    sampler: Annotated[Literal["tpe", "nsga2", "gp", "random"], Field(description="Optuna's sampler.")] = (
-        "tpe"
-    )
+    sampler: Annotated[
+        Literal["tpe", "nsga2", "gp", "random", "grid", "all"],
+        Field(
+            description="Optuna's sampler; grid: each combination of open values once; all: each spec once, brute force."
+        ),
+    ] = "tpe"
     seed: Annotated[int, Field(ge=0, le=2**31 - 1, description="Seed of the search.")] = 0
     round: Annotated[
         int | None,
         Field(ge=1, le=10_000, description="Trials asked for at once (a count); null: by the workers."),
     ] = None
+    per_gpu: Annotated[
+        int,
+        Field(
+            ge=1,
+            le=16,
+            description="Trainings side by side on one GPU (a count); one that runs out of memory there is made again alone.",
+        ),
+    ] = 4
     budgets: list[BudgetSpec] = Field(
         default_factory=list, max_length=16, description="Limits that a winner keeps."
     )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from heddle.specs.parameter import Parameter, Term, Way
@@ -78,6 +79,20 @@ class Space:
         """As `settle`, at `values`; what they do not name is at its default."""
         return self.settle(lambda one: values.get(one.name, one.default))
 
+    def settings(self) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+        """As `settle`, every combination of open values once, in order; there must be no open float, whose values have no end."""
+        path: list[int] = []
+        while True:
+            sizes = list[int]()
+            opened, held = self.settle(partial(_next_on, path, sizes))
+            path += [0] * (len(sizes) - len(path))
+            yield opened, held
+            while path and path[-1] + 1 == sizes[len(path) - 1]:
+                path.pop()
+            if not path:
+                return
+            path[-1] += 1
+
     def active(self, values: Mapping[str, Any]) -> list[Parameter]:
         """The parameters that mean something at `values`: not those in an option that is not chosen, nor those whose `when`
         does not hold."""
@@ -136,3 +151,12 @@ class Space:
                 number = default if default in term.numbers else next(iter(term.numbers))
                 values[term.name] = parent.numbered(number)
                 self._require(term.name, parent.when[0] if parent.when else (), values)
+
+
+def _next_on(path: Sequence[int], sizes: list[int], parameter: Parameter) -> Any:
+    """The value on the way of `path`, the first beyond its end; `sizes` gets how many there are."""
+    is_one = parameter.kind == "float" and parameter.low == parameter.high
+    values = [parameter.low] if is_one else parameter.values()
+    at = path[len(sizes)] if len(sizes) < len(path) else 0
+    sizes.append(len(values))
+    return values[at]

@@ -63,22 +63,46 @@ def is_busy(node: int) -> bool:
     return False
 
 
+# Joins while the head is alone, and has work when it is told to.
+EARLY = """
+import sys
+from heddle.search.workers import Job, Workers
+
+class Hearing:
+    def begun(self, job): pass
+    def tick(self): pass
+    def is_stopping(self): return False
+
+with Workers("cpu", address=sys.argv[1]) as workers:
+    print("joined", flush=True)
+    input()
+    list(workers.side_by_side([Job(len, ("",), 0)], Hearing()))
+"""
+REFUSED = r"the Ray node [\d.]+ has heddle's files \w{12} instead of \w{12}\b"
+
+
 @pytest.mark.long
-def test_a_node_with_another_heddle_is_refused_by_its_name(tmp_path: Path) -> None:
+def test_a_node_with_another_heddle_is_refused_by_its_name_also_when_it_comes_late(tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(clusters.ROOT / "heddle", other / "heddle", ignore=shutil.ignore_patterns("__pycache__"))
     with (other / "heddle" / "search" / "evaluate.py").open("a") as file:
         file.write("# changed\n")
     (tmp_path / "second").mkdir()
-    with (
-        clusters.head(1) as head,
-        clusters.node(
+    with ExitStack() as stack:
+        head = stack.enter_context(clusters.head(1))
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        command = [sys.executable, "-c", EARLY, head.address]
+        early = subprocess.Popen(command, env=head.env, cwd=tmp_path, text=True, **pipes)
+        stack.callback(early.kill)
+        assert early.stdout is not None
+        assert early.stdout.readline() == "joined\n"
+        node = clusters.node(
             f"--address={head.address}",
             cores=1,
             env=head.env | {"PYTHONPATH": str(other)},
             folder=tmp_path / "second",
-        ),
-    ):
+        )
+        stack.enter_context(node)
         join = "import sys; from heddle.search.cluster import join; join(sys.argv[1], {})"
         # Ray has workers look for modules in the driver's working directory first: heddle must not lie there.
         command = [sys.executable, "-c", join, head.address]
@@ -86,9 +110,10 @@ def test_a_node_with_another_heddle_is_refused_by_its_name(tmp_path: Path) -> No
             command, env=head.env, cwd=tmp_path, capture_output=True, text=True, check=False
         )
         assert told.returncode == 1
-        assert re.search(r"the Ray node [\d.]+ has heddle's files \w{12} instead of \w{12}\b", told.stderr), (
-            told.stderr
-        )
+        assert re.search(REFUSED, told.stderr), told.stderr
+        _, late = early.communicate("now\n", timeout=120)
+        assert early.returncode == 1
+        assert re.search(REFUSED, late), late
 
 
 # Long: half a minute of an idle machine, most of it for starting nodes.

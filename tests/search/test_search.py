@@ -387,6 +387,8 @@ def test_a_training_that_hangs_is_ended_and_then_a_failed_trial(tiny_text: str, 
     (trial,) = run.trials
     assert trial.state == "failed"
     assert str(trial.reason) == "text: timed-out: it took more than 1 s"
+    (said,) = (tmp_path / "run" / "logs").glob("0000-text-*.log")
+    assert said.read_text().count("in hang_at_text") == RETRIES + 1
     assert trial.attempts == RETRIES + 1
     assert set(trial.scores) == {"mqar"}
 

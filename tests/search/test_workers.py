@@ -228,3 +228,27 @@ def test_a_call_that_hangs_is_ended_and_made_again_twice(
         assert (answer.code, answer.message) == ("timed-out", "it took more than 0.5 s")
         assert answer.job.attempt == RETRIES + 1
     assert len(hearing.heard) == min(hangs, RETRIES) + 1
+
+
+def speak_and(end: str) -> None:
+    print("a word of Python's")
+    os.write(2, b"a word of C's\n")
+    if end == "hang":
+        time.sleep(600)
+    os.kill(os.getpid(), signal.SIGKILL if end == "killed" else signal.SIGSEGV)
+
+
+@pytest.mark.parametrize(
+    ("end", "code"), [("hang", "timed-out"), ("killed", "worker-died"), ("crash", "worker-died")]
+)
+def test_what_a_dead_or_hung_worker_said_is_told_of_each_attempt(
+    workers: Workers, end: str, code: str
+) -> None:
+    job = Job(speak_and, (end,), end, limit_s=0.5 if end == "hang" else None)
+    (answer,) = workers.side_by_side([job], Hearing())
+    assert answer.code == code
+    for word in ("a word of Python's\n", "a word of C's\n"):
+        assert answer.log.count(word) == RETRIES + 1
+    assert [f"--- attempt {n}: {code}: " in answer.log for n in (1, 2)] == [True, True]
+    if end != "killed":
+        assert answer.log.count("in speak_and") >= RETRIES + 1
