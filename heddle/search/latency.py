@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from heddle.compose.build import build_causal_lm, kernel_paths
 from heddle.compose.memory import memory_told
+from heddle.errors import HeddleError
 from heddle.search import environment
 from heddle.search.cores import usable_cores
 from heddle.search.gpu_state import both, gpu_state
@@ -38,16 +39,26 @@ LEAST_TURNS = 3
 # With few turns, or an interval wider than this share, so many times the seconds are spent before giving up.
 DISTURBED = 0.1
 PATIENCE = 3
+PHASES = ("decode", "prefill")
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
     """What is timed: one decode step after `context` tokens, or a prefill of `context` tokens, of `batch`
-    sequences."""
+    sequences.
+
+    Raises:
+        HeddleError: "bad-argument" for another phase, as that of a budget that nothing is timed for.
+    """
 
     phase: str
     batch: int
     context: int
+
+    def __post_init__(self) -> None:
+        if self.phase not in PHASES:
+            hint = f"one of {', '.join(PHASES)}"
+            raise HeddleError("bad-argument", f"nothing is timed in a phase {self.phase!r}", hint=hint)
 
     @property
     def label(self) -> str:
