@@ -84,6 +84,8 @@ class Score:
     # (step, loss in nats), thinned to at most 64 points.
     losses: tuple[tuple[int, float], ...]
     extras: dict[str, float] = field(default_factory=dict)
+    # (layer counted from 0, share) of each router, over what the score was taken on.
+    learned_share: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
