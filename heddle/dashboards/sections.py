@@ -9,6 +9,7 @@ from typing import Any
 from heddle.dashboards import data, latency_section, rungs_section, words
 from heddle.dashboards.figures import Figure, figures
 from heddle.dashboards.html import Html, Row, element, join, table
+from heddle.dashboards.timing_section import timings
 from heddle.search.record import Confirm, Latency, Run, TaskInfo, Trial
 from heddle.specs.palette import look_of
 
@@ -382,6 +383,7 @@ SECTIONS: tuple[Callable[[Run], Html | None], ...] = (
     confirmation,
     remeasured,
     predictions,
+    timings,
     latencies,
     trials,
     best_spec,

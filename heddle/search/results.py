@@ -128,6 +128,8 @@ class Latency:
     foreign: int | None
     # Clocks, power, temperature and throttling of the GPU while it was timed; None where NVML does not tell.
     gpu: dict[str, Any] | None = None
+    # How often it was measured anew, since processes of others or throttling disturbed it; this is the last time.
+    repeated: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from heddle.errors import HeddleError
 from heddle.kernels.configs.found import cache_folder
 from heddle.search import space
 from heddle.search.latency import PHASES, Place
-from heddle.search.latency_model.model import LatencyModel, from_data, load_model
+from heddle.search.latency_model.model import LatencyModel, PlaceFit, from_data, load_model
 from heddle.search.latency_model.table import MACHINE
 from heddle.search.ledger import key_of
 from heddle.specs import SpecFile
@@ -142,7 +142,17 @@ def _told(file: SpecFile, model: LatencyModel, budget: Mapping[str, Any]) -> dic
     if fit is None:
         return None
     names = {"label": budget["label"], "reference": fit.reference, "method": fit.method}
-    return {**names, "way": fit.sum.way.told, "measured": fit.measured, "held_out": asdict(fit.held_out)}
+    return {
+        **names,
+        "way": fit.sum.way.told,
+        "measured": fit.measured,
+        "held_out": asdict(fit.held_out),
+        "timings": _timings(fit),
+    }
+
+
+def _timings(fit: PlaceFit) -> dict[str, Any] | None:
+    return None if fit.timings is None else asdict(fit.timings)
 
 
 def of_run(run: Path) -> LatencyModel:
