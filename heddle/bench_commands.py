@@ -52,6 +52,12 @@ def bench(
     out: Annotated[
         Path | None, typer.Option(help="With --fit: a file to write the model to as well.")
     ] = None,
+    precision: Annotated[
+        float | None,
+        typer.Option(
+            min=1e-3, max=1.0, help="With --fit: width of a 95 % interval over its median to stop at; 0.02."
+        ),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Measure the latency of a spec's model, of a space of specs, or of the kernels, on this machine."""
@@ -61,8 +67,8 @@ def bench(
         raise HeddleError("bad-argument", "heddle bench takes a SPEC, --ops or --tune, one of them")
     if op and not tune:
         raise HeddleError("bad-argument", "--op is for --tune")
-    if not fit and (stacks is not None or out is not None):
-        raise HeddleError("bad-argument", "--stacks and --out are for --fit")
+    if not fit and (stacks, out, precision) != (None, None, None):
+        raise HeddleError("bad-argument", "--stacks, --out and --precision are for --fit")
     if file is None:
         if fit:
             raise HeddleError("bad-argument", "--fit takes a SPEC whose space it fits")
@@ -78,7 +84,7 @@ def bench(
         terminal.show_json(timings) if json else terminal.show_timings(timings)
         return
     tell = _silent if json else _tell
-    model, path = api.bench_fit(file, out, stacks=stacks, on_stack=tell, **place)
+    model, path = api.bench_fit(file, out, stacks=stacks, precision=precision, on_stack=tell, **place)
     terminal.show_json({**model.data(), "file": str(path)}) if json else _show(model, path, file)
 
 
@@ -166,6 +172,7 @@ def held_out_lines(fit: PlaceFit) -> list[str]:
         )
     if seen.mape >= min(seen.constant_mape, seen.flops_mape):
         lines.append("the model is no better than a simpler one: do not go by it here")
+    lines += [] if fit.timings is None else fit.timings.told
     if fit.method == "cpu-timer":
         lines.append("timed by the wall clock of a CPU, whatever else runs on it")
     if fit.taken_over:

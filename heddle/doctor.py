@@ -73,6 +73,7 @@ def diagnose() -> Diagnosis:
         return Diagnosis(versions, [_cpu()], checks)
     devices = [_cpu(), *_gpus()]
     checks.append(_compiler())
+    checks.append(_nvml(has_gpu=any(device.kind == "cuda" for device in devices)))
     checks.extend(_kernels())
     return Diagnosis(versions, devices, checks)
 
@@ -86,6 +87,18 @@ def _import(name: str, versions: dict[str, str]) -> Check:
     except Exception as error:
         return Check(name, False, f"{versions[name]} is installed but does not import: {error}")
     return Check(name, True, versions[name])
+
+
+def _nvml(*, has_gpu: bool) -> Check:
+    """Whether timings can be checked for other processes and throttling; without it they are taken all the same."""
+    if not has_gpu:
+        return Check("NVML", True, "no CUDA device to ask about")
+    try:
+        found = importlib.metadata.version("nvidia-ml-py")
+    except importlib.metadata.PackageNotFoundError:
+        told = "not installed: timings are not checked for other processes and throttling; pip install 'heddle-lm[gpu]'"
+        return Check("NVML", True, told)
+    return Check("NVML", True, f"nvidia-ml-py {found}")
 
 
 def _cpu() -> Device:

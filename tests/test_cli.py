@@ -249,6 +249,8 @@ def test_doctor_finds_this_machine_well(run: Heddle) -> None:
     assert told["versions"]["heddle"] == heddle.__version__
     assert any(device["kind"] == "cpu" for device in told["devices"])
     assert any(check["name"].startswith("kernel ") for check in told["checks"])
+    # What timings on a GPU are checked with; its absence is told and is no fault.
+    assert [check["ok"] for check in told["checks"] if check["name"] == "NVML"] == [True]
 
 
 def test_bench_times_a_spec(run: Heddle, spec: Path) -> None:
@@ -264,6 +266,7 @@ def test_bench_times_a_spec(run: Heddle, spec: Path) -> None:
 def test_bench_wants_a_spec_or_ops(run: Heddle, spec: Path) -> None:
     assert run("bench")[0] == 2
     assert run("bench", spec, "--ops")[0] == 2
+    assert run("bench", spec, "--precision", 0.01)[0] == 2
 
 
 @pytest.mark.slow

@@ -74,9 +74,13 @@ def sentences(run: Run) -> list[str]:
     told = summary(run)
     if told is None:
         return []
-    never = told["never_timed"]
+    never, changed = told["never_timed"], run.meta.get("latency_changed", {})
     first = f"{never} specs were over a budget by more than the margin, by prediction: they were never timed, nor trained."
-    return [first, *map(_curse, curses(run))]
+    lines = [first] if never or not changed else []
+    if changed:
+        software = ", ".join(f"{name} {then} then, {now} now" for name, (then, now) in changed.items())
+        lines.append(f"With other software than it was fitted with ({software}) the model ruled nothing out.")
+    return [*lines, *map(_curse, curses(run))]
 
 
 def _curse(one: Curse) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from math import ceil
 
-from heddle.dashboards import busy_section, data, figures, latency_section, sections, spent, words
+from heddle.dashboards import busy_section, data, figures, latency_section, sections, spent, timing_section, words
 from heddle.dashboards.axes import axes
 from heddle.dashboards.busy import Busy, busy
 from heddle.dashboards.compare_pages import add_fronts
@@ -297,7 +297,8 @@ def latency_page(watched: Watched) -> Page:
     run = watched.run()
     page = Page(f"Latency · {run.name}", watched.key, "Latency")
     page.add(element("header", element("h1", "Latency"), sections.note(run.name)))
-    page.add(sections.predictions(run))
+    told = watched.once(run, "how good the timings are", lambda: timing_section.timings(run))
+    page.add(sections.predictions(run), told)
     page.plots("Measured against predicted", [*latency_section.unseen(run), *latency_section.scatter(run)])
     page.plots("The front timed twice", figures.twice(run))
     page.add(sections.remeasured(run), sections.latencies(run, LATENCIES), sections.environment(run))

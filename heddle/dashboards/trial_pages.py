@@ -44,7 +44,7 @@ def trial_page(watched: Watched, number: int) -> Page:
         _model(page, watched, run, trial)
     _predicted(page, watched, run, trial)
     _timed(page, trial)
-    page.add(_scores(run, trial), _rungs(run, trial))
+    page.add(_scores(run, trial), _shares(trial), _rungs(run, trial))
     page.plots("Training", model_figures.curves([(name, trial)]))
     page.add(_params(trial), _logs(watched, trial), _spec(run, trial))
     return page
@@ -184,6 +184,22 @@ def _scores(run: Run, trial: Trial) -> Html | None:
     ]  # fmt: skip
     header = ["Task", "Score ± standard error", "Normalised", "Seed", "Steps", "Tokens", "Took"]
     return sections.section("Scores", table(header, rows, numeric=range(1, 7)))
+
+
+def _shares(trial: Trial) -> Html | None:
+    """What the routers of each layer learned, by task."""
+    rows = [
+        [layer, trial.layers[layer] if layer < len(trial.layers) else "", task, f"{100 * share:.1f} %"]
+        for task, score in trial.scores.items()
+        for layer, share in score.learned_share
+    ]
+    if not rows:
+        return None
+    said = (
+        "Of the first of a router's mixers, and of layer_router's second, over what the score was taken on."
+    )
+    shown = table(["Layer", "Block", "Task", "Learned share"], rows, numeric=(0, 3))
+    return sections.section("Learned shares", sections.note(said), shown)
 
 
 def _rungs(run: Run, trial: Trial) -> Html | None:

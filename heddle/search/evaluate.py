@@ -11,6 +11,7 @@ from safetensors.torch import save
 from heddle.compose.build import build_causal_lm
 from heddle.compose.memory import memory_told
 from heddle.compose.train import MEMORY_HINT, Recipe, fit
+from heddle.search.learned_share import learned_shares
 from heddle.search.results import Evaluation
 from heddle.search.tasks import Task, batches
 from heddle.search.training import weights_of
@@ -46,7 +47,8 @@ def train_and_score(training: Training, task: Task) -> Evaluation:
     with memory_told("no memory for the model and its evaluation", MEMORY_HINT):
         model = build_causal_lm(training.model, seed=recipe.seed, device=training.device)
         fitted = fit(model, batches(task, recipe, training.device), recipe)
-        score = task.evaluate(model, device=training.device)
+        with learned_shares(model) as shares:
+            score = task.evaluate(model, device=training.device)
     result = {
         "task": task.name,
         "metric": task.metric,
@@ -61,6 +63,7 @@ def train_and_score(training: Training, task: Task) -> Evaluation:
         "losses": thinned(fitted.losses),
         "aux": {name: thinned(values) for name, values in fitted.aux.items()},
         "extras": dict(score.extras),
+        "learned_share": shares,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
     weights = save(weights_of(model), metadata={"format": "pt"}) if training.keep_weights else None

@@ -17,6 +17,7 @@ from heddle.search.driver import Driver
 from heddle.search.durable import write_json, write_whole
 from heddle.search.evaluations import Request, weights_path
 from heddle.search.export import export_run
+from heddle.search.latency import PHASES
 from heddle.search.record import (
     BEST_FOLDER,
     CONFIRM_FILE,
@@ -30,7 +31,6 @@ from heddle.search.record import (
 from heddle.search.setting import Objective
 from heddle.specs import loads
 
-PHASES = ("decode", "prefill")
 # A prefill that no budget asks for is timed at a budget's context, up to these tokens: it costs the search
 # time.
 PREFILL_AT_MOST = {"cpu": 2048, "cuda": 32_768}

@@ -25,9 +25,10 @@ from numpy.typing import NDArray
 
 from heddle.compose.build import build_causal_lm, kernel_paths
 from heddle.compose.memory import memory_told
+from heddle.errors import HeddleError
 from heddle.search import environment
 from heddle.search.cores import usable_cores
-from heddle.search.gpu_state import both, gpu_state
+from heddle.search.gpu_state import THROTTLING, both, gpu_state
 from heddle.search.record import Latency
 from heddle.specs import ModelSpec
 
@@ -38,16 +39,28 @@ LEAST_TURNS = 3
 # With few turns, or an interval wider than this share, so many times the seconds are spent before giving up.
 DISTURBED = 0.1
 PATIENCE = 3
+# A timing that was disturbed is taken anew so many times.
+AGAIN = 2
+PHASES = ("decode", "prefill")
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
     """What is timed: one decode step after `context` tokens, or a prefill of `context` tokens, of `batch`
-    sequences."""
+    sequences.
+
+    Raises:
+        HeddleError: "bad-argument" for another phase, as that of a budget that nothing is timed for.
+    """
 
     phase: str
     batch: int
     context: int
+
+    def __post_init__(self) -> None:
+        if self.phase not in PHASES:
+            hint = f"one of {', '.join(PHASES)}"
+            raise HeddleError("bad-argument", f"nothing is timed in a phase {self.phase!r}", hint=hint)
 
     @property
     def label(self) -> str:
@@ -66,6 +79,13 @@ class Effort:
     seconds: float = 2.0
     precision: float = 0.02
     builds: int = 3
+
+    def to(self, precision: float) -> Effort:
+        """The effort for intervals so narrow: widths fall with the root of the turns, so time and turns grow with the square."""
+        more = max(1.0, (self.precision / precision) ** 2)
+        return replace(
+            self, precision=precision, seconds=self.seconds * more, most=math.ceil(self.most * more)
+        )
 
     @property
     def of_one_build(self) -> Effort:
@@ -98,8 +118,34 @@ def measure(
         HeddleError: "out-of-memory".
     """
     device = device or environment.pick_device()
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    names = reference_name if reference is not None else None
     specs = [model] if reference is None else [model, reference]
+    return undisturbed(lambda: _measure_once(specs, place, names, device=device, effort=effort))
+
+
+def undisturbed(time_once: Callable[[], Latency]) -> Latency:
+    """The timing that `time_once` gives; up to twice anew while others use the GPU, or something that passes holds it back.
+
+    A power cap is told and does not pass: the next timing would be under it as well.
+    """
+    for repeated in range(AGAIN):
+        found = time_once()
+        if not _is_disturbed(found):
+            return replace(found, repeated=repeated)
+    return replace(time_once(), repeated=AGAIN)
+
+
+def _is_disturbed(row: Latency) -> bool:
+    passing = THROTTLING - {"power cap"}
+    reasons = (None if row.gpu is None else row.gpu.get("reasons")) or ()
+    return bool(row.foreign) or not passing.isdisjoint(reasons)
+
+
+def _measure_once(
+    specs: Sequence[ModelSpec], place: Place, reference_name: str | None, *, device: str, effort: Effort
+) -> Latency:
+    """The latency of the first of `specs`, turn by turn with the second if there is one."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
     guard = memory_told(f"no memory to time {place.label}", "a smaller context or batch needs less")
     with _threads(device) as threads, _quiet(), guard:
         before = gpu_state() if device == "cuda" else None
@@ -109,13 +155,13 @@ def measure(
         label=place.label,
         **asdict(place),
         **_summary(np.concatenate(times, axis=1), [build.shape[1] for build in times]),
-        reference=reference_name if reference is not None else None,
+        reference=reference_name,
         device=environment.device_name(device),
         driver=environment.driver_version(),
         dtype=str(dtype).removeprefix("torch."),
         method=method,
         threads=threads,
-        paths=dict(kernel_paths(model, device, dtype)),
+        paths=dict(kernel_paths(specs[0], device, dtype)),
         foreign=foreign,
         gpu=state,
     )

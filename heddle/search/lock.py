@@ -1,7 +1,8 @@
 """heddle.lock: one file from which a search can be made again, and against which what it then finds is held.
 
-It repeats the spec, the digests, the seeds and the environment of the run, and freezes what cannot be computed again: every
-latency that was measured, by spec and place. docs/decisions/0011-lockfile.md describes it.
+It repeats the spec, the files and the latency model that it names, the digests, the seeds and the environment of the run, and
+freezes what cannot be computed again: every latency that was measured, by spec and place. docs/decisions/0011-lockfile.md
+describes it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from heddle.errors import HeddleError
 from heddle.search import space
 from heddle.search.durable import write_json
+from heddle.search.latency_model.find import of_run
 from heddle.search.ledger import key_of
 from heddle.search.record import LEDGER_FOLDER, RUN_FILE, Run, Trial, read_run
 
@@ -80,6 +82,7 @@ def lock_of(run: Run) -> dict[str, Any]:
             "text": meta["spec"],
             "space": kept["space"],
             "beside": kept.get("beside", {}),
+            "texts": kept.get("texts", {}),
         },
         "data": kept["data"],
         "seeds": kept["seeds"],
@@ -88,6 +91,7 @@ def lock_of(run: Run) -> dict[str, Any]:
         "effort": meta.get("effort", {}),
         "environment": meta["environment"],
         "budgets": meta["budgets"],
+        "latency_model": of_run(run.path).data() if meta.get("latency") == "model" else None,
         "trials": [_trial(trial) for trial in run.trials],
         "front": run.front,
         "winner": None if best is None else {"number": best.number, "hash": best.hash},
@@ -218,7 +222,7 @@ def time_now(driver: Driver) -> None:
         trial = driver.trials[number]
         one = space.candidate(setting.file, trial.params, trial.layers) if number >= 0 else None
         one = one or next(iter(setting.references.values()))
-        requests = {b.label: setting.timing(number, one, b, purpose=NOW) for b in setting.budgets}
+        requests = {b.label: setting.timing(number, one, b, purpose=NOW) for b in setting.timed}
         driver.evaluations.time_all(requests.values())
         driver.log.write("timed_now", number=number, latency={at: each.key for at, each in requests.items()})
 

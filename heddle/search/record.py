@@ -289,7 +289,8 @@ def score_from(result: Mapping[str, Any]) -> Score:
     """A `Score` from the ledger's plain data."""
     losses = tuple([(int(step), float(loss)) for step, loss in result["losses"]])
     known = {name: result[name] for name in Score.__dataclass_fields__ if name in result}
-    return Score(**{**known, "losses": losses})
+    shares = tuple([(int(layer), float(share)) for layer, share in result.get("learned_share", [])])
+    return Score(**{**known, "losses": losses, "learned_share": shares})
 
 
 def confirm_from(value: Mapping[str, Any]) -> Confirm:

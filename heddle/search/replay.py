@@ -86,7 +86,7 @@ def replay(
     if not frozen.trials:
         raise HeddleError("bad-argument", f"{path} holds no trial that ended", hint="let its search go on")
     run = search(
-        loads(lock["spec"]["text"], file=lock["spec"]["file"]),
+        loads(lock["spec"]["text"], file=lock["spec"]["file"], beside=lock["spec"].get("texts")),
         out,
         resume=resume,
         deterministic=deterministic,

@@ -84,6 +84,8 @@ class Score:
     # (step, loss in nats), thinned to at most 64 points.
     losses: tuple[tuple[int, float], ...]
     extras: dict[str, float] = field(default_factory=dict)
+    # (layer counted from 0, share) of each router, over what the score was taken on.
+    learned_share: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +128,8 @@ class Latency:
     foreign: int | None
     # Clocks, power, temperature and throttling of the GPU while it was timed; None where NVML does not tell.
     gpu: dict[str, Any] | None = None
+    # How often it was measured anew, since processes of others or throttling disturbed it; this is the last time.
+    repeated: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,6 +45,7 @@ from heddle.search.study import Direction, RunLock, Study, open_storage
 from heddle.search.workers import Workers
 from heddle.specs import SpecFile, loads
 from heddle.specs.base import Duration
+from heddle.specs.beside import text_beside
 from heddle.specs.search import names_file
 from heddle.specs.space_cut import Cut
 
@@ -126,9 +127,9 @@ def _open(stack: ExitStack, cut: Cut, out: Path, given: Given, *, asked: Asked, 
         # By today's language: a field that came after the run began would tell the same spec apart.
         began = _space_digest(loads(meta["spec"], file=file.file or "<string>"))
         _refuse_other(meta, new, out, is_same_space=began == new["lock"]["space"])
-    elif meta["latency"] == "model":
+    if meta.get("latency") == "model":
         made_with = workers.call(timing_environment, workers.device)
-        meta["latency_model"] = find.into_run(file, out, made_with, meta["budgets"])
+        meta |= find.into_run(file, out, made_with, meta, kept=_kept_model(given, out, meta))
     meta |= {"trials": given.trials or meta["trials"], "seconds": given.seconds or meta["seconds"]}
     if given.frozen is not None:
         write_json(out / lock.FOLLOWED_FILE, given.frozen.lock)
@@ -147,11 +148,24 @@ def _open(stack: ExitStack, cut: Cut, out: Path, given: Given, *, asked: Asked, 
     )
     log.write("search_started", machine=machine, trials=setting.trials, seconds=setting.seconds)
     driver.keeper.write()
+    _tell_changes(driver, meta, machine)
+    return driver
+
+
+def _tell_changes(driver: Driver, meta: Mapping[str, Any], machine: Mapping[str, Any]) -> None:
+    """Warn of software that is not what results or the latency model of the run were made with."""
+    if meta.get("latency_changed"):
+        driver.warn(find.changed_told(meta["latency_changed"]))
     if meta["environment"]["packages"] != machine["packages"]:
         driver.warn(
             "package versions changed since the search began; what is unfinished is measured with these"
         )
-    return driver
+
+
+def _kept_model(given: Given, out: Path, meta: Mapping[str, Any]) -> Any:
+    """The latency model of the lockfile that the search in `out` takes its latencies from, as data."""
+    frozen = given.frozen or lock.followed(out, meta)
+    return None if frozen is None else frozen.lock.get("latency_model")
 
 
 def _workers(file: SpecFile, given: Given, env: Mapping[str, str] | None) -> Workers:
@@ -252,11 +266,15 @@ def _space_digest(file: SpecFile) -> str:
     return key_of({"spec": spec, "space": repr(parameters), "placement": repr(placement)})
 
 
-def _beside(file: SpecFile) -> dict[str, str]:
-    """The hash of each model of another file that a budget is relative to, by the file's name."""
+def _beside(file: SpecFile) -> dict[str, Any]:
+    """The hash of each model of another file that a budget is relative to, by the file's name, and what the file says."""
     assert file.spec.search is not None
-    names = {one.relative_to for one in file.spec.search.budgets if one.relative_to}
-    return {name: space.reference(file, name).hash for name in sorted(names) if names_file(name)}
+    budgets = file.spec.search.budgets
+    names = sorted({one.relative_to for one in budgets if one.relative_to and names_file(one.relative_to)})
+    return {
+        "beside": {name: space.reference(file, name).hash for name in names},
+        "texts": {name: text_beside(file.file, name, file.beside) for name in names},
+    }
 
 
 def _new_meta(cut: Cut, asked: Asked, machine: Mapping[str, Any], workers: int) -> dict[str, Any]:
@@ -286,7 +304,7 @@ def _new_meta(cut: Cut, asked: Asked, machine: Mapping[str, Any], workers: int) 
         "startup": max(2, min(10, trials // 4)),
         "lock": {
             "space": _space_digest(file),
-            "beside": _beside(file),
+            **_beside(file),
             "data": asked.data,
             "seeds": {"search": search.seed, "train": file.spec.train.seed},
             "packages": machine["packages"],

@@ -159,7 +159,7 @@ def reference(file: SpecFile, name: str) -> Candidate:
     """The model that a budget's `relative_to` means: of all-<block> every layer is that block, the rest as the
     file's first choices; else it is that of the spec file of this name."""
     if names_file(name):
-        beside = spec_beside(file.file, name)
+        beside = spec_beside(file.file, name, file.beside)
         spec = file.spec.model_copy(update={"model": beside.model})
         return Candidate(spec, {}, tuple(expand_layers(spec.model)), spec_hash(spec.model))
     model = file.spec.model

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +37,12 @@ def load(path: str | Path) -> SpecFile:
     return file
 
 
-def loads(text: str, file: str = "<string>") -> SpecFile:
-    """The spec in a string of YAML or JSON; errors call it `file`. Raises as `load`."""
-    return _spec_file(check_file(parse(text, file=file)))
+def loads(text: str, file: str = "<string>", *, beside: Mapping[str, str] | None = None) -> SpecFile:
+    """The spec in a string of YAML or JSON; errors call it `file`. Raises as `load`.
+
+    `beside` has what the files say that its budgets are relative to, by name; those that it lacks are read when they are needed.
+    """
+    return replace(_spec_file(check_file(parse(text, file=file))), beside=dict(beside or {}))
 
 
 def _spec_file(checked: Checked) -> SpecFile:
@@ -59,6 +62,8 @@ class SpecFile:
     warnings: tuple[HeddleError, ...]
     _open: OpenValues = field(repr=False, compare=False)
     _places: Places = field(repr=False, compare=False)
+    # What files say that budgets are relative to, by name, where that was given.
+    beside: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
 
     def _repr_html_(self) -> str:
         """What a notebook shows: the layers with every open value at its default, and the text."""

@@ -13,7 +13,7 @@ import pytest
 from heddle.dashboards import rungs_section, words
 from heddle.dashboards.report import page
 from heddle.live import trial_line
-from heddle.search.expected_latency import expected_latencies
+from heddle.search.expected_latency import expected_latencies, left_out_errors
 from heddle.search.ledger import Entry, Ledger
 from heddle.search.record import Run, read_run, rung_stage
 
@@ -130,6 +130,28 @@ def test_what_a_spec_took_itself_is_not_in_its_prediction(make_run: MakeRun) -> 
         return event
 
     assert expected_latencies(rewritten(folder, change))[4] == before
+
+
+def test_the_report_tells_how_far_proposals_were_off_for_specs_left_out(make_run: MakeRun) -> None:
+    folder = make_run()
+    with_meta(folder, spec=PLACED)
+    run = read_run(folder)
+    (one,) = left_out_errors(run)
+    assert one.label == LABEL
+    assert 3 <= one.n <= len({trial.hash for trial in run.trials if trial.latency})
+    # The made-up ratio is a line in the number of full layers.
+    assert one.mape < 0.02
+    assert one.spearman > 0.9
+    assert f"Each of {one.n} specs predicted from the others: MAPE" in text_of(run)
+
+
+def test_the_report_tells_how_wide_timings_are_and_that_nobody_looked_for_others(make_run: MakeRun) -> None:
+    run = read_run(make_run())
+    seen = text_of(run)
+    assert "How good the timings are" in seen
+    assert "95 % intervals" in seen
+    assert "wider than 1 %" in seen
+    assert "not checked for" in seen
 
 
 def test_a_run_that_places_no_layers_predicts_nothing(make_run: MakeRun) -> None:

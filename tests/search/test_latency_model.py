@@ -196,5 +196,8 @@ def test_what_the_table_holds_is_not_measured_again(space: SpecFile, tmp_path: P
     assert (fitted.method, fitted.measured, fitted.taken_over) == ("cpu-timer", 10, 0)
     assert (fitted.held_out.margin, fitted.limit_ms) == (None, fitted.reference_ms)
     assert len(fitted.held_out.pairs) == 2
+    # On a CPU nobody looks for others.
+    assert fitted.timings is not None
+    assert (fitted.timings.n, fitted.timings.unchecked, fitted.timings.repeated) == (12, 12, 0)
     first.save(tmp_path / "model.json")
     assert load_model(tmp_path / "model.json") == first

@@ -27,6 +27,9 @@ class LayerRouterModule(CompositeMixer):
     Shapes:  x, y: [B, T, D];  z: [B, 2];  what `routes_out` sees: [B, 1, 2];  state: likewise
     """
 
+    # Of its mixers the one whose share `target` asks for.
+    asked = 1
+
     def __init__(
         self,
         site: Site,

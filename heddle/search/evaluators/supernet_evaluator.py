@@ -14,6 +14,7 @@ from heddle.compose.train import MEMORY_HINT, Recipe
 from heddle.search.evaluate import Evaluation, Training, thinned, train_and_score
 from heddle.search.evaluators.supernet import Path, Supernet, fit_supernet, memory_of
 from heddle.search.evaluators.supernet_paths import Paths, paths_of
+from heddle.search.learned_share import learned_shares
 from heddle.search.ledger import key_of
 from heddle.search.tasks import Task, batches
 from heddle.specs import SpecFile
@@ -87,7 +88,9 @@ class SupernetEvaluator:
         if training.recipe.seed != self.seed:
             return train_and_score(training, task)
         started, net = time.perf_counter(), self._net(training, task)
-        score = task.evaluate(net.select(net.path_of(training.model)), device=training.device)
+        path = net.select(net.path_of(training.model))
+        with learned_shares(path) as shares:
+            score = task.evaluate(path, device=training.device)
         result = {
             "task": task.name,
             "metric": task.metric,
@@ -102,6 +105,7 @@ class SupernetEvaluator:
             "losses": [],
             "aux": {},
             "extras": dict(score.extras),
+            "learned_share": shares,
             "parameters": plan(training.model).parameters,
         }
         return Evaluation(result)

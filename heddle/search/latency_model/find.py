@@ -7,15 +7,15 @@ A search copies the model that it found into its run folder, and goes by that co
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from heddle.errors import HeddleError
 from heddle.kernels.configs.found import cache_folder
 from heddle.search import space
-from heddle.search.latency import Place
-from heddle.search.latency_model.model import LatencyModel, load_model
+from heddle.search.latency import PHASES, Place
+from heddle.search.latency_model.model import LatencyModel, PlaceFit, from_data, load_model
 from heddle.search.latency_model.table import MACHINE
 from heddle.search.ledger import key_of
 from heddle.specs import SpecFile
@@ -55,14 +55,60 @@ def keep(model: LatencyModel, path: Path) -> LatencyModel:
 
 
 def into_run(
-    file: SpecFile, run: Path, made_with: Mapping[str, Any], budgets: Sequence[Mapping[str, Any]]
-) -> list[dict[str, Any]]:
-    """Copy the model that the search of `file` names, or the cache's, into the folder `run`; gives what its record says of the
-    fits for `budgets`.
+    file: SpecFile,
+    run: Path,
+    made_with: Mapping[str, Any],
+    meta: Mapping[str, Any],
+    *,
+    kept: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Put the model that the search of `file` goes by into the folder `run`; gives what run.json, so far `meta`, says of it.
+
+    It is `kept`, the data of a lockfile's, as they stand. Else it is the run's own, or where that has none the one that the spec
+    names, or the cache's; fitted with other software than `made_with` it loses its margins: it predicts, and rules nothing out.
 
     Raises:
-        HeddleError: "latency-model" where there is none, or it is another machine's.
+        HeddleError: "latency-model" where there is none, or it is another machine's; "file-not-found", "disk-full".
     """
+    changed: dict[str, Any] = {}
+    if kept is not None:
+        model = from_data(kept)
+    else:
+        model = of_run(run) if "latency_model" in meta else _asked(file, made_with)
+        changed = _changed(model, made_with)
+        model = _without_margins(model) if changed else model
+    model.save(run / RUN_COPY)
+    timed = (budget for budget in meta["budgets"] if budget["phase"] in PHASES)
+    told = [found for budget in timed if (found := _told(file, model, budget)) is not None]
+    return {"latency_model": told, "latency_changed": changed or meta.get("latency_changed", {})}
+
+
+def changed_told(changed: Mapping[str, Sequence[Any]]) -> str:
+    """What a reader is told of a model that was fitted with other software, {name: [then, now]}."""
+    names = ", ".join(f"{name} {then} then, {now} now" for name, (then, now) in changed.items())
+    return (
+        f"the latency model was fitted with other software ({names}): it predicts, and rules nothing out; "
+        "heddle bench SPEC --fit makes one for this software"
+    )
+
+
+def _changed(model: LatencyModel, made_with: Mapping[str, Any]) -> dict[str, Any]:
+    """The software that a model was fitted with otherwise than `made_with`: {name: [then, now]}."""
+    pairs = {
+        name: [model.environment.get(name), made_with.get(name)]
+        for name in dict.fromkeys([*model.environment, *made_with])
+        if name not in MACHINE
+    }
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _without_margins(model: LatencyModel) -> LatencyModel:
+    fits = (replace(fit, held_out=replace(fit.held_out, margin=None)) for fit in model.fits)
+    return replace(model, fits=tuple(fits))
+
+
+def _asked(file: SpecFile, made_with: Mapping[str, Any]) -> LatencyModel:
+    """The model that the spec names, or the cache's, if it is of this machine."""
     search = file.spec.search
     assert search is not None
     named = search.latency_model
@@ -85,8 +131,7 @@ def into_run(
         if theirs != ours:
             what = f"{path} was fitted with {name} {theirs}, and here it is {ours}"
             raise HeddleError("latency-model", what, where=where, hint=hint)
-    model.save(run / RUN_COPY)
-    return [told for budget in budgets if (told := _told(file, model, budget)) is not None]
+    return model
 
 
 def _told(file: SpecFile, model: LatencyModel, budget: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -97,7 +142,17 @@ def _told(file: SpecFile, model: LatencyModel, budget: Mapping[str, Any]) -> dic
     if fit is None:
         return None
     names = {"label": budget["label"], "reference": fit.reference, "method": fit.method}
-    return {**names, "way": fit.sum.way.told, "measured": fit.measured, "held_out": asdict(fit.held_out)}
+    return {
+        **names,
+        "way": fit.sum.way.told,
+        "measured": fit.measured,
+        "held_out": asdict(fit.held_out),
+        "timings": _timings(fit),
+    }
+
+
+def _timings(fit: PlaceFit) -> dict[str, Any] | None:
+    return None if fit.timings is None else asdict(fit.timings)
 
 
 def of_run(run: Path) -> LatencyModel:

@@ -24,6 +24,8 @@ from heddle.search.latency_model.fit import constant, fit, held_out, line
 from heddle.search.latency_model.model import LatencyModel, PlaceFit
 from heddle.search.latency_model.stacks import Stack, labels_of, stack_of
 from heddle.search.latency_model.table import Table, timing_environment
+from heddle.search.record import Latency
+from heddle.search.timing_quality import quality_of
 from heddle.specs import ModelSpec, SpecFile
 
 # What sentinels must agree in; the ratio alone would miss what slows all models alike.
@@ -116,6 +118,7 @@ class _Site:
             crossed=crossed,
             sum=found,
             held_out=held_out(truth[known], shown, baselines, limit),
+            timings=quality_of([Latency(**row) for row in rows.values()]),
         )
 
     def _measured(self, stacks: Sequence[Stack], seed: int) -> tuple[dict[str, dict[str, Any]], int]:

@@ -13,6 +13,8 @@ from heddle.search.durable import write_json
 from heddle.search.latency import Place
 from heddle.search.latency_model.fit import HeldOut, Sum, Way
 from heddle.search.latency_model.stacks import Stack
+from heddle.search.timing_quality import TimingQuality
+from heddle.search.timing_quality import from_data as quality_from
 
 FORMAT = 1
 KIND = "latency-model"
@@ -46,6 +48,8 @@ class PlaceFit:
     crossed: float
     sum: Sum
     held_out: HeldOut
+    # Of all timings that it was fitted on and held against; None in a model of before they were counted.
+    timings: TimingQuality | None = None
 
     def predict(self, stack: Stack) -> Prediction | None:
         """None for a stack with what was never measured."""
@@ -120,5 +124,6 @@ def _fit(data: Mapping[str, Any]) -> PlaceFit:
         "place": Place(**data["place"]),
         "sum": Sum(Way(**data["sum"]["way"]), weights),
         "held_out": replace(unseen, pairs=tuple((ms, seen) for ms, seen in unseen.pairs)),
+        "timings": quality_from(data.get("timings")),
     }
     return PlaceFit(**{**data, **known})
