@@ -184,9 +184,15 @@ def test_a_number_that_is_none_breaks_one_page_and_not_the_server(make_run: Make
 
 def test_without_a_token_only_local_names_are_answered(make_run: MakeRun) -> None:
     site = server.app(open_site(make_run()), token=None)
-    for host in ("localhost:8642", "127.0.0.1:8642", "[::1]:8642", "localhost"):
+    for host in ("localhost:8642", "127.0.0.1:8642", "127.0.0.2:8642", "[::1]:8642", "localhost"):
         assert TestClient(site, base_url=f"http://{host}").get("/run/run").status_code == 200
-    for host in ("evil.example:8642", "localhost.evil.example", "10.0.0.1:8642"):
+    for host in (
+        "evil.example:8642",
+        "localhost.evil.example",
+        "127.0.0.1.evil.example",
+        "10.0.0.1:8642",
+        "",
+    ):
         assert TestClient(site, base_url=f"http://{host}").get("/run/run").status_code == 403
 
 
