@@ -16,6 +16,7 @@ from urllib.parse import quote
 import pytest
 from seen import client, get
 from starlette.testclient import TestClient
+from starlette.websockets import WebSocketDisconnect
 
 from heddle.dashboards import bench_figures, guard, pages, server, site
 from heddle.dashboards.site import Site, Watched, open_site
@@ -199,19 +200,17 @@ def test_without_a_token_only_local_names_are_answered(make_run: MakeRun) -> Non
 def test_every_route_asks_for_the_token(make_run: MakeRun, tmp_path: Path) -> None:
     token = guard.new_token()
     asked = client(make_run(), tmp_path, token)
-    routes = [
-        "/",
-        "/kernels",
-        "/events",
-        "/assets/app.js",
-        "/spec/some.yaml",
-        *(f"/run/run{page}" for page in PAGES),
-        "/nothing",
-    ]
+    # As they are written: whoever lacks the token is refused before a name is looked at.
+    routes = [route.path or "/" for route in asked.app.inner.routes]  # type: ignore[attr-defined]
+    assert {"/", "/events", "/run/{key}", "/api", "/tensorboard"} <= set(routes)
+    routes += ["/assets/app.js", *(f"/run/run{page}" for page in PAGES), "/nothing"]
     for wrong in ({}, {"cookie": f"{guard.TOKEN}=guess"}, {"authorization": "Bearer guess"}):
         for route in routes:
             assert asked.get(route, headers=wrong).status_code == 403, route
     assert asked.get("/run/run?token=guess").status_code == 403
+    # No socket is opened, with a token neither.
+    with pytest.raises(WebSocketDisconnect), asked.websocket_connect(f"/events?token={token}"):
+        pass
     assert asked.get("/run/run", headers={"authorization": f"Bearer {token}"}).status_code == 200
     admitted = asked.get(f"http://localhost:8642//run/run?x=parameters&token={token}", follow_redirects=False)
     assert admitted.headers["location"] == "/run/run?x=parameters"
