@@ -9,6 +9,9 @@ from heddle.dashboards.data import natural
 from heddle.dashboards.figures import BROKEN, Figure, escape, layout
 
 SYMBOLS = {"heddle": "circle", "fla": "diamond", "torch": "square", "cudnn": "cross", "flash": "triangle-up"}
+# An implementation keeps its colour from plot to plot; Okabe and Ito's, as those of devices.
+PAINTS = {"heddle": "#0072b2", "fla": "#009e73", "torch": "#cc79a7", "cudnn": "#e69f00", "flash": "#56b4e9"}
+OTHER = "#d55e00"
 OTHERS = ("triangle-down", "x", "hexagon", "bowtie", "star-square")
 # The time that nobody beats stands in a plot as one more implementation.
 FLOOR, FLOOR_MARK = "floor", {"symbol": "line-ns-open", "size": 16, "color": BROKEN, "line": {"width": 2}}
@@ -155,6 +158,8 @@ def _points(impl: str, rows: Sequence[Bench]) -> dict[str, Any]:
     name = _base(impl)
     symbol = SYMBOLS.get(name) or OTHERS[sum(map(ord, name)) % len(OTHERS)]
     marker = FLOOR_MARK | {"symbol": "line-ew-open"} if impl == FLOOR else {"symbol": symbol, "size": 9}
+    if name == impl != FLOOR:
+        marker["color"] = PAINTS.get(impl, OTHER)
     text = [escape(f"{impl} {case_of(row)}: {row['ms']:.4g} ms") for row in rows]
     trace: dict[str, Any] = {"type": "scatter", "mode": "markers", "name": escape(impl), "marker": marker}
     return trace | {"text": text, "hovertemplate": "%{text}<extra></extra>"}

@@ -17,7 +17,7 @@ from typing import Any
 
 from heddle.dashboards import data, sections
 from heddle.dashboards.event_files import MISSING, write_events
-from heddle.dashboards.frame import Page, empty, url
+from heddle.dashboards.frame import Page, empty, later, url
 from heddle.dashboards.html import Html, element, join
 from heddle.dashboards.site import Watched
 from heddle.dashboards.wsgi import WsgiApp
@@ -143,7 +143,9 @@ def _study(watched: Watched, run: Run) -> Html:
         where = "This search keeps its study in a storage of its own: optuna-dashboard URL shows it."
         return sections.section(title, told, empty(where))
     if watched.journal() is None:
-        return sections.section(title, told, empty("This folder holds no study.journal."))
+        return sections.section(
+            title, told, empty("This folder holds no study.journal, which heddle search writes there.")
+        )
     if not installed("optuna_dashboard"):
         return sections.section(title, told, _install("optuna-dashboard"))
     note = sections.note(
@@ -156,7 +158,9 @@ def _curves(watched: Watched, run: Run) -> Html:
     told = sections.note("Training curves of many trials over one another.")
     held = curved(run)
     if not held:
-        return sections.section("TensorBoard", told, empty("No trial was trained yet.", "Look again later."))
+        return sections.section(
+            "TensorBoard", told, empty("No trial was trained yet.", later(run, watched.key))
+        )
     if not installed("tensorboard"):
         return sections.section("TensorBoard", told, _install("tensorboard"))
     count = f"{len(held)} trials: reference, front and those with the best scores, at most {CURVES}."

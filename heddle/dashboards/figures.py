@@ -32,6 +32,8 @@ SCORED = {"symbol": "circle-open", "size": 8, "color": TRAINED, "line": {"width"
 CLOUD, IN_A_ROW, CELLS = 600, 72, (36, 24)
 # Bars of more trials than these hide the points.
 BARS = 40
+# So few trials have a tick each.
+FEW = 10
 # Lines are told apart by their dashes as well as by their colours.
 LINES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 
@@ -122,6 +124,9 @@ def progress(run: Run, over: str = "trial") -> Figure:
         trained | {"marker": SCORED},
     ]
     drawn = layout(spent.overs(run)[over], "mean normalised score")
+    if over == "trial" and len(run.trials) <= FEW:
+        # There is no trial 0.5.
+        drawn["xaxis"] |= {"dtick": 1}
     _add_rugs(traces, drawn, run, where)
     caption = "Best mean normalised score so far (0 is chance, 1 the best possible)"
     return Figure(slug(f"best so far by {over}"), caption, traces, drawn)

@@ -11,6 +11,7 @@ from urllib.parse import quote, urlencode
 from heddle.dashboards.figures import Figure
 from heddle.dashboards.html import Html, element, join
 from heddle.dashboards.sections import NO_SCRIPTS, plot_places
+from heddle.search.record import Run
 
 
 @dataclass(slots=True)
@@ -153,6 +154,14 @@ def tiles(facts: Sequence[tuple[str, object]]) -> Html:
 def empty(*told: object) -> Html:
     """What to do where there is nothing to see."""
     return element("div", *(element("p", one) for one in told), cls="empty")
+
+
+def later(run: Run, key: str) -> Html:
+    """What to do where a page of a run has nothing to show yet, or never will."""
+    if run.status == "running":
+        return Html("It is shown here as soon as it is there.")
+    trials = element("a", "All trials", href=url(key) + "#trials")
+    return join(["The search has ended. ", trials, ": how far each came, and why no further."])
 
 
 def copyable(title: str, text: str, name: str) -> Html:

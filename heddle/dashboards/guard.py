@@ -12,7 +12,6 @@ from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 TOKEN = "heddle-token"
-LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
 HEADERS = {
     # No script but ours, nothing from elsewhere, no page around ours; plotly sets styles of its own, and makes a PNG of a blob.
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; "
@@ -69,7 +68,10 @@ class Guard:
             # A page elsewhere may have its own name lead to this machine; it is not answered.
             host = request.headers.get("host", "")
             name = host if host.endswith("]") else host.rpartition(":")[0] or host
-            return None if name in LOCAL_NAMES else PlainTextResponse("unknown host", 403)
+            if is_local(name.removeprefix("[").removesuffix("]")):
+                return None
+            told = "403: unknown host; open the address that heddle dashboard printed\n"
+            return PlainTextResponse(told, 403)
         given = request.query_params.get("token")
         if given is not None and secrets.compare_digest(given.encode(), self.token.encode()):
             return self._admit(request)

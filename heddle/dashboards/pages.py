@@ -5,12 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from math import ceil
 
-from heddle.dashboards import busy_section, data, figures, latency_section, sections, spent, timing_section, words
+from heddle.dashboards import (
+    busy_section,
+    data,
+    figures,
+    latency_section,
+    sections,
+    spent,
+    timing_section,
+    words,
+)
 from heddle.dashboards.axes import axes
 from heddle.dashboards.busy import Busy, busy
 from heddle.dashboards.compare_pages import add_fronts
 from heddle.dashboards.every_figure import best_placed, placements
-from heddle.dashboards.frame import Page, choose, empty, pick, tiles, url
+from heddle.dashboards.frame import Page, choose, empty, later, pick, tiles, url
 from heddle.dashboards.html import Html, Row, element, join, table
 from heddle.dashboards.model_figures import terms
 from heddle.dashboards.site import PATIENCE_S, Site, Watched
@@ -165,7 +174,13 @@ def _plots(page: Page, watched: Watched, run: Run, query: Query) -> None:
         watched.once(run, ("pair", x.key, y.key), lambda: figures.pair(run, x, y)),
         watched.once(run, ("progress", over), lambda: figures.progress(run, over)),
     ]
-    page.plots("Plots", drawn, picked, sections.note("A click on a point leads to its trial."))
+    is_drawn = any(not figure.is_empty for figure in drawn)
+    told = (
+        sections.note("A click on a point leads to its trial.")
+        if is_drawn
+        else empty("Nothing of this was measured yet.", later(run, watched.key))
+    )
+    page.plots("Plots", drawn, picked, told)
 
 
 def _failures(run: Run) -> Html | None:
@@ -250,7 +265,10 @@ def placement_page(watched: Watched) -> Page:
     drawn = placements(run)
     if not drawn:
         page.add(
-            empty("No trial was trained yet, so no placement is better than another.", "Look again later.")
+            empty(
+                "No trial was trained yet, so no placement is better than another.",
+                later(run, watched.key),
+            )
         )
         return page
     how = "Each cell is the share of trials with that mixer at that layer; 0 is the first layer."
@@ -298,6 +316,8 @@ def latency_page(watched: Watched) -> Page:
     page = Page(f"Latency · {run.name}", watched.key, "Latency")
     page.add(element("header", element("h1", "Latency"), sections.note(run.name)))
     told = watched.once(run, "how good the timings are", lambda: timing_section.timings(run))
+    if next(data.latencies(run), None) is None:
+        page.add(empty("No spec was timed yet.", later(run, watched.key)))
     page.add(sections.predictions(run), told)
     page.plots("Measured against predicted", [*latency_section.unseen(run), *latency_section.scatter(run)])
     page.plots("The front timed twice", figures.twice(run))

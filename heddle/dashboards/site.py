@@ -169,7 +169,8 @@ class Site:
         """The run of that key. Raises HeddleError "run-not-found"."""
         known = self.runs()
         if key not in known:
-            raise HeddleError("run-not-found", f"there is no run {key!r} in {self.root}")
+            hint = "the front page, /, leads to the runs that there are"
+            raise HeddleError("run-not-found", f"there is no run {key!r} in {self.root}", hint=hint)
         return known[key]
 
 

@@ -39,7 +39,7 @@ def trial_page(watched: Watched, number: int) -> Page:
     name = data.name_of(trial, run)
     # Where there are layers their bars stand above all plots.
     page = Page(f"{name} · {run.name}", key, "Front", is_plain_first=bool(trial.layers))
-    page.add(_head(key, run, trial), _fate(trial))
+    page.add(_head(key, run, trial), _fate(run, trial))
     if trial.layers:
         _model(page, watched, run, trial)
     _predicted(page, watched, run, trial)
@@ -79,14 +79,16 @@ def _head(key: str, run: Run, trial: Trial) -> Html:
     return element("header", over, element("h1", title), element("div", *links, cls="pages"))
 
 
-def _fate(trial: Trial) -> Html:
+def _fate(run: Run, trial: Trial) -> Html:
     facts: list[tuple[str, object]] = [("state", words.STATE_WORDS.get(trial.state, trial.state))]
     facts += [("parameters", words.count_text(trial.parameters)), ("layers", len(trial.layers))]
     facts += [("mean normalised score", f"{trial.quality:.4f}")] if trial.quality is not None else []
     facts += [("took", words.duration_text(trial.wall_s)), ("round", trial.round)]
     told = [empty(trial.reason)] if trial.reason else []
-    if trial.state == "running":
+    if trial.state == "running" and run.status == "running":
         told.append(empty("Not finished: what is measured comes here by itself."))
+    elif trial.state == "running":
+        told.append(empty("The search ended before this trial did; heddle search with --resume takes it up."))
     return element("section", tiles(facts), *told)
 
 

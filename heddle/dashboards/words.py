@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from heddle.specs.open_values import RESERVED
+
 if TYPE_CHECKING:
     from heddle.search.record import BudgetInfo, Difference, Figure, Latency, Run, Score, TaskInfo, Trial
 
@@ -151,8 +153,13 @@ def params_text(trial: Trial) -> str:
 def _choice_text(value: object) -> str:
     if not isinstance(value, Mapping):
         return str(value)
-    rest = [f"{key} {inner}" for key, inner in value.items() if key != "kind"]
+    # What is itself open has a value of its own, further on.
+    rest = [f"{key} {inner}" for key, inner in value.items() if key != "kind" and not _is_open(inner)]
     return ", ".join([str(value["kind"])] * ("kind" in value) + rest)
+
+
+def _is_open(value: object) -> bool:
+    return isinstance(value, Mapping) and not value.keys().isdisjoint(RESERVED)
 
 
 def short_layers(layers: tuple[str, ...]) -> str:
@@ -190,7 +197,9 @@ def headline(run: Run) -> str:
     best = run.best_trial
     counts = f"{len(run.trials)} trials: {state_counts(run)}"
     if best is None:
-        return f"{_NO_WINNER.get(run.status, 'The search has no winner yet.')} {counts}."
+        is_lost = run.status == "nothing-feasible" and not run.least_violating
+        told = _NONE_MEASURED if is_lost else _NO_WINNER.get(run.status, "The search has no winner yet.")
+        return f"{told} {counts}."
     scores = ", ".join(f"{score.task} {score_text(score)}" for score in best.scores.values())
     parts = [f"Trial {best.number} wins with {scores}"]
     for budget in run.budgets:
@@ -207,10 +216,11 @@ def headline(run: Run) -> str:
     return f"{'; '.join(parts)}. {counts}."
 
 
+_NONE_MEASURED = "No trial was trained to its end; the reasons stand in the table of all trials."
 _NO_WINNER = {
     "nothing-feasible": "No spec kept every budget; the least-violating ones are listed below.",
-    "stopped": "The search was stopped before it had a winner.",
-    "running": "The search is still under way, or was killed.",
+    "stopped": "The search was stopped before it had a winner; heddle search with --resume goes on.",
+    "running": "The search is still under way, or was killed; then heddle search with --resume goes on.",
     "finished": "The search ended without a winner.",
 }
 

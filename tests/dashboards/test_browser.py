@@ -216,9 +216,12 @@ def test_no_page_is_wider_than_a_phone(browser: Browser, make_run: MakeRun, tmp_
     assert not wrong
 
 
-def test_runs_side_by_side_are_whole_on_a_phone_and_without_fault(browser: Browser, two_runs: Path) -> None:
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_runs_side_by_side_are_whole_on_a_phone_and_without_fault(
+    browser: Browser, two_runs: Path, theme: str
+) -> None:
     axe = Axe()
-    page, wrong = _watched(browser, viewport={"width": 390, "height": 780})
+    page, wrong = _watched(browser, color_scheme=theme, viewport={"width": 390, "height": 780})
     with serving(two_runs) as base:
         for path in ("/", "/compare?t=one:3&t=two:4&t=two:0"):
             _open(page, base + path)

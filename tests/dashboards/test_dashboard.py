@@ -16,6 +16,7 @@ from urllib.parse import quote
 import pytest
 from seen import client, get
 from starlette.testclient import TestClient
+from starlette.websockets import WebSocketDisconnect
 
 from heddle.dashboards import bench_figures, guard, pages, server, site
 from heddle.dashboards.site import Site, Watched, open_site
@@ -184,28 +185,32 @@ def test_a_number_that_is_none_breaks_one_page_and_not_the_server(make_run: Make
 
 def test_without_a_token_only_local_names_are_answered(make_run: MakeRun) -> None:
     site = server.app(open_site(make_run()), token=None)
-    for host in ("localhost:8642", "127.0.0.1:8642", "[::1]:8642", "localhost"):
+    for host in ("localhost:8642", "127.0.0.1:8642", "127.0.0.2:8642", "[::1]:8642", "localhost"):
         assert TestClient(site, base_url=f"http://{host}").get("/run/run").status_code == 200
-    for host in ("evil.example:8642", "localhost.evil.example", "10.0.0.1:8642"):
+    for host in (
+        "evil.example:8642",
+        "localhost.evil.example",
+        "127.0.0.1.evil.example",
+        "10.0.0.1:8642",
+        "",
+    ):
         assert TestClient(site, base_url=f"http://{host}").get("/run/run").status_code == 403
 
 
 def test_every_route_asks_for_the_token(make_run: MakeRun, tmp_path: Path) -> None:
     token = guard.new_token()
     asked = client(make_run(), tmp_path, token)
-    routes = [
-        "/",
-        "/kernels",
-        "/events",
-        "/assets/app.js",
-        "/spec/some.yaml",
-        *(f"/run/run{page}" for page in PAGES),
-        "/nothing",
-    ]
+    # As they are written: whoever lacks the token is refused before a name is looked at.
+    routes = [route.path or "/" for route in asked.app.inner.routes]  # type: ignore[attr-defined]
+    assert {"/", "/events", "/run/{key}", "/api", "/tensorboard"} <= set(routes)
+    routes += ["/assets/app.js", *(f"/run/run{page}" for page in PAGES), "/nothing"]
     for wrong in ({}, {"cookie": f"{guard.TOKEN}=guess"}, {"authorization": "Bearer guess"}):
         for route in routes:
             assert asked.get(route, headers=wrong).status_code == 403, route
     assert asked.get("/run/run?token=guess").status_code == 403
+    # No socket is opened, with a token neither.
+    with pytest.raises(WebSocketDisconnect), asked.websocket_connect(f"/events?token={token}"):
+        pass
     assert asked.get("/run/run", headers={"authorization": f"Bearer {token}"}).status_code == 200
     admitted = asked.get(f"http://localhost:8642//run/run?x=parameters&token={token}", follow_redirects=False)
     assert admitted.headers["location"] == "/run/run?x=parameters"
