@@ -130,6 +130,12 @@ def test_an_unknown_target_is_told_with_the_nearest(hybrid: Path, tmp_path: Path
     assert told.value.hint == "did you mean qwen3_5_text?"
 
 
+def test_a_server_is_no_class_to_export_to(hybrid: Path, tmp_path: Path) -> None:
+    with pytest.raises(HeddleError, match="sglang is a server") as told:
+        api.export(hybrid, tmp_path / "out", target="sglang")
+    assert told.value.code == "bad-argument"
+
+
 @pytest.fixture
 def _unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export_file, "verify", lambda *_, **__: Verification(0.0, "", "5", "2"))

@@ -15,6 +15,7 @@ from heddle.compose.hf.native_tables import tables
 from heddle.compose.hf.native_weights import to_theirs
 from heddle.compose.hf.shards import MAX_SHARD_SIZE, write_weights
 from heddle.compose.targets.catalogue import BY_NAME
+from heddle.compose.targets.servers import VERSIONS
 from heddle.compose.targets.target import Config, Target
 from heddle.compose.targets.verdict import require, verdicts
 from heddle.errors import HeddleError
@@ -59,6 +60,11 @@ def target_named(name: str) -> Target:
     """
     if name in BY_NAME:
         return BY_NAME[name]
+    if name in VERSIONS:
+        what = f"{name} is a server, and a folder is of a class that it takes"
+        raise HeddleError(
+            "bad-argument", what, hint="heddle show SPEC --targets says as which class it takes a spec"
+        )
     close = nearest(name, [*BY_NAME, AUTO, REMOTE])
     hint = f"did you mean {close}?" if close else f"auto, remote, {', '.join(BY_NAME)}"
     raise HeddleError("bad-argument", f"there is no target {name!r}", hint=hint)

@@ -136,7 +136,8 @@ def _once(found: Iterable[Refusal]) -> Iterator[Refusal]:
         first.setdefault(key, one)
     for key, one in first.items():
         count = more[key]
-        yield one if not count else Refusal(one.path, f"{one.why} (and in {count} more layers)")
+        others = f"{count} more layer{'s' * (count > 1)}"
+        yield one if not count else Refusal(one.path, f"{one.why} (and in {others})")
 
 
 def _inside(path: str) -> str:
