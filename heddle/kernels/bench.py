@@ -159,7 +159,7 @@ def first_call(op: Op[..., Any], shape: Shape, *, impl: str, device: torch.devic
         LookupError: where there is no such rival.
     """
     sample = timing_sample(op, shape, torch.bfloat16, device)
-    function = _function(op, "fwdbwd", impl, sample.arguments, torch.bfloat16, device)
+    function = _function(op, "fwdbwd", shape, impl, torch.bfloat16, device)
     if function is None:
         raise LookupError(f"{impl} has no {op.name}")
     return _call(function, sample.arguments, op.cases.differentiable, sample.upstream[0], "fwdbwd")
