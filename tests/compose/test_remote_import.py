@@ -71,10 +71,8 @@ def test_an_import_is_exported_to_the_same_files(
         assert configs[0] == configs[1]
 
 
-def test_what_transformers_saved_again_comes_back(
-    folders: dict[int, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+@pytest.mark.usefixtures("_own_module_cache")
+def test_what_transformers_saved_again_comes_back(folders: dict[int, Path], tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     load = AutoModelForCausalLM.from_pretrained

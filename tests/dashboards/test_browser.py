@@ -279,6 +279,32 @@ def test_every_page_is_reached_with_the_keyboard(browser: Browser, make_run: Mak
         page.context.close()
 
 
+# What can be operated and is seen: where the focus is among it.
+CONTROLS = """[...document.querySelectorAll("a[href], button, select, input, textarea, summary, [tabindex='0']")]
+    .filter((one) => one.checkVisibility() && !one.disabled)"""
+
+
+def test_every_control_is_reached_and_worked_with_the_keyboard(browser: Browser, make_run: MakeRun) -> None:
+    page, _ = _watched(browser)
+    with serving(make_run()) as base:
+        for path in ("/run/run", "/run/run/trial/4", "/run/run/compare?t=3&t=4", "/kernels"):
+            _open(page, base + path)
+            count, reached = page.evaluate(f"{CONTROLS}.length"), set()
+            for _ in range(count + 5):
+                page.keyboard.press("Tab")
+                reached.add(page.evaluate(f"{CONTROLS}.indexOf(document.activeElement)"))
+            missed = page.evaluate(
+                f"(seen) => {CONTROLS}.filter((_, at) => !seen.includes(at)).map((one) => one.outerHTML)",
+                list(reached),
+            )
+            assert not missed, path
+        _open(page, f"{base}/run/run")
+        page.get_by_label("Across").focus()
+        page.keyboard.press("ArrowDown")
+        page.wait_for_url("**x=**")
+        page.context.close()
+
+
 def test_any_plot_is_saved_as_a_picture(browser: Browser, make_run: MakeRun, tmp_path: Path) -> None:
     page, wrong = _watched(browser, color_scheme="dark")
     with serving(make_run(), bench=_few_rows(tmp_path)) as base:

@@ -32,7 +32,7 @@ from heddle.specs import ModelSpec
 # Which of the kinds of each layer a model has.
 Path = tuple[int, ...]
 # What may differ between the models of a supernet.
-OWN_FIELDS = ("layers", "lower_bounds_width")
+OWN_FIELDS = ("layers", "lower_bounds_width", "spec")
 BOUNDS = "lower_bounds"
 
 
