@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import select
 import signal
 import subprocess
@@ -21,6 +22,9 @@ EVERY_S = 0.5
 LINGER_S = 3.0
 RAY_ROOTS = ("raylet", "gcs_server")
 RELEASED = b"r"
+# In the command line of a raylet, and of a worker that it starts.
+SESSION = re.compile(r"session_\d[\d_-]+")
+WORKER = "/ray/_private/workers/default_worker.py"
 
 # pid -> when it was started: a number that the system has given to another process since is not ours.
 Processes = dict[int, str]
@@ -60,14 +64,17 @@ class Guard:
 def main(driver: int, reader: int) -> None:
     """Follow the Ray processes of `driver` until `reader` closes, then end those that are still there."""
     family: Processes = {}
+    sessions: set[str] = set()
     while not select.select([reader], [], [], EVERY_S)[0]:
-        family = descendants({**ray_roots(driver), **family})
+        roots = ray_roots(driver)
+        sessions |= sessions_of(roots)
+        family = descendants({**roots, **family})
     if os.read(reader, 1) == RELEASED:
         return
-    family = stopped(descendants(family))
+    family = stopped(descendants({**family, **starting(sessions)}))
     end = time.monotonic() + LINGER_S
     while time.monotonic() < end:
-        family = descendants(family)
+        family = descendants({**family, **starting(sessions)})
         for pid in family:
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
@@ -91,6 +98,32 @@ def stopped(family: Processes) -> Processes:
 def ray_roots(driver: int) -> Processes:
     """The raylet and the store that `driver` has started; other children of it are not ours to end."""
     return {pid: row.began for pid, row in _table().items() if row.parent == driver and row.name in RAY_ROOTS}
+
+
+def sessions_of(roots: Processes) -> set[str]:
+    """The names of the Ray sessions that the command lines of `roots` tell; none where there is no /proc."""
+    return {name for pid in roots for name in SESSION.findall(_command(pid))}
+
+
+def starting(sessions: set[str]) -> Processes:
+    """Workers of these sessions that have not said yet what they are. Where their raylet has ended they are nobody's children,
+    and look for it for a while."""
+    if not sessions:
+        return {}
+    found = {}
+    for pid, row in _table().items():
+        command = _command(pid)
+        if WORKER in command and sessions.intersection(SESSION.findall(command)):
+            found[pid] = row.began
+    return found
+
+
+def _command(pid: int) -> str:
+    try:
+        with open(f"/proc/{pid}/cmdline", errors="replace") as file:
+            return file.read()
+    except OSError:
+        return ""
 
 
 def descendants(roots: Processes) -> Processes:

@@ -252,3 +252,21 @@ def test_what_a_dead_or_hung_worker_said_is_told_of_each_attempt(
     assert [f"--- attempt {n}: {code}: " in answer.log for n in (1, 2)] == [True, True]
     if end != "killed":
         assert answer.log.count("in speak_and") >= RETRIES + 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="other systems tell no command lines")
+def test_a_worker_that_is_starting_is_known_by_its_session() -> None:
+    """Its raylet may have ended: then it is nobody's child."""
+    raylet = "--raylet-name=/tmp/ray/session_2026-11-26_19-40-10_1_2/sockets/raylet"
+    told = ["-c", "import time; time.sleep(60)", f"/x{watch.WORKER}", raylet]
+    process = subprocess.Popen([sys.executable, *told])
+    try:
+        while "default_worker" not in watch._command(process.pid):
+            time.sleep(0.01)
+        sessions = watch.sessions_of({process.pid: ""})
+        assert sessions == {"session_2026-11-26_19-40-10_1_2"}
+        assert process.pid in watch.starting(sessions)
+        assert process.pid not in watch.starting({"session_2026-11-26_19-40-10_1_3"})
+    finally:
+        process.kill()
+        process.wait()
