@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from transformers import dynamic_module_utils
@@ -14,7 +15,9 @@ def _own_module_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
     """Remote code is copied to a folder of these tests, not to the user's, and forgotten before and after."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
-        patch.setattr(sys, "path", [*sys.path])
+        # A folder of other tests that comes first would be asked in its place.
+        apart = [entry for entry in sys.path if not Path(entry, "transformers_modules").is_dir()]
+        patch.setattr(sys, "path", apart)
         _forget()
         yield
         _forget()
