@@ -119,9 +119,12 @@ def climb(
     late: Callable[[], bool] = lambda: False,
     report: Callable[[str], None] = lambda _: None,
 ) -> Tuned:
-    """Takes the best neighbour of each launch in turn, with those taken before in place, until all were visited or it is late."""
+    """Takes the best neighbour of each launch in turn, with those taken before in place, until all were visited or it is late.
+
+    All launches are given to each trial: what an earlier tuning has kept has no part in it.
+    """
     found: dict[str, Launch] = {}
-    first = best = trial({})
+    first = best = trial(shipped)
     tried = 0
     for name, launch in shipped.items():
         for candidate in neighbours(launch):
@@ -129,7 +132,7 @@ def climb(
                 return Tuned(op, first, best, found, tried)
             tried += 1
             try:
-                ms = trial({**found, name: candidate})
+                ms = trial({**shipped, **found, name: candidate})
             except Exception as error:
                 report(
                     f"{op} {name} {candidate}: {' '.join(str(error).split())[:120] or type(error).__name__}"

@@ -34,9 +34,10 @@ OTHERS = {
     # All gradients of one form, ragged heads in half precision, a list in three parts.
     "test_block_attention_kernels": "reference and gates and float32 or odd and group and float16 "
     "or split and 3-listed and float32",
-    # A choice in both directions with all limits, ragged heads and blocks in half precision, a step in three parts.
+    # A choice in both directions with all limits, ragged heads and blocks in half precision, a step in three parts; what only
+    # kernels have: a choice part by part, and how often a gradient is rounded.
     "test_landmark_attention": "results and reference and 1-cpu and float32 or odd and group and float16 "
-    "or split and 3-2-cpu and float32 or 1-cpu and fresh",
+    "or split and 3-2-cpu and float32 or 1-cpu and fresh or part_by_part or rounded_once",
     # Each option once in full precision, one form in half, tiles, and a mixer's decode steps.
     "test_gated_delta_layer": "odd and float32 or plain and float16 or tiles or window_moves or mixer and float32",
     # Ragged heads in half precision, packed sequences by descriptors in two loops, keys of a step in three parts, lists, a mixer.

@@ -20,7 +20,6 @@ from heddle.kernels.configs.launch import Launch
 Family = TypeVar("Family")
 Launches = Mapping[str, Launch]
 FORMAT = 1
-KEYS = ("device", "triton", "kernels")
 
 
 def cache_folder() -> Path:
