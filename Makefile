@@ -12,6 +12,12 @@ export PYTHONDONTWRITEBYTECODE :=
 # Only these files are read on a GPU machine, which may lack what the other tests import.
 GPU_TESTS = $(shell grep -rlE 'mark\.gpu' tests --include='*.py')
 
+# What compares times runs after the others, with nothing beside it.
+TIMED_TESTS = $(shell grep -rlE 'mark\.alone' tests --include='*.py')
+
+# Three workers for two cores: a third of the time tests wait for processes that they started.
+SPREAD = $(BIN)/python -m pytest -n 3 --durations 25 --durations-min 5 --dist loadfile --no-loadscope-reorder
+
 .PHONY: help install search test test-fast test-long test-gpu lint bench clean
 .DEFAULT_GOAL := help
 
@@ -41,12 +47,12 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Three workers for two cores: a third of the time tests wait for processes that they started.
 test: lint
-	$(BIN)/python -m pytest -n 3 --durations 25 --durations-min 5 --dist loadfile --no-loadscope-reorder -m 'not gpu and not long'
+	$(SPREAD) -m 'not gpu and not long and not alone'
+	$(BIN)/python -m pytest -m alone $(TIMED_TESTS)
 
 test-fast: lint
-	$(BIN)/python -m pytest -n 3 --durations 25 --durations-min 5 --dist loadfile --no-loadscope-reorder -m 'not gpu and not long and not slow'
+	$(SPREAD) -m 'not gpu and not long and not slow'
 
 test-long: $(INSTALLED)
 	$(BIN)/python tests/bench/long_tests.py

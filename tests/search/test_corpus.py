@@ -57,6 +57,7 @@ def test_the_standard_library_leaves_out_tests_tables_and_packages() -> None:
     assert len(corpus.train) > 4_000_000
 
 
+@pytest.mark.alone
 def test_the_standard_library_is_read_within_a_second() -> None:
     started = time.perf_counter()
     corpus = load_corpus(STDLIB)
