@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from native_specs import SPECS, model_spec, ready, written
+from native_specs import SPECS, begun, model_spec, ready, written
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -40,6 +40,20 @@ def loaded(folder: Path) -> tuple[Any, dict[str, Any]]:
 
 def test_every_target_has_specs_here() -> None:
     assert {target.name for target in TARGETS} == {*SPECS}
+
+
+@pytest.mark.slow
+@torch.no_grad()
+@every_target
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.filterwarnings("ignore")
+def test_logits_of_the_weights_that_a_model_begins_with_are_within_1e_5(
+    name: str, seed: int, tmp_path: Path
+) -> None:
+    ours = begun(model_spec(name, seed), seed)
+    theirs, _ = loaded(written(ours, name, tmp_path / "out"))
+    ids = torch.randint(256, (2, 70), generator=torch.Generator().manual_seed(seed))
+    assert apart({"ids": theirs(ids, use_cache=False).logits}, {"ids": ours(ids).logits}) <= 1e-5
 
 
 @pytest.mark.slow
