@@ -75,8 +75,7 @@ def test_a_random_spec_computes_the_same_there_and_comes_back(name: str, seed: i
         error, allowed = rounded_apart(ours, {"ids": ids}, found, {"ids": expected})
         assert error <= allowed
     prompt = {"input_ids": ids[:1, :9], "attention_mask": torch.ones(1, 9, dtype=torch.long)}
-    # All of them behind `long`, and of the first.
-    greedy = {**prompt, "max_new_tokens": 64 if seed == 0 or seed >= 5 else 8, "do_sample": False}
+    greedy = {**prompt, "max_new_tokens": 64, "do_sample": False}
     tokens = ours.generate(**greedy)
     assert torch.equal(tokens, theirs.generate(**greedy, use_cache=False))
     if not BY_NAME[name].miscounts(plan(spec).runtime()):
