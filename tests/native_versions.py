@@ -76,11 +76,23 @@ def install(version: str, target: Path) -> str:
     return str(target)
 
 
+def path_of(python: str) -> list[str]:
+    """Where an interpreter looks for packages."""
+    if python == sys.executable:
+        return [entry for entry in sys.path if entry]
+    told = [python, "-I", "-c", "import json, sys; print(json.dumps(sys.path))"]
+    entries: list[str] = json.loads(subprocess.run(told, capture_output=True, check=True, timeout=60).stdout)
+    return entries
+
+
 class Folders:
-    """Folders of `specs` random specs for each class, with what the models in them compute here."""
+    """Folders of `specs` random specs for each class, with what the models in them compute here; `python` loads them."""
 
     @torch.no_grad()
-    def __init__(self, base: Path, specs: int, targets: Sequence[str] = tuple(SPECS)) -> None:
+    def __init__(
+        self, base: Path, specs: int, targets: Sequence[str] = tuple(SPECS), *, python: str = sys.executable
+    ) -> None:
+        self.python = python
         self.base, self.paths, self.models, self.right = base, {}, {}, {}
         self.back: dict[str, bool] = {}
         self.begun: dict[str, Path] = {}
@@ -121,12 +133,12 @@ class Folders:
             "folders": {key: str(path) for key, path in self.paths.items()}, "ids": str(self.base / "ids"),
             "begun": {key: str(path) for key, path in self.begun.items()},
             "tensors": str(scratch / "tensors"), "found": str(scratch / "found.json"), "tokens": TOKENS,
-            "hidden": [*HIDDEN], "path": first + [entry for entry in sys.path if entry],
+            "hidden": [*HIDDEN], "path": first + path_of(self.python),
         }  # fmt: skip
         (scratch / "task.json").write_text(json.dumps(task))
         settings = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(scratch / "hf"), "OMP_NUM_THREADS": "1"}
         done = subprocess.run(
-            [sys.executable, "-I", str(SCRIPT), str(scratch / "task.json")], cwd=scratch, text=True,
+            [self.python, "-I", str(SCRIPT), str(scratch / "task.json")], cwd=scratch, text=True,
             env={**os.environ, **settings, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, timeout=1800, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
@@ -218,6 +230,9 @@ def main() -> None:
     parser.add_argument("--transformers", nargs="*", default=[], help="versions beside the installed one")
     parser.add_argument("--specs", type=int, default=3, help="of each class")
     parser.add_argument("--targets", nargs="+", default=[*SPECS], choices=[*SPECS], help="default: all")
+    parser.add_argument(
+        "--python", default=sys.executable, help="loads the folders, of an environment without Heddle"
+    )
     parser.add_argument("--append", action="store_true", help="append rows to evidence-export.jsonl")
     parser.add_argument("--commit", help="what the code is")
     chosen = parser.parse_args()
@@ -227,12 +242,12 @@ def main() -> None:
         if given
     )
     with tempfile.TemporaryDirectory(prefix="native-") as scratch:
-        folders = Folders(Path(scratch), chosen.specs, chosen.targets)
+        folders = Folders(Path(scratch), chosen.specs, chosen.targets, python=chosen.python)
         firsts = [[install(version, Path(scratch, version))] for version in chosen.transformers]
         for first in [*firsts, []]:
             row = {
                 "time": time.strftime("%Y-%m-%dT%H:%MZ", time.gmtime()), "commit": chosen.commit, "device": "cpu",
-                "python": sys.version.split()[0], "torch": torch.__version__,
+                "python": sys.version.split()[0], "torch": torch.__version__, "own_environment": chosen.python != sys.executable,
                 "command": f"python tests/native_versions.py --specs {chosen.specs}{asked}", **row_of(*folders.ask(first)),
             }  # fmt: skip
             print(json.dumps(row), flush=True)
