@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING
 from heddle.specs.open_values import RESERVED
 
 if TYPE_CHECKING:
-    from heddle.search.record import BudgetInfo, Difference, Figure, Latency, Run, Score, TaskInfo, Trial
+    from heddle.search.record import (
+        BudgetInfo,
+        Confirm,
+        Difference,
+        Figure,
+        Latency,
+        Run,
+        Score,
+        TaskInfo,
+        Trial,
+    )
 
 PATH_WORDS = {
     "triton": "Triton kernel",
@@ -34,6 +44,14 @@ def score_text(score: Score) -> str:
     if score.metric == "accuracy":
         return f"{100 * score.value:.1f} ± {100 * score.se:.1f} %"
     return f"{score.value:.4f} ± {score.se:.4f}"
+
+
+def rate_text(trial: Trial, stage: str) -> str:
+    """Which of several learning rates a score is of, to be put behind it; nothing where there was one."""
+    rate, end = trial.best_rate(stage), trial.best_is_at(stage)
+    if rate is None:
+        return ""
+    return f" at learning rate {rate:g}" + ("" if end is None else f" (the {end} of its list)")
 
 
 def metric_text(task: TaskInfo) -> str:
@@ -200,7 +218,9 @@ def headline(run: Run) -> str:
         is_lost = run.status == "nothing-feasible" and not run.least_violating
         told = _NONE_MEASURED if is_lost else _NO_WINNER.get(run.status, "The search has no winner yet.")
         return f"{told} {counts}."
-    scores = ", ".join(f"{score.task} {score_text(score)}" for score in best.scores.values())
+    scores = ", ".join(
+        f"{name} {score_text(score)}{rate_text(best, name)}" for name, score in best.scores.items()
+    )
     parts = [f"Trial {best.number} wins with {scores}"]
     for budget in run.budgets:
         latency = best.latency.get(budget.label)
@@ -238,6 +258,14 @@ def confirmation(run: Run) -> list[str]:
     lines = [f"One retraining failed: {failure}" for failure in confirm.failures]
     lines += [difference_text(difference) for difference in confirm.differences]
     return lines or ["No pair of retrainings finished, so the comparison says nothing."]
+
+
+def shared_rates_text(confirm: Confirm) -> str:
+    """With which learning rates both were trained, where a task has several; a sentence to be put behind another."""
+    told = ", ".join(f"{task} {rate:g}" for task, rate in confirm.learning_rates.items())
+    return (
+        f" Both at the learning rate that was best for the winner ({told}), which favours it." if told else ""
+    )
 
 
 def difference_text(difference: Difference) -> str:

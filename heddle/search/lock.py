@@ -112,6 +112,11 @@ def _trial(trial: Trial) -> dict[str, Any]:
             f"rung {at + 1}, {task}": one.value
             for at, rung in enumerate(trial.rungs)
             for task, one in rung.items()
+        }
+        | {
+            f"{stage} at learning rate {one.learning_rate:g}": one.score and one.score.value
+            for stage, rates in trial.rates.items()
+            for one in rates
         },
     }
 

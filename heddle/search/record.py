@@ -22,6 +22,7 @@ from heddle.search.results import (
     Figure,
     Latency,
     RankCorrelation,
+    Rate,
     Score,
     TaskInfo,
     Trial,
@@ -34,6 +35,7 @@ __all__ = [
     "Figure",
     "Latency",
     "RankCorrelation",
+    "Rate",
     "Run",
     "Score",
     "TaskInfo",
@@ -218,7 +220,7 @@ def assemble(
         layers=tuple(asked["layers"]),
         hash=spec,
         round=asked["round"],
-        spec=asked["spec"],
+        spec=told.get("spec", asked["spec"]),
         parameters=asked["parameters"],
         scores={task: score_from(result) for task, result in scores.items()},
         latency=_latencies(ledger, spec, told.get("latency", {})),
@@ -230,6 +232,7 @@ def assemble(
         remeasured=_latencies(ledger, spec, (again or {}).get("latency", {})),
         figures={label: Figure(**one) for label, one in told.get("figures", {}).items()},
         rungs=tuple(_rung(ledger, spec, at, keys) for at, keys in enumerate(told.get("rungs", ()))),
+        rates=_rates(ledger, spec, told),
     )
 
 
@@ -241,6 +244,22 @@ def rung_stage(rung: int, task: str) -> str:
 def _rung(ledger: Path, spec: str, rung: int, keys: Mapping[str, str]) -> dict[str, Score]:
     results = _results(ledger, spec, {task: (rung_stage(rung, task), key) for task, key in keys.items()})
     return {task: score_from(result) for task, result in results.items()}
+
+
+def _rates(ledger: Path, spec: str, told: Mapping[str, Any]) -> dict[str, tuple[Rate, ...]]:
+    """What each of several learning rates gave, by stage."""
+    best = {
+        *told.get("scores", {}).values(),
+        *(key for rung in told.get("rungs", ()) for key in rung.values()),
+    }
+    found = {}
+    for stage, each in told.get("rates", {}).items():
+        results = _results(ledger, spec, {key: (stage, key) for _, key in each})
+        found[stage] = tuple(
+            Rate(rate, score_from(results[key]) if key in results else None, key in best)
+            for rate, key in each
+        )
+    return found
 
 
 def read_trials(folder: Path, events: Iterable[Mapping[str, Any]]) -> dict[int, Trial]:

@@ -35,7 +35,7 @@ from heddle.search.ledger import key_of
 from heddle.search.limits import Limits, budgets_on
 from heddle.search.lock import Frozen
 from heddle.search.model_kinds import require_causal_lm
-from heddle.search.objectives import Asked, Trained, asked_of
+from heddle.search.objectives import Asked, Trained, asked_of, without_unset
 from heddle.search.progress import Progress, Silent
 from heddle.search.rank_correlation import compare_rungs
 from heddle.search.record import RUN_FILE, BudgetInfo, Run, read_meta, read_run
@@ -263,7 +263,7 @@ def _space_digest(file: SpecFile) -> str:
     spec = file.spec.model_dump(mode="json", exclude={"name": True, "search": left})
     parameters = [asdict(parameter) for parameter in file.space.parameters]
     placement = file.space.placement
-    return key_of({"spec": spec, "space": repr(parameters), "placement": repr(placement)})
+    return key_of({"spec": without_unset(spec), "space": repr(parameters), "placement": repr(placement)})
 
 
 def _beside(file: SpecFile) -> dict[str, Any]:
