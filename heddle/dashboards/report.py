@@ -10,6 +10,7 @@ from pathlib import Path
 from heddle.dashboards.every_figure import grouped
 from heddle.dashboards.figures import Figure
 from heddle.dashboards.html import Html, element
+from heddle.dashboards.longer_section import longer
 from heddle.dashboards.rates_section import learning_rates
 from heddle.dashboards.sections import EVIDENCE, NO_SCRIPTS, OUTCOME, header, plot_places, section
 from heddle.search.durable import write_whole
@@ -45,7 +46,7 @@ def page(run: Run) -> Html:
     parts = (
         [part(run) for part in OUTCOME],
         _plots(groups),
-        [part(run) for part in (learning_rates, *EVIDENCE)],
+        [part(run) for part in (learning_rates, longer, *EVIDENCE)],
     )
     sections = [section for group in parts for section in group if section is not None]
     body = element("body", element("header", *header(run)), element("main", *sections), *_scripts(drawn))

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from heddle.search import pareto, rates
+from heddle.search import longer, pareto, rates
 from heddle.search.asking import Asking
 from heddle.search.durable import write_whole
 from heddle.search.evaluations import SHARED_WEIGHTS, Evaluations, Request
@@ -126,7 +126,7 @@ class Driver:
             rounds = self.log.clock_s / told * max(0, self.setting.trials - self.told)
             if self.setting.seconds is not None:
                 rounds = min(rounds, max(0.0, self.setting.seconds - self.elapsed_s))
-        confirming = 2 * self.setting.confirm_seeds * len(self.setting.objectives)
+        confirming = 2 * self.setting.confirm_seeds * len(self.setting.objectives) + longer.cost(self.setting)
         if self._phase == "confirm":
             confirming -= self.evaluations.trained - self._trained_before
         return rounds + self.evaluations.seconds_for(

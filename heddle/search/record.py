@@ -15,6 +15,7 @@ from typing import Any
 from heddle.errors import HeddleError
 from heddle.search import curse
 from heddle.search.durable import is_name, read_lines
+from heddle.search.longer_results import LONGER_FILE, Longer, read_longer
 from heddle.search.results import (
     BudgetInfo,
     Confirm,
@@ -82,6 +83,8 @@ class Run:
     events: tuple[dict[str, Any], ...]
     # How far consecutive rungs agree, as of the last session's end.
     ranks: tuple[RankCorrelation, ...] = ()
+    # The best trials trained for longer; None where the spec asks for none, or another trial won since.
+    longer: Longer | None = None
 
     def trial(self, number: int) -> Trial:
         """The trial of that number. Raises HeddleError "bad-argument"."""
@@ -116,6 +119,7 @@ class Run:
             "best": None if best is None else best.summary(),
             "least_violating": [self.trial(number).summary() for number in self.least_violating],
             "confirm": None if self.confirm is None else asdict(self.confirm),
+            **({} if self.longer is None else {"longer": asdict(self.longer)}),
             "latency_model": curse.summary(self),
             "export": str(self.export) if self.export is not None else None,
             **(
@@ -186,6 +190,7 @@ def run_from(
         confirm=_read_confirm(folder / CONFIRM_FILE, front.get("best")),
         events=tuple(events),
         ranks=tuple(RankCorrelation(**one) for one in last.get(RANKS_EVENT, {}).get("ranks", ())),
+        longer=read_longer(folder / LONGER_FILE, front.get("best")),
     )
 
 

@@ -19,7 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from heddle.compose.targets.cut import cut_to_targets
 from heddle.errors import HeddleError
-from heddle.search import cluster, environment, finish, lock, space
+from heddle.search import cluster, environment, finish, lock, longer, space
 from heddle.search.driver import Driver
 from heddle.search.durable import full_disk_told, write_json
 from heddle.search.evaluate import Evaluate
@@ -200,6 +200,7 @@ def _search(driver: Driver) -> None:
         if driver.setting.frozen is not None:
             lock.time_now(driver)
         finish.confirm(driver, best)
+        longer.confirm_longer(driver, best)
     if best is not None:
         finish.keep_best(driver, best, export=not driver.stopping)
     driver.enter("finish")
@@ -257,7 +258,7 @@ def _check_folder(out: Path, *, resume: bool) -> None:
 def _space_digest(file: SpecFile) -> str:
     """A digest of what a resumed search may not change; how long it runs, and its name, it may."""
     assert file.spec.search is not None
-    left = {"trials", "time", "timeout", "latency_model", "per_gpu"} | (
+    left = {"trials", "time", "timeout", "latency_model", "per_gpu", "confirm_longer"} | (
         {"rungs"} if file.spec.search.rungs is None else set()
     )
     spec = file.spec.model_dump(mode="json", exclude={"name": True, "search": left})

@@ -36,6 +36,8 @@ class Objective:
     info: TaskInfo
     # Of the rungs before the last, counted from 0.
     rung: int | None = None
+    # Trained for longer than the search does, at its end.
+    is_longer: bool = False
 
     @property
     def recipe(self) -> Recipe:
@@ -45,6 +47,8 @@ class Objective:
     @property
     def stage(self) -> str:
         """Where the ledger keeps its results."""
+        if self.is_longer:
+            return f"longer-{self.info.name}"
         return self.info.name if self.rung is None else rung_stage(self.rung, self.info.name)
 
 

@@ -1,4 +1,4 @@
-"""What a schema cannot say of several learning rates of a task: that they rise, stand alone, and that something is trained."""
+"""What a schema cannot say of how a search trains: rates rise, and what asks for a training gets one."""
 
 from __future__ import annotations
 
@@ -12,8 +12,16 @@ from heddle.specs.search import SearchSpec
 TRAINING = ("train", "supernet")
 
 
-def rate_findings(search: SearchSpec) -> Iterator[Finding]:
-    """Lists of learning rates that say nothing, by path below `search`."""
+def training_findings(search: SearchSpec) -> Iterator[Finding]:
+    """Lists of learning rates that say nothing, and a longer training of nothing, by path below `search`."""
+    yield from _rate_findings(search)
+    if search.confirm_longer is not None and search.evaluator not in TRAINING:
+        what = f"confirm_longer trains specs for longer, and evaluator {search.evaluator} is not told for how long"
+        hint = "evaluator: train, or no confirm_longer"
+        yield Finding("conflicting-fields", what, ("confirm_longer",), hint, key=True)
+
+
+def _rate_findings(search: SearchSpec) -> Iterator[Finding]:
     groups = [(("tasks",), search.tasks)]
     for at, rung in enumerate(search.rungs.before if search.rungs else ()):
         groups.append((("rungs", "before", at, "tasks"), rung.tasks))  # type: ignore[arg-type]
