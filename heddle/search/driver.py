@@ -97,8 +97,12 @@ class Driver:
 
     def warn(self, text: str) -> None:
         """Tell the user something that is not an error, now and in the record."""
-        self.log.write("message", level="warning", text=text)
-        self.progress.message(text, "warning")
+        self.tell(text, "warning")
+
+    def tell(self, text: str, level: str) -> None:
+        """Tell the user something; `level` is "info" or "warning"."""
+        self.log.write("message", level=level, text=text)
+        self.progress.message(text, level)
 
     def status(self) -> Status:
         trials = [trial for number, trial in self.trials.items() if number >= 0]

@@ -52,8 +52,7 @@ def prepare(driver: Driver) -> None:
             raise HeddleError("no-weights", f"{path} is gone, with the weights that specs share", hint=hint)
         evaluator.tickets[key] = driver.evaluations.share(path.read_bytes())
         if key in new:
-            driver.log.write("message", level="info", text=_told(entry.result))
-            driver.progress.message(_told(entry.result))
+            driver.tell(_told(entry.result), "info")
 
 
 def _request(driver: Driver, evaluator: SupernetEvaluator, objective: Objective, recipe: Recipe) -> Request:
