@@ -10,7 +10,7 @@ from heddle.dashboards.html import Html, element, table
 from heddle.dashboards.sections import note, section
 
 if TYPE_CHECKING:
-    from heddle.search.longer_results import Longer, LongerRow
+    from heddle.search.longer_results import LongerRow
     from heddle.search.record import Run, TaskInfo
 
 SAID = (
@@ -47,46 +47,12 @@ def _values(row: LongerRow, task: TaskInfo) -> str:
     return f"{words.value_text(task.metric, fmean(values))}{spread} at {row.learning_rates[task.name]:g}"
 
 
-def sentences(longer: Longer) -> list[str]:
-    """Whether the order holds, what is ahead of the winner, what a reverse gives, and what failed."""
-    times = f"{longer.times:g} times as long"
-    ranked = longer.ranked()
-    listed = ", ".join(str(row.number) for row in ranked)
-    if longer.holds is None:
-        lines = [f"Fewer than two trials came to a score when trained {times}: there is no order to compare."]
-    elif longer.holds:
-        lines = [f"Trained {times}, the order of the {len(ranked)} best trials is that of the search."]
-    else:
-        order = f"now trials {listed}, from the best down"
-        lines = [
-            f"Trained {times}, the order of the {len(ranked)} best trials is not that of the search: {order}."
-        ]
-    if ahead := longer.ahead:
-        names = " and ".join(row.name for row in ahead)
-        lines.append(f"Ahead of the winner, trial {longer.number}: {names}. The winner stays the search's.")
-    if len(longer.seeds) == 1:
-        lines.append(
-            "One new seed each: what another seed would change is not seen, so take close scores as ties."
-        )
-    return [*lines, *_reverses(longer), *longer.failures, *longer.left_out]
-
-
-def _reverses(longer: Longer) -> list[str]:
-    """How much better or worse each reverse is than its trial."""
-    by_number = {row.number: row.quality for row in longer.rows if not row.is_reversed}
-    return [
-        f"{row.name}: {row.quality - forward:+.4f} in the mean normalised score."
-        for row in longer.rows
-        if row.is_reversed and row.quality is not None and (forward := by_number[row.number]) is not None
-    ]
-
-
 def longer(run: Run) -> Html | None:
     """The section; nothing where the spec asks for no longer training."""
     if run.longer is None:
         return None
     header = ["Spec", "Layers", "Place in the search", "Place after", "Score in the search", "Score after"]
     header += [task.name for task in run.tasks]
-    told = [element("p", line) for line in sentences(run.longer)]
+    told = [element("p", line) for line in words.longer_texts(run.longer)]
     shown = table(header, rows(run), numeric=range(2, len(header)))
     return section("The best, trained for longer", note(SAID), *told, shown)

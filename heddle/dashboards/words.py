@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from heddle.specs.open_values import RESERVED
 
 if TYPE_CHECKING:
+    from heddle.search.longer_results import Longer
     from heddle.search.record import (
         BudgetInfo,
         Confirm,
@@ -266,6 +267,41 @@ def shared_rates_text(confirm: Confirm) -> str:
     return (
         f" Both at the learning rate that was best for the winner ({told}), which favours it." if told else ""
     )
+
+
+def longer_texts(longer: Longer) -> list[str]:
+    """Whether the order holds, what is ahead of the winner, what a reverse gives, and what failed."""
+    times = f"{longer.times:g} times as long"
+    ranked = longer.ranked()
+    listed = ", ".join(str(row.number) for row in ranked)
+    if longer.holds is None:
+        lines = [f"Fewer than two trials came to a score when trained {times}: there is no order to compare."]
+    elif longer.is_same_order:
+        lines = [f"Trained {times}, the order of the {len(ranked)} best trials is that of the search."]
+    else:
+        what = "within two standard errors that of the search" if longer.holds else "not that of the search"
+        order = f"now trials {listed}, from the best down"
+        lines = [f"Trained {times}, the order of the {len(ranked)} best trials is {what}: {order}."]
+    if ahead := longer.ahead:
+        names = " and ".join(row.name for row in ahead)
+        lines.append(
+            f"Ahead of the winner, trial {longer.number}, by more than two standard errors: {names}. The winner stays the search's."
+        )
+    if len(longer.seeds) == 1:
+        lines.append(
+            "One new seed each: what another seed would change is not seen, so take close scores as ties."
+        )
+    return [*lines, *_reverse_texts(longer), *longer.failures, *longer.left_out]
+
+
+def _reverse_texts(longer: Longer) -> list[str]:
+    """How much better or worse each reverse is than its trial."""
+    by_number = {row.number: row.quality for row in longer.rows if not row.is_reversed}
+    return [
+        f"{row.name}: {row.quality - forward:+.4f} in the mean normalised score."
+        for row in longer.rows
+        if row.is_reversed and row.quality is not None and (forward := by_number[row.number]) is not None
+    ]
 
 
 def difference_text(difference: Difference) -> str:

@@ -26,8 +26,10 @@ from heddle.specs.search_longer import LongerSpec
 if TYPE_CHECKING:
     from heddle.search.driver import Driver
 
-# (task, learning rate, seed)
+# By (task, learning rate, seed).
 Requests = dict[tuple[str, float, int], Request]
+# A learning rate, and the results of a task with it by seed.
+Best = tuple[float, list[Mapping[str, float]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,13 +165,24 @@ def _row(
         qualities=tuple(fmean(each) for each in zip(*normalised, strict=True)) if whole else (),
         values=values,
         learning_rates={task: found[0] for task, found in best.items() if found},
+        se=_error(objectives, best) if whole else 0.0,
     )
     return row, failures
 
 
+def _error(objectives: list[Objective], best: Mapping[str, Best | None]) -> float:
+    """The standard error of the mean normalised score over tasks and seeds, from those of the scores."""
+    errors = []
+    for each in objectives:
+        found = best[each.info.name]
+        scale = abs(each.info.best - each.info.chance)
+        errors += [one["se"] / scale / len(found[1]) for one in found[1]] if found and scale else []
+    return math.hypot(*errors) / len(objectives)
+
+
 def _best(
     objective: Objective, by_rate: Mapping[float, list[Mapping[str, float]]], count: int
-) -> tuple[float, list[Mapping[str, float]]] | None:
+) -> Best | None:
     """The learning rate that is best in the mean over all `count` seeds, with its results; None where none has them all."""
     sign = 1 if objective.info.higher_is_better else -1
     whole = [(rate, held) for rate, held in by_rate.items() if len(held) == count]

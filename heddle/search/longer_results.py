@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 
 LONGER_FILE = "longer.json"
@@ -14,7 +16,8 @@ class LongerRow:
     """A trial trained again for longer, or with `is_reversed` its layers the other way round, which was never timed.
 
     `before` is its mean normalised score in the search, None for a reverse; `qualities` the same of the longer trainings by seed,
-    empty where one failed; `values` the scores by task and seed, at the best of several learning rates.
+    empty where one failed; `values` the scores by task and seed, at the best of several learning rates. `se` is the standard
+    error of `quality` over held-out examples, which knows nothing of what other seeds would give.
     """
 
     number: int
@@ -25,6 +28,7 @@ class LongerRow:
     qualities: tuple[float, ...]
     values: dict[str, tuple[float, ...]]
     learning_rates: dict[str, float]
+    se: float
 
     @property
     def name(self) -> str:
@@ -34,6 +38,12 @@ class LongerRow:
     def quality(self) -> float | None:
         """Mean over tasks and seeds; None where a training failed."""
         return sum(self.qualities) / len(self.qualities) if self.qualities else None
+
+    def is_better(self, other: LongerRow) -> bool:
+        """Whether it is better than `other` by more than two standard errors."""
+        if self.quality is None or other.quality is None:
+            return False
+        return self.quality - other.quality > 2 * math.hypot(self.se, other.se)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,21 +66,23 @@ class Longer:
         return tuple(sorted(found, key=lambda row: -(row.quality or 0.0)))
 
     @property
+    def is_same_order(self) -> bool:
+        """Whether the order is the search's to the last place."""
+        before = [row.before or 0.0 for row in self.ranked()]
+        return before == sorted(before, reverse=True)
+
+    @property
     def holds(self) -> bool | None:
-        """Whether the order of the search is that of the longer trainings too; None with less than two to compare."""
+        """Whether no trial is better than one that was ahead of it in the search; None with less than two to compare."""
         ranked = self.ranked()
-        before = [row.before for row in ranked if row.before is not None]
-        return None if len(ranked) < 2 else before == sorted(before, reverse=True)
+        behind = combinations(sorted(ranked, key=lambda row: -(row.before or 0.0)), 2)
+        return None if len(ranked) < 2 else not any(later.is_better(first) for first, later in behind)
 
     @property
     def ahead(self) -> tuple[LongerRow, ...]:
         """What is better than the winner after the longer trainings, reverses included."""
-        won = next(
-            (row.quality for row in self.rows if row.number == self.number and not row.is_reversed), None
-        )
-        return tuple(
-            row for row in self.rows if won is not None and row.quality is not None and row.quality > won
-        )
+        won = next(row for row in self.rows if row.number == self.number and not row.is_reversed)
+        return tuple(row for row in self.rows if row.is_better(won))
 
 
 def read_longer(path: Path, best: int | None) -> Longer | None:

@@ -13,8 +13,9 @@ import pytest
 import ray.cloudpickle
 from fast_search import entries, fast_file, scored
 
-from heddle.dashboards.longer_section import rows, sentences
+from heddle.dashboards.longer_section import rows
 from heddle.dashboards.report import page
+from heddle.dashboards.words import longer_texts
 from heddle.errors import HeddleError, HeddleErrors
 from heddle.search.evaluate import Evaluation, Training
 from heddle.search.record import Run, read_run
@@ -45,7 +46,7 @@ def turned(training: Training, task: Task) -> Evaluation:
             raise HeddleError("loss-not-finite", "the loss is nan at step 7")
         quality = 1 - quality + 0.001 * recipe.seed
     value = task.chance + quality * (task.best - task.chance)
-    return Evaluation(found | {"normalised": quality, "value": value, "tokens": recipe.tokens})
+    return Evaluation(found | {"normalised": quality, "value": value, "se": 0.0, "tokens": recipe.tokens})
 
 
 def steady(training: Training, task: Task) -> Evaluation:
@@ -84,7 +85,7 @@ def test_a_ranking_that_does_not_hold_is_told_and_changes_no_winner(long_run: Ru
     assert longer.ahead
     warned = [event["text"] for event in long_run.events if event["event"] == "message"]
     assert sum(f"ahead of the winner, trial {best.number}" in text for text in warned) == 1
-    said = " ".join(sentences(longer))
+    said = " ".join(longer_texts(longer))
     assert "is not that of the search" in said
     assert "The winner stays the search's" in said
     shown = re.sub(r"<[^>]+>", " ", page(long_run))
@@ -101,7 +102,7 @@ def test_a_ranking_that_holds_is_told_so(workers: object, tmp_path: Path) -> Non
     assert longer is not None
     assert longer.holds is True
     assert not [row for row in longer.ahead if not row.is_reversed]
-    said = " ".join(sentences(longer))
+    said = " ".join(longer_texts(longer))
     assert "is that of the search" in said
     assert "One new seed each" in said
 
@@ -164,6 +165,24 @@ def test_a_placement_whose_training_failed_has_no_place(long_run: Run) -> None:
     assert rows(broken)[0][3:] == ["failed", f"{first.before:.4f}", "–", "failed"]
     assert broken.longer is not None
     assert broken.longer.ahead == ()
+
+
+def test_what_lies_within_two_standard_errors_is_no_other_order(long_run: Run) -> None:
+    longer = long_run.longer
+    assert longer is not None
+    assert longer.rows[0].se == 0.0
+    vague = replace(longer, rows=tuple(replace(row, se=1.0) for row in longer.rows))
+    assert (vague.holds, vague.is_same_order, vague.ahead) == (True, False, ())
+    assert "within two standard errors that of the search" in longer_texts(vague)[0]
+
+
+def test_the_error_is_that_of_a_mean_of_normalised_scores(workers: object, tmp_path: Path) -> None:
+    """Two seeds of one task, each off by 0.01 of the way from chance to the best."""
+    assert workers
+    run = search(long_file("confirm_longer: {best: 1, seeds: 2}"), tmp_path / "run", evaluate=steady)
+    assert run.longer is not None
+    scale = run.tasks[0].best - run.tasks[0].chance
+    assert run.longer.rows[0].se == pytest.approx(0.01 / scale / 2**0.5)
 
 
 @pytest.mark.parametrize(

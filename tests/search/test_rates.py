@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import signal
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -144,6 +145,34 @@ def test_a_search_that_goes_on_repeats_no_rate(workers: object, tmp_path: Path, 
     ]
     assert entries(out).keys() == entries(whole).keys()
     assert set(keys_of(run).values()) == {1}
+
+
+def weighing(training: Training, task: Task) -> Evaluation:
+    """As `by_rate`, with weights that name their rate."""
+    weights = f"{training.recipe.learning_rate:g}".encode() if training.keep_weights else None
+    return replace(by_rate(training, task), weights=weights)
+
+
+class NotExported(Silent):
+    """Stops a search before its winner is exported, whose weights are none."""
+
+    def phase(self, name: str, detail: str) -> None:  # noqa: ARG002
+        if name == "remeasure":
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_weights_are_those_of_the_best_rate_after_a_kill_too(workers: object, tmp_path: Path) -> None:
+    assert workers
+    out = tmp_path / "run"
+    with pytest.raises(RuntimeError, match="killed"):
+        search(with_rates(), out, evaluate=weighing, progress=Killed(3))
+    # Of the round in which it died the second trial was not told.
+    assert len(list((out / "weights").glob("*.*.safetensors"))) >= 2
+    run = search(with_rates(), out, evaluate=weighing, resume=True, progress=NotExported())
+    kept = {path.name: path.read_text() for path in (out / "weights").iterdir()}
+    assert kept == {f"{trial.hash}.safetensors": f"{trial.best_rate('mqar'):g}" for trial in run.front_trials}
+    assert run.best_trial is not None
+    assert (out / "best" / "model.safetensors").read_text() == f"{run.best_trial.best_rate('mqar'):g}"
 
 
 def test_rungs_take_the_best_rate_of_each_spec_and_keep_the_others(workers: object, tmp_path: Path) -> None:
