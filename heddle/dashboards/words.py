@@ -285,7 +285,8 @@ def longer_texts(longer: Longer) -> list[str]:
     if ahead := longer.ahead:
         names = " and ".join(row.name for row in ahead)
         lines.append(
-            f"Ahead of the winner, trial {longer.number}, by more than two standard errors: {names}. The winner stays the search's."
+            f"Ahead of the winner, trial {longer.number}, by more than two standard errors: {names}. "
+            "The winner stays the search's."
         )
     if len(longer.seeds) == 1:
         lines.append(
