@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -126,17 +126,17 @@ class Evaluations:
         """A ticket for `value`, as `Workers.share` gives it."""
         return self._workers.share(value)
 
-    def begun(self, job: Job) -> None:
-        """A job goes to a worker."""
-        request: Request = job.tag
-        self._starts[request.place] += 1
+    def begun(self, jobs: Sequence[Job]) -> None:
+        """Jobs go to workers."""
         room = self._workers.parallel, self._workers.gpus
         if room != self._room:
             self._room = room
             self._log.write("workers", parallel=room[0], gpus=room[1])
+        self._starts.update(job.tag.place for job in jobs)
         # A job that is made again after its process died is still the same one in flight.
-        self.flying += job.attempt == 1
-        self._log.write("evaluation_started", **_fields(request), attempt=self._starts[request.place])
+        self.flying += sum(job.attempt == 1 for job in jobs)
+        told = [{**_fields(job.tag), "attempt": self._starts[job.tag.place]} for job in jobs]
+        self._log.write_all("evaluation_started", told)
 
     def placed(self, job: Job, place: Mapping[str, Any]) -> None:
         """Its worker told where it runs."""
