@@ -140,7 +140,7 @@ def _sites(file: SpecFile, model: LatencyModel, budgets: Sequence[Mapping[str, A
 class _Unheard:
     """A watcher of jobs that are no trial's."""
 
-    def begun(self, job: Job) -> None:
+    def begun(self, jobs: Sequence[Job]) -> None:
         pass
 
     def placed(self, job: Job, place: Mapping[str, Any]) -> None:
