@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from heddle.search.latency_model.sentinels import Site, Verdict, judged, verdict
 from heddle.search.latency_model.stacks import Stack
 from heddle.search.latency_model.table import timing_environment
 from heddle.search.lock import LOCK_FILE, read_lock
-from heddle.search.record import Latency, Run
+from heddle.search.record import BudgetInfo, Latency, Run
 from heddle.search.replay import replay
 from heddle.search.run import search
 from heddle.search.workers import Answer, Job
@@ -118,7 +118,7 @@ class Timer:
 def test_each_fit_of_a_budget_is_judged_once_beside_its_reference() -> None:
     file = file_of(RATIO, RATIO.replace("1.1", "2"), "parameters: {at_most: 1M}", RATIO.replace("64", "32"))
     budgets = [
-        {"label": label, "phase": phase, "relative_to": beside, "batch": 1, "context": context}
+        asdict(BudgetInfo(label, phase, 1.1, beside, 1, context))
         for label, phase, beside, context in (
             ("decode_ms@1x64", "decode", "all-full", 64),
             ("decode_ms@1x64#2", "decode", "all-full", 64),

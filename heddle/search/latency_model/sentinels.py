@@ -14,12 +14,12 @@ from functools import partial
 from typing import Any
 
 from heddle.search import space
-from heddle.search.latency import PHASES, Place, measure
+from heddle.search.latency import Place, measure
 from heddle.search.latency_model.design import held_out_stacks
 from heddle.search.latency_model.model import LatencyModel, PlaceFit
 from heddle.search.latency_model.stacks import Stack, stack_of
 from heddle.search.latency_model.table import SENTINELS
-from heddle.search.record import Latency
+from heddle.search.record import BudgetInfo, Latency
 from heddle.search.workers import Answer, Job, Workers
 from heddle.specs import ModelSpec, SpecFile
 
@@ -119,7 +119,7 @@ def _judge(site: Site, stacks: Sequence[Stack], time: Time, how: Mapping[str, An
 def _sites(file: SpecFile, model: LatencyModel, budgets: Sequence[Mapping[str, Any]]) -> list[Site]:
     found: dict[tuple[Place, str], Site] = {}
     for budget in budgets:
-        if budget["phase"] not in PHASES:
+        if not BudgetInfo(**budget).is_timed:
             continue
         beside = budget["relative_to"]
         one = file.spec.model if beside is None else space.reference(file, beside).model
