@@ -160,6 +160,7 @@ def confirmation(run: Run) -> Html | None:
     if confirm is None:
         return None
     how = "Trained again with seeds new to the search; paired t interval over the seeds."
+    how += words.shared_rates_text(confirm)
     layers = [
         ["winner", words.short_layers(confirm.layers), confirm.hash],
         ["uniform", words.short_layers(confirm.uniform_layers), confirm.uniform_hash],

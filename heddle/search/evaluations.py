@@ -39,6 +39,8 @@ class Request:
     arguments: tuple[Any, ...]
     # From a lockfile: the "result" or the "reason" that stand for making the call.
     known: Mapping[str, Any] | None = None
+    # Whether it is one of several trainings, the best of which keeps its weights (`Evaluations.keep_weights`).
+    is_one_of_several: bool = False
 
     key: str = field(init=False)
 
@@ -177,8 +179,17 @@ class Evaluations:
             return asdict(value)
         assert isinstance(value, Evaluation)
         if value.weights is not None:
-            write_whole(weights_path(self._folder, request.spec), value.weights)
+            key = request.key if request.is_one_of_several else ""
+            write_whole(weights_path(self._folder, request.spec, key), value.weights)
         return value.result
+
+    def keep_weights(self, spec: str, key: str) -> None:
+        """Of the trainings of `spec` with several learning rates keep the weights of this one alone."""
+        path = weights_path(self._folder, spec, key)
+        if path.exists():
+            path.replace(weights_path(self._folder, spec))
+        for other in path.parent.glob(f"{spec}.*.safetensors"):
+            other.unlink()
 
 
 def _not_finite(result: Mapping[str, Any]) -> str | None:
@@ -194,9 +205,9 @@ def _not_finite(result: Mapping[str, Any]) -> str | None:
     return None
 
 
-def weights_path(folder: Path, spec: str) -> Path:
-    """Where the run keeps the weights of a spec, if it does."""
-    return folder / WEIGHTS_FOLDER / f"{spec}.safetensors"
+def weights_path(folder: Path, spec: str, key: str = "") -> Path:
+    """Where the run keeps the weights of a spec, if it does; with `key` those of one of several trainings, until one is best."""
+    return folder / WEIGHTS_FOLDER / f"{spec}{'.' * bool(key)}{key}.safetensors"
 
 
 def _fields(request: Request) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from heddle.search import space
 from heddle.search.durable import write_json
 from heddle.search.latency_model.find import of_run
 from heddle.search.ledger import key_of
+from heddle.search.longer_results import Longer
 from heddle.search.record import LEDGER_FOLDER, RUN_FILE, Run, Trial, read_run
 
 if TYPE_CHECKING:
@@ -96,7 +97,16 @@ def lock_of(run: Run) -> dict[str, Any]:
         "front": run.front,
         "winner": None if best is None else {"number": best.number, "hash": best.hash},
         "confirm": confirm,
+        **({} if run.longer is None else {"longer": _longer(run.longer)}),
         "latencies": sorted(_latencies(run.path / LEDGER_FOLDER), key=_order),
+    }
+
+
+def _longer(longer: Longer) -> dict[str, Any]:
+    return {
+        f"{row.name}, {task}, {longer.times:g} times": values
+        for row in longer.rows
+        for task, values in row.values.items()
     }
 
 
@@ -112,6 +122,11 @@ def _trial(trial: Trial) -> dict[str, Any]:
             f"rung {at + 1}, {task}": one.value
             for at, rung in enumerate(trial.rungs)
             for task, one in rung.items()
+        }
+        | {
+            f"{stage} at learning rate {one.learning_rate:g}": one.score and one.score.value
+            for stage, rates in trial.rates.items()
+            for one in rates
         },
     }
 

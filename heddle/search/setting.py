@@ -24,21 +24,31 @@ from heddle.specs import Spec, SpecFile
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """A task, how a model is trained for it with the search's seed, and how the record names it.
+    """A task, how a model is trained for it with the search's seed, once a recipe, and how the record names it.
 
     `shared` stands for the task in the jobs of the workers.
     """
 
     task: Task
     shared: Any
-    recipe: Recipe
+    # Alike but for their learning rates.
+    recipes: tuple[Recipe, ...]
     info: TaskInfo
     # Of the rungs before the last, counted from 0.
     rung: int | None = None
+    # Trained for longer than the search does, at its end.
+    is_longer: bool = False
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe of the first learning rate; nearly always there is one."""
+        return self.recipes[0]
 
     @property
     def stage(self) -> str:
         """Where the ledger keeps its results."""
+        if self.is_longer:
+            return f"longer-{self.info.name}"
         return self.info.name if self.rung is None else rung_stage(self.rung, self.info.name)
 
 
@@ -99,15 +109,22 @@ class Setting:
     def infos(self) -> tuple[TaskInfo, ...]:
         return tuple(objective.info for objective in self.objectives)
 
-    def as_trained(self, spec: Spec) -> Spec:
+    @property
+    def kept(self) -> Objective:
+        """The objective whose trained weights are kept."""
+        (kept,) = (each for each in self.objectives if each.info.name == self.exported)
+        return kept
+
+    def as_trained(self, spec: Spec, learning_rate: float | None = None) -> Spec:
         """`spec` with the tokens and the learning rate of the kept training as its own: `heddle train` repeats that one.
 
-        `heddle train` knows text alone; a search without a text task leaves `train` as it stands.
+        Of several rates it is the first, unless `learning_rate` says which was best. `heddle train` knows text alone; a search
+        without a text task leaves `train` as it stands.
         """
-        (kept,) = (each for each in self.objectives if each.info.name == self.exported)
+        kept = self.kept
         if kept.task.metric != "bits_per_byte":
             return spec
-        own = {"tokens": kept.recipe.tokens, "learning_rate": kept.recipe.learning_rate}
+        own = {"tokens": kept.recipe.tokens, "learning_rate": learning_rate or kept.recipe.learning_rate}
         return spec.model_copy(update={"train": spec.train.model_copy(update=own)})
 
     def timing(self, number: int, one: Candidate, budget: BudgetInfo, *, purpose: str = "search") -> Request:
@@ -139,11 +156,21 @@ class Setting:
         return Request(number, one.hash, LATENCY, inputs, call, (one.model, place), known)
 
     def training(
-        self, number: int, one: Candidate, objective: Objective, *, seed: int | None = None
+        self,
+        number: int,
+        one: Candidate,
+        objective: Objective,
+        *,
+        recipe: Recipe | None = None,
+        seed: int | None = None,
     ) -> Request:
-        """A request for the score of `one` at a task; with the search's own seed the weights of a whole training are kept."""
+        """A request for the score of `one` at a task; with the search's own seed the weights of a whole training are kept.
+
+        `recipe` is one of the objective's; without it there is no other.
+        """
         keep = seed is None and objective.stage == self.exported
-        recipe = objective.recipe if seed is None else replace(objective.recipe, seed=seed)
+        recipe = recipe or objective.recipe
+        recipe = recipe if seed is None else replace(recipe, seed=seed)
         inputs = {
             "data": objective.task.digest,
             "recipe": asdict(recipe),
@@ -153,4 +180,14 @@ class Setting:
         }
         evaluate = partial(deterministically, self.evaluate) if self.deterministic else self.evaluate
         training = Training(one.model, recipe, self.device, keep)
-        return Request(number, one.hash, objective.stage, inputs, evaluate, (training, objective.shared))
+        arguments = (training, objective.shared)
+        is_one_of_several = len(objective.recipes) > 1
+        return Request(
+            number,
+            one.hash,
+            objective.stage,
+            inputs,
+            evaluate,
+            arguments,
+            is_one_of_several=is_one_of_several,
+        )
