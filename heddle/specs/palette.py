@@ -31,6 +31,7 @@ PLAIN = {
     "local_linear_attention": "#aa4488",
     "hierarchical_attention": "#ee66aa",
     "ttt": "#7700aa",
+    "token_mlp": "#bbbbee",
     "fla": "#775555",
 }
 HATCHED = {

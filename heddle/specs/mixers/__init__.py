@@ -35,6 +35,7 @@ from heddle.specs.mixers.rf_attention import RfAttention as RfAttention
 from heddle.specs.mixers.routing import Routing as Routing
 from heddle.specs.mixers.sequential import Sequential as Sequential
 from heddle.specs.mixers.still import Still as Still
+from heddle.specs.mixers.token_mlp import TokenMlp as TokenMlp
 from heddle.specs.mixers.token_router import TokenRouter as TokenRouter
 from heddle.specs.mixers.ttt import Ttt as Ttt
 from heddle.specs.plugins import OPTIONAL, load_optional, load_plugins
