@@ -32,6 +32,7 @@ PLAIN = {
     "hierarchical_attention": "#ee66aa",
     "ttt": "#7700aa",
     "token_mlp": "#bbbbee",
+    "linear_attention": "#cc9933",
     "fla": "#775555",
 }
 HATCHED = {

@@ -23,6 +23,7 @@ from heddle.specs.mixers.landmark import Landmark as Landmark
 from heddle.specs.mixers.layer_router import LayerRouter as LayerRouter
 from heddle.specs.mixers.liger import Liger as Liger
 from heddle.specs.mixers.lightning import Lightning as Lightning
+from heddle.specs.mixers.linear_attention import LinearAttention as LinearAttention
 from heddle.specs.mixers.local_linear_attention import LocalLinearAttention as LocalLinearAttention
 from heddle.specs.mixers.mamba2 import Mamba2 as Mamba2
 from heddle.specs.mixers.mla import Mla as Mla
