@@ -30,6 +30,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"heads": 4, "kv_heads": 2, "head_dim": 16, "qk_norm": True, "gate": True},
         {"heads": 4, "kv_heads": 1, "rope": {"theta": 500.0, "fraction": 0.5}, "window": 7},
         {"heads": 2, "rope": None, "window": 100},
+        {"heads": 4, "kv_heads": 2, "qk_norm": True, "qk_source": "position"},
         {
             "heads": 4,
             "kv_heads": 2,
