@@ -9,7 +9,8 @@ Bytes moved are what no implementation can do without, each tensor touched once:
     decode   every weight that a step uses, once for the whole batch (a shared block once for each of its layers), and for
              each sequence its embedding row, the cache that is read (`MixerSpec.read_bytes`) and what is written to it
     prefill  every weight once; for each sequence the stream, read and written by every mixer and channel block, read once
-             more by a skip, where q and k are made of it, and by the last norm, written by the embedding from as many rows; and the caches, written once
+             more by a skip, by what makes q and k of the embedded tokens, and by the last norm, written by the embedding from
+             as many rows; and the caches, written once
 
 What happens inside a block is taken to stay on the chip, and logits are left out: a prefill needs those of one token.
 """

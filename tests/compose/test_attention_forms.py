@@ -502,7 +502,11 @@ MODELS: dict[str, ModelSpec] = {
         ["a", "b", "c"],
     ),
     "queries and keys of the embedding": model_with(
-        {"a": {"qk_source": "embedding", "gate": True}, "b": {"window": 9, "qk_source": "embedding"}, "c": {}},
+        {
+            "a": {"qk_source": "embedding", "gate": True},
+            "b": {"window": 9, "qk_source": "embedding"},
+            "c": {},
+        },
         ["a", "b", "c", "b"],
     ),
     "queries and keys of positions": model_with(

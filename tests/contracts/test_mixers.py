@@ -261,8 +261,7 @@ def every_keeper_of(*contracts: Contract) -> pytest.MarkDecorator:
         [
             one
             for one in EVERY_MIXER
-            if one.values[0]["kind"] in WEAKER
-            or not {*contracts} & {*schema_of(one.values[0]).exemptions()}
+            if one.values[0]["kind"] in WEAKER or not {*contracts} & {*schema_of(one.values[0]).exemptions()}
         ],
     )
 

@@ -58,7 +58,8 @@ class Attention(HeadedMixer):
         o_i = sum_j softmax_j(scale · q_i · k_j) v_j,   j <= i,   i - j < window
 
     Grouped heads: arXiv 2305.13245; output gate: 2505.06708; norm of q and k over all heads: OLMo 2, 2501.00656; soft-cap:
-    Gemma 2, 2408.00118; keys and values of an earlier layer: CLA, 2405.12981, and YOCO, 2405.05254; value residual: 2410.17897; sources of q and k: 2510.11602.
+    Gemma 2, 2408.00118; keys and values of an earlier layer: CLA, 2405.12981, and YOCO, 2405.05254; value residual: 2410.17897;
+    other sources of q and k: 2510.11602.
     """
 
     kind: Literal["attention"] = "attention"

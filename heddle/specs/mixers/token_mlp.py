@@ -21,7 +21,9 @@ class TokenMlp(MixerSpec):
     By default its width is 4/3 of hidden_size, to the nearest whole number: three matrices are the four of attention then.
     """
 
-    exempt: ClassVar[Mapping[Contract, str]] = {"written": "it has no memory that a token could be kept out of"}
+    exempt: ClassVar[Mapping[Contract, str]] = {
+        "written": "it has no memory that a token could be kept out of"
+    }
     cases: ClassVar[tuple[Mapping[str, Any], ...]] = ({}, {"width": 20})
     kind: Literal["token_mlp"] = "token_mlp"
     width: Annotated[
