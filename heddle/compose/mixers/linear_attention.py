@@ -57,8 +57,8 @@ class LinearAttentionModule(nn.Module):
     def forward(self, x: Tensor, call: Call) -> Tensor:
         x = call.hide_padding(x)
         qkv = self.qkv_proj(x)
-        qkv = wide(qkv if self.conv is None else self.conv(qkv, call))
-        q, k, v = (side.unflatten(-1, (self.heads, -1)) for side in torch.split(qkv, self.sizes, dim=-1))
+        qkv = qkv if self.conv is None else self.conv(qkv, call)
+        q, k, v = (wide(side.unflatten(-1, (self.heads, -1))) for side in qkv.split(self.sizes, dim=-1))
         q, k = self._features(self.q_norm(q), call), self._features(self.k_norm(k), call)
         weight = call.hide_unwritten(call.hide_padding(v.new_ones(*x.shape[:2], 1)))[..., None]
         v = torch.cat((v, torch.ones_like(v[..., :1])), dim=-1) * weight
