@@ -59,7 +59,7 @@ class TokenRouter(CompositeMixer):
         return super().problems(site) + [
             Problem(
                 path,
-                f"{part.kind} remembers every token, so none can be sent past it",
+                f"{part.kind} can keep no token out of its memory, so none can be sent past it",
                 code="conflicting-fields",
             )
             for path, part in self.parts().items()
