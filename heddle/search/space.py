@@ -11,7 +11,7 @@ from typing import Any
 import optuna
 
 from heddle.errors import HeddleError
-from heddle.search.placement import Question, Seen, Timed, propose
+from heddle.search.placement import Budget, Question, Seen, Timed, propose
 from heddle.search.study import Study
 from heddle.specs import (
     ModelSpec,
@@ -99,8 +99,10 @@ def place(
     number: int,
     timed: Sequence[Timed] = (),
     is_tried: Callable[[Mapping[str, Any], tuple[str, ...]], bool] = lambda values, layers: False,  # noqa: ARG005
+    predict: Callable[[ModelSpec, Sequence[str]], Sequence[Budget]] | None = None,
 ) -> Candidate:
-    """The candidate of trial `number`: `values` are Optuna's, the layers are proposed from `history` and from what was `timed`.
+    """The candidate of trial `number`: `values` are Optuna's, the layers are proposed from `history`, from what was `timed`, and
+    from what a latency model can `predict` of placements (`heddle.search.limits.Limits.of_placements`).
 
     `is_asked(hash)` tells whether a trial of this run has that spec already; `is_tried(values, layers)` knows those that had
     it with these very layers. After TWINS of the others the spec may be one that was asked for, which the ledger answers.
@@ -123,8 +125,15 @@ def place(
         twins.add(layers)
         return len(twins) <= TWINS
 
+    evenly = uniform(file, values)
     question = Question(
-        counts, outer(file, values), uniform(file, values), is_seen, order=file.order(values), timed=timed
+        counts,
+        outer(file, values),
+        evenly,
+        is_seen,
+        order=file.order(values),
+        timed=timed,
+        predicted=() if predict is None else predict(at(evenly).model, tuple(counts)),
     )
     return at(propose(question, history, seed=seed, number=number))
 
