@@ -10,6 +10,7 @@ from heddle.dashboards import data, latency_section, rungs_section, words
 from heddle.dashboards.figure_numbers import numbers
 from heddle.dashboards.figures import Figure
 from heddle.dashboards.html import Html, Row, element, join, table
+from heddle.dashboards.placement_section import placements
 from heddle.dashboards.timing_section import timings
 from heddle.search.record import Confirm, Latency, Run, TaskInfo, Trial
 from heddle.specs.palette import look_of
@@ -385,6 +386,7 @@ OUTCOME: tuple[Section, ...] = (front, least_violating, strips)
 EVIDENCE: tuple[Section, ...] = (
     rungs,
     confirmation,
+    placements,
     remeasured,
     predictions,
     timings,

@@ -22,8 +22,8 @@ class NearBest:
     """
 
     def __init__(self, kinds: Sequence[str], trials: Sequence[Seen], window: int) -> None:
-        index = {name: place for place, name in enumerate(kinds)}
-        placed = np.array([[index[name] for name in one.layers] for one in trials], dtype=np.int64)
+        self._index = {name: place for place, name in enumerate(kinds)}
+        placed = np.array([self._kinds(one.layers) for one in trials], dtype=np.int64)
         quality = np.array([one.quality for one in trials])
         best = int(quality.argmax())
         differ = (placed != placed[best]).sum(axis=1)
@@ -33,14 +33,17 @@ class NearBest:
         beside = np.array([self._alike(one) for one in self._params])
         self.landscape = Landscape(placed[kept], quality[kept], len(kinds), window, beside=beside)
 
+    def _kinds(self, layers: Sequence[str]) -> list[int]:
+        return [self._index[name] for name in layers]
+
     def _alike(self, marks: frozenset[tuple[str, str]]) -> Array:
         """The share of equal values, of each trial here with one of these values."""
         most = max(1, len(marks), *(len(one) for one in self._params))
         return np.array([len(marks & one) / most for one in self._params])
 
-    def predicted(self, layers: Sequence[int], params: Mapping[str, Any]) -> float:
+    def predicted(self, layers: Sequence[str], params: Mapping[str, Any]) -> float:
         """The expected quality of a placement with these parameters."""
-        return self.landscape.predicted(layers, self._alike(_marks(params)))
+        return self.landscape.predicted(self._kinds(layers), self._alike(_marks(params)))
 
 
 def _marks(params: Mapping[str, Any]) -> frozenset[tuple[str, str]]:

@@ -84,7 +84,7 @@ class Draws:
 
 def _draws(question: Question, history: History, rng: np.random.Generator, number: int) -> Draws:
     """The landscapes of trial `number`: pairs at their place once there are trials enough, in even trials the expected one."""
-    near = near_best(history, question.kinds, _window(question))
+    near = near_best(history, question.kinds, window_of(question))
     if near is not None:
         known = near.landscape
         return Draws(known.mean, 1) if number % 2 == 0 else Draws(lambda: known.draw(rng), DRAWS)
@@ -134,6 +134,20 @@ def propose(question: Question, history: Sequence[Seen], *, seed: int, number: i
         if layers is not None:
             return layers
     return region.named(next(region.table(draws.last).ranked()))
+
+
+def favourite(question: Question, history: Sequence[Seen]) -> Layers | None:
+    """The placement of the highest expected quality with these counts within the latency budgets, asked for before or not.
+
+    None while there are too few trials to tell, or where nothing is predicted to keep the budgets.
+    """
+    near = near_best(History.of(history), question.kinds, window_of(question))
+    if near is None:
+        return None
+    limits = _limits(question)
+    region = Region(question, (*_counted(question), *limits), _gate(question, limits))
+    best = next(region.table(near.landscape.mean()).ranked(), None)
+    return None if best is None else region.named(best)
 
 
 def _unseen(region: Region, draws: Draws) -> Iterator[Layers]:
@@ -213,7 +227,7 @@ def _steps(question: Question) -> int:
     return int(max(4, min(STEPS, CELLS / cells)))
 
 
-def _window(question: Question) -> int:
+def window_of(question: Question) -> int:
     """How far apart pairs are whose worth is learnt at their place: WINDOW, or neighbours where that makes too large a table."""
     counts = list(question.counts.values())
     cells = float(np.prod([count + 1.0 for count in counts[:-1]])) * (question.length + 1) * STEPS
