@@ -239,9 +239,9 @@ def made_up(seed: int, length: int = 8, boundary: float = 0.002) -> Truth:
     return Truth(scores, ms, 1.0)
 
 
-def shuffled(truth: Truth) -> Truth:
+def shuffled(truth: Truth, seed: int = 5) -> Truth:
     """The same latencies, with the scores of other placements."""
-    order = np.random.default_rng(5).permutation(len(truth.scores))
+    order = np.random.default_rng(seed).permutation(len(truth.scores))
     values = list(truth.scores.values())
     scores = {layers: values[index] for layers, index in zip(truth.scores, order, strict=True)}
     return Truth(scores, truth.ms, truth.seconds)
@@ -296,7 +296,8 @@ def rows(chosen: argparse.Namespace) -> Iterator[dict[str, Any]]:
         )
         made_of = {"seeds": [seeds.start, seeds.stop], "boundary": chosen.boundary}
         if chosen.shuffled:
-            truths = [shuffled(truth) for truth in truths]
+            # One order for all made-up landscapes would be one draw of what a way may find by luck.
+            truths = [shuffled(truth, 5 + number) for number, truth in enumerate(truths)]
         for quantile, way in product(QUANTILES, chosen.ways):
             yield {
                 "task": task,
