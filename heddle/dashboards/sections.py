@@ -311,7 +311,7 @@ def latencies(run: Run, most: int | None = None) -> Html | None:
 def _timing_row(trial: Trial, seen: Latency, run: Run) -> list[object]:
     paths = ", ".join(f"{kind}: {path}" for kind, path in seen.paths.items())
     times = (words.latency_text(seen), words.ratio_text(seen))
-    return [data.name_of(trial, run), seen.label, *times, seen.n, seen.method, seen.dtype, paths]
+    return [data.name_of(trial, run), seen.label, *times, seen.n, words.method_text(seen), seen.dtype, paths]
 
 
 def trials(run: Run) -> Html:
