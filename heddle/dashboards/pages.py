@@ -294,8 +294,8 @@ def _terms(page: Page, watched: Watched, run: Run) -> None:
         page.add(sections.section("What the placement model has learnt", sections.note(told)))
         return
     how = (
-        f"From {found.trials} of {found.trained} trained trials: the linear model that proposes placements, fitted anew. "
-        "Where the search fixes how many layers a block gets, only differences between its layers count."
+        f"From {found.trials} of {found.trained} trained trials: the linear model that proposes the first placements, fitted "
+        "anew. Where the search fixes how many layers a block gets, only differences between its layers count."
     )
     page.plots("What the placement model has learnt", terms(found), sections.note(how))
     rows = [

@@ -10,6 +10,7 @@ from heddle.dashboards import data, latency_section, rungs_section, words
 from heddle.dashboards.figure_numbers import numbers
 from heddle.dashboards.figures import Figure
 from heddle.dashboards.html import Html, Row, element, join, table
+from heddle.dashboards.placement_section import placements
 from heddle.dashboards.timing_section import timings
 from heddle.search.record import Confirm, Latency, Run, TaskInfo, Trial
 from heddle.specs.palette import look_of
@@ -311,7 +312,7 @@ def latencies(run: Run, most: int | None = None) -> Html | None:
 def _timing_row(trial: Trial, seen: Latency, run: Run) -> list[object]:
     paths = ", ".join(f"{kind}: {path}" for kind, path in seen.paths.items())
     times = (words.latency_text(seen), words.ratio_text(seen))
-    return [data.name_of(trial, run), seen.label, *times, seen.n, seen.method, seen.dtype, paths]
+    return [data.name_of(trial, run), seen.label, *times, seen.n, words.method_text(seen), seen.dtype, paths]
 
 
 def trials(run: Run) -> Html:
@@ -386,6 +387,7 @@ OUTCOME: tuple[Section, ...] = (front, least_violating, strips)
 EVIDENCE: tuple[Section, ...] = (
     rungs,
     confirmation,
+    placements,
     remeasured,
     predictions,
     timings,

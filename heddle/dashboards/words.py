@@ -192,6 +192,13 @@ def short_layers(layers: tuple[str, ...]) -> str:
     return ", ".join(layer if count == 1 else f"{count} × {layer}" for layer, count in runs)
 
 
+def method_text(row: Latency) -> str:
+    """How it was timed; with what tokens and weights, where that decides what is computed."""
+    return (
+        row.method if row.inputs == "random" else f"{row.method}, {row.inputs} tokens, {row.weights} weights"
+    )
+
+
 def latency_text(latency: Latency) -> str:
     """Milliseconds with the 95 % interval."""
     return f"{latency.median_ms:.3f} ms [{latency.low_ms:.3f}, {latency.high_ms:.3f}]"

@@ -126,6 +126,11 @@ class Evaluations:
         """A ticket for `value`, as `Workers.share` gives it."""
         return self._workers.share(value)
 
+    def kept_weights(self, spec: str) -> Any:
+        """A ticket for the bytes of the weights that the run keeps of a spec; None where it keeps none."""
+        path = weights_path(self._folder, spec)
+        return self.share(path.read_bytes()) if path.exists() else None
+
     def begun(self, jobs: Sequence[Job]) -> None:
         """Jobs go to workers."""
         room = self._workers.parallel, self._workers.gpus

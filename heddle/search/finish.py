@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import asdict
+from functools import partial
 from itertools import product
 from math import inf
 
@@ -30,6 +31,7 @@ from heddle.search.record import (
     assemble,
 )
 from heddle.search.setting import Objective
+from heddle.search.timing_subject import routes
 from heddle.specs import loads
 
 # A prefill that no budget asks for is timed at a budget's context, up to these tokens: it costs the search
@@ -84,7 +86,10 @@ def _again(driver: Driver, number: int) -> dict[str, Request]:
         label = f"{phase}_ms@{batch}x{tokens}"
         if all(budget.phase != phase for budget in budgets) and all(b.label != label for b in wanted):
             wanted.append(BudgetInfo(label, phase, inf, beside, batch, tokens))
-    return {each.label: driver.setting.timing(number, one, each, purpose="again") for each in wanted}
+    # The reference is as fresh as it was beside every other model.
+    weights = driver.evaluations.kept_weights(one.hash) if number >= 0 and routes(one.model) else None
+    timing = partial(driver.setting.timing, purpose="again", weights=weights)
+    return {each.label: timing(number, one, each) for each in wanted}
 
 
 def _record_again(driver: Driver, number: int, requests: dict[str, Request]) -> None:

@@ -11,7 +11,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from heddle.search.latency_model.find import of_run
 from heddle.search.ledger import key_of
 from heddle.search.longer_results import Longer
 from heddle.search.record import LEDGER_FOLDER, RUN_FILE, Run, Trial, read_run
+from heddle.search.timing_subject import routes
 
 if TYPE_CHECKING:
     from heddle.search.driver import Driver
@@ -237,7 +238,9 @@ def time_now(driver: Driver) -> None:
         trial = driver.trials[number]
         one = space.candidate(setting.file, trial.params, trial.layers) if number >= 0 else None
         one = one or next(iter(setting.references.values()))
-        requests = {b.label: setting.timing(number, one, b, purpose=NOW) for b in setting.timed}
+        weights = driver.evaluations.kept_weights(one.hash) if number >= 0 and routes(one.model) else None
+        timing = partial(setting.timing, purpose=NOW, weights=weights)
+        requests = {budget.label: timing(number, one, budget) for budget in setting.timed}
         driver.evaluations.time_all(requests.values())
         driver.log.write("timed_now", number=number, latency={at: each.key for at, each in requests.items()})
 

@@ -139,6 +139,11 @@ class Latency:
     gpu: dict[str, Any] | None = None
     # How often it was measured anew, since processes of others or throttling disturbed it; this is the last time.
     repeated: int = 0
+    # "task" or "random" tokens, "trained" or "fresh" weights: where routers choose, both decide what is computed.
+    inputs: str = "random"
+    weights: str = "fresh"
+    # [layer counted from 0, share] of each router in what was timed, as of `Score`.
+    learned_share: list[list[float]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

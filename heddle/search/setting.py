@@ -19,6 +19,7 @@ from heddle.search.lock import NOW, Frozen, deterministically
 from heddle.search.record import BudgetInfo, TaskInfo, rung_stage
 from heddle.search.space import Candidate
 from heddle.search.tasks import Task
+from heddle.search.timing_subject import routes, task_ids
 from heddle.specs import Spec, SpecFile
 
 
@@ -106,6 +107,10 @@ class Setting:
         return () if search is None or search.export is None else tuple(search.export.must_fit)
 
     @property
+    def _exported_task(self) -> Task:
+        return next(each.task for each in self.objectives if each.info.name == self.exported)
+
+    @property
     def infos(self) -> tuple[TaskInfo, ...]:
         return tuple(objective.info for objective in self.objectives)
 
@@ -127,9 +132,17 @@ class Setting:
         own = {"tokens": kept.recipe.tokens, "learning_rate": learning_rate or kept.recipe.learning_rate}
         return spec.model_copy(update={"train": spec.train.model_copy(update=own)})
 
-    def timing(self, number: int, one: Candidate, budget: BudgetInfo, *, purpose: str = "search") -> Request:
+    def timing(
+        self,
+        number: int,
+        one: Candidate,
+        budget: BudgetInfo,
+        *,
+        purpose: str = "search",
+        weights: Any = None,
+    ) -> Request:
         """A request for the latency of `one` at the budget's place, beside the model the budget is relative
-        to."""
+        to. A model with routers reads what the exported task has held out, and has `weights`, where they are given."""
         beside = self.references.get(budget.relative_to or "")
         inputs: dict[str, Any] = {
             "phase": budget.phase,
@@ -139,12 +152,16 @@ class Setting:
             "purpose": purpose,
             "environment": self.environment,
         }
+        reads = self._exported_task if routes(one.model) else None
+        inputs |= {} if reads is None else {"reads": reads.digest}
+        inputs |= {} if weights is None else {"weights": "trained"}
         call = partial(
             measure,
             reference=None if beside is None else beside.model,
             reference_name=budget.relative_to,
             device=self.device,
             effort=self.effort,
+            ids=None if reads is None else task_ids(reads),
         )
         place = Place(budget.phase, budget.batch, budget.context)
         known = None
@@ -153,7 +170,7 @@ class Setting:
         if known is not None and known["key"] != key_of(inputs):
             # It was measured elsewhere, and the ledger says so.
             inputs["frozen"] = known["key"]
-        return Request(number, one.hash, LATENCY, inputs, call, (one.model, place), known)
+        return Request(number, one.hash, LATENCY, inputs, call, (one.model, place, weights), known)
 
     def training(
         self,

@@ -156,6 +156,9 @@ class Attention(HeadedMixer):
             found["written"] = "the places of its window count every token"
         return found
 
+    def is_routed(self) -> bool:
+        return self.selection is not None
+
     def references(self) -> tuple[Reference, ...]:
         found = []
         if self.keys_from is not None:
