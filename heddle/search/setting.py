@@ -107,10 +107,6 @@ class Setting:
         return () if search is None or search.export is None else tuple(search.export.must_fit)
 
     @property
-    def _exported_task(self) -> Task:
-        return next(each.task for each in self.objectives if each.info.name == self.exported)
-
-    @property
     def infos(self) -> tuple[TaskInfo, ...]:
         return tuple(objective.info for objective in self.objectives)
 
@@ -152,7 +148,7 @@ class Setting:
             "purpose": purpose,
             "environment": self.environment,
         }
-        reads = self._exported_task if routes(one.model) else None
+        reads = self.kept.task if routes(one.model) else None
         inputs |= {} if reads is None else {"reads": reads.digest}
         inputs |= {} if weights is None else {"weights": "trained"}
         call = partial(
