@@ -31,8 +31,8 @@ OPS = {
 CONTRACTS, REPLAY = "tests/contracts/test_ops.py", "tests/kernels/test_replay.py"
 # Attention and a layer's step, whose contract is their own, and forms of ops that contracts do not have.
 OTHERS = {
-    # All gradients of one form, ragged heads in half precision, a list in three parts.
-    "test_block_attention_kernels": "reference and gates and float32 or odd and group and float16 "
+    # All gradients of one form, tall tiles, ragged heads in half precision, a list in three parts.
+    "test_block_attention_kernels": "reference and gates and float32 or gated_tiles and False and float16 or odd and group and float16 "
     "or split and 3-listed and float32",
     # A choice in both directions with all limits, ragged heads and blocks in half precision, a step in three parts; what only
     # kernels have: a choice part by part, and how often a gradient is rounded.
