@@ -15,6 +15,7 @@ from heddle.compose.modules.open_chunk import Layout
 from heddle.compose.modules.precision import wide, wide_dtype
 from heddle.compose.modules.selection import Places
 from heddle.compose.modules.site import Site
+from heddle.compose.modules.waiting import can_wait
 from heddle.kernels.block_attention import block_attention
 from heddle.kernels.gated_delta_rule import gated_delta_rule
 from heddle.kernels.routed_delta_rule import routed_delta_rule, routed_path
@@ -258,7 +259,7 @@ class NatsLModule(GatedDeltaNetModule):
         complete = places.keys // self.chunk
         held["types"] = held["types"][:, :, :complete, None]
         # Rows with padding have their chunks at other places.
-        if call.cache is not None and places.real is None and _can_wait(held["keys"]):
+        if call.cache is not None and places.real is None and can_wait(held["keys"]):
             is_kept = (held["types"] > 0.5).any(dim=3).any(dim=1).any(dim=0)
             if not bool(is_kept.all()):
                 tail = is_kept.new_ones(places.keys - complete * self.chunk)
@@ -305,12 +306,6 @@ def _split(x: Tensor, heads: int) -> Tensor:
 
 def _padding(call: Call) -> Tensor | None:
     """`key_padding`, or None where there is none."""
-    if call.key_padding is None or not _can_wait(call.key_padding):
+    if call.key_padding is None or not can_wait(call.key_padding):
         return call.key_padding
     return None if bool((call.key_padding > 0).all()) else call.key_padding
-
-
-def _can_wait(x: Tensor) -> bool:
-    """Whether code may look at what was computed: no compiler traces it, no graph is captured, there are numbers."""
-    is_captured = x.is_cuda and torch.cuda.is_current_stream_capturing()
-    return not (torch.compiler.is_compiling() or is_captured or x.is_meta)
