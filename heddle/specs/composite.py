@@ -121,6 +121,9 @@ class CompositeMixer(MixerSpec):
         own = sum(state.bytes(context, element) for state in self.own_states(site))
         return own + sum(part.read_bytes(site, context, element) for part in self.computed(site).values())
 
+    def host_bytes(self, site: Site, context: int, element: int) -> int:
+        return sum(part.host_bytes(site, context, element) for part in self.computed(site).values())
+
     def states(self, site: Site) -> tuple[State, ...]:
         inner = [
             replace(state, name=f"{path}.{state.name}")
