@@ -47,14 +47,17 @@ def layer_cost(mixer: MixerBlock, channel: ChannelBlock | None, setting: Setting
     held = {True: 0, False: 0}
     for state in mixer.states or ():
         held[state.grows] += state.bytes(context, element)
+    # Of a layer that reads another one's keys nothing is held.
+    away = spec.host_bytes(site, context, element) if held[True] else 0
     prefill = spec.prefill_flops(site, context) + halves
     cost = {
         "prefill_flops_per_token": prefill,
         "decode_flops_per_token": spec.flops(site, context) + halves,
         "train_flops_per_token": TRAINING * prefill,
-        "cache_bytes": setting.batch * held[True],
+        "cache_bytes": setting.batch * (held[True] - away),
         "cache_bytes_per_token": spec.cache_bytes_per_token(site, element),
         "state_bytes": setting.batch * held[False],
+        "host_bytes": setting.batch * away,
         "decode_bytes": _decode_bytes(mixer, channel, setting),
         "prefill_bytes": _prefill_bytes(mixer, channel, setting),
     }
@@ -110,6 +113,7 @@ def ends_cost(model: ModelSpec, setting: Setting, table: int = 0) -> dict[str, f
         "cache_bytes": 0,
         "cache_bytes_per_token": 0,
         "state_bytes": 0,
+        "host_bytes": 0,
         "decode_bytes": element * (weights + setting.batch * width),
         "prefill_bytes": element * (weights + 3 * tokens * width),
     }
@@ -117,7 +121,9 @@ def ends_cost(model: ModelSpec, setting: Setting, table: int = 0) -> dict[str, f
 
 
 # What a model that has all its tokens at once does not do.
-DECODING = ("decode_flops_per_token", "cache_bytes", "cache_bytes_per_token", "state_bytes", "decode_bytes")
+DECODING = (
+    "decode_flops_per_token", "cache_bytes", "cache_bytes_per_token", "state_bytes", "host_bytes", "decode_bytes",
+)  # fmt: skip
 
 
 def _as_asked(cost: dict[str, float], setting: Setting) -> dict[str, float]:

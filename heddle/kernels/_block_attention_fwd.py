@@ -9,6 +9,9 @@ block on the tile's list, over the keys j that a row sees,
 with s_j = scale log2(e) q · k_j, beginning with the row's own key: m = s_own, l = 1, a = v_own. Then o = a / l, and
 m + log2(l) is kept for the gradients. Nothing is made for blocks that are on no list.
 
+Where blocks are let through by gates, all later queries read the same ones, and a tile is as tall as a product wants it: its rows
+read the blocks with a gate, and each its own block.
+
 Where tiles are too few to fill the device, as in a decode step, a list is split between programs; each leaves (m, l, a), and
 the merge is exact up to rounding:  o = Σ_p 2^(m_p - m) a_p / Σ_p 2^(m_p - m) l_p.
 
@@ -102,9 +105,11 @@ def _block_attention_fwd_kernel(
     T, S, N, tiles, width, splits, stride_sb, scale,
     K: tl.constexpr, V: tl.constexpr, ROWS_K: tl.constexpr, ROWS_V: tl.constexpr, ROWS: tl.constexpr,
     QUERIES: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr,
-    DIRECT: tl.constexpr, SEEN: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    DIRECT: tl.constexpr, GATED: tl.constexpr, SEEN: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries of one key head, and with SPLIT one part of its list.
+
+    GATED: marks are 1 for a block with a gate and 2 for a block that is some query's own, and tiles with the longest lists begin.
 
     Shapes:  out: [B, H, T, V];  lse: [B, H, T], base 2, inf where nothing is seen
              sums: [splits, B N tiles, ROWS, V], most: [2, splits, B N tiles, ROWS]: what is merged
@@ -114,6 +119,9 @@ def _block_attention_fwd_kernel(
     tile = (row % tiles).to(tl.int32)
     n = row // tiles % N
     b = row // tiles // N
+    if GATED:
+        tile = tiles - 1 - tile
+        row += tiles - 1 - 2 * (row % tiles)
     start = tl.load(start_ptr + b)
     query, head, present, place = rows_of(tile, start, T, ROWS, QUERIES, HEADS, GROUP)
     columns_k, columns_v = tl.arange(0, ROWS_K), tl.arange(0, ROWS_V)
@@ -151,8 +159,16 @@ def _block_attention_fwd_kernel(
         v = tl.load(v_at, mask=inside[:, None] & in_v, other=0.0)  # [KEYS, ROWS_V]
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor  # [ROWS, KEYS]
         # Queries that do not read this block see as far as none.
-        reach = tl.where((mark >> query) & 1 != 0, place, -1)
-        s = tl.where(key[None, :] < reach[:, None], s, float("-inf"))
+        if GATED:
+            is_whole = ((mark & 1) != 0) & (first + KEYS <= start + tile * QUERIES) & (KEYS == BLOCK)
+            if SEEN:
+                is_whole = False
+            if not is_whole:
+                reads = ((mark & 1) != 0) | (place // BLOCK == c)
+                s = tl.where(key[None, :] < tl.where(reads, place, -1)[:, None], s, float("-inf"))
+        else:
+            reach = tl.where((mark >> query) & 1 != 0, place, -1)
+            s = tl.where(key[None, :] < reach[:, None], s, float("-inf"))
         higher = tl.maximum(most, tl.max(s, axis=1))
         base = tl.where(higher == float("-inf"), 0.0, higher)
         p = tl.exp2(s - base[:, None])

@@ -20,7 +20,7 @@ from heddle.kernels._block_attention_fwd import (
     _block_attention_list_kernel,
     _block_attention_merge_kernel,
 )
-from heddle.kernels._block_attention_lists import MOST_QUERIES, Choice, Lists, Tiling, marks
+from heddle.kernels._block_attention_lists import MOST_QUERIES, Choice, Lists, Tiling, gate_marks, marks
 from heddle.kernels.common.layout import aligned, block, room, strides
 from heddle.kernels.common.tables import table_on
 from heddle.kernels.common.tuning import tuned
@@ -43,14 +43,14 @@ def plan(device: torch.device, element: int, size: int) -> Plan:
     """The launches for tensors on `device`, elements of so many bytes and the larger head size; overrides come first."""
     table = _device(device)[0].plan(element, block(size))
     return replace(
-        table, **{name: tuned(name, getattr(table, name)) for name in ("forward", "queries", "keys")}
+        table, **{name: tuned(name, getattr(table, name)) for name in ("forward", "gated", "queries", "keys")}
     )
 
 
-def queries_of(launch: Launch, group: int, length: int) -> int:
-    """How many queries a tile has: as many as its rows hold, but no more than there are."""
+def queries_of(launch: Launch, group: int, length: int, most: int = MOST_QUERIES) -> int:
+    """How many queries a tile has: as many as its rows hold, but no more than `most` or than there are."""
     held = max(1, launch.chunk // triton.next_power_of_2(group))
-    return int(min(held, MOST_QUERIES, triton.next_power_of_2(length)))
+    return int(min(held, most, triton.next_power_of_2(length)))
 
 
 def lists(marked: Tensor, longest: int | None, most: int | None = None) -> Lists:
@@ -91,9 +91,9 @@ class Call:
         self.seen, self.biased = _seen(*limits), limits[1] is not None
         self.plan = plan(self.q.device, self.q.element_size(), max(self.K, self.V))
 
-    def tiling(self, launch: Launch) -> Tiling:
-        """The tiles of this launch."""
-        queries = queries_of(launch, self.group, self.T)
+    def tiling(self, launch: Launch, most: int = MOST_QUERIES) -> Tiling:
+        """The tiles of this launch, of at most so many queries."""
+        queries = queries_of(launch, self.group, self.T, most)
         return Tiling(self.start, self.N, self.T, queries, self.block, self.blocks)
 
     def constants(self, launch: Launch, tiling: Tiling) -> dict[str, Any]:
@@ -114,8 +114,10 @@ class Call:
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """Output, and the log-sum-exp of its logits to base 2."""
-        launch = self.plan.forward
-        tiling = self.tiling(launch)
+        # A mark has no room for more queries, unless all of them read the same.
+        gated = self.choice.gates is not None and self.T > MOST_QUERIES
+        launch = self.plan.gated if gated else self.plan.forward
+        tiling = self.tiling(launch, launch.chunk if gated else MOST_QUERIES)
         out = torch.empty(*self.q.shape[:3], self.V, dtype=self.v.dtype, device=self.q.device)
         lse = torch.empty(self.q.shape[:3], dtype=torch.float32, device=self.q.device)
         count, splits = self.B * self.N * tiling.tiles, self._splits(tiling)
@@ -124,7 +126,7 @@ class Call:
             entries = offsets = self.choice.listed.contiguous()
             width = entries.shape[-1]
         else:
-            found = lists(marks(self.choice, tiling), self.choice.longest(tiling.queries))
+            found = lists(self._marks(tiling, gated=gated), self.choice.longest(tiling.queries))
             entries, offsets, width = found.entries, found.offsets, 0
         parts = (splits, count, block(tiling.queries * triton.next_power_of_2(self.group)))
         shapes = ((*parts, self.V), (2, *parts)) if splits > 1 else ((0,), (0,))
@@ -135,7 +137,7 @@ class Call:
             self.q, self.k, self.v, out, lse, sums, most, self.start.to(torch.int32), offsets, entries, seen,
             *strides(self.q, self.k, self.v),
             self.T, self.S, self.N, tiling.tiles, width, splits, stride, self.scale,
-            DIRECT=direct, SPLIT=splits > 1, **constants, **launch.options(),
+            DIRECT=direct, GATED=gated, SPLIT=splits > 1, **constants, **launch.options(),
         )  # fmt: skip
         if splits > 1:
             shared = ("V", "ROWS_V", "ROWS", "QUERIES", "HEADS", "GROUP")
@@ -176,6 +178,12 @@ class Call:
             BIAS=has_bias, **constants, **self.plan.keys.options(),
         )  # fmt: skip
         return dq, dk, dv, biases[0], biases[1]
+
+    def _marks(self, tiling: Tiling, *, gated: bool) -> Tensor:
+        """Shapes:  out: [B, N, tiles, C] uint8"""
+        if gated and self.choice.gates is not None:
+            return gate_marks(self.choice.gates, tiling)
+        return marks(self.choice, tiling)
 
     def _splits(self, tiling: Tiling) -> int:
         """Into how many parts lists are split: into one where tiles alone fill the device."""

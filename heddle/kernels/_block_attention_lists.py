@@ -90,6 +90,20 @@ def marks(choice: Choice, tiling: Tiling) -> Tensor:
     return found.masked_fill_(block > last[:, None, :, None], 0)
 
 
+def gate_marks(gates: Tensor, tiling: Tiling) -> Tensor:
+    """Which blocks the queries of a tile read, however many they are: 1 for one with a gate, 2 for one that is some query's own.
+
+    Shapes:  gates: [B, N, C];  out: [B, N, tiles, C] uint8
+    """
+    block = torch.arange(tiling.count, device=gates.device)
+    tile = torch.arange(tiling.tiles, device=gates.device) * tiling.queries
+    first = (tiling.start[:, None] + tile)[:, None, :, None]
+    last = (first + tiling.queries - 1) // tiling.block
+    own = (block >= first // tiling.block) & (block <= last)
+    found = (gates[:, :, None] > 0.5).to(torch.uint8) | own.to(torch.uint8) << 1
+    return found.masked_fill_(block > last, 0)
+
+
 def _read(choice: Choice, tiling: Tiling, query: int, own: Tensor) -> Tensor:
     """What the queries at one place of their tiles read.  Shapes:  own: [B, tiles];  out: [B, N, at most tiles, C] of 0 and 1"""
     every = slice(query, None, tiling.queries)

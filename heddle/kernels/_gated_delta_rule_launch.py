@@ -37,6 +37,8 @@ from heddle.kernels.common.tuning import tuned
 from heddle.kernels.configs.gated_delta_rule import INTERPRETER, Family, Plan, family
 from heddle.kernels.configs.launch import Launch
 
+# Of a chunk's gates, the factors of what its tokens write.
+LEFT = 2
 # Columns of the state that a program carries from segment to segment.
 CARRY_COLUMNS = 32
 # Programs that share a multiprocessor, tokens of a segment at least, and segments of a sequence at least.
@@ -217,18 +219,25 @@ def launch_forward(
     cu_seqlens: Tensor | None,
     *,
     keep: bool,
+    routes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Kept]:
-    """Output, final state, and with `keep` what `launch_backward` wants; arguments as those of the registered op."""
+    """Output, final state, and with `keep` what `launch_backward` wants; arguments as those of the registered op.
+
+    `routes` [chunks of the launch, HV] are factors of what each chunk writes; gradients know nothing of them.
+    """
     K, V = q.shape[3], v.shape[3]
     found = with_room((q, k), (v,), (initial_state,))
     if found is not None:
         (q, k), (v,), (before,) = found
-        out, final, kept = launch_forward(q, k, v, log_decay, beta, scale, before, cu_seqlens, keep=keep)
+        given = (q, k, v, log_decay, beta, scale, before, cu_seqlens)
+        out, final, kept = launch_forward(*given, keep=keep, routes=routes)
         return out[..., :V].contiguous(), final[..., :K, :V].contiguous(), kept
     q, k, v = (aligned(x) for x in (q, k, v))
     layout = _Layout(q, v, cu_seqlens, gated=log_decay is not None)
     kept = kept_like(q, v, cu_seqlens, keep=keep)
     _solve(q, k, log_decay, beta, scale, kept, layout)
+    if routes is not None:
+        kept.gates[:, :, LEFT].mul_(routes[..., None])
     out = empty(v.shape, v.dtype, v.device)
     final = empty((layout.sequences, layout.HV, K, V), torch.float32, v.device)
     _run_forward_state(q, k, v, scale, dense_state(initial_state), kept, (out, final), layout)

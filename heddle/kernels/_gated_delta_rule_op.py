@@ -1,7 +1,7 @@
-"""What torch knows of the kernels of gated_delta_rule and delta_rule: opaque ops with gradients. No `log_decay`: no decay.
+"""What torch knows of the kernels of gated_delta_rule, routed_delta_rule (which have no gradients) and delta_rule: opaque ops.
 
-Outputs after the first two are what the backward pass wants. They are empty unless `keep`; a backward pass that finds
-them empty runs the forward pass again.
+No `log_decay` means no decay. Outputs after the first two are what the backward pass wants. They are empty unless `keep`; a
+backward pass that finds them empty runs the forward pass again.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from heddle.kernels._gated_delta_rule_launch import Kept, kept_like, launch_backward, launch_forward
+from heddle.kernels._gated_delta_rule_launch import Kept, kept_like, launch_backward, launch_forward, plan
 from heddle.kernels._gated_delta_rule_step import launch_step
+from heddle.kernels._gated_delta_rule_torch import padded_chunks
+from heddle.kernels.common.layout import room
 from heddle.kernels.common.replay import empty, replayed
 from heddle.kernels.op import are_plain, register
 
@@ -210,6 +212,43 @@ step_kernels = register(
     fake=_step_fake,
     setup_context=_setup_step,
     backward=_step_gradients,
+)
+
+
+def longest_chunk(device: torch.device, element: int, K: int) -> int:
+    """Tokens of a tile of the kernels, for elements of so many bytes."""
+    return plan(device, element, room(K, device)).chunk
+
+
+def _routed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    beta: Tensor,
+    routes: Tensor,
+    chunk: int,
+    scale: float,
+    initial_state: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    size = longest_chunk(q.device, q.element_size(), q.shape[3])
+    q, k, values, log_decay, beta = (padded_chunks(x, chunk, size) for x in (q, k, v, log_decay, beta))
+    given = (q, k, values, log_decay, beta, scale, initial_state, None)
+    out, final, _ = launch_forward(*given, keep=False, routes=routes.flatten(0, 1))
+    out = out.view(len(v), -1, size, *v.shape[2:])[:, :, :chunk]
+    return out.reshape(v.shape), final
+
+
+def _routed_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:  # noqa: ARG001
+    return v.new_empty(v.shape), _state_like(q, v, None)
+
+
+routed_kernels = register(
+    "routed_delta_rule_kernels",
+    "(Tensor q, Tensor k, Tensor v, Tensor log_decay, Tensor beta, Tensor routes, int chunk, float scale, "
+    "Tensor? initial_state) -> (Tensor, Tensor)",
+    _routed,
+    fake=_routed_fake,
 )
 
 

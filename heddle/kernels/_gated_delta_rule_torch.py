@@ -1,4 +1,4 @@
-"""gated_delta_rule, delta_rule and kda in plain torch, which autograd and compilers see through.
+"""gated_delta_rule, routed_delta_rule, delta_rule and kda in plain torch, which autograd and compilers see through.
 
 Products, those of gradients too, take operands rounded to the dtype of the inputs; states, gates, sums and the triangular
 inverse are float32 (float64 for float64).
@@ -49,6 +49,42 @@ def chunked(
     return out.to(dtype), state
 
 
+def routed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    beta: Tensor,
+    routes: Tensor,
+    *,
+    chunk: int,
+    scale: float,
+    initial_state: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Output and final state; arguments as those of `routed_delta_rule`."""
+    group, dtype = v.shape[2] // q.shape[2], v.dtype
+    wide = wide_dtype(dtype)
+    q, k = (x.repeat_interleave(group, dim=2) if group > 1 else x for x in (q.to(wide) * scale, k))
+    sides = [x.to(wide) for x in (q, k, v, log_decay[..., None], beta[..., None])]
+    # Triangles are inverted by halves.
+    size = 1 << (chunk - 1).bit_length()
+    sides = [in_chunks(padded_chunks(x, chunk, size), size) for x in sides]
+    before = None if initial_state is None else initial_state.to(wide)
+    out, state = _chunked(
+        *sides, dtype=dtype, initial_state=before, packing=None, routes=routes.transpose(1, 2)
+    )
+    return out[..., :chunk, :].flatten(2, 3).transpose(1, 2).to(dtype), state
+
+
+def padded_chunks(x: Tensor, chunk: int, size: int) -> Tensor:
+    """Chunks of `size`, zeros behind each: no decay, nothing written.  Shapes:  x: [B, T, ...];  out: [B, T size / chunk, ...]"""
+    if size == chunk:
+        return x
+    parts = x.unflatten(1, (-1, chunk))  # type: ignore[no-untyped-call]
+    behind = parts.new_zeros(*parts.shape[:2], size - chunk, *parts.shape[3:])
+    return torch.cat((parts, behind), dim=2).flatten(1, 2)
+
+
 def step(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, state: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -76,12 +112,14 @@ def _chunked(
     dtype: torch.dtype,
     initial_state: Tensor | None,
     packing: Packing | None,
+    routes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """All chunks at once up to the states, then chunk by chunk; everything given is in the wide dtype.
 
     Letters as in the chunk form of arXiv 2412.06464: T = (I + A)^-1, U = T beta V, W = T beta e^G K.
 
     Shapes:  q, k, v, beta: [B, HV, M, C, K, V or 1];  log_decay: [B, HV, M, C, 1 or K];  out: [B, HV, M, C, V]
+             routes: [B, HV, M], factors of what a chunk writes, or None for 1
     """
     size, wide = q.shape[3], q.dtype
     # A sum of strong decays would swallow a weak one in float32, and differences of sums are what counts.
@@ -106,7 +144,9 @@ def _chunked(
         read = product(reads[:, :, n], state, dtype)
         new = u[:, :, n] - read[:, :, :size]
         outputs.append(read[:, :, size:] + product(attention[:, :, n], new, dtype))
-        state = over[:, :, n] * state + product(writes[:, :, n], new, dtype)
+        written = product(writes[:, :, n], new, dtype)
+        written = written if routes is None else routes[:, :, n, None, None] * written
+        state = over[:, :, n] * state + written
         states.append(state)
     out = torch.stack(outputs, dim=2)
     return out, state if packing is None else torch.cat(states)[packing.last]

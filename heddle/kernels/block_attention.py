@@ -34,6 +34,10 @@ except ImportError:
 
 # Of a key and of a value head, and heads of a group, in the kernels.
 MAX_HEAD_SIZE, MAX_GROUP = 256, 64
+# More queries than these, of gates, are a tile of another kind.
+FEW_QUERIES = 8
+# What a call's choice is: none, lists or marks (or gates of few queries), gates.
+NO_CHOICE, CHOSEN, GATED = range(3)
 
 
 def block_attention_reference(
@@ -187,8 +191,9 @@ def _dispatch(
     scale: float,
     block: int,
 ) -> Tensor:
-    is_choice = any(one is not None for one in (listed, chosen, gates))
-    sizes = {"K": q.shape[3], "V": v.shape[3], "G": q.shape[1] // k.shape[1], "choice": int(is_choice)}
+    choice = CHOSEN if any(one is not None for one in (listed, chosen, gates)) else NO_CHOICE
+    choice = GATED if gates is not None and q.shape[2] > FEW_QUERIES else choice
+    sizes = {"K": q.shape[3], "V": v.shape[3], "G": q.shape[1] // k.shape[1], "choice": choice}
     if block_attention.choose(q.device, q.dtype, **sizes) == "triton":
         return kernels(q, k, v, start, listed, chosen, gates, real, written, scale, block)[0]  # type: ignore[no-any-return]
     chosen = chosen if listed is None else _as_chosen(listed, -(-k.shape[2] // block))
@@ -259,7 +264,12 @@ def _fits(shape: Shape) -> bool:
     )
 
 
-@op(block_attention_reference, _CASES, kernel=_fits)
+def _is_unproven(shape: Shape) -> bool:
+    """No GPU has run the tall tiles of gates yet (`python tests/bench/layer_check.py`)."""
+    return shape["choice"] == GATED
+
+
+@op(block_attention_reference, _CASES, kernel=_fits, unproven_shapes=_is_unproven)
 def block_attention(
     q: Tensor,
     k: Tensor,

@@ -38,6 +38,10 @@ class CompositeMixer(MixerSpec):
         """The parts as they are built at `site`, which may be smaller than they are written."""
         return self.parts()
 
+    def computed(self, site: Site) -> Mapping[str, MixerSpec]:
+        """The parts that evaluation pays for: their FLOPs and their states are counted."""
+        return self.parts_at(site)
+
     def exemptions(self) -> Mapping[Contract, str]:
         inner = {name: why for part in self.parts().values() for name, why in part.exemptions().items()}
         return {**inner, **self.exempt}
@@ -106,21 +110,24 @@ class CompositeMixer(MixerSpec):
         return sum(part.frozen_params(site) for part in self.parts_at(site).values())
 
     def flops(self, site: Site, context: int) -> int:
-        return self.own_flops(site) + sum(part.flops(site, context) for part in self.parts_at(site).values())
+        return self.own_flops(site) + sum(part.flops(site, context) for part in self.computed(site).values())
 
     def prefill_flops(self, site: Site, length: int) -> float:
         return self.own_flops(site) + sum(
-            part.prefill_flops(site, length) for part in self.parts_at(site).values()
+            part.prefill_flops(site, length) for part in self.computed(site).values()
         )
 
     def read_bytes(self, site: Site, context: int, element: int) -> int:
         own = sum(state.bytes(context, element) for state in self.own_states(site))
-        return own + sum(part.read_bytes(site, context, element) for part in self.parts_at(site).values())
+        return own + sum(part.read_bytes(site, context, element) for part in self.computed(site).values())
+
+    def host_bytes(self, site: Site, context: int, element: int) -> int:
+        return sum(part.host_bytes(site, context, element) for part in self.computed(site).values())
 
     def states(self, site: Site) -> tuple[State, ...]:
         inner = [
             replace(state, name=f"{path}.{state.name}")
-            for path, part in self.parts_at(site).items()
+            for path, part in self.computed(site).items()
             for state in part.states(site)
         ]
         return (*self.own_states(site), *inner)

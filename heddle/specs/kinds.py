@@ -136,6 +136,10 @@ class MixerSpec(Schema):
         """Bytes its cache holds after `context` tokens."""
         return sum(state.bytes(context, element) for state in self.states(site))
 
+    def host_bytes(self, site: Site, context: int, element: int) -> int:  # noqa: ARG002
+        """Of `state_bytes` those that wait in host memory."""
+        return 0
+
     def read_bytes(self, site: Site, context: int, element: int) -> int:
         """Bytes of caches, its own or an earlier layer's, that decoding one token after `context` others reads.
 

@@ -56,6 +56,7 @@ from heddle.kernels import (
     _ttt_fwd,
 )
 from heddle.kernels._block_attention_launch import queries_of
+from heddle.kernels._block_attention_lists import MOST_QUERIES
 from heddle.kernels._gla_launch import KEY_TILE
 from heddle.kernels._ttt_launch import ROW_TILE
 from heddle.kernels.common.layout import ALIGNMENT, LEAST_HEAD, block
@@ -94,6 +95,7 @@ KERNELS = {
     ("gla", "backward"): _gla_fwd._gla_sweep_kernel,
     ("gla", "gradient"): _gla_bwd._gla_gradient_kernel,
     ("block_attention", "forward"): _block_attention_fwd._block_attention_fwd_kernel,
+    ("block_attention", "gated"): _block_attention_fwd._block_attention_fwd_kernel,
     ("block_attention", "queries"): _block_attention_bwd._block_attention_bwd_query_kernel,
     ("block_attention", "keys"): _block_attention_bwd._block_attention_bwd_key_kernel,
     (
@@ -248,11 +250,10 @@ def block_cases(*, quick: bool) -> Iterator[Case]:
     """The kernels of block_attention; `many`: a token alone, its list split."""
     sizes = [size for size in SIZES if size >= LEAST_HEAD]
     for (K, V), kernel in itertools.product(
-        [(128, 128)] if quick else itertools.product(sizes, sizes), ("forward", "queries", "keys")
+        [(128, 128)] if quick else itertools.product(sizes, sizes), ("forward", "gated", "queries", "keys")
     ):
-        first = Case(
-            "block_attention", kernel, "bf16", K, V, aligned=True, many=False, backward=kernel != "forward"
-        )
+        backward = kernel in ("queries", "keys")
+        first = Case("block_attention", kernel, "bf16", K, V, aligned=True, many=False, backward=backward)
         yield first
         if kernel == "forward":
             yield replace(first, many=True)
@@ -389,11 +390,14 @@ def _window_constants(case: Case, launch: Launch) -> dict[str, Any]:
 
 
 def _block_constants(case: Case, launch: Launch) -> dict[str, Any]:
-    queries = queries_of(launch, GROUP, 1 if case.many else BLOCK_KEYS)
+    gated = case.kernel == "gated"
+    # Gates are a head's own where NAtS-L has them.
+    group, most = (1, launch.chunk) if gated else (GROUP, MOST_QUERIES)
+    queries = queries_of(launch, group, 1 if case.many else launch.chunk, most)
     constants = {
-        "K": case.K, "V": case.V, "ROWS_K": block(case.K), "ROWS_V": block(case.V), "ROWS": block(queries * GROUP),
-        "QUERIES": queries, "HEADS": GROUP, "GROUP": GROUP, "BLOCK": BLOCK_KEYS, "KEYS": min(launch.columns, BLOCK_KEYS),
-        "DIRECT": case.many, "SEEN": True, "SPLIT": case.many, "BIAS": True, "PRECISION": "tf32x3",
+        "K": case.K, "V": case.V, "ROWS_K": block(case.K), "ROWS_V": block(case.V), "ROWS": block(queries * group),
+        "QUERIES": queries, "HEADS": group, "GROUP": group, "BLOCK": BLOCK_KEYS, "KEYS": min(launch.columns, BLOCK_KEYS),
+        "DIRECT": case.many, "GATED": gated, "SEEN": not gated, "SPLIT": case.many, "BIAS": True, "PRECISION": "tf32x3",
     }  # fmt: skip
     names = KERNELS[case.op, case.kernel].arg_names
     return {name: value for name, value in constants.items() if name in names}

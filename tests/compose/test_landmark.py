@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from toys import EXACT, call_at, mixer_of, noise, padded_call
 
+from heddle.compose.cache import cache_bytes
+from heddle.compose.host_cache import FEW, in_host_memory
 from heddle.compose.mixers.landmark import LandmarkModule
 from heddle.specs import Site as SpecSite
 from heddle.specs.mixers.landmark import Landmark
@@ -103,6 +105,74 @@ def test_blocks_count_real_tokens() -> None:
     right = real.flip(1)
     y = mixer(x, padded_call(right))
     assert (y[0, : LENGTH - 4] - mixer(x, call_at(0, LENGTH))[0, : LENGTH - 4]).abs().max() < EXACT
+
+
+def offloading(top: int | None) -> LandmarkModule:
+    made = mixer_of(
+        HIDDEN, "landmark", heads=HEADS, kv_heads=KV, head_dim=SIZE, rope={"theta": 500.0, "fraction": 1.0},
+        qk_norm=True, block=BLOCK, top=top, offload=True,
+    )  # fmt: skip
+    assert isinstance(made, LandmarkModule)
+    return made
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("top", [None, 2])
+@pytest.mark.parametrize("padded", [0, 7])
+def test_blocks_in_host_memory_change_nothing(top: int | None, padded: int) -> None:
+    mixer, length = offloading(top), 40
+    x, real = noise(2, length, HIDDEN), torch.ones(2, length, dtype=torch.bool)
+    real[0, :padded] = False
+    whole = mixer(x, padded_call(real))
+    # Steps, few tokens that choose, and many that read all; the first ones are padding in one row.
+    for ends in ([9, 20, *range(21, length + 1)], [*range(1, 30), 34, length], [3, 8, 16, 36, 39, length]):
+        y = in_pieces(mixer, x, ends, real if padded else None)
+        assert (y[real] - whole[real]).abs().max() < EXACT
+
+
+@torch.no_grad()
+def test_a_cache_in_host_memory_moves_with_its_rows_and_is_counted_apart() -> None:
+    mixer, x = offloading(2), noise(2, 40, HIDDEN)
+    cache, spec = (
+        mixer.new_cache(),
+        Landmark(heads=HEADS, kv_heads=KV, head_dim=SIZE, block=BLOCK, top=2, offload=True),
+    )
+    for start, end in ((0, 24), (24, 29), (29, 30)):
+        mixer(x[:, start:end], call_at(start, end - start, cache))
+        cache.advance(end - start)
+        held = cache.tensors()
+        host = sum(one.nbytes for name, one in held.items() if ".host_" in name)
+        assert host == 2 * spec.host_bytes(SpecSite(HIDDEN), end, 8)
+        assert held["tokens.keys"].shape[2] < 2 * BLOCK + FEW
+    # The open sum is float64 here, and counted as float32.
+    site, total = SpecSite(HIDDEN), cache_bytes([cache]) - cache.tensors()["open"].nbytes // 2
+    assert 0 < host < total == 2 * spec.state_bytes(site, 30, 8)
+    assert Landmark(heads=HEADS).host_bytes(site, 10_000, 2) == 0
+    cache.batch_repeat_interleave(2)
+    cache.reorder_cache(torch.tensor([2, 1, 0, 3]))
+    x = x.repeat_interleave(2, dim=0)[[2, 1, 0, 3]]
+    for t in range(30, 36):
+        found = mixer(x[:, t : t + 1], call_at(t, 1, cache, rows=4))
+        cache.advance(1)
+        assert (found - mixer(x[:, : t + 1], call_at(0, t + 1, rows=4))[:, -1:]).abs().max() < EXACT
+    part = cache.parts["tokens"]
+    kept, before = part.update(x.new_zeros(4, KV, 0, SIZE), x.new_zeros(4, KV, 0, SIZE))[0], part.tokens
+    part.crop(5)
+    assert torch.equal(
+        part.update(x.new_zeros(4, KV, 0, SIZE), x.new_zeros(4, KV, 0, SIZE))[0], kept[:, :, :-5]
+    )
+    assert part.tokens == before - 5
+    cache.reset()
+    assert cache_bytes([cache]) == 0
+
+
+@torch.no_grad()
+def test_a_filled_cache_in_host_memory_repeats_its_step() -> None:
+    mixer, x = offloading(2), noise(3, 1, HIDDEN)
+    cache = mixer.filled_cache(3, 40, x)
+    told = [mixer(x, call_at(40, 1, cache, rows=3)) for _ in range(2)]
+    assert torch.equal(*told)
+    assert cache.tensors()["tokens.host_keys"].shape[2] == in_host_memory(41, BLOCK) > 0
 
 
 class Largest(TorchDispatchMode):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from toys import EXACT, EXAMPLES, call_at, mixer_of, model_with, noise, tokens
 
 from heddle.compose.build import build
+from heddle.compose.cache import cache_bytes
 from heddle.compose.mixers.layer_router import LayerRouterModule
 from heddle.compose.modules.prompt_router import PromptRouter
 from heddle.specs import MIXERS, ModelSpec, load, spec_hash
@@ -146,6 +147,40 @@ def test_a_decision_moves_with_its_row() -> None:
     parts = [mixer(x, call_at(0, LENGTH))[:, 12] for mixer in router.mixers]
     expected = torch.stack((parts[1][1], parts[0][0], parts[1][1]))
     assert (got[:, 0] - expected).abs().max() < EXACT
+
+
+@pytest.mark.parametrize("picked", [0, 1])
+def test_with_single_the_picked_mixer_alone_is_computed_and_cached(picked: int) -> None:
+    both, router = (split_by_the_prompt(router_of(**({"single": True} if one else {}))) for one in (0, 1))
+    router.load_state_dict(both.state_dict())
+    alike, mixed = prompts()[[picked, picked]], prompts()
+    ran: list[int] = []
+    for index, mixer in enumerate(router.mixers):
+        mixer.register_forward_hook(lambda *_, index=index: ran.append(index))
+    for x, expected in ((alike, {picked}), (mixed, {0, 1})):
+        ran.clear()
+        cache, whole = router.new_cache(), both(x, call_at(0, LENGTH))
+        for start, end in ((0, 12), (12, 13), (13, LENGTH)):
+            part = router(x[:, start:end], call_at(start, end - start, cache))
+            cache.advance(end - start)
+            cache.reorder_cache(torch.tensor([0, 1]))
+            assert (part - whole[:, start:end]).abs().max() < EXACT
+        held = {int(name.split(".")[1]) for name in cache.tensors() if name.startswith("mixers")}
+        assert held == expected
+        assert set(ran) == expected
+    cache.reset()
+    assert cache.single is None
+    assert torch.equal(router.train()(alike, call_at(0, LENGTH)), both.train()(alike, call_at(0, LENGTH)))
+
+
+def test_with_single_the_costs_are_those_of_the_first_mixer() -> None:
+    site = SpecSite(HIDDEN)
+    spec = MIXERS["layer_router"].model_validate({"mixers": [FULL, CHEAP], "router_dim": 4, "single": True})
+    first = MIXERS["attention"].model_validate(FULL)
+    assert spec.flops(site, 40) == first.flops(site, 40)
+    assert spec.state_bytes(site, 40, 4) == first.state_bytes(site, 40, 4) + 2 * 4
+    made = router_of(single=True).filled_cache(3, 40, torch.zeros(1))
+    assert cache_bytes([made]) == 3 * spec.state_bytes(site, 40 + 1, 4)
 
 
 def model_of(*targets: float | None) -> Any:

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from heddle.errors import HeddleError
 from heddle.kernels import force_path, watch_paths
-from heddle.kernels._block_attention_lists import Choice, Tiling, marks
+from heddle.kernels._block_attention_lists import Choice, Tiling, gate_marks, marks
 from heddle.kernels.accuracy import EPSILON
 from heddle.kernels.block_attention import block_attention, block_attention_reference
 from heddle.kernels.common.tuning import tuning
+from heddle.kernels.configs.launch import Launch
 from heddle.kernels.op import LIBRARY
 
 pytestmark = pytest.mark.usefixtures("kernels_on_gpu")
@@ -106,6 +107,17 @@ def test_odd_sizes_are_right(odd: str, device: str, dtype: torch.dtype) -> None:
 
 
 @over_settings
+@pytest.mark.parametrize("is_limited", [False, True])
+def test_gated_tiles_that_see_a_block_whole_are_right(
+    is_limited: bool, device: str, dtype: torch.dtype
+) -> None:
+    given = drawn("gates", T=41, S=56, G=1)
+    if not is_limited:
+        given = {name: x for name, x in given.items() if name not in ("real", "written")}
+    assert_right(given, dtype, device, gated=Launch(chunk=16, columns=16, warps=4, stages=1))
+
+
+@over_settings
 def test_a_query_that_reads_one_key_has_no_gradient_but_rounding(device: str, dtype: torch.dtype) -> None:
     given = rounded(drawn("listed", T=1, S=3), dtype)
     assert not results(block_attention_reference, given, torch.float64, "cpu")["k"].any()
@@ -180,6 +192,8 @@ def test_gates_mark_blocks_for_all_queries_and_the_own_one_for_its_own() -> None
     found = marks(Choice(None, None, gates), tiling)[0, 0]
     assert found.tolist() == [[0b0011, 0b1111, 0], [0, 0b1111, 0b1111 & found[1, 2].item()]]
     assert found[1, 2].item() & 0b11 == 0b11
+    # For as many queries as a tile may have: 1 for the gate, 2 where the block is some query's own.
+    assert gate_marks(gates, tiling)[0, 0].tolist() == [[2, 3, 0], [0, 1, 2 | found[1, 2].item() & 1 << 1]]
 
 
 def test_what_has_no_kernel_runs_in_torch() -> None:

@@ -31,8 +31,8 @@ OPS = {
 CONTRACTS, REPLAY = "tests/contracts/test_ops.py", "tests/kernels/test_replay.py"
 # Attention and a layer's step, whose contract is their own, and forms of ops that contracts do not have.
 OTHERS = {
-    # All gradients of one form, ragged heads in half precision, a list in three parts.
-    "test_block_attention_kernels": "reference and gates and float32 or odd and group and float16 "
+    # All gradients of one form, tall tiles, ragged heads in half precision, a list in three parts.
+    "test_block_attention_kernels": "reference and gates and float32 or gated_tiles and float16 or odd and group and float16 "
     "or split and 3-listed and float32",
     # A choice in both directions with all limits, ragged heads and blocks in half precision, a step in three parts; what only
     # kernels have: a choice part by part, and how often a gradient is rounded.
@@ -53,6 +53,8 @@ OTHERS = {
     "or split and 3-cpu and float32 or mixer",
     # A step with masks in full precision, a given slope and a window in half.
     "test_local_linear_attention": "kernels_are and (step and float32 or slope and float16)",
+    # Segments in full precision, ragged heads and a part of a tile in half.
+    "test_routed_delta_rule": "reference and (whole and float32 or ragged and float16)",
     # The loss and the norm that contracts do not have; padding.
     "test_ttt": "any_form and packed and l2-before or padding_of",
 }

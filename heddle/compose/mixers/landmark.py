@@ -17,12 +17,15 @@ from heddle.compose.cache import (
     PreallocatedRecurrentLayer,
     StateLayer,
 )
-from heddle.compose.modules.in_view import keys_so_far
+from heddle.compose.host_cache import FEW, HostKVLayer
+from heddle.compose.modules.host_blocks import attend_fetched
+from heddle.compose.modules.in_view import keys_so_far, marks_so_far
 from heddle.compose.modules.norm import RMSNorm
 from heddle.compose.modules.precision import wide, wide_dtype
 from heddle.compose.modules.rope import rotary_key, rotary_tables, rotate
 from heddle.compose.modules.selection import Places
 from heddle.compose.modules.site import Site
+from heddle.compose.modules.waiting import can_wait
 from heddle.kernels.landmark_attention import landmark_attention
 
 KEPT = "tokens"
@@ -35,10 +38,11 @@ class LandmarkModule(nn.Module):
 
     Blocks are counted from each row's first real token. A landmark is normed as a key and turned as one at its block's end;
     what is padding or not written has no part in it. Training reads all blocks, evaluation the `top` best. Sums over an open
-    block are float32.
+    block are float32. With `offload` blocks wait in host memory, and a step fetches those that it chooses.
 
     Shapes:  x, y: [B, T, D];  states: landmarks: [B, KV heads, complete blocks, d];  open: [B, KV heads, d + 1], the sum over
-             the open block and its tokens, float32; keys, values: [B, KV heads, S, d];  `heads_out` sees [B, T, H, d]
+             the open block and its tokens, float32; keys, values: [B, KV heads, S, d], or as `HostKVLayer` has them;
+             `heads_out` sees [B, T, H, d]
     """
 
     def __init__(
@@ -52,8 +56,10 @@ class LandmarkModule(nn.Module):
         qk_norm: bool,
         block: int,
         top: int | None,
+        offload: bool = False,
     ) -> None:
         super().__init__()
+        self.offload = offload
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
         self.rotary, self.block, self.top = rotary_key(rope, head_dim), block, top
         self.q_proj, self.k_proj, self.v_proj, self.landmark_proj = (
@@ -71,23 +77,47 @@ class LandmarkModule(nn.Module):
         q, k = (
             _placed(side, norm, tables).transpose(1, 2) for side, norm in ((q, self.q_norm), (k, self.k_norm))
         )
-        k, v, written = keys_so_far(k, v.transpose(1, 2), call.part(KEPT))
-        real = None if call.key_padding is None else call.key_padding[:, -k.shape[2] :] > 0
-        places = Places(self.block, k.shape[2], real, k.device)
+        o = self._attend(q, (k, v.transpose(1, 2)), x, call)
+        y: Tensor = self.o_proj(self.heads_out(call.gated(o.transpose(1, 2))).flatten(2))
+        return y
+
+    def _attend(self, q: Tensor, new: tuple[Tensor, Tensor], x: Tensor, call: Call) -> Tensor:
+        """Shapes:  q, out: [B, H, T, d];  new: [B, KV heads, T, d], twice"""
+        part, top = call.part(KEPT), None if self.training else self.top
+        held = part.cache if isinstance(part.cache, HostKVLayer) and self._fetches(q) else None
+        if held is None:
+            k, v, written = keys_so_far(*new, part)
+            tokens = k.shape[2]
+        else:
+            held.append(*new)
+            tokens = held.held
+            written = marks_so_far(held, part, q, tokens - q.shape[2])
+        real = None if call.key_padding is None else call.key_padding[:, -tokens:] > 0
+        places = Places(self.block, tokens, real, q.device)
         landmarks = self._landmarks(x, call, places)
-        o = landmark_attention(
+        if held is not None:
+            return attend_fetched(q, held, landmarks, places, written=written, top=top)
+        return landmark_attention(
             q,
             places.aligned(k),
             places.aligned(v),
             landmarks,
             block=self.block,
             start=places.first(x.shape[0], x.shape[1]),
-            top=None if self.training else self.top,
+            top=top,
             real=None if real is None else places.aligned_marks(real),
             written=None if written is None else places.aligned_marks(written),
         )
-        y: Tensor = self.o_proj(self.heads_out(call.gated(o.transpose(1, 2))).flatten(2))
-        return y
+
+    def _fetches(self, q: Tensor) -> bool:
+        """Whether a call fetches blocks that it chooses, and not all of them.
+
+        Raises:
+            RuntimeError: while a CUDA graph is captured, which cannot wait for a choice.
+        """
+        if q.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("a step that fetches blocks from host memory cannot be captured")
+        return q.shape[2] <= FEW and can_wait(q)
 
     def _landmarks(self, x: Tensor, call: Call, places: Places) -> Tensor:
         """The landmarks of all blocks, those of earlier calls among them; of the open block what it has come to so far.
@@ -132,7 +162,7 @@ class LandmarkModule(nn.Module):
         return sums.scatter_add(2, _spread(index, rows), rows)
 
     def new_cache(self) -> StateLayer:
-        made = CompositeLayer({KEPT: KVLayer()})
+        made = CompositeLayer({KEPT: HostKVLayer(self.block) if self.offload else KVLayer()})
         # What a block came to cannot be taken back.
         made.is_croppable = False
         return made
@@ -140,9 +170,10 @@ class LandmarkModule(nn.Module):
     def filled_cache(self, batch: int, context: int, like: Tensor) -> StateLayer:
         """A cache of random contents after `context` tokens, whose step repeats."""
         shape = (batch, self.kv_heads, context + 1, self.head_dim)
-        part = PreallocatedKVLayer(
-            like.new_empty(shape).normal_(), like.new_empty(shape).normal_(), context=context
-        )
+        keys, values = (like.new_empty(shape).normal_() for _ in range(2))
+        part: StateLayer = PreallocatedKVLayer(keys, values, context=context)
+        if self.offload:
+            part = HostKVLayer.filled(keys, values, self.block)
         marks = (batch, self.kv_heads, (context + 1) // self.block, self.head_dim)
         opened = (batch, self.kv_heads, self.head_dim + 1)
         states = {

@@ -15,13 +15,15 @@ from heddle.compose.modules.open_chunk import Layout
 from heddle.compose.modules.precision import wide, wide_dtype
 from heddle.compose.modules.selection import Places
 from heddle.compose.modules.site import Site
+from heddle.compose.modules.waiting import can_wait
 from heddle.kernels.block_attention import block_attention
 from heddle.kernels.gated_delta_rule import gated_delta_rule
+from heddle.kernels.routed_delta_rule import routed_delta_rule, routed_path
 
 
 @dataclass(slots=True)
 class Running:
-    """What stands at a token of the loop over chunks, all of it wide.
+    """What stands where a piece of a chunk has ended, all of it wide.
 
     Shapes:  memory: [B, H, K, V];  start: the memory at the beginning of the open chunk;  faded: [B, H, 1], its log-decay since;
              opened: [B, 1, D + 2], the sum of the open chunk's inputs, how many of them are written, and how many there are
@@ -114,7 +116,7 @@ class NatsLModule(GatedDeltaNetModule):
         first = places.first(*x.shape[:2])
         real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
         if places.real is None:
-            return Layout.of(self.chunk, first, real, (places.keys - x.shape[1]) % self.chunk)
+            return Layout.regular(self.chunk, first, real, (places.keys - x.shape[1]) % self.chunk)
         return Layout.of(self.chunk, first, real if call.padding is None else call.padding > 0, None)
 
     def _recurrence(
@@ -128,38 +130,78 @@ class NatsLModule(GatedDeltaNetModule):
         log_decay, beta = self._gates(x, call)
         marks = torch.ones_like(x[..., :2], dtype=wide_dtype(x.dtype))
         inputs = call.hide_unwritten(torch.cat((wide(x), marks[..., :1]), dim=-1))
-        given = (l2_norm(q), l2_norm(k), v, log_decay, beta, torch.cat((inputs, marks[..., 1:]), dim=-1))
-        chunks = zip(*(layout.spread(one).unbind(1) for one in given), strict=True)
-        running, told, routes = self._running(x, call), [], []
-        for *five, one in chunks:
-            o, end = gated_delta_rule(*five, initial_state=running.memory)
-            told.append(o)
-            routes.append(self._close(running, end, five[3].sum(1), one.sum(1, keepdim=True)))
+        inputs = layout.spread(torch.cat((inputs, marks[..., 1:]), dim=-1)).sum(2, keepdim=True)
+        given = [layout.spread(one) for one in (l2_norm(q), l2_norm(k), v, log_decay, beta)]
+        running = self._running(x, call)
+        told, routes = self._piece(running, [one[:, 0] for one in given], inputs[:, 0])
+        told, routes = told[:, None], routes[:, None]
+        if layout.chunks > 1:
+            more = self._whole_chunks(running, [one[:, 1:] for one in given], inputs[:, 1:, 0])
+            told, routes = (torch.cat(both, dim=1) for both in zip((told, routes), more, strict=True))
         names = ("memory", "start", "faded")
         call.keep(**{name: getattr(running, name) for name in names}, open=running.opened)
-        m: Tensor = self.routes_out(torch.stack(routes, dim=1))
-        return layout.gather(torch.stack(told, dim=1)), m
+        m: Tensor = self.routes_out(routes)
+        return layout.gather(told), m
 
-    def _close(self, running: Running, end: Tensor, faded: Tensor, inputs: Tensor) -> Tensor:
-        """Goes on to the end of a piece of a chunk, and past the chunk's own end where it is complete; its routes.
+    def _whole_chunks(self, running: Running, given: list[Tensor], inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Goes on through chunks that begin at their first slot, all at once but each row's last one, which may stay open.
 
-        Shapes:  end: [B, H, K, V];  faded: [B, H];  inputs: [B, 1, D + 2];  out: [B, H, 2]
+        Shapes:  given: [B, chunks, slots, H, *];  inputs: [B, chunks, D + 2];  out: [B, chunks, slots, H, V], [B, chunks, H, 2]
         """
-        opened, gone = running.opened + inputs, running.faded + faded[..., None]
-        complete = opened[:, 0, -1] >= self.chunk
-        mean = opened[:, 0, :-2] / opened[:, 0, -2:-1].clamp(min=1.0)
-        p = torch.softmax(_split(wide(self.router(mean.to(self.router.weight.dtype))), self.heads), dim=-1)
-        chosen = torch.zeros_like(p).scatter(-1, p.argmax(dim=-1, keepdim=True), 1.0)
-        # The bracket is 0. A type that was not chosen hears nothing.
-        m = chosen * (1.0 + (p - p.detach())) * complete[:, None, None]
+        m = self._routes(inputs)
+        # Of a row whose tokens were all in the piece before, none is.
+        tokens = inputs[..., -1] > 0.0
+        is_last = tokens & (torch.arange(1, m.shape[1] + 1, device=m.device) == tokens.sum(1, keepdim=True))
+        q, k, v, log_decay, beta = given
+        log_decay, beta = (one.masked_fill(is_last[..., None, None], 0.0) for one in (log_decay, beta))
+        q, k, v, log_decay, beta = (one.flatten(1, 2) for one in (q, k, v, log_decay, beta))
+        o, memory = routed_delta_rule(
+            q, k, v, log_decay, beta, m[..., 1], chunk=self.chunk, initial_state=running.memory
+        )
+        went_on = tokens[:, 0, None, None, None]
+        running.start = torch.where(went_on, memory, running.start)
+        running.memory = memory
+        last, piece = tokens.sum(1).clamp(min=1) - 1, []
+        for one in (*given, inputs[:, :, None]):
+            index = last.view(-1, *[1] * (one.dim() - 1)).expand(-1, 1, *one.shape[2:])
+            found = one.gather(1, index)[:, 0]
+            piece.append(found * tokens[:, 0].view(-1, *[1] * (found.dim() - 1)).to(found.dtype))
+        told, _ = self._piece(running, piece[:-1], piece[-1])
+        o = o.view(len(o), -1, self.chunk, *o.shape[2:])
+        return torch.where(is_last[..., None, None, None], told[:, None], o), m
+
+    def _piece(self, running: Running, given: list[Tensor], inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Goes on through a piece of one chunk, and past the chunk's end where it is complete: what is told, and the routes.
+
+        Shapes:  given: [B, slots, H, *];  inputs: [B, 1, D + 2];  out: [B, slots, H, V], [B, H, 2]
+        """
+        q, k, v, log_decay, beta = given
+        o, end = gated_delta_rule(q, k, v, log_decay, beta, initial_state=running.memory)
+        opened, gone = running.opened + inputs, running.faded + log_decay.sum(1)[..., None]
+        m = self._routes(opened)[:, 0]
         kept = gone.exp()[..., None] * running.start
         closed = kept + m[..., 1, None, None].to(kept.dtype) * (end - kept)
-        is_over = complete[:, None, None]
+        is_over = self._is_complete(opened)[:, :, None]
         running.memory = torch.where(is_over[..., None], closed, end)
         running.start = torch.where(is_over[..., None], closed, running.start)
         running.faded = gone.masked_fill(is_over, 0.0)
         running.opened = opened.masked_fill(is_over, 0.0)
-        return m
+        return o, m
+
+    def _is_complete(self, opened: Tensor) -> Tensor:
+        """Shapes:  opened: [B, chunks, D + 2];  out: [B, chunks]"""
+        return opened[..., -1] >= self.chunk
+
+    def _routes(self, opened: Tensor) -> Tensor:
+        """m of chunks whose inputs have come to `opened`; 0 of one that is not complete.
+
+        Shapes:  opened: [B, chunks, D + 2];  out: [B, chunks, H, 2]
+        """
+        mean = opened[..., :-2] / opened[..., -2:-1].clamp(min=1.0)
+        p = torch.softmax(_split(wide(self.router(mean.to(self.router.weight.dtype))), self.heads), dim=-1)
+        chosen = torch.zeros_like(p).scatter(-1, p.argmax(dim=-1, keepdim=True), 1.0)
+        # The bracket is 0. A type that was not chosen hears nothing.
+        return chosen * (1.0 + (p - p.detach())) * self._is_complete(opened)[..., None, None]
 
     def _running(self, x: Tensor, call: Call) -> Running:
         """Where earlier calls ended."""
@@ -198,6 +240,8 @@ class NatsLModule(GatedDeltaNetModule):
                 if one is not None
             )
             written = torch.cat((marks[:, 0, :held, 0].to(written.dtype), written), dim=1)
+        # Where all keys are those of this call and written, there is nothing to ask of them.
+        is_told = call.written is not None or k.shape[2] > tokens
         self._keep({"keys": k, "values": v, "written": marks, "types": types}, places, call)
         return block_attention(
             q,
@@ -207,7 +251,7 @@ class NatsLModule(GatedDeltaNetModule):
             start=places.first(len(q), tokens),
             gates=types.repeat_interleave(self.parts // self.heads, dim=1),
             real=None if places.real is None else places.aligned_marks(places.real),
-            written=places.aligned_marks(written),
+            written=places.aligned_marks(written) if is_told else None,
         ).transpose(1, 2)
 
     def _keep(self, held: dict[str, Tensor], places: Places, call: Call) -> None:
@@ -215,7 +259,7 @@ class NatsLModule(GatedDeltaNetModule):
         complete = places.keys // self.chunk
         held["types"] = held["types"][:, :, :complete, None]
         # Rows with padding have their chunks at other places.
-        if call.cache is not None and places.real is None and _can_wait(held["keys"]):
+        if call.cache is not None and places.real is None and can_wait(held["keys"]):
             is_kept = (held["types"] > 0.5).any(dim=3).any(dim=1).any(dim=0)
             if not bool(is_kept.all()):
                 tail = is_kept.new_ones(places.keys - complete * self.chunk)
@@ -233,6 +277,12 @@ class NatsLModule(GatedDeltaNetModule):
         call.add_loss("router_share", share.detach(), 0.0)
         if self.budget is not None:
             call.add_loss("router_budget", (share - self.budget).square(), self.budget_factor)
+
+    def kernel_path(self, device: torch.device, dtype: torch.dtype) -> str:
+        """The name of the code that does the mixing: of a whole chunk, of many of them where no gradient is wanted."""
+        sizes = {"K": self.head_dim, "V": self.value_dim}
+        names = (super().kernel_path(device, dtype), routed_path(device, dtype, **sizes, chunk=self.chunk))
+        return " and ".join(dict.fromkeys(names))
 
     def filled_cache(self, batch: int, context: int, like: Tensor) -> StateLayer:
         """A cache of random states after `context` tokens, all of type softmax, whose step repeats."""
@@ -256,12 +306,6 @@ def _split(x: Tensor, heads: int) -> Tensor:
 
 def _padding(call: Call) -> Tensor | None:
     """`key_padding`, or None where there is none."""
-    if call.key_padding is None or not _can_wait(call.key_padding):
+    if call.key_padding is None or not can_wait(call.key_padding):
         return call.key_padding
     return None if bool((call.key_padding > 0).all()) else call.key_padding
-
-
-def _can_wait(x: Tensor) -> bool:
-    """Whether code may look at what was computed: no compiler traces it, no graph is captured, there are numbers."""
-    is_captured = x.is_cuda and torch.cuda.is_current_stream_capturing()
-    return not (torch.compiler.is_compiling() or is_captured or x.is_meta)

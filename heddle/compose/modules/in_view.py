@@ -20,10 +20,21 @@ def keys_so_far(k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor, Tenso
     if isinstance(call.cache, KVLayer):
         new = k.shape[2]
         k, v = call.cache.update(k, v)
-        if written is not None or call.cache.written is not None:
-            written = k.new_ones(k.shape[0], new) if written is None else written
-            written = call.cache.mark(written, k.shape[2] - new)
+        written = marks_so_far(call.cache, call, k, k.shape[2] - new)
     return k, v, written
+
+
+def marks_so_far(cache: KVLayer, call: Call, like: Tensor, earlier: int) -> Tensor | None:
+    """Which keys are written, the call's own behind so many `earlier` ones; None for all.
+
+    Shapes:  like: [B, ...], of the type wanted;  out: [B, S] of 0 and 1
+    """
+    written = call.written
+    if written is None and cache.written is None:
+        return None
+    if written is None:
+        written = like.new_ones(call.positions.shape[-1]).expand(like.shape[0], -1)
+    return cache.mark(written, earlier)
 
 
 def attend_in_view(

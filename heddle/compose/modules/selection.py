@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from heddle.compose.modules.precision import wide
+from heddle.compose.modules.precision import wide, wide_dtype
 from heddle.kernels.block_attention import block_attention
 
-# Queries whose scores stand in memory at once.
-QUERIES = 256
+# Scores that stand in memory at once, and queries they are of at least: on a GPU each part of them waits for the host.
+SCORES, QUERIES = 1 << 24, 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +49,13 @@ class Places:
         return total / kept.clamp(min=1)
 
     def sums(self, k: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The sum of each block's keys, those of weight 0 left out, and how many they are.
+        """The sum of each block's keys, at least float32, those of weight 0 left out, and how many they are.
 
         Shapes:  as `means`, and the second [1 or B, 1, blocks, 1]
         """
+        if weights is None and self.real is None:
+            return self._plain_sums(k)
+        k = wide(k)
         kept = k.new_ones(1, self.keys) if weights is None else weights.to(k.dtype)
         if self.real is not None:
             kept = (kept * self.real).expand(k.shape[0], -1)
@@ -60,6 +63,17 @@ class Places:
         k, kept = F.pad(self.aligned(k), (0, 0, 0, tail)), F.pad(self.aligned_marks(kept), (0, tail))
         kept = kept.view(-1, 1, self.blocks, self.block, 1)
         return (k.view(*k.shape[:2], self.blocks, self.block, -1) * kept).sum(dim=3), kept.sum(dim=3)
+
+    def _plain_sums(self, k: Tensor) -> tuple[Tensor, Tensor]:
+        """As `sums` where every key counts: read once as they are."""
+        complete = self.keys // self.block
+        whole, tail = k[:, :, : complete * self.block], k[:, :, complete * self.block :]
+        total = whole.unflatten(2, (complete, self.block)).sum(dim=3, dtype=wide_dtype(k.dtype))  # type: ignore[no-untyped-call]
+        kept = total.new_full((complete,), self.block)
+        if tail.shape[2] > 0:
+            total = torch.cat((total, tail.sum(dim=2, keepdim=True, dtype=total.dtype)), dim=2)
+            kept = torch.cat((kept, kept.new_full((1,), tail.shape[2])))
+        return total, kept.view(1, 1, -1, 1)
 
     def aligned(self, k: Tensor) -> Tensor:
         """Each row from its first real key on, and then its first keys again, hidden by whoever looks at `aligned_marks`.
@@ -130,10 +144,11 @@ def choose_blocks(
              out: [B, KV heads, T, blocks] bool
     """
     is_mean = rule.scores == "mean"
-    rows = (places.means(wide(k), weights), None) if is_mean else _kernels(wide(k), places, weights)
+    rows = (places.means(k, weights), None) if is_mean else _kernels(k, places, weights)
     first, found = places.first(q.shape[0], q.shape[2]), []
-    for start in range(0, q.shape[2], QUERIES):
-        part = q[:, :, start : start + QUERIES]
+    count = max(QUERIES, SCORES // (q.shape[0] * k.shape[1] * places.blocks))
+    for start in range(0, q.shape[2], count):
+        part = q[:, :, start : start + count]
         place = first[:, None] + torch.arange(start, start + part.shape[2], device=q.device)
         heads = wide(part).unflatten(1, (k.shape[1], -1))  # type: ignore[no-untyped-call]
         if rows[1] is None:

@@ -12,10 +12,11 @@ from heddle.kernels.configs.launch import BySize, Launch
 class Plan:
     """The launches of one call. `chunk`: rows of a tile, queries times the heads of a group;  `columns`: keys at a time
 
-    The kernels of gradients walk over the same tiles, so their `chunk` is one.
+    The kernels of gradients walk over the same tiles, so their `chunk` is one. `gated` is `forward` where gates say what is read.
     """
 
     forward: Launch
+    gated: Launch
     queries: Launch
     keys: Launch
 
@@ -28,7 +29,7 @@ class Family(BySize[Plan]):
 
 
 def _even(launch: Launch) -> Plan:
-    return Plan(launch, launch, launch)
+    return Plan(launch, launch, launch, launch)
 
 
 _WIDE = _even(Launch(chunk=32, columns=32, warps=4, stages=1))
@@ -36,11 +37,14 @@ _WIDE_TALL = _even(Launch(chunk=16, columns=16, warps=4, stages=1))
 HOPPER = Family(
     half=Plan(
         forward=Launch(chunk=64, columns=64, warps=4, stages=3),
+        # A guess.
+        gated=Launch(chunk=128, columns=64, warps=8, stages=3),
         queries=Launch(chunk=64, columns=64, warps=4, stages=2),
         keys=Launch(chunk=64, columns=64, warps=8, stages=3),
     ),
     half_tall=Plan(
         forward=Launch(chunk=64, columns=64, warps=8, stages=2),
+        gated=Launch(chunk=64, columns=64, warps=8, stages=2),
         queries=Launch(chunk=64, columns=64, warps=8, stages=1),
         keys=Launch(chunk=64, columns=64, warps=8, stages=1),
     ),

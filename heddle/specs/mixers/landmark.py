@@ -15,6 +15,9 @@ from heddle.specs.rope import Rope
 from heddle.specs.selection import Selection
 from heddle.specs.sight import Sight
 
+# Queries of one call that fetch blocks of their own, and tokens beside a block that stay on the device for them.
+FEW = 8
+
 
 class Landmark(AttentionMixer):
     """Landmark attention (arXiv 2305.16300): a softmax over landmarks and the own block, and one inside each block.
@@ -39,6 +42,7 @@ class Landmark(AttentionMixer):
             "block": 5,
             "top": 2,
         },
+        {"heads": 2, "block": 3, "top": 2, "offload": True},
     )
     routes: ClassVar[bool] = True
     kind: Literal["landmark"] = "landmark"
@@ -66,6 +70,24 @@ class Landmark(AttentionMixer):
             description="Earlier blocks that a token reads in evaluation (a count); null: all, as in training.",
         ),
     ] = 32
+    offload: Annotated[
+        bool,
+        Field(
+            description="Let keys and values of blocks wait in host memory; a step fetches the blocks it chooses, and a call of "
+            "more than 8 tokens all of them."
+        ),
+    ] = False
+
+    def runtime(self, site: Site) -> dict[str, Any]:
+        # A later field of the language: at its default it is left out, as if it did not exist.
+        data = super().runtime(site)
+        return {name: value for name, value in data.items() if name != "offload" or value}
+
+    def host_bytes(self, site: Site, context: int, element: int) -> int:
+        if not self.offload:
+            return 0
+        tokens = max(0, context - self.block - FEW) // self.block * self.block
+        return 2 * self.states(site)[0].bytes(tokens, element)
 
     def params(self, site: Site) -> int:
         return self._attention().params(site) + self._landmark_weights(site)

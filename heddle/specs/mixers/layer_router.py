@@ -67,19 +67,38 @@ class LayerRouter(CompositeMixer):
     target_factor: Annotated[
         float, Field(ge=0, le=1e6, description="Factor of that loss in the training loss.")
     ] = 0.25
+    single: Annotated[
+        bool,
+        Field(
+            description="In evaluation compute and cache the picked mixer alone where all rows of a batch pick the same; "
+            "costs are those of the first then. false: always both."
+        ),
+    ] = False
 
     def sights(self, site: Site) -> tuple[Sight, ...]:
         return of_either([part.sights(site) for part in self.parts().values()])
 
     def canonical(self, site: Site) -> dict[str, Any]:
-        return super().canonical(site) | ({"target_factor": None} if self.target is None else {})
+        data = super().canonical(site) | ({"target_factor": None} if self.target is None else {})
+        return self._told(data)
+
+    def runtime(self, site: Site) -> dict[str, Any]:
+        return self._told(super().runtime(site))
+
+    def _told(self, data: dict[str, Any]) -> dict[str, Any]:
+        # A later field of the language: at its default it is left out, as if it did not exist.
+        return {name: value for name, value in data.items() if name != "single" or value}
+
+    def computed(self, site: Site) -> Mapping[str, Mixer]:
+        parts = super().computed(site)
+        return {"mixers.0": parts["mixers.0"]} if self.single else parts
 
     def own_params(self, site: Site) -> int:
         # Beside the matrices a bias in each of the five layers.
         return self._weights(site) + (8 + 2 + 4 + 1) * self.router_dim + 2
 
     def prefill_flops(self, site: Site, length: int) -> float:
-        """The router runs once for a prompt; both mixers are computed for every token."""
+        """The router runs once for a prompt, mixers for every token."""
         return super().prefill_flops(site, length) + 2 * self._weights(site) / length
 
     def _weights(self, site: Site) -> int:

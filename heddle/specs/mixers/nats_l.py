@@ -26,7 +26,12 @@ class NatsL(HeadedMixer):
     own chunk, so no later token is seen. The gradient goes straight through to the softmax over types, from the chosen one.
     """
 
-    ops: ClassVar[tuple[str, ...]] = ("gated_delta_rule", "causal_conv1d", "block_attention")
+    ops: ClassVar[tuple[str, ...]] = (
+        "gated_delta_rule",
+        "routed_delta_rule",
+        "causal_conv1d",
+        "block_attention",
+    )
     cases: ClassVar[tuple[Mapping[str, Any], ...]] = (
         {"heads": 2},
         {

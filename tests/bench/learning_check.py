@@ -1,0 +1,384 @@
+"""Recall of mixers that select, route or split tokens beside dense attention and two controls: MQAR, 3 rates × 3 seeds.
+
+    python tests/bench/learning_check.py --estimate --out "$OUT" --commit "$(git rev-parse --short=12 HEAD)"
+    python tests/bench/learning_check.py --out "$OUT" --budget 400 --limit 530 --commit "$(git rev-parse --short=12 HEAD)"
+    python tests/bench/learning_check.py --out /tmp/learning --budget 60 --commit none --tiny
+
+64 pairs in 1,024 tokens, a vocabulary of 1,024. Every model is a window of 16 tokens, which finds the token before, and the mixer
+under test behind it. Blocks have 32 tokens, and of 32 at most 8 are visible, forced ones among them; NAtS-L and the token
+router are asked for a quarter (`share` tells what came of it). Controls: linear attention by elu + 1 with keys of 16, and blocks
+at random as many as are selected; the hash in their rows is that of the spec they were made from. Kinds that stack train their
+nine runs as one model (`fit_many`), the others each in a process of their own, `--workers` at once.
+
+What is done is read from `--rows` (evidence-selecting.jsonl of the results) and from the file of that name in `--out`, and not
+done again: a run is a piece, and copying its rows into the results lets the next one go on. After `--budget` seconds nothing is
+begun; at `--limit` what still runs is ended and lost. `--estimate` times some steps of each kind alone and tells what all would
+cost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass, replace
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from heddle.compose.build import build_causal_lm
+from heddle.compose.cache import Call
+from heddle.compose.mixers.attention import AttentionModule
+from heddle.compose.modules.selection import Places
+from heddle.compose.train import IGNORE, Batches, Recipe, fit
+from heddle.compose.train_many import fit_many
+from heddle.errors import HeddleError
+from heddle.kernels.bench import machine
+from heddle.search.environment import device_name, pick_device
+from heddle.search.tasks import batches
+from heddle.search.tasks.mqar import Mqar
+from heddle.specs import ModelSpec, spec_hash
+
+ROWS = Path(__file__).parent / "results" / "evidence-selecting.jsonl"
+RATES, SEEDS = (1e-3, 3e-3, 1e-2), (0, 1, 2)
+CONTROLS = ("elu", "random")
+# Of the best rate: within so many points of dense, and short of it by so many.
+WITHIN, SHORT = 0.05, 0.20
+PROBED = 12
+Job = tuple[str, tuple[tuple[float, int], ...]]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    width: int
+    heads: int
+    vocabulary: int
+    pairs: int
+    length: int
+    block: int
+    count: int
+    tokens: int
+    batch_tokens: int
+
+    def kinds(self) -> dict[str, dict[str, Any]]:
+        """The mixer under test of each kind."""
+        chosen = {"block": self.block, "count": self.count, "sink": 1, "recent": 1}
+        attention: dict[str, Any] = {"kind": "attention", "heads": self.heads}
+        linear: dict[str, Any] = {"kind": "gated_deltanet", "heads": self.heads}
+        visible = self.block * self.count
+        return {
+            "dense": attention,
+            "elu": attention,
+            "random": {**attention, "selection": chosen},
+            "selection": {**attention, "selection": chosen},
+            "infllm": {**attention, "selection": {**chosen, "scores": "kernels"}},
+            "landmark": {"kind": "landmark", "heads": self.heads, "block": self.block, "top": self.count - 1},
+            "routing": {"kind": "routing", "heads": self.heads, "clusters": self.count // 2, "members": visible},
+            "nats_l": {"kind": "nats_l", "heads": self.heads, "chunk": self.block, "budget": 0.25},
+            "still": {"kind": "still", "heads": self.heads, "chunk": self.block, "keep": self.block // 4},
+            "token_router": {
+                "kind": "token_router", "mixers": [attention, linear], "chunk": self.block, "merge": "gate", "budget": 0.25,
+            },
+            "liger": {"kind": "liger", "heads": self.heads, "window": visible},
+        }  # fmt: skip
+
+    def model(self, kind: str) -> ModelSpec:
+        near = {"kind": "attention", "heads": self.heads, "window": min(16, self.length // 4)}
+        blocks = {
+            name: {"mixer": mixer, "channel": {"kind": "swiglu"}}
+            for name, mixer in {"near": near, "it": self.kinds()[kind]}.items()
+        }
+        data = {
+            "vocab_size": self.vocabulary,
+            "hidden_size": self.width,
+            "blocks": blocks,
+            "layers": ["near", "it"],
+        }
+        return ModelSpec.model_validate(data)
+
+    def task(self) -> Mqar:
+        return Mqar(vocab_size=self.vocabulary, pairs=self.pairs, length=self.length)
+
+    def recipe(self, rate: float, seed: int) -> Recipe:
+        return Recipe(self.tokens, self.batch_tokens, learning_rate=rate, seed=seed)
+
+
+WHOLE = Sizes(128, 2, 1024, 64, 1024, 32, 8, 32_000_000, 16_384)
+TINY = Sizes(16, 2, 32, 2, 32, 4, 4, 512, 128)
+
+
+class EluAttention(nn.Module):
+    """Linear attention by φ(x) = elu(x) + 1, all weights at once.        (arXiv 2006.16236)
+
+        o_i = sum_{j <= i} φ(q_i) · φ(k_j) v_j / sum_{j <= i} φ(q_i) · φ(k_j)
+
+    Shapes:  x, y: [B, T, D]
+    """
+
+    def __init__(self, width: int, heads: int, keys: int = 16) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q_proj, self.k_proj = (nn.Linear(width, heads * keys, bias=False) for _ in range(2))
+        self.v_proj, self.o_proj = (nn.Linear(width, width, bias=False) for _ in range(2))
+
+    def forward(self, x: Tensor, call: Call) -> Tensor:  # noqa: ARG002
+        q, k, v = (
+            proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        weights = ((F.elu(q.float()) + 1.0) @ (F.elu(k.float()) + 1.0).mT).tril()
+        o = (weights / weights.sum(-1, keepdim=True)).to(v.dtype) @ v
+        y: Tensor = self.o_proj(o.transpose(1, 2).flatten(2))
+        return y
+
+
+class RandomBlocks(AttentionModule):
+    """Attention whose selected blocks are drawn at random, but for the forced ones."""
+
+    def _choice(self, q: Tensor, k: Tensor, written: Tensor | None, call: Call) -> tuple[Places, Tensor]:  # noqa: ARG002
+        places = Places(self.selection["block"], k.shape[2], None, q.device)
+        own = torch.arange(k.shape[2] - q.shape[2], k.shape[2], device=q.device)[:, None] // places.block
+        block = torch.arange(places.blocks, device=q.device)
+        always = (block <= own) & (
+            (block < self.selection["sink"]) | (block > own - self.selection["recent"])
+        )
+        score = torch.rand(q.shape[0], k.shape[1], *always.shape, device=q.device)
+        score = score.masked_fill(always, 2.0).masked_fill(block > own, -1.0)
+        best = score.topk(min(self.selection["count"], places.blocks), dim=-1).indices
+        chosen = torch.zeros_like(score, dtype=torch.bool).scatter(-1, best, True)
+        return places, chosen & (block <= own)
+
+
+def net_of(sizes: Sizes, kind: str, seed: int, device: str) -> Any:
+    net = build_causal_lm(sizes.model(kind), seed=seed, device=device)
+    layer = net.model.layer_at(1)
+    if kind == "elu":
+        torch.manual_seed(seed)
+        made = EluAttention(sizes.width, sizes.heads)
+        for weight in made.parameters():
+            nn.init.normal_(weight, std=0.02)
+        layer.mixer = made.to(device)
+    if kind == "random":
+        layer.mixer.__class__ = RandomBlocks
+    torch.manual_seed(seed)
+    return net
+
+
+def of_one_shape(draw: Batches, rows: int, length: int) -> Batches:
+    """Batches of easier forms cut to as many rows, and filled up where nothing is asked: stacked batches have one shape."""
+
+    def batch(step: int) -> tuple[Tensor, Tensor]:
+        inputs, targets = (each[:rows] for each in draw(step))
+        missing = length - inputs.shape[1]
+        return F.pad(inputs, (0, missing)), F.pad(targets, (0, missing), value=IGNORE)
+
+    return batch
+
+
+def stacks(kind: str) -> bool:
+    """Whether runs of this kind train as one model: nothing of it adds a loss, and vmap sees through all of it."""
+    return kind in ("dense", "elu")
+
+
+def train(sizes: Sizes, job: Job, device: str) -> list[dict[str, Any]]:
+    """A row of each run of a job."""
+    torch.set_num_threads(1)
+    kind, runs = job
+    task = sizes.task()
+    recipes = [sizes.recipe(rate, seed) for rate, seed in runs]
+    rows = recipes[0].rows(sizes.length)
+    examples = [of_one_shape(batches(task, recipe, device), rows, sizes.length) for recipe in recipes]
+    nets = [net_of(sizes, kind, seed, device) for _, seed in runs]
+    begin = time.perf_counter()
+    if len(runs) > 1:
+        fits: list[Any] = list(fit_many(nets, examples, recipes))
+    else:
+        try:
+            fits = [fit(nets[0], examples[0], recipes[0])]
+        except HeddleError as error:
+            fits = [error]
+    seconds = time.perf_counter() - begin
+    spec, made = sizes.model(kind), []
+    for (rate, seed), net, fitted in zip(runs, nets, fits, strict=True):
+        told = {"task": task.name, "spec_hash": spec_hash(spec), "kind": kind, "seed": seed, "lr": rate}
+        told |= {"chance": task.chance, "wall_s": round(seconds, 2), "stacked": len(runs)}
+        told["parameters"] = sum(one.numel() for one in net.parameters())
+        if isinstance(fitted, HeddleError):
+            made.append({**told, "score": None, "error": str(fitted)[:300]})
+            continue
+        score = task.evaluate(net, device=device)
+        made.append(
+            {**told, "steps": fitted.steps, "score": score.value, "se": score.se, "loss": fitted.losses[-1]}
+        )
+    return made
+
+
+@torch.no_grad()
+def share_of(net: Any, inputs: Tensor) -> dict[str, float]:
+    """Of a mixer that sends tokens or chunks to two others, how much goes to the first."""
+    mixer, seen = net.model.layer_at(1).mixer, list[Tensor]()
+    if not hasattr(mixer, "routes_out"):
+        return {}
+    hook = mixer.routes_out.register_forward_hook(lambda _, __, out: seen.append(out.float()))
+    net.model(input_ids=inputs, use_cache=False)
+    hook.remove()
+    return {"share": float(seen[0][..., 0].sum() / seen[0].sum().clamp(min=1.0))}
+
+
+def jobs(kinds: Sequence[str], done: set[tuple[str, float, int]]) -> Iterator[Job]:
+    """What is left to do; first the kinds that all others are compared with."""
+    order = sorted(kinds, key=lambda kind: (kind != "dense", kind not in CONTROLS))
+    for kind in order:
+        left = tuple(run for run in product(RATES, SEEDS) if (kind, *run) not in done)
+        if stacks(kind) and left:
+            yield kind, left
+        else:
+            yield from ((kind, (run,)) for run in left)
+
+
+def read_rows(paths: Sequence[Path], sizes: Sizes) -> list[dict[str, Any]]:
+    """Rows of runs of the specs as they are now, each run once."""
+    hashes = {kind: spec_hash(sizes.model(kind)) for kind in sizes.kinds()}
+    found: dict[tuple[str, float, int], dict[str, Any]] = {}
+    for path in paths:
+        for line in path.read_text().splitlines() if path.exists() else []:
+            row = json.loads(line)
+            if hashes.get(row["kind"]) == row["spec_hash"]:
+                found[row["kind"], row["lr"], row["seed"]] = row
+    return list(found.values())
+
+
+def table(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Of each kind the mean accuracy of the seeds at its best rate, and whether it keeps its goal beside dense."""
+    best: dict[str, tuple[float, float]] = {}
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        by_rate = {
+            rate: [row["score"] or 0.0 for row in rows if (row["kind"], row["lr"]) == (kind, rate)]
+            for rate in RATES
+        }
+        whole = {rate: mean(scores) for rate, scores in by_rate.items() if len(scores) == len(SEEDS)}
+        if whole:
+            rate = max(whole, key=whole.__getitem__)
+            best[kind] = (whole[rate], rate)
+    dense = best.get("dense")
+    for kind, (score, rate) in best.items():
+        verdict = ""
+        if dense is not None and kind != "dense":
+            gap = dense[0] - score
+            keeps = gap >= SHORT if kind in CONTROLS else gap <= WITHIN
+            verdict = f", {100 * gap:.1f} points below dense: {'kept' if keeps else 'MISSED'}"
+        yield f"{kind:14} {score:.3f} at {rate:g}{verdict}"
+
+
+def estimate(sizes: Sizes, device: str, workers: int) -> Iterator[str]:
+    """Some steps of each kind alone, and what all runs would take if `workers` at once did not slow each other down."""
+    total = longest = 0.0
+    for kind in sizes.kinds():
+        runs = tuple(product(RATES, SEEDS)) if stacks(kind) else ((RATES[0], 0),)
+        steps = max(1, round(sizes.tokens / sizes.batch_tokens))
+        # The first steps compile; they are taken off as a shorter run.
+        took = []
+        for count in (PROBED // 2, PROBED):
+            short = replace(sizes, tokens=count * sizes.batch_tokens)
+            took.append(train(short, (kind, runs), device)[0]["wall_s"])
+        each = max(took[1] - took[0], 0.0) / (PROBED - PROBED // 2)
+        seconds = each * steps * (1 if stacks(kind) else len(RATES) * len(SEEDS))
+        total, longest = total + seconds, max(longest, each * steps)
+        yield f"{kind:14} {1e3 * each:8.1f} ms a step, {seconds:7.0f} s for all runs, first steps {took[0]:.1f} s"
+    yield f"all: {total:.0f} s one after the other; {max(total / workers, longest):.0f} s at least with {workers} workers"
+
+
+def run_all(sizes: Sizes, chosen: argparse.Namespace, rows: list[dict[str, Any]], out: Path) -> None:
+    device, begin = pick_device(), time.monotonic()
+    header = {
+        "commit": chosen.commit,
+        "device": device_name(device),
+        "run": machine(torch.device(device))["run"],
+    }
+    left = iter(list(jobs(chosen.kinds, {(row["kind"], row["lr"], row["seed"]) for row in rows})))
+    # A process that is forked cannot use a GPU that this one has looked at.
+    with ProcessPoolExecutor(chosen.workers, get_context("spawn")) as pool:
+        running: dict[Future[list[dict[str, Any]]], Job] = {}
+        while True:
+            while len(running) < chosen.workers and time.monotonic() - begin < chosen.budget:
+                job = next(left, None)
+                if job is None:
+                    break
+                running[pool.submit(train, sizes, job, device)] = job
+            late = chosen.limit - (time.monotonic() - begin)
+            if not running or late <= 0:
+                break
+            for done in wait(running, timeout=late, return_when=FIRST_COMPLETED).done:
+                kind, runs = running.pop(done)
+                rows += keep(done, kind, runs, header, out)
+        for process in list((pool._processes or {}).values()) if running else []:
+            process.terminate()
+        pool.shutdown(wait=not running, cancel_futures=True)
+
+
+def keep(
+    done: Future[list[dict[str, Any]]],
+    kind: str,
+    runs: Sequence[tuple[float, int]],
+    header: dict[str, Any],
+    out: Path,
+) -> list[dict[str, Any]]:
+    """Writes the rows of a job; of one that broke nothing but a line, so that it is tried again."""
+    try:
+        made = [
+            {**header, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **row}
+            for row in done.result()
+        ]
+    except Exception as error:
+        print(f"{kind} {runs}: {type(error).__name__}: {' '.join(str(error).split())[-300:]}", flush=True)
+        return []
+    with out.open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in made)
+    for row in made:
+        print(
+            f"{kind:14} lr {row['lr']:g} seed {row['seed']}: {row['score']} in {row['wall_s']:.0f} s",
+            flush=True,
+        )
+    return made
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--budget", type=float, default=400.0, help="seconds after which nothing is begun")
+    parser.add_argument("--limit", type=float, default=530.0, help="seconds after which what runs is ended")
+    parser.add_argument("--out", type=Path, default=Path("."), help="folder of the rows")
+    parser.add_argument("--rows", type=Path, default=ROWS, help="rows of earlier pieces")
+    parser.add_argument("--commit", help="what the code is")
+    parser.add_argument("--workers", type=int, default=9)
+    parser.add_argument("--kinds", nargs="*", default=list(WHOLE.kinds()), choices=list(WHOLE.kinds()))
+    parser.add_argument("--estimate", action="store_true", help="tell what all would cost, train nothing")
+    parser.add_argument("--tiny", action="store_true", help="small sizes, for a CPU")
+    chosen = parser.parse_args()
+    chosen.out.mkdir(parents=True, exist_ok=True)
+    sizes, out = TINY if chosen.tiny else WHOLE, chosen.out / ROWS.name
+    if chosen.estimate:
+        for line in estimate(sizes, pick_device(), chosen.workers):
+            print(line, flush=True)
+        return 0
+    rows = read_rows([chosen.rows, out], sizes)
+    before = len(rows)
+    run_all(sizes, chosen, rows, out)
+    wanted = len(chosen.kinds) * len(RATES) * len(SEEDS)
+    for line in (*table(rows), f"{len(rows) - before} runs done, {len(rows)} of {wanted} there"):
+        print(line)
+    return 0 if len(rows) > before or before >= wanted else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

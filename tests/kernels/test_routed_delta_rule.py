@@ -1,0 +1,92 @@
+"""routed_delta_rule: against its reference token by token, in torch and in Triton; what it refuses."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from held import assert_held, over_settings
+from torch import Tensor
+
+from heddle.errors import HeddleError
+from heddle.kernels import gated_delta_rule
+from heddle.kernels.routed_delta_rule import routed_delta_rule, routed_delta_rule_reference
+
+pytestmark = pytest.mark.usefixtures("kernels_on_gpu")
+SIDES = ("q", "k", "v", "log_decay", "beta", "routes")
+# A tile of its own, a part of one, heads of groups; ragged heads.
+SHAPES = {
+    "whole": {"B": 2, "T": 48, "H": 2, "HV": 2, "K": 16, "V": 32, "chunk": 16},
+    "part": {"B": 1, "T": 35, "H": 1, "HV": 2, "K": 16, "V": 16, "chunk": 7},
+    "ragged": {"B": 1, "T": 26, "H": 2, "HV": 2, "K": 6, "V": 9, "chunk": 13},
+}
+
+
+def drawn(shape: dict[str, int], seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    given = routed_delta_rule.cases.inputs(shape, generator)
+    return {**given, "initial_state": routed_delta_rule.cases.initial_state(shape, generator)}
+
+
+def forward(function: Any, given: dict[str, Tensor], chunk: int, dtype: torch.dtype, device: str) -> Any:
+    there = {
+        name: x.to(device, dtype if name in "qkv" or dtype == torch.float64 else torch.float32)
+        for name, x in given.items()
+    }
+    out, state = function(**there, chunk=chunk)
+    return {"out": out, "state": state}
+
+
+@over_settings
+@pytest.mark.parametrize("name", SHAPES)
+def test_results_are_those_of_the_reference(name: str, device: str, dtype: torch.dtype) -> None:
+    shape = SHAPES[name]
+    given = drawn(shape)
+    given |= {side: given[side].to(dtype).double() for side in "qkv"}
+    exact = forward(routed_delta_rule_reference, given, shape["chunk"], torch.float64, "cpu")
+    run = partial(forward, routed_delta_rule, given, shape["chunk"], dtype, device)
+    assert_held(exact, run, dtype, device, **({"segment": 64} if name == "whole" else {}))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("segment", [1024, 128])
+def test_a_layer_of_the_paper_is_right_in_segments_too(dtype: torch.dtype, segment: int) -> None:
+    given = drawn({"B": 1, "T": 1024, "H": 2, "K": 128, "V": 256, "chunk": 64})
+    given |= {side: given[side].to(dtype).double() for side in "qkv"}
+    exact = forward(routed_delta_rule_reference, given, 64, torch.float64, "cpu")
+    run = partial(forward, routed_delta_rule, given, 64, dtype, "cuda")
+    assert_held(exact, run, dtype, "cuda", segment=segment)
+
+
+def test_gradients_are_those_of_the_reference() -> None:
+    found = []
+    for function in (routed_delta_rule, routed_delta_rule_reference):
+        leaves = {name: x.clone().requires_grad_() for name, x in drawn(SHAPES["ragged"]).items()}
+        out, state = function(**leaves, chunk=13)
+        loss = (out * torch.linspace(-1, 1, out.numel()).double().view_as(out)).sum() + state.square().sum()
+        found.append(torch.autograd.grad(loss, list(leaves.values())))
+    for one, other in zip(*found, strict=True):
+        assert (one - other).abs().max() < 1e-10 * max(1.0, float(other.abs().max()))
+
+
+def test_routes_of_one_are_the_gated_delta_rule_and_of_zero_leave_the_decay() -> None:
+    given = drawn(SHAPES["whole"])
+    plain = {name: x for name, x in given.items() if name != "routes"}
+    for route, expected in ((1.0, gated_delta_rule(**plain)[1]), (0.0, None)):
+        given["routes"] = torch.full_like(given["routes"], route)
+        _, state = routed_delta_rule(**given, chunk=16)
+        faded = given["log_decay"].sum(1).exp()[..., None, None] * given["initial_state"]
+        assert (state - (faded if expected is None else expected)).abs().max() < 1e-12
+
+
+def test_what_does_not_fit_is_told() -> None:
+    given = drawn(SHAPES["whole"])
+    for chunk in (0, 5):
+        with pytest.raises(HeddleError, match=f"whole number of chunks of {chunk}"):
+            routed_delta_rule(**given, chunk=chunk)
+    with pytest.raises(HeddleError, match="routes has shape") as error:
+        routed_delta_rule(**given, chunk=8)
+    assert error.value.code == "bad-argument"
