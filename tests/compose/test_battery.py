@@ -25,6 +25,7 @@ from heddle.compose.hf.checkpoint import open_checkpoint, read_config
 from heddle.compose.hf.config import HeddleConfig
 from heddle.compose.hf.encoder import HeddleForSequenceClassification
 from heddle.compose.hf.export import export
+from heddle.compose.hf.known_failures import BEAMS, CHUNKS_PLACED, known_failures
 from heddle.compose.hf.model import HeddleForCausalLM
 from heddle.compose.hf.parity import RECURRENT, WINDOW, Loaded, battery
 from heddle.compose.hf.second_reader import second_reader
@@ -40,6 +41,7 @@ DELTA: dict[str, Any] = {
 }  # fmt: skip
 LIGHTNING = {"kind": "decay_attention", "heads": 4, "head_dim": 8, "form": "lightning", "short_conv": None}
 HYBRID = (DELTA, ATTENTION, LIGHTNING)
+HOW: dict[str, Any] = {"trusted": True, "reader": second_reader, "known": known_failures}
 
 
 def config_of(*mixers: dict[str, Any], **more: Any) -> HeddleConfig:
@@ -80,9 +82,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 def checks(model: Any, folder: Path, *, full: bool = False) -> dict[str, SimpleNamespace]:
     """The battery in this process, on a model that stands for the one of the folder."""
-    loaded = Loaded(
-        model, AutoModelForCausalLM, str(folder), str(folder), 0.0, trusted=True, reader=second_reader
-    )
+    loaded = Loaded(model, AutoModelForCausalLM, str(folder), str(folder), 0.0, **HOW)
     return {row["check"]: SimpleNamespace(**row) for row in battery(loaded, full=full)}
 
 
@@ -206,9 +206,7 @@ def test_the_full_form_runs_by_itself_where_it_is_quick(
     monkeypatch.setattr(parity, "LENGTH", 24)
     monkeypatch.setattr(parity, "GREEDY", 12)
     folder = str(exported("classifier"))
-    loaded = Loaded(
-        classifier(), HeddleForSequenceClassification, folder, folder, 0.0, trusted=True, reader=second_reader
-    )
+    loaded = Loaded(classifier(), HeddleForSequenceClassification, folder, folder, 0.0, **HOW)
     for limit, form in ((1e9, "full"), (0.0, "short")):
         monkeypatch.setattr(parity, "FULL_SECONDS", limit)
         found = parity.asked(loaded, "auto")
@@ -258,9 +256,7 @@ def test_files_that_disagree_with_the_class_are_found(exported: Any, tmp_path: P
     weights = load_file(other / "model.safetensors")
     weights["extra"] = weights.pop("model.norm.weight")
     save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
-    loaded = Loaded(
-        model, AutoModelForCausalLM, str(other), str(folder), 0.0, trusted=True, reader=second_reader
-    )
+    loaded = Loaded(model, AutoModelForCausalLM, str(other), str(folder), 0.0, **HOW)
     row = next(row for row in battery(loaded, full=False) if row["check"] == "raw files against the class")
     assert row["figure"] == 2.0
     assert "extra is not written by the class; model.norm.weight is not in the files" in row["note"]
@@ -306,7 +302,7 @@ def test_what_minimax_fails_by_itself_is_expected(kinds: list[str], tmp_path: Pa
     rows = checks(model, tmp_path, full=True)
     failed = {name for name, row in rows.items() if not row.passed}
     assert failing(rows) == set()
-    assert parity.BEAMS in failed
-    assert (parity.CHUNKS_PLACED in failed) == (kinds[0] == LINEAR)
+    assert BEAMS in failed
+    assert (CHUNKS_PLACED in failed) == (kinds[0] == LINEAR)
     # Without a cache it is right.
     assert {"left padding", "right padding", "raw files against the class"} & failed == set()
