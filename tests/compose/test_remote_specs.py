@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -16,9 +16,12 @@ from native_versions import install
 from remote_specs import COMPOSED, KINDS, SITE, mixer, ready, spec
 from remote_versions import Folders
 
+from heddle.compose.build import build
 from heddle.compose.hf import parity
 from heddle.compose.hf.known_failures import PROMPTED, known_failures
 from heddle.compose.hf.parity import Loaded, battery
+from heddle.compose.plan import plan
+from heddle.compose.targets.report import padding_warning
 from heddle.specs import CHANNELS, MIXERS
 from heddle.specs.kinds import MixerSpec
 
@@ -84,6 +87,18 @@ def test_whatever_an_export_computes_otherwise_is_told(folders: Folders) -> None
     figure = folders.figure(key, told, {f"{key}.{name}": one for name, one in found.items()})
     assert len(figure.wrong) == 5
     assert figure.apart > 9e-4
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore")
+def test_a_verdict_warns_of_padding_where_the_battery_expects_it_to_fail() -> None:
+    ids = torch.arange(1, 5)[None]
+    for index in range(len(KINDS)):
+        drawn = spec(index)
+        model = build(drawn, seed=0).eval()
+        if model.can_generate():
+            excused = parity._Causal.excuse(cast(Any, SimpleNamespace(model=model, ids=ids)))
+            assert bool(padding_warning(plan(drawn))) == bool(excused), KINDS[index]
 
 
 @pytest.mark.parametrize("kind", COMPOSED)
