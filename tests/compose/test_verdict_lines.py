@@ -90,6 +90,6 @@ def test_a_line_of_a_verdict_is_whole_where_nobody_sees_its_width(hybrid: Path) 
 
 def test_an_encoder_is_told_without_a_text(capsys: pytest.CaptureFixture[str]) -> None:
     show_exported(ExportResult(Path("out"), 0.0, "", "5", snippet="from text to its class"))
-    told = capsys.readouterr().out
+    told = " ".join(capsys.readouterr().out.split())
     assert "it writes" not in told
     assert "its README.md holds a snippet from text to its class" in told

@@ -60,8 +60,8 @@ def _targets() -> Iterator[str]:
         tried = (TRIED.get(f"{server} {target.name}", "") for server in VERSIONS)
         servers = ["; ".join(filter(None, told)) for told in zip(answers, tried, strict=True)]
         yield f"| `{target.name}` | {target.model_class} | {target.holds} | {' | '.join(servers)} |"
-    answers = served(REMOTE, {"layers": []})
-    yield f"| `{REMOTE}` | code in the folder | everything | {' | '.join(_cell(one) for one in answers.values())} |"
+    remote = served(REMOTE, {"layers": []})
+    yield f"| `{REMOTE}` | code in the folder | everything | {' | '.join(_cell(one) for one in remote.values())} |"
 
 
 def _exports(rows: Sequence[Row]) -> Iterator[str]:
