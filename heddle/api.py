@@ -172,7 +172,8 @@ def position_bias(path: Path | str, *, length: int | None = None) -> dict[str, A
 
 def targets(path: Path | str) -> dict[str, Any]:
     """Which native classes of transformers hold the spec's model exactly, which field forbids each other one, and which servers
-    would take it; open values count at their defaults.
+    would take it; open values count at their defaults, and `defaults` tells whether there are some. `warning` is what all
+    targets do wrong with the model, or empty.
 
     Raises:
         HeddleErrors: as `check`.
@@ -182,13 +183,18 @@ def targets(path: Path | str) -> dict[str, Any]:
 
 def check_with_targets(path: Path | str) -> tuple[SpecFile, dict[str, Any]]:
     """`check` and `targets` in one."""
-    from heddle.compose.targets.report import target_rows
+    from heddle.compose.targets.report import padding_warning, target_rows
 
     file, planned = _planned(path)
     rows = target_rows(planned.runtime())
     for refused in (one for row in rows for one in row["refused"]):
         refused["line"] = file.where(refused["path"]).line if refused["path"] else None
-    return file, {"name": file.spec.name, "hash": specs.spec_hash(file.spec.model), "targets": rows}
+    told = {
+        "name": file.spec.name,
+        "hash": specs.spec_hash(file.spec.model),
+        "defaults": file.space.size() > 1,
+    }
+    return file, {**told, "warning": padding_warning(planned), "targets": rows}
 
 
 def diff(left: Path | str, right: Path | str) -> list[Difference]:

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 from rich.padding import Padding
 from rich.text import Text
 
-from heddle.terminal import console, next_steps
+from heddle.terminal import OF_DEFAULTS, console, next_steps
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from heddle.compose.hf.card import ParityRow
     from heddle.compose.hf.export import ExportResult
     from heddle.search.import_model import ImportResult
@@ -24,11 +26,14 @@ def show_targets(found: Mapping[str, Any]) -> None:
     """A row a target, the fields that forbid one below its name, and the servers that take those that fit."""
     screen = console()
     screen.print(f"{found['name']}   hash {found['hash']}", style="bold")
+    for line in (OF_DEFAULTS if found["defaults"] else "", found["warning"]):
+        if line:
+            screen.print(line, soft_wrap=True)
     for row in found["targets"]:
         through = f", as {row['through']}" if row.get("through") else ""
         screen.print(f"{row['target']:18}{_WORDS[row['fits']]}{through}", style="bold" if row["fits"] else "")
         for line in (*_refused(row["refused"]), *filter(None, (row["warning"], *_servers(row)))):
-            screen.print(Padding(Text(line, style="dim"), (0, 0, 0, 4), expand=False))
+            _print_below(screen, line)
     versions = {one["version"]: None for row in found["targets"] for one in row["servers"].values()}
     screen.print(f"{' and '.join(versions)}: read in their source; what was run is told", style="dim")
 
@@ -47,7 +52,7 @@ def _servers(row: Mapping[str, Any]) -> list[str]:
 
 def _served(name: str, server: Mapping[str, Any]) -> str:
     told = [f"{server['path']}: {server['note']}" if server["path"] else server["note"]]
-    told += [server["checked"]] if server["checked"].startswith("run") else []
+    told += [server["checked"]] if not server["checked"].startswith("read") else []
     return ", ".join(filter(None, (f"{name}: {_WORDS[server['takes']]}", *told)))
 
 
@@ -88,11 +93,12 @@ def show_exported(result: ExportResult) -> None:
     if result.battery:
         screen.print(f"parity battery: {result.battery}", soft_wrap=True)
     screen.print(f"largest difference of its logits, read back without heddle: {result.max_difference:.1e}")
-    screen.print(f"it writes: {result.generated_text!r}", soft_wrap=True)
+    if result.generated_text:
+        screen.print(f"it writes: {result.generated_text!r}", soft_wrap=True)
     if result.note:
         screen.print(result.note, soft_wrap=True)
     kind = "code in the folder" if result.target == "remote" else f"{result.target} of transformers, no code"
-    next_steps(f"wrote {result.path} ({kind}); its README.md holds a snippet from text to text", [])
+    next_steps(f"wrote {result.path} ({kind}); its README.md holds a snippet {result.snippet}", [])
 
 
 def show_parity(rows: Sequence[ParityRow]) -> None:
@@ -111,7 +117,15 @@ def show_parity(rows: Sequence[ParityRow]) -> None:
         line.rstrip()
         screen.print(line)
         if not fits:
-            screen.print(Padding(Text(row.note, style="dim"), (0, 0, 0, 4), expand=False))
+            _print_below(screen, row.note)
+
+
+def _print_below(screen: Console, line: str) -> None:
+    """A line that belongs to the one above it; whole where nobody sees its width."""
+    if screen.is_terminal:
+        screen.print(Padding(Text(line, style="dim"), (0, 0, 0, 4), expand=False))
+    else:
+        screen.print(f"    {line}", soft_wrap=True)
 
 
 def _figure(value: float) -> str:

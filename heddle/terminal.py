@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 # Lines in a log or a pipe need no folding at 80 columns.
 WIDTH_WITHOUT_TERMINAL = 160
+# Of which models targets are judged.
+OF_DEFAULTS = "of the defaults of the open values; search.export.must_fit looks at the whole space"
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -129,6 +131,8 @@ def show_fitting(found: Mapping[str, Any]) -> None:
         if row["fits"]:
             told = f"as {row['through']}" if row.get("through") else row["class"]
             print(f"  fits {row['target']:18}{told}")
+    if found["defaults"]:
+        print(f"  {OF_DEFAULTS}")
     print("  --targets tells what forbids the others")
 
 

@@ -92,6 +92,12 @@ class LayerPlan:
         setting = Setting(context=context, batch=batch, element=element, decodes=self._decodes)
         return layer_cost(self._mixer, self._channel, setting)
 
+    @property
+    def places_padding(self) -> bool:
+        """Whether its cache holds a state or a window, in which padding that follows text takes the place of text."""
+        states = self._mixer.states or ()
+        return any(not state.grows or state.limit is not None or state.every > 1 for state in states)
+
     def summary(self, context: int, batch: int = 1) -> dict[str, Any]:
         """Names and costs, for `heddle show`."""
         names = {

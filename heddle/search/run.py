@@ -17,7 +17,9 @@ from typing import Any
 from optuna.storages import BaseStorage
 from pydantic import TypeAdapter, ValidationError
 
+from heddle.compose.plan import plan
 from heddle.compose.targets.cut import cut_to_targets
+from heddle.compose.targets.report import fits_line, target_rows
 from heddle.errors import HeddleError
 from heddle.search import changed_software, cluster, environment, finish, lock, longer, space
 from heddle.search.driver import Driver
@@ -101,6 +103,8 @@ def search(
         stack.enter_context(RunLock(out))
         driver = _open(stack, cut, out, given, asked=asked, progress=progress or Silent())
         driver.progress.started(read_run(out), driver.setting.trials)
+        if not resume and not driver.setting.must_fit:
+            driver.progress.message(fits_line(target_rows(plan(file.spec.model, where=file.where).runtime())))
         with _interrupts(driver, given.again(file, out)):
             _search(driver)
         driver.log.write("search_finished", status=_status(driver))

@@ -25,6 +25,15 @@ from heddle.compose.hf.checkpoint import open_checkpoint, read_config
 from heddle.compose.hf.config import HeddleConfig
 from heddle.compose.hf.encoder import HeddleForSequenceClassification
 from heddle.compose.hf.export import export
+from heddle.compose.hf.known_failures import (
+    BEAMS,
+    CHUNKS,
+    CHUNKS_PLACED,
+    GENERATION,
+    ONE_STEPPED,
+    RIGHT_STEPPED,
+    known_failures,
+)
 from heddle.compose.hf.model import HeddleForCausalLM
 from heddle.compose.hf.parity import RECURRENT, WINDOW, Loaded, battery
 from heddle.compose.hf.second_reader import second_reader
@@ -40,6 +49,7 @@ DELTA: dict[str, Any] = {
 }  # fmt: skip
 LIGHTNING = {"kind": "decay_attention", "heads": 4, "head_dim": 8, "form": "lightning", "short_conv": None}
 HYBRID = (DELTA, ATTENTION, LIGHTNING)
+HOW: dict[str, Any] = {"trusted": True, "reader": second_reader, "known": known_failures}
 
 
 def config_of(*mixers: dict[str, Any], **more: Any) -> HeddleConfig:
@@ -80,9 +90,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 def checks(model: Any, folder: Path, *, full: bool = False) -> dict[str, SimpleNamespace]:
     """The battery in this process, on a model that stands for the one of the folder."""
-    loaded = Loaded(
-        model, AutoModelForCausalLM, str(folder), str(folder), 0.0, trusted=True, reader=second_reader
-    )
+    loaded = Loaded(model, AutoModelForCausalLM, str(folder), str(folder), 0.0, **HOW)
     return {row["check"]: SimpleNamespace(**row) for row in battery(loaded, full=full)}
 
 
@@ -206,9 +214,7 @@ def test_the_full_form_runs_by_itself_where_it_is_quick(
     monkeypatch.setattr(parity, "LENGTH", 24)
     monkeypatch.setattr(parity, "GREEDY", 12)
     folder = str(exported("classifier"))
-    loaded = Loaded(
-        classifier(), HeddleForSequenceClassification, folder, folder, 0.0, trusted=True, reader=second_reader
-    )
+    loaded = Loaded(classifier(), HeddleForSequenceClassification, folder, folder, 0.0, **HOW)
     for limit, form in ((1e9, "full"), (0.0, "short")):
         monkeypatch.setattr(parity, "FULL_SECONDS", limit)
         found = parity.asked(loaded, "auto")
@@ -258,12 +264,23 @@ def test_files_that_disagree_with_the_class_are_found(exported: Any, tmp_path: P
     weights = load_file(other / "model.safetensors")
     weights["extra"] = weights.pop("model.norm.weight")
     save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
-    loaded = Loaded(
-        model, AutoModelForCausalLM, str(other), str(folder), 0.0, trusted=True, reader=second_reader
-    )
+    loaded = Loaded(model, AutoModelForCausalLM, str(other), str(folder), 0.0, **HOW)
     row = next(row for row in battery(loaded, full=False) if row["check"] == "raw files against the class")
     assert row["figure"] == 2.0
     assert "extra is not written by the class; model.norm.weight is not in the files" in row["note"]
+
+
+def test_a_configuration_that_changes_as_the_class_saves_it_is_found(exported: Any, tmp_path: Path) -> None:
+    folder = exported("hybrid")
+    again = shutil.copytree(folder, tmp_path / "again")
+    config = json.loads((again / "config.json").read_text())
+    (again / "config.json").write_text(json.dumps(config | {"norm_eps": 0.5, "dtype": "bfloat16"}))
+    loaded = Loaded(causal(*HYBRID), AutoModelForCausalLM, str(folder), str(again), 0.0, **HOW)
+    row = next(row for row in battery(loaded, full=False) if row["check"] == "raw files against the class")
+    assert (row["passed"], row["note"]) == (
+        False,
+        "norm_eps of config.json is 1e-06, written by the class 0.5",
+    )
 
 
 def test_what_is_not_finite_fails_and_an_exception_is_told(exported: Any) -> None:
@@ -295,6 +312,29 @@ NATIVE = {
 LINEAR, FULL = "linear_attention", "full_attention"
 
 
+def test_a_known_failure_excuses_nothing_larger_and_no_other_error(exported: Any) -> None:
+    folder, check = str(exported("hybrid")), "chunked prefill"
+    how = HOW | {"known": lambda _: {check: ("so it is", "ValueError: two lengths")}}
+    asked = parity.checks_of(Loaded(causal(ATTENTION), None, folder, folder, 0.0, **how), full=False)
+
+    def failing_with(error: Exception) -> Any:
+        def compute(_: Any) -> Any:
+            raise error
+
+        return compute
+
+    expected = {
+        "so large": lambda _: (2 * asked.exact, asked.exact),
+        "larger": lambda _: (9 * asked.exact, asked.exact),
+        "no number": lambda _: (asked.exact / 0, asked.exact),
+        "its error": failing_with(ValueError("two lengths, 3 and 4")),
+        "another error": failing_with(ValueError("three lengths")),
+    }
+    found = {name: asked.compared(check, compute) for name, compute in expected.items()}
+    assert not any(row.passed for row in found.values())
+    assert [name for name, row in found.items() if row.expected] == ["so large", "its error"]
+
+
 @pytest.mark.parametrize("kinds", [[LINEAR, FULL], [FULL, LINEAR]])
 def test_what_minimax_fails_by_itself_is_expected(kinds: list[str], tmp_path: Path) -> None:
     torch.manual_seed(0)
@@ -306,7 +346,12 @@ def test_what_minimax_fails_by_itself_is_expected(kinds: list[str], tmp_path: Pa
     rows = checks(model, tmp_path, full=True)
     failed = {name for name, row in rows.items() if not row.passed}
     assert failing(rows) == set()
-    assert parity.BEAMS in failed
-    assert (parity.CHUNKS_PLACED in failed) == (kinds[0] == LINEAR)
+    # How far off it is today: half and twice of what was measured, or more.
+    counts = {BEAMS: (1, 24), f"greedy, 64 tokens, {GENERATION}": (1, 128)}
+    steps = {CHUNKS: (0.03, 0.3), CHUNKS_PLACED: (0.03, 0.3), ONE_STEPPED: (0.015, 0.15)}
+    today = counts | steps if kinds[0] == LINEAR else {BEAMS: counts[BEAMS]}
+    assert failed - {RIGHT_STEPPED} == today.keys()
+    for check, (least, most) in today.items():
+        assert least <= rows[check].figure <= most, (check, rows[check].figure)
     # Without a cache it is right.
     assert {"left padding", "right padding", "raw files against the class"} & failed == set()

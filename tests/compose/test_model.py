@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 from toys import checkpoint
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache, StaticCache
 
+from heddle.compose.cache import StateLayer
 from heddle.compose.hf.config import HeddleConfig
 from heddle.compose.hf.model import HeddleForCausalLM
 from heddle.errors import HeddleError
@@ -187,6 +189,21 @@ def test_ids_and_embeddings_exclude_each_other() -> None:
         model(tokens(), inputs_embeds=embedded)
     with pytest.raises(HeddleError, match="either"):
         model()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("made", ["nothing", "configuration", "static"])
+def test_an_empty_cache_of_transformers_becomes_ours(made: str) -> None:
+    model = model_of().eval()
+    caches: dict[str, Callable[[], Cache]] = {
+        "nothing": DynamicCache,
+        "configuration": lambda: DynamicCache(config=model.config),
+        "static": lambda: StaticCache(config=model.config, max_cache_len=64),
+    }
+    cache, ids = caches[made](), tokens()
+    found = [model(part, past_key_values=cache).logits for part in (ids[:, :5], ids[:, 5:])]
+    assert all(isinstance(layer, StateLayer) for layer in cache.layers)
+    assert (torch.cat(found, dim=1) - model(ids, use_cache=False).logits).abs().max() <= 1e-5
 
 
 def test_a_cache_filled_by_other_layers_is_refused() -> None:

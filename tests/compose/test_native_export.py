@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
+import transformers as hf
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -62,6 +64,11 @@ def native(hybrid: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return api.export(hybrid, tmp_path_factory.mktemp("native") / "out", battery="short")
 
 
+@pytest.fixture
+def _unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export_file, "verify", lambda *_, **__: Verification(0.0, "", "5", "2"))
+
+
 def row(found: dict[str, Any], name: str) -> dict[str, Any]:
     return next(one for one in found["targets"] if one["target"] == name)
 
@@ -72,6 +79,31 @@ def test_a_clean_process_loads_a_native_folder_that_holds_no_code(native: Any) -
     assert not [*native.path.glob("*.py")]
     assert "trust_remote_code" not in (native.path / "README.md").read_text()
     assert is_export(native.path)
+
+
+def test_another_user_can_read_every_file_of_an_export(native: Any) -> None:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in native.path.iterdir()}
+    assert {*modes.values()} == {0o666 & ~mask}, modes
+
+
+@pytest.mark.usefixtures("_unchecked")
+def test_a_native_folder_in_shards_loads_and_comes_back(hybrid: Path, tmp_path: Path) -> None:
+    whole = load_file(api.export(hybrid, tmp_path / "whole").path / "model.safetensors")
+    made = api.export(hybrid, tmp_path / "shards", max_shard_size="20KB")
+    shards = sorted(made.path.glob("model-*-of-*.safetensors"))
+    assert (made.target, len(shards) > 2) == ("qwen3_5_text", True)
+    assert not (made.path / "model.safetensors").exists()
+    index = json.loads((made.path / "model.safetensors.index.json").read_text())
+    found = {name: one for shard in shards for name, one in load_file(shard).items()}
+    assert found.keys() == index["weight_map"].keys() == whole.keys()
+    assert all(torch.equal(one, found[name]) for name, one in whole.items())
+    theirs, told = hf.AutoModelForCausalLM.from_pretrained(made.path, output_loading_info=True)
+    assert not any(told.values()), told
+    back, ids = read_native(made.path, name="x"), torch.arange(9)[None]
+    assert (theirs(ids).logits - back.model(ids).logits).abs().max() <= 1e-5
+    assert spec_hash(back.spec.model) == spec_hash(load(hybrid).spec.model)
 
 
 def test_verdicts_name_the_field_its_line_and_what_the_class_has(hybrid: Path) -> None:
@@ -134,11 +166,6 @@ def test_a_server_is_no_class_to_export_to(hybrid: Path, tmp_path: Path) -> None
     with pytest.raises(HeddleError, match="sglang is a server") as told:
         api.export(hybrid, tmp_path / "out", target="sglang")
     assert told.value.code == "bad-argument"
-
-
-@pytest.fixture
-def _unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export_file, "verify", lambda *_, **__: Verification(0.0, "", "5", "2"))
 
 
 @pytest.mark.usefixtures("_unchecked")

@@ -17,7 +17,7 @@ from heddle.compose.build import build
 from heddle.compose.hf.card import Card
 from heddle.compose.hf.export import export
 from heddle.compose.hf.load_native import read_native, spec_of_config
-from heddle.compose.hf.native import chosen_target, write_native
+from heddle.compose.hf.native import chosen_target, left_by_auto, write_native
 from heddle.compose.hf.verify import rounded_apart
 from heddle.compose.plan import plan
 from heddle.compose.targets.catalogue import BY_NAME
@@ -249,9 +249,29 @@ def test_minimax_with_a_linear_first_layer_is_exact_without_a_cache_alone(minima
     rows = {row["target"]: row for row in target_rows(plan(ModelSpec.model_validate(MINIMAX)).runtime())}
     assert rows["minimax"]["fits"]
     assert "right without a cache; with one" in rows["minimax"]["warning"]
-    first = {**MINIMAX, "layers": ["full", "linear"]}
-    rows = {row["target"]: row for row in target_rows(plan(ModelSpec.model_validate(first)).runtime())}
-    assert (rows["minimax"]["fits"], rows["minimax"]["warning"]) == (True, "")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("layers", [["full", "linear"], ["full", "full"]])
+def test_minimax_is_warned_of_for_beams_where_it_has_a_linear_layer(
+    layers: list[str], tmp_path: Path
+) -> None:
+    data, linear = {**MINIMAX, "layers": layers}, "linear" in layers
+    ours = model_of(data)
+    theirs = hf.AutoModelForCausalLM.from_pretrained(folder_of(ours, "minimax", tmp_path / "out")).eval()
+    ids = torch.randint(1, 256, (2, 7), generator=torch.Generator().manual_seed(0))
+    usual = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 24, "num_beams": 3, "do_sample": False}
+    found = [theirs.generate(ids, use_cache=cached, pad_token_id=0, **usual) for cached in (True, False)]
+    assert torch.equal(*found) != linear
+    rows = {row["target"]: row for row in target_rows(plan(ModelSpec.model_validate(data)).runtime())}
+    assert rows["minimax"]["fits"]
+    assert ("other beams" in rows["minimax"]["warning"]) == linear
+    assert "several tokens" not in rows["minimax"]["warning"]
+    # Nobody gets it unasked, and who asked for nothing is told.
+    chosen = chosen_target("auto", ours)
+    assert (None if chosen is None else chosen.name) == (None if linear else "minimax")
+    assert ("--target minimax insists" in left_by_auto(ours)) == linear
 
 
 def after(model: Any, ids: Tensor, start: int, count: int, *, placed: bool) -> float:

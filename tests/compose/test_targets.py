@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,17 @@ def test_keys_name_every_tensor_once_and_are_undone_exactly(name: str) -> None:
     assert not names.missing
     assert not names.left
     assert all(torch.equal(back[one], ours[one]) for one in ours)
+
+
+@every_target
+@pytest.mark.filterwarnings("ignore")
+def test_every_field_of_a_configuration_is_what_its_class_reads(name: str, tmp_path: Path) -> None:
+    for seed in range(3):
+        config = verdict(BY_NAME[name], plan(model_spec(name, seed)).runtime()).config
+        assert config is not None
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        held = json.loads(hf.AutoConfig.from_pretrained(tmp_path).to_json_string(use_diff=False))
+        assert {field: held.get(field) for field in config} == json.loads(json.dumps(config))
 
 
 def test_rows_interleave_by_group_and_back() -> None:

@@ -434,7 +434,10 @@ def test_ctrl_c_once_finishes_what_runs_and_tells_how_to_go_on(tiny_text: str, t
     run = quick(tiny_text, tmp_path / "run", trials=6, progress=progress)
     assert run.status == "stopped"
     assert [trial.state for trial in run.trials] == ["complete"] * 4
-    assert f"heddle search tiny.yaml --out {tmp_path / 'run'} --resume" in progress.said[0]
+    begun, stopping, *_ = progress.said
+    assert begun.startswith("info: the defaults of the space fit ")
+    assert "remote" in begun
+    assert f"heddle search tiny.yaml --out {tmp_path / 'run'} --resume" in stopping
     assert (tmp_path / "run" / "best" / "spec.yaml").exists()
     assert quick(tiny_text, tmp_path / "run", trials=6, resume=True).count("complete") == 6
 

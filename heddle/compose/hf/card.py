@@ -78,9 +78,10 @@ class Checked:
 
 @dataclass(frozen=True, slots=True)
 class _Kind:
-    """What a card says of one kind of model."""
+    """What a card says of one kind of model; `snippet` is from what to what that of the card goes."""
 
     what: str
+    snippet: str
     pipeline: str
     call: str
     padding: str
@@ -90,18 +91,21 @@ _EITHER_SIDE = "Padding may stand on either side, with its `attention_mask`."
 KINDS = {
     "AutoModelForCausalLM": _Kind(
         "A causal language model",
+        "from text to text",
         "text-generation",
         "outputs = model.generate(**inputs, max_new_tokens=64)\nprint(tokenizer.decode(outputs[0]))",
         "Pad on the left, as the tokenizer does: recurrent layers cannot skip padding that follows text.",
     ),
     "AutoModelForMaskedLM": _Kind(
         "An encoder with a language modelling head",
+        "from text to the likeliest tokens",
         "fill-mask",
         "logits = model(**inputs).logits\nprint(tokenizer.decode(logits[0].argmax(-1)))",
         _EITHER_SIDE,
     ),
     "AutoModelForSequenceClassification": _Kind(
         "An encoder that classifies sequences",
+        "from text to its class",
         "text-classification",
         "logits = model(**inputs).logits\nprint(model.config.id2label[int(logits[0].argmax())])",
         _EITHER_SIDE,

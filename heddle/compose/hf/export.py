@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import errno
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -16,11 +15,11 @@ from typing import Any
 from torch import Tensor
 from transformers import GenerationConfig
 
-from heddle.compose.hf.card import Card, Checked, ParityRow, render
+from heddle.compose.hf.card import KINDS, Card, Checked, ParityRow, render
 from heddle.compose.hf.flatten import CONFIG, ENCODER, ENTRIES, MODEL, flatten
 from heddle.compose.hf.model import HeddlePreTrainedModel
-from heddle.compose.hf.native import AUTO, MARK, REMOTE, chosen_target, write_native
-from heddle.compose.hf.shards import MAX_SHARD_SIZE, size_of, write_weights
+from heddle.compose.hf.native import AUTO, MARK, REMOTE, chosen_target, left_by_auto, write_native
+from heddle.compose.hf.shards import MAX_SHARD_SIZE, as_umask_leaves, size_of, write_weights
 from heddle.compose.hf.tokenizer import BYTES, tokenizer_for
 from heddle.compose.hf.verify import AUTO as AUTO_BATTERY
 from heddle.compose.hf.verify import Verification, auto_class, check_battery, verify
@@ -31,7 +30,7 @@ from heddle.errors import HeddleError
 @dataclass(frozen=True, slots=True)
 class ExportResult:
     """Where the folder is, what loading it in a clean process gave, the target it was written for, why not for another that
-    "auto" tried, and the rows of the battery with the form of it that ran."""
+    "auto" tried, the rows of the battery with the form of it that ran, and from what to what the snippet of the card goes."""
 
     path: Path
     max_difference: float
@@ -41,6 +40,7 @@ class ExportResult:
     note: str = ""
     parity: tuple[ParityRow, ...] = ()
     battery: str = ""
+    snippet: str = "from text to text"
 
 
 def export(
@@ -70,10 +70,11 @@ def export(
     size_of(max_shard_size)
     check_battery(battery)
     native = chosen_target(target, model)
+    note = left_by_auto(model) if target == AUTO and native is None else ""
     _check_free(out, overwrite=overwrite)
     how = {"max_shard_size": max_shard_size, "battery": battery}
     try:
-        return _export(model, out, card, tokenizer, native, **how)
+        return replace(_export(model, out, card, tokenizer, native, **how), note=note)
     except HeddleError as error:
         if target != AUTO or native is None or error.code != "export-mismatch":
             raise
@@ -105,7 +106,8 @@ def _export(
         _give_name(folder, out)
     name = REMOTE if native is None else native.name
     found = (checked.max_difference, checked.generated_text, checked.transformers)
-    return ExportResult(out, *found, name, parity=checked.parity, battery=checked.battery)
+    parity, form, snippet = checked.parity, checked.battery, KINDS[auto_class(model)].snippet
+    return ExportResult(out, *found, name, parity=parity, battery=form, snippet=snippet)
 
 
 def is_export(folder: Path) -> bool:
@@ -138,9 +140,7 @@ def _folder_beside(out: Path) -> Iterator[Path]:
 def _give_name(folder: Path, out: Path) -> None:
     """Puts `folder` in the place of `out`, which is absent, empty or an earlier export."""
     # mkdtemp makes folders private.
-    mask = os.umask(0)
-    os.umask(mask)
-    folder.chmod(0o777 & ~mask)
+    folder.chmod(as_umask_leaves(0o777))
     if out.exists():
         old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old.", dir=out.parent))
         out.replace(old)

@@ -37,8 +37,8 @@ def runtime_of(model: HeddlePreTrainedModel) -> dict[str, Any]:
 
 
 def chosen_target(name: str, model: HeddlePreTrainedModel) -> Target | None:
-    """The target of that name; of "auto" the first that holds the model exactly and generates the same with its cache as without;
-    None for remote code.
+    """The target of that name; of "auto" the first that holds the model exactly and generates the same with its cache as without,
+    beams too; None for remote code.
 
     Raises:
         HeddleError: "bad-argument" for a name that is no target.
@@ -46,10 +46,26 @@ def chosen_target(name: str, model: HeddlePreTrainedModel) -> Target | None:
     if name == REMOTE:
         return None
     if name == AUTO:
-        runtime = runtime_of(model)
-        fitting = (one.target for one in verdicts(runtime) if one.fits)
-        return next((target for target in fitting if not target.miscounts(runtime)), None)
+        fitting = _fitting(model)
+        return next((target for target, generates in fitting if generates), None)
     return target_named(name)
+
+
+def left_by_auto(model: HeddlePreTrainedModel) -> str:
+    """Why "auto" takes none of the classes that hold the model exactly, if there are some; else nothing."""
+    fitting = _fitting(model)
+    if not fitting or any(generates for _, generates in fitting):
+        return ""
+    name = fitting[0][0].name
+    told = f"{name} holds it, but generates otherwise with its cache (heddle show --targets), so it is remote code"
+    return f"{told}; --target {name} insists"
+
+
+def _fitting(model: HeddlePreTrainedModel) -> list[tuple[Target, bool]]:
+    """The classes that hold the model exactly, and whether each generates the same with its cache as without."""
+    runtime = runtime_of(model)
+    targets = [one.target for one in verdicts(runtime) if one.fits]
+    return [(one, not one.miscounts(runtime) and not one.loses_beams(runtime)) for one in targets]
 
 
 def target_named(name: str) -> Target:

@@ -80,8 +80,11 @@ def generated(model: Any, tokenizer: Any, task: dict[str, Any]) -> tuple[str, in
 
 def battery_of(task: dict[str, Any], *loaded: Any) -> Any:
     """The checks of the parity battery, whose files stand beside this one, in the form that the task names."""
-    parity, reader = (runpy.run_path(task[name]) for name in ("battery_file", "reader_file"))
-    return parity["asked"](parity["Loaded"](*loaded, reader["second_reader"]), task["battery"])
+    parity, reader, known = (
+        runpy.run_path(task[name]) for name in ("battery_file", "reader_file", "known_file")
+    )
+    beside = (reader["second_reader"], known["known_failures"])
+    return parity["asked"](parity["Loaded"](*loaded, *beside), task["battery"])
 
 
 def loader(task: dict[str, Any]) -> Callable[[str], tuple[Any, dict[str, Any]]]:
@@ -110,8 +113,8 @@ def looked_at(task: dict[str, Any], load: Callable[[str], tuple[Any, dict[str, A
     with torch.no_grad():
         logits = logits_of(model, inputs)
         text, differing = generated(model, tokenizer, task) if model.can_generate() else ("", 0)
-    parity = runpy.run_path(task["battery_file"])
-    excuse = parity["known_failures"](model.config).get(parity["GENERATION"], "")
+    known = runpy.run_path(task["known_file"])
+    excuse, _ = known["known_failures"](model.config).get(known["GENERATION"], ("", ""))
     save_file(logits, task["logits"])
     model.save_pretrained(task["again"])
     # One model is in memory at a time.

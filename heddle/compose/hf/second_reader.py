@@ -20,6 +20,8 @@ RENAMED = {
 }
 # Tensors that a class joins by rows, and its name for them; its writer cuts them into equal parts, whatever theirs are.
 JOINED = {"olmo_hybrid": (("q_conv1d", "k_conv1d", "v_conv1d"), "conv1d")}
+# Fields that are of a folder and not of a model: weights are in float32 where the class wrote them.
+OF_A_FOLDER = frozenset(("_name_or_path", "architectures", "auto_map", "dtype", "transformers_version"))
 
 
 class Raw(Mapping[str, Tensor]):
@@ -45,7 +47,8 @@ class Raw(Mapping[str, Tensor]):
 
 def second_reader(model: Any, folder: str, again: str) -> tuple[list[str], int]:
     """What is wrong with names, shapes and values in the files of `folder`, against the model of its class and what that wrote
-    itself, in `again`; and how many tensors there are. One tensor of the files is in memory at a time."""
+    itself, in `again`, and with its configuration; and how many tensors there are. One tensor of the files is in memory at a
+    time."""
     stored, resaved, held = Raw(folder), Raw(again), model.state_dict()
     kind = model.config.model_type
     held |= joined(stored, held, *JOINED.get(kind, ((), "")))
@@ -62,7 +65,18 @@ def second_reader(model: Any, folder: str, again: str) -> tuple[list[str], int]:
             wrong.append(f"{name} is {list(tensor.shape)}, the class has {list(of_class.shape)}")
         elif of_class is not None and not torch.equal(tensor.to(of_class.dtype), of_class):
             wrong.append(f"{name} has other values")
-    return wrong, len(stored)
+    return [*wrong, *changed_fields(type(model.config), folder, again)], len(stored)
+
+
+def changed_fields(config_class: Any, folder: str, again: str) -> list[str]:
+    """Fields of the configuration that the class of `folder` reads otherwise of what it wrote itself, in `again`."""
+    first, second = (config_class.from_pretrained(one).to_dict() for one in (folder, again))
+    names = sorted({*first, *second} - OF_A_FOLDER)
+    return [
+        f"{name} of config.json is {first.get(name)!r}, written by the class {second.get(name)!r}"
+        for name in names
+        if first.get(name) != second.get(name)
+    ]
 
 
 def joined(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -70,3 +71,12 @@ def _split(weights: Mapping[str, Tensor], limit: int) -> list[dict[str, Tensor]]
 
 def _write(shard: Mapping[str, Tensor], path: Path) -> None:
     save_file(dict(shard), path, metadata={"format": "pt"})
+    # The library's files are their owner's alone.
+    path.chmod(as_umask_leaves(0o666))
+
+
+def as_umask_leaves(mode: int) -> int:
+    """The mode that a new file or folder has which is asked for with `mode`."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mode & ~mask

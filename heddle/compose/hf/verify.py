@@ -242,7 +242,12 @@ def reload_in_clean_process(
         "first": [],
         "timeout_s": None if told.get("battery") == FULL else TIMEOUT_S,
     }
-    beside = {"battery_file": str(_beside("parity.py")), "reader_file": str(_beside("second_reader.py"))}
+    names_beside = {
+        "battery_file": "parity.py",
+        "reader_file": "second_reader.py",
+        "known_file": "known_failures.py",
+    }
+    beside = {name: str(_beside(file)) for name, file in names_beside.items()}
     task: dict[str, Any] = {**usual, **told, **files, **beside}
     # Modules that this process has copied from other exports must not stand in for those of this one.
     task["path"] = task["first"] + [

@@ -36,6 +36,7 @@ class KimiLinear(Target):
     channels = ("swiglu", "moe")
     # A cache without an attention layer cannot count tokens in transformers.
     needs = ("mla",)
+    turns = False
     why: ClassVar = {
         "tie_embeddings": "its head is never the embedding",
         "mixer.value_dim": "keys and values have one size",

@@ -120,6 +120,7 @@ class Granite(Target):
     mixers = ("mamba2", "attention")
     channels = ("swiglu", "moe")
     needs = ("attention",)
+    turns = False
     why: ClassVar = {
         **_MAMBA_WHY,
         "mixer.rope": "every attention layer has the same positions, or none",

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from heddle.compose.targets.catalogue import TARGETS
-from heddle.compose.targets.servers import ALWAYS, REMOTE, SOMETIMES, VERSIONS, Serves, served
+from heddle.compose.targets.servers import ALWAYS, REMOTE, SOMETIMES, TRIED, VERSIONS, Serves, served
 
 PAGE, ROWS = Path("docs/export.md"), Path("tests/bench/results/evidence-export.jsonl")
 _WORDS = {True: "yes", False: "no", None: "?"}
@@ -56,10 +56,12 @@ def _targets() -> Iterator[str]:
     yield f"| target | class | what a spec may have | {' | '.join(VERSIONS.values())} |"
     yield "|---|---|---|---|---|"
     for target in TARGETS:
-        servers = SOMETIMES.get(target.name) or tuple(_cell(one) for one in ALWAYS[target.name])
+        answers = SOMETIMES.get(target.name) or tuple(_cell(one) for one in ALWAYS[target.name])
+        tried = (TRIED.get(f"{server} {target.name}", "") for server in VERSIONS)
+        servers = ["; ".join(filter(None, told)) for told in zip(answers, tried, strict=True)]
         yield f"| `{target.name}` | {target.model_class} | {target.holds} | {' | '.join(servers)} |"
-    answers = served(REMOTE, {"layers": []})
-    yield f"| `{REMOTE}` | code in the folder | everything | {' | '.join(_cell(one) for one in answers.values())} |"
+    remote = served(REMOTE, {"layers": []})
+    yield f"| `{REMOTE}` | code in the folder | everything | {' | '.join(_cell(one) for one in remote.values())} |"
 
 
 def _exports(rows: Sequence[Row]) -> Iterator[str]:

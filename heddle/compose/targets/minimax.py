@@ -18,7 +18,7 @@ class MiniMax(Target):
 
     The class asks its first layer how many tokens there were. A folder whose first layer is linear is exact without a cache; with
     one, single steps with positions are right, as `generate` makes them of a prompt without padding, up to the end of a window;
-    the rest is not.
+    the rest is not. Wherever the linear layers stand, beams are wrong with a cache: it is sorted anew without their states.
     """
 
     name = "minimax"
@@ -104,13 +104,22 @@ class MiniMax(Target):
         windowed = any(mixer["window"] is not None for mixer in mixers_of(model, "attention"))
         return windowed and bool(model["layers"][0]["mixer"]["kind"] == "lightning")
 
+    def loses_beams(self, model: Model) -> bool:
+        return bool(mixers_of(model, "lightning"))
+
     def warning(self, model: Model) -> str:
-        if model["layers"][0]["mixer"]["kind"] != "lightning":
+        if not self.loses_beams(model):
             return ""
-        where = "past its window, and " if self.miscounts(model) else ""
+        beams = (
+            "right without a cache; with one transformers 5.23 finds other beams, as the class leaves the states of linear "
+            "layers where they are while beams change places"
+        )
+        if model["layers"][0]["mixer"]["kind"] != "lightning":
+            return beams
+        where = "past its window, " if self.miscounts(model) else ""
         return (
-            f"right without a cache; with one transformers 5.23 is wrong {where}where a call goes on with several tokens or "
-            "without position_ids: the class asks its first layer for the number of tokens, and a linear one has none"
+            f"{beams}, and is wrong {where}after padding, and where a call goes on with several tokens or without position_ids, "
+            "as it asks its first layer for the number of tokens, and a linear one has none"
         )
 
     def idle(self, config: Config) -> frozenset[str]:

@@ -84,6 +84,7 @@ class OlmoHybrid(Target):
     mixers = ("gated_deltanet", "attention")
     needs = mixers
     written: ClassVar = {"post_attention_layernorm": "feedforward_layer_norm"}
+    turns = False
     why: ClassVar = {
         **_WHY,
         "mixer.window": "it has no windows",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from heddle.compose.plan import Plan
 from heddle.compose.targets.demand import SERVERS
 from heddle.compose.targets.servers import REMOTE, VERSIONS, Serves, checked, served
 from heddle.compose.targets.target import Model
@@ -27,6 +28,22 @@ def target_rows(model: Model) -> list[dict[str, Any]]:
     causal = model.get("kind", "causal_lm") == "causal_lm"
     rows.append(_row(REMOTE, "code in the folder", [], served(REMOTE, model) if causal else {}))
     return [*rows, *(_server_row(name, model, all_found) for name in VERSIONS)]
+
+
+def padding_warning(planned: Plan) -> str:
+    """What every target does wrong with a model whose cache holds a state or a window; or nothing."""
+    first = next((layer for layer in planned.layers if layer.places_padding), None)
+    if first is None:
+        return ""
+    return (
+        f"layers.{first.index}.mixer ({first.mixer['kind']}) keeps a state or a window: in every target, tokens that go on "
+        "from a cache with padding on the right are wrong, a single pass is right; pad on the left"
+    )
+
+
+def fits_line(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The targets that fit, of rows as of `target_rows`."""
+    return f"the defaults of the space fit {', '.join(row['target'] for row in rows if row['fits'])}"
 
 
 def _server_row(name: str, model: Model, found: Mapping[str, Verdict]) -> dict[str, Any]:

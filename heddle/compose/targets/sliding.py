@@ -16,6 +16,7 @@ class SmolLM3(Target):
     name = "smollm3"
     config_class, model_class = "SmolLM3Config", "SmolLM3ForCausalLM"
     holds = "softmax attention, with or without positions by layer, full and sliding layers, dense"
+    turns = False
     why: ClassVar = {
         "mixer.window": "all its windows are equal",
         "mixer.rope": "all layers that have positions have the same",

@@ -90,6 +90,8 @@ class Target:
     # Mixers of which there must be one.
     needs: ClassVar[tuple[str, ...]] = ()
     why: ClassVar[Mapping[str, str]] = {}
+    # Whether every softmax layer has rotary positions whatever is asked.
+    turns: ClassVar[bool] = True
     # How theirs names the last norm, and what it lacks of ours.
     last_norm: ClassVar[str] = "model.norm.weight"
     less: ClassVar[float] = 0.0
@@ -134,7 +136,11 @@ class Target:
         return ""
 
     def miscounts(self, model: Model) -> bool:  # noqa: ARG002
-        """Whether the class generates other tokens with its cache than without, so that only who names it is given it."""
+        """Whether the class generates other greedy tokens with its cache than without, so that only who names it is given it."""
+        return False
+
+    def loses_beams(self, model: Model) -> bool:  # noqa: ARG002
+        """The same of beams."""
         return False
 
     def folded(self, config: Config) -> tuple[Config, Factors]:

@@ -10,7 +10,7 @@ from heddle.compose.plan import plan
 from heddle.compose.targets.catalogue import TARGETS
 from heddle.compose.targets.target import Config, Model, Refusal, Target
 from heddle.errors import HeddleError
-from heddle.specs.model import ModelSpec
+from heddle.specs.model import ModelSpec, Residual
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +87,8 @@ def _differences(target: Target, model: Model, back: Model) -> Iterator[Refusal]
             found = [*_unequal(ours, theirs, "")]
             known.append((ours, theirs, found))
         for path, values in found:
-            yield _told(target, f"layers.{index}.{path}", path, values)
+            filled = (_filled(values[0], path, model), _filled(values[1], path, back))
+            yield _told(target, f"layers.{index}.{path}", path, filled)
 
 
 def _unequal(ours: Any, theirs: Any, path: str) -> Iterator[tuple[str, tuple[Any, Any]]]:
@@ -104,6 +105,14 @@ def _unequal(ours: Any, theirs: Any, path: str) -> Iterator[tuple[str, tuple[Any
         yield path, (ours, theirs)
 
 
+def _filled(value: Any, path: str, model: Model) -> Any:
+    """What holds at a path inside a layer where nothing is written."""
+    if value is not None:
+        return value
+    defaults = {"norm_placement": "pre", "residual": Residual().model_dump(), "norm_eps": model["norm_eps"]}
+    return defaults.get(path.rpartition(".")[2].removeprefix("channel_"))
+
+
 def _plain(value: Any) -> Any:
     off = value is False or (isinstance(value, list) and value and all(one == 1.0 for one in value))
     return None if off else value
@@ -117,6 +126,8 @@ def _told(target: Target, path: str, field: str, values: tuple[Any, Any]) -> Ref
     steps = [step for step in steps if step != "mixers"]
     reasons = (target.why.get(".".join(steps[:size])) for size in range(len(steps), 0, -1))
     why = next((f": {reason}" for reason in reasons if reason is not None), "")
+    if steps[-1:] == ["rope"] and values[0] is None and target.turns:
+        why = ": the heads of every softmax layer turn"
     return Refusal(path, f"is {ours}; there it is {theirs}{why}")
 
 
