@@ -60,7 +60,7 @@ def remeasure_front(driver: Driver, best: int) -> int:
 
 def again_violations(driver: Driver, trial: Trial) -> dict[str, float]:
     """The constraints of `trial` by its second timing; a budget that could not be timed again is not kept."""
-    missing = {one.label: inf for one in driver.setting.timed if one.label not in trial.remeasured}
+    missing = {one.timing: inf for one in driver.setting.timed if one.timing not in trial.remeasured}
     return missing or pareto.violations(trial.remeasured, driver.setting.budgets, trial.figures)
 
 
@@ -81,9 +81,9 @@ def _again(driver: Driver, number: int) -> dict[str, Request]:
     for (batch, context, beside), phase in product(sorted(places, key=repr), PHASES):
         tokens = min(context, PREFILL_AT_MOST[driver.setting.device]) if phase == "prefill" else context
         label = f"{phase}_ms@{batch}x{tokens}"
-        if all(budget.phase != phase for budget in budgets) and all(b.label != label for b in wanted):
+        if all(budget.phase != phase for budget in budgets) and all(b.timing != label for b in wanted):
             wanted.append(BudgetInfo(label, phase, inf, beside, batch, tokens))
-    return {each.label: driver.setting.timing(number, one, each, purpose="again") for each in wanted}
+    return {each.timing: driver.setting.timing(number, one, each, purpose="again") for each in wanted}
 
 
 def _record_again(driver: Driver, number: int, requests: dict[str, Request]) -> None:

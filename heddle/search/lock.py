@@ -222,7 +222,7 @@ def time_now(driver: Driver) -> None:
         trial = driver.trials[number]
         one = space.candidate(setting.file, trial.params, trial.layers) if number >= 0 else None
         one = one or next(iter(setting.references.values()))
-        requests = {b.label: setting.timing(number, one, b, purpose=NOW) for b in setting.timed}
+        requests = {b.timing: setting.timing(number, one, b, purpose=NOW) for b in setting.timed}
         driver.evaluations.time_all(requests.values())
         driver.log.write("timed_now", number=number, latency={at: each.key for at, each in requests.items()})
 

@@ -67,6 +67,21 @@ class Budget(Schema):
     context: Context
 
 
+class PeakBudget(Schema):
+    """A limit on the most bytes of tensors at one time, weights and caches included: measured on the device present, beside the
+    time."""
+
+    phase: Literal["peak_bytes"]
+    of: Annotated[
+        Literal["decode", "prefill"],
+        Field(description="decode: one token after `context` tokens. prefill: a pass over `context` tokens."),
+    ] = "prefill"
+    at_most: Annotated[Amount, Field(description="Bytes; with relative_to, a ratio.")]
+    relative_to: RelativeTo = None
+    batch: Batch = 1
+    context: Context
+
+
 class CacheBudget(Schema):
     """A limit on what decoding holds in memory besides the weights, computed from the spec: caches and states, in bfloat16."""
 
@@ -85,10 +100,11 @@ class ParameterBudget(Schema):
     relative_to: RelativeTo = None
 
 
-BudgetSpec = Annotated[Budget | CacheBudget | ParameterBudget, Field(discriminator="phase")]
+BudgetSpec = Annotated[Budget | PeakBudget | CacheBudget | ParameterBudget, Field(discriminator="phase")]
 # What a budget is written under -> its schema.
 BUDGETS: dict[str, type[Schema]] = {
     **dict.fromkeys(get_args(Phase), Budget),
+    "peak_bytes": PeakBudget,
     "cache_bytes": CacheBudget,
     "parameters": ParameterBudget,
 }

@@ -14,13 +14,12 @@ import torch
 
 from heddle.compose.build import build_causal_lm
 from heddle.search.cores import usable_cores
+from heddle.search.intervals import median_interval, ratio_interval
 from heddle.search.latency import (
     Effort,
     Place,
     measure,
     measure_spec,
-    median_interval,
-    ratio_interval,
     take_turns,
 )
 from heddle.search.record import Latency

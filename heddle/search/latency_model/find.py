@@ -14,10 +14,11 @@ from typing import Any
 from heddle.errors import HeddleError
 from heddle.kernels.configs.found import cache_folder
 from heddle.search import space
-from heddle.search.latency import PHASES, Place
+from heddle.search.latency import Place
 from heddle.search.latency_model.model import LatencyModel, PlaceFit, from_data, load_model
 from heddle.search.latency_model.table import MACHINE
 from heddle.search.ledger import key_of
+from heddle.search.results import BudgetInfo
 from heddle.specs import SpecFile
 
 RUN_COPY = "latency_model.json"
@@ -78,7 +79,7 @@ def into_run(
         changed = _changed(model, made_with)
         model = _without_margins(model) if changed else model
     model.save(run / RUN_COPY)
-    timed = (budget for budget in meta["budgets"] if budget["phase"] in PHASES)
+    timed = (budget for budget in meta["budgets"] if BudgetInfo(**budget).is_timed)
     told = [found for budget in timed if (found := _told(file, model, budget)) is not None]
     return {"latency_model": told, "latency_changed": changed or meta.get("latency_changed", {})}
 
