@@ -1,11 +1,11 @@
-"""How long a model takes, measured on the device present: prefill of T tokens, one decode step after T
-tokens.
+"""How long a model takes, and how much memory, measured on the device present: prefill of T tokens, one decode step after T
+tokens, a training step of T tokens without its optimizer.
 
 The candidate and the reference model take turns (A B B A …), so that clocks, heat and neighbours hit both
 alike and cancel in the ratio. Where a model's memory lies changes its speed by some percent, as luck has it:
 both are built several times, and intervals draw builds, then turns of a build. Repeats go on until the
 bootstrap 95 % interval of the median is narrow, or the time is up; the interval is reported either way. CUDA:
-events around a captured graph (decode) or around the launches (prefill). CPU: a wall clock around the same call
+events around a captured graph (decode) or around the launches (prefill, train). CPU: a wall clock around the same call
 with all physical cores, so launch overhead is part of the figure.
 """
 
@@ -30,6 +30,8 @@ from heddle.search.gpu_state import THROTTLING, both, gpu_state
 from heddle.search.intervals import Array, summary, width
 from heddle.search.peak import peak_bytes
 from heddle.search.record import Latency
+from heddle.search.results import PHASES
+from heddle.search.training_step import TrainingStep
 from heddle.specs import ModelSpec
 
 # Turns without which nothing is said.
@@ -39,13 +41,12 @@ DISTURBED = 0.1
 PATIENCE = 3
 # A timing that was disturbed is taken anew so many times.
 AGAIN = 2
-PHASES = ("decode", "prefill")
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """What is timed: one decode step after `context` tokens, or a prefill of `context` tokens, of `batch`
-    sequences.
+    """What is timed: one decode step after `context` tokens, a prefill of `context` tokens, or a forward and a backward of them
+    ("train", see `heddle.search.training_step`), of `batch` sequences.
 
     Raises:
         HeddleError: "bad-argument" for another phase, as that of a budget that nothing is timed for.
@@ -110,7 +111,8 @@ def measure(
 ) -> Latency:
     """The latency of `model` at `place`, and its ratio to `reference` when one is given.
 
-    Weights are random and in the dtype of the device (bfloat16 on CUDA, float32 on a CPU).
+    Weights are random and in the dtype of the device (bfloat16 on CUDA, float32 on a CPU); in training they are float32, and
+    the row tells the dtype of autocast.
 
     Raises:
         HeddleError: "out-of-memory".
@@ -256,7 +258,9 @@ class _Step:
     """One model ready to be timed: `run()` does the work once and gives the milliseconds it took."""
 
     def __init__(self, spec: ModelSpec, place: Place, device: str, dtype: torch.dtype) -> None:
-        self._model = build_causal_lm(spec, seed=0, device=device, dtype=dtype, draw="device").eval()
+        is_training = place.phase == "train"
+        held = torch.float32 if is_training else dtype
+        self._model = build_causal_lm(spec, seed=0, device=device, dtype=held, draw="device").eval()
         length = 1 if place.phase == "decode" else place.context
         generator = torch.Generator().manual_seed(0)
         shape = (place.batch, length)
@@ -264,12 +268,15 @@ class _Step:
         decode = place.phase == "decode"
         self._cache = self._model.decode_cache(place.batch, place.context) if decode else None
         self._device = device
+        training = TrainingStep(self._model, self._ids) if is_training else None
+        self._work: Callable[[], None] = training or self._forward
+        self._clear: Callable[[], None] = training.clear if training else lambda: None
         if device == "cpu":
             self.run, self.method = self._on_cpu, "cpu-timer"
             return
         self._start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         self._end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        self._launch, self.method = self._forward, "cuda-events"
+        self._launch, self.method = self._work, "cuda-events"
         if decode:
             self._capture()
         self.run = self._on_cuda
@@ -279,7 +286,7 @@ class _Step:
         cached = [] if self._cache is None else self._cache.layers
         states = (state for layer in cached for state in layer.tensors().values())
         held = (*self._model.parameters(), *self._model.buffers(), *states, self._ids)
-        return peak_bytes(self._forward, held, self._device)
+        return peak_bytes(self._work, held, self._device)
 
     @torch.inference_mode()
     def _forward(self) -> None:
@@ -287,14 +294,17 @@ class _Step:
 
     def _on_cpu(self) -> float:
         started = time.perf_counter()
-        self._forward()
-        return (time.perf_counter() - started) * 1e3
+        self._work()
+        spent_s = time.perf_counter() - started
+        self._clear()
+        return spent_s * 1e3
 
     def _on_cuda(self) -> float:
         self._start.record()
         self._launch()
         self._end.record()
         self._end.synchronize()
+        self._clear()
         return float(self._start.elapsed_time(self._end))
 
     def _capture(self) -> None:

@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-# What a timing is of: one token after others, a pass over all.
-MEASURED = ("decode", "prefill")
+# What a timing is of: one token after others, a pass over all, a forward and a backward.
+PHASES = ("decode", "prefill", "train")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class BudgetInfo:
     @property
     def is_measured(self) -> bool:
         """Whether it is about what a timing tells, a time or a peak of bytes; the others are computed from the spec."""
-        return self.phase in MEASURED
+        return self.phase in PHASES
 
     @property
     def is_timed(self) -> bool:
