@@ -90,6 +90,7 @@ def lock_of(run: Run) -> dict[str, Any]:
         "deterministic": meta.get("deterministic", False),
         "effort": meta.get("effort", {}),
         "environment": meta["environment"],
+        "timed_on": meta.get("timed_on"),
         "budgets": meta["budgets"],
         "latency_model": of_run(run.path).data() if meta.get("latency") == "model" else None,
         "trials": [_trial(trial) for trial in run.trials],
