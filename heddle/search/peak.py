@@ -35,6 +35,8 @@ def held_bytes(tensors: Iterable[Tensor]) -> int:
 
 def _taken_on_cuda(call: Callable[[], object]) -> int:
     torch.cuda.synchronize()
+    # A block that is left over from earlier calls may be larger than what is asked for, and counts whole.
+    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     call()
