@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -166,6 +166,12 @@ def test_a_replay_takes_peaks_from_the_lockfile(run: Run, again: Replay) -> None
         assert ours.constraints == theirs.constraints
     timed = [e for e in again.run.events if e["event"] == "evaluation_started" and e["stage"] == "latency"]
     assert {event["number"] for event in timed} == {-1, *run.front}
+    assert again.moved
+    for moved in again.moved:
+        assert moved.then_bytes == moved.now_bytes is not None
+        assert not moved.is_peak_other
+        assert replace(moved, now_bytes=1).is_peak_other
+        assert not replace(moved, then_bytes=None).is_peak_other
 
 
 def test_a_row_of_before_peaks_were_measured_is_still_read(run: Run) -> None:
