@@ -185,7 +185,10 @@ def trial_line(trial: Trial) -> str:
     """A told trial in one line: its state, scores, ratios or the reason."""
     name = f"trial {trial.number}" if trial.number >= 0 else "reference"
     parts = [f"{name} {words.STATE_WORDS.get(trial.state, trial.state)}"]
-    parts += [f"{name} {words.score_text(score)}" for name, score in trial.scores.items()]
+    parts += [
+        f"{name} {words.score_text(score)}{words.rate_text(trial, name)}"
+        for name, score in trial.scores.items()
+    ]
     parts += [
         f"{label} {words.ratio_text(seen)}" for label, seen in trial.latency.items() if seen.ratio is not None
     ]

@@ -306,7 +306,10 @@ def show_run(run: Run, spec_path: Path) -> None:
         screen.print(_run_table(run, [run.trial(number) for number in run.least_violating]))
     best = run.best_trial
     if best is not None:
-        for line in words.confirmation(run):
+        for line in [
+            *words.confirmation(run),
+            *([] if run.longer is None else words.longer_texts(run.longer)),
+        ]:
             screen.print(line)
         screen.print("\nbest spec:", style="bold")
         screen.print(best.spec.rstrip(), soft_wrap=True)

@@ -2,7 +2,8 @@
 
 The task names folders, token ids, the packages to hide and the path, so that any version of transformers can be asked. For
 each folder it writes down logits in float32 and in bfloat16, greedy tokens without a cache, whether they are the same with one,
-and which tensors the class and the folder do not have in common; where something raises, why.
+and which tensors the class and the folder do not have in common; of the folder that is `begun`, with the weights that a model
+begins with, the logits in float32. Where something raises, why.
 """
 
 from __future__ import annotations
@@ -51,6 +52,15 @@ def asked(folder: str, ids: Any, tokens: int) -> tuple[dict[str, Any], dict[str,
     return told, found
 
 
+def logits_of(folder: str, ids: Any) -> Any:
+    """In float32."""
+    import torch
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model.eval()(ids, use_cache=False).logits
+
+
 def main(task: SimpleNamespace) -> None:
     sys.path[:] = task.path
     sys.meta_path[:] = [Hidden(finder, task.hidden) for finder in sys.meta_path]
@@ -64,6 +74,7 @@ def main(task: SimpleNamespace) -> None:
         try:
             with torch.no_grad():
                 results[name], found = asked(folder, ids, task.tokens)
+                found["begun"] = logits_of(task.begun[name], ids)
             tensors |= {f"{name}.{what}": held.contiguous() for what, held in found.items()}
         # Each folder is told by itself.
         except Exception:

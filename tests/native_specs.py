@@ -234,6 +234,11 @@ def ready(spec: ModelSpec, seed: int = 0) -> Any:
     return model
 
 
+def begun(spec: ModelSpec, seed: int = 0) -> Any:
+    """A model with the weights that it begins its training with."""
+    return build(spec, seed=seed).eval()
+
+
 def written(model: Any, name: str, folder: Path) -> Path:
     folder.mkdir()
     write_native(model, folder, BY_NAME[name], IDS)

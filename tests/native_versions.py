@@ -3,8 +3,9 @@
     PYTHONPATH=tests:. python tests/native_versions.py --transformers 5.17 5.19 --specs 3 --append --commit SHA
 
 For each class random specs are written once, loaded by each version and compared with the model that was written: logits in
-float32 by the rule of an export's check, 64 greedy tokens with a cache, without one, and beside ours. The figure of bfloat16 is
-the worst relative norm of 64 tokens' logits against ours in float64. Rows go to tests/bench/results/evidence-export.jsonl.
+float32 of the weights that a model begins with, at most 1e-5 apart, and of weights that all count by the rule of an export's
+check, and 64 greedy tokens with a cache, without one, and beside ours. The figure of bfloat16 is the worst relative norm of 64
+tokens' logits against ours in float64. Rows go to tests/bench/results/evidence-export.jsonl.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any
 
 import native_checks
 import torch
-from native_specs import SPECS, model_spec, ready, written
+from native_specs import SPECS, begun, model_spec, ready, written
 from safetensors.torch import load_file, save_file
 
 from heddle.compose.hf.load_native import read_native
@@ -45,15 +46,17 @@ WITH = {"5.17": ["huggingface-hub>=1.5,<2", "httpx<1", "httpcore<2"]}
 class Figure:
     """What a version made of one spec.
 
-    `float32` is how far its logits are from ours, both in float32, `apart` from ours in float64, at most `allowed`; `bfloat16`
-    and `ours_bfloat16` are against float64. `same_cached` are tokens with its cache as without, `same` without it as ours, and
-    `excused` is whether the class is known to generate others with it, `tied` whether the first other token is as likely in
-    float64, to 1e-5; `back` is the hash of what is read back.
+    `begun` is how far its logits are from ours where the weights are those that a model begins with, both in float32. With
+    weights that all count `float32` is the same, ours with the class's softplus, `apart` how far its logits are from ours in
+    float64, at most `allowed`; `bfloat16` and `ours_bfloat16` are against float64. `same_cached` are tokens with its cache as
+    without, `same` without it as ours, and `excused` is whether the class is known to generate others with it, `tied` whether
+    the first other token is as likely in float64, to 1e-5; `back` is the hash of what is read back.
     """
 
     target: str
     seed: int
     wrong: tuple[str, ...]
+    begun: float
     float32: float
     apart: float
     bfloat16: float
@@ -73,13 +76,26 @@ def install(version: str, target: Path) -> str:
     return str(target)
 
 
+def path_of(python: str) -> list[str]:
+    """Where an interpreter looks for packages."""
+    if python == sys.executable:
+        return [entry for entry in sys.path if entry]
+    told = [python, "-I", "-c", "import json, sys; print(json.dumps(sys.path))"]
+    entries: list[str] = json.loads(subprocess.run(told, capture_output=True, check=True, timeout=60).stdout)
+    return entries
+
+
 class Folders:
-    """Folders of `specs` random specs for each class, with what the models in them compute here."""
+    """Folders of `specs` random specs for each class, with what the models in them compute here; `python` loads them."""
 
     @torch.no_grad()
-    def __init__(self, base: Path, specs: int, targets: Sequence[str] = tuple(SPECS)) -> None:
+    def __init__(
+        self, base: Path, specs: int, targets: Sequence[str] = tuple(SPECS), *, python: str = sys.executable
+    ) -> None:
+        self.python = python
         self.base, self.paths, self.models, self.right = base, {}, {}, {}
         self.back: dict[str, bool] = {}
+        self.begun: dict[str, Path] = {}
         self.ids = torch.randint(1, 256, (2, 70), generator=torch.Generator().manual_seed(0))
         save_file({"ids": self.ids}, base / "ids")
         mask = torch.ones(1, 9, dtype=torch.long)
@@ -90,6 +106,8 @@ class Folders:
             self.back[key] = spec_hash(read_native(self.paths[key], name="back").spec.model) == spec_hash(
                 spec
             )
+            beginning = begun(spec, seed)
+            self.begun[key] = written(beginning, name, base / f"{name}-{seed}-begun")
             usual = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "do_sample": False}
             tokens = model.generate(self.ids[:1, :9], attention_mask=mask, pad_token_id=0, **usual)
             (exact,) = logits_of(model, {"ids": self.ids}, torch.float64).values()
@@ -98,7 +116,8 @@ class Folders:
                 one(self.ids, use_cache=False).logits for one in (model, as_classes_round(model))
             )
             self.right[key] = {
-                "logits": logits, "as_class": as_class, "tokens": tokens, "exact": exact, "bfloat16": narrow
+                "logits": logits, "as_class": as_class, "tokens": tokens, "exact": exact, "bfloat16": narrow,
+                "begun": beginning(self.ids, use_cache=False).logits,
             }  # fmt: skip
 
     def ask(self, first: Sequence[str] = ()) -> tuple[str, list[Figure]]:
@@ -112,13 +131,14 @@ class Folders:
     def _run(self, first: list[str], scratch: Path) -> tuple[Any, Mapping[str, Any]]:
         task = {
             "folders": {key: str(path) for key, path in self.paths.items()}, "ids": str(self.base / "ids"),
+            "begun": {key: str(path) for key, path in self.begun.items()},
             "tensors": str(scratch / "tensors"), "found": str(scratch / "found.json"), "tokens": TOKENS,
-            "hidden": [*HIDDEN], "path": first + [entry for entry in sys.path if entry],
+            "hidden": [*HIDDEN], "path": first + path_of(self.python),
         }  # fmt: skip
         (scratch / "task.json").write_text(json.dumps(task))
         settings = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(scratch / "hf"), "OMP_NUM_THREADS": "1"}
         done = subprocess.run(
-            [sys.executable, "-I", str(SCRIPT), str(scratch / "task.json")], cwd=scratch, text=True,
+            [self.python, "-I", str(SCRIPT), str(scratch / "task.json")], cwd=scratch, text=True,
             env={**os.environ, **settings, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, timeout=1800, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
@@ -127,9 +147,10 @@ class Folders:
     def _figure(self, key: str, told: Mapping[str, Any], tensors: Mapping[str, Any]) -> Figure:
         target, seed = key.split()
         if "failed" in told:
-            return Figure(target, int(seed), (told["failed"],), *[float("inf")] * 4)
+            return Figure(target, int(seed), (told["failed"],), *[float("inf")] * 5)
         right, model, found = self.right[key], self.models[key], {"ids": tensors[f"{key}.logits"]}
         between = apart(found, {"ids": right["as_class"]})
+        at_first = apart({"ids": tensors[f"{key}.begun"]}, {"ids": right["begun"]})
         exactly, allowed = rounded_apart(model, {"ids": self.ids}, found, {"ids": right["logits"]})
         excused = BY_NAME[target].miscounts(runtime_of(model))
         same = torch.equal(tensors[f"{key}.tokens"], right["tokens"])
@@ -137,6 +158,8 @@ class Folders:
         wrong = {
             f"loaded as {told['class']}": told["class"] != BY_NAME[target].model_class,
             f"tensors not in common: {told['keys']}": told["keys"],
+            f"logits {at_first:.2g} apart with the weights that a model begins with": not at_first
+            <= TOLERANCE,
             f"logits {exactly:.2g} apart, {allowed:.2g} allowed": between > TOLERANCE
             and not exactly <= allowed,
             "other tokens with a cache than without": not told["cache_agrees"] and not excused,
@@ -145,8 +168,9 @@ class Folders:
         }
         narrow, ours = (error(one, right["exact"]) for one in (tensors[f"{key}.bfloat16"], right["bfloat16"]))
         names = tuple(name for name, is_so in wrong.items() if is_so)
-        figures = (between, exactly, narrow, ours, told["cache_agrees"], excused, same, tied, self.back[key])
-        return Figure(target, int(seed), names, *figures)
+        far = (at_first, between, exactly, narrow, ours)
+        kept = (told["cache_agrees"], excused, same, tied, self.back[key])
+        return Figure(target, int(seed), names, *far, *kept)
 
 
 def row_of(version: str, figures: Sequence[Figure]) -> dict[str, Any]:
@@ -170,6 +194,7 @@ def told_of(held: Sequence[Figure]) -> dict[str, Any]:
         "mixers": [*mixers],
         "channels": sorted({layer["channel"]["kind"] for all_of in layers for layer in all_of}),
         "orders": len({tuple(tuple(kinds_of(layer["mixer"])) for layer in all_of) for all_of in layers}),
+        "begun": max(one.begun for one in held),
         "float32": max(one.float32 for one in held),
         "over": sum(one.float32 > TOLERANCE for one in held),
         "float32_from_float64": max(one.apart for one in held),
@@ -205,17 +230,25 @@ def main() -> None:
     parser.add_argument("--transformers", nargs="*", default=[], help="versions beside the installed one")
     parser.add_argument("--specs", type=int, default=3, help="of each class")
     parser.add_argument("--targets", nargs="+", default=[*SPECS], choices=[*SPECS], help="default: all")
+    parser.add_argument(
+        "--python", default=sys.executable, help="loads the folders, of an environment without Heddle"
+    )
     parser.add_argument("--append", action="store_true", help="append rows to evidence-export.jsonl")
     parser.add_argument("--commit", help="what the code is")
     chosen = parser.parse_args()
+    asked = "".join(
+        f" --{name} {' '.join(given)}"
+        for name, given in (("transformers", chosen.transformers), ("targets", chosen.targets))
+        if given
+    )
     with tempfile.TemporaryDirectory(prefix="native-") as scratch:
-        folders = Folders(Path(scratch), chosen.specs, chosen.targets)
+        folders = Folders(Path(scratch), chosen.specs, chosen.targets, python=chosen.python)
         firsts = [[install(version, Path(scratch, version))] for version in chosen.transformers]
         for first in [*firsts, []]:
             row = {
                 "time": time.strftime("%Y-%m-%dT%H:%MZ", time.gmtime()), "commit": chosen.commit, "device": "cpu",
-                "python": sys.version.split()[0], "torch": torch.__version__,
-                "command": f"python tests/native_versions.py --specs {chosen.specs}", **row_of(*folders.ask(first)),
+                "python": sys.version.split()[0], "torch": torch.__version__, "own_environment": chosen.python != sys.executable,
+                "command": f"python tests/native_versions.py --specs {chosen.specs}{asked}", **row_of(*folders.ask(first)),
             }  # fmt: skip
             print(json.dumps(row), flush=True)
             if chosen.append:

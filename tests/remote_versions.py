@@ -26,7 +26,7 @@ from typing import Any
 import remote_spec_checks
 import torch
 from native_specs import IDS
-from native_versions import RESULTS, TOKENS, install
+from native_versions import RESULTS, TOKENS, install, path_of
 from remote_specs import ready, spec
 from safetensors.torch import load_file, save_file
 
@@ -51,10 +51,11 @@ class Figure:
 
 
 class Folders:
-    """Exports of the random specs of some seeds, with what the models in them compute here."""
+    """Exports of the random specs of some seeds, with what the models in them compute here; `python` loads them."""
 
     @torch.no_grad()
-    def __init__(self, base: Path, seeds: Sequence[int]) -> None:
+    def __init__(self, base: Path, seeds: Sequence[int], *, python: str = sys.executable) -> None:
+        self.python = python
         self.base, self.seeds = base, {str(seed): spec(seed) for seed in seeds}
         self.classes: dict[str, str] = {}
         self.right: dict[str, dict[str, Any]] = {}
@@ -95,7 +96,7 @@ class Folders:
         task = {
             "folders": {key: (str(self.base / key), self.classes[key]) for key in self.seeds}, "ids": str(self.base / "ids"),
             "tensors": str(scratch / "tensors"), "found": str(scratch / "found.json"), "tokens": TOKENS,
-            "hidden": [*HIDDEN], "path": [*first, str(SCRIPT.parent), *(entry for entry in sys.path if entry)],
+            "hidden": [*HIDDEN], "path": [*first, str(SCRIPT.parent), *path_of(self.python)],
         }  # fmt: skip
         (scratch / "task.json").write_text(json.dumps(task))
         settings = {
@@ -105,7 +106,7 @@ class Folders:
         }
         settings |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         done = subprocess.run(
-            [sys.executable, "-I", str(SCRIPT), str(scratch / "task.json")], cwd=scratch, text=True,
+            [self.python, "-I", str(SCRIPT), str(scratch / "task.json")], cwd=scratch, text=True,
             env={**os.environ, **settings}, capture_output=True, timeout=1800, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
@@ -148,16 +149,20 @@ def main() -> None:
     parser.add_argument("--transformers", nargs="*", default=[], help="versions beside the installed one")
     parser.add_argument("--specs", type=int, default=50)
     parser.add_argument("--first", type=int, default=0, help="the first seed")
+    parser.add_argument(
+        "--python", default=sys.executable, help="loads the folders, of an environment without Heddle"
+    )
     parser.add_argument("--append", action="store_true", help="append rows to evidence-export.jsonl")
     parser.add_argument("--commit", help="what the code is")
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="remote-") as scratch:
-        folders = Folders(Path(scratch), range(chosen.first, chosen.first + chosen.specs))
+        seeds = range(chosen.first, chosen.first + chosen.specs)
+        folders = Folders(Path(scratch), seeds, python=chosen.python)
         firsts = [[install(version, Path(scratch, version))] for version in chosen.transformers]
         for first in [*firsts, []]:
             row = {
                 "time": time.strftime("%Y-%m-%dT%H:%MZ", time.gmtime()), "commit": chosen.commit, "device": "cpu",
-                "python": sys.version.split()[0], "torch": torch.__version__,
+                "python": sys.version.split()[0], "torch": torch.__version__, "own_environment": chosen.python != sys.executable,
                 "command": "python tests/remote_versions.py", **row_of(*folders.ask(first)),
             }  # fmt: skip
             print(json.dumps(row), flush=True)

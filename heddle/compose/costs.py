@@ -9,7 +9,8 @@ Bytes moved are what no implementation can do without, each tensor touched once:
     decode   every weight that a step uses, once for the whole batch (a shared block once for each of its layers), and for
              each sequence its embedding row, the cache that is read (`MixerSpec.read_bytes`) and what is written to it
     prefill  every weight once; for each sequence the stream, read and written by every mixer and channel block, read once
-             more by a skip and by the last norm, written by the embedding from as many rows; and the caches, written once
+             more by a skip, by what makes q and k of the embedded tokens, and by the last norm, written by the embedding from
+             as many rows; and the caches, written once
 
 What happens inside a block is taken to stay on the chip, and logits are left out: a prefill needs those of one token.
 """
@@ -70,7 +71,9 @@ def _decode_bytes(mixer: MixerBlock, channel: ChannelBlock | None, setting: Sett
 
 def _prefill_bytes(mixer: MixerBlock, channel: ChannelBlock | None, setting: Setting) -> float:
     tokens = setting.batch * setting.context
-    streams = 2 + (0 if channel is None else 2) + (0 if mixer.skip is None else 1)
+    # Streams of earlier layers, by a skip or as what queries and keys are made of.
+    taken = sum(one.what == "stream" for one in mixer.spec.references()) + (mixer.skip is not None)
+    streams = 2 + (0 if channel is None else 2) + taken
     written = sum(state.bytes(setting.context, setting.element) for state in mixer.states or ())
     weights = _weights(mixer, channel, tokens)
     stream = streams * tokens * mixer.site.hidden_size

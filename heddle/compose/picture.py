@@ -33,6 +33,7 @@ INK, FAINT, EDGE = "#1f2933", "#7b8794", "#cbd2d9"
 ARCS = {
     "share": ("#6b7280", "4 3"),
     "skip": ("#0f766e", ""),
+    "qk_source": ("#7c3aed", ""),
     "keys": ("#b45309", ""),
     "values": ("#be185d", ""),
     "indices": ("#4338ca", "2 2"),

@@ -248,7 +248,11 @@ def graph_lines(graph: Graph) -> list[str]:
 
 def _taken(graph: Graph, name: str) -> list[str]:
     """What a node takes from others, beside the stream."""
-    told = {"share": "uses {}'s weight", "skip": "adds the stream of {}"}
+    told = {
+        "share": "uses {}'s weight",
+        "skip": "adds the stream of {}",
+        "qk_source": "makes queries and keys of {}",
+    }
     return [
         told.get(edge.kind, f"takes {edge.kind} of {{}}").format(first)
         for first, _, data in graph.in_edges(name, data=True)

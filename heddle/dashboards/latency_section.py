@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from heddle.dashboards import data
 from heddle.dashboards.axes import axes
 from heddle.dashboards.figures import FRONT, SCORED, Figure, equal, escape, layout, points, slug, thinned
 from heddle.dashboards.html import Html, element
+from heddle.search import changed_software
 from heddle.search.curse import Curse, compared, counted, curses, predicted, summary
 from heddle.search.expected_latency import expected_latencies
 
@@ -78,9 +80,19 @@ def sentences(run: Run) -> list[str]:
     first = f"{never} specs were over a budget by more than the margin, by prediction: they were never timed, nor trained."
     lines = [first] if never or not changed else []
     if changed:
-        software = ", ".join(f"{name} {then} then, {now} now" for name, (then, now) in changed.items())
-        lines.append(f"With other software than it was fitted with ({software}) the model ruled nothing out.")
+        lines += _software(changed, run.meta.get("latency_sentinels", {}))
     return [*lines, *map(_curse, curses(run))]
+
+
+def _software(changed: Mapping[str, Sequence[Any]], judged: Mapping[str, Any]) -> list[str]:
+    """What the model was worth with other software than it was fitted with."""
+    places = changed_software.places_of(judged)
+    which = "" if not any(one["trusted"] for one in places) else " where it was not trusted"
+    did = "was trusted" if changed_software.is_trusted(judged) else f"ruled nothing out{which}"
+    first = (
+        f"With other software than it was fitted with ({changed_software.names(changed)}) the model {did}."
+    )
+    return [first, *(f"{changed_software.place_told(one)}." for one in places)]
 
 
 def _curse(one: Curse) -> str:

@@ -21,7 +21,9 @@ from heddle.dashboards.compare_pages import add_fronts
 from heddle.dashboards.every_figure import best_placed, placements
 from heddle.dashboards.frame import Page, choose, empty, later, pick, tiles, url
 from heddle.dashboards.html import Html, Row, element, join, table
+from heddle.dashboards.longer_section import longer
 from heddle.dashboards.model_figures import terms
+from heddle.dashboards.rates_section import learning_rates
 from heddle.dashboards.site import PATIENCE_S, Site, Watched
 from heddle.dashboards.training_page import trainings
 from heddle.errors import HeddleError
@@ -108,7 +110,7 @@ def _found(run: Run, key: str) -> list[Html | None]:
     """What no choice on the page changes."""
     name = link_to(key)
     found = [sections.front(run, name), sections.least_violating(run), sections.strips(run, name)]
-    found += [sections.rungs(run), sections.confirmation(run)]
+    found += [learning_rates(run), sections.rungs(run), sections.confirmation(run), longer(run)]
     return [*found, sections.remeasured(run), _failures(run), _messages(run)]
 
 
@@ -292,8 +294,8 @@ def _terms(page: Page, watched: Watched, run: Run) -> None:
         page.add(sections.section("What the placement model has learnt", sections.note(told)))
         return
     how = (
-        f"From {found.trials} of {found.trained} trained trials: the linear model that proposes placements, fitted anew. "
-        "Where the search fixes how many layers a block gets, only differences between its layers count."
+        f"From {found.trials} of {found.trained} trained trials: the linear model that proposes the first placements, fitted "
+        "anew. Where the search fixes how many layers a block gets, only differences between its layers count."
     )
     page.plots("What the placement model has learnt", terms(found), sections.note(how))
     rows = [

@@ -10,6 +10,8 @@ from pathlib import Path
 from heddle.dashboards.every_figure import grouped
 from heddle.dashboards.figures import Figure
 from heddle.dashboards.html import Html, element
+from heddle.dashboards.longer_section import longer
+from heddle.dashboards.rates_section import learning_rates
 from heddle.dashboards.sections import EVIDENCE, NO_SCRIPTS, OUTCOME, header, plot_places, section
 from heddle.search.durable import write_whole
 from heddle.search.record import Run
@@ -41,7 +43,11 @@ def page(run: Run) -> Html:
         element("title", f"Heddle search: {run.name}"),
         element("style", Html(_resource("report.css"))),
     )
-    parts = [part(run) for part in OUTCOME], _plots(groups), [part(run) for part in EVIDENCE]
+    parts = (
+        [part(run) for part in OUTCOME],
+        _plots(groups),
+        [part(run) for part in (learning_rates, longer, *EVIDENCE)],
+    )
     sections = [section for group in parts for section in group if section is not None]
     body = element("body", element("header", *header(run)), element("main", *sections), *_scripts(drawn))
     return Html(f"<!doctype html>\n{element('html', head, body, lang='en')}\n")

@@ -10,6 +10,7 @@ from heddle.dashboards import data, latency_section, rungs_section, timing_rows,
 from heddle.dashboards.figure_numbers import numbers
 from heddle.dashboards.figures import Figure
 from heddle.dashboards.html import Html, Row, element, join, table
+from heddle.dashboards.placement_section import placements
 from heddle.dashboards.timing_section import timings
 from heddle.search.record import Confirm, Run, TaskInfo, Trial
 from heddle.specs.palette import look_of
@@ -160,6 +161,7 @@ def confirmation(run: Run) -> Html | None:
     if confirm is None:
         return None
     how = "Trained again with seeds new to the search; paired t interval over the seeds."
+    how += words.shared_rates_text(confirm)
     layers = [
         ["winner", words.short_layers(confirm.layers), confirm.hash],
         ["uniform", words.short_layers(confirm.uniform_layers), confirm.uniform_hash],
@@ -345,6 +347,7 @@ OUTCOME: tuple[Section, ...] = (front, least_violating, strips)
 EVIDENCE: tuple[Section, ...] = (
     rungs,
     confirmation,
+    placements,
     remeasured,
     predictions,
     timings,

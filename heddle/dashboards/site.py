@@ -13,6 +13,7 @@ from heddle.dashboards.named_specs import NamedSpec, named_specs
 from heddle.errors import HeddleError
 from heddle.search.durable import is_name
 from heddle.search.follow import Follower
+from heddle.search.longer_results import LONGER_FILE
 from heddle.search.record import CONFIRM_FILE, EVENTS_FILE, LEDGER_FOLDER, RUN_FILE, Run
 
 # A page waits so long, or for so many lines of the record, for a large run; what was not read by then comes with the next
@@ -28,7 +29,7 @@ JOURNAL_FILE = "study.journal"
 # As in `heddle.search.latency_model.find`, whose import brings PyTorch.
 MODEL_FILE = "latency_model.json"
 # What is read of a run, besides single logs.
-READ = (RUN_FILE, EVENTS_FILE, CONFIRM_FILE, LEDGER_FOLDER)
+READ = (RUN_FILE, EVENTS_FILE, CONFIRM_FILE, LONGER_FILE, LEDGER_FOLDER)
 # A log is shown from its end, where the failure is told.
 LOG_BYTES = 200_000
 KEPT = 64

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from heddle.dashboards import block_times, data, model_figures, sections, words
+from heddle.dashboards import block_times, data, model_figures, rates_section, sections, words
 from heddle.dashboards.bars import bars
 from heddle.dashboards.every_figure import place_of
 from heddle.dashboards.frame import Page, copyable, empty, tiles, url
@@ -44,7 +44,7 @@ def trial_page(watched: Watched, number: int) -> Page:
         _model(page, watched, run, trial)
     _predicted(page, watched, run, trial)
     _timed(page, trial)
-    page.add(_scores(run, trial), _shares(trial), _rungs(run, trial))
+    page.add(_scores(run, trial), rates_section.of_trial(trial), _shares(trial), _rungs(run, trial))
     page.plots("Training", model_figures.curves([(name, trial)]))
     page.add(_params(trial), _logs(watched, trial), _spec(run, trial))
     return page

@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING
 from heddle.specs.open_values import RESERVED
 
 if TYPE_CHECKING:
-    from heddle.search.record import BudgetInfo, Difference, Figure, Latency, Run, Score, TaskInfo, Trial
+    from heddle.search.longer_results import Longer
+    from heddle.search.record import (
+        BudgetInfo,
+        Confirm,
+        Difference,
+        Figure,
+        Latency,
+        Run,
+        Score,
+        TaskInfo,
+        Trial,
+    )
 
 PATH_WORDS = {
     "triton": "Triton kernel",
@@ -34,6 +45,14 @@ def score_text(score: Score) -> str:
     if score.metric == "accuracy":
         return f"{100 * score.value:.1f} ± {100 * score.se:.1f} %"
     return f"{score.value:.4f} ± {score.se:.4f}"
+
+
+def rate_text(trial: Trial, stage: str) -> str:
+    """Which of several learning rates a score is of, to be put behind it; nothing where there was one."""
+    rate, end = trial.best_rate(stage), trial.best_is_at(stage)
+    if rate is None:
+        return ""
+    return f" at learning rate {rate:g}" + ("" if end is None else f" (the {end} of its list)")
 
 
 def metric_text(task: TaskInfo) -> str:
@@ -196,6 +215,13 @@ def peak_text(latency: Latency) -> str:
     return f"{bytes_text(latency.peak_bytes)}{ratio}"
 
 
+def method_text(row: Latency) -> str:
+    """How it was timed; with what tokens and weights, where that decides what is computed."""
+    return (
+        row.method if row.inputs == "random" else f"{row.method}, {row.inputs} tokens, {row.weights} weights"
+    )
+
+
 def latency_text(latency: Latency) -> str:
     """Milliseconds with the 95 % interval."""
     return f"{latency.median_ms:.3f} ms [{latency.low_ms:.3f}, {latency.high_ms:.3f}]"
@@ -223,7 +249,9 @@ def headline(run: Run) -> str:
         is_lost = run.status == "nothing-feasible" and not run.least_violating
         told = _NONE_MEASURED if is_lost else _NO_WINNER.get(run.status, "The search has no winner yet.")
         return f"{told} {counts}."
-    scores = ", ".join(f"{score.task} {score_text(score)}" for score in best.scores.values())
+    scores = ", ".join(
+        f"{name} {score_text(score)}{rate_text(best, name)}" for name, score in best.scores.items()
+    )
     parts = [f"Trial {best.number} wins with {scores}"]
     for budget in run.budgets:
         latency = best.latency.get(budget.timing)
@@ -262,6 +290,50 @@ def confirmation(run: Run) -> list[str]:
     lines = [f"One retraining failed: {failure}" for failure in confirm.failures]
     lines += [difference_text(difference) for difference in confirm.differences]
     return lines or ["No pair of retrainings finished, so the comparison says nothing."]
+
+
+def shared_rates_text(confirm: Confirm) -> str:
+    """With which learning rates both were trained, where a task has several; a sentence to be put behind another."""
+    told = ", ".join(f"{task} {rate:g}" for task, rate in confirm.learning_rates.items())
+    return (
+        f" Both at the learning rate that was best for the winner ({told}), which favours it." if told else ""
+    )
+
+
+def longer_texts(longer: Longer) -> list[str]:
+    """Whether the order holds, what is ahead of the winner, what a reverse gives, and what failed."""
+    times = f"{longer.times:g} times as long"
+    ranked = longer.ranked()
+    listed = ", ".join(str(row.number) for row in ranked)
+    if longer.holds is None:
+        lines = [f"Fewer than two trials came to a score when trained {times}: there is no order to compare."]
+    elif longer.is_same_order:
+        lines = [f"Trained {times}, the order of the {len(ranked)} best trials is that of the search."]
+    else:
+        what = "within two standard errors that of the search" if longer.holds else "not that of the search"
+        order = f"now trials {listed}, from the best down"
+        lines = [f"Trained {times}, the order of the {len(ranked)} best trials is {what}: {order}."]
+    if ahead := longer.ahead:
+        names = " and ".join(row.name for row in ahead)
+        lines.append(
+            f"Ahead of the winner, trial {longer.number}, by more than two standard errors: {names}. "
+            "The winner stays the search's."
+        )
+    if len(longer.seeds) == 1:
+        lines.append(
+            "One new seed each: what another seed would change is not seen, so take close scores as ties."
+        )
+    return [*lines, *_reverse_texts(longer), *longer.failures, *longer.left_out]
+
+
+def _reverse_texts(longer: Longer) -> list[str]:
+    """How much better or worse each reverse is than its trial."""
+    by_number = {row.number: row.quality for row in longer.rows if not row.is_reversed}
+    return [
+        f"{row.name}: {row.quality - forward:+.4f} in the mean normalised score."
+        for row in longer.rows
+        if row.is_reversed and row.quality is not None and (forward := by_number[row.number]) is not None
+    ]
 
 
 def difference_text(difference: Difference) -> str:

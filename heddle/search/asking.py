@@ -146,7 +146,7 @@ class Asking:
 
     def _place(self, number: int, values: Mapping[str, Any]) -> space.Candidate:
         """The layers for `values`."""
-        learnt = self._learnt_for(number)
+        learnt, limits = self._learnt_for(number), self.setting.limits
         return space.place(
             self.setting.file,
             values,
@@ -156,6 +156,7 @@ class Asking:
             number=number,
             timed=learnt.timed,
             is_tried=lambda values, layers: self._placed.get(_placing(values, layers), number) < number,
+            predict=limits.of_placements if limits.has_model else None,
         )
 
     def _learnt_for(self, number: int) -> Learnt:

@@ -11,9 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from heddle.search import pareto
+from heddle.search import longer, pareto, rates
 from heddle.search.asking import Asking
-from heddle.search.evaluations import SHARED_WEIGHTS, Evaluations, Request, weights_path
+from heddle.search.durable import write_whole
+from heddle.search.evaluations import SHARED_WEIGHTS, Evaluations, Request
 from heddle.search.events import EventLog
 from heddle.search.ledger import Entry
 from heddle.search.lock import LockKeeper
@@ -29,10 +30,12 @@ from heddle.search.record import (
     read_meta,
     read_trials,
     run_from,
+    trial_file,
 )
 from heddle.search.rungs import Ladder
 from heddle.search.setting import Setting
 from heddle.search.study import Study
+from heddle.specs import to_yaml
 
 BEFORE_FINISH = ("start", "ask", "timing", "training")
 BEFORE_EXPORT = (*BEFORE_FINISH, "remeasure", "confirm")
@@ -94,8 +97,12 @@ class Driver:
 
     def warn(self, text: str) -> None:
         """Tell the user something that is not an error, now and in the record."""
-        self.log.write("message", level="warning", text=text)
-        self.progress.message(text, "warning")
+        self.tell(text, "warning")
+
+    def tell(self, text: str, level: str) -> None:
+        """Tell the user something; `level` is "info" or "warning"."""
+        self.log.write("message", level=level, text=text)
+        self.progress.message(text, level)
 
     def status(self) -> Status:
         trials = [trial for number, trial in self.trials.items() if number >= 0]
@@ -123,7 +130,7 @@ class Driver:
             rounds = self.log.clock_s / told * max(0, self.setting.trials - self.told)
             if self.setting.seconds is not None:
                 rounds = min(rounds, max(0.0, self.setting.seconds - self.elapsed_s))
-        confirming = 2 * self.setting.confirm_seeds * len(self.setting.objectives)
+        confirming = 2 * self.setting.confirm_seeds * len(self.setting.objectives) + longer.cost(self.setting)
         if self._phase == "confirm":
             confirming -= self.evaluations.trained - self._trained_before
         return rounds + self.evaluations.seconds_for(
@@ -161,7 +168,7 @@ class Driver:
         feasible = self.ladder.climb(filter(self._may_train, numbers), self.asking.candidates)
         self.enter("training", f"{len(feasible)} of {len(numbers)} specs")
         self.evaluations.train_all(
-            request for number in feasible for request in self._trainings(number).values()
+            request for number in feasible for each in self._trainings(number).values() for request in each
         )
 
     def _timings(self, number: int) -> dict[str, Request]:
@@ -170,10 +177,11 @@ class Driver:
         budgets = self.setting.timed if one and not is_over else ()
         return {budget.timing: self.setting.timing(number, one, budget) for budget in budgets if one}
 
-    def _trainings(self, number: int) -> dict[str, Request]:
+    def _trainings(self, number: int) -> dict[str, tuple[Request, ...]]:
         one = self.asking.candidates.get(number)
-        objectives = self.setting.objectives if one and not self.ladder.is_left(number) else ()
-        return {each.info.name: self.setting.training(number, one, each) for each in objectives if one}
+        if one is None or self.ladder.is_left(number):
+            return {}
+        return rates.requests(self.setting, number, one, self.setting.objectives)
 
     def _entries(self, requests: Mapping[str, Request]) -> dict[str, Entry] | None:
         """The ledger's entries of `requests`; None while one of them is not finished."""
@@ -196,7 +204,8 @@ class Driver:
         """End a trial whose evaluations are all in: first in the record, then in Optuna. Others stay
         running."""
         timed = self._entries(self._timings(number))
-        scored = self._entries(self._trainings(number)) if self._may_train(number) else {}
+        asked = self._trainings(number) if self._may_train(number) else {}
+        scored = rates.found(self.evaluations.get, self.setting.objectives, asked)
         if timed is None or scored is None or self.ladder.is_open(number):
             return
         outcome = self._outcome(number, timed, scored)
@@ -214,11 +223,13 @@ class Driver:
         self.progress.trial_finished(trial)
 
     def _outcome(
-        self, number: int, timed: Mapping[str, Entry], scored: Mapping[str, Entry]
+        self, number: int, timed: Mapping[str, Entry], scored: Mapping[str, rates.Found]
     ) -> dict[str, Any]:
         """The fields of "trial_finished"."""
-        rungs = self.ladder.entries(number)
-        entries = {**timed, **rungs, **scored}
+        rungs = self.ladder.found(number)
+        trained = {**rungs, **scored}
+        entries = {**timed, **{name: one.best for name, one in trained.items()}}
+        spent = [*timed.values(), *(entry for one in trained.values() for entry in one.entries)]
         failed = [
             f"{name}: {entry.reason['code']}: {entry.reason['message']}"
             for name, entry in entries.items()
@@ -230,16 +241,29 @@ class Driver:
         first = self.asking.first.get(self.asking.events[number]["hash"], number)
         return {
             "state": state,
-            "scores": {name: entry.key for name, entry in scored.items()},
+            "scores": {name: one.best.key for name, one in scored.items()},
             "latency": {label: entry.key for label, entry in timed.items()},
             "figures": {label: asdict(one) for label, one in self.asking.figures.get(number, {}).items()},
             "constraints": constraints,
             "reason": "; ".join(reasons) or None,
-            "attempts": max((entry.attempts for entry in entries.values()), default=0),
-            "wall_s": round(sum(entry.wall_s for entry in entries.values()), 3),
+            "attempts": max((entry.attempts for entry in spent), default=0),
+            "wall_s": round(sum(entry.wall_s for entry in spent), 3),
             "duplicate_of": first if first < number else None,
             **self.ladder.fields(number),
+            **rates.fields(trained.values()),
+            **self._kept(number, scored),
         }
+
+    def _kept(self, number: int, scored: Mapping[str, rates.Found]) -> dict[str, Any]:
+        """Of several learning rates keeps the weights of the best, and gives the spec with that rate as its own."""
+        kept, one = scored.get(self.setting.exported), self.asking.candidates.get(number)
+        if kept is None or one is None or len(kept.entries) == 1:
+            return {}
+        self.evaluations.keep_weights(one.hash, kept.best.key)
+        spec = to_yaml(self.setting.as_trained(one.spec, kept.best.inputs["recipe"]["learning_rate"]))
+        if number != REFERENCE:
+            write_whole(trial_file(self.setting.folder, number), spec.encode())
+        return {"spec": spec}
 
     def _tell_optuna(self, trial: Trial) -> None:
         constraints = self.setting.limits.all_constraints(trial, self.trials)
@@ -273,13 +297,12 @@ class Driver:
             best=best,
             least_violating=[trial.number for trial in self._least],
         )
-        kept = {weights_path(self.setting.folder, trial.hash) for trial in front}
-        running = {self.trials[number].hash for number in self.asking.running}
-        kept |= {weights_path(self.setting.folder, spec) for spec in running if spec}
+        kept = {trial.hash for trial in front}
+        kept |= {self.trials[number].hash for number in self.asking.running}
         if REFERENCE in self.trials:
             # A later trial may be this very model, and is not trained twice.
-            kept.add(weights_path(self.setting.folder, self.trials[REFERENCE].hash))
+            kept.add(self.trials[REFERENCE].hash)
         for path in (self.setting.folder / WEIGHTS_FOLDER).glob("*.safetensors"):
-            if path not in kept and not path.name.startswith(SHARED_WEIGHTS):
+            if path.name.partition(".")[0] not in kept and not path.name.startswith(SHARED_WEIGHTS):
                 path.unlink()
         return best

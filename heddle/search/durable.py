@@ -116,7 +116,7 @@ def cut_torn_tail(path: Path) -> bytes:
 
 
 class LineLog:
-    """A file of JSON lines, one an event; each line is durable when `write` returns."""
+    """A file of JSON lines, one an event; lines are durable when `write` returns."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -124,15 +124,17 @@ class LineLog:
         cut_torn_tail(path)
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - lives as long as the log
 
-    def write(self, value: dict[str, Any]) -> None:
-        """Append one line, or nothing. Raises HeddleError "disk-full"."""
-        line = (json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    def write(self, *values: dict[str, Any]) -> None:
+        """Append a line for each, or nothing. Raises HeddleError "disk-full"."""
+        lines = "".join(
+            json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n" for value in values
+        ).encode()
         with full_disk_told(self.path):
             end = self._file.seek(0, os.SEEK_END)
             try:
                 # A disk that is nearly full takes a part and says so only at the next write.
-                while line:
-                    line = line[self._file.write(line) :]
+                while lines:
+                    lines = lines[self._file.write(lines) :]
                 os.fsync(self._file.fileno())
             except OSError:
                 self._file.truncate(end)

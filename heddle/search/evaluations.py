@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,8 @@ class Request:
     arguments: tuple[Any, ...]
     # From a lockfile: the "result" or the "reason" that stand for making the call.
     known: Mapping[str, Any] | None = None
+    # Whether it is one of several trainings, the best of which keeps its weights (`Evaluations.keep_weights`).
+    is_one_of_several: bool = False
 
     key: str = field(init=False)
 
@@ -125,17 +127,22 @@ class Evaluations:
         """A ticket for `value`, as `Workers.share` gives it."""
         return self._workers.share(value)
 
-    def begun(self, job: Job) -> None:
-        """A job goes to a worker."""
-        request: Request = job.tag
-        self._starts[request.place] += 1
+    def kept_weights(self, spec: str) -> Any:
+        """A ticket for the bytes of the weights that the run keeps of a spec; None where it keeps none."""
+        path = weights_path(self._folder, spec)
+        return self.share(path.read_bytes()) if path.exists() else None
+
+    def begun(self, jobs: Sequence[Job]) -> None:
+        """Jobs go to workers."""
         room = self._workers.parallel, self._workers.gpus
         if room != self._room:
             self._room = room
             self._log.write("workers", parallel=room[0], gpus=room[1])
+        self._starts.update(job.tag.place for job in jobs)
         # A job that is made again after its process died is still the same one in flight.
-        self.flying += job.attempt == 1
-        self._log.write("evaluation_started", **_fields(request), attempt=self._starts[request.place])
+        self.flying += sum(job.attempt == 1 for job in jobs)
+        told = [{**_fields(job.tag), "attempt": self._starts[job.tag.place]} for job in jobs]
+        self._log.write_all("evaluation_started", told)
 
     def placed(self, job: Job, place: Mapping[str, Any]) -> None:
         """Its worker told where it runs."""
@@ -179,8 +186,17 @@ class Evaluations:
             return asdict(value)
         assert isinstance(value, Evaluation)
         if value.weights is not None:
-            write_whole(weights_path(self._folder, request.spec), value.weights)
+            key = request.key if request.is_one_of_several else ""
+            write_whole(weights_path(self._folder, request.spec, key), value.weights)
         return value.result
+
+    def keep_weights(self, spec: str, key: str) -> None:
+        """Of the trainings of `spec` with several learning rates keep the weights of this one alone."""
+        path = weights_path(self._folder, spec, key)
+        if path.exists():
+            path.replace(weights_path(self._folder, spec))
+        for other in path.parent.glob(f"{spec}.*.safetensors"):
+            other.unlink()
 
 
 def _not_finite(result: Mapping[str, Any]) -> str | None:
@@ -196,9 +212,9 @@ def _not_finite(result: Mapping[str, Any]) -> str | None:
     return None
 
 
-def weights_path(folder: Path, spec: str) -> Path:
-    """Where the run keeps the weights of a spec, if it does."""
-    return folder / WEIGHTS_FOLDER / f"{spec}.safetensors"
+def weights_path(folder: Path, spec: str, key: str = "") -> Path:
+    """Where the run keeps the weights of a spec, if it does; with `key` those of one of several trainings, until one is best."""
+    return folder / WEIGHTS_FOLDER / f"{spec}{'.' * bool(key)}{key}.safetensors"
 
 
 def _fields(request: Request) -> dict[str, Any]:

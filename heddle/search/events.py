@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -29,16 +30,20 @@ class EventLog:
 
     def write(self, event: str, **fields: Any) -> dict[str, Any]:
         """Append an event, durably, and give it back as it was written. Raises HeddleError "disk-full"."""
-        line: dict[str, Any] = {
+        return self.write_all(event, [fields])[0]
+
+    def write_all(self, event: str, each: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """`write` of several events of one name, the fields of each given; the disk is waited for once."""
+        common = {
             "event": event,
             "time": datetime.now(UTC).isoformat(),
             "session": self.session,
             "clock_s": round(self.clock_s, 3),
-            **fields,
         }
-        self._log.write(line)
-        self.events.append(line)
-        return line
+        lines = [{**common, **fields} for fields in each]
+        self._log.write(*lines)
+        self.events += lines
+        return lines
 
     def last(self, event: str) -> dict[str, Any]:
         """The newest event of that name. Raises KeyError when there is none."""

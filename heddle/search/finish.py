@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import asdict
+from functools import partial
 from itertools import product
 from math import inf
 
 from heddle.compose.hf.native import AUTO
 from heddle.compose.plan import plan
 from heddle.compose.targets.demand import meeting
+from heddle.compose.train import Recipe
 from heddle.search import pareto, space
 from heddle.search.confirm import paired_difference, unseen_seeds
 from heddle.search.driver import Driver
@@ -28,6 +30,7 @@ from heddle.search.record import (
     assemble,
 )
 from heddle.search.setting import Objective
+from heddle.search.timing_subject import routes
 from heddle.specs import loads
 
 # Phases of the model in use, which the front is timed in also where no budget asks for them.
@@ -84,7 +87,10 @@ def _again(driver: Driver, number: int) -> dict[str, Request]:
         label = f"{phase}_ms@{batch}x{tokens}"
         if all(budget.phase != phase for budget in budgets) and all(b.timing != label for b in wanted):
             wanted.append(BudgetInfo(label, phase, inf, beside, batch, tokens))
-    return {each.timing: driver.setting.timing(number, one, each, purpose="again") for each in wanted}
+    # The reference is as fresh as it was beside every other model.
+    weights = driver.evaluations.kept_weights(one.hash) if number >= 0 and routes(one.model) else None
+    timing = partial(driver.setting.timing, purpose="again", weights=weights)
+    return {each.timing: timing(number, one, each) for each in wanted}
 
 
 def _record_again(driver: Driver, number: int, requests: dict[str, Request]) -> None:
@@ -102,19 +108,22 @@ def _candidate(driver: Driver, trial: Trial) -> space.Candidate:
 def confirm(driver: Driver, number: int) -> None:
     """Train the winner and the uniform placement of its counts with fresh seeds, and write confirm.json.
 
+    Where a task has several learning rates, both are trained with the one that was best for the winner.
     When the winner is the uniform placement only it is trained: a difference would be zero by construction.
     """
-    setting = driver.setting
+    setting, trial = driver.setting, driver.trials[number]
     if setting.file.space.placement is None or setting.confirm_seeds < 1:
         return
-    winner = _candidate(driver, driver.trials[number])
+    winner = _candidate(driver, trial)
     uniform = space.candidate(setting.file, winner.values, space.uniform(setting.file, winner.values))
     same = uniform.hash == winner.hash
     seeds = unseen_seeds(setting.objectives[0].recipe.seed, setting.confirm_seeds)
     sides = [winner] if same else [winner, uniform]
     driver.enter("confirm", f"{len(sides)} placements, {len(seeds)} seeds")
     requests = {
-        (one.hash, each.info.name, seed): setting.training(number, one, each, seed=seed)
+        (one.hash, each.info.name, seed): setting.training(
+            number, one, each, recipe=_best_recipe(trial, each), seed=seed
+        )
         for seed, one, each in product(seeds, sides, setting.objectives)
     }
     driver.evaluations.train_all(requests.values())
@@ -132,9 +141,18 @@ def confirm(driver: Driver, number: int) -> None:
         scores={o.info.name: _values(scores, winner.hash, o, seeds) for o in setting.objectives},
         differences=() if same else _differences(driver, scores, (winner.hash, uniform.hash), seeds),
         failures=failures,
+        learning_rates={
+            o.info.name: rate for o in setting.objectives if (rate := trial.best_rate(o.stage)) is not None
+        },
     )
     write_json(setting.folder / CONFIRM_FILE, asdict(result))
     driver.log.write("confirm_finished", number=number, same=same)
+
+
+def _best_recipe(trial: Trial, objective: Objective) -> Recipe:
+    """The recipe of the learning rate that counts."""
+    rate = trial.best_rate(objective.stage)
+    return next((one for one in objective.recipes if one.learning_rate == rate), objective.recipe)
 
 
 Scores = dict[tuple[str, str, int], float]

@@ -15,6 +15,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
+from heddle.search.longer_results import LONGER_FILE
 from heddle.search.record import (
     CONFIRM_FILE,
     EVENTS_FILE,
@@ -63,7 +64,7 @@ class Follower:
         return self._stamp
 
     def _files(self) -> Stamp:
-        return tuple(_seen(self.folder / name) for name in (RUN_FILE, EVENTS_FILE, CONFIRM_FILE))
+        return tuple(_seen(self.folder / name) for name in (RUN_FILE, EVENTS_FILE, CONFIRM_FILE, LONGER_FILE))
 
     def _taken(self) -> Stamp:
         return ((self._offset, len(self._trials)),)

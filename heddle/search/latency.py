@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 import torch
 
-from heddle.compose.build import build_causal_lm, kernel_paths
+from heddle.compose.build import kernel_paths
 from heddle.compose.memory import memory_told
 from heddle.errors import HeddleError
 from heddle.search import environment
@@ -31,6 +31,7 @@ from heddle.search.intervals import Array, summary, width
 from heddle.search.peak import peak_bytes
 from heddle.search.record import Latency
 from heddle.search.results import PHASES
+from heddle.search.timing_subject import Ids, Subject, routes, shares_of, subject_of
 from heddle.search.training_step import TrainingStep
 from heddle.specs import ModelSpec
 
@@ -103,24 +104,28 @@ class Effort:
 def measure(
     model: ModelSpec,
     place: Place,
+    weights: bytes | None = None,
     *,
     reference: ModelSpec | None = None,
     reference_name: str | None = None,
     device: str | None = None,
     effort: Effort = Effort(),
+    ids: Ids | None = None,
 ) -> Latency:
     """The latency of `model` at `place`, and its ratio to `reference` when one is given.
 
-    Weights are random and in the dtype of the device (bfloat16 on CUDA, float32 on a CPU); in training they are float32, and
-    the row tells the dtype of autocast.
+    Weights are in the dtype of the device (bfloat16 on CUDA, float32 on a CPU), in training float32 with that dtype for autocast,
+    and random without `weights`. `ids` are what a model with routers reads (`heddle.search.timing_subject`); all others, and all
+    without `ids`, read random tokens.
 
     Raises:
         HeddleError: "out-of-memory".
     """
     device = device or environment.pick_device()
     names = reference_name if reference is not None else None
-    specs = [model] if reference is None else [model, reference]
-    return undisturbed(lambda: _measure_once(specs, place, names, device=device, effort=effort))
+    subjects = [subject_of(model, ids, weights)]
+    subjects += [] if reference is None else [subject_of(reference, ids)]
+    return undisturbed(lambda: _measure_once(subjects, place, names, device=device, effort=effort))
 
 
 def undisturbed(time_once: Callable[[], Latency]) -> Latency:
@@ -142,7 +147,7 @@ def _is_disturbed(row: Latency) -> bool:
 
 
 def _measure_once(
-    specs: Sequence[ModelSpec], place: Place, reference_name: str | None, *, device: str, effort: Effort
+    specs: Sequence[Subject], place: Place, reference_name: str | None, *, device: str, effort: Effort
 ) -> Latency:
     """The latency of the first of `specs`, turn by turn with the second if there is one."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -150,6 +155,7 @@ def _measure_once(
     with _threads(device) as threads, _quiet(), guard:
         before = gpu_state() if device == "cuda" else None
         seen = _timed(specs, place, device, dtype, effort=effort)
+        shares = _Step(specs[0], place, device, dtype).shares() if routes(specs[0].spec) else []
         state = both(before, gpu_state()) if device == "cuda" else None
     return Latency(
         label=place.label,
@@ -161,9 +167,12 @@ def _measure_once(
         dtype=str(dtype).removeprefix("torch."),
         method=seen.method,
         threads=threads,
-        paths=dict(kernel_paths(specs[0], device, dtype)),
+        paths=dict(kernel_paths(specs[0].spec, device, dtype)),
         foreign=seen.foreign,
         gpu=state,
+        inputs=specs[0].inputs_told,
+        weights=specs[0].weights_told,
+        learned_share=shares,
         peak_bytes=seen.peaks[0],
         reference_peak_bytes=seen.peaks[1] if len(specs) == 2 else None,
     )
@@ -194,7 +203,7 @@ class _Seen:
 
 
 def _timed(
-    specs: Sequence[ModelSpec], place: Place, device: str, dtype: torch.dtype, *, effort: Effort
+    specs: Sequence[Subject], place: Place, device: str, dtype: torch.dtype, *, effort: Effort
 ) -> _Seen:
     before, times, peaks, method = environment.foreign_processes(), list[Array](), list[int](), ""
     for number in range(effort.builds):
@@ -257,14 +266,11 @@ def _enough(times: Array, effort: Effort, spent: float) -> bool:
 class _Step:
     """One model ready to be timed: `run()` does the work once and gives the milliseconds it took."""
 
-    def __init__(self, spec: ModelSpec, place: Place, device: str, dtype: torch.dtype) -> None:
+    def __init__(self, spec: Subject, place: Place, device: str, dtype: torch.dtype) -> None:
         is_training = place.phase == "train"
-        held = torch.float32 if is_training else dtype
-        self._model = build_causal_lm(spec, seed=0, device=device, dtype=held, draw="device").eval()
+        self._model = spec.built(device, torch.float32 if is_training else dtype)
         length = 1 if place.phase == "decode" else place.context
-        generator = torch.Generator().manual_seed(0)
-        shape = (place.batch, length)
-        self._ids = torch.randint(spec.vocab_size, shape, generator=generator).to(device)
+        self._ids = spec.tokens(place.batch, length).to(device)
         decode = place.phase == "decode"
         self._cache = self._model.decode_cache(place.batch, place.context) if decode else None
         self._device = device
@@ -287,6 +293,11 @@ class _Step:
         states = (state for layer in cached for state in layer.tensors().values())
         held = (*self._model.parameters(), *self._model.buffers(), *states, self._ids)
         return peak_bytes(self._work, held, self._device)
+
+    def shares(self) -> list[list[float]]:
+        """What its routers do with these tokens, when they are not trained."""
+        self._model.eval()
+        return shares_of(self._model, self._ids, past_key_values=self._cache, use_cache=True)
 
     @torch.inference_mode()
     def _forward(self) -> None:

@@ -10,12 +10,15 @@ from typing import Any
 
 from heddle.compose.plan import plan
 from heddle.search.latency import Place
-from heddle.search.latency_model.model import LatencyModel
+from heddle.search.latency_model.model import LatencyModel, PlaceFit
+from heddle.search.latency_model.placements import costs_of_placements
 from heddle.search.latency_model.stacks import stack_of
+from heddle.search.placement import Budget
 from heddle.search.record import BudgetInfo, Figure, Trial
 from heddle.search.space import Candidate
 from heddle.specs import ModelSpec, PerDevice, SpecFile
-from heddle.specs.search import Budget, CacheBudget, PeakBudget
+from heddle.specs.search import Budget as LatencyBudget
+from heddle.specs.search import CacheBudget, PeakBudget
 
 
 def budgets_on(file: SpecFile, device: str) -> tuple[BudgetInfo, ...]:
@@ -26,7 +29,7 @@ def budgets_on(file: SpecFile, device: str) -> tuple[BudgetInfo, ...]:
         batch, context = 0, 0
         phase: str = budget.phase
         label = phase
-        if isinstance(budget, (Budget, PeakBudget, CacheBudget)):
+        if isinstance(budget, (LatencyBudget, PeakBudget, CacheBudget)):
             batch, context = _on(budget.batch, device), _on(budget.context, device)
             if isinstance(budget, PeakBudget):
                 phase = budget.of
@@ -94,6 +97,11 @@ class Limits:
             if not budget.is_measured
         }
 
+    @property
+    def has_model(self) -> bool:
+        """Whether latencies are predicted."""
+        return self._model is not None
+
     def figures(self, model: ModelSpec) -> dict[str, Figure]:
         """By the budget's label; without those that nothing is known of."""
         found = {}
@@ -102,6 +110,26 @@ class Limits:
             if figure is not None:
                 found[budget.label] = figure
         return found
+
+    def of_placements(self, model: ModelSpec, kinds: Sequence[str]) -> tuple[Budget, ...]:
+        """What the latency model predicts of each placement of these blocks in the layers of `model`, as shares of the budgets.
+
+        Nothing of a budget that it has no fit for, or whose fit has not seen one of the blocks of `model`, or two of them meet.
+        """
+        if self._model is None:
+            return ()
+        stack, found = stack_of(model), list[Budget]()
+        for budget in self._budgets:
+            fit = self._fit(budget) if budget.is_timed else None
+            told = None if fit is None else costs_of_placements(fit, stack, kinds)
+            if fit is None or told is None:
+                continue
+            cost, pair, constant = told
+            limit = budget.at_most * (1.0 if budget.relative_to is None else fit.reference_ms)
+            found.append(
+                Budget(budget.label, cost / limit, 1.0, pair=pair / limit, constant=constant / limit)
+            )
+        return tuple(found)
 
     def rule_out(self, figures: Mapping[str, Figure]) -> bool:
         """Whether a budget is broken for certain: by a cost, or by a prediction less its margin."""
@@ -128,14 +156,19 @@ class Limits:
         return Figure(_cost(model, budget), 0.0, self._costs[budget.label], "computed")
 
     def _predicted(self, model: ModelSpec, budget: BudgetInfo) -> Figure | None:
-        if self._model is None or not budget.is_timed:
-            return None
-        beside = None if budget.relative_to is None else self._references[budget.relative_to].hash
-        fit = self._model.at(Place(budget.phase, budget.batch, budget.context), beside)
+        fit = self._fit(budget) if budget.is_timed else None
         told = None if fit is None else fit.predict(stack_of(model))
         if fit is None or told is None:
             return None
-        return Figure(told.ms, told.margin_ms, None if beside is None else fit.reference_ms, "predicted")
+        reference = None if budget.relative_to is None else fit.reference_ms
+        return Figure(told.ms, told.margin_ms, reference, "predicted")
+
+    def _fit(self, budget: BudgetInfo) -> PlaceFit | None:
+        """The fit of the latency model at a budget's place; None without."""
+        if self._model is None:
+            return None
+        beside = None if budget.relative_to is None else self._references[budget.relative_to].hash
+        return self._model.at(Place(budget.phase, budget.batch, budget.context), beside)
 
 
 def _cost(model: ModelSpec, budget: BudgetInfo) -> float:

@@ -11,7 +11,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,9 @@ from heddle.search import space
 from heddle.search.durable import write_json
 from heddle.search.latency_model.find import of_run
 from heddle.search.ledger import key_of
+from heddle.search.longer_results import Longer
 from heddle.search.record import LEDGER_FOLDER, RUN_FILE, Run, Trial, read_run
+from heddle.search.timing_subject import routes
 
 if TYPE_CHECKING:
     from heddle.search.driver import Driver
@@ -97,7 +99,16 @@ def lock_of(run: Run) -> dict[str, Any]:
         "front": run.front,
         "winner": None if best is None else {"number": best.number, "hash": best.hash},
         "confirm": confirm,
+        **({} if run.longer is None else {"longer": _longer(run.longer)}),
         "latencies": sorted(_latencies(run.path / LEDGER_FOLDER), key=_order),
+    }
+
+
+def _longer(longer: Longer) -> dict[str, Any]:
+    return {
+        f"{row.name}, {task}, {longer.times:g} times": values
+        for row in longer.rows
+        for task, values in row.values.items()
     }
 
 
@@ -113,6 +124,11 @@ def _trial(trial: Trial) -> dict[str, Any]:
             f"rung {at + 1}, {task}": one.value
             for at, rung in enumerate(trial.rungs)
             for task, one in rung.items()
+        }
+        | {
+            f"{stage} at learning rate {one.learning_rate:g}": one.score and one.score.value
+            for stage, rates in trial.rates.items()
+            for one in rates
         },
     }
 
@@ -223,7 +239,9 @@ def time_now(driver: Driver) -> None:
         trial = driver.trials[number]
         one = space.candidate(setting.file, trial.params, trial.layers) if number >= 0 else None
         one = one or next(iter(setting.references.values()))
-        requests = {b.timing: setting.timing(number, one, b, purpose=NOW) for b in setting.timed}
+        weights = driver.evaluations.kept_weights(one.hash) if number >= 0 and routes(one.model) else None
+        timing = partial(setting.timing, purpose=NOW, weights=weights)
+        requests = {budget.timing: timing(number, one, budget) for budget in setting.timed}
         driver.evaluations.time_all(requests.values())
         driver.log.write("timed_now", number=number, latency={at: each.key for at, each in requests.items()})
 

@@ -11,10 +11,11 @@ from heddle.compose.train import Recipe
 from heddle.errors import HeddleError
 from heddle.search.record import TaskInfo
 from heddle.search.setting import Objective
-from heddle.search.tasks import Task, make_task, recipe_for
+from heddle.search.tasks import Task, make_task, recipes_for
 from heddle.specs import Spec, SpecFile, TaskSpec
 
-Tasks = list[tuple[Task, Recipe, TaskInfo]]
+# Each task with a recipe for each of its learning rates.
+Tasks = list[tuple[Task, tuple[Recipe, ...], TaskInfo]]
 # The objectives of the last rung, and of each before it.
 Trained = tuple[tuple[Objective, ...], tuple[tuple[Objective, ...], ...]]
 
@@ -43,7 +44,7 @@ class Asked:
         before = [
             {
                 "tasks": [asdict(info) for _, _, info in rung],
-                "tokens": [recipe.tokens for _, recipe, _ in rung],
+                "tokens": [recipes[0].tokens for _, recipes, _ in rung],
             }
             for rung in self.rungs
         ]
@@ -53,10 +54,12 @@ class Asked:
         """What the workers train for; a task that comes twice is shared once."""
         shared: dict[str, Any] = {}
 
-        def objective(task: Task, recipe: Recipe, info: TaskInfo, rung: int | None = None) -> Objective:
+        def objective(
+            task: Task, recipes: tuple[Recipe, ...], info: TaskInfo, rung: int | None = None
+        ) -> Objective:
             if task.digest not in shared:
                 shared[task.digest] = share(task)
-            return Objective(task, shared[task.digest], recipe, info, rung)
+            return Objective(task, shared[task.digest], recipes, info, rung)
 
         last = tuple(objective(*each) for each in self.tasks)
         before = (tuple(objective(*each, at) for each in rung) for at, rung in enumerate(self.rungs))
@@ -92,7 +95,7 @@ def _made(spec: Spec, items: Iterable[TaskSpec], made: dict[str, Task]) -> Tasks
     """Tasks with their recipes; a second task of a kind gets a number in its name."""
     names, found = Counter[str](), []
     for item in items:
-        same = item.model_dump_json(exclude={"tokens", "learning_rate"})
+        same = item.model_dump_json(exclude={"tokens", "learning_rate", "learning_rates"})
         if same not in made:
             made[same] = make_task(
                 item, spec.data, vocab_size=spec.model.vocab_size, tokenizer=spec.tokenizer
@@ -101,12 +104,27 @@ def _made(spec: Spec, items: Iterable[TaskSpec], made: dict[str, Task]) -> Tasks
         names[task.name] += 1
         name = task.name if names[task.name] == 1 else f"{task.name}-{names[task.name]}"
         info = TaskInfo(name, task.metric, task.higher_is_better, task.chance, task.best)
-        found.append((task, recipe_for(item, spec.train), info))
+        found.append((task, recipes_for(item, spec.train), info))
     return found
 
 
 def _shorter(tasks: Tasks, share: float) -> Tasks:
     return [
-        (task, replace(recipe, tokens=max(1, round(share * recipe.tokens))), info)
-        for task, recipe, info in tasks
+        (
+            task,
+            tuple(replace(one, tokens=max(1, round(share * one.tokens))) for one in recipes),
+            info,
+        )
+        for task, recipes, info in tasks
     ]
+
+
+def without_unset(data: Any) -> Any:
+    """`data` of a spec without the rates that no task names, as it was before a task could: its digest stays."""
+    if isinstance(data, list):
+        return [without_unset(one) for one in data]
+    if not isinstance(data, dict):
+        return data
+    return {
+        key: without_unset(one) for key, one in data.items() if key != "learning_rates" or one is not None
+    }

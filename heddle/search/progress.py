@@ -32,7 +32,7 @@ class Progress(Protocol):
         """The run folder is open; `total` trials will have been told at the end."""
 
     def phase(self, name: str, detail: str) -> None:
-        """A phase begins: "start", "ask", "timing", "training", "confirm", "remeasure", "export",
+        """A phase begins: "start", "ask", "timing", "training", "confirm", "longer", "remeasure", "export",
         "finish"."""
 
     def trial_started(self, trial: Trial) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 from heddle.errors import HeddleError
 from heddle.search import curse
 from heddle.search.durable import is_name, read_lines
+from heddle.search.longer_results import LONGER_FILE, Longer, read_longer
 from heddle.search.results import (
     BudgetInfo,
     Confirm,
@@ -22,6 +23,7 @@ from heddle.search.results import (
     Figure,
     Latency,
     RankCorrelation,
+    Rate,
     Score,
     TaskInfo,
     Trial,
@@ -34,6 +36,7 @@ __all__ = [
     "Figure",
     "Latency",
     "RankCorrelation",
+    "Rate",
     "Run",
     "Score",
     "TaskInfo",
@@ -80,6 +83,8 @@ class Run:
     events: tuple[dict[str, Any], ...]
     # How far consecutive rungs agree, as of the last session's end.
     ranks: tuple[RankCorrelation, ...] = ()
+    # The best trials trained for longer; None where the spec asks for none, or another trial won since.
+    longer: Longer | None = None
 
     def trial(self, number: int) -> Trial:
         """The trial of that number. Raises HeddleError "bad-argument"."""
@@ -114,6 +119,7 @@ class Run:
             "best": None if best is None else best.summary(),
             "least_violating": [self.trial(number).summary() for number in self.least_violating],
             "confirm": None if self.confirm is None else asdict(self.confirm),
+            **({} if self.longer is None else {"longer": asdict(self.longer)}),
             "latency_model": curse.summary(self),
             "export": str(self.export) if self.export is not None else None,
             **(
@@ -184,6 +190,7 @@ def run_from(
         confirm=_read_confirm(folder / CONFIRM_FILE, front.get("best")),
         events=tuple(events),
         ranks=tuple(RankCorrelation(**one) for one in last.get(RANKS_EVENT, {}).get("ranks", ())),
+        longer=read_longer(folder / LONGER_FILE, front.get("best")),
     )
 
 
@@ -218,7 +225,7 @@ def assemble(
         layers=tuple(asked["layers"]),
         hash=spec,
         round=asked["round"],
-        spec=asked["spec"],
+        spec=told.get("spec", asked["spec"]),
         parameters=asked["parameters"],
         scores={task: score_from(result) for task, result in scores.items()},
         latency=_latencies(ledger, spec, told.get("latency", {})),
@@ -230,6 +237,7 @@ def assemble(
         remeasured=_latencies(ledger, spec, (again or {}).get("latency", {})),
         figures={label: Figure(**one) for label, one in told.get("figures", {}).items()},
         rungs=tuple(_rung(ledger, spec, at, keys) for at, keys in enumerate(told.get("rungs", ()))),
+        rates=_rates(ledger, spec, told),
     )
 
 
@@ -241,6 +249,22 @@ def rung_stage(rung: int, task: str) -> str:
 def _rung(ledger: Path, spec: str, rung: int, keys: Mapping[str, str]) -> dict[str, Score]:
     results = _results(ledger, spec, {task: (rung_stage(rung, task), key) for task, key in keys.items()})
     return {task: score_from(result) for task, result in results.items()}
+
+
+def _rates(ledger: Path, spec: str, told: Mapping[str, Any]) -> dict[str, tuple[Rate, ...]]:
+    """What each of several learning rates gave, by stage."""
+    best = {
+        *told.get("scores", {}).values(),
+        *(key for rung in told.get("rungs", ()) for key in rung.values()),
+    }
+    found = {}
+    for stage, each in told.get("rates", {}).items():
+        results = _results(ledger, spec, {key: (stage, key) for _, key in each})
+        found[stage] = tuple(
+            Rate(rate, score_from(results[key]) if key in results else None, key in best)
+            for rate, key in each
+        )
+    return found
 
 
 def read_trials(folder: Path, events: Iterable[Mapping[str, Any]]) -> dict[int, Trial]:

@@ -133,6 +133,8 @@ def compare(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Change]
     yield from _fields("winner", then["winner"] or {}, now["winner"] or {})
     if then["confirm"] and now["confirm"]:
         yield from _fields("confirm", then["confirm"]["scores"], now["confirm"]["scores"])
+    if then.get("longer") and now.get("longer"):
+        yield from _fields("confirm", then["longer"], now["longer"])
 
 
 def _fields(part: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Change]:

@@ -110,6 +110,15 @@ class Score:
 
 
 @dataclass(frozen=True, slots=True)
+class Rate:
+    """What a training with one of several learning rates reached; `score` is None where it failed, `is_best` where it counts."""
+
+    learning_rate: float
+    score: Score | None
+    is_best: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Evaluation:
     """What an evaluation gives: `result` is the plain data of a `Score`; `weights` a safetensors file's bytes."""
 
@@ -151,6 +160,11 @@ class Latency:
     gpu: dict[str, Any] | None = None
     # How often it was measured anew, since processes of others or throttling disturbed it; this is the last time.
     repeated: int = 0
+    # "task" or "random" tokens, "trained" or "fresh" weights: where routers choose, both decide what is computed.
+    inputs: str = "random"
+    weights: str = "fresh"
+    # [layer counted from 0, share] of each router in what was timed, as of `Score`.
+    learned_share: list[list[float]] = field(default_factory=list)
     # The most bytes of tensors at one time, weights and caches included; None in a row of before they were measured.
     peak_bytes: int | None = None
     reference_peak_bytes: int | None = None
@@ -194,6 +208,8 @@ class Trial:
     figures: dict[str, Figure] = field(default_factory=dict)
     # What shorter trainings reached, by rung and task. Never comparable with `scores`, which a pruned trial has none of.
     rungs: tuple[dict[str, Score], ...] = ()
+    # By the folder of the ledger, a task's name or that of a rung: each of several learning rates, in the order of the list.
+    rates: dict[str, tuple[Rate, ...]] = field(default_factory=dict)
 
     @property
     def feasible(self) -> bool:
@@ -218,11 +234,30 @@ class Trial:
             return None
         return sum(score.normalised for score in self.rungs[rung].values()) / len(self.rungs[rung])
 
+    def best_rate(self, stage: str) -> float | None:
+        """The learning rate whose score counts; None where there was one alone, or none that came to a score."""
+        return next(
+            (one.learning_rate for one in self.rates.get(stage, ()) if one.is_best and one.score), None
+        )
+
+    def best_is_at(self, stage: str) -> str | None:
+        """ "first" or "last" where the best learning rate is that end of its list and better than all others: there may be
+        better ones beyond it."""
+        rates = self.rates.get(stage, ())
+        best = next((one.score.value for one in rates if one.is_best and one.score), None)
+        found = [place for place, one in enumerate(rates) if one.score and one.score.value == best]
+        return "first" if found == [0] else "last" if found == [len(rates) - 1] else None
+
     def summary(self) -> dict[str, Any]:
         """The trial in a few plain figures."""
         rungs = [{task: one.value for task, one in rung.items()} for rung in self.rungs]
+        rates = {
+            stage: [(one.learning_rate, one.score and one.score.value) for one in each]
+            for stage, each in self.rates.items()
+        }
         return {
             **({"rungs": rungs} if rungs else {}),
+            **({"learning_rates": rates} if rates else {}),
             "number": self.number,
             "state": self.state,
             "hash": self.hash,
@@ -301,3 +336,5 @@ class Confirm:
     scores: dict[str, tuple[float, ...]]
     differences: tuple[Difference, ...]
     failures: tuple[str, ...] = ()
+    # The winner's, of tasks that have several: both were trained with them.
+    learning_rates: dict[str, float] = field(default_factory=dict)

@@ -19,7 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from heddle.compose.targets.cut import cut_to_targets
 from heddle.errors import HeddleError
-from heddle.search import cluster, environment, finish, lock, space
+from heddle.search import changed_software, cluster, environment, finish, lock, longer, space
 from heddle.search.driver import Driver
 from heddle.search.durable import full_disk_told, write_json
 from heddle.search.evaluate import Evaluate
@@ -29,13 +29,12 @@ from heddle.search.evaluators.supernet_run import prepare
 from heddle.search.events import EventLog
 from heddle.search.given import Given
 from heddle.search.latency import Effort
-from heddle.search.latency_model import find
-from heddle.search.latency_model.table import timing_environment
+from heddle.search.latency_model import at_start, find
 from heddle.search.ledger import key_of
 from heddle.search.limits import Limits, budgets_on
 from heddle.search.lock import Frozen
 from heddle.search.model_kinds import require_causal_lm
-from heddle.search.objectives import Asked, Trained, asked_of
+from heddle.search.objectives import Asked, Trained, asked_of, without_unset
 from heddle.search.progress import Progress, Silent
 from heddle.search.rank_correlation import compare_rungs
 from heddle.search.record import RUN_FILE, BudgetInfo, Run, read_meta, read_run
@@ -128,9 +127,7 @@ def _open(stack: ExitStack, cut: Cut, out: Path, given: Given, *, asked: Asked, 
         # By today's language: a field that came after the run began would tell the same spec apart.
         began = _space_digest(loads(meta["spec"], file=file.file or "<string>"))
         _refuse_other(meta, new, out, is_same_space=began == new["lock"]["space"])
-    if meta.get("latency") == "model":
-        made_with = workers.call(timing_environment, workers.device)
-        meta |= find.into_run(file, out, made_with, meta, kept=_kept_model(given, out, meta))
+    meta |= at_start.begin(file, out, given, meta, workers=workers, progress=progress)
     meta |= {"trials": given.trials or meta["trials"], "seconds": given.seconds or meta["seconds"]}
     if given.frozen is not None:
         write_json(out / lock.FOLLOWED_FILE, given.frozen.lock)
@@ -156,17 +153,11 @@ def _open(stack: ExitStack, cut: Cut, out: Path, given: Given, *, asked: Asked, 
 def _tell_changes(driver: Driver, meta: Mapping[str, Any], machine: Mapping[str, Any]) -> None:
     """Warn of software that is not what results or the latency model of the run were made with."""
     if meta.get("latency_changed"):
-        driver.warn(find.changed_told(meta["latency_changed"]))
+        driver.tell(*changed_software.told(meta["latency_changed"], meta.get("latency_sentinels", {})))
     if meta["environment"]["packages"] != machine["packages"]:
         driver.warn(
             "package versions changed since the search began; what is unfinished is measured with these"
         )
-
-
-def _kept_model(given: Given, out: Path, meta: Mapping[str, Any]) -> Any:
-    """The latency model of the lockfile that the search in `out` takes its latencies from, as data."""
-    frozen = given.frozen or lock.followed(out, meta)
-    return None if frozen is None else frozen.lock.get("latency_model")
 
 
 def _workers(file: SpecFile, given: Given, env: Mapping[str, str] | None, timed_on: str | None) -> Workers:
@@ -202,6 +193,7 @@ def _search(driver: Driver) -> None:
         if driver.setting.frozen is not None:
             lock.time_now(driver)
         finish.confirm(driver, best)
+        longer.confirm_longer(driver, best)
     if best is not None:
         finish.keep_best(driver, best, export=not driver.stopping)
     driver.enter("finish")
@@ -259,13 +251,13 @@ def _check_folder(out: Path, *, resume: bool) -> None:
 def _space_digest(file: SpecFile) -> str:
     """A digest of what a resumed search may not change; how long it runs, and its name, it may."""
     assert file.spec.search is not None
-    left = {"trials", "time", "timeout", "latency_model", "per_gpu"} | (
+    left = {"trials", "time", "timeout", "latency_model", "per_gpu", "confirm_longer"} | (
         {"rungs"} if file.spec.search.rungs is None else set()
     )
     spec = file.spec.model_dump(mode="json", exclude={"name": True, "search": left})
     parameters = [asdict(parameter) for parameter in file.space.parameters]
     placement = file.space.placement
-    return key_of({"spec": spec, "space": repr(parameters), "placement": repr(placement)})
+    return key_of({"spec": without_unset(spec), "space": repr(parameters), "placement": repr(placement)})
 
 
 def _beside(file: SpecFile) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from heddle.search.ledger import Entry
+from heddle.search import rates
 from heddle.search.record import Trial
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ class Ladder:
 
     def __init__(self, driver: Driver) -> None:
         self._driver = driver
-        self._told: dict[int, list[dict[str, Entry]]] = {}
+        self._told: dict[int, list[dict[str, rates.Found]]] = {}
         # Trials that were left at a rung or failed there, and those of which nothing is decided yet.
         self._left, self._open = set[int](), set[int]()
 
@@ -139,31 +139,30 @@ class Ladder:
         self._open = set()
         return [number for number in numbers if number < 0 or number in climbing]
 
-    def _train(self, rung: int, specs: Mapping[int, Candidate]) -> dict[int, dict[str, Entry]] | None:
+    def _train(self, rung: int, specs: Mapping[int, Candidate]) -> dict[int, dict[str, rates.Found]] | None:
         """What the ledger then has of each trial at the rung, by task; None where a stop left one unfinished."""
         setting, evaluations = self._driver.setting, self._driver.evaluations
-        requests = {
-            (number, each.info.name): setting.training(number, one, each)
-            for number, one in specs.items()
-            for each in setting.rungs[rung]
-        }
-        evaluations.train_all(requests.values())
-        told: dict[int, dict[str, Entry]] = {number: {} for number in specs}
-        for (number, name), request in requests.items():
-            entry = evaluations.get(request)
-            if entry is None:
+        objectives = setting.rungs[rung]
+        asked = {number: rates.requests(setting, number, one, objectives) for number, one in specs.items()}
+        evaluations.train_all(
+            request for tasks in asked.values() for each in tasks.values() for request in each
+        )
+        told = {}
+        for number, requests in asked.items():
+            found = rates.found(evaluations.get, objectives, requests)
+            if found is None:
                 return None
-            told[number][name] = entry
+            told[number] = found
         return told
 
-    def _best(self, rung: int, told: Mapping[int, Mapping[str, Entry]]) -> list[int]:
+    def _best(self, rung: int, told: Mapping[int, Mapping[str, rates.Found]]) -> list[int]:
         """Those of `told` that go on, beside all that were told at the rung before."""
         names = [each.info.name for each in self._driver.setting.rungs[rung]]
-        whole = {n: entries for n, entries in told.items() if all(one.ok for one in entries.values())}
+        whole = {n: found for n, found in told.items() if all(one.best.ok for one in found.values())}
         scores: dict[str, Values] = {}
         for number, trial in sorted(self._driver.trials.items()):
             if number in whole:
-                results = [whole[number][name].result or {} for name in names]
+                results = [whole[number][name].best.result or {} for name in names]
                 scores.setdefault(trial.hash, tuple(result["normalised"] for result in results))
             elif number >= 0 and len(trial.rungs) > rung:
                 earlier = trial.rungs[rung]
@@ -180,15 +179,17 @@ class Ladder:
         """Whether it is not decided how far the trial goes."""
         return number in self._open
 
-    def entries(self, number: int) -> dict[str, Entry]:
+    def found(self, number: int) -> dict[str, rates.Found]:
         """What the trial was told at the rungs before the last."""
         told = enumerate(self._told.get(number, []))
-        return {f"rung {rung + 1} {name}": entry for rung, each in told for name, entry in each.items()}
+        return {f"rung {rung + 1} {name}": one for rung, each in told for name, one in each.items()}
 
     def fields(self, number: int) -> dict[str, Any]:
         """What "trial_finished" says of the rungs that the trial was scored at; nothing where there are none."""
         told = self._told.pop(number, [])
         whole = [
-            {name: one.key for name, one in each.items()} for each in told if all(e.ok for e in each.values())
+            {name: one.best.key for name, one in each.items()}
+            for each in told
+            if all(one.best.ok for one in each.values())
         ]
         return {"rungs": whole} if told else {}

@@ -19,26 +19,37 @@ from heddle.search.lock import NOW, Frozen, deterministically
 from heddle.search.record import BudgetInfo, TaskInfo, rung_stage
 from heddle.search.space import Candidate
 from heddle.search.tasks import Task
+from heddle.search.timing_subject import routes, task_ids
 from heddle.specs import Spec, SpecFile
 
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """A task, how a model is trained for it with the search's seed, and how the record names it.
+    """A task, how a model is trained for it with the search's seed, once a recipe, and how the record names it.
 
     `shared` stands for the task in the jobs of the workers.
     """
 
     task: Task
     shared: Any
-    recipe: Recipe
+    # Alike but for their learning rates.
+    recipes: tuple[Recipe, ...]
     info: TaskInfo
     # Of the rungs before the last, counted from 0.
     rung: int | None = None
+    # Trained for longer than the search does, at its end.
+    is_longer: bool = False
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe of the first learning rate; nearly always there is one."""
+        return self.recipes[0]
 
     @property
     def stage(self) -> str:
         """Where the ledger keeps its results."""
+        if self.is_longer:
+            return f"longer-{self.info.name}"
         return self.info.name if self.rung is None else rung_stage(self.rung, self.info.name)
 
 
@@ -100,20 +111,35 @@ class Setting:
     def infos(self) -> tuple[TaskInfo, ...]:
         return tuple(objective.info for objective in self.objectives)
 
-    def as_trained(self, spec: Spec) -> Spec:
+    @property
+    def kept(self) -> Objective:
+        """The objective whose trained weights are kept."""
+        (kept,) = (each for each in self.objectives if each.info.name == self.exported)
+        return kept
+
+    def as_trained(self, spec: Spec, learning_rate: float | None = None) -> Spec:
         """`spec` with the tokens and the learning rate of the kept training as its own: `heddle train` repeats that one.
 
-        `heddle train` knows text alone; a search without a text task leaves `train` as it stands.
+        Of several rates it is the first, unless `learning_rate` says which was best. `heddle train` knows text alone; a search
+        without a text task leaves `train` as it stands.
         """
-        (kept,) = (each for each in self.objectives if each.info.name == self.exported)
+        kept = self.kept
         if kept.task.metric != "bits_per_byte":
             return spec
-        own = {"tokens": kept.recipe.tokens, "learning_rate": kept.recipe.learning_rate}
+        own = {"tokens": kept.recipe.tokens, "learning_rate": learning_rate or kept.recipe.learning_rate}
         return spec.model_copy(update={"train": spec.train.model_copy(update=own)})
 
-    def timing(self, number: int, one: Candidate, budget: BudgetInfo, *, purpose: str = "search") -> Request:
+    def timing(
+        self,
+        number: int,
+        one: Candidate,
+        budget: BudgetInfo,
+        *,
+        purpose: str = "search",
+        weights: Any = None,
+    ) -> Request:
         """A request for the latency of `one` at the budget's place, beside the model the budget is relative
-        to."""
+        to. A model with routers reads what the exported task has held out, and has `weights`, where they are given."""
         beside = self.references.get(budget.relative_to or "")
         inputs: dict[str, Any] = {
             "phase": budget.phase,
@@ -123,12 +149,16 @@ class Setting:
             "purpose": purpose,
             "environment": self.environment,
         }
+        reads = self.kept.task if routes(one.model) else None
+        inputs |= {} if reads is None else {"reads": reads.digest}
+        inputs |= {} if weights is None else {"weights": "trained"}
         call = partial(
             measure,
             reference=None if beside is None else beside.model,
             reference_name=budget.relative_to,
             device=self.device,
             effort=self.effort,
+            ids=None if reads is None else task_ids(reads),
         )
         place = Place(budget.phase, budget.batch, budget.context)
         known = None
@@ -137,14 +167,24 @@ class Setting:
         if known is not None and known["key"] != key_of(inputs):
             # It was measured elsewhere, and the ledger says so.
             inputs["frozen"] = known["key"]
-        return Request(number, one.hash, LATENCY, inputs, call, (one.model, place), known)
+        return Request(number, one.hash, LATENCY, inputs, call, (one.model, place, weights), known)
 
     def training(
-        self, number: int, one: Candidate, objective: Objective, *, seed: int | None = None
+        self,
+        number: int,
+        one: Candidate,
+        objective: Objective,
+        *,
+        recipe: Recipe | None = None,
+        seed: int | None = None,
     ) -> Request:
-        """A request for the score of `one` at a task; with the search's own seed the weights of a whole training are kept."""
+        """A request for the score of `one` at a task; with the search's own seed the weights of a whole training are kept.
+
+        `recipe` is one of the objective's; without it there is no other.
+        """
         keep = seed is None and objective.stage == self.exported
-        recipe = objective.recipe if seed is None else replace(objective.recipe, seed=seed)
+        recipe = recipe or objective.recipe
+        recipe = recipe if seed is None else replace(recipe, seed=seed)
         inputs = {
             "data": objective.task.digest,
             "recipe": asdict(recipe),
@@ -154,4 +194,14 @@ class Setting:
         }
         evaluate = partial(deterministically, self.evaluate) if self.deterministic else self.evaluate
         training = Training(one.model, recipe, self.device, keep)
-        return Request(number, one.hash, objective.stage, inputs, evaluate, (training, objective.shared))
+        arguments = (training, objective.shared)
+        is_one_of_several = len(objective.recipes) > 1
+        return Request(
+            number,
+            one.hash,
+            objective.stage,
+            inputs,
+            evaluate,
+            arguments,
+            is_one_of_several=is_one_of_several,
+        )

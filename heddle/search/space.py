@@ -11,7 +11,8 @@ from typing import Any
 import optuna
 
 from heddle.errors import HeddleError
-from heddle.search.placement import Question, Seen, Timed, propose
+from heddle.search.equal_blocks import merge
+from heddle.search.placement import Budget, Question, Seen, Timed, propose
 from heddle.search.study import Study
 from heddle.specs import (
     ModelSpec,
@@ -28,8 +29,8 @@ from heddle.specs.pattern import layers_of
 from heddle.specs.search import names_file
 from heddle.specs.sight import reach
 
-# Placements that turn out to be a spec that was asked for under another one, before the next of them is taken: where two
-# blocks are equal all are, and to make the spec of each of 24 layers takes 0.7 ms of a core.
+# Placements that turn out to be a spec that was asked for under another one, before the next of them is taken: blocks may be
+# written otherwise and compute the same, and to make the spec of each of 24 layers takes 0.7 ms of a core.
 TWINS = 200
 
 
@@ -99,8 +100,10 @@ def place(
     number: int,
     timed: Sequence[Timed] = (),
     is_tried: Callable[[Mapping[str, Any], tuple[str, ...]], bool] = lambda values, layers: False,  # noqa: ARG005
+    predict: Callable[[ModelSpec, Sequence[str]], Sequence[Budget]] | None = None,
 ) -> Candidate:
-    """The candidate of trial `number`: `values` are Optuna's, the layers are proposed from `history` and from what was `timed`.
+    """The candidate of trial `number`: `values` are Optuna's, the layers are proposed from `history`, from what was `timed`, and
+    from what a latency model can `predict` of placements (`heddle.search.limits.Limits.of_placements`).
 
     `is_asked(hash)` tells whether a trial of this run has that spec already; `is_tried(values, layers)` knows those that had
     it with these very layers. After TWINS of the others the spec may be one that was asked for, which the ledger answers.
@@ -114,8 +117,11 @@ def place(
     at = cache(lambda layers: candidate(file, values, layers))
 
     twins = set[tuple[str, ...]]()
+    evenly = uniform(file, values)
+    blocks = merge(at(evenly).model, counts, evenly)
 
-    def is_seen(layers: tuple[str, ...]) -> bool:
+    def is_seen(kinds: tuple[str, ...]) -> bool:
+        layers = blocks.layers(kinds)
         if is_tried(values, layers):
             return True
         if not is_asked(at(layers).hash):
@@ -124,9 +130,15 @@ def place(
         return len(twins) <= TWINS
 
     question = Question(
-        counts, outer(file, values), uniform(file, values), is_seen, order=file.order(values), timed=timed
+        blocks.merged_counts(),
+        outer(file, values),
+        blocks.merged(evenly),
+        is_seen,
+        order=file.order(values),
+        timed=blocks.timed(timed),
+        predicted=() if predict is None else blocks.budgets(predict(at(evenly).model, tuple(counts))),
     )
-    return at(propose(question, history, seed=seed, number=number))
+    return at(blocks.layers(propose(question, blocks.history(history), seed=seed, number=number)))
 
 
 def uniform(file: SpecFile, values: Mapping[str, Any]) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ import os
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
@@ -226,44 +226,62 @@ class Workers:
         self, jobs: Iterable[Job], remote: Callable[[], Any], width: int, watcher: Watcher
     ) -> Iterator[Answer]:
         waiting, flying = deque(jobs), dict[Any, Flight]()
-        while flying or (waiting and not watcher.is_stopping()):
-            while waiting and len(flying) < width and not watcher.is_stopping():
-                job = waiting.popleft()
-                watcher.begun(job)
+
+        def hand_out() -> None:
+            room = 0 if watcher.is_stopping() else min(width - len(flying), len(waiting))
+            some = [waiting.popleft() for _ in range(room)]
+            if some:
+                watcher.begun(some)
+            for job in some:
                 key = places.new_key() if self.device == "cuda" else None
                 reference = remote().remote(_call_of(job, key), self.device, *job.arguments)
                 flying[reference] = Flight(job, time.monotonic(), key)
-            done, _ = ray.wait(list(flying), timeout=TICK_S)
-            _hear_places(flying.values(), watcher)
-            if not done:
-                self._require_ray()
-            elif self._nodes is not None:
-                # Ray gives work to a node as soon as it is there.
-                self._nodes.require()
-            watcher.tick()
-            for reference in done:
-                flight = flying.pop(reference)
-                job, wall_s = flight.job, round(time.monotonic() - flight.began, 3)
-                answer = replace(_answer(job, reference), wall_s=wall_s)
-                answer = _timed_out(answer)
-                if answer.code in MADE_AGAIN:
-                    self._require_ray()
-                    answer = replace(answer, log=said.of_dead(reference))
-                if job.said:
-                    answer = replace(answer, log=job.said + answer.log)
-                if answer.code in MADE_AGAIN and job.attempt <= RETRIES:
+
+        hand_out()
+        while flying:
+            done = {reference: flying.pop(reference) for reference in self._done(flying, watcher)}
+            took = {reference: time.monotonic() - flight.began for reference, flight in done.items()}
+            # Many workers do not wait until the answers of others are written; a timing has nothing beside it.
+            if width > 1:
+                hand_out()
+            for reference, flight in done.items():
+                answer = self._heard(flight.job, reference, round(took[reference], 3))
+                if answer.code in MADE_AGAIN and flight.job.attempt <= RETRIES:
                     waiting.appendleft(_again(answer))
                 else:
                     # The caller writes the answer before it comes back: until then `reference` keeps the copy that lies
                     # with the worker.
                     yield answer
+            hand_out()
+
+    def _done(self, flying: Mapping[Any, Flight], watcher: Watcher) -> list[Any]:
+        """All that have an answer by now, or none within a tick."""
+        done, _ = ray.wait(list(flying), timeout=TICK_S)
+        if done and len(flying) > 1:
+            done, _ = ray.wait(list(flying), num_returns=len(flying), timeout=0)
+        _hear_places(flying.values(), watcher)
+        if not done:
+            self._require_ray()
+        elif self._nodes is not None:
+            # Ray gives work to a node as soon as it is there.
+            self._nodes.require()
+        watcher.tick()
+        return list(done)
+
+    def _heard(self, job: Job, reference: Any, wall_s: float) -> Answer:
+        """The answer to a job that is done, with what its process said if that has died."""
+        answer = _timed_out(replace(_answer(job, reference), wall_s=wall_s))
+        if answer.code in MADE_AGAIN:
+            self._require_ray()
+            answer = replace(answer, log=said.of_dead(reference))
+        return replace(answer, log=job.said + answer.log) if job.said else answer
 
 
 class Watcher(Protocol):
     """What a driver hears of its jobs while it waits for answers."""
 
-    def begun(self, job: Job) -> None:
-        """`job` is handed to a worker."""
+    def begun(self, jobs: Sequence[Job]) -> None:
+        """`jobs` are handed to workers."""
 
     def placed(self, job: Job, place: Mapping[str, Any]) -> None:
         """`job` runs on the GPUs of `place`; heard of those that have some, before their answer."""

@@ -12,6 +12,7 @@ from heddle.specs.check_options import Context, option_findings
 from heddle.specs.check_references import arranged
 from heddle.specs.check_rungs import rung_findings
 from heddle.specs.check_sampler import sampler_findings
+from heddle.specs.check_training import training_findings
 from heddle.specs.checks import reach_problems, search_findings, vocabulary_findings
 from heddle.specs.explain import Finding, check_fields, shown, without_echoes
 from heddle.specs.migrate import migrated
@@ -77,6 +78,8 @@ def check_file(document: Document) -> Checked:
     train = fields.get("train", None if "train" in data else TrainSpec())
     if isinstance(fields.get("search"), SearchSpec) and train is not None:
         findings += [one.below(("search",)) for one in rung_findings(fields["search"], train)]
+    if isinstance(fields.get("search"), SearchSpec):
+        findings += [one.below(("search",)) for one in training_findings(fields["search"])]
     if isinstance(fields.get("search"), SearchSpec) and not found.findings:
         findings += [one.below(("search",)) for one in sampler_findings(fields["search"], found.space)]
     places = found.places(moves)

@@ -51,6 +51,8 @@ class MixerSpec(Schema):
     exempt: ClassVar[Mapping[Contract, str]] = {}
     # Fields that make it take each of its roads, in sizes for a hidden size of 48: what the contracts are held over.
     cases: ClassVar[tuple[Mapping[str, Any], ...]] = ({"heads": 4},)
+    # Whether what tokens say decides what is computed, or read, for them.
+    routes: ClassVar[bool] = False
     kind: str
 
     @property
@@ -61,6 +63,10 @@ class MixerSpec(Schema):
     def parts(self) -> Mapping[str, MixerSpec]:
         """The mixers it is made of, by their dotted path inside it; none for a plain mixer."""
         return {}
+
+    def is_routed(self) -> bool:
+        """Whether it, or a part of it, `routes`: then how long it takes depends on inputs and weights."""
+        return self.routes or any(part.is_routed() for part in self.parts().values())
 
     def exemptions(self) -> Mapping[Contract, str]:
         """The contracts that it, or a part of it, cannot keep."""
@@ -188,6 +194,8 @@ class ChannelSpec(Schema):
 
     # Whether there is a block at all, and so a norm before it.
     is_empty: ClassVar[bool] = False
+    # Whether what a token says decides what is computed for it.
+    routes: ClassVar[bool] = False
     module: ClassVar[str | None] = None
     kind: str
 

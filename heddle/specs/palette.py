@@ -31,6 +31,8 @@ PLAIN = {
     "local_linear_attention": "#aa4488",
     "hierarchical_attention": "#ee66aa",
     "ttt": "#7700aa",
+    "token_mlp": "#bbbbee",
+    "linear_attention": "#cc9933",
     "fla": "#775555",
 }
 HATCHED = {

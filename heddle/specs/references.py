@@ -12,6 +12,8 @@ from heddle.specs.pattern import Layer
 
 # What the embedded tokens are called by a skip.
 EMBEDDING = "embedding"
+# The path of its source inside a block.
+SKIP = "skip.source"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +34,7 @@ def references_of(layer: Layer) -> Iterator[Reference]:
     for one in layer.spec.mixer.references():
         yield Reference(f"mixer.{one.field}", one.name, one.what)
     if layer.spec.skip is not None:
-        yield Reference("skip.source", layer.spec.skip.source, "stream")
+        yield Reference(SKIP, layer.spec.skip.source, "stream")
 
 
 def links(layers: Sequence[Layer]) -> list[Link]:

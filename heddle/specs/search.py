@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from heddle.specs.base import CountText, Duration, Schema, count_of
+from heddle.specs.search_longer import LongerSpec
 from heddle.specs.search_rungs import RungsSpec
 from heddle.specs.tasks import TaskSpec
 
@@ -243,3 +244,9 @@ class SearchSpec(Schema):
             ge=0, le=100, description="New seeds with which the winner and uniform placement are retrained."
         ),
     ] = 3
+    confirm_longer: Annotated[
+        LongerSpec | None,
+        Field(
+            description="The best trials are trained again for longer at the end, which changes no winner; null: they are not."
+        ),
+    ] = None

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from heddle.specs.base import Schema
+from heddle.specs.kinds import Problem
 from heddle.specs.layer import Reference
 
 # Fields of the language that came later: at their defaults they are left out of the data, as if they did not exist.
@@ -67,6 +68,17 @@ class Selection(Schema):
     def blocks_before(self, tokens: int) -> int:
         """Complete blocks before the own one of the last of `tokens`."""
         return max(0, tokens - 1) // self.block
+
+    def problems(self) -> list[Problem]:
+        """Numbers that do not go together, by their paths inside the mixer."""
+        found = []
+        if self.source is None and self.count < self.sink + self.recent:
+            what = f"{self.count} blocks, and {self.sink + self.recent} are always read"
+            found.append(Problem("selection.count", what, "at least sink + recent", "out-of-range"))
+        if self.scores == "kernels" and self.block % QUARTERS:
+            what = f"{self.block} keys of a block have no quarters, and kernels are a quarter apart"
+            found.append(Problem("selection.block", what, f"a multiple of {QUARTERS}, or scores: mean"))
+        return found
 
     def keys_read(self, tokens: int) -> int:
         """Keys that the last of `tokens` reads, its own among them."""

@@ -64,7 +64,7 @@ class Here:
 
     def side_by_side(self, jobs: Iterable[Job], watcher: Watcher) -> Iterator[Answer]:
         for job in jobs:
-            watcher.begun(job)
+            watcher.begun([job])
             yield Answer(job, value=job.call(*job.arguments), wall_s=0.0)
 
     on_whole_device = side_by_side

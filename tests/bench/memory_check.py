@@ -31,6 +31,7 @@ from heddle.search import environment
 from heddle.search.latency import Effort, Place, _Step, measure
 from heddle.search.latency_model.measuring import How, Site, fit_model
 from heddle.search.results import Latency
+from heddle.search.timing_subject import subject_of
 from heddle.specs import ModelSpec, SpecFile, load, loads
 
 SPACE = Path(__file__).with_name("latency_space.yaml")
@@ -102,7 +103,7 @@ def alone(model: ModelSpec, place: Place) -> int | None:
     gc.collect()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
-    step = _Step(model, place, "cuda", torch.bfloat16)
+    step = _Step(subject_of(model, None), place, "cuda", torch.bfloat16)
     for _ in range(2):
         step._work()
         step._clear()

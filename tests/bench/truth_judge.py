@@ -14,7 +14,10 @@ in the means over seeds, among placements within the budget. A repeat draws whic
 `gpu_s` is what the trainings asked for took: a ninth of a placement's for each learning rate and seed.
 
 `--shuffled` gives the scores to other placements, a control: no way may then be ahead of random. `--synthetic` makes rows up,
-of single layers, neighbours and noise: settings are looked at there, never at the truth.
+of single layers, neighbours and noise: settings are looked at there, never at the truth. There each repeat has its own landscape,
+the first of `--first-seed` (settings were looked at from 1,000 on); `--boundary` is what a change of kind costs, in ms beside
+0.08 for a full layer, and `--timing-noise` by which share a timing is off. `timed` is how many placements `heddle search` asked
+for in the median, `over` which share of them was over the budget in truth.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ import json
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import pairwise, product
 from pathlib import Path
 from statistics import mean
@@ -32,7 +36,7 @@ from typing import Any
 import numpy as np
 import optuna
 
-from heddle.search.placement import Budget, Question, Seen, Timed, propose
+from heddle.search.placement import Budget, History, Question, Seen, Timed, propose
 from heddle.search.placement.loop import Effort, Loop
 from heddle.specs import uniform_layers
 
@@ -59,10 +63,12 @@ class Truth:
 class Judge:
     """What a way may ask in one repeat, and a diary of it."""
 
-    def __init__(self, truth: Truth, budget: float, seed: int) -> None:
+    def __init__(self, truth: Truth, budget: float, seed: int, timing_noise: float = 0.0) -> None:
         self.truth, self.budget, self.rng = truth, budget, np.random.default_rng([seed, 11])
         self.told: dict[Layers, float] = {}
         self.diary: list[Layers] = []
+        self._clock, self._noise = np.random.default_rng([seed, 13]), timing_noise
+        self.timed: dict[Layers, float] = {}
 
     @property
     def left(self) -> int:
@@ -70,6 +76,12 @@ class Judge:
 
     def fits(self, layers: Layers) -> bool:
         return self.truth.ms[layers] <= self.budget
+
+    def time(self, layers: Layers) -> float:
+        """What a timing shows, the same when it is asked for again."""
+        if layers not in self.timed:
+            self.timed[layers] = self.truth.ms[layers] * float(1.0 + self._noise * self._clock.normal())
+        return self.timed[layers]
 
     def __call__(self, layers: Layers) -> float:
         """The score of one seed; a placement asked for again is answered without a training."""
@@ -142,18 +154,18 @@ def by_ranking(ask: Judge, seed: int) -> None:  # noqa: ARG001
             ask(layers)
 
 
-def by_search(ask: Judge, seed: int) -> None:
+def by_search(ask: Judge, seed: int, margin: float = 0.0) -> None:
     """What `heddle search` does, in rounds of 4: Optuna draws the number of full layers, the solver places them within what the
-    timings so far say. Trials over the budget are timed alone."""
+    timings so far say, with `margin` as a share added to each. Trials over the budget are timed alone."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     length, names = ask.truth.length, ("linear", "full")
     study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed))
-    history, timed, seen = list[Seen](), list[Timed](), set[tuple[str, ...]]()
+    history, timed, seen = History(), list[Timed](), set[tuple[str, ...]]()
     for number in range(4 * EVALUATIONS):
         if not ask.left:
             return
         if number % 4 == 0:
-            known, costs = list(history), list(timed)
+            known, costs = History.of(list(history)), list(timed)
         trial = study.ask()
         count = trial.suggest_int("full", 0, length)
         uniform = tuple(names[kind] for kind in spread(length, count))
@@ -161,8 +173,8 @@ def by_search(ask: Judge, seed: int) -> None:
         asked = Question(counts, {}, uniform, seen.__contains__, timed=costs)
         layers = propose(asked, known, seed=seed, number=number)
         placed = tuple(names.index(name) for name in layers)
-        timed.append(Timed(layers, {}, {"decode": ask.truth.ms[placed] / ask.budget}))
-        if not ask.fits(placed) or layers in seen:
+        timed.append(Timed(layers, {}, {"decode": (1.0 + margin) * ask.time(placed) / ask.budget}))
+        if ask.time(placed) > ask.budget or layers in seen:
             study.tell(trial, state=optuna.trial.TrialState.PRUNED)
         else:
             history.append(Seen(layers, {}, ask(placed)))
@@ -191,6 +203,7 @@ WAYS: dict[str, Way] = {
     "additive top-K": by_ranking,
     "loop": by_loop,
     "heddle search": by_search,
+    "heddle search, margin": partial(by_search, margin=0.04),
 }
 
 
@@ -210,7 +223,7 @@ def read_truth(path: Path, task: str) -> Truth:
     return Truth(scores, ms, mean(seconds))
 
 
-def made_up(seed: int, length: int = 8) -> Truth:
+def made_up(seed: int, length: int = 8, boundary: float = 0.002) -> Truth:
     """Single layers, pairs that fall off with distance, returns that lessen with each full layer, and noise of seeds."""
     rng = np.random.default_rng([seed, 3])
     alone = rng.uniform(0.0, 1.0, length)
@@ -222,13 +235,13 @@ def made_up(seed: int, length: int = 8) -> Truth:
         worth = float(np.tanh(alone[full].sum() / 2) + 0.3 * pair[np.ix_(full, full)].sum())
         scores[layers] = [worth + float(noise) for noise in 0.02 * rng.normal(size=3)]
         boundaries = sum(one != other for one, other in pairwise(layers))
-        ms[layers] = 0.3 + 0.08 * len(full) + 0.002 * boundaries
+        ms[layers] = 0.3 + 0.08 * len(full) + boundary * boundaries
     return Truth(scores, ms, 1.0)
 
 
-def shuffled(truth: Truth) -> Truth:
+def shuffled(truth: Truth, seed: int = 5) -> Truth:
     """The same latencies, with the scores of other placements."""
-    order = np.random.default_rng(5).permutation(len(truth.scores))
+    order = np.random.default_rng(seed).permutation(len(truth.scores))
     values = list(truth.scores.values())
     scores = {layers: values[index] for layers, index in zip(truth.scores, order, strict=True)}
     return Truth(scores, truth.ms, truth.seconds)
@@ -243,16 +256,20 @@ def interval(gaps: Sequence[float]) -> list[float] | None:
     return [float(share) for share in np.quantile(medians, [0.025, 0.975])]
 
 
-def judged(truths: Sequence[Truth], way: str, quantile: float, repeats: int) -> dict[str, Any]:
+def judged(
+    truths: Sequence[Truth], way: str, quantile: float, repeats: int, timing_noise: float = 0.0
+) -> dict[str, Any]:
     """One row: `repeats` of a way at a budget, in turns over `truths`."""
-    gaps, asked = [], []
+    gaps, asked, timed, over = [], [], [], []
     for repeat in range(repeats):
         truth = truths[repeat % len(truths)]
         budget = float(np.quantile(list(truth.ms.values()), quantile))
-        ask = Judge(truth, budget, repeat)
+        ask = Judge(truth, budget, repeat, timing_noise)
         WAYS[way](ask, repeat)
         gaps.append([ask.gap(look) for look in LOOKS])
         asked.append(len(ask.diary))
+        timed.append(len(ask.timed))
+        over.append(sum(ms > budget for ms in ask.timed.values()) / max(1, len(ask.timed)))
     by_look = list(zip(*gaps, strict=True))
     return {
         "impl": way,
@@ -262,6 +279,8 @@ def judged(truths: Sequence[Truth], way: str, quantile: float, repeats: int) -> 
         "evaluations": list(LOOKS),
         "gap": [float(np.median(one)) if np.isfinite(np.median(one)) else None for one in by_look],
         "gap_interval": [interval(one) for one in by_look],
+        "gap_mean": [float(np.mean(one)) if np.isfinite(one).all() else None for one in by_look],
+        **({"timed": float(np.median(timed)), "over": float(np.mean(over))} if any(timed) else {}),
         "asked": float(np.median(asked)),
         "gpu_s": float(np.median(asked)) * truths[0].seconds,
     }
@@ -269,16 +288,22 @@ def judged(truths: Sequence[Truth], way: str, quantile: float, repeats: int) -> 
 
 def rows(chosen: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for task in ("synthetic",) if chosen.synthetic else TASKS:
+        seeds = range(chosen.first_seed, chosen.first_seed + chosen.repeats)
         truths = (
-            [made_up(seed) for seed in range(20)] if chosen.synthetic else [read_truth(chosen.rows, task)]
+            [made_up(seed, boundary=chosen.boundary) for seed in seeds]
+            if chosen.synthetic
+            else [read_truth(chosen.rows, task)]
         )
+        made_of = {"seeds": [seeds.start, seeds.stop], "boundary": chosen.boundary}
         if chosen.shuffled:
-            truths = [shuffled(truth) for truth in truths]
+            # One order for all made-up landscapes would be one draw of what a way may find by luck.
+            truths = [shuffled(truth, 5 + number) for number, truth in enumerate(truths)]
         for quantile, way in product(QUANTILES, chosen.ways):
             yield {
                 "task": task,
                 "shuffled": chosen.shuffled,
-                **judged(truths, way, quantile, chosen.repeats),
+                **({**made_of, "timing_noise": chosen.timing_noise} if chosen.synthetic else {}),
+                **judged(truths, way, quantile, chosen.repeats, chosen.timing_noise),
             }
 
 
@@ -292,6 +317,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--synthetic", action="store_true")
     parser.add_argument("--shuffled", action="store_true")
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--boundary", type=float, default=0.002)
+    parser.add_argument("--timing-noise", type=float, default=0.0)
     parser.add_argument("--dry", action="store_true", help="print, append nothing")
     parser.add_argument("--commit", help="what the code is")
     chosen = parser.parse_args()
@@ -303,7 +331,8 @@ def main() -> None:
                 file.write(json.dumps({**common, "time": made, **row}) + "\n")
         gaps = ", ".join("no" if gap is None else f"{100 * gap:.1f}" for gap in row["gap"])
         print(
-            f"{row['task']:9} {row['budget_quantile']:.2f} {row['impl']:20} gap {gaps} %, {row['asked']:g} asked",
+            f"{row['task']:9} {row['budget_quantile']:.2f} {row['impl']:20} gap {gaps} %, {row['asked']:g} asked, "
+            f"mean {[round(100 * gap, 1) for gap in row['gap_mean'] if gap is not None]}, over {row.get('over', 0):.2f}",
             flush=True,
         )
 

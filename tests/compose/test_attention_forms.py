@@ -501,6 +501,18 @@ MODELS: dict[str, ModelSpec] = {
         {"a": {"window": 9}, "b": {"values_from": "a"}, "c": {"values_from": "b", "causal": True}},
         ["a", "b", "c"],
     ),
+    "queries and keys of the embedding": model_with(
+        {
+            "a": {"qk_source": "embedding", "gate": True},
+            "b": {"window": 9, "qk_source": "embedding"},
+            "c": {},
+        },
+        ["a", "b", "c", "b"],
+    ),
+    "queries and keys of positions": model_with(
+        {"a": {"qk_source": "position"}, "b": {"qk_source": "position", "rope": None, "qk_norm": True}},
+        ["a", "b", "a"],
+    ),
     "chosen of taken keys": model_with(
         {
             "a": {},
@@ -732,6 +744,7 @@ def test_a_shared_block_that_would_take_from_two_layers_is_refused() -> None:
 CONFLICTS: list[tuple[dict[str, Any], str, str]] = [
     ({"keys_from": "a", "values_from": "a"}, "values_from", "conflicting-fields"),
     ({"keys_from": "a", "key_multiplier": 2.0}, "key_multiplier", "conflicting-fields"),
+    ({"keys_from": "a", "qk_source": "position"}, "qk_source", "conflicting-fields"),
     ({"selection": {}, "window": 9}, "selection", "conflicting-fields"),
     ({"selection": {}, "causal": False}, "selection", "conflicting-fields"),
     ({"selection": {"count": 2}}, "selection.count", "out-of-range"),

@@ -75,6 +75,7 @@ DENSE: dict[str, ModelSpec] = {
     "shared block": model_with({"mixer": ATTENTION, "channel": {"kind": "gelu"}, "shared": True}, layers=3),
     "keys_from": model_with(mixing(ATTENTION), mixing(ATTENTION | {"keys_from": "a"})),
     "values_from": model_with(mixing(ATTENTION), mixing(ATTENTION | {"values_from": "a"})),
+    "qk_source": model_with(mixing(ATTENTION), mixing(ATTENTION | {"qk_source": "embedding"})),
     "skip": model_with(mixing(ATTENTION), mixing(GATED, skip={"source": "a"})),
 }
 every_dense = pytest.mark.parametrize("name", DENSE)

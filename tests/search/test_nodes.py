@@ -69,7 +69,7 @@ import sys
 from heddle.search.workers import Job, Workers
 
 class Hearing:
-    def begun(self, job): pass
+    def begun(self, jobs): pass
     def tick(self): pass
     def is_stopping(self): return False
 

@@ -25,7 +25,7 @@ def wide(least):
 
 class Hearing:
     def __init__(self): self.heard = []
-    def begun(self, job): self.heard.append(job.tag)
+    def begun(self, jobs): self.heard += [job.tag for job in jobs]
     def placed(self, job, place): pass
     def tick(self): pass
     def is_stopping(self): return False

@@ -25,7 +25,7 @@ from heddle.search.workers import Job, Workers
 
 class Hearing:
     heard, answered = [], []
-    def begun(self, job): pass
+    def begun(self, jobs): pass
     def tick(self): pass
     def is_stopping(self): return False
     def placed(self, job, place):
@@ -62,8 +62,8 @@ class Placing:
     device, parallel, gpus = "cuda", 8, 2
 
     def side_by_side(self, jobs: list[Job], watcher: Any) -> list[Answer]:
+        watcher.begun(jobs)
         for job in jobs:
-            watcher.begun(job)
             watcher.placed(job, {"node": "here", "gpus": ["1"]})
         return [Answer(job, code="evaluation-failed", message="none") for job in jobs]
 

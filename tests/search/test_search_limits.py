@@ -21,7 +21,7 @@ from heddle.search.limits import Limits, budgets_on
 from heddle.search.record import Run, Trial, read_run
 from heddle.search.run import search
 from heddle.search.workers import Workers
-from heddle.specs import load, loads
+from heddle.specs import SpecFile, load, loads
 
 
 def between() -> int:
@@ -240,3 +240,26 @@ def test_latency_model_without_latency_is_told() -> None:
     with pytest.raises(HeddleError) as caught:
         loads(spec_with(DECODE, more="  latency_model: model.json"))
     assert (caught.value.code, caught.value.where.path) == ("conflicting-fields", "search.latency_model")
+
+
+def test_the_costs_that_placements_are_proposed_by_are_the_predictions_of_the_model() -> None:
+    file = loads(spec_with(DECODE))
+    references = {"all-full": space.reference(file, "all-full")}
+    limits = Limits(budgets_on(file, "cpu"), references, model_of(file, margin=0.05))
+    kinds = ("near", "full")
+    one = file.resolve({"blocks.full.channel.ratio": 2.0}, layers=["near", "full", "near"]).model
+    (budget,) = limits.of_placements(one, kinds)
+    for layers in (["near", "full", "near"], ["full", "full", "near"], ["near", "near", "full"]):
+        model = file.resolve({"blocks.full.channel.ratio": 2.0}, layers=layers).model
+        figure = limits.figures(model)[budget.name]
+        spent = float(budget.of([kinds.index(name) for name in layers]))
+        assert spent == pytest.approx(figure.limited / limits_of(file), rel=1e-9)
+    # A block that the fit has not seen, and a search without a model.
+    other = file.resolve({"blocks.full.channel.ratio": 2.0}, layers=["near", "near", "near"]).model
+    assert limits.of_placements(other, ("full",)) == ()
+    assert Limits(budgets_on(file, "cpu"), references).of_placements(one, kinds) == ()
+
+
+def limits_of(file: SpecFile) -> float:
+    (budget,) = budgets_on(file, "cpu")
+    return budget.at_most

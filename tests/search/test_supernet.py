@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import replace
 from itertools import product
@@ -211,6 +212,26 @@ def test_a_search_trains_its_supernet_once_and_keeps_it(tmp_path: Path) -> None:
     assert best is not None
     alone = net.copied(file().resolve(best.params, layers=best.layers).model)
     assert TASK.evaluate(alone, device="cpu").value == best.scores["mqar"].value
+
+
+@pytest.mark.usefixtures("workers")
+def test_each_learning_rate_has_shared_weights_and_longer_trainings_share_none(tmp_path: Path) -> None:
+    text = SPEC.format(**GIVEN).replace("length: 16}", "length: 16, learning_rates: [1.0e-4, 1.0e-2]}")
+    text += "  confirm_longer: {best: 1, times: 2}\n"
+    run = search(loads(text, file="a.yaml"), tmp_path / "run", trials=2)
+    shared = sorted(path.stem for path in (tmp_path / "run" / "weights").glob("*.safetensors"))
+    begun = [event for event in run.events if event["event"] == "evaluation_started"]
+    assert sorted(event["hash"] for event in begun if event["number"] == -2) == shared
+    assert len(shared) == 2
+    for trial in run.trials:
+        scores = [one.score for one in trial.rates["mqar"]]
+        assert trial.scores["mqar"].value == max(score.value for score in scores if score)
+    longer = run.longer
+    assert longer is not None
+    assert longer.rows[0].number == run.best
+    kept = (tmp_path / "run").glob(f"ledger/{longer.rows[0].hash}/longer-mqar/*.json")
+    results = [json.loads(path.read_bytes())["result"] for path in kept]
+    assert [result["tokens"] >= 2048 and result["steps"] > 0 for result in results] == [True, True]
 
 
 @pytest.mark.long

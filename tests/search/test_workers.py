@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,8 @@ class Hearing:
         self.heard: list[Any] = []
         self.stop_after = stop_after
 
-    def begun(self, job: Job) -> None:
-        self.heard.append(job.tag)
+    def begun(self, jobs: Sequence[Job]) -> None:
+        self.heard += [job.tag for job in jobs]
 
     def tick(self) -> None:
         pass
@@ -150,6 +151,16 @@ def test_nothing_runs_beside_a_call_with_the_whole_device(workers: Workers) -> N
     spans = [outcome.value for outcome in ray.get(beside)]
     began, ended = timing.value
     assert all(end <= began or start >= ended for start, end in spans)
+
+
+def test_workers_go_on_before_an_answer_is_written_and_a_timing_waits_for_that(workers: Workers) -> None:
+    count = workers.parallel + 1
+    for run, begun in ((workers.side_by_side, count), (workers.on_whole_device, 1)):
+        hearing = Hearing()
+        found = run([Job(span, (0.0,), n) for n in range(count)], hearing)
+        assert next(found).ok
+        assert len(hearing.heard) == begun
+        assert len([answer for answer in found if answer.ok]) == count - 1
 
 
 def test_after_a_stop_what_runs_is_answered_and_nothing_else_begins(workers: Workers) -> None:

@@ -296,6 +296,8 @@ CHANGES: list[tuple[str, Any]] = [
     ("blocks.a.mixer.bias", "all"),
     ("blocks.a.mixer.keys_from", "a"),
     ("blocks.a.mixer.values_from", "a"),
+    ("blocks.a.mixer.qk_source", "embedding"),
+    ("blocks.a.mixer.qk_source", "position"),
     ("blocks.a.mixer.selection", {}),
     ("blocks.a.mixer.selection", {"block": 32}),
     ("blocks.a.mixer.selection", {"count": 8}),

@@ -117,7 +117,7 @@ class HeddleModel(HeddlePreTrainedModel):
         call = self._call(x, attention_mask, position_ids, 0 if cache is None else cache.get_seq_length())
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         seen: list[Tensor] = []
-        if -1 in self.handed_on:
+        if -1 in self.handed_on or (STREAM, -1) in self.wanted:
             call.handed[STREAM, -1] = x
         for index in range(len(self.layers)):
             seen.append(x)

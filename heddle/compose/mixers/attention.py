@@ -26,6 +26,7 @@ from heddle.compose.modules.inward import inward_attention, inward_range, listed
 from heddle.compose.modules.masks import View, distances, key_mask, real_keys
 from heddle.compose.modules.norm import RMSNorm
 from heddle.compose.modules.precision import wide
+from heddle.compose.modules.qk_source import EMBEDDED, qk_input
 from heddle.compose.modules.rope import rotary_key, rotate
 from heddle.compose.modules.rows import RowsOut
 from heddle.compose.modules.selection import Places, Rule, attend_blocks, choose_blocks
@@ -51,6 +52,7 @@ class AttentionModule(Initialised):
 
     `keys_from`: the keys and values are those of an earlier layer, and so is their cache (arXiv 2405.12981, 2405.05254).
     `values_from`: v = (1 - l) v + l v', v' those of an earlier layer, l learned from 1/2 on (arXiv 2410.17897).
+    `qk_source`: what q (with its gate) and k are made of in the place of x; see `qk_input` (arXiv 2510.11602).
     `selection`: blocks of keys that a query reads; see `choose_blocks`. It saves memory and no work yet; with a soft-cap or sinks
     it masks T x S weights.
 
@@ -82,6 +84,7 @@ class AttentionModule(Initialised):
         bias: str = "none",
         keys_from: int | None = None,
         values_from: int | None = None,
+        qk_source: str = "hidden",
         selection: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -95,6 +98,9 @@ class AttentionModule(Initialised):
         self.boundary, self.grid = boundary, dict(grid or {})
         self.keys_from, self.values_from, self.selection = keys_from, values_from, dict(selection or {})
         self.takes = _taken(keys_from, values_from, self.selection.get("source"))
+        self.qk_source = qk_source
+        if qk_source == "embedding":
+            self.takes += (EMBEDDED,)
         self.rotary, self.norms_jointly = rotary_key(rope, head_dim), qk_norm == "full"
         self._make(site, queries=heads * (2 if gate else 1), bias=bias, norm=qk_norm is not False)
         self.sinks = nn.Parameter(torch.empty(heads)) if sinks else None
@@ -127,13 +133,14 @@ class AttentionModule(Initialised):
 
     def forward(self, x: Tensor, call: Call, route: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """`route` makes the factors of heads [B, T, H] of the queries [B, T, H, d] before their norm and rotation."""
-        q = self.q_proj(x).unflatten(-1, (self.heads, -1))
+        source = qk_input(self.qk_source, x, call)
+        q = self.q_proj(source).unflatten(-1, (self.heads, -1))
         q, *gate = q.chunk(2, dim=-1) if self.gate else (q,)
         if route is not None:
             call.head_gates = route(q)
         q = self._place(q, self.q_norm, call).transpose(1, 2)
         if self.keys_from is None:
-            k, v, written = self._remember(x, call)
+            k, v, written = self._remember(x, source, call)
         else:
             k, v, written = call.handed["keys", self.keys_from], call.handed["values", self.keys_from], None
         if self.rows_out.queries is not None:
@@ -160,14 +167,14 @@ class AttentionModule(Initialised):
         y = y if self.rotary is None else rotate(y, call.rotary_tables(*self.rotary))
         return y.to(x.dtype)
 
-    def _remember(self, x: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Keys and values of these and the earlier tokens, and which of them are written.
+    def _remember(self, x: Tensor, source: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys, of `source`, and values, of `x`, of these and the earlier tokens, and which of them are written.
 
-        Shapes:  out: twice [B, KV heads, S, d], and [B, S] of 0 and 1, or None for all
+        Shapes:  x, source: [B, T, D];  out: twice [B, KV heads, S, d], and [B, S] of 0 and 1, or None for all
         """
         assert self.k_proj is not None
         assert self.v_proj is not None
-        k = self.k_proj(x).unflatten(-1, (self.kv_heads, -1))
+        k = self.k_proj(source).unflatten(-1, (self.kv_heads, -1))
         k = self._place(k, self.k_norm, call, self.key_multiplier).transpose(1, 2)
         v = self.v_proj(x).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2)
         if self.values_from is not None and self.value_share is not None:

@@ -106,11 +106,12 @@ class Classifier(Node):
 class Edge:
     """What goes along: activations of `width` features.
 
-    `stream`: from each node to the next. `skip`: what an earlier layer gave to the stream. `keys`, `values`, `indices`:
-    what a mixer takes from that of an earlier layer. `share`: weights, of a layer or (by the head) of the embedding.
+    `stream`: from each node to the next. `skip`: what an earlier layer gave to the stream. `qk_source`: the embedded tokens,
+    of which a mixer makes queries and keys. `keys`, `values`, `indices`: what a mixer takes from that of an earlier layer.
+    `share`: weights, of a layer or (by the head) of the embedding.
     """
 
-    kind: Literal["stream", "skip", "keys", "values", "indices", "share"]
+    kind: Literal["stream", "skip", "qk_source", "keys", "values", "indices", "share"]
     width: int
 
 

@@ -24,7 +24,7 @@ from heddle.compose.passes.graph import (
 )
 from heddle.specs.layer import Site
 from heddle.specs.pattern import Layer, layers_of
-from heddle.specs.references import Link, bad_links, links
+from heddle.specs.references import SKIP, Link, bad_links, links
 
 
 def link_references(graph: Graph, locate: Locate) -> Graph:
@@ -54,10 +54,13 @@ def _resolved(graph: Graph, found: list[Link], layers: list[Layer]) -> dict[str,
     for link in found:
         name = f"layers.{link.layer}.mixer"
         node = changed.get(name) or graph.nodes[name]["node"]
-        if link.reference.what == "stream":
+        if link.reference.field == SKIP:
             skip = layers[link.layer].spec.skip
             assert skip is not None
             changed[name] = replace(node, skip={**skip.plain(), "source": link.source})
+            continue
+        if link.reference.what == "stream":
+            # A mixer takes the embedded tokens alone, and knows where they are.
             continue
         data = copy.deepcopy(dict(node.data or {}))
         part: Any = data
@@ -80,6 +83,7 @@ def _source(graph: Graph, link: Link) -> str:
 def _edge(graph: Graph, link: Link, target: MixerBlock) -> Edge:
     what = link.reference.what
     if what == "stream":
-        return Edge("skip", target.site.hidden_size)
+        is_skip = link.reference.field == SKIP
+        return Edge("skip" if is_skip else "qk_source", target.site.hidden_size)
     source: MixerBlock = graph.nodes[f"layers.{link.source}.mixer"]["node"]
     return Edge(what, math.prod(source.spec.offers(source.site)[what]))

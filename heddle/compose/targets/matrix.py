@@ -64,9 +64,9 @@ def _targets() -> Iterator[str]:
 
 def _exports(rows: Sequence[Row]) -> Iterator[str]:
     """A row a class and version: the specs, and how many of them kept what."""
-    heads = "specs, orders | float32 | float32, from float64 | bfloat16 (ours) | tokens with and without cache | as ours | hash"
-    yield f"| target | what they held | transformers | {heads} |"
-    yield "|---|---|---|---|---|---|---|---|---|---|"
+    heads = "float32, begun | float32 | float32, from float64 | bfloat16 (ours) | tokens with and without cache | as ours | hash"
+    yield f"| target | what they held | transformers | specs, orders | {heads} |"
+    yield "|---|---|---|---|---|---|---|---|---|---|---|"
     found = exports(rows)
     for target in TARGETS:
         for version in sorted(version for name, version in found if name == target.name):
@@ -81,7 +81,8 @@ def _export(name: str, version: str, told: Row) -> str:
     tied = f", {told['tied']} at a near tie" if told.get("tied") else ""
     cells = (
         f"`{name}`", "; ".join((", ".join(told["mixers"]), ", ".join(told["channels"]))), version,
-        f"{specs}, {told['orders']}", f"{told['float32']:.1e}{over}", f"{told['float32_from_float64']:.1e}", narrow,
+        f"{specs}, {told['orders']}", _apart(told.get("begun")), f"{told['float32']:.1e}{over}",
+        f"{told['float32_from_float64']:.1e}", narrow,
         f"{told['same_cached']} of {specs}{excused}", f"{told['same_as_ours']} of {specs}{tied}",
         f"{told['hash_back']} of {specs}",
     )  # fmt: skip
@@ -89,16 +90,16 @@ def _export(name: str, version: str, told: Row) -> str:
 
 
 def _imports(rows: Sequence[Row]) -> Iterator[str]:
-    yield "| class | transformers | configurations | float32 | float64 | bfloat16 | the same model |"
-    yield "|---|---|---|---|---|---|---|"
+    yield "| class | transformers | configurations | float32, begun | float32 | float64 | bfloat16 | the same model |"
+    yield "|---|---|---|---|---|---|---|---|"
     last = next((row for row in reversed(rows) if "imports" in row), None)
     for name, told in ({} if last is None else last["imports"]).items():
         assert last is not None
         over = f", {told['over']} above 1e-5" if told["over"] else ""
         count = told["configurations"]
         cells = (
-            f"`{name}`", last["transformers"], f"{count}", f"{told['float32']:.1e}{over}", f"{told['float64']:.1e}",
-            f"{told['bfloat16']:.1%}", f"{told['held']} of {count}",
+            f"`{name}`", last["transformers"], f"{count}", _apart(told.get("begun")), f"{told['float32']:.1e}{over}",
+            f"{told['float64']:.1e}", f"{told['bfloat16']:.1%}", f"{told['held']} of {count}",
         )  # fmt: skip
         yield f"| {' | '.join(cells)} |"
 
@@ -122,6 +123,10 @@ def _rounding(rows: Sequence[Row]) -> Iterator[str]:
     for name, row in found.items():
         cells = (f"{row['largest_logit_apart'][one]:.1e}" for one in (*names, "class_float64"))
         yield f"| `{name}` | {row['specs']} | {' | '.join(cells)} |"
+
+
+def _apart(difference: float | None) -> str:
+    return "not asked" if difference is None else f"{difference:.1e}"
 
 
 def _cell(one: Serves) -> str:

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
+from heddle.compose.train import Recipe
 from heddle.errors import HeddleError
 from heddle.search.driver import Driver
 from heddle.search.evaluate import Training
@@ -30,8 +31,11 @@ def prepare(driver: Driver) -> None:
     evaluator = driver.setting.evaluate
     if not isinstance(evaluator, SupernetEvaluator):
         return
-    objectives = driver.setting.objectives
-    requests = {evaluator.key(one.recipe, one.task): _request(driver, evaluator, one) for one in objectives}
+    requests = {
+        evaluator.key(recipe, one.task): _request(driver, evaluator, one, recipe)
+        for one in driver.setting.objectives
+        for recipe in one.recipes
+    }
     new = {key for key, request in requests.items() if driver.evaluations.get(request) is None}
     driver.enter("training", f"{len(requests)} supernets")
     driver.evaluations.train_all(requests.values())
@@ -48,21 +52,20 @@ def prepare(driver: Driver) -> None:
             raise HeddleError("no-weights", f"{path} is gone, with the weights that specs share", hint=hint)
         evaluator.tickets[key] = driver.evaluations.share(path.read_bytes())
         if key in new:
-            driver.log.write("message", level="info", text=_told(entry.result))
-            driver.progress.message(_told(entry.result))
+            driver.tell(_told(entry.result), "info")
 
 
-def _request(driver: Driver, evaluator: SupernetEvaluator, objective: Objective) -> Request:
+def _request(driver: Driver, evaluator: SupernetEvaluator, objective: Objective, recipe: Recipe) -> Request:
     setting = driver.setting
     inputs = {
         "space": evaluator.space,
         "data": objective.task.digest,
-        "recipe": asdict(objective.recipe),
+        "recipe": asdict(recipe),
         "environment": setting.environment,
         **({"deterministic": True} if setting.deterministic else {}),
     }
     call = partial(train_supernet, evaluator.paths)
-    training = Training(evaluator.paths.columns[0], objective.recipe, setting.device, keep_weights=True)
+    training = Training(evaluator.paths.columns[0], recipe, setting.device, keep_weights=True)
     return Request(
         NUMBER,
         f"{SHARED_WEIGHTS}{key_of(inputs)}",

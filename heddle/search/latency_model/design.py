@@ -64,13 +64,18 @@ def design(file: SpecFile, *, stacks: int | None = None, held_out: int = 30, see
             break
     chosen = choose(pool, wanted)
     taken = {stack.hash for stack in chosen}
-    rng = np.random.default_rng([HELD_OUT_SEED, seed])
-    unseen = _distinct(_random_stacks(file, rng, is_free=False), held_out, taken)
+    unseen = held_out_stacks(file, held_out, taken=taken, seed=seed)
     if len(chosen) < coefficients or len(unseen) < 2:
         what = f"the space has too few specs: {len(chosen)} stacks to fit {coefficients} terms, {len(unseen)} held out"
         hint = "heddle bench SPEC times one spec; a search of so few times each"
         raise HeddleError("bad-argument", what, hint=hint)
     return Design(tuple(chosen), tuple(unseen))
+
+
+def held_out_stacks(file: SpecFile, count: int, *, taken: Collection[str] = (), seed: int = 0) -> list[Stack]:
+    """Up to `count` random stacks of the space alone, none of the hashes `taken`; with another `count` the first are the same."""
+    rng = np.random.default_rng([HELD_OUT_SEED, seed])
+    return _distinct(_random_stacks(file, rng, is_free=False), count, taken)
 
 
 def columns(stacks: Sequence[Stack]) -> list[tuple[str, ...]]:

@@ -6,10 +6,10 @@ A search copies the model that it found into its run folder, and goes by that co
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from heddle.errors import HeddleError
 from heddle.kernels.configs.found import cache_folder
@@ -20,6 +20,9 @@ from heddle.search.latency_model.table import MACHINE
 from heddle.search.ledger import key_of
 from heddle.search.results import BudgetInfo
 from heddle.specs import SpecFile
+
+if TYPE_CHECKING:
+    from heddle.search.latency_model.sentinels import Verdict
 
 RUN_COPY = "latency_model.json"
 
@@ -60,37 +63,35 @@ def into_run(
     run: Path,
     made_with: Mapping[str, Any],
     meta: Mapping[str, Any],
+    judge: Callable[[LatencyModel], list[Verdict]],
     *,
     kept: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Put the model that the search of `file` goes by into the folder `run`; gives what run.json, so far `meta`, says of it.
 
     It is `kept`, the data of a lockfile's, as they stand. Else it is the run's own, or where that has none the one that the spec
-    names, or the cache's; fitted with other software than `made_with` it loses its margins: it predicts, and rules nothing out.
+    names, or the cache's. Fitted with other software than `made_with` it keeps the margins that `judge` trusts alone: without one
+    it predicts, and rules nothing out. What was judged with that software before is not judged again.
 
     Raises:
         HeddleError: "latency-model" where there is none, or it is another machine's; "file-not-found", "disk-full".
     """
     changed: dict[str, Any] = {}
+    told_by = meta.get("latency_sentinels", {})
     if kept is not None:
         model = from_data(kept)
     else:
         model = of_run(run) if "latency_model" in meta else _asked(file, made_with)
         changed = _changed(model, made_with)
-        model = _without_margins(model) if changed else model
+        if changed and told_by.get("environment") != key_of(made_with):
+            verdicts = judge(model)
+            told_by = {"environment": key_of(made_with), "places": [one.data() for one in verdicts]}
+            model = _trusted(model, {(one.place, one.reference_hash) for one in verdicts if one.is_trusted})
     model.save(run / RUN_COPY)
     timed = (budget for budget in meta["budgets"] if BudgetInfo(**budget).is_timed)
     told = [found for budget in timed if (found := _told(file, model, budget)) is not None]
-    return {"latency_model": told, "latency_changed": changed or meta.get("latency_changed", {})}
-
-
-def changed_told(changed: Mapping[str, Sequence[Any]]) -> str:
-    """What a reader is told of a model that was fitted with other software, {name: [then, now]}."""
-    names = ", ".join(f"{name} {then} then, {now} now" for name, (then, now) in changed.items())
-    return (
-        f"the latency model was fitted with other software ({names}): it predicts, and rules nothing out; "
-        "heddle bench SPEC --fit makes one for this software"
-    )
+    changed = changed or meta.get("latency_changed", {})
+    return {"latency_model": told, "latency_changed": changed, "latency_sentinels": told_by}
 
 
 def _changed(model: LatencyModel, made_with: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,8 +104,14 @@ def _changed(model: LatencyModel, made_with: Mapping[str, Any]) -> dict[str, Any
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
-def _without_margins(model: LatencyModel) -> LatencyModel:
-    fits = (replace(fit, held_out=replace(fit.held_out, margin=None)) for fit in model.fits)
+def _trusted(model: LatencyModel, kept: Collection[tuple[Place, str]]) -> LatencyModel:
+    """`model` with the margins of the fits at these places beside these references alone."""
+    fits = (
+        fit
+        if (fit.place, fit.reference_hash) in kept
+        else replace(fit, held_out=replace(fit.held_out, margin=None))
+        for fit in model.fits
+    )
     return replace(model, fits=tuple(fits))
 
 

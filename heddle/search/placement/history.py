@@ -3,10 +3,10 @@ long search ever longer."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 import numpy as np
 
@@ -14,6 +14,8 @@ from heddle.search.placement.counts import Array
 
 # Values of parameters with a term of their own, the first that came: an open float has a new one in each trial.
 MOST_VALUES = 200
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +121,7 @@ class History(Sequence[Seen]):
     trials: list[Seen] = field(default_factory=list)
     _sums: dict[tuple[tuple[str, ...], int], tuple[Sums, int]] = field(default_factory=dict)
     _groups: dict[Any, Group] = field(default_factory=dict)
+    _made: dict[Any, tuple[Any, int]] = field(default_factory=dict)
 
     @staticmethod
     def of(trials: Iterable[Seen]) -> History:
@@ -148,6 +151,13 @@ class History(Sequence[Seen]):
         for one in self.trials[done:]:
             made.add(one)
         self._sums[tuple(kinds), length] = made, len(self.trials)
+        return made
+
+    def once(self, key: Any, make: Callable[[], Made]) -> Made:
+        """What `make` gives, made again only when trials have come since."""
+        if key not in self._made or self._made[key][1] != len(self.trials):
+            self._made[key] = make(), len(self.trials)
+        made: Made = self._made[key][0]
         return made
 
     def __len__(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 
 import numpy as np
@@ -42,16 +43,25 @@ class Landscape:
         y = c + Σ_l unary[l, k_l] + Σ_d Σ_l pair[d-1, l, k_{l-d}, k_l] + ε
 
     The weights have a Gaussian prior of mean 0, chosen among a few by marginal likelihood. Worked in the space of the
-    placements evaluated, so many kinds and layers cost little.
+    placements evaluated, so many kinds and layers cost little. `beside` is how alike all else is that the values depend on:
+    the covariance of what that adds to each.
 
-    Shapes:  layers: [n, L] of kinds;  values: [n].
+    Shapes:  layers: [n, L] of kinds;  values: [n];  beside: [n, n].
     """
 
-    def __init__(self, layers: NDArray[np.int64], values: Array, kinds: int, window: int) -> None:
+    def __init__(
+        self,
+        layers: NDArray[np.int64],
+        values: Array,
+        kinds: int,
+        window: int,
+        *,
+        beside: Array | None = None,
+    ) -> None:
         self.kinds, self.window = kinds, window
         self.layers, self.length = layers, int(layers.shape[1])
         self.centre = float(values.mean()) if len(values) else 0.0
-        self._hot = np.eye(kinds)[layers]
+        self._hot, self._beside = np.eye(kinds)[layers], beside
         self._alike = {alike: self._unary_kernel(alike) for alike in ALIKE}
         self._shared = self._pair_kernels()
         target = values - self.centre
@@ -80,6 +90,7 @@ class Landscape:
     def _covariance(self, prior: _Prior) -> Array:
         """Of the values: [n, n]."""
         total = self._alike[prior.alike] + prior.noise * np.eye(len(self.layers))
+        total = total if self._beside is None else total + self._beside
         for distance, shared in enumerate(self._shared, start=1):
             total = total + prior.pair(self.length, distance) * shared
         return total
@@ -110,12 +121,22 @@ class Landscape:
             pair[distance - 1, :distance] = 0.0
         told = Problem(unary, pair).value(self.layers)
         told = told + np.sqrt(self.prior.noise * self.scale) * rng.normal(size=told.shape)
+        if self._beside is not None:
+            told = told + spread * (self._beside_root @ rng.normal(size=told.shape))
         more_unary, more_pair = self._weights(self._dual - self._inverse @ told)
         return Problem(unary + more_unary, pair + more_pair, budgets)
 
-    def predicted(self, layers: Sequence[int]) -> float:
-        """The expected value of a placement."""
-        return self.centre + float(self.mean().value(layers))
+    @cached_property
+    def _beside_root(self) -> Array:
+        """F with F Fᵀ = beside, which need not have full rank."""
+        assert self._beside is not None
+        sizes, axes = np.linalg.eigh(self._beside)
+        return np.asarray(axes * np.sqrt(np.maximum(sizes, 0.0)))
+
+    def predicted(self, layers: Sequence[int], beside: Array | None = None) -> float:
+        """The expected value of a placement; `beside` is how alike all else is to that of each placement evaluated: [n]."""
+        other = 0.0 if beside is None else float(beside @ self._dual)
+        return self.centre + float(self.mean().value(layers)) + other
 
 
 def _evidence(covariance: Array, target: Array) -> tuple[float, float]:

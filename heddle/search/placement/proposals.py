@@ -3,13 +3,14 @@
 Optuna chooses how many layers each block gets; where they stand is decided here, never by L free binaries.
 The first placement of every new count is the uniform one. After that a Bayesian linear model of the finished
 trials' quality is drawn from (Thompson sampling) and the draw is maximised exactly: near the best placement found so far,
-and within the latency budgets as far as the timings of this run predict them.
+and within the latency budgets as far as a latency model, or the timings of this run, predict them. With enough trials that
+model knows pairs of layers at their place, and every second trial takes what it expects most of instead of a draw.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
@@ -17,20 +18,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from heddle.errors import HeddleError
-from heddle.search.placement.counts import Array
 from heddle.search.placement.history import History, Seen
 from heddle.search.placement.limits import Timed, latency_budgets
+from heddle.search.placement.near_best import near_best
 from heddle.search.placement.problem import Budget, Problem, count_budget
 from heddle.search.placement.quality import QualityModel
 from heddle.search.placement.table import Gate, Table
 from heddle.specs.order import Order
 
-# Draws from the posterior before the ranking of one of them is gone down instead.
+# Draws from the posterior before the ranking of the last of them is gone down instead.
 DRAWS = 16
 # Trials without a better one after which the trust region halves.
 PATIENCE = 4
 # Steps of a latency budget, fewer where the table would have more cells than this.
 STEPS, CELLS = 64, 4 * 10**6
+# Layers so far apart have a worth together.
+WINDOW = 2
 
 Layers = tuple[str, ...]
 
@@ -41,7 +44,8 @@ class Question:
 
     `uniform` is the placement tried first. `is_seen` says whether the spec with these layers was asked for
     before. `order` is what the layers take from each other; where no placement keeps it, none is spared. `timed` are
-    the trials of this run that were timed beside latency budgets, those over one among them.
+    the trials of this run that were timed beside latency budgets, those over one among them; `predicted` are those budgets
+    that a latency model predicts, which go before what `timed` says of them.
     """
 
     counts: Mapping[str, int]
@@ -50,6 +54,7 @@ class Question:
     is_seen: Callable[[Layers], bool]
     order: Order = field(default_factory=Order)
     timed: Sequence[Timed] = ()
+    predicted: Sequence[Budget] = ()
 
     @property
     def kinds(self) -> Layers:
@@ -61,20 +66,35 @@ class Question:
 
 
 class Draws:
-    """Landscapes drawn from the posterior, each when it is first asked for."""
+    """Landscapes to maximise, each made when it is first asked for: `count` draws of a posterior, or one that is expected."""
 
-    def __init__(self, model: QualityModel, rng: np.random.Generator) -> None:
-        self._model, self._rng = model, rng
-        self._drawn: list[tuple[Array, Array]] = []
+    def __init__(self, make: Callable[[], Problem], count: int) -> None:
+        self._make, self.count = make, count
+        self._made = list[Problem]()
 
-    def __call__(self, number: int) -> tuple[Array, Array]:
-        while len(self._drawn) <= number:
-            self._drawn.append(self._model.draw(self._rng))
-        return self._drawn[number]
+    def __call__(self, number: int) -> Problem:
+        while len(self._made) <= number:
+            self._made.append(self._make())
+        return self._made[number]
 
     @property
-    def last(self) -> tuple[Array, Array]:
-        return self(DRAWS - 1)
+    def last(self) -> Problem:
+        return self(self.count - 1)
+
+
+def _draws(question: Question, history: History, rng: np.random.Generator, number: int) -> Draws:
+    """The landscapes of trial `number`: pairs at their place once there are trials enough, in even trials the expected one."""
+    near = near_best(history, question.kinds, window_of(question))
+    if near is not None:
+        known = near.landscape
+        return Draws(known.mean, 1) if number % 2 == 0 else Draws(lambda: known.draw(rng), DRAWS)
+    model = QualityModel(question.kinds, question.length, history)
+
+    def drawn() -> Problem:
+        unary, pair = model.draw(rng)
+        return Problem(unary, pair[None])
+
+    return Draws(drawn, DRAWS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,10 +105,9 @@ class Region:
     budgets: tuple[Budget, ...]
     gate: Gate | None
 
-    def table(self, drawn: tuple[Array, Array], *, bound: bool = False) -> Table:
+    def table(self, drawn: Problem, *, bound: bool = False) -> Table:
         """The solver's table of a landscape here; with `bound` it reaches what rounding alone puts outside."""
-        unary, pair = drawn
-        return Table(Problem(unary, pair[None], self.budgets), bound=bound, gate=self.gate)
+        return Table(replace(drawn, budgets=self.budgets), bound=bound, gate=self.gate)
 
     def named(self, layers: Sequence[int]) -> Layers:
         return tuple(self.question.kinds[kind] for kind in layers)
@@ -101,14 +120,12 @@ def propose(question: Question, history: Sequence[Seen], *, seed: int, number: i
     to be over a latency budget, while one that is not is left.
     """
     history = History.of(history)
-    limits = latency_budgets(question.timed, question.counts, question.params, _steps(question))
+    limits = _limits(question)
     index = [question.kinds.index(name) for name in question.uniform]
     fits = all(budget.excess(budget.of(index)) == 0 for budget in limits)
     if fits and not question.is_seen(question.uniform):
         return question.uniform
-    draws = Draws(
-        QualityModel(question.kinds, question.length, history), np.random.default_rng([seed, number])
-    )
+    draws = _draws(question, history, np.random.default_rng([seed, number]), number)
     for budgets in _regions(question, history, limits):
         if not budgets and not fits and not question.is_seen(question.uniform):
             return question.uniform
@@ -119,10 +136,24 @@ def propose(question: Question, history: Sequence[Seen], *, seed: int, number: i
     return region.named(next(region.table(draws.last).ranked()))
 
 
+def favourite(question: Question, history: Sequence[Seen]) -> Layers | None:
+    """The placement of the highest expected quality with these counts within the latency budgets, asked for before or not.
+
+    None while there are too few trials to tell, or where nothing is predicted to keep the budgets.
+    """
+    near = near_best(History.of(history), question.kinds, window_of(question))
+    if near is None:
+        return None
+    limits = _limits(question)
+    region = Region(question, (*_counted(question), *limits), _gate(question, limits))
+    best = next(region.table(near.landscape.mean()).ranked(), None)
+    return None if best is None else region.named(best)
+
+
 def _unseen(region: Region, draws: Draws) -> Iterator[Layers]:
     """The best of each draw if it is new; then all that is new in the order of the last draw."""
     is_seen = region.question.is_seen
-    for number in range(DRAWS):
+    for number in range(draws.count):
         best = next(region.table(draws(number)).ranked(), None)
         if best is None:
             break
@@ -177,10 +208,30 @@ def _counted(question: Question) -> tuple[Budget, ...]:
     return tuple(count_budget(kind, shape, count, count) for kind, count in enumerate(counts[:-1]))
 
 
+def _limits(question: Question) -> tuple[Budget, ...]:
+    """The latency budgets as a latency model predicts them, or else this run's timings.
+
+    No margin is kept: the best placements are often close to the budget, and on made-up landscapes with noisy timings what was
+    found was worse with one (docs/search.md).
+    """
+    steps = _steps(question)
+    known = {budget.name for budget in question.predicted}
+    mine = latency_budgets(question.timed, question.counts, question.params, steps)
+    told = (replace(budget, steps=steps) for budget in question.predicted)
+    return (*told, *(budget for budget in mine if budget.name not in known))
+
+
 def _steps(question: Question) -> int:
     counts = list(question.counts.values())
     cells = float(np.prod([count + 1.0 for count in counts[:-1]])) * len(counts) * (question.length + 1)
     return int(max(4, min(STEPS, CELLS / cells)))
+
+
+def window_of(question: Question) -> int:
+    """How far apart pairs are whose worth is learnt at their place: WINDOW, or neighbours where that makes too large a table."""
+    counts = list(question.counts.values())
+    cells = float(np.prod([count + 1.0 for count in counts[:-1]])) * (question.length + 1) * STEPS
+    return WINDOW if cells * len(counts) ** WINDOW <= CELLS else 1
 
 
 def _gate(question: Question, budgets: Sequence[Budget]) -> Gate | None:

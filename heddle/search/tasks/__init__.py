@@ -1,6 +1,6 @@
 """What models are trained for and judged by."""
 
-from heddle.search.tasks.catalogue import GENERATED, make_task, recipe_for
+from heddle.search.tasks.catalogue import GENERATED, make_task, recipe_for, recipes_for
 from heddle.search.tasks.corpus import Corpus, load_corpus
 from heddle.search.tasks.mqar import Mqar
 from heddle.search.tasks.task import Score, Task, batches
@@ -17,4 +17,5 @@ __all__ = [
     "load_corpus",
     "make_task",
     "recipe_for",
+    "recipes_for",
 ]

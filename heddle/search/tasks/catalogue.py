@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from heddle.compose.train import Recipe
@@ -75,3 +76,10 @@ def recipe_for(task: TaskSpec, train: TrainSpec, *, seed: int | None = None) -> 
         seed=train.seed if seed is None else seed,
         precision=train.precision,
     )
+
+
+def recipes_for(task: TaskSpec, train: TrainSpec) -> tuple[Recipe, ...]:
+    """A recipe for each of the task's `learning_rates`; without those the one of `recipe_for`."""
+    recipe = recipe_for(task, train)
+    rates = task.learning_rates or [recipe.learning_rate]
+    return tuple(replace(recipe, learning_rate=rate) for rate in rates)

@@ -41,7 +41,7 @@ class Generated(Task, Generic[S]):
     def __init__(self, spec: S, *, vocab_size: int, sequence_length: int) -> None:
         _check(spec, vocab_size)
         self.spec, self.sequence_length = spec, sequence_length
-        fields = spec.plain(leave=("kind", "tokens", "learning_rate"))
+        fields = spec.plain(leave=("kind", "tokens", "learning_rate", "learning_rates"))
         settings = [f"{name}={value}" for name, value in sorted(fields.items())]
         self.digest = digest_of(self.name, self.revision, *settings, self.held_out_rows)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -19,6 +19,7 @@ class MoE(ChannelSpec):
     No token is dropped. Several shared experts are one whose width is the sum of theirs.
     """
 
+    routes: ClassVar[bool] = True
     kind: Literal["moe"] = "moe"
     experts: Annotated[int, Field(ge=2, le=4096, description="Routed experts.")]
     active: Annotated[int, Field(ge=1, le=4096, description="Experts that a token is sent to; at most all.")]

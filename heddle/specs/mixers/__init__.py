@@ -23,6 +23,7 @@ from heddle.specs.mixers.landmark import Landmark as Landmark
 from heddle.specs.mixers.layer_router import LayerRouter as LayerRouter
 from heddle.specs.mixers.liger import Liger as Liger
 from heddle.specs.mixers.lightning import Lightning as Lightning
+from heddle.specs.mixers.linear_attention import LinearAttention as LinearAttention
 from heddle.specs.mixers.local_linear_attention import LocalLinearAttention as LocalLinearAttention
 from heddle.specs.mixers.mamba2 import Mamba2 as Mamba2
 from heddle.specs.mixers.mla import Mla as Mla
@@ -35,6 +36,7 @@ from heddle.specs.mixers.rf_attention import RfAttention as RfAttention
 from heddle.specs.mixers.routing import Routing as Routing
 from heddle.specs.mixers.sequential import Sequential as Sequential
 from heddle.specs.mixers.still import Still as Still
+from heddle.specs.mixers.token_mlp import TokenMlp as TokenMlp
 from heddle.specs.mixers.token_router import TokenRouter as TokenRouter
 from heddle.specs.mixers.ttt import Ttt as Ttt
 from heddle.specs.plugins import OPTIONAL, load_optional, load_plugins

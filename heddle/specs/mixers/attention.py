@@ -24,7 +24,7 @@ from heddle.specs.kinds import (
 from heddle.specs.layer import Reference as LayerName
 from heddle.specs.layer import Site
 from heddle.specs.rope import Rope
-from heddle.specs.selection import QUARTERS, Selection
+from heddle.specs.selection import Selection
 from heddle.specs.sight import Sight
 
 # Fields of the language that came later: at their defaults they are left out of the data, as if they did not exist.
@@ -39,6 +39,7 @@ LATER = (
     "bias",
     "keys_from",
     "values_from",
+    "qk_source",
     "selection",
 )
 _BOTH_SIDES = "its queries read later keys: every output depends on every token, and nothing can be decoded"
@@ -57,7 +58,8 @@ class Attention(HeadedMixer):
         o_i = sum_j softmax_j(scale · q_i · k_j) v_j,   j <= i,   i - j < window
 
     Grouped heads: arXiv 2305.13245; output gate: 2505.06708; norm of q and k over all heads: OLMo 2, 2501.00656; soft-cap:
-    Gemma 2, 2408.00118; keys and values of an earlier layer: CLA, 2405.12981, and YOCO, 2405.05254; value residual: 2410.17897.
+    Gemma 2, 2408.00118; keys and values of an earlier layer: CLA, 2405.12981, and YOCO, 2405.05254; value residual: 2410.17897;
+    other sources of q and k: 2510.11602.
     """
 
     kind: Literal["attention"] = "attention"
@@ -129,6 +131,13 @@ class Attention(HeadedMixer):
             "learned share; null: none."
         ),
     ] = None
+    qk_source: Annotated[
+        Literal["hidden", "embedding", "position"],
+        Field(
+            description="What q (with its gate) and k are made of: the layer's input, the embedded tokens, or a fixed random row "
+            "for each position."
+        ),
+    ] = "hidden"
     selection: Annotated[
         Selection | None, Field(description="The blocks of keys that a query reads; null: all.")
     ] = None
@@ -147,12 +156,17 @@ class Attention(HeadedMixer):
             found["written"] = "the places of its window count every token"
         return found
 
+    def is_routed(self) -> bool:
+        return self.selection is not None
+
     def references(self) -> tuple[Reference, ...]:
         found = []
         if self.keys_from is not None:
             found.append(Reference("keys_from", self.keys_from, "keys"))
         if self.values_from is not None:
             found.append(Reference("values_from", self.values_from, "values"))
+        if self.qk_source == "embedding":
+            found.append(Reference("qk_source", "embedding", "stream"))
         if self.selection is not None and self.selection.source is not None:
             found.append(Reference("selection.source", self.selection.source, "indices"))
         return tuple(found)
@@ -277,6 +291,7 @@ class Attention(HeadedMixer):
         sided = slides and (self.causal or (self.window is None and self.grid is None))
         rules = [
             (takes and self.values_from is not None, "values_from", no_values, one),
+            (takes and self.qk_source != "hidden", "qk_source", bare, one),
             (takes and self.key_multiplier != 1, "key_multiplier", bare, "use scale"),
             (sided, "boundary", both, "causal: false and a window, or boundary: clip"),
             (slides and self.softcap, "boundary", "no logits of an inward window are capped", one),
@@ -287,7 +302,7 @@ class Attention(HeadedMixer):
         found = [
             Problem(field, what, hint, "conflicting-fields") for wrong, field, what, hint in rules if wrong
         ]
-        return found if selects is None else found + _selection_problems(selects)
+        return found if selects is None else found + selects.problems()
 
     def _rope_problems(self, rope: Rope, site: Site) -> list[Problem]:
         wrong = rope.problem()
@@ -382,15 +397,3 @@ class Attention(HeadedMixer):
 
     def _visible(self, tokens: int) -> int:
         return tokens if self.window is None else min(tokens, self.window)
-
-
-def _selection_problems(selects: Selection) -> list[Problem]:
-    """Numbers of a selection that do not go together."""
-    found = []
-    if selects.source is None and selects.count < selects.sink + selects.recent:
-        what = f"{selects.count} blocks, and {selects.sink + selects.recent} are always read"
-        found.append(Problem("selection.count", what, "at least sink + recent", "out-of-range"))
-    if selects.scores == "kernels" and selects.block % QUARTERS:
-        what = f"{selects.block} keys of a block have no quarters, and kernels are a quarter apart"
-        found.append(Problem("selection.block", what, f"a multiple of {QUARTERS}, or scores: mean"))
-    return found

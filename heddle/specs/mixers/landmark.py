@@ -40,6 +40,7 @@ class Landmark(AttentionMixer):
             "top": 2,
         },
     )
+    routes: ClassVar[bool] = True
     kind: Literal["landmark"] = "landmark"
     heads: Annotated[int, Field(ge=1, le=4096, description="Query heads (a count).")]
     kv_heads: Annotated[

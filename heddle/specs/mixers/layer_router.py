@@ -31,6 +31,7 @@ class LayerRouter(CompositeMixer):
     """
 
     exempt: ClassVar[Mapping[Contract, str]] = {"causality": PROMPT, "step": PROMPT, "chunks": PROMPT}
+    routes: ClassVar[bool] = True
     kind: Literal["layer_router"] = "layer_router"
     mixers: Annotated[
         list[Annotated[Mixer, Field(discriminator="kind")]],

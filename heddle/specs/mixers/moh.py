@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -29,6 +29,7 @@ class Moh(CompositeMixer):
     softmax attention has a query for each head.
     """
 
+    routes: ClassVar[bool] = True
     kind: Literal["moh"] = "moh"
     mixer: Annotated[
         Mixer,

@@ -41,6 +41,7 @@ class NatsL(HeadedMixer):
         },
         {"heads": 2, "budget": 0.5, "budget_factor": 0.1},
     )
+    routes: ClassVar[bool] = True
     kind: Literal["nats_l"] = "nats_l"
     heads: Annotated[int, Field(ge=1, le=4096, description="Heads of the recurrence (a count).")]
     head_dim: Annotated[

@@ -36,6 +36,7 @@ class Routing(HeadedMixer):
             "commitment": 0.1,
         },
     )
+    routes: ClassVar[bool] = True
     kind: Literal["routing"] = "routing"
     heads: Annotated[int, Field(ge=1, le=4096, description="Heads (a count).")]
     head_dim: Annotated[

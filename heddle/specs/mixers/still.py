@@ -41,6 +41,7 @@ class Still(AttentionMixer):
             "chosen_by": "group",
         },
     )
+    routes: ClassVar[bool] = True
     kind: Literal["still"] = "still"
     heads: Annotated[int, Field(ge=1, le=4096, description="Query heads (a count).")]
     kv_heads: Annotated[

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -31,6 +31,7 @@ class TokenRouter(CompositeMixer):
     The form of NAtS-L (arXiv 2602.03681) and STILL (arXiv 2602.02180). The gradient goes straight through to the softmax.
     """
 
+    routes: ClassVar[bool] = True
     kind: Literal["token_router"] = "token_router"
     mixers: Annotated[
         list[Annotated[Mixer, Field(discriminator="kind")]],
@@ -59,7 +60,7 @@ class TokenRouter(CompositeMixer):
         return super().problems(site) + [
             Problem(
                 path,
-                f"{part.kind} remembers every token, so none can be sent past it",
+                f"{part.kind} can keep no token out of its memory, so none can be sent past it",
                 code="conflicting-fields",
             )
             for path, part in self.parts().items()

@@ -13,6 +13,14 @@ Tokens = Annotated[Count | None, Field(description="Tokens to train on; null: tr
 Rate = Annotated[
     float | None, Field(gt=0, le=10, description="Highest learning rate; null: train.learning_rate.")
 ]
+Rates = Annotated[
+    list[Annotated[float, Field(gt=0, le=10)]] | None,
+    Field(
+        min_length=2,
+        max_length=16,
+        description="Learning rates, rising: each is trained, and the best score counts; null: learning_rate alone.",
+    ),
+]
 Length = Annotated[int, Field(ge=4, le=10**6, description="Tokens of a sequence.")]
 # A field, what is wrong with it, and what would be right.
 Misfit = tuple[str, str, str]

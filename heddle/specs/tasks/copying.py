@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from heddle.specs.tasks.base import Length, Misfit, Rate, TaskSchema, Tokens, counted
+from heddle.specs.tasks.base import Length, Misfit, Rate, Rates, TaskSchema, Tokens, counted
 
 
 class SelectiveCopyingTask(TaskSchema):
@@ -17,6 +17,7 @@ class SelectiveCopyingTask(TaskSchema):
     length: Length = 256
     tokens: Tokens = None
     learning_rate: Rate = None
+    learning_rates: Rates = None
 
     @property
     def ids(self) -> int:
@@ -43,6 +44,7 @@ class InductionHeadsTask(TaskSchema):
     length: Length = 64
     tokens: Tokens = None
     learning_rate: Rate = None
+    learning_rates: Rates = None
 
     @property
     def ids(self) -> int:
@@ -61,6 +63,7 @@ class CopyingTask(TaskSchema):
     data_tokens: Annotated[int, counted(10**5, "Tokens of the string (a count).", least=2)] = 32
     tokens: Tokens = None
     learning_rate: Rate = None
+    learning_rates: Rates = None
 
     @property
     def ids(self) -> int:

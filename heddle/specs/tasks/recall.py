@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from heddle.specs.tasks.base import Length, Misfit, Rate, TaskSchema, Tokens, counted
+from heddle.specs.tasks.base import Length, Misfit, Rate, Rates, TaskSchema, Tokens, counted
 
 
 class MqarTask(TaskSchema):
@@ -22,6 +22,7 @@ class MqarTask(TaskSchema):
     )
     tokens: Tokens = None
     learning_rate: Rate = None
+    learning_rates: Rates = None
 
     @property
     def told(self) -> str:
@@ -57,6 +58,7 @@ class InContextRecallTask(TaskSchema):
     noise_symbols: Annotated[int, counted(4096, "Symbols of the noise (a count).")] = 16
     tokens: Tokens = None
     learning_rate: Rate = None
+    learning_rates: Rates = None
 
     @property
     def ids(self) -> int:
@@ -104,6 +106,7 @@ class FuzzyRecallTask(TaskSchema):
     length: Length = 128
     tokens: Tokens = None
     learning_rate: Rate = None
+    learning_rates: Rates = None
 
     @property
     def ids(self) -> int:
@@ -141,6 +144,7 @@ class NiahTask(TaskSchema):
     length: Length = 512
     tokens: Tokens = None
     learning_rate: Rate = None
+    learning_rates: Rates = None
 
     @property
     def ids(self) -> int:
@@ -179,6 +183,7 @@ class VariableTrackingTask(TaskSchema):
     length: Length = 256
     tokens: Tokens = None
     learning_rate: Rate = None
+    learning_rates: Rates = None
 
     @property
     def ids(self) -> int:

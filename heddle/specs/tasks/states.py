@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from heddle.specs.tasks.base import Length, Misfit, Rate, TaskSchema, Tokens
+from heddle.specs.tasks.base import Length, Misfit, Rate, Rates, TaskSchema, Tokens
 
 # Elements of the groups of `word_problem`.
 GROUP_ORDERS = {"S3": 6, "S5": 120, "A5": 60, "Z60": 60, "A4xZ5": 60}
@@ -20,6 +20,7 @@ class ParityTask(TaskSchema):
     length: Length = 32
     tokens: Tokens = None
     learning_rate: Rate = None
+    learning_rates: Rates = None
 
     @property
     def ids(self) -> int:
@@ -43,6 +44,7 @@ class WordProblemTask(TaskSchema):
     length: Length = 16
     tokens: Tokens = None
     learning_rate: Rate = None
+    learning_rates: Rates = None
 
     @property
     def ids(self) -> int:
@@ -70,6 +72,7 @@ class ModularArithmeticTask(TaskSchema):
     ] = 32
     tokens: Tokens = None
     learning_rate: Rate = None
+    learning_rates: Rates = None
 
     @property
     def ids(self) -> int:

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from heddle.specs.tasks.base import Length, Misfit, Rate, TaskSchema, Tokens, counted
+from heddle.specs.tasks.base import Length, Misfit, Rate, Rates, TaskSchema, Tokens, counted
 
 
 class TextTask(TaskSchema):
@@ -16,6 +16,7 @@ class TextTask(TaskSchema):
     kind: Literal["text"] = "text"
     tokens: Tokens = None
     learning_rate: Rate = None
+    learning_rates: Rates = None
 
 
 class MemorizationTask(TaskSchema):
@@ -28,6 +29,7 @@ class MemorizationTask(TaskSchema):
     length: Length = 32
     tokens: Tokens = None
     learning_rate: Rate = None
+    learning_rates: Rates = None
 
     @property
     def ids(self) -> int:
@@ -53,6 +55,7 @@ class CommonWordsTask(TaskSchema):
     common_repeats: Annotated[int, counted(10_000, "How often the common one stands.", least=2)] = 18
     tokens: Tokens = None
     learning_rate: Rate = None
+    learning_rates: Rates = None
 
     @property
     def ids(self) -> int:
@@ -82,6 +85,7 @@ class InContextRegressionTask(TaskSchema):
     levels: Annotated[int, counted(4096, "Values that y is rounded to (a count).", least=8)] = 64
     tokens: Tokens = None
     learning_rate: Rate = None
+    learning_rates: Rates = None
 
     @property
     def ids(self) -> int:

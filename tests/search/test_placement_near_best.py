@@ -1,0 +1,122 @@
+"""Proposals that know pairs at their place: from eight trials on, from trials of other values too, and as fast in a long run."""
+
+from __future__ import annotations
+
+import time
+from itertools import pairwise, permutations
+
+import numpy as np
+import pytest
+
+from heddle.search.placement import Budget, History, Problem, Question, Seen, propose
+from heddle.search.placement.near_best import LEAST, MOST, NearBest, near_best
+from heddle.search.placement.proposals import CELLS, STEPS, favourite, window_of
+from heddle.specs import uniform_layers
+
+KINDS = ("full", "linear")
+EVERY = sorted({*permutations(["full"] * 3 + ["linear"] * 5)})
+RNG = np.random.default_rng(4)
+TRUTH = Problem(RNG.normal(size=(8, 2)), RNG.normal(size=(2, 8, 2, 2)))
+
+
+def worth(layers: tuple[str, ...], width: int = 1) -> float:
+    return float(TRUTH.value([KINDS.index(name) for name in layers])) + 2.0 * width
+
+
+def some(count: int, widths: tuple[int, ...] = (1,), seed: int = 0) -> list[Seen]:
+    order = np.random.default_rng(seed).permutation(len(EVERY))
+    chosen = [(EVERY[index], widths[place % len(widths)]) for place, index in enumerate(order[:count])]
+    return [Seen(layers, {"width": width}, worth(layers, width)) for layers, width in chosen]
+
+
+def question(seen: list[Seen], predicted: tuple[Budget, ...] = ()) -> Question:
+    uniform = tuple(uniform_layers(8, "linear", {"full": 3}))
+    asked = {one.layers for one in seen} | {uniform}
+    return Question({"full": 3, "linear": 5}, {"width": 1}, uniform, asked.__contains__, predicted=predicted)
+
+
+def test_a_handful_of_trials_says_nothing_of_pairs() -> None:
+    assert near_best(History.of(some(LEAST - 1)), KINDS, 2) is None
+    assert near_best(History.of(some(LEAST)), KINDS, 2) is not None
+
+
+def test_pairs_at_their_place_are_learnt_from_trials_of_other_values_too() -> None:
+    seen = some(40, (1, 2, 3))
+    known = NearBest(KINDS, seen, 2)
+    others = [one for one in EVERY if all(one != trial.layers for trial in seen)]
+    told = np.array([known.predicted(one, {"width": 2}) for one in others])
+    real = np.array([worth(one, 2) for one in others])
+    assert np.corrcoef(told, real)[0, 1] > 0.9
+    assert abs(float((told - real).mean())) < 0.5
+    # What the width does is not laid to the layers.
+    assert known.predicted(others[0], {"width": 3}) > known.predicted(others[0], {"width": 1}) + 1.0
+
+
+def test_draws_agree_with_trials_of_each_value() -> None:
+    seen = some(30, (1, 2))
+    known = NearBest(KINDS, seen, 2).landscape
+    rng = np.random.default_rng(0)
+    layers = np.array([[KINDS.index(name) for name in one.layers] for one in seen])
+    drawn = np.std([known.draw(rng).value(layers) for _ in range(20)], axis=0)
+    assert drawn.max() < 0.5 * np.std([one.quality for one in seen])
+
+
+def test_of_a_long_run_the_trials_closest_to_the_best_are_looked_at() -> None:
+    best = Seen(EVERY[0], {}, 1.0)
+    far = [Seen(EVERY[-1], {}, 0.0)] * 600
+    close = [Seen(EVERY[1], {}, 0.5)] * (MOST - 1)
+    known = NearBest(KINDS, [*far, best, *close, *far], 2).landscape
+    assert len(known.layers) == MOST
+    assert not (known.layers == [KINDS.index(name) for name in EVERY[-1]]).all(axis=1).any()
+
+
+def test_every_second_trial_takes_what_is_expected_most_of() -> None:
+    seen = some(30)
+    known = NearBest(KINDS, seen, 2)
+    left = [one for one in EVERY if not question(seen).is_seen(one)]
+    best = max(left, key=lambda one: known.predicted(one, {"width": 1}))
+    assert propose(question(seen), seen, seed=0, number=4) == best
+    few = some(LEAST, seed=3)
+    drawn = {propose(question(few), few, seed=0, number=number) for number in range(1, 20, 2)}
+    assert len(drawn) > 1
+
+
+def test_the_favourite_may_have_been_trained() -> None:
+    seen = some(len(EVERY) - 2)
+    best = max((one.layers for one in seen), key=worth)
+    assert favourite(question(seen), seen) == best
+    assert favourite(question(seen), seen[: LEAST - 1]) is None
+
+
+def test_costs_of_a_latency_model_go_before_the_timings_of_the_run() -> None:
+    # A boundary costs a tenth of what is given: three at most are kept.
+    pair = 0.1 * (1.0 - np.eye(2))
+    budget = Budget("decode_ms", np.zeros((8, 2)), 1.0, pair=pair, constant=0.65)
+    seen = some(20)
+    for number in range(8):
+        layers = propose(question(seen, (budget,)), seen, seed=1, number=number)
+        assert sum(one != two for one, two in pairwise(layers)) <= 3
+
+
+def test_a_large_table_knows_neighbours_alone() -> None:
+    counts = dict.fromkeys("abcdefgh", 3)
+    wide = Question(counts, {}, tuple("abcdefgh" * 3), lambda _: False)
+    assert 25 * 4.0**7 * STEPS * 8**2 > CELLS
+    assert window_of(wide) == 1
+    assert window_of(question([])) == 2
+
+
+@pytest.mark.alone
+def test_a_proposal_of_a_long_run_takes_a_fifth_of_a_second_at_most() -> None:
+    rng, history = np.random.default_rng(0), History()
+    names = np.array(["full", "linear", "linear", "linear"])
+    for _ in range(2000):
+        layers = tuple(rng.permutation(np.repeat(names, 6)))
+        history.append(Seen(layers, {"width": int(rng.integers(4))}, float(rng.random())))
+    uniform = tuple(uniform_layers(24, "linear", {"full": 6}))
+    asked = Question({"full": 6, "linear": 18}, {"width": 1}, uniform, {uniform}.__contains__)
+    propose(asked, history, seed=0, number=0)
+    started = time.process_time()
+    for number in range(10):
+        propose(asked, history, seed=0, number=number)
+    assert (time.process_time() - started) / 10 < 0.2
