@@ -45,7 +45,7 @@ def bench(
     ] = False,
     context: Context = None,
     batch: Batch = 1,
-    phase: Annotated[Phase, typer.Option(help="What to time.")] = Phase.both,
+    phase: Annotated[Phase, typer.Option(help="What to time; both: prefill and decode.")] = Phase.both,
     stacks: Annotated[
         int | None, typer.Option(min=2, help="With --fit: specs to fit on; three a coefficient if not given.")
     ] = None,

@@ -19,6 +19,7 @@ class Phase(StrEnum):
 
     decode = "decode"
     prefill = "prefill"
+    train = "train"
     both = "both"
 
     @property

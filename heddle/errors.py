@@ -64,6 +64,7 @@ CODES: dict[str, int] = {
     "out-of-memory": FAILED,
     "worker-died": FAILED,
     "cluster-lost": FAILED,
+    "other-device": FAILED,
     "timed-out": FAILED,
     "storage-lost": FAILED,
     "interrupted": FAILED,

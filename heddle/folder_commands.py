@@ -149,8 +149,11 @@ def _show_replay(found: Replay) -> None:
     for moved in found.moved:
         name = "reference" if moved.number < 0 else f"trial {moved.number}"
         share = moved.now_ms / moved.then_ms - 1
+        peak = (
+            f"; peak {moved.then_bytes:,} bytes then, {moved.now_bytes:,} now" if moved.is_peak_other else ""
+        )
         screen.print(
-            f"{name}, {moved.label}: {moved.then_ms:.3g} ms then, {moved.now_ms:.3g} ms now ({share:+.1%})"
+            f"{name}, {moved.label}: {moved.then_ms:.3g} ms then, {moved.now_ms:.3g} ms now ({share:+.1%}){peak}"
         )
     parts = dict.fromkeys(change.part for change in found.changes)
     screen.print(f"differs in: {', '.join(parts)}" if parts else "nothing differs", style="bold")

@@ -249,9 +249,10 @@ def show_timings(timings: Sequence[Latency]) -> None:
         "p10",
         "p90",
         "turns",
+        "peak memory",
         "method",
         "dtype",
-        numeric=range(1, 7),
+        numeric=range(1, 8),
     )
     for seen in timings:
         spread = (f"{seen.p10_ms:.3f}", f"{seen.p90_ms:.3f}")
@@ -262,6 +263,7 @@ def show_timings(timings: Sequence[Latency]) -> None:
             words.latency_text(seen),
             *spread,
             str(seen.n),
+            words.peak_text(seen),
             seen.method,
             seen.dtype,
         )
@@ -329,7 +331,7 @@ def front_table(run: Run) -> Table:
 def _run_table(run: Run, trials: Iterable[Trial]) -> Table:
     from heddle.dashboards.data import name_of
 
-    ratios = [budget for budget in run.budgets if budget.relative_to is not None]
+    ratios = [budget for budget in run.budgets if budget.relative_to is not None and budget.is_timed]
     heads = [f"{task.name} {'↑' if task.higher_is_better else '↓'}" for task in run.tasks]
     heads += [f"{words.budget_name(budget)} (≤ {budget.at_most:g})" for budget in run.budgets]
     heads += [f"{budget.phase} ms" for budget in ratios]

@@ -177,6 +177,14 @@ def labelled_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
     return _losses(model, inputs, positions, _labels(targets, positions)).task
 
 
+def trained_loss(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
+    """What training makes smaller: the loss of the task, all positions labelled, and what the layers add to it.
+
+    Shapes:  inputs: [B, T];  labels: [B T];  out: [], float32.
+    """
+    return _losses(model, inputs, None, labels).trained
+
+
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
     """The context in which a forward runs at `precision` ("auto", "float32" or "bfloat16") on `device`."""
     if precision == "bfloat16" or (precision == "auto" and device.type == "cuda"):
@@ -197,6 +205,10 @@ class _Losses:
     task: Tensor
     added: Tensor | None
     aux: dict[str, Tensor]
+
+    @property
+    def trained(self) -> Tensor:
+        return self.task if self.added is None else self.task + self.added
 
 
 def _losses(model: nn.Module, inputs: Tensor, positions: Tensor | None, labels: Tensor) -> _Losses:
@@ -266,8 +278,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         with autocast(self.device, self.recipe.precision):
             found = _losses(self.model, inputs, positions, labels)
-        loss = found.task if found.added is None else found.task + found.added
-        loss.backward()  # type: ignore[no-untyped-call]
+        found.trained.backward()  # type: ignore[no-untyped-call]
         norm = nn.utils.clip_grad_norm_(self.parameters, self.recipe.grad_clip)
         self.optimizer.step()
         for act in self.after_step:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from heddle.dashboards import words
-from heddle.search.record import BudgetInfo, Latency, Run, TaskInfo, Trial
+from heddle.search.record import BudgetInfo, Run, TaskInfo, Trial
 
 # Standard errors on each side of a score: a 95 % interval.
 Z = 1.96
@@ -43,8 +43,8 @@ class Axis:
 
     def again(self, trial: Trial) -> float | None:
         """What the second timing of the trial gave; scores and parameters have only one."""
-        timed = None if self.budget is None else trial.remeasured.get(self.budget.label)
-        return None if timed is None else self._of(timed)
+        timed = None if self.budget is None else trial.remeasured.get(self.budget.timing)
+        return None if timed is None or self.budget is None else self.budget.limited(timed)
 
     def bars(self, trial: Trial) -> tuple[float, float]:
         """How far the 95 % interval reaches below and above the value; zeros where there is none."""
@@ -52,16 +52,14 @@ class Axis:
             score = trial.scores.get(self.task.name)
             return (0.0, 0.0) if score is None else (Z * score.se, Z * score.se)
         timed = None if self.budget is None else trial.latency.get(self.budget.label)
-        if timed is None or self.budget is None:
+        # A peak of bytes has no interval.
+        if timed is None or self.budget is None or not self.budget.is_timed:
             return 0.0, 0.0
         if self.budget.relative_to is None:
             return timed.median_ms - timed.low_ms, timed.high_ms - timed.median_ms
         if timed.ratio is None or timed.ratio_low is None or timed.ratio_high is None:
             return 0.0, 0.0
         return timed.ratio - timed.ratio_low, timed.ratio_high - timed.ratio
-
-    def _of(self, timed: Latency) -> float | None:
-        return timed.median_ms if self.budget is None or self.budget.relative_to is None else timed.ratio
 
 
 PARAMETERS = Axis("parameters", "parameters", "parameters (fewer are cheaper)")

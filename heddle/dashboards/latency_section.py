@@ -62,7 +62,7 @@ def expected_rows(run: Run) -> list[list[object]]:
     for number, expected in expected_latencies(run).items():
         trial = run.trial(number)
         for budget in run.budgets:
-            again, value = trial.remeasured.get(budget.label), expected.get(budget.label)
+            again, value = trial.remeasured.get(budget.timing), expected.get(budget.label)
             measured = None if again is None else counted(again, budget)
             if predicted(trial, budget) is None and value is not None and measured is not None:
                 name = data.name_of(trial, run) + (" ★ winner" if number == run.best else "")

@@ -166,5 +166,6 @@ def latency_rows(trial: Trial) -> list[list[str]]:
             ("–", "–") if seen is None else (words.latency_text(seen), words.ratio_text(seen))
             for seen in (first, again)
         ]
-        rows.append([label, *cells[0], *cells[1]])
+        held = again or first
+        rows.append([label, *cells[0], *cells[1], "–" if held is None else words.peak_text(held)])
     return rows

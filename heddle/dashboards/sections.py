@@ -6,13 +6,13 @@ import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from heddle.dashboards import data, latency_section, rungs_section, words
+from heddle.dashboards import data, latency_section, rungs_section, timing_rows, words
 from heddle.dashboards.figure_numbers import numbers
 from heddle.dashboards.figures import Figure
 from heddle.dashboards.html import Html, Row, element, join, table
 from heddle.dashboards.placement_section import placements
 from heddle.dashboards.timing_section import timings
-from heddle.search.record import Confirm, Latency, Run, TaskInfo, Trial
+from heddle.search.record import Confirm, Run, TaskInfo, Trial
 from heddle.specs.palette import look_of
 
 Name = Callable[[Trial, Run], object]
@@ -193,38 +193,13 @@ def _seed_rows(confirm: Confirm, task: TaskInfo) -> list[list[object]]:
 
 def remeasured(run: Run) -> Html | None:
     """The timings of the front taken again at the end."""
-    rows = []
-    for trial in run.front_trials:
-        for label, again in trial.remeasured.items():
-            before = trial.latency.get(label)
-            first = "–" if before is None else words.latency_text(before)
-            ratio = "–" if before is None else words.ratio_text(before)
-            rows.append(
-                [
-                    data.name_of(trial, run),
-                    label,
-                    first,
-                    words.latency_text(again),
-                    ratio,
-                    words.ratio_text(again),
-                    _kept(run, label, again),
-                ]
-            )
+    rows = timing_rows.again_rows(run)
     if not rows:
         return None
-    header = [
-        "Spec",
-        "Measurement",
-        "In the search",
-        "At the end",
-        "Ratio in the search",
-        "Ratio at the end",
-        "Budget",
-    ]
     return section(
         "The front, timed again",
         note("Taken anew after the search, so that a lucky first timing shows. Medians with 95 % intervals."),
-        table(header, rows, numeric=range(2, 6)),
+        table(timing_rows.AGAIN_HEADER, rows, numeric=range(2, 7)),
     )
 
 
@@ -275,14 +250,6 @@ def rungs(run: Run) -> Html | None:
     )
 
 
-def _kept(run: Run, label: str, latency: Latency) -> str:
-    for budget in run.budgets:
-        if budget.label == label:
-            value = latency.median_ms if budget.relative_to is None else latency.ratio
-            return "–" if value is None else "kept" if value <= budget.at_most else "broken"
-    return "none"
-
-
 def latencies(run: Run, most: int | None = None) -> Html | None:
     """Every timing with its interval, or the first `most`, and the path of each mixer."""
     timed = [(trial, seen) for trial in data.with_reference(run) for seen in trial.latency.values()]
@@ -296,8 +263,7 @@ def latencies(run: Run, most: int | None = None) -> Html | None:
     ]
     foreign = sum(bool(seen.foreign) for seen in data.latencies(run))
     warning = f"{foreign} timings shared the device with processes of others; do not trust them."
-    header = ["Spec", "Measurement", "Median [95 %]", "Ratio [95 %]", "Turns", "Method", "dtype", "Paths"]
-    rows = [Row(_timing_row(trial, seen, run), look(trial, run)) for trial, seen in timed[:most]]
+    rows = [Row(timing_rows.row(trial, seen, run), look(trial, run)) for trial, seen in timed[:most]]
     return section(
         "Latency",
         note("Model and reference took turns, so that clocks and heat hit both; nothing trained meanwhile."),
@@ -305,14 +271,8 @@ def latencies(run: Run, most: int | None = None) -> Html | None:
         element("h3", "Path of each mixer"),
         table(["Mixer", "Path"], taken),
         element("h3", title),
-        table(header, rows, numeric=(2, 3, 4)),
+        table(timing_rows.HEADER, rows, numeric=(2, 3, 4, 5)),
     )
-
-
-def _timing_row(trial: Trial, seen: Latency, run: Run) -> list[object]:
-    paths = ", ".join(f"{kind}: {path}" for kind, path in seen.paths.items())
-    times = (words.latency_text(seen), words.ratio_text(seen))
-    return [data.name_of(trial, run), seen.label, *times, seen.n, words.method_text(seen), seen.dtype, paths]
 
 
 def trials(run: Run) -> Html:

@@ -165,13 +165,13 @@ def _timed(page: Page, trial: Trial) -> None:
     rows = model_figures.latency_rows(trial)
     if not rows:
         return
-    header = ["Measurement", "In the search", "Ratio", "At the end", "Ratio at the end"]
+    header = ["Measurement", "In the search", "Ratio", "At the end", "Ratio at the end", "Peak memory"]
     over = [
         element("p", f"{label}: {100 * abs(value):.1f} % {'over' if value > 0 else 'under'} the budget")
         for label, value in trial.constraints.items()
     ]
     told = sections.note("Medians with 95 % intervals.")
-    numbers = table(header, rows, numeric=range(1, 5))
+    numbers = table(header, rows, numeric=range(1, 6))
     page.plots("Latency", model_figures.timings(trial), told, numbers, *over)
 
 

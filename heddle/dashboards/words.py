@@ -94,40 +94,45 @@ def budget_text(budget: BudgetInfo) -> str:
         else f"{budget.at_most:g} × {budget.relative_to}"
     )
     place = f" (batch {budget.batch}, context {budget.context})" if budget.context else ""
-    return f"{budget.phase} at most {limit}{place}"
+    return f"{_measured(budget)} at most {limit}{place}"
 
 
 def budget_name(budget: BudgetInfo) -> str:
     """What a budget measures, short enough for a column or an axis."""
     if budget.relative_to is not None:
-        return f"{budget.phase} ÷ {budget.relative_to}"
-    return f"{budget.phase} ms" if budget.is_timed else budget.phase
+        return f"{_measured(budget)} ÷ {budget.relative_to}"
+    return f"{budget.phase} ms" if budget.is_timed else _measured(budget)
+
+
+def _measured(budget: BudgetInfo) -> str:
+    return budget.phase if budget.peak_in is None else f"{budget.phase} peak bytes"
 
 
 def figure_text(budget: BudgetInfo, value: float) -> str:
     """A figure in the budget's own unit."""
     if budget.is_timed:
         return f"{value:g} ms"
-    return bytes_text(value) if budget.phase == "cache_bytes" else count_text(value)
+    is_bytes = budget.phase == "cache_bytes" or budget.peak_in is not None
+    return bytes_text(value) if is_bytes else count_text(value)
 
 
 def budget_value(trial: Trial, budget: BudgetInfo) -> float | None:
     """What a trial measured against a budget: milliseconds or the ratio, or what was computed exactly; None when it was never
     timed."""
-    latency, known = trial.latency.get(budget.label), trial.figures.get(budget.label)
+    latency, known = trial.latency.get(budget.timing), trial.figures.get(budget.label)
     if latency is None:
         return known.limited if known is not None and known.source == "computed" else None
-    return latency.median_ms if budget.relative_to is None else latency.ratio
+    return budget.limited(latency)
 
 
 def budget_cells(trial: Trial, run: Run) -> list[str]:
-    """What a trial measured against each budget, with its interval; a dash where it was not timed, but what was computed or
-    predicted in its place."""
+    """What a trial measured against each budget, a time with its interval; a dash where it was not timed, but what was computed
+    or predicted in its place."""
     cells = []
     for budget in run.budgets:
-        latency, known = trial.latency.get(budget.label), trial.figures.get(budget.label)
+        latency, known = trial.latency.get(budget.timing), trial.figures.get(budget.label)
         if latency is not None:
-            cells.append(latency_text(latency) if budget.relative_to is None else ratio_text(latency))
+            cells.append(measured_text(budget, latency))
         else:
             cells.append("–" if known is None else _known_text(budget, known))
     return cells
@@ -192,6 +197,24 @@ def short_layers(layers: tuple[str, ...]) -> str:
     return ", ".join(layer if count == 1 else f"{count} × {layer}" for layer, count in runs)
 
 
+def measured_text(budget: BudgetInfo, latency: Latency) -> str:
+    """What of a timing the budget limits; of a time with the 95 % interval, of a peak there is none."""
+    if budget.peak_in is None:
+        return latency_text(latency) if budget.relative_to is None else ratio_text(latency)
+    value = budget.limited(latency)
+    if value is None:
+        return "–"
+    return bytes_text(value) if budget.relative_to is None else f"{value:.3f}"
+
+
+def peak_text(latency: Latency) -> str:
+    """The most bytes at one time, and the ratio to the reference's; a dash in a row of before they were measured."""
+    if latency.peak_bytes is None:
+        return "–"
+    ratio = "" if latency.peak_ratio is None else f" ({latency.peak_ratio:.3f})"
+    return f"{bytes_text(latency.peak_bytes)}{ratio}"
+
+
 def method_text(row: Latency) -> str:
     """How it was timed; with what tokens and weights, where that decides what is computed."""
     return (
@@ -231,14 +254,15 @@ def headline(run: Run) -> str:
     )
     parts = [f"Trial {best.number} wins with {scores}"]
     for budget in run.budgets:
-        latency = best.latency.get(budget.label)
+        latency = best.latency.get(budget.timing)
         if latency is not None:
-            measured = (
-                latency_text(latency)
-                if budget.relative_to is None
-                else f"{ratio_text(latency)} × {budget.relative_to}"
+            times = "" if budget.relative_to is None else f" × {budget.relative_to}"
+            allowed = (
+                f"{budget.at_most:g}"
+                if budget.peak_in is None or times
+                else figure_text(budget, budget.at_most)
             )
-            parts.append(f"{budget.phase} {measured}, allowed {budget.at_most:g}")
+            parts.append(f"{_measured(budget)} {measured_text(budget, latency)}{times}, allowed {allowed}")
         elif (known := best.figures.get(budget.label)) is not None:
             parts.append(f"{budget_name(budget)} {_known_text(budget, known)}, allowed {budget.at_most:g}")
     return f"{'; '.join(parts)}. {counts}."

@@ -84,7 +84,7 @@ def predicted(trial: Trial, budget: BudgetInfo) -> Figure | None:
 
 def counted(latency: Latency, budget: BudgetInfo) -> float | None:
     """What the budget limits: milliseconds, or the ratio."""
-    return latency.median_ms if budget.relative_to is None else latency.ratio
+    return budget.limited(latency)
 
 
 def _is_predicted(figure: Figure) -> bool:

@@ -175,7 +175,7 @@ class Driver:
         one = self.asking.candidates.get(number)
         is_over = number != REFERENCE and self.setting.limits.rule_out(self.asking.figures.get(number, {}))
         budgets = self.setting.timed if one and not is_over else ()
-        return {budget.label: self.setting.timing(number, one, budget) for budget in budgets if one}
+        return {budget.timing: self.setting.timing(number, one, budget) for budget in budgets if one}
 
     def _trainings(self, number: int) -> dict[str, tuple[Request, ...]]:
         one = self.asking.candidates.get(number)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from heddle.kernels.configs.found import running_digest
-from heddle.search.cores import usable_cores
+from heddle.search.cores import processor_name, usable_cores
 
 PACKAGES = (
     "torch",
@@ -48,15 +48,7 @@ def pick_device() -> str:
 
 def device_name(device: str) -> str:
     """The name on the box: of the GPU, or of the processor."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+    return torch.cuda.get_device_name() if device == "cuda" else processor_name()
 
 
 def driver_version() -> str | None:

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from heddle.search.device_kinds import require_device
 from heddle.search.durable import write_whole
 from heddle.search.events import EventLog
 from heddle.search.ledger import Entry, Ledger, key_of
@@ -181,6 +182,7 @@ class Evaluations:
 
     def _result(self, request: Request, value: Any) -> dict[str, Any]:
         if isinstance(value, Latency):
+            require_device(value.device, request.inputs.get("environment", {}).get("device"))
             return asdict(value)
         assert isinstance(value, Evaluation)
         if value.weights is not None:

@@ -230,7 +230,8 @@ def _score(run: Run, trial: Trial, task: str) -> ScoreRow:
 
 
 def _latency(row: Latency) -> LatencyRow:
-    what = f"{row.phase} at batch {row.batch}, context {row.context:,}"
+    phase = "training step" if row.phase == "train" else row.phase
+    what = f"{phase} at batch {row.batch}, context {row.context:,}"
     return LatencyRow(
         what,
         row.median_ms,

@@ -19,7 +19,6 @@ from heddle.search.driver import Driver
 from heddle.search.durable import write_json, write_whole
 from heddle.search.evaluations import Request, weights_path
 from heddle.search.export import export_run
-from heddle.search.latency import PHASES
 from heddle.search.record import (
     BEST_FOLDER,
     CONFIRM_FILE,
@@ -34,13 +33,15 @@ from heddle.search.setting import Objective
 from heddle.search.timing_subject import routes
 from heddle.specs import loads
 
+# Phases of the model in use, which the front is timed in also where no budget asks for them.
+IN_USE = ("decode", "prefill")
 # A prefill that no budget asks for is timed at a budget's context, up to these tokens: it costs the search
 # time.
 PREFILL_AT_MOST = {"cpu": 2048, "cuda": 32_768}
 
 
 def remeasure_front(driver: Driver, best: int) -> int:
-    """Time the front and the reference again, in both phases; gives the number of the best, until now `best`.
+    """Time the front and the reference again, in both phases of use too; gives the number of the best, until now `best`.
 
     The best is the first in quality that keeps its budgets this time too: of many measured specs those that
     seem fast were partly lucky. When none keeps them the best stays, and the record shows it.
@@ -63,7 +64,7 @@ def remeasure_front(driver: Driver, best: int) -> int:
 
 def again_violations(driver: Driver, trial: Trial) -> dict[str, float]:
     """The constraints of `trial` by its second timing; a budget that could not be timed again is not kept."""
-    missing = {one.label: inf for one in driver.setting.timed if one.label not in trial.remeasured}
+    missing = {one.timing: inf for one in driver.setting.timed if one.timing not in trial.remeasured}
     return missing or pareto.violations(trial.remeasured, driver.setting.budgets, trial.figures)
 
 
@@ -79,17 +80,17 @@ def _again(driver: Driver, number: int) -> dict[str, Request]:
     """Requests for a fresh timing at every budget, and of a phase that has none at the same places."""
     one = _candidate(driver, driver.trials[number])
     budgets = driver.setting.timed
-    places = {(b.batch, b.context, b.relative_to) for b in budgets}
+    places = {(b.batch, b.context, b.relative_to) for b in budgets if b.phase in IN_USE}
     wanted = list(budgets)
-    for (batch, context, beside), phase in product(sorted(places, key=repr), PHASES):
+    for (batch, context, beside), phase in product(sorted(places, key=repr), IN_USE):
         tokens = min(context, PREFILL_AT_MOST[driver.setting.device]) if phase == "prefill" else context
         label = f"{phase}_ms@{batch}x{tokens}"
-        if all(budget.phase != phase for budget in budgets) and all(b.label != label for b in wanted):
+        if all(budget.phase != phase for budget in budgets) and all(b.timing != label for b in wanted):
             wanted.append(BudgetInfo(label, phase, inf, beside, batch, tokens))
     # The reference is as fresh as it was beside every other model.
     weights = driver.evaluations.kept_weights(one.hash) if number >= 0 and routes(one.model) else None
     timing = partial(driver.setting.timing, purpose="again", weights=weights)
-    return {each.label: timing(number, one, each) for each in wanted}
+    return {each.timing: timing(number, one, each) for each in wanted}
 
 
 def _record_again(driver: Driver, number: int, requests: dict[str, Request]) -> None:

@@ -32,6 +32,11 @@ class Given:
         begun = read_meta(out) if self.resume else self.frozen.lock if self.frozen is not None else {}
         return self.deterministic or bool(begun.get("deterministic"))
 
+    def timed_on(self, out: Path) -> str | None:
+        """The kind of node that the search in `out`, or that of the lockfile, was timed on; None where nothing says so."""
+        begun = read_meta(out) if self.resume else self.frozen.lock if self.frozen is not None else {}
+        return begun.get("timed_on")
+
     def again(self, file: SpecFile, out: Path) -> str:
         """What to type to go on with the search in `out`. A storage URL may hold a password and is not
         repeated."""

@@ -1,11 +1,11 @@
-"""How long a model takes, measured on the device present: prefill of T tokens, one decode step after T
-tokens.
+"""How long a model takes, and how much memory, measured on the device present: prefill of T tokens, one decode step after T
+tokens, a training step of T tokens without its optimizer.
 
 The candidate and the reference model take turns (A B B A …), so that clocks, heat and neighbours hit both
 alike and cancel in the ratio. Where a model's memory lies changes its speed by some percent, as luck has it:
 both are built several times, and intervals draw builds, then turns of a build. Repeats go on until the
 bootstrap 95 % interval of the median is narrow, or the time is up; the interval is reported either way. CUDA:
-events around a captured graph (decode) or around the launches (prefill). CPU: a wall clock around the same call
+events around a captured graph (decode) or around the launches (prefill, train). CPU: a wall clock around the same call
 with all physical cores, so launch overhead is part of the figure.
 """
 
@@ -17,11 +17,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from heddle.compose.build import kernel_paths
 from heddle.compose.memory import memory_told
@@ -29,12 +27,14 @@ from heddle.errors import HeddleError
 from heddle.search import environment
 from heddle.search.cores import usable_cores
 from heddle.search.gpu_state import THROTTLING, both, gpu_state
+from heddle.search.intervals import Array, summary, width
+from heddle.search.peak import peak_bytes
 from heddle.search.record import Latency
+from heddle.search.results import PHASES
 from heddle.search.timing_subject import Ids, Subject, routes, shares_of, subject_of
+from heddle.search.training_step import TrainingStep
 from heddle.specs import ModelSpec
 
-Array = NDArray[np.float64]
-RESAMPLES = 1000
 # Turns without which nothing is said.
 LEAST_TURNS = 3
 # With few turns, or an interval wider than this share, so many times the seconds are spent before giving up.
@@ -42,13 +42,12 @@ DISTURBED = 0.1
 PATIENCE = 3
 # A timing that was disturbed is taken anew so many times.
 AGAIN = 2
-PHASES = ("decode", "prefill")
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """What is timed: one decode step after `context` tokens, or a prefill of `context` tokens, of `batch`
-    sequences.
+    """What is timed: one decode step after `context` tokens, a prefill of `context` tokens, or a forward and a backward of them
+    ("train", see `heddle.search.training_step`), of `batch` sequences.
 
     Raises:
         HeddleError: "bad-argument" for another phase, as that of a budget that nothing is timed for.
@@ -115,8 +114,9 @@ def measure(
 ) -> Latency:
     """The latency of `model` at `place`, and its ratio to `reference` when one is given.
 
-    Weights are in the dtype of the device (bfloat16 on CUDA, float32 on a CPU), and random without `weights`. `ids` are what a
-    model with routers reads (`heddle.search.timing_subject`); all others, and all without `ids`, read random tokens.
+    Weights are in the dtype of the device (bfloat16 on CUDA, float32 on a CPU), in training float32 with that dtype for autocast,
+    and random without `weights`. `ids` are what a model with routers reads (`heddle.search.timing_subject`); all others, and all
+    without `ids`, read random tokens.
 
     Raises:
         HeddleError: "out-of-memory".
@@ -154,25 +154,27 @@ def _measure_once(
     guard = memory_told(f"no memory to time {place.label}", "a smaller context or batch needs less")
     with _threads(device) as threads, _quiet(), guard:
         before = gpu_state() if device == "cuda" else None
-        times, method, foreign = _timed(specs, place, device, dtype, effort=effort)
+        seen = _timed(specs, place, device, dtype, effort=effort)
         shares = _Step(specs[0], place, device, dtype).shares() if routes(specs[0].spec) else []
         state = both(before, gpu_state()) if device == "cuda" else None
     return Latency(
         label=place.label,
         **asdict(place),
-        **_summary(np.concatenate(times, axis=1), [build.shape[1] for build in times]),
+        **summary(np.concatenate(seen.times, axis=1), [build.shape[1] for build in seen.times]),
         reference=reference_name,
         device=environment.device_name(device),
         driver=environment.driver_version(),
         dtype=str(dtype).removeprefix("torch."),
-        method=method,
+        method=seen.method,
         threads=threads,
         paths=dict(kernel_paths(specs[0].spec, device, dtype)),
-        foreign=foreign,
+        foreign=seen.foreign,
         gpu=state,
         inputs=specs[0].inputs_told,
         weights=specs[0].weights_told,
         learned_share=shares,
+        peak_bytes=seen.peaks[0],
+        reference_peak_bytes=seen.peaks[1] if len(specs) == 2 else None,
     )
 
 
@@ -189,12 +191,21 @@ def measure_spec(
     return [measure(model, Place(phase, batch, context), device=device, effort=effort) for phase in phases]
 
 
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """Times of each spec for each build, and its peak of bytes; how the first was timed, and how many processes of others were
+    seen on the device."""
+
+    times: list[Array]
+    peaks: list[int]
+    method: str
+    foreign: int | None
+
+
 def _timed(
     specs: Sequence[Subject], place: Place, device: str, dtype: torch.dtype, *, effort: Effort
-) -> tuple[list[Array], str, int | None]:
-    """Times of each of `specs` for each build, how the first was timed, and how many processes of others were
-    seen on the device."""
-    before, times, method = environment.foreign_processes(), [], ""
+) -> _Seen:
+    before, times, peaks, method = environment.foreign_processes(), list[Array](), list[int](), ""
     for number in range(effort.builds):
         # Who is built first alternates as well.
         order = specs if number % 2 == 0 else specs[::-1]
@@ -202,11 +213,15 @@ def _timed(
         steps = steps if number % 2 == 0 else steps[::-1]
         times.append(take_turns([step.run for step in steps], effort.of_one_build))
         method = steps[0].method
+        if number == effort.builds - 1:
+            # Memory is the same each time: looked at once, when nothing is timed any more.
+            peaks = [step.peak_bytes() for step in steps]
         # The next build finds the memory free; a step holds itself, so only the collector frees it.
         del steps
         gc.collect()
     after = environment.foreign_processes()
-    return times, method, None if before is None or after is None else max(before, after)
+    foreign = None if before is None or after is None else max(before, after)
+    return _Seen(times, peaks, method, foreign)
 
 
 def take_turns(runs: Sequence[Callable[[], float]], effort: Effort) -> Array:
@@ -241,88 +256,47 @@ def _warm(runs: Sequence[Callable[[], float]], effort: Effort) -> None:
 def _enough(times: Array, effort: Effort, spent: float) -> bool:
     """Whether the intervals are narrow, or the time is up: later for few turns or where something
     disturbs."""
-    width = _width(times)
+    share = width(times)
     few = times.shape[-1] < effort.least
     if spent > effort.seconds * PATIENCE:
         return True
-    return not few and (width <= effort.precision or (spent > effort.seconds and width <= DISTURBED))
-
-
-def median_interval(
-    times: Array, *, builds: Sequence[int] | None = None, seed: int = 0
-) -> tuple[float, float]:
-    """The bootstrap 95 % interval of the median of `times`, which hold so many turns of each build. [turns]"""
-    medians = np.median(times[_resamples(builds or [times.shape[-1]], seed)], axis=-1)
-    low, high = np.percentile(medians, [2.5, 97.5])
-    return float(low), float(high)
-
-
-def ratio_interval(
-    times: Array, *, builds: Sequence[int] | None = None, seed: int = 0
-) -> tuple[float, float]:
-    """The bootstrap 95 % interval of median(times[0]) / median(times[1]), whole turns drawn together. [2,
-    turns]"""
-    medians = np.median(times[:, _resamples(builds or [times.shape[-1]], seed)], axis=-1)
-    low, high = np.percentile(medians[0] / medians[1], [2.5, 97.5])
-    return float(low), float(high)
-
-
-def _resamples(builds: Sequence[int], seed: int) -> NDArray[np.int64]:
-    """Indices of turns: as many builds as there are, drawn with replacement, and turns of each drawn likewise."""
-    generator, sizes = np.random.default_rng(seed), np.array(builds)
-    drawn = generator.integers(0, len(sizes), size=(RESAMPLES, len(sizes)))
-    places = generator.random((RESAMPLES, len(sizes), int(sizes.mean())))
-    starts = np.cumsum(sizes) - sizes
-    found = starts[drawn][..., None] + (places * sizes[drawn][..., None]).astype(np.int64)
-    indices: NDArray[np.int64] = found.reshape(RESAMPLES, -1)
-    return indices
-
-
-def _width(times: Array) -> float:
-    """The width of the interval of the first median over that median, or of the ratio's, whichever is
-    more."""
-    low, high = median_interval(times[0])
-    width = (high - low) / float(np.median(times[0]))
-    if len(times) == 1:
-        return width
-    low, high = ratio_interval(times)
-    return max(width, (high - low) / float(np.median(times[0]) / np.median(times[1])))
-
-
-def _summary(times: Array, builds: Sequence[int]) -> dict[str, Any]:
-    """The figures of a `Latency` that follow from the times."""
-    low, high = median_interval(times[0], builds=builds)
-    p10, median, p90 = (float(value) for value in np.percentile(times[0], [10, 50, 90]))
-    row: dict[str, Any] = {"median_ms": median, "low_ms": low, "high_ms": high, "p10_ms": p10, "p90_ms": p90}
-    row |= {"n": times.shape[1], "reference_ms": None, "ratio": None, "ratio_low": None, "ratio_high": None}
-    if len(times) == 2:
-        row["reference_ms"] = float(np.median(times[1]))
-        row["ratio"] = median / row["reference_ms"]
-        row["ratio_low"], row["ratio_high"] = ratio_interval(times, builds=builds)
-    return row
+    return not few and (share <= effort.precision or (spent > effort.seconds and share <= DISTURBED))
 
 
 class _Step:
     """One model ready to be timed: `run()` does the work once and gives the milliseconds it took."""
 
     def __init__(self, spec: Subject, place: Place, device: str, dtype: torch.dtype) -> None:
-        self._model = spec.built(device, dtype)
+        is_training = place.phase == "train"
+        self._model = spec.built(device, torch.float32 if is_training else dtype)
         length = 1 if place.phase == "decode" else place.context
         self._ids = spec.tokens(place.batch, length).to(device)
         decode = place.phase == "decode"
         self._cache = self._model.decode_cache(place.batch, place.context) if decode else None
+        self._device = device
+        training = TrainingStep(self._model, self._ids) if is_training else None
+        self._work: Callable[[], None] = training or self._forward
+        self._clear: Callable[[], None] = training.clear if training else lambda: None
         if device == "cpu":
             self.run, self.method = self._on_cpu, "cpu-timer"
             return
         self._start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         self._end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        self._launch, self.method = self._forward, "cuda-events"
+        self._launch, self.method = self._work, "cuda-events"
         if decode:
             self._capture()
         self.run = self._on_cuda
 
+    def peak_bytes(self) -> int:
+        """The most bytes at one time while the work is done once more, as launches: weights, caches and what is computed."""
+        cached = [] if self._cache is None else self._cache.layers
+        states = (state for layer in cached for state in layer.tensors().values())
+        held = (*self._model.parameters(), *self._model.buffers(), *states, self._ids)
+        return peak_bytes(self._work, held, self._device)
+
     def shares(self) -> list[list[float]]:
-        """What its routers do in this very step."""
+        """What its routers do with these tokens, when they are not trained."""
+        self._model.eval()
         return shares_of(self._model, self._ids, past_key_values=self._cache, use_cache=True)
 
     @torch.inference_mode()
@@ -331,14 +305,17 @@ class _Step:
 
     def _on_cpu(self) -> float:
         started = time.perf_counter()
-        self._forward()
-        return (time.perf_counter() - started) * 1e3
+        self._work()
+        spent_s = time.perf_counter() - started
+        self._clear()
+        return spent_s * 1e3
 
     def _on_cuda(self) -> float:
         self._start.record()
         self._launch()
         self._end.record()
         self._end.synchronize()
+        self._clear()
         return float(self._start.elapsed_time(self._end))
 
     def _capture(self) -> None:

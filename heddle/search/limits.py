@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
@@ -17,7 +18,7 @@ from heddle.search.record import BudgetInfo, Figure, Trial
 from heddle.search.space import Candidate
 from heddle.specs import ModelSpec, PerDevice, SpecFile
 from heddle.specs.search import Budget as LatencyBudget
-from heddle.specs.search import CacheBudget
+from heddle.specs.search import CacheBudget, PeakBudget
 
 
 def budgets_on(file: SpecFile, device: str) -> tuple[BudgetInfo, ...]:
@@ -26,18 +27,50 @@ def budgets_on(file: SpecFile, device: str) -> tuple[BudgetInfo, ...]:
     found, names = [], Counter[str]()
     for budget in file.spec.search.budgets:
         batch, context = 0, 0
-        label: str = budget.phase
-        if isinstance(budget, (LatencyBudget, CacheBudget)):
+        phase: str = budget.phase
+        label = phase
+        if isinstance(budget, (LatencyBudget, PeakBudget, CacheBudget)):
             batch, context = _on(budget.batch, device), _on(budget.context, device)
-            label = f"{budget.phase}@{batch}x{context}"
-        names[label] += 1
-        label = label if names[label] == 1 else f"{label}#{names[label]}"
+            if isinstance(budget, PeakBudget):
+                phase = budget.of
+                label = f"{phase}_{label}"
+            label = f"{label}@{batch}x{context}"
+        label = _numbered(label, names)
         found.append(
             BudgetInfo(
-                label, budget.phase.removesuffix("_ms"), budget.at_most, budget.relative_to, batch, context
+                label,
+                phase.removesuffix("_ms"),
+                budget.at_most,
+                budget.relative_to,
+                batch,
+                context,
+                # Settled below: it may be that of a later budget.
+                "" if isinstance(budget, PeakBudget) else None,
             )
         )
+    return _with_timings(found, names)
+
+
+def _with_timings(budgets: Sequence[BudgetInfo], names: Counter[str]) -> tuple[BudgetInfo, ...]:
+    """Those of a peak with the label of their timings: of one place beside one model there is one, whatever is read from it."""
+    labels = {_timed_at(budget): budget.label for budget in budgets if budget.is_timed}
+    found = []
+    for budget in budgets:
+        at = _timed_at(budget)
+        if budget.peak_in is not None and at not in labels:
+            labels[at] = _numbered(Place(budget.phase, budget.batch, budget.context).label, names)
+        found.append(budget if budget.peak_in is None else replace(budget, peak_in=labels[at]))
     return tuple(found)
+
+
+def _timed_at(budget: BudgetInfo) -> tuple[str, int, int, str | None]:
+    return budget.phase, budget.batch, budget.context, budget.relative_to
+
+
+def _numbered(label: str, names: Counter[str]) -> str:
+    """`label`, with a number from the second time on."""
+    names[label] += 1
+    return label if names[label] == 1 else f"{label}#{names[label]}"
 
 
 def _on(value: Any, device: str) -> int:
@@ -61,7 +94,7 @@ class Limits:
             if budget.relative_to is None
             else _cost(references[budget.relative_to].model, budget)
             for budget in budgets
-            if not budget.is_timed
+            if not budget.is_measured
         }
 
     @property
@@ -73,7 +106,7 @@ class Limits:
         """By the budget's label; without those that nothing is known of."""
         found = {}
         for budget in self._budgets:
-            figure = self._predicted(model, budget) if budget.is_timed else self._computed(model, budget)
+            figure = self._predicted(model, budget) if budget.is_measured else self._computed(model, budget)
             if figure is not None:
                 found[budget.label] = figure
         return found
@@ -123,7 +156,7 @@ class Limits:
         return Figure(_cost(model, budget), 0.0, self._costs[budget.label], "computed")
 
     def _predicted(self, model: ModelSpec, budget: BudgetInfo) -> Figure | None:
-        fit = self._fit(budget)
+        fit = self._fit(budget) if budget.is_timed else None
         told = None if fit is None else fit.predict(stack_of(model))
         if fit is None or told is None:
             return None

@@ -92,6 +92,7 @@ def lock_of(run: Run) -> dict[str, Any]:
         "deterministic": meta.get("deterministic", False),
         "effort": meta.get("effort", {}),
         "environment": meta["environment"],
+        "timed_on": meta.get("timed_on"),
         "budgets": meta["budgets"],
         "latency_model": of_run(run.path).data() if meta.get("latency") == "model" else None,
         "trials": [_trial(trial) for trial in run.trials],
@@ -240,7 +241,7 @@ def time_now(driver: Driver) -> None:
         one = one or next(iter(setting.references.values()))
         weights = driver.evaluations.kept_weights(one.hash) if number >= 0 and routes(one.model) else None
         timing = partial(setting.timing, purpose=NOW, weights=weights)
-        requests = {budget.label: timing(number, one, budget) for budget in setting.timed}
+        requests = {budget.timing: timing(number, one, budget) for budget in setting.timed}
         driver.evaluations.time_all(requests.values())
         driver.log.write("timed_now", number=number, latency={at: each.key for at, each in requests.items()})
 

@@ -54,10 +54,10 @@ def violations(
     """
     found = {}
     for budget in budgets:
-        row, told = latency.get(budget.label), figures.get(budget.label)
+        row, told = latency.get(budget.timing), figures.get(budget.label)
         if row is not None:
-            value = row.median_ms if budget.relative_to is None else row.ratio
-            assert value is not None, f"{budget.label} was not timed beside {budget.relative_to}"
+            value = budget.limited(row)
+            assert value is not None, f"{budget.label} was not measured, or not beside {budget.relative_to}"
         elif told is not None:
             value = told.limited
         else:

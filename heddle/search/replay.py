@@ -14,7 +14,7 @@ from heddle.search.latency import Effort
 from heddle.search.ledger import Ledger
 from heddle.search.lock import Frozen, lock_of, plain, read_lock, told
 from heddle.search.progress import Progress
-from heddle.search.record import LEDGER_FOLDER, Run
+from heddle.search.record import LEDGER_FOLDER, Latency, Run
 from heddle.search.run import search
 from heddle.specs import loads
 
@@ -37,12 +37,20 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """A latency in milliseconds as the lockfile has it, and as this machine takes now."""
+    """A latency in milliseconds as the lockfile has it, and as this machine takes now; and the peak of bytes, None where a
+    lockfile of before has none."""
 
     number: int
     label: str
     then_ms: float
     now_ms: float
+    then_bytes: int | None = None
+    now_bytes: int | None = None
+
+    @property
+    def is_peak_other(self) -> bool:
+        """Whether both peaks are known and differ."""
+        return None not in (self.then_bytes, self.now_bytes) and self.then_bytes != self.now_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,4 +159,5 @@ def _moved(run: Run) -> Iterator[Moved]:
         for label, key in event["latency"].items():
             entry = ledger.get(trial.hash, LATENCY, key)
             if label in trial.latency and entry is not None and entry.result is not None:
-                yield Moved(number, label, trial.latency[label].median_ms, entry.result["median_ms"])
+                then, now = trial.latency[label], Latency(**entry.result)
+                yield Moved(number, label, then.median_ms, now.median_ms, then.peak_bytes, now.peak_bytes)

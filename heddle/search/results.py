@@ -8,6 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+# What a timing is of: one token after others, a pass over all, a forward and a backward.
+PHASES = ("decode", "prefill", "train")
+
 
 @dataclass(frozen=True, slots=True)
 class TaskInfo:
@@ -24,7 +27,8 @@ class TaskInfo:
 class BudgetInfo:
     """One limit. `at_most` is milliseconds, bytes or parameters, or with `relative_to` a ratio to that model's.
 
-    `batch` and `context` are 0 where they mean nothing.
+    `batch` and `context` are 0 where they mean nothing. `peak_in` is the label of the timings that tell the peak of bytes which
+    it limits; None where it limits a time, or what `phase` names.
     """
 
     label: str
@@ -33,11 +37,28 @@ class BudgetInfo:
     relative_to: str | None
     batch: int
     context: int
+    peak_in: str | None = None
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether it is about what a timing tells, a time or a peak of bytes; the others are computed from the spec."""
+        return self.phase in PHASES
 
     @property
     def is_timed(self) -> bool:
-        """Whether it is about a latency, which is measured; the others are computed from the spec."""
-        return self.phase in ("decode", "prefill")
+        """Whether it is about a latency."""
+        return self.is_measured and self.peak_in is None
+
+    @property
+    def timing(self) -> str:
+        """The label under which the timings stand that it goes by."""
+        return self.peak_in or self.label
+
+    def limited(self, row: Latency) -> float | None:
+        """What of a timing the budget limits, or its ratio to the reference; None where the row does not have it."""
+        if self.peak_in is not None:
+            return row.peak_bytes if self.relative_to is None else row.peak_ratio
+        return row.median_ms if self.relative_to is None else row.ratio
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +128,7 @@ class Evaluation:
 
 @dataclass(frozen=True, slots=True)
 class Latency:
-    """A timing in milliseconds with its 95 % interval, taken turn by turn with the reference model.
+    """A timing in milliseconds with its 95 % interval, taken turn by turn with the reference model, and the memory it took.
 
     `ratio` is to the reference of the same turns. `method` is "cuda-graph", "cuda-events" or "cpu-timer";
     `foreign` counts processes of others on the device, None where that cannot be seen.
@@ -144,6 +165,16 @@ class Latency:
     weights: str = "fresh"
     # [layer counted from 0, share] of each router in what was timed, as of `Score`.
     learned_share: list[list[float]] = field(default_factory=list)
+    # The most bytes of tensors at one time, weights and caches included; None in a row of before they were measured.
+    peak_bytes: int | None = None
+    reference_peak_bytes: int | None = None
+
+    @property
+    def peak_ratio(self) -> float | None:
+        """The peak over the reference's, where both are known."""
+        if self.peak_bytes is None or self.reference_peak_bytes is None:
+            return None
+        return self.peak_bytes / self.reference_peak_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,7 +269,8 @@ class Trial:
             },
             "quality": self.quality,
             "latency": {
-                label: {"median_ms": row.median_ms, "ratio": row.ratio} for label, row in self.latency.items()
+                label: {"median_ms": row.median_ms, "ratio": row.ratio, "peak_bytes": row.peak_bytes}
+                for label, row in self.latency.items()
             },
             "figures": {
                 label: {"value": one.value, "margin": one.margin, "source": one.source}

@@ -118,13 +118,14 @@ def _open(stack: ExitStack, cut: Cut, out: Path, given: Given, *, asked: Asked, 
     """A driver with its workers, its study and its folder, new or as they were left; `stack` closes them."""
     file = cut.whole
     env = lock.DETERMINISTIC_ENV if given.is_deterministic(out) else None
-    workers = stack.enter_context(_workers(file, given, env))
+    workers = stack.enter_context(_workers(file, given, env, given.timed_on(out)))
     workers.warm_up()
     trained = asked.objectives(workers.share)
     machine = workers.call(environment.describe, workers.device)
     meta = _new_meta(cut, asked, machine, workers.parallel)
     meta |= lock.begun_as(given.frozen) if given.frozen is not None else {}
     meta |= {"storage": _storage(given), "effort": asdict(given.effort), "deterministic": env is not None}
+    meta["timed_on"] = workers.timed_on
     if given.resume:
         new, meta = meta, read_meta(out)
         # By today's language: a field that came after the run began would tell the same spec apart.
@@ -163,9 +164,10 @@ def _tell_changes(driver: Driver, meta: Mapping[str, Any], machine: Mapping[str,
         )
 
 
-def _workers(file: SpecFile, given: Given, env: Mapping[str, str] | None) -> Workers:
+def _workers(file: SpecFile, given: Given, env: Mapping[str, str] | None, timed_on: str | None) -> Workers:
     assert file.spec.search is not None
-    return Workers(address=given.ray_address, env=env, per_gpu=file.spec.search.per_gpu)
+    per_gpu = file.spec.search.per_gpu
+    return Workers(address=given.ray_address, env=env, per_gpu=per_gpu, timed_on=timed_on)
 
 
 def _storage(given: Given) -> str:
@@ -320,6 +322,7 @@ def _refuse_other(meta: Mapping[str, Any], new: Mapping[str, Any], out: Path, *,
         "cut of its space to the classes of must_fit": then.get("cut") == now.get("cut"),
         "training data": then["data"] == now["data"],
         "device": meta["environment"]["device_name"] == new["environment"]["device_name"],
+        "kind of node to time on": meta.get("timed_on") in (None, new["timed_on"]),
     }
     if meta["storage"] != new["storage"]:
         hint = "leave out --storage" if meta["storage"] == "journal" else "give the same --storage URL again"

@@ -87,8 +87,9 @@ class Setting:
 
     @property
     def timed(self) -> tuple[BudgetInfo, ...]:
-        """The budgets that are about latency."""
-        return tuple(budget for budget in self.budgets if budget.is_timed)
+        """The budgets that a timing tells of, one of those that go by the same."""
+        measured = [budget for budget in self.budgets if budget.is_measured]
+        return tuple({budget.timing: budget for budget in measured}.values())
 
     @property
     def feeds_back(self) -> bool:

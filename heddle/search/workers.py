@@ -26,12 +26,14 @@ from ray.exceptions import (
     ObjectLostError,
     OutOfMemoryError,
     RayError,
+    TaskUnschedulableError,
     WorkerCrashedError,
 )
 
 from heddle.errors import HeddleError
 from heddle.search import cluster, places, said, watch
 from heddle.search.cores import usable_cores
+from heddle.search.device_kinds import DeviceKind
 from heddle.search.in_worker import Outcome, guarded, limited
 from heddle.search.nodes import SameCode
 
@@ -39,7 +41,7 @@ from heddle.search.nodes import SameCode
 RETRIES = 2
 MADE_AGAIN = ("worker-died", "timed-out")
 # Its process or its node is gone, or with the node the result that it had given.
-DIED = (WorkerCrashedError, OutOfMemoryError, NodeDiedError, ObjectLostError)
+DIED = (WorkerCrashedError, OutOfMemoryError, NodeDiedError, ObjectLostError, TaskUnschedulableError)
 # How often a waiting driver looks up: for Ctrl-C, for the display.
 TICK_S = 0.5
 # Threads that wait for each other sleep instead of spinning: where anything else runs on the machine, a
@@ -96,7 +98,7 @@ class Workers:
     """A pool of Ray workers for one kind of device; use it as a context.
 
     `parallel` trainings run side by side: one a core on a CPU, `per_gpu` a GPU on CUDA. `env` are variables of every
-    worker.
+    worker. Timings, and what tells of the device, run on nodes of one kind: `timed_on` where there are such.
     """
 
     def __init__(
@@ -106,8 +108,9 @@ class Workers:
         address: str | None = None,
         env: Mapping[str, str] | None = None,
         per_gpu: int = ON_ONE_GPU,
+        timed_on: str | None = None,
     ) -> None:
-        self._per_gpu = per_gpu
+        self._per_gpu, self._timed_on = per_gpu, timed_on
         self._wanted, self._address, self._env = device, address, WORKER_ENV | dict(env or {})
         self._guard: watch.Guard | None = None
         # Ray's own processes that this one started.
@@ -125,7 +128,13 @@ class Workers:
         # Ray ends a process after one GPU task unless told otherwise; ours take seconds to import torch.
         kept: dict[str, Any] = {"max_retries": 0, "max_calls": 0}
         self._one = ray.remote(num_cpus=1, **share, **kept)(guarded)
+        self._kind = DeviceKind(self.device, self._timed_on)
         return self
+
+    @property
+    def timed_on(self) -> str | None:
+        """The kind of node that is timed on, as `heddle.search.device_kinds` names it."""
+        return self._kind.name
 
     def _room(self) -> int:
         """How many trainings the nodes of now take side by side."""
@@ -133,11 +142,6 @@ class Workers:
         cores, gpus = int(resources.get("CPU", 1)), int(resources.get("GPU", 0))
         self.gpus = gpus if self.device == "cuda" else 0
         return max(1, min(cores, gpus * self._per_gpu) if self.device == "cuda" else cores)
-
-    def _whole(self) -> Any:
-        """The call with a whole device of the largest node that is left: no other would ever take it."""
-        share = {"num_gpus": 1} if self.device == "cuda" else {"num_cpus": _largest_node()}
-        return self._one.options(**share)
 
     def __exit__(self, *_: object) -> None:
         if self._owned:
@@ -185,17 +189,17 @@ class Workers:
         return ray.put(value)
 
     def call(self, call: Callable[..., Any], *arguments: Any) -> Any:
-        """`call(*arguments)` in a worker with a share of the device, awaited; what it raises is raised
+        """`call(*arguments)` in a worker with a share of a device that is timed on, awaited; what it raises is raised
         here."""
-        answer = ray.get(self._one.remote(call, self.device, *arguments))
+        answer = ray.get(self._one.options(**self._kind.share()).remote(call, self.device, *arguments))
         if answer.error is not None:
             raise answer.error
         return answer.value
 
     def on_whole_device(self, jobs: Iterable[Job], watcher: Watcher) -> Iterator[Answer]:
-        """Answers of `jobs`, one after the other, each with the whole device to itself."""
+        """Answers of `jobs`, one after the other, each with a whole device of the kind that is timed on to itself."""
         self._ask_nodes()
-        return self._answers(jobs, self._whole, 1, watcher)
+        return self._answers(jobs, lambda: self._one.options(**self._kind.whole()), 1, watcher)
 
     def side_by_side(self, jobs: Iterable[Job], watcher: Watcher) -> Iterator[Answer]:
         """Answers of `jobs` as they come, `parallel` at a time; nodes that came or went since the last ones count.
@@ -210,7 +214,7 @@ class Workers:
                 crowded.append(_again(answer))
             else:
                 yield answer
-        yield from self._answers(crowded, self._whole, max(1, self.gpus), watcher)
+        yield from self._answers(crowded, lambda: self._one.options(num_gpus=1), max(1, self.gpus), watcher)
 
     def _ask_nodes(self) -> None:
         """Raises HeddleError "bad-argument" where a node has come since whose heddle is another."""
@@ -341,10 +345,6 @@ def _cluster_lost() -> HeddleError:
 
 def _first_line(error: Exception) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
-def _largest_node() -> int:
-    return max(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
 
 
 def _import_all() -> None:

@@ -16,7 +16,7 @@ EVALUATORS = ("train", "supernet", "random_features", "reach")
 # Those that score right and wrong answers alone.
 OF_ANSWERS = ("random_features", "reach")
 OWN_EVALUATOR = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*"
-Phase = Literal["decode_ms", "prefill_ms"]
+Phase = Literal["decode_ms", "prefill_ms", "train_ms"]
 
 
 class PerDevice(Schema):
@@ -59,10 +59,29 @@ class Budget(Schema):
     phase: Annotated[
         Phase,
         Field(
-            description="decode_ms: one token after `context` tokens. prefill_ms: a pass over `context` tokens."
+            description="decode_ms: one token after `context` tokens. prefill_ms: a pass over `context` tokens. train_ms: "
+            "forward and backward of `context` tokens, without the optimizer."
         ),
     ]
     at_most: Annotated[float, Field(gt=0, le=1e9, description="Milliseconds; with relative_to, a ratio.")]
+    relative_to: RelativeTo = None
+    batch: Batch = 1
+    context: Context
+
+
+class PeakBudget(Schema):
+    """A limit on the most bytes of tensors at one time, weights and caches included: measured on the device present, beside the
+    time."""
+
+    phase: Literal["peak_bytes"]
+    of: Annotated[
+        Literal["decode", "prefill", "train"],
+        Field(
+            description="decode: one token after `context` tokens. prefill: a pass over `context` tokens. train: forward and "
+            "backward of `context` tokens; states of the optimizer are not in it."
+        ),
+    ] = "prefill"
+    at_most: Annotated[Amount, Field(description="Bytes; with relative_to, a ratio.")]
     relative_to: RelativeTo = None
     batch: Batch = 1
     context: Context
@@ -86,10 +105,11 @@ class ParameterBudget(Schema):
     relative_to: RelativeTo = None
 
 
-BudgetSpec = Annotated[Budget | CacheBudget | ParameterBudget, Field(discriminator="phase")]
+BudgetSpec = Annotated[Budget | PeakBudget | CacheBudget | ParameterBudget, Field(discriminator="phase")]
 # What a budget is written under -> its schema.
 BUDGETS: dict[str, type[Schema]] = {
     **dict.fromkeys(get_args(Phase), Budget),
+    "peak_bytes": PeakBudget,
     "cache_bytes": CacheBudget,
     "parameters": ParameterBudget,
 }

@@ -14,13 +14,12 @@ import torch
 
 from heddle.compose.build import build_causal_lm
 from heddle.search.cores import usable_cores
+from heddle.search.intervals import median_interval, ratio_interval
 from heddle.search.latency import (
     Effort,
     Place,
     measure,
     measure_spec,
-    median_interval,
-    ratio_interval,
     take_turns,
 )
 from heddle.search.record import Latency
@@ -77,7 +76,7 @@ def test_drift_that_hits_both_models_cancels_in_the_ratio() -> None:
     assert 1.9 < low <= 2.0 <= high < 2.1
 
 
-@pytest.mark.parametrize("phase", ["decode", "prefill"])
+@pytest.mark.parametrize("phase", ["decode", "prefill", "train"])
 def test_more_layers_take_longer(workers: Workers, phase: str) -> None:
     both = {"reference": model(2), "reference_name": "two", "effort": QUICK}
     row = workers.call(partial(measure, **both), model(12), Place(phase, 1, 256))

@@ -183,9 +183,10 @@ def test_ranks_lines_and_constants() -> None:
     assert constant(values) == pytest.approx(best)
 
 
-def test_what_the_table_holds_is_not_measured_again(space: SpecFile, tmp_path: Path) -> None:
+@pytest.mark.parametrize("phase", ["decode", "train"])
+def test_what_the_table_holds_is_not_measured_again(space: SpecFile, tmp_path: Path, phase: str) -> None:
     once = Effort(warmup=0, least=1, most=1, seconds=0.1, builds=1)
-    site = Site(Place("decode", 1, 16), space.spec.model, "the defaults", 1.0, is_ratio=True)
+    site = Site(Place(phase, 1, 16), space.spec.model, "the defaults", 1.0, is_ratio=True)
     known: list[bool] = []
     how = How("cpu", once, tmp_path, lambda done, total, seen: known.append(seen))  # noqa: ARG005
     first = fit_model(space, [site], stacks=10, unseen=2, how=how)

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 from heddle.errors import HeddleError
 from heddle.kernels.configs.found import cache_folder
 from heddle.search import space
-from heddle.search.latency import PHASES, Place
+from heddle.search.latency import Place
 from heddle.search.latency_model.model import LatencyModel, PlaceFit, from_data, load_model
 from heddle.search.latency_model.table import MACHINE
 from heddle.search.ledger import key_of
+from heddle.search.results import BudgetInfo
 from heddle.specs import SpecFile
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def into_run(
             told_by = {"environment": key_of(made_with), "places": [one.data() for one in verdicts]}
             model = _trusted(model, {(one.place, one.reference_hash) for one in verdicts if one.is_trusted})
     model.save(run / RUN_COPY)
-    timed = (budget for budget in meta["budgets"] if budget["phase"] in PHASES)
+    timed = (budget for budget in meta["budgets"] if BudgetInfo(**budget).is_timed)
     told = [found for budget in timed if (found := _told(file, model, budget)) is not None]
     changed = changed or meta.get("latency_changed", {})
     return {"latency_model": told, "latency_changed": changed, "latency_sentinels": told_by}
