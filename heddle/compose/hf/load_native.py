@@ -12,27 +12,39 @@ import transformers
 
 from heddle.compose.build import build_causal_lm
 from heddle.compose.hf.checkpoint import CONFIG, Checkpoint, open_checkpoint
+from heddle.compose.hf.generation import Generation, read_generation
 from heddle.compose.hf.model import HeddleForCausalLM
 from heddle.compose.hf.native_tables import tables, wrong_table
 from heddle.compose.hf.native_weights import their_shapes, to_ours
 from heddle.compose.plan import plan
 from heddle.compose.targets.catalogue import BY_NAME
-from heddle.compose.targets.target import ALL_ROWS, Config, Factors, Target
+from heddle.compose.targets.target import ALL_ROWS, IDLE, Config, Factors, Target
 from heddle.compose.targets.verdict import verdict
 from heddle.errors import HeddleError, Where
 from heddle.specs import ModelSpec, Spec, loads, to_yaml
 from heddle.specs.spec import VERSION
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+# Idle fields that are not lost: an export writes its own, and ids are kept beside the spec.
+_OWN = frozenset(
+    (
+        "architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "use_cache",
+        "bos_token_id", "eos_token_id", "pad_token_id",
+    )
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class Imported:
-    """A model read from a folder, its spec, and the target that it was."""
+    """A model read from a folder, its spec, the target that it was, and how it generates; `left` are the fields of its
+    configuration that change no logits and were not taken."""
 
     target: Target
     spec: Spec
     model: HeddleForCausalLM
+    checkpoint: Checkpoint
+    generation: Generation
+    left: tuple[str, ...]
 
 
 def read_native(folder: Path | str, *, name: str, tokenizer: str = "bytes") -> Imported:
@@ -46,10 +58,11 @@ def read_native(folder: Path | str, *, name: str, tokenizer: str = "bytes") -> I
     target = _target(checkpoint)
     full, factors = target.folded(_filled_in(target, checkpoint.config, checkpoint.folder))
     spec = _spec(target, full, checkpoint.folder, {"name": name, "tokenizer": tokenizer})
-    config = _understood(target, full, spec.model, checkpoint.folder)
+    config, left = _understood(target, full, spec.model, checkpoint.folder)
+    generation = read_generation(checkpoint.folder, checkpoint.config, full)
     model = build_causal_lm(spec.model)
     _load(_Source(target, config, checkpoint, factors), model)
-    return Imported(target, spec, model.eval())
+    return Imported(target, spec, model.eval(), checkpoint, generation, left)
 
 
 def spec_of_config(
@@ -63,7 +76,7 @@ def spec_of_config(
     target = BY_NAME[config["model_type"]]
     full, _ = target.folded(_filled_in(target, config, folder))
     spec = _spec(target, full, folder, {"name": name, "tokenizer": tokenizer})
-    return spec, _understood(target, full, spec.model, folder)
+    return spec, _understood(target, full, spec.model, folder)[0]
 
 
 def _target(checkpoint: Checkpoint) -> Target:
@@ -109,18 +122,23 @@ def _spec(target: Target, full: Config, folder: Path, fields: Mapping[str, str])
         raise _mismatch(folder, "", f"cannot be said in a spec: {error}") from error
 
 
-def _understood(target: Target, full: Config, model: ModelSpec, folder: Path) -> Config:
-    """The configuration as the spec gives it back: what does not come back, the spec cannot say."""
+def _understood(
+    target: Target, full: Config, model: ModelSpec, folder: Path
+) -> tuple[Config, tuple[str, ...]]:
+    """The configuration as the spec gives it back: what does not come back, the spec cannot say, or, if it changes no logits, is
+    among those told."""
     found = verdict(target, plan(model).runtime())
     if found.config is None:
         raise _mismatch(folder, "", f"cannot be said in a spec: {'; '.join(map(str, found.refusals))}")
     back, idle = _filled_in(target, found.config, folder), target.idle(full)
-    lost = [one for one in _lost(full, back, "") if not {one[0], one[0].partition(".")[0]} & idle]
+    apart = [*_lost(full, back, "")]
+    lost = [one for one in apart if not {one[0], one[0].partition(".")[0]} & idle]
     lost = [one for one in lost if ".".join(one[0].split(".")[:2]) not in idle]
     if lost:
         told = "; ".join(f"{path} is {theirs!r}, and a spec says {ours!r}" for path, theirs, ours in lost)
         raise _mismatch(folder, lost[0][0], f"cannot be said in a spec: {told}")
-    return {**full, **found.config}
+    passed_over = {path.partition(".")[0]: None for path, *_ in apart}
+    return {**full, **found.config}, tuple(name for name in passed_over if name in IDLE - _OWN)
 
 
 def _lost(theirs: Any, ours: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
