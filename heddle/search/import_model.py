@@ -56,6 +56,8 @@ class ImportResult:
 def import_folder(folder: Path | str, out: Path | str) -> ImportResult:
     """Reads the checkpoint in `folder` and writes the new folder `out`. No code of `folder` runs.
 
+    The spec names the tokenizer's folder in `out` also where the checkpoint has none: bytes are not the ids of its model.
+
     Raises:
         HeddleError: "file-exists", "disk-full", and what `heddle.compose.hf.load_native.read_native` and
             `heddle.compose.hf.load_remote.read_remote` raise.
@@ -63,12 +65,17 @@ def import_folder(folder: Path | str, out: Path | str) -> ImportResult:
     source, out = Path(folder), Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise HeddleError("file-exists", f"{out} is there already", hint="name a new or empty folder")
-    tokenizer = str(out.resolve() / TOKENIZER_FOLDER) if (source / TOKENIZER).is_file() else "bytes"
-    read = _read(source, name=_name(source), tokenizer=tokenizer)
+    tokenizer = out.resolve() / TOKENIZER_FOLDER
+    read = _read(source, name=_name(source), tokenizer=str(tokenizer))
     model_hash = spec_hash(read.spec.model)
     taken = {CONFIG, INDEX, *(one.file.name for one in read.checkpoint.stored.values())}
-    if tokenizer != "bytes":
-        taken |= _copy_tokenizer(source, out / TOKENIZER_FOLDER)
+    notes = [read.note] if isinstance(read, ImportedRemote) else []
+    if (source / TOKENIZER).is_file():
+        taken |= _copy_tokenizer(source, tokenizer)
+    else:
+        notes.append(
+            f"no {TOKENIZER} in the folder: put one into {tokenizer}, which the spec names; train, search and export need it"
+        )
     write_whole(out / SPEC_FILE, to_yaml(read.spec).encode())
     _write_weights(read.model, out / WEIGHTS_FILE)
     if read.model.can_generate():
@@ -77,8 +84,9 @@ def import_folder(folder: Path | str, out: Path | str) -> ImportResult:
     target, ids = read.target.name if isinstance(read, Imported) else REMOTE, read.generation.ids
     write_json(out / IMPORT_FILE, {"from": str(source), "target": target, "hash": model_hash, "ids": ids})
     parameters = sum(one.numel() for one in read.model.parameters())
-    note = read.note if isinstance(read, ImportedRemote) else ""
-    return ImportResult(out, target, model_hash, parameters, _left(read, taken), note)
+    return ImportResult(
+        out, target, model_hash, parameters, _left(read, taken), "; ".join(filter(None, notes))
+    )
 
 
 def _read(folder: Path, **fields: str) -> Imported | ImportedRemote:

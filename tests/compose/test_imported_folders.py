@@ -21,6 +21,7 @@ from heddle import api, cli
 from heddle.compose.hf import export as export_file
 from heddle.compose.hf.verify import Verification
 from heddle.errors import HeddleError
+from heddle.specs import load
 
 VOCABULARY = 100
 TEMPLATE = "{% for m in messages %}<{{ m.role }}> {{ m.content }} {% endfor %}"
@@ -124,3 +125,27 @@ def test_chat_templates_are_kept_where_the_configuration_of_a_tokenizer_is_not(
     assert "tokenizer_config.json" in made.left
     assert (made.path / "tokenizer" / "additional_chat_templates" / "rag.jinja").read_text() == "rag"
     assert (made.path / "tokenizer" / "chat_template.jinja").read_text() == TEMPLATE
+
+
+def test_a_model_without_a_tokenizer_is_given_none(tmp_path: Path) -> None:
+    folder = without_tokenizer(tmp_path / "bare")
+    (folder / "tokenizer.model").write_text("of another form")
+    made = api.import_model(folder, tmp_path / "in")
+    home = tmp_path / "in" / "tokenizer"
+    assert made.note.startswith(f"no tokenizer.json in the folder: put one into {home}")
+    assert load(made.path / "spec.yaml").spec.tokenizer == str(home)
+    with pytest.raises(HeddleError, match=f"no tokenizer at {home}") as error:
+        api.export(made.path, tmp_path / "out")
+    assert error.value.code == "file-not-found"
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("_unchecked")
+def test_a_tokenizer_that_is_put_into_the_folder_of_an_import_is_exported(
+    chatty: Path, tmp_path: Path
+) -> None:
+    made = api.import_model(without_tokenizer(tmp_path / "bare"), tmp_path / "in").path
+    (made / "tokenizer").mkdir()
+    (made / "tokenizer" / "tokenizer.json").write_bytes((chatty / "tokenizer.json").read_bytes())
+    out = api.export(made, tmp_path / "out", target="llama").path
+    assert AutoTokenizer.from_pretrained(out)("w5 w6")["input_ids"] == [5, 6]

@@ -81,7 +81,10 @@ def _read(path: Path, context_length: int) -> Any:
     folder = path if path.is_dir() else path.parent
     file = folder / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
-        raise HeddleError("file-not-found", f"no tokenizer at {path}", where=Where(path="tokenizer"))
+        hint = f'put its tokenizer.json there, or name another; "{BYTES}" is right where ids are bytes'
+        raise HeddleError(
+            "file-not-found", f"no tokenizer at {path}", where=Where(path="tokenizer"), hint=hint
+        )
     config = _config_beside(file)
     try:
         if config is not None:
