@@ -96,11 +96,16 @@ def _read(folder: Path, **fields: str) -> Imported | ImportedRemote:
 
 
 def _left(read: Imported | ImportedRemote, taken: set[str]) -> tuple[str, ...]:
-    """Files of the folder, and fields of those that were taken, which nothing in the import holds."""
-    files = sorted(one.name for one in read.checkpoint.folder.iterdir() if one.name not in taken)
-    fields = {CONFIG: read.left if isinstance(read, Imported) else ()}
-    fields |= {GENERATION_CONFIG: read.generation.left if GENERATION_CONFIG in taken else ()}
-    return (*files, *(f"{name} of {file}" for file, names in fields.items() for name in names))
+    """Files of the folder, and fields and tensors of those that were taken, which nothing in the import holds."""
+    left = sorted(one.name for one in read.checkpoint.folder.iterdir() if one.name not in taken)
+    if isinstance(read, Imported):
+        left += [f"{name} of {CONFIG}" for name in read.left]
+        if read.ignored:
+            more = f" and {len(read.ignored) - 1} more" if len(read.ignored) > 1 else ""
+            left.append(f"tensor {read.ignored[0]}{more}, which {read.target.model_class} passes over")
+    if GENERATION_CONFIG in taken:
+        left += [f"{name} of {GENERATION_CONFIG}" for name in read.generation.left]
+    return tuple(left)
 
 
 def _write_weights(model: HeddlePreTrainedModel, path: Path) -> None:

@@ -83,8 +83,8 @@ class Checkpoint:
                     found[name] = opened.get_tensor(name)
         return {name: found[name] for name in wanted}
 
-    def expect(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Refuse the checkpoint unless it stores these tensors, of these shapes, and no others.
+    def expect(self, shapes: Mapping[str, tuple[int, ...]], *, ignored: Collection[str] = ()) -> None:
+        """Refuse the checkpoint unless it stores these tensors, of these shapes, and no others but those `ignored`.
 
         Raises:
             HeddleError: "checkpoint-broken", naming file and tensor.
@@ -94,7 +94,7 @@ class Checkpoint:
             if stored.shape != tuple(shape):
                 raise _broken(stored.file, f"is {list(stored.shape)}, the model's is {list(shape)}", name)
         for name, stored in self.stored.items():
-            if name not in shapes:
+            if name not in shapes and name not in ignored:
                 raise _broken(stored.file, "is no tensor of the model", name)
 
     def _named(self, name: str) -> Stored:

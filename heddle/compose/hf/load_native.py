@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ _OWN = frozenset(
 @dataclass(frozen=True, slots=True)
 class Imported:
     """A model read from a folder, its spec, the target that it was, and how it generates; `left` are the fields of its
-    configuration that change no logits and were not taken."""
+    configuration that change no logits and were not taken, `ignored` the tensors that its class passes over."""
 
     target: Target
     spec: Spec
@@ -45,6 +46,7 @@ class Imported:
     checkpoint: Checkpoint
     generation: Generation
     left: tuple[str, ...]
+    ignored: tuple[str, ...]
 
 
 def read_native(folder: Path | str, *, name: str, tokenizer: str = "bytes") -> Imported:
@@ -61,8 +63,8 @@ def read_native(folder: Path | str, *, name: str, tokenizer: str = "bytes") -> I
     config, left = _understood(target, full, spec.model, checkpoint.folder)
     generation = read_generation(checkpoint.folder, checkpoint.config, full)
     model = build_causal_lm(spec.model)
-    _load(_Source(target, config, checkpoint, factors), model)
-    return Imported(target, spec, model.eval(), checkpoint, generation, left)
+    ignored = _load(_Source(target, config, checkpoint, factors), model)
+    return Imported(target, spec, model.eval(), checkpoint, generation, left, ignored)
 
 
 def spec_of_config(
@@ -196,8 +198,9 @@ def _inside_layer(name: str) -> str:
 
 
 @torch.no_grad()
-def _load(source: _Source, model: HeddleForCausalLM) -> None:
-    """Fill the model, whose tensors in the checkpoint are read a few at a time: no two of it are ever in memory."""
+def _load(source: _Source, model: HeddleForCausalLM) -> tuple[str, ...]:
+    """Fill the model, whose tensors in the checkpoint are read a few at a time: no two of it are ever in memory. Gives the names
+    of those that the class passes over."""
     target, config, checkpoint = source.target, source.config, source.checkpoint
     tied = config["tie_word_embeddings"]
     keys = [*target.stored_keys(config, source.rows())]
@@ -207,7 +210,9 @@ def _load(source: _Source, model: HeddleForCausalLM) -> None:
     made = {name: one for name, one in tables(target.name, config).items() if name in checkpoint.stored}
     shapes |= {name: tuple(one.shape) for name, one in made.items()}
     shapes |= {HEAD: shapes[EMBEDDING]} if again else {}
-    checkpoint.expect({source.stored_as(name): shape for name, shape in shapes.items()})
+    expected = {source.stored_as(name): shape for name, shape in shapes.items()}
+    ignored = _ignored(target, config, checkpoint.stored.keys() - expected)
+    checkpoint.expect(expected, ignored=ignored)
     for name, one in made.items():
         _check_table(checkpoint.folder, name, one, source.read([name])[name])
     if again and not torch.equal(*source.read([HEAD, EMBEDDING]).values()):
@@ -221,6 +226,22 @@ def _load(source: _Source, model: HeddleForCausalLM) -> None:
             ours[name].copy_(tensor)
             filled.add(name)
     assert filled == ours.keys()
+    return ignored
+
+
+def _ignored(target: Target, config: Config, names: Collection[str]) -> tuple[str, ...]:
+    """Those of the names that the class passes over as it loads a folder: as its patterns say, and the tables of rotary positions
+    that older files have in each layer, if it has one of its own."""
+    if not names:
+        return ()
+    with torch.device("meta"):
+        made = getattr(transformers, target.model_class)(
+            getattr(transformers, target.config_class).from_dict(dict(config))
+        )
+    patterns = {*(made._keys_to_ignore_on_load_unexpected or ())}
+    if any(name.endswith("rotary_emb.inv_freq") for name, _ in made.named_buffers()):
+        patterns.add(r"rotary_emb\.inv_freq")
+    return tuple(sorted(name for name in names if any(re.search(one, name) for one in patterns)))
 
 
 def _check_table(folder: Path, name: str, made: torch.Tensor, stored: torch.Tensor) -> None:
