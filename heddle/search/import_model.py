@@ -69,7 +69,7 @@ def import_folder(folder: Path | str, out: Path | str) -> ImportResult:
     read = _read(source, name=_name(source), tokenizer=str(tokenizer))
     model_hash = spec_hash(read.spec.model)
     taken = {CONFIG, INDEX, *(one.file.name for one in read.checkpoint.stored.values())}
-    notes = [read.note] if isinstance(read, ImportedRemote) else []
+    notes = [read.note]
     if (source / TOKENIZER).is_file():
         taken |= _copy_tokenizer(source, tokenizer)
     else:

@@ -18,8 +18,10 @@ from transformers import (
 )
 
 from heddle import api, cli
+from heddle.compose.hf import battery, harness
 from heddle.compose.hf import export as export_file
-from heddle.compose.hf.verify import Verification
+from heddle.compose.hf.checkpoint import UNUSED_CODE
+from heddle.compose.hf.verify import SHORT, Verification
 from heddle.errors import HeddleError
 from heddle.specs import load
 
@@ -149,3 +151,54 @@ def test_a_tokenizer_that_is_put_into_the_folder_of_an_import_is_exported(
     (made / "tokenizer" / "tokenizer.json").write_bytes((chatty / "tokenizer.json").read_bytes())
     out = api.export(made, tmp_path / "out", target="llama").path
     assert AutoTokenizer.from_pretrained(out)("w5 w6")["input_ids"] == [5, 6]
+
+
+AUTO_MAP = {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M", "AutoTokenizer": ["code.T", None]}
+
+
+def with_code(folder: Path, mark: Path, **fields: Any) -> None:
+    """Python files that leave a mark, and a configuration that names them."""
+    for name in ("code.py", "custom_generate/generate.py"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(f"open({str(mark)!r}, 'w')\n")
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"auto_map": AUTO_MAP} | fields))
+
+
+@pytest.mark.slow
+def test_code_beside_a_class_of_transformers_is_not_run(
+    chatty: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_code(chatty, tmp_path / "ran")
+    made = api.import_model(chatty, tmp_path / "in")
+    assert (made.target, made.note) == ("llama", UNUSED_CODE)
+    assert {"code.py", "custom_generate"} <= {*made.left}
+    # How the folder is loaded is the same in every form of the battery.
+    monkeypatch.setattr(battery, "FULL", SHORT)
+    with pytest.raises(SystemExit) as left:
+        cli.main(["verify", str(chatty)])
+    assert (left.value.code, UNUSED_CODE in capsys.readouterr().out) == (0, True)
+    # As far as the harness, which loads the model as `verify` does, without trust.
+    assert harness._tokens(chatty, trusted=False) == {}
+    monkeypatch.setattr(harness, "PACKAGE", "lm_eval_that_is_not_there")
+    with pytest.raises(HeddleError) as error:
+        api.evaluate(chatty, ["sums"])
+    assert error.value.code == "package-missing"
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"architectures": ["OwnForCausalLM"]}, {"architectures": None}, {"model_type": "own"}],
+    ids=["another class", "no class", "another type"],
+)
+def test_code_that_a_folder_needs_is_refused(fields: dict[str, Any], chatty: Path, tmp_path: Path) -> None:
+    with_code(chatty, tmp_path / "ran", **fields)
+    with pytest.raises(HeddleError, match="auto_map names code of the folder, which is not run") as error:
+        api.import_model(chatty, tmp_path / "in")
+    assert "architectures and model_type are those of a class of transformers" in str(error.value.hint)
+    for read in (api.verify, lambda folder: api.evaluate(folder, ["sums"])):
+        with pytest.raises(HeddleError, match="--trust-remote-code") as error:
+            read(chatty)
+        assert error.value.code == "untrusted-code"
+    assert not (tmp_path / "ran").exists()

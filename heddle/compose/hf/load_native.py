@@ -48,6 +48,11 @@ class Imported:
     left: tuple[str, ...]
     ignored: tuple[str, ...]
 
+    @property
+    def note(self) -> str:
+        """What else to tell."""
+        return self.checkpoint.unused_code
+
 
 def read_native(folder: Path | str, *, name: str, tokenizer: str = "bytes") -> Imported:
     """The spec and the model of a checkpoint; `name` and `tokenizer` are those of the spec.
@@ -85,7 +90,8 @@ def _target(checkpoint: Checkpoint) -> Target:
     name = checkpoint.config.get("model_type")
     if checkpoint.has_code:
         what = "names code of the folder, which is not run, so that nobody can tell what it computes"
-        raise _mismatch(checkpoint.folder, "auto_map", what)
+        hint = f"it is of no matter where architectures and model_type are those of a class of transformers: {', '.join(BY_NAME)}"
+        raise _mismatch(checkpoint.folder, "auto_map", what, hint)
     if not isinstance(name, str) or name not in BY_NAME:
         raise _mismatch(checkpoint.folder, "model_type", f"is {name!r}: known are {', '.join(BY_NAME)}")
     return BY_NAME[name]
@@ -95,7 +101,9 @@ def _filled_in(target: Target, config: Config, folder: Path) -> dict[str, Any]:
     """The configuration with the defaults of its class, in today's spelling."""
     made = getattr(transformers, target.config_class)
     try:
-        data: dict[str, Any] = made.from_dict(_numbers(config)).to_dict()
+        # The class is known by now, and code that it does not need is no field of it.
+        own = {name: value for name, value in config.items() if name != "auto_map"}
+        data: dict[str, Any] = made.from_dict(_numbers(own)).to_dict()
     # Its checks raise classes of their own, below no common one.
     except Exception as error:
         raise _mismatch(folder, "", f"is refused by {target.config_class}: {error}") from error
