@@ -103,7 +103,9 @@ def test_what_an_import_leaves_behind_is_told_by_name(
         cli.main(["import", str(chatty), "--out", str(tmp_path / "in")])
     assert not left.value.code
     told = "README.md, tokenizer.model, attention_dropout of config.json, cache_implementation of generation_config.json"
-    assert f"left behind: {told}\n" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"left behind: {told}\n" in out
+    assert "train and search begin with random ones" in out
 
 
 def test_fields_that_nothing_reads_in_a_generation_config_are_refused(chatty: Path, tmp_path: Path) -> None:
