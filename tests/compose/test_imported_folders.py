@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from heddle import api, cli
-from heddle.compose.hf import battery, harness
+from heddle.compose.hf import battery, harness, reload
 from heddle.compose.hf import export as export_file
 from heddle.compose.hf.checkpoint import UNUSED_CODE
 from heddle.compose.hf.verify import SHORT, Verification
@@ -92,6 +92,15 @@ def test_a_model_that_is_exported_again_generates_as_the_first_did(
     assert [[one[f"{name}_token_id"] for name in ("bos", "eos", "pad")] for one in configs] == [
         [8, 7, None]
     ] * 3
+
+
+def test_tokens_are_compared_as_many_as_are_told_whatever_stops_a_model(chatty: Path) -> None:
+    tokenizer, model = (kind.from_pretrained(chatty) for kind in (AutoTokenizer, AutoModelForCausalLM))
+    model.generation_config.cache_implementation = None
+    model.generation_config.update(eos_token_id=[*range(1, VOCABULARY)], num_beams=2)
+    task = {"prompt": "w2", "new_tokens": 20, "checks_cache": True}
+    text, differing = reload.generated(model, tokenizer, task)
+    assert (len(text.split()), differing) == (21, 0)
 
 
 def test_what_an_import_leaves_behind_is_told_by_name(
