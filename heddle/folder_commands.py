@@ -179,6 +179,8 @@ def _show(battery: Battery) -> None:
     screen = terminal.console()
     screen.print(f"{battery.folder}   {battery.auto_class}", style="bold")
     screen.print(f"{battery.device}, transformers {battery.transformers}, torch {battery.torch}")
+    if battery.note:
+        screen.print(battery.note, soft_wrap=True)
     show_parity(battery.rows)
     failed = sum(row.verdict == "fail" for row in battery.rows)
     expected = sum(row.verdict == "expected" for row in battery.rows)

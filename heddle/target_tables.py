@@ -62,6 +62,9 @@ def show_imported(result: ImportResult) -> None:
     console().print(told)
     if result.note:
         console().print(result.note, soft_wrap=True)
+    if result.left:
+        console().print(f"left behind: {', '.join(result.left)}", soft_wrap=True)
+    console().print("its weights go to export; train and search begin with random ones", soft_wrap=True)
     path = result.path
     next_steps(
         f"wrote {path}",

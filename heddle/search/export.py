@@ -17,7 +17,7 @@ from heddle.compose.hf.shards import MAX_SHARD_SIZE
 from heddle.compose.hf.verify import AUTO as AUTO_BATTERY
 from heddle.errors import HeddleError
 from heddle.search.evaluations import weights_path
-from heddle.search.import_model import IMPORT_FILE, is_import, load_import
+from heddle.search.import_model import IMPORT_FILE, generation_of, is_import, load_import
 from heddle.search.record import (
     LEDGER_FOLDER,
     RUN_FILE,
@@ -159,7 +159,8 @@ def _export_import(folder: Path, out: Path, trial: str | int, how: Mapping[str, 
         "imported from": "an export with code of its own" if target == REMOTE else f"a {target} checkpoint"
     }
     card = Card(name=file.spec.name, spec=file.text, facts=facts, tags=["heddle"])
-    return export(model, out, tokenizer=file.spec.tokenizer, card=card, **how)
+    generation = generation_of(folder)
+    return export(model, out, tokenizer=file.spec.tokenizer, card=card, generation=generation, **how)
 
 
 def _export_spec(path: Path, out: Path, trial: str | int, how: Mapping[str, Any]) -> ExportResult:

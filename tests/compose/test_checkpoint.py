@@ -101,6 +101,18 @@ def test_an_index_cannot_lead_out_of_its_folder(sharded: Path, file: Any) -> Non
     assert "tensor 'a' names" in refused(sharded)
 
 
+def test_files_of_a_folder_may_be_links_that_lead_out_of_it(sharded: Path) -> None:
+    """Caches of Hugging Face are made of such links."""
+    blobs = sharded / "elsewhere" / "blobs"
+    blobs.mkdir(parents=True)
+    folder = sharded / "snapshot"
+    folder.mkdir()
+    for file in (*sharded.glob("*.safetensors"), *sharded.glob("*.json")):
+        file.rename(blobs / file.name)
+        (folder / file.name).symlink_to(blobs / file.name)
+    assert equal(open_checkpoint(folder), {"a": torch.ones(2, 3), "b": torch.ones(4), "c": torch.zeros(2)})
+
+
 def test_files_and_index_must_agree(sharded: Path) -> None:
     right = {"a": "one.safetensors", "b": "two.safetensors", "c": "two.safetensors"}
     write_index(sharded, right | {"d": "one.safetensors"})

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from foreign import FOREIGN, foreign, imported
-from safetensors.torch import load_file
+import transformers
+from foreign import FOREIGN, begun, foreign, imported
+from safetensors.torch import load_file, save_file
 
 from heddle.compose.hf.load_native import read_native
-from heddle.compose.targets.catalogue import TARGETS
+from heddle.compose.targets.catalogue import BY_NAME, TARGETS
 from heddle.errors import HeddleError
 
 SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.long) for seed in range(1, 20))]
@@ -50,6 +51,30 @@ def test_rounded_tables_of_minimax_are_refused_by_tensor(tmp_path: Path) -> None
         read_native(tmp_path, name="back")
     assert error.value.code == "import-mismatch"
     assert "in float32, or leave them out" in str(error.value.hint)
+
+
+# A tensor that a class passes over, and one that it does not.
+IGNORED = {
+    "llama": ("model.layers.0.self_attn.rotary_emb.inv_freq", "mtp.fc.weight"),
+    "qwen3_next": ("mtp.layers.0.mlp.gate.weight", "model.layers.0.mtp.weight"),
+    "kimi_linear": (None, "model.layers.0.self_attn.rotary_emb.inv_freq"),
+}
+
+
+@pytest.mark.parametrize("name", IGNORED)
+def test_tensors_that_a_class_passes_over_are_passed_over_and_no_others(name: str, tmp_path: Path) -> None:
+    begun(name, 0).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    weights, (ignored, other) = load_file(file), IGNORED[name]
+    if ignored is not None:
+        save_file({**weights, ignored: torch.zeros(4)}, file)
+        class_of = getattr(transformers, BY_NAME[name].model_class)
+        assert not class_of.from_pretrained(tmp_path, output_loading_info=True)[1]["unexpected_keys"]
+        found = read_native(tmp_path, name="back")
+        assert found.ignored == (ignored,)
+    save_file({**weights, other: torch.zeros(4)}, file)
+    with pytest.raises(HeddleError, match=f"tensor '{other}' is no tensor of the model"):
+        read_native(tmp_path, name="back")
 
 
 # What a class takes and a spec cannot say, by the field that is named.

@@ -263,7 +263,11 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str, str]] = {
         "import-mismatch",
         "quantization_config",
     ),
-    "code": (changed_config(auto_map={"AutoConfig": "a.B"}), "import-mismatch", "auto_map"),
+    "code": (
+        changed_config(auto_map={"AutoConfig": "a.B"}, architectures=["B"]),
+        "import-mismatch",
+        "auto_map",
+    ),
     "another class": (changed_config(model_type="jamba"), "import-mismatch", "model_type is 'jamba'"),
     "a size that is none": (changed_config(num_attention_heads=0), "import-mismatch", "configuration"),
     "heads of another size": (changed_config(head_dim=8), "checkpoint-broken", "q_proj"),
@@ -306,7 +310,7 @@ def test_an_import_runs_no_code_and_leaves_that_of_the_tokenizer_behind(native: 
     )
     made = api.import_model(folder, tmp_path / "in").path
     assert [path.name for path in (made / "tokenizer").iterdir()] == ["tokenizer.json"]
-    changed_config(auto_map={"AutoModelForCausalLM": "code.Model"})(folder)
+    changed_config(auto_map={"AutoModelForCausalLM": "code.Model"}, architectures=["Model"])(folder)
     with pytest.raises(HeddleError, match="names code of the folder, which is not run"):
         api.import_model(folder, tmp_path / "never")
     assert not (tmp_path / "ran").exists()

@@ -25,7 +25,7 @@ HEADS = ("ForCausalLM", "ForMaskedLM", "ForSequenceClassification")
 
 @dataclass(frozen=True, slots=True)
 class Battery:
-    """What every check of a folder found, and where: `device` is the processor's name."""
+    """What every check of a folder found, and where: `device` is the processor's name; `note` is what else to tell."""
 
     folder: Path
     auto_class: str
@@ -33,6 +33,7 @@ class Battery:
     device: str
     transformers: str
     torch: str
+    note: str = ""
 
     @property
     def ok(self) -> bool:
@@ -67,7 +68,8 @@ def run_battery(
         task |= {"trusted": trusted, "first": [*path]}
         found, _ = reload_in_clean_process(task, inputs, Path(scratch))
     rows = (clean_row(found, hidden), *parity_rows(found["battery"]["rows"]))
-    return Battery(folder, head, rows, found["device"], found["transformers"], found["torch"])
+    note = "" if trusted else checkpoint.unused_code
+    return Battery(folder, head, rows, found["device"], found["transformers"], found["torch"], note)
 
 
 def auto_class_of(config: Any, folder: Path) -> str:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
+from heddle.compose.targets.catalogue import BY_NAME
 from heddle.errors import HeddleError, Where
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ MAX_JSON = 64 << 20
 MAX_HEADER = 100_000_000
 # torch's own.
 MAX_DIMS = 64
+# What to tell where code of a folder is of no matter.
+UNUSED_CODE = "auto_map names code of the folder, which is not run: transformers has the class"
 BITS = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8),
     **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
@@ -67,7 +70,12 @@ class Checkpoint:
     @property
     def has_code(self) -> bool:
         """Whether transformers would run Python files of this folder to load it."""
-        return bool(self.config.get("auto_map"))
+        return bool(self.config.get("auto_map")) and not is_known(self.config)
+
+    @property
+    def unused_code(self) -> str:
+        """What to tell if the configuration names code of the folder though transformers has the class, else nothing."""
+        return UNUSED_CODE if self.config.get("auto_map") and is_known(self.config) else ""
 
     def load(self, names: Collection[str] | None = None) -> dict[str, Tensor]:
         """The tensors `names`, all if not given, as they are stored, on the CPU.
@@ -83,8 +91,8 @@ class Checkpoint:
                     found[name] = opened.get_tensor(name)
         return {name: found[name] for name in wanted}
 
-    def expect(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Refuse the checkpoint unless it stores these tensors, of these shapes, and no others.
+    def expect(self, shapes: Mapping[str, tuple[int, ...]], *, ignored: Collection[str] = ()) -> None:
+        """Refuse the checkpoint unless it stores these tensors, of these shapes, and no others but those `ignored`.
 
         Raises:
             HeddleError: "checkpoint-broken", naming file and tensor.
@@ -94,7 +102,7 @@ class Checkpoint:
             if stored.shape != tuple(shape):
                 raise _broken(stored.file, f"is {list(stored.shape)}, the model's is {list(shape)}", name)
         for name, stored in self.stored.items():
-            if name not in shapes:
+            if name not in shapes and name not in ignored:
                 raise _broken(stored.file, "is no tensor of the model", name)
 
     def _named(self, name: str) -> Stored:
@@ -165,6 +173,13 @@ def read_json(path: Path) -> dict[str, Any]:
     return _object(path.read_bytes(), path)
 
 
+def is_known(config: Mapping[str, Any]) -> bool:
+    """Whether type and class are those of a class of transformers that we know: without trust it loads that, and runs no code of
+    the folder, whatever `auto_map` names."""
+    target = BY_NAME.get(str(config.get("model_type")))
+    return target is not None and config.get("architectures") == [target.model_class]
+
+
 def require_trust(folder: Path | str, *, trusted: bool) -> None:
     """Refuse a folder whose own code would run, unless the user trusts it.
 
@@ -189,7 +204,7 @@ def require_trust(folder: Path | str, *, trusted: bool) -> None:
 
 def _foreign_code(config: Mapping[str, Any]) -> str | None:
     """The key of a configuration that makes transformers run code other than its own: the folder's, or kernels of a hub."""
-    if config.get("auto_map"):
+    if config.get("auto_map") and not is_known(config):
         return "auto_map"
     return next((key for key in IMPLEMENTATIONS if "/" in str(config.get(key, ""))), None)
 

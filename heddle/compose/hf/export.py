@@ -17,8 +17,18 @@ from transformers import GenerationConfig
 
 from heddle.compose.hf.card import KINDS, Card, Checked, ParityRow, render
 from heddle.compose.hf.flatten import CONFIG, ENCODER, ENTRIES, MODEL, flatten
+from heddle.compose.hf.generation import FILE as GENERATION_CONFIG
+from heddle.compose.hf.generation import Generation
 from heddle.compose.hf.model import HeddlePreTrainedModel
-from heddle.compose.hf.native import AUTO, MARK, REMOTE, chosen_target, left_by_auto, write_native
+from heddle.compose.hf.native import (
+    AUTO,
+    MARK,
+    REMOTE,
+    chosen_target,
+    left_by_auto,
+    write_json,
+    write_native,
+)
 from heddle.compose.hf.shards import MAX_SHARD_SIZE, as_umask_leaves, size_of, write_weights
 from heddle.compose.hf.tokenizer import BYTES, tokenizer_for
 from heddle.compose.hf.verify import AUTO as AUTO_BATTERY
@@ -53,6 +63,7 @@ def export(
     max_shard_size: str = MAX_SHARD_SIZE,
     target: str = REMOTE,
     battery: str = AUTO_BATTERY,
+    generation: Generation | None = None,
 ) -> ExportResult:
     """Writes config, weights, code, tokenizer and card to `out_dir`, all or nothing; `model` is of any kind that has a head.
 
@@ -62,6 +73,7 @@ def export(
     The folder is written beside `out_dir`, loaded in a process without heddle, compared, and only then given
     its name; `battery` is the form of the parity battery that it must pass, as of `heddle.compose.hf.verify.verify`. `overwrite`
     replaces an earlier export, and nothing else. Weights of more than `max_shard_size`, as "5GB", are spread over several files.
+    `generation` is how the model generates; if not given, with the special tokens of the tokenizer and nothing else.
 
     Raises:
         HeddleError: "bad-argument", "file-exists", "tokenizer-mismatch", "target-mismatch", "export-mismatch", "disk-full".
@@ -72,7 +84,7 @@ def export(
     native = chosen_target(target, model)
     note = left_by_auto(model) if target == AUTO and native is None else ""
     _check_free(out, overwrite=overwrite)
-    how = {"max_shard_size": max_shard_size, "battery": battery}
+    how: dict[str, Any] = {"max_shard_size": max_shard_size, "battery": battery, "generation": generation}
     try:
         return replace(_export(model, out, card, tokenizer, native, **how), note=note)
     except HeddleError as error:
@@ -91,14 +103,18 @@ def _export(
     *,
     max_shard_size: str,
     battery: str,
+    generation: Generation | None,
 ) -> ExportResult:
     with _folder_beside(out) as folder:
         with _full_disk_told(out):
             made = _write_tokenizer(model, folder, tokenizer)
+            ids = _ids(made) if generation is None else generation.ids
             if native is None:
-                write_remote(model, folder, _ids(made), max_shard_size)
+                write_remote(model, folder, ids, max_shard_size)
             else:
-                write_native(model, folder, native, _ids(made), max_shard_size)
+                write_native(model, folder, native, ids, max_shard_size)
+            if generation is not None and model.can_generate():
+                write_json(folder / GENERATION_CONFIG, generation.fields)
         checked = verify(model, folder, trusted=native is None, battery=battery)
         with _full_disk_told(out):
             text = render(card, _checked(model, checked, native))
@@ -160,7 +176,7 @@ def _write_tokenizer(model: HeddlePreTrainedModel, folder: Path, tokenizer: str)
 def write_remote(
     model: HeddlePreTrainedModel,
     folder: Path,
-    ids: Mapping[str, int | None],
+    ids: Mapping[str, Any],
     max_shard_size: str = MAX_SHARD_SIZE,
 ) -> None:
     """config.json with the spec in it, generation_config.json, the weights and the code; `ids` are those of special tokens."""

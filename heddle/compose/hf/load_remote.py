@@ -14,6 +14,7 @@ from heddle.compose.build import build, config_for
 from heddle.compose.hf.checkpoint import CONFIG, Checkpoint, open_checkpoint
 from heddle.compose.hf.config import HeddleConfig
 from heddle.compose.hf.export import source_files
+from heddle.compose.hf.generation import Generation, read_generation
 from heddle.compose.hf.model import HeddlePreTrainedModel
 from heddle.errors import HeddleError, Where
 from heddle.specs import Spec, loads
@@ -27,10 +28,13 @@ FIELDS = (
 
 @dataclass(frozen=True, slots=True)
 class ImportedRemote:
-    """A model read from a folder and its spec; `note` tells where the folder's code is another than would be written today."""
+    """A model read from a folder, its spec, and how it generates; `note` tells where the folder's code is another than would be
+    written today."""
 
     spec: Spec
     model: HeddlePreTrainedModel
+    checkpoint: Checkpoint
+    generation: Generation
     note: str = ""
 
 
@@ -51,8 +55,10 @@ def read_remote(folder: Path | str, *, name: str, tokenizer: str = "bytes") -> I
     checkpoint = open_checkpoint(folder)
     spec = _spec(checkpoint, {"name": name, "tokenizer": tokenizer})
     model = _understood(spec, checkpoint)
+    generation = read_generation(checkpoint.folder, checkpoint.config, checkpoint.config)
     _load(checkpoint, model)
-    return ImportedRemote(spec, model.eval(), _other_code(model, checkpoint.folder))
+    note = _other_code(model, checkpoint.folder)
+    return ImportedRemote(spec, model.eval(), checkpoint, generation, note)
 
 
 def _spec(checkpoint: Checkpoint, fields: Mapping[str, str]) -> Spec:

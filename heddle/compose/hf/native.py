@@ -90,7 +90,7 @@ def write_native(
     model: HeddlePreTrainedModel,
     folder: Path,
     target: Target,
-    ids: Mapping[str, int | None],
+    ids: Mapping[str, Any],
     max_shard_size: str = MAX_SHARD_SIZE,
 ) -> None:
     """config.json, generation_config.json, the weights in one file or several; `ids` are those of special tokens.
@@ -105,15 +105,15 @@ def write_native(
     # The plan fits, so that a name which is left over is a mistake of ours.
     assert not names.missing, names.missing
     assert not names.left, names.left
-    _write_json(folder / "config.json", _file(model, target, config, ids))
+    write_json(folder / "config.json", _file(model, target, config, ids))
     GenerationConfig(**ids).save_pretrained(folder)
     stored = {name: one.clone() for name, one in weights.items()} | tables(target.name, config)
     write_weights(stored, folder, max_shard_size)
-    _write_json(folder / MARK, {"heddle": __version__, "target": target.name})
+    write_json(folder / MARK, {"heddle": __version__, "target": target.name})
 
 
 def _file(
-    model: HeddlePreTrainedModel, target: Target, config: Config, ids: Mapping[str, int | None]
+    model: HeddlePreTrainedModel, target: Target, config: Config, ids: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The whole of config.json. Ids that are none are written, because some classes have others for those that are absent."""
     dtype = str(model.dtype).removeprefix("torch.")
@@ -125,5 +125,6 @@ def _weights(model: HeddlePreTrainedModel) -> dict[str, Any]:
     return {name: held.detach().cpu() for name, held in model.state_dict().items() if name not in tied}
 
 
-def _write_json(path: Path, data: Mapping[str, Any]) -> None:
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """One of the small files of a folder."""
     path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")

@@ -70,6 +70,9 @@ def generated(model: Any, tokenizer: Any, task: dict[str, Any]) -> tuple[str, in
     """A text, and how many of its tokens are others without a cache, if that is asked."""
     prompt = tokenizer(task["prompt"], return_tensors="pt")
     options = {"max_new_tokens": task["new_tokens"], "do_sample": False}
+    if task["checks_cache"]:
+        # As many as are told, greedily, whatever stops the model and however it generates by default.
+        options |= {"min_new_tokens": task["new_tokens"], "num_beams": 1}
     tokens = model.generate(**prompt, **options)
     again = model.generate(**prompt, **options, use_cache=False) if task["checks_cache"] else tokens
     # One may have ended before the other.

@@ -12,6 +12,7 @@ from heddle.compose.hf.checkpoint import TOKENIZER_CONFIG, read_json
 from heddle.errors import HeddleError, Where
 
 BYTES = "bytes"
+CHAT_TEMPLATE, MORE_TEMPLATES = "chat_template.jinja", "additional_chat_templates"
 # The token of byte 0 and of padding. It is written as itself, so that it takes no other character's place.
 NUL = "\x00"
 
@@ -80,16 +81,23 @@ def _read(path: Path, context_length: int) -> Any:
     folder = path if path.is_dir() else path.parent
     file = folder / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
-        raise HeddleError("file-not-found", f"no tokenizer at {path}", where=Where(path="tokenizer"))
+        hint = f'put its tokenizer.json there, or name another; "{BYTES}" is right where ids are bytes'
+        raise HeddleError(
+            "file-not-found", f"no tokenizer at {path}", where=Where(path="tokenizer"), hint=hint
+        )
     config = _config_beside(file)
     try:
         if config is not None:
             return AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, padding_side="left", trust_remote_code=False
             )
-        return PreTrainedTokenizerFast(
+        made = PreTrainedTokenizerFast(
             tokenizer_file=str(file), padding_side="left", model_max_length=context_length
         )
+        template = file.with_name(CHAT_TEMPLATE)
+        if file.name == "tokenizer.json" and template.is_file():
+            made.chat_template = template.read_text(encoding="utf-8")
+        return made
     # The Rust side raises bare Exception.
     except Exception as error:
         where = Where(path="tokenizer", file=str(file))

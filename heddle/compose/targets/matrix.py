@@ -92,8 +92,9 @@ def _export(name: str, version: str, told: Row) -> str:
 
 
 def _imports(rows: Sequence[Row]) -> Iterator[str]:
-    yield "| class | transformers | configurations | float32, begun | float32 | float64 | bfloat16 | the same model |"
-    yield "|---|---|---|---|---|---|---|---|"
+    heads = "float32, begun | float32 | float64 | the lesser | bfloat16 | the same model"
+    yield f"| class | transformers | configurations | {heads} |"
+    yield "|---|---|---|---|---|---|---|---|---|"
     last = next((row for row in reversed(rows) if "imports" in row), None)
     for name, told in ({} if last is None else last["imports"]).items():
         assert last is not None
@@ -101,7 +102,7 @@ def _imports(rows: Sequence[Row]) -> Iterator[str]:
         count = told["configurations"]
         cells = (
             f"`{name}`", last["transformers"], f"{count}", _apart(told.get("begun")), f"{told['float32']:.1e}{over}",
-            f"{told['float64']:.1e}", f"{told['bfloat16']:.1%}", f"{told['held']} of {count}",
+            f"{told['float64']:.1e}", _apart(told.get("least")), f"{told['bfloat16']:.1%}", f"{told['held']} of {count}",
         )  # fmt: skip
         yield f"| {' | '.join(cells)} |"
 
