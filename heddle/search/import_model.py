@@ -9,16 +9,12 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from heddle.compose.build import build
 from heddle.compose.hf.checkpoint import CONFIG, INDEX, TOKENIZER_CONFIG, fill, read_config, read_json
@@ -28,6 +24,7 @@ from heddle.compose.hf.load_native import Imported, read_native
 from heddle.compose.hf.load_remote import ImportedRemote, is_remote, read_remote
 from heddle.compose.hf.model import HeddlePreTrainedModel
 from heddle.compose.hf.native import REMOTE
+from heddle.compose.hf.shards import write_file
 from heddle.compose.hf.tokenizer import CHAT_TEMPLATE, MORE_TEMPLATES
 from heddle.errors import HeddleError
 from heddle.search.durable import full_disk_told, write_json, write_whole
@@ -77,7 +74,8 @@ def import_folder(folder: Path | str, out: Path | str) -> ImportResult:
             f"no {TOKENIZER} in the folder: put one into {tokenizer}, which the spec names; train, search and export need it"
         )
     write_whole(out / SPEC_FILE, to_yaml(read.spec).encode())
-    _write_weights(read.model, out / WEIGHTS_FILE)
+    with full_disk_told(out / WEIGHTS_FILE):
+        write_file(weights_of(read.model), out / WEIGHTS_FILE)
     if read.model.can_generate():
         taken.add(GENERATION_CONFIG)
         write_json(out / GENERATION_CONFIG, read.generation.fields)
@@ -106,17 +104,6 @@ def _left(read: Imported | ImportedRemote, taken: set[str]) -> tuple[str, ...]:
     if GENERATION_CONFIG in taken:
         left += [f"{name} of {GENERATION_CONFIG}" for name in read.generation.left]
     return tuple(left)
-
-
-def _write_weights(model: HeddlePreTrainedModel, path: Path) -> None:
-    """Straight from the model's memory; the library calls a full disk an error of its own."""
-    with full_disk_told(path):
-        try:
-            save_file(weights_of(model), path, metadata={"format": "pt"})
-        except SafetensorError as error:
-            if f"os error {errno.ENOSPC}" not in str(error):
-                raise
-            raise OSError(errno.ENOSPC, str(error)) from error
 
 
 def is_import(path: Path | str) -> bool:

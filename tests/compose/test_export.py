@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -298,10 +299,18 @@ def test_only_an_earlier_export_is_overwritten(tmp_path: Path) -> None:
     assert (tmp_path / "other" / "thesis.tex").read_text() == "mine"
 
 
+FULL = "No space left on device"
+# As Python tells a full disk, and as the library of safetensors does.
+FULL_DISKS = [OSError(errno.ENOSPC, FULL), SafetensorError(f"I/O error: {FULL} (os error {errno.ENOSPC})")]
+
+
 @pytest.mark.usefixtures("_unchecked")
-def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("told", FULL_DISKS, ids=["python", "safetensors"])
+def test_a_full_disk_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: Exception
+) -> None:
     def fail(*_: Any, **__: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise told
 
     monkeypatch.setattr(shards, "save_file", fail)
     with pytest.raises(HeddleError, match="no space left") as error:

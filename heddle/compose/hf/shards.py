@@ -6,8 +6,10 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from errno import EDQUOT, ENOSPC
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -28,11 +30,11 @@ def write_weights(weights: Mapping[str, Tensor], folder: Path, max_shard_size: s
     """
     shards = _split(weights, size_of(max_shard_size))
     if len(shards) == 1:
-        _write(shards[0], folder / WEIGHTS)
+        write_file(shards[0], folder / WEIGHTS)
         return
     files = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
     for file, shard in zip(files, shards, strict=True):
-        _write(shard, folder / file)
+        write_file(shard, folder / file)
     weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
     metadata = {
         "total_parameters": sum(tensor.numel() for tensor in weights.values()),
@@ -69,8 +71,15 @@ def _split(weights: Mapping[str, Tensor], limit: int) -> list[dict[str, Tensor]]
     return shards
 
 
-def _write(shard: Mapping[str, Tensor], path: Path) -> None:
-    save_file(dict(shard), path, metadata={"format": "pt"})
+def write_file(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """One file of safetensors. Raises OSError also for a full disk, which the library calls an error of its own."""
+    try:
+        save_file(dict(tensors), path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        code = next((code for code in (ENOSPC, EDQUOT) if f"os error {code})" in str(error)), None)
+        if code is None:
+            raise
+        raise OSError(code, str(error)) from error
     # The library's files are their owner's alone.
     path.chmod(as_umask_leaves(0o666))
 
