@@ -219,6 +219,18 @@ def model_spec(name: str, seed: int = 0) -> ModelSpec:
     return ModelSpec.model_validate(SPECS[name](random.Random(f"{name} {seed}")))
 
 
+def without_period(name: str, seed: int = 0) -> ModelSpec:
+    """Seven layers whose blocks repeat no pattern, where the class has two."""
+    some = random.Random(f"{name} {seed}")
+    data = SPECS[name](some)
+    blocks = [*data["blocks"]]
+    while True:
+        layers = [some.choice(blocks) for _ in range(7)]
+        repeats = any(layers == (layers[:period] * 7)[:7] for period in range(1, 4))
+        if len(blocks) == 1 or not repeats:
+            return ModelSpec.model_validate({**data, "layers": layers})
+
+
 @torch.no_grad()
 def ready(spec: ModelSpec, seed: int = 0) -> Any:
     """A model whose every weight counts."""

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from native_specs import SPECS, begun, model_spec, ready, written
+from native_specs import SPECS, begun, model_spec, ready, without_period, written
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -84,6 +84,30 @@ def test_a_random_spec_computes_the_same_there_and_comes_back(name: str, seed: i
     back = read_native(folder, name="back")
     assert spec_hash(back.spec.model) == spec_hash(spec)
     assert torch.equal(back.model(ids).logits, expected)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+@every_target
+@pytest.mark.filterwarnings("ignore")
+def test_seven_layers_without_a_period_compute_the_same_there(name: str, tmp_path: Path) -> None:
+    spec = without_period(name)
+    ours = begun(spec)
+    folder = written(ours, name, tmp_path / "out")
+    theirs, _ = loaded(folder)
+    ids = torch.randint(256, (2, 70), generator=torch.Generator().manual_seed(0))
+    assert apart({"ids": theirs(ids, use_cache=False).logits}, {"ids": ours(ids).logits}) <= 1e-5
+    greedy = {
+        "input_ids": ids[:1, :9],
+        "attention_mask": torch.ones(1, 9),
+        "max_new_tokens": 64,
+        "do_sample": False,
+    }
+    tokens = ours.generate(**greedy)
+    assert torch.equal(tokens, theirs.generate(**greedy, use_cache=False))
+    if not BY_NAME[name].miscounts(runtime_of(ours)):
+        assert torch.equal(tokens, theirs.generate(**greedy))
+    assert spec_hash(read_native(folder, name="back").spec.model) == spec_hash(spec)
 
 
 @pytest.mark.slow
