@@ -91,7 +91,7 @@ def test_a_replay_predicts_by_the_lockfile_and_not_by_a_newer_fit(lock_alone: Pa
     assert [trial.state for trial in made.run.trials] == [trial["state"] for trial in lock["trials"]]
 
 
-@pytest.mark.parametrize("phase", ["parameters", "cache_bytes", "train"])
+@pytest.mark.parametrize("phase", ["parameters", "cache_bytes", "generate"])
 def test_nothing_is_timed_in_an_unknown_phase(phase: str) -> None:
     with pytest.raises(HeddleError, match=phase) as caught:
         Place(phase, 1, 64)

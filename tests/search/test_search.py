@@ -334,9 +334,9 @@ def test_an_event_that_finds_no_space_ends_the_search_and_a_resume_finishes_it(
 ) -> None:
     write = LineLog.write
 
-    def full_at_the_second_trial(self: LineLog, value: dict[str, Any]) -> None:
-        if value["event"] != "trial_finished" or value["number"] != 1:
-            write(self, value)
+    def full_at_the_second_trial(self: LineLog, *values: dict[str, Any]) -> None:
+        if all((value["event"], value.get("number")) != ("trial_finished", 1) for value in values):
+            write(self, *values)
             return
         with full_disk_told(self.path):
             # A part of the line was written when the disk was full.
