@@ -32,7 +32,15 @@ def row(trial: Trial, seen: Latency, run: Run) -> list[object]:
     """One timing, under `HEADER`."""
     paths = ", ".join(f"{kind}: {path}" for kind, path in seen.paths.items())
     measured = (words.latency_text(seen), words.ratio_text(seen), words.peak_text(seen))
-    return [data.name_of(trial, run), seen.label, *measured, seen.n, words.method_text(seen), seen.dtype, paths]
+    return [
+        data.name_of(trial, run),
+        seen.label,
+        *measured,
+        seen.n,
+        words.method_text(seen),
+        seen.dtype,
+        paths,
+    ]
 
 
 def again_rows(run: Run) -> list[list[object]]:
