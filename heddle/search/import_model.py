@@ -95,7 +95,12 @@ def _read(folder: Path, **fields: str) -> Imported | ImportedRemote:
 
 def _left(read: Imported | ImportedRemote, taken: set[str]) -> tuple[str, ...]:
     """Files of the folder, and fields and tensors of those that were taken, which nothing in the import holds."""
-    left = sorted(one.name for one in read.checkpoint.folder.iterdir() if one.name not in taken)
+    left = []
+    for one in sorted(read.checkpoint.folder.iterdir()):
+        inside = [f"{one.name}/{file.name}" for file in one.iterdir()] if one.is_dir() else []
+        # Of a folder that was taken in part what is left is named.
+        names = sorted(inside) if any(name in taken for name in inside) else [one.name]
+        left += [name for name in names if one.name not in taken and name not in taken]
     if isinstance(read, Imported):
         left += [f"{name} of {CONFIG}" for name in read.left]
         if read.ignored:
@@ -146,10 +151,13 @@ def _copy_tokenizer(source: Path, out: Path) -> set[str]:
     named = [name for name in TOKENIZER_FILES if (source / name).is_file()]
     if TOKENIZER_CONFIG in named and read_json(source / TOKENIZER_CONFIG).get("auto_map"):
         named.remove(TOKENIZER_CONFIG)
-    more = sorted((source / MORE_TEMPLATES).glob("*.jinja"))
+    more = sorted(path for path in (source / MORE_TEMPLATES).glob("*.jinja") if path.is_file())
     with full_disk_told(out.parent):
         out.mkdir(parents=True)
         for name in (TOKENIZER, *named, *(f"{MORE_TEMPLATES}/{path.name}" for path in more)):
             (out / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(source / name, out / name)
-    return {TOKENIZER, *named, *([MORE_TEMPLATES] if more else [])}
+    held = {f"{MORE_TEMPLATES}/{path.name}" for path in more}
+    if more and held == {f"{MORE_TEMPLATES}/{path.name}" for path in (source / MORE_TEMPLATES).iterdir()}:
+        held.add(MORE_TEMPLATES)
+    return {TOKENIZER, *named, *held}

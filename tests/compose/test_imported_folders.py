@@ -21,6 +21,7 @@ from heddle import api, cli
 from heddle.compose.hf import battery, harness, reload
 from heddle.compose.hf import export as export_file
 from heddle.compose.hf.checkpoint import UNUSED_CODE
+from heddle.compose.hf.tokenizer import tokenizer_for
 from heddle.compose.hf.verify import SHORT, Verification
 from heddle.errors import HeddleError
 from heddle.specs import load
@@ -134,8 +135,11 @@ def test_chat_templates_are_kept_where_the_configuration_of_a_tokenizer_is_not(
     )
     (chatty / "additional_chat_templates").mkdir()
     (chatty / "additional_chat_templates" / "rag.jinja").write_text("rag")
+    (chatty / "additional_chat_templates" / "notes.txt").write_text("mine")
     made = api.import_model(chatty, tmp_path / "in")
-    assert "tokenizer_config.json" in made.left
+    assert {"tokenizer_config.json", "additional_chat_templates/notes.txt"} <= {*made.left}
+    read = tokenizer_for(str(made.path / "tokenizer"), vocab_size=256, context_length=64)
+    assert read.chat_template == {"default": TEMPLATE, "rag": "rag"}
     assert (made.path / "tokenizer" / "additional_chat_templates" / "rag.jinja").read_text() == "rag"
     assert (made.path / "tokenizer" / "chat_template.jinja").read_text() == TEMPLATE
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import GenerationConfig
 
-from heddle.compose.hf.checkpoint import read_json
+from heddle.compose.hf.checkpoint import CONFIG, read_json
 from heddle.errors import HeddleError, Where
 
 FILE = "generation_config.json"
@@ -45,7 +45,7 @@ def read_generation(folder: Path, stored: Mapping[str, Any], full: Mapping[str, 
     Without a generation_config.json transformers takes the fields of that name in config.json.
 
     Raises:
-        HeddleError: "import-mismatch" for a generation_config.json that transformers refuses, and what `read_json` raises.
+        HeddleError: "import-mismatch" for fields that transformers refuses, and what `read_json` raises.
     """
     file = folder / FILE
     told = read_json(file) if file.is_file() else {name: stored.get(name) for name in KEPT}
@@ -54,7 +54,8 @@ def read_generation(folder: Path, stored: Mapping[str, Any], full: Mapping[str, 
         GenerationConfig(**fields)
     # Its checks compare what they are given: a string with a number raises a TypeError.
     except (TypeError, ValueError) as error:
-        what = f"{FILE} is refused by GenerationConfig: {error}"
+        file = file if file.is_file() else folder / CONFIG
+        what = f"{file.name} is refused by GenerationConfig: {error}"
         raise HeddleError("import-mismatch", what, where=Where(file=str(file))) from error
     left = (name for name, value in told.items() if name not in KEPT and name not in _NOTES and value)
     return Generation({name: full.get(name) for name in IDS}, fields, tuple(sorted(left)))

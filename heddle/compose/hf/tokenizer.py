@@ -77,6 +77,13 @@ def _config_beside(file: Path) -> Path | None:
     return config
 
 
+def _templates(folder: Path) -> dict[str, str]:
+    """The chat templates of a folder by their names, that of its own file as "default"."""
+    files = {"default": folder / CHAT_TEMPLATE}
+    files |= {file.stem: file for file in sorted((folder / MORE_TEMPLATES).glob("*.jinja"))}
+    return {name: file.read_text(encoding="utf-8") for name, file in files.items() if file.is_file()}
+
+
 def _read(path: Path, context_length: int) -> Any:
     folder = path if path.is_dir() else path.parent
     file = folder / "tokenizer.json" if path.is_dir() else path
@@ -94,9 +101,10 @@ def _read(path: Path, context_length: int) -> Any:
         made = PreTrainedTokenizerFast(
             tokenizer_file=str(file), padding_side="left", model_max_length=context_length
         )
-        template = file.with_name(CHAT_TEMPLATE)
-        if file.name == "tokenizer.json" and template.is_file():
-            made.chat_template = template.read_text(encoding="utf-8")
+        if file.name == "tokenizer.json" and (templates := _templates(file.parent)):
+            # transformers holds one alone as text.
+            alone = [*templates] == ["default"]
+            made.chat_template = templates["default"] if alone else templates
         return made
     # The Rust side raises bare Exception.
     except Exception as error:

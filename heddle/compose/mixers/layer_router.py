@@ -107,6 +107,8 @@ class LayerRouterModule(CompositeMixer):
         # Who has begun with both goes on with both.
         if cache is not None and cache.get_seq_length() > 0:
             return cache.single
+        if cache is not None:
+            cache.single = None
         if not can_wait(route):
             return None
         first = (route[..., 0] >= route[..., 1]).flatten().tolist()
