@@ -38,7 +38,7 @@ from heddle.search.study import Study
 from heddle.specs import to_yaml
 
 BEFORE_FINISH = ("start", "ask", "timing", "training")
-BEFORE_EXPORT = (*BEFORE_FINISH, "remeasure", "confirm")
+BEFORE_EXPORT = (*BEFORE_FINISH, "remeasure", "confirm", "longer")
 
 
 class Driver:
@@ -130,12 +130,13 @@ class Driver:
             rounds = self.log.clock_s / told * max(0, self.setting.trials - self.told)
             if self.setting.seconds is not None:
                 rounds = min(rounds, max(0.0, self.setting.seconds - self.elapsed_s))
-        confirming = 2 * self.setting.confirm_seeds * len(self.setting.objectives) + longer.cost(self.setting)
+        confirming = 2 * self.setting.confirm_seeds * len(self.setting.objectives)
+        done = self.evaluations.trained - self._trained_before
         if self._phase == "confirm":
-            confirming -= self.evaluations.trained - self._trained_before
-        return rounds + self.evaluations.seconds_for(
-            max(0, confirming) if self._phase in BEFORE_EXPORT else 0
-        )
+            confirming = max(0, confirming - done)
+        left = longer.cost(self.setting, done if self._phase == "longer" else 0)
+        left += 0 if self._phase == "longer" else confirming
+        return rounds + self.evaluations.seconds_for(left if self._phase in BEFORE_EXPORT else 0)
 
     # The rounds.
 

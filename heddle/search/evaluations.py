@@ -40,6 +40,8 @@ class Request:
     arguments: tuple[Any, ...]
     # From a lockfile: the "result" or the "reason" that stand for making the call.
     known: Mapping[str, Any] | None = None
+    # So many times as long as the search's own, where it is longer; a limit of time grows with it.
+    times: float = 1.0
     # Whether it is one of several trainings, the best of which keeps its weights (`Evaluations.keep_weights`).
     is_one_of_several: bool = False
 
@@ -102,7 +104,7 @@ class Evaluations:
             if request.known is not None:
                 self._put(request, request.known["result"], request.known["reason"], attempts=0)
         jobs = [
-            Job(request.call, request.arguments, request, limit_s=self._limit(request.stage))
+            Job(request.call, request.arguments, request, limit_s=self._limit(request))
             for request in missing.values()
             if request.known is None
         ]
@@ -110,11 +112,13 @@ class Evaluations:
             self.flying -= 1
             self._write(answer)
 
-    def _limit(self, stage: str) -> float | None:
+    def _limit(self, request: Request) -> float | None:
         """Seconds an evaluation may take: what the spec says, else far more than any took so far."""
-        if self._timeout is not None or stage not in self._longest:
-            return self._timeout
-        return max(LEAST_LIMIT_S, TIMES_THE_LONGEST * self._longest[stage])
+        if self._timeout is not None:
+            return self._timeout * request.times
+        if request.stage not in self._longest:
+            return None
+        return max(LEAST_LIMIT_S, TIMES_THE_LONGEST * self._longest[request.stage])
 
     def _note(self, stage: str, wall_s: float) -> None:
         self._longest[stage] = max(wall_s, self._longest.get(stage, 0.0))

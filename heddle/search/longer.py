@@ -47,14 +47,14 @@ def asked_of(setting: Setting) -> LongerSpec | None:
     return None if search is None else search.confirm_longer
 
 
-def cost(setting: Setting) -> int:
-    """As much as about so many trainings of the search, to tell how long it takes."""
+def cost(setting: Setting, done: int = 0) -> int:
+    """As much as about so many trainings of the search is left after `done` longer ones, to tell how long it takes."""
     asked = asked_of(setting)
     if asked is None:
         return 0
     placements = asked.best * (1 if setting.file.space.placement is None else 2)
     trainings = asked.seeds * placements * sum(len(one.recipes) for one in setting.objectives)
-    return round(asked.times * trainings)
+    return round(asked.times * max(0, trainings - done))
 
 
 def confirm_longer(driver: Driver, best: int) -> None:
@@ -70,7 +70,7 @@ def confirm_longer(driver: Driver, best: int) -> None:
     seeds = unseen_seeds(setting.objectives[0].recipe.seed, asked.seeds)
     objectives = [_longer(each, asked.times) for each in setting.objectives]
     driver.enter("longer", f"{len(sides)} placements, {asked.times:g} times as long")
-    requests = [_requests(setting, side, objectives, seeds) for side in sides]
+    requests = [_requests(setting, side, objectives, seeds, times=asked.times) for side in sides]
     driver.evaluations.train_all(request for each in requests for request in each.values())
     if driver.stopping:
         return
@@ -89,13 +89,17 @@ def confirm_longer(driver: Driver, best: int) -> None:
 def _ranked(driver: Driver, most: int, best: int) -> list[Trial]:
     """The best trials in the order of the search, each spec once; the winner stands for its spec."""
     own = [trial for number, trial in driver.trials.items() if number >= 0 and trial.feasible]
-    order = sorted(own, key=lambda trial: (-(trial.quality or -math.inf), trial.number != best, trial.number))
+    order = sorted(own, key=lambda trial: (-_quality(trial), trial.number != best, trial.number))
     first: dict[str, Trial] = {}
     for trial in order:
         first.setdefault(trial.hash, trial)
     ranked = list(first.values())
     winner = next(trial for trial in ranked if trial.hash == driver.trials[best].hash)
     return ranked[:most] if winner in ranked[:most] else [*ranked[: most - 1], winner]
+
+
+def _quality(trial: Trial) -> float:
+    return -math.inf if trial.quality is None else trial.quality
 
 
 def _sides(setting: Setting, trials: list[Trial]) -> tuple[list[Side], list[str]]:
@@ -123,9 +127,12 @@ def _longer(objective: Objective, times: float) -> Objective:
     return replace(objective, recipes=tuple(recipes), is_longer=True)
 
 
-def _requests(setting: Setting, side: Side, objectives: list[Objective], seeds: tuple[int, ...]) -> Requests:
+def _requests(
+    setting: Setting, side: Side, objectives: list[Objective], seeds: tuple[int, ...], *, times: float
+) -> Requests:
     def request(each: Objective, recipe: Recipe, seed: int) -> Request:
-        return setting.training(side.trial.number, side.one, each, recipe=recipe, seed=seed)
+        made = setting.training(side.trial.number, side.one, each, recipe=recipe, seed=seed)
+        return replace(made, times=times)
 
     return {
         (each.info.name, recipe.learning_rate, seed): request(each, recipe, seed)

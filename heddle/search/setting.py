@@ -149,7 +149,8 @@ class Setting:
             "purpose": purpose,
             "environment": self.environment,
         }
-        reads = self.kept.task if routes(one.model) else None
+        routed = routes(one.model) or (beside is not None and routes(beside.model))
+        reads = self.kept.task if routed else None
         inputs |= {} if reads is None else {"reads": reads.digest}
         inputs |= {} if weights is None else {"weights": "trained"}
         call = partial(
