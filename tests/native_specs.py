@@ -18,6 +18,21 @@ from heddle.specs import ModelSpec
 HIDDEN = 32
 IDS = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
 Data = dict[str, Any]
+# A spec that qwen3_5_text holds.
+HYBRID = """\
+version: 1
+name: hybrid
+model:
+  vocab_size: 256
+  hidden_size: 32
+  context_length: 128
+  blocks:
+    linear: {mixer: {kind: gated_deltanet, heads: 2}, channel: {kind: swiglu}}
+    full:
+      mixer: {kind: attention, heads: 2, head_dim: 16, qk_norm: true, gate: true, rope: {fraction: 0.5}}
+      channel: {kind: swiglu}
+  layers: [linear, full, full]
+"""
 
 
 def scaling(some: random.Random) -> Data | None:

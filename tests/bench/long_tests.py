@@ -22,6 +22,8 @@ from importlib.metadata import version
 from pathlib import Path
 from xml.etree import ElementTree
 
+from heddle.search.cores import processor_name
+
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"
 SELECTED = ["-m", "not gpu", "--full-counts"]
@@ -43,13 +45,6 @@ def commit() -> str | None:
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     return done.stdout.strip() or None
-
-
-def processor() -> str:
-    """The name of the processor, as far as the system tells it."""
-    told = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = (line.partition(":")[2].strip() for line in told if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
 
 
 def main() -> None:
@@ -78,7 +73,7 @@ def main() -> None:
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "commit": tested,
         "device": "cpu",
-        "processor": processor(),
+        "processor": processor_name(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "torch": version("torch"),

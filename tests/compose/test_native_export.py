@@ -15,6 +15,7 @@ from typing import Any, get_args
 import pytest
 import torch
 import transformers as hf
+from native_specs import HYBRID
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -35,20 +36,6 @@ from heddle.specs import ModelSpec, load, spec_hash
 from heddle.specs.search import TargetName
 
 ROOT = Path(__file__).parents[2]
-HYBRID = """\
-version: 1
-name: hybrid
-model:
-  vocab_size: 256
-  hidden_size: 32
-  context_length: 128
-  blocks:
-    linear: {mixer: {kind: gated_deltanet, heads: 2}, channel: {kind: swiglu}}
-    full:
-      mixer: {kind: attention, heads: 2, head_dim: 16, qk_norm: true, gate: true, rope: {fraction: 0.5}}
-      channel: {kind: swiglu}
-  layers: [linear, full, full]
-"""
 CARD = Card("tiny", "version: 1\nname: tiny\n")
 
 

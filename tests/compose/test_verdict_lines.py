@@ -6,27 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from native_specs import HYBRID
 from typer.testing import CliRunner
 
 from heddle import api
 from heddle.cli import app
 from heddle.compose.hf.export import ExportResult
 from heddle.target_tables import show_exported
-
-HYBRID = """\
-version: 1
-name: hybrid
-model:
-  vocab_size: 256
-  hidden_size: 32
-  context_length: 128
-  blocks:
-    linear: {mixer: {kind: gated_deltanet, heads: 2}, channel: {kind: swiglu}}
-    full:
-      mixer: {kind: attention, heads: 2, head_dim: 16, qk_norm: true, gate: true, rope: {fraction: 0.5}}
-      channel: {kind: swiglu}
-  layers: [linear, full, full]
-"""
 
 
 @pytest.fixture(scope="module")

@@ -80,3 +80,26 @@ def test_events_tell_room_and_places(tmp_path: Path) -> None:
     assert (log.events[0]["parallel"], log.events[0]["gpus"]) == (8, 2)
     placed = log.events[2]
     assert (placed["number"], placed["stage"], placed["node"], placed["gpus"]) == (0, "text", "here", ["1"])
+
+
+class Limited(Placing):
+    """Workers that note how long each job may take."""
+
+    def __init__(self) -> None:
+        self.limits = list[float | None]()
+
+    def side_by_side(self, jobs: list[Job], watcher: Any) -> list[Answer]:
+        self.limits += [job.limit_s for job in jobs]
+        return super().side_by_side(jobs, watcher)
+
+
+def test_a_training_that_is_longer_has_a_timeout_as_much_longer(tmp_path: Path) -> None:
+    never: Any = lambda: False  # noqa: E731
+    workers: Any = Limited()
+    log = EventLog(tmp_path)
+    held = Evaluations(tmp_path, log, workers, on_tick=never, is_stopping=never, timeout=2.0)
+    inputs = {"tokens": 1}, {"tokens": 4}
+    asked = [Request(0, "spec", "mqar", one, len, (), times=one["tokens"]) for one in inputs]
+    held.train_all(asked)
+    log.close()
+    assert workers.limits == [2.0, 8.0]
