@@ -72,7 +72,9 @@ def _causal_conv1d_bwd_kernel(
             if j == 0:
                 for tap in tl.static_range(W):
                     at = token + tap - (W - 1)
-                    rows = load_rows(x_ptr, state_ptr, at, stride_t, columns, in_columns, length, W, HAS_STATE)
+                    rows = load_rows(
+                        x_ptr, state_ptr, at, stride_t, columns, in_columns, length, W, HAS_STATE
+                    )
                     d_weight += tl.where(taps[:, None] == tap, tl.sum(g * rows, axis=0)[None, :], 0.0)
         there = (token >= 0) & (token < length)
         at = dx_ptr + token.to(tl.int64)[:, None] * C + columns[None, :]

@@ -45,7 +45,9 @@ def convolve(
     for tap in tl.static_range(1, W):
         at = token + tap - (W - 1)
         rows = load_rows(x_ptr, state_ptr, at, stride, columns, in_columns, length, W, HAS_STATE)
-        y += rows * tl.load(weight_ptr + columns * W + tap, mask=in_columns, other=0.0).to(tl.float32)[None, :]
+        y += (
+            rows * tl.load(weight_ptr + columns * W + tap, mask=in_columns, other=0.0).to(tl.float32)[None, :]
+        )
     return y
 
 
