@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from held import assert_held, over_settings
 from torch import Tensor
 
 from heddle.errors import HeddleError
 from heddle.kernels.rms_norm import rms_norm, rms_norm_reference
-from tests.held import assert_held, over_settings
 
 pytestmark = pytest.mark.usefixtures("kernels_on_gpu")
 
