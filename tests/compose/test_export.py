@@ -183,7 +183,8 @@ def test_only_the_kinds_in_use_travel(softmax: Any) -> None:
     parts = ("torch", "op", "launch", "fwd", "bwd")
     ops |= {f"_{op}_{part}" for op in ("block_attention", "sliding_window_attention") for part in parts}
     ops |= {f"_head_sparse_attention_{part}" for part in ("op", "launch", "fwd", "bwd", "lists")}
-    ops |= {"_block_attention_lists"}
+    # Every norm of rows has kernels too.
+    ops |= {"_block_attention_lists", "rms_norm", "_rms_norm_op", "_rms_norm_kernels"}
     assert kernels - shared == {f"kernels_{op}.py" for op in ops}
     assert "kernels_configs_block_attention.py" in shared
     assert not [name for name in names if "delta" in name or "swiglu" in name]

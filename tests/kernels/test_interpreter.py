@@ -27,6 +27,7 @@ OPS = {
     "gla and not simple": "65 or packed and not float32",
     "kda": "kda-cpu-float32 and 65 or kda-cpu-float16 and packed_sequences",
     "ttt": "ttt-cpu-float32 and 65 or ttt-cpu-float16 and packed_sequences",
+    "causal_conv1d": "causal_conv1d-cpu-float32 and 65 or causal_conv1d-cpu-float16 and packed_sequences",
 }
 CONTRACTS, REPLAY = "tests/contracts/test_ops.py", "tests/kernels/test_replay.py"
 # Attention and a layer's step, whose contract is their own, and forms of ops that contracts do not have.
@@ -55,6 +56,8 @@ OTHERS = {
     "test_local_linear_attention": "kernels_are and (step and float32 or slope and float16)",
     # Segments in full precision, ragged heads and a part of a tile in half.
     "test_routed_delta_rule": "reference and (whole and float32 or ragged and float16)",
+    # Rows that lie apart in half precision, each form once.
+    "test_rms_norm": "apart and float16 or reference and ragged and float32",
     # The loss and the norm that contracts do not have; padding.
     "test_ttt": "any_form and packed and l2-before or padding_of",
 }
@@ -65,7 +68,16 @@ def test_interpreted_kernels_keep_the_contract_and_are_repeated(full_counts: boo
     chosen = [f"test_ops and {op}" + ("" if full_counts else f" and ({some})") for op, some in OPS.items()]
     chosen.append("test_replay and cpu")
     done = _run_interpreted([CONTRACTS, REPLAY], " or ".join(f"({one})" for one in chosen))
-    for op in ("decay_attention", "simple_gla", "gated_delta_rule", "delta_rule", "gla", "kda", "ttt"):
+    for op in (
+        "decay_attention",
+        "simple_gla",
+        "gated_delta_rule",
+        "delta_rule",
+        "gla",
+        "kda",
+        "ttt",
+        "causal_conv1d",
+    ):
         assert re.search(rf"PASSED .*test_ops.py::.*[-\[]{op}-cpu", done), (
             f"no test of {op} in:\n{done[-4000:]}"
         )

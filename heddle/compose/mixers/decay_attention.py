@@ -74,9 +74,9 @@ class DecayAttentionModule(Initialised, Float32Kept):
     def _gated(self, o: Tensor, gate: Tensor) -> Tensor:
         """Norm, then gate.  Shapes:  o, out: [B, T, H, K];  gate: [B, T, H K]"""
         if self.form == "lightning":
-            joint: Tensor = self.norm(o.flatten(2)) * torch.sigmoid(gate)
+            joint: Tensor = self.norm(o.flatten(2), gate, "sigmoid")
             return joint.view_as(o)
-        per_head: Tensor = self.norm(o) * F.silu(gate).view_as(o)
+        per_head: Tensor = self.norm(o, gate.view_as(o))
         return per_head
 
     def initialise(self, std: float) -> None:  # noqa: ARG002 - the decays are fixed

@@ -56,9 +56,8 @@ class DeltaNetModule(nn.Module):
         q, k, v = (side.unflatten(-1, (self.heads, -1)) for side in qkv.split(self.sizes, dim=-1))
         # A token that is not written neither erases nor writes.
         beta = call.hide_unwritten(torch.sigmoid(wide(self.b_proj(x))) * self.beta_max)
-        o = self.norm(remember(delta_rule, delta_rule_step, l2_norm(q), l2_norm(k), v, beta, call=call))
-        if self.z_proj is not None:
-            o = o * F.silu(self.z_proj(x)).view_as(o)
+        o = remember(delta_rule, delta_rule_step, l2_norm(q), l2_norm(k), v, beta, call=call)
+        o = self.norm(o, None if self.z_proj is None else self.z_proj(x).view_as(o))
         y: Tensor = self.o_proj(self.heads_out(call.gated(o)).flatten(2))
         return y
 

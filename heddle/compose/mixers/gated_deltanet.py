@@ -72,7 +72,7 @@ class GatedDeltaNetModule(Initialised, Float32Kept):
         if past is not None and x.shape[1] == 1 and call.written is None:
             heads = self._token(x, call, past)
         else:
-            heads = self.norm(self._memory(x, call)) * F.silu(self._gate(x))
+            heads = self.norm(self._memory(x, call), self._gate(x))
         y: Tensor = self.o_proj(self.heads_out(call.gated(heads)).flatten(2))
         return y
 

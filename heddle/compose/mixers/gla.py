@@ -58,8 +58,8 @@ class GlaModule(nn.Module):
         q, k, v = (side.unflatten(-1, (self.heads, -1)) for side in qkv.split(self.sizes, dim=-1))
         log_decay = F.logsigmoid(wide(self.decay_up(self.decay_down(x)))).view(q.shape) / ROOT
         # A token that is not written adds nothing; the memory decays all the same.
-        o = self.norm(remember(gla, gla_step, q, k, call.hide_unwritten(v), log_decay, call=call))
-        o = o * F.silu(self.z_proj(x)).view_as(o)
+        o = remember(gla, gla_step, q, k, call.hide_unwritten(v), log_decay, call=call)
+        o = self.norm(o, self.z_proj(x).view_as(o))
         y: Tensor = self.o_proj(self.heads_out(call.gated(o)).flatten(2))
         return y
 

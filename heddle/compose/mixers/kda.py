@@ -74,8 +74,8 @@ class KdaModule(Initialised, Float32Kept):
         # A token that is not written neither erases nor writes; the memory decays all the same.
         beta = call.hide_unwritten(torch.sigmoid(wide(self.b_proj(x))))
         sides = (l2_norm(q), l2_norm(k), v, self._log_decay(x), beta)
-        o = self.norm(remember(kda, kda_step, *sides, call=call))
-        o = o * torch.sigmoid(self.z_up(self.z_down(x))).view_as(o)
+        o = remember(kda, kda_step, *sides, call=call)
+        o = self.norm(o, self.z_up(self.z_down(x)).view_as(o), "sigmoid")
         y: Tensor = self.o_proj(self.heads_out(call.gated(o)).flatten(2))
         return y
 

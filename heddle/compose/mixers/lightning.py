@@ -75,7 +75,7 @@ class LightningModule(Initialised, Float32Kept):
         # A token that is not written adds nothing; the memory decays all the same.
         sides = (q, k, call.hide_unwritten(v), self.log_decay)
         o = remember(decay_attention, decay_attention_step, *sides, call=call, scale=1.0)
-        o = (self.norm(o.flatten(2)) * torch.sigmoid(self.gate_proj(x))).view_as(o)
+        o = self.norm(o.flatten(2), self.gate_proj(x), "sigmoid").view_as(o)
         y: Tensor = self.o_proj(self.heads_out(call.gated(o)).flatten(2))
         return y
 

@@ -91,7 +91,7 @@ class Mamba2Module(Initialised, Float32Kept):
         """Norm and gate.  Shapes:  o, z, out: [B, T, HV V], float32"""
         if self.norm is None:
             return o * F.silu(z)
-        y: Tensor = self.norm(o) * F.silu(z) if self.norms_first else self.norm(o * F.silu(z))
+        y: Tensor = self.norm(o, z) if self.norms_first else self.norm(o * F.silu(z))
         return y
 
     def initialise(self, std: float) -> None:  # noqa: ARG002 - rates have ranges of their own

@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from heddle.compose.cache import Call, RecurrentLayer, StateLayer
 from heddle.compose.init import Initialised, fill
@@ -66,7 +65,7 @@ class RetNetModule(Initialised, Float32Kept):
         # A token that is not written adds nothing; the memory decays all the same.
         sides = (self._turned(q, call), self._turned(k, call), call.hide_unwritten(v), self.log_decay)
         o = remember(decay_attention, decay_attention_step, *sides, call=call)
-        o = self.norm(o) * F.silu(self.gate_proj(x)).view_as(o)
+        o = self.norm(o, self.gate_proj(x).view_as(o))
         y: Tensor = self.o_proj(self.heads_out(call.gated(o)).flatten(2))
         return y
 

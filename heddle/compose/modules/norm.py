@@ -7,16 +7,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from heddle.compose.modules.precision import wide
+from heddle.kernels.rms_norm import gated, rms_norm
 
 
 class RMSNorm(nn.Module):
     """Root-mean-square norm, statistics in float32.
 
-        y = w * x / sqrt(mean(x²) + eps)        (arXiv 1910.07467)
+        y = w * x / sqrt(mean(x²) + eps) [* activation(gate)]        (arXiv 1910.07467)
 
     With `groups` the mean is that of each of so many equal parts (arXiv 2405.21060).
 
-    Shapes:  x, y: [..., size]
+    Shapes:  x, gate, y: [..., size]
     """
 
     def __init__(self, size: int, eps: float, *, groups: int = 1) -> None:
@@ -24,12 +25,11 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
         self.eps, self.groups = eps, groups
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = wide(x)
-        y = y if self.groups == 1 else y.reshape(*y.shape[:-1], self.groups, -1)
-        y = y * torch.rsqrt(y.square().mean(dim=-1, keepdim=True) + self.eps)
-        y = y if self.groups == 1 else y.flatten(-2)
-        return (y * self.weight).to(x.dtype)
+    def forward(self, x: Tensor, gate: Tensor | None = None, activation: str = "silu") -> Tensor:
+        if self.groups == 1:
+            return rms_norm(x, self.weight, gate=gate, activation=activation, eps=self.eps)
+        y = rms_norm(wide(x).reshape(*x.shape[:-1], self.groups, -1), eps=self.eps).flatten(-2)
+        return gated((y * self.weight).to(x.dtype), gate, activation)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}"
@@ -56,5 +56,4 @@ def norm_module(kind: str, size: int, eps: float) -> nn.Module:
 
 def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
     """x / sqrt(sum(x²) + eps) over the last dimension, computed in float32."""
-    y = wide(x)
-    return (y * torch.rsqrt(y.square().sum(dim=-1, keepdim=True) + eps)).to(x.dtype)
+    return rms_norm(x, eps=eps, mean=False)
