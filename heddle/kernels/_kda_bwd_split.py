@@ -22,6 +22,9 @@ from heddle.kernels._kda_bwd import _from_earlier, _from_later, _passed_on
 from heddle.kernels._kda_fwd import LENGTHS
 from heddle.kernels.common.jit import find_sequence
 
+# A model has one number of heads: known when compiled, as are strides, addresses take fewer registers.
+NUMBERS = tuple(name for name in LENGTHS if name != "HV")
+
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _kda_pair_kernel(
@@ -61,7 +64,9 @@ def _kda_pair_kernel(
         columns = tile + tl.arange(0, COLUMNS)
         kept = present[:, None] & (columns < V)[None, :]
         dense = tokens * V + (i * (HV * V))[:, None] + columns[None, :]
-        do = tl.load(do_ptr + (i * stride_dt)[:, None] + columns[None, :], mask=kept, other=0.0)  # [C, COLUMNS]
+        do = tl.load(
+            do_ptr + (i * stride_dt)[:, None] + columns[None, :], mask=kept, other=0.0
+        )  # [C, COLUMNS]
         new = tl.load(new_ptr + dense, mask=kept, other=0.0)  # [C, COLUMNS]
         dx = tl.load(dx_ptr + dense, mask=kept, other=0.0)  # [C, COLUMNS]
         v = tl.load(v_ptr + (i * stride_vt)[:, None] + columns[None, :], mask=kept, other=0.0)
@@ -122,14 +127,14 @@ def _against_state(
     return found
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=NUMBERS)
 def _kda_channel_kernel(
     q_ptr, k_ptr, do_ptr, beta_ptr, totals_ptr, dx_ptr, new_ptr, pairs_ptr, same_ptr, states_ptr, d_states_ptr,
     initial_ptr, d_final_ptr, dq_ptr, dk_ptr, d_log_decay_ptr, d_beta_ptr, reach_ptr, table_ptr, cu_seqlens_ptr,
-    stride_qn, stride_qt, stride_qh,
-    stride_kn, stride_kt, stride_kh,
-    stride_dn, stride_dt, stride_dh,
-    stride_beta, T, HV, per_sequence, has_initial, has_d_final, scale,
+    stride_qn, stride_qt: tl.constexpr, stride_qh,
+    stride_kn, stride_kt: tl.constexpr, stride_kh,
+    stride_dn, stride_dt: tl.constexpr, stride_dh,
+    stride_beta, T, HV: tl.constexpr, per_sequence, has_initial, has_d_final, scale,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     GROUP: tl.constexpr, VARLEN: tl.constexpr, PRECISE: tl.constexpr, HALVED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -165,8 +170,22 @@ def _kda_channel_kernel(
     mask = present[:, None] & in_k
     tokens = (row * T + first) * HV + own
     offsets = (i * (HV * K))[:, None] + rows[None, :]
-    q_at = q_ptr + row * stride_qn + first * stride_qt + shared * stride_qh + (i * stride_qt)[:, None] + rows[None, :]
-    k_at = k_ptr + row * stride_kn + first * stride_kt + shared * stride_kh + (i * stride_kt)[:, None] + rows[None, :]
+    q_at = (
+        q_ptr
+        + row * stride_qn
+        + first * stride_qt
+        + shared * stride_qh
+        + (i * stride_qt)[:, None]
+        + rows[None, :]
+    )
+    k_at = (
+        k_ptr
+        + row * stride_kn
+        + first * stride_kt
+        + shared * stride_kh
+        + (i * stride_kt)[:, None]
+        + rows[None, :]
+    )
     do_ptr += row * stride_dn + first * stride_dt + own * stride_dh
     totals_ptr += tokens * K
     dx_ptr += tokens * V
@@ -182,9 +201,6 @@ def _kda_channel_kernel(
     middle_at = totals_ptr + (tl.minimum(C // 2, count) - 1) * (HV * K) + rows
     middle = tl.load(middle_at, mask=rows < K, other=0.0)
     end = tl.load(totals_ptr + (count - 1) * (HV * K) + rows, mask=rows < K, other=0.0)
-    passed_on = _passed_on(
-        states_ptr, d_states_ptr, initial_ptr + given, d_final_ptr + given, opens, closes, rows, K, V, COLUMNS, ROWS
-    )  # fmt: skip
 
     # What queries read, and what keys read, to be overwritten.
     seen, erased = _two_against_state(
@@ -195,8 +211,6 @@ def _kda_channel_kernel(
     seen *= since * scale
     erased *= since
     k = tl.load(k_at, mask=mask, other=0.0)  # [C, ROWS]
-    d_beta = -tl.sum(erased * k, axis=1)
-    tl.store(d_beta_ptr + tile.to(tl.int64) * stride_beta + tokens + i * HV, d_beta, mask=present)
     beta = tl.load(beta_ptr + tokens + i * HV, mask=present, other=0.0)
     same = tl.load(same_ptr + tokens + i * HV, mask=present, other=0.0)
     q = tl.load(q_at, mask=mask, other=0.0)  # [C, ROWS]
@@ -206,25 +220,27 @@ def _kda_channel_kernel(
         LEVELS, PRECISE, HALVED, PRECISION,
     )  # fmt: skip
     tl.store(dq_ptr + tokens * K + offsets, (dq + same[:, None] * k).to(dq_ptr.dtype.element_ty), mask=mask)
+    d_beta = -tl.sum(erased * k, axis=1)
+    tl.store(d_beta_ptr + tile.to(tl.int64) * stride_beta + tokens + i * HV, d_beta, mask=present)
     solves = tl.load(pairs_ptr + C * C + square)  # [C, C]
     dk, passed = _from_earlier(
         k, k, solves, erased * -beta[:, None], total, middle, totals_ptr, i, count, HV * K, rows, in_k,
         LEVELS, PRECISE, HALVED, PRECISION,
     )  # fmt: skip
     d_total += passed
+    # Put aside: the compiler would sum it up at the end, and keep all that it sums in registers until then.
+    if not PRECISE:
+        tl.store(d_log_decay_ptr + tokens * K + offsets, d_total, mask=mask)
     # Not to be merged: what the next part loads again would otherwise stay in registers.
     tl.debug_barrier()
 
     # What keys leave for later tokens and for the state.
-    left = _against_state(
-        new_ptr, d_states_ptr, rows, HV * V, i, present, K, V, C, ROWS, COLUMNS, PRECISION
-    )
+    left = _against_state(new_ptr, d_states_ptr, rows, HV * V, i, present, K, V, C, ROWS, COLUMNS, PRECISION)
     total = tl.load(totals_ptr + offsets, mask=mask, other=0.0)  # [C, ROWS]
     left *= tl.exp2((end[None, :] - total).to(tl.float32))
     k = tl.load(k_at, mask=mask, other=0.0)  # [C, ROWS]
-    passed = k.to(total.dtype) * left
-    at_end = tl.sum(passed, axis=0) + tl.exp2(end.to(tl.float32)) * passed_on
-    d_total -= passed
+    d_left = k.to(total.dtype) * left
+    at_end = tl.sum(d_left, axis=0)
     q = tl.load(q_at, mask=mask, other=0.0)  # [C, ROWS]
     weights = tl.load(pairs_ptr + turned)  # [C, C]
     solves = tl.load(pairs_ptr + C * C + turned)  # [C, C]
@@ -232,7 +248,13 @@ def _kda_channel_kernel(
         q, k, weights, solves, dk + left, total, middle, totals_ptr, i, count, HV * K, rows, in_k,
         LEVELS, PRECISE, HALVED, PRECISION,
     )  # fmt: skip
-    d_total -= passed
+    d_left += passed
     tl.store(dk_ptr + tokens * K + offsets, (dk + same[:, None] * q).to(dk_ptr.dtype.element_ty), mask=mask)
-    d_rate = tl.cumsum(d_total, axis=0, reverse=True) + at_end[None, :]
+    passed = _passed_on(
+        states_ptr, d_states_ptr, initial_ptr + given, d_final_ptr + given, opens, closes, rows, K, V, COLUMNS, ROWS
+    )  # fmt: skip
+    at_end += tl.exp2(end.to(tl.float32)) * passed
+    if not PRECISE:
+        d_total = tl.load(d_log_decay_ptr + tokens * K + offsets, mask=mask, other=0.0)
+    d_rate = tl.cumsum(d_total - d_left, axis=0, reverse=True) + at_end[None, :]
     tl.store(d_log_decay_ptr + tokens * K + offsets, d_rate.to(tl.float32), mask=mask)

@@ -33,6 +33,8 @@ from heddle.kernels.configs.launch import Launch
 
 # Channels of keys treated at a time where all are independent: with more, registers would not do.
 KEY_TILE = 64
+# Warps at least of the second kernel of gradients where one product does not do for a chunk.
+HALVED_WARPS = 8
 # Columns of the state that a program carries from segment to segment.
 CARRY_COLUMNS = 32
 # Programs that share a multiprocessor, tokens of a segment at least, and segments of a sequence at least.
@@ -153,7 +155,8 @@ class _Call:
                 _kda_prepare_kernel, (chunks * self.HV,),
                 self.q, self.k, log_decay, prepared.beta, seen, read, left, totals, pairs, keys, ends, reach,
                 *self._chunk_table(), *strides(self.q, self.k, log_decay), *self.numbers, self.scale,
-                KEEP=keep, SUMS=keep and self.plan.pairs is not None, HALVED=halved, SOLVE=self.plan.inverse if self.on_gpu else "ieee",
+                KEEP=keep, SUMS=keep and self.plan.pairs is not None, HALVED=halved,
+                SOLVE=self.plan.inverse if self.on_gpu else "ieee",
                 **self.tiled, **self.plan.prepare.options(),
             )  # fmt: skip
         return prepared
@@ -273,8 +276,10 @@ class _Call:
             V=self.V, COLUMNS=min(pairs.columns, block(self.V)), TILES=tiles, C=self.chunk,
             VARLEN=self.constants["VARLEN"], PRECISION=self.constants["PRECISION"], **pairs.options(),
         )  # fmt: skip
-        launch = self.plan.gradient
         for halved in self.ways:
+            launch = self.plan.gradient
+            # The longer way takes more registers.
+            launch = replace(launch, warps=max(launch.warps, HALVED_WARPS)) if halved else launch
             start_kernel(
                 _kda_channel_kernel, (self.chunks.count * self.HV * tiles,),
                 self.q, self.k, d_out, prepared.beta, prepared.totals, dx, swept.new, products, same, swept.states, d_states,
