@@ -1,15 +1,23 @@
 # mypy: ignore-errors
-"""The gradients of kda in two kernels; letters as in `_kda_bwd`, whose one kernel gives the same.
+"""The gradients of kda by two kernels; letters as in `_kda_bwd`, whose one kernel gives the same.
 
-    pair       of each chunk R = scale dO nᵀ up to the diagonal and M = -beta dx nᵀ below it, dv, and what dbeta gets of them
-    gradient   dq, dk, the gradient of the log-decays and what dbeta gets through the state, in tiles of channels
+    pair   of each chunk R = dO nᵀ up to the diagonal and M = -beta dx nᵀ below it, dv, and what dbeta gets of them
+    near   dq, dk, the gradient of the log-decays and what dbeta gets through the state, in tiles of channels
+    far    the same for chunks that fade far, by halves as in `_gla_fwd`
 
 A product of two tokens over V is that of all channels: here it is made once, not for each tile of them, and once for what
-queries read and what keys leave, which load it turned. So the kernel of tiles has no accumulator of tokens by tokens, and two of
-tokens by channels at most while it reads states: half the products, and 4 warps to a program do.
+queries read and what keys leave, which load it turned. In a chunk that fades little exp(G_i - G_j) is exp(G_i - G_C) times
+exp(G_C - G_j), and what the forward kernels left serves as operands:
+
+    x = exp(G_C) dO S + R left,                        dq = scale exp(G - G_C) x
+    y = -beta exp(G_C) dx S + M left,                  z = exp(G_C) n dS' + Rᵀ seen + Mᵀ read
+    dk = exp(G - G_C) y + exp(-G) z,                   dG = exp(-G_C) (seen x + read y - left z)
+
+So x, y and z take an accumulator each, one after the other. Both tokens of a pair get the same product of rounded operands
+in dG, which cancels in its sum after them; so does what a token gives itself. No power is above 2^80.
 
 Bytes for a token and value head, K = V = 128, C = 64, bfloat16: pair reads v, dO, dx, n, N and writes dv, R, M (1664);
-gradient reads q, k, g, S, dS and for each of its two tiles dO, dx, n, R, M, and writes dq, dk, dg (5120).
+near reads seen, read, left, G, S, dS and for each of its two tiles dO, dx, n, R, M, and writes dq, dk, dg (5888).
 """
 
 from __future__ import annotations
@@ -78,12 +86,11 @@ def _kda_pair_kernel(
     keys = tl.load(keys_ptr + place * (C * C) + square).to(tl.float32)  # [C, C], 0 but below the diagonal
     d_beta -= tl.sum(solves * keys, axis=1)
     tl.store(d_beta_ptr + stride_beta.to(tl.int64) * TILES + tokens + i * HV, d_beta, mask=present)
-    weights *= scale
     same = tl.sum(tl.where(i[:, None] == i[None, :], weights, 0.0), axis=1)
-    tl.store(same_ptr + tokens + i * HV, same, mask=present)
+    tl.store(same_ptr + tokens + i * HV, same * scale, mask=present)
     lower = i[:, None] > i[None, :]
     pairs_at = pairs_ptr + place * (2 * C * C) + square
-    tl.store(pairs_at, tl.where(lower, weights, 0.0).to(pairs_ptr.dtype.element_ty))
+    tl.store(pairs_at, tl.where(i[:, None] >= i[None, :], weights, 0.0).to(pairs_ptr.dtype.element_ty))
     tl.store(pairs_at + C * C, tl.where(lower, solves * -beta[:, None], 0.0).to(pairs_ptr.dtype.element_ty))
 
 
@@ -128,7 +135,112 @@ def _against_state(
 
 
 @triton.jit(do_not_specialize=NUMBERS)
-def _kda_channel_kernel(
+def _kda_near_kernel(
+    do_ptr, seen_ptr, read_ptr, left_ptr, beta_ptr, totals_ptr, dx_ptr, new_ptr, pairs_ptr, states_ptr, d_states_ptr,
+    initial_ptr, d_final_ptr, dq_ptr, dk_ptr, d_log_decay_ptr, d_beta_ptr, reach_ptr, table_ptr, cu_seqlens_ptr,
+    stride_dn, stride_dt: tl.constexpr, stride_dh,
+    stride_beta, T, HV: tl.constexpr, per_sequence, has_initial, has_d_final, scale,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, VARLEN: tl.constexpr,
+    PRECISE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """ROWS channels of one chunk of one value head, where the chunk fades little.
+
+    Shapes:  seen, read, left, totals, dq, dk, d_log_decay: [B, T, HV, K];  dx, new: [B, T, HV, V]
+             states, d_states: [chunks, HV, V, K];  pairs: [chunks, HV, 2, C, C];  d_beta: [TILES + 1, B, T, HV]
+             reach: [chunks, HV];  initial, d_final: [N, HV, V, K]
+    """
+    TILES: tl.constexpr = (K + ROWS - 1) // ROWS
+    SUM: tl.constexpr = tl.float64 if PRECISE else tl.float32
+    tile = tl.program_id(0) % TILES
+    head = (tl.program_id(0) // TILES) % HV
+    chunk = tl.program_id(0) // (TILES * HV)
+    n, j, begin, length = find_sequence(chunk, table_ptr, cu_seqlens_ptr, T, per_sequence, VARLEN)
+    # An empty sequence has a chunk as well, without a token.
+    if (n < 0) | (j * C >= length):
+        return
+
+    own = head.to(tl.int64)
+    place = chunk.to(tl.int64) * HV + own
+    if tl.load(reach_ptr + place) > REACH:
+        return
+
+    row = n.to(tl.int64) if not VARLEN else tl.zeros((), tl.int64)
+    first = begin + j * C
+    count = tl.minimum(length - j * C, C)
+    i = tl.arange(0, C)
+    rows = tile * ROWS + tl.arange(0, ROWS)
+    in_k = rows < K
+    present = i < count
+    mask = present[:, None] & in_k[None, :]
+    tokens = (row * T + first) * HV + own
+    offsets = (i * (HV * K))[:, None] + rows[None, :]
+    do_ptr += row * stride_dn + first * stride_dt + own * stride_dh
+    seen_ptr += tokens * K
+    read_ptr += tokens * K
+    left_ptr += tokens * K
+    totals_ptr += tokens * K
+    dx_ptr += tokens * V
+    new_ptr += tokens * V
+    states_ptr += place * (K * V)
+    d_states_ptr += place * (K * V)
+    square = pairs_ptr + place * (2 * C * C) + i[:, None] * C + i[None, :]
+    turned = pairs_ptr + place * (2 * C * C) + i[:, None] + i[None, :] * C
+    given = (n.to(tl.int64) * HV + own) * (K * V)
+    opens = (j == 0) & (has_initial != 0)
+    closes = ((j + 1) * C >= length) & (has_d_final != 0)
+    end = tl.load(totals_ptr + (count - 1) * (HV * K) + rows, mask=in_k, other=0.0)
+    fade = tl.exp2(end.to(tl.float32))[None, :]
+    beta = tl.load(beta_ptr + tokens + i * HV, mask=present, other=0.0)
+
+    # What queries read.
+    found = _against_state(do_ptr, states_ptr, rows, stride_dt, i, present, K, V, C, ROWS, COLUMNS, PRECISION)
+    left = tl.load(left_ptr + offsets, mask=mask, other=0.0)  # [C, ROWS]
+    found = tl.dot(tl.load(square), left, found * fade, input_precision=PRECISION)
+    seen = tl.load(seen_ptr + offsets, mask=mask, other=0.0)  # [C, ROWS]
+    d_total = seen.to(SUM) * found
+    total = tl.load(totals_ptr + offsets, mask=mask, other=0.0)  # [C, ROWS]
+    since = tl.exp2((total - end[None, :]).to(tl.float32))
+    tl.store(dq_ptr + tokens * K + offsets, (found * (since * scale)).to(dq_ptr.dtype.element_ty), mask=mask)
+
+    # What keys read, to be overwritten.
+    found = _against_state(dx_ptr, states_ptr, rows, HV * V, i, present, K, V, C, ROWS, COLUMNS, PRECISION)
+    read = tl.load(read_ptr + offsets, mask=mask, other=0.0)  # [C, ROWS]
+    d_beta = -tl.sum(found * read, axis=1)
+    tl.store(d_beta_ptr + tile.to(tl.int64) * stride_beta + tokens + i * HV, d_beta, mask=present)
+    found = tl.dot(tl.load(square + C * C), left, found * fade * -beta[:, None], input_precision=PRECISION)
+    d_total += read.to(SUM) * found
+    dk = found * since
+    # Put aside: the compiler would sum it up at the end, and keep all that it sums in registers until then.
+    if not PRECISE:
+        tl.store(d_log_decay_ptr + tokens * K + offsets, d_total, mask=mask)
+    # Not to be merged: what the next part loads again would otherwise stay in registers.
+    tl.debug_barrier()
+
+    # What keys leave for later tokens and for the state.
+    found = _against_state(new_ptr, d_states_ptr, rows, HV * V, i, present, K, V, C, ROWS, COLUMNS, PRECISION)
+    left = tl.load(left_ptr + offsets, mask=mask, other=0.0)  # [C, ROWS]
+    at_end = tl.sum(left.to(SUM) * found, axis=0)
+    seen = tl.load(seen_ptr + offsets, mask=mask, other=0.0)  # [C, ROWS]
+    read = tl.load(read_ptr + offsets, mask=mask, other=0.0)  # [C, ROWS]
+    found = tl.dot(tl.load(turned), seen, found * fade, input_precision=PRECISION)
+    found = tl.dot(tl.load(turned + C * C), read, found, input_precision=PRECISION)
+    d_left = left.to(SUM) * found
+    total = tl.load(totals_ptr + offsets, mask=mask, other=0.0)  # [C, ROWS]
+    dk += found * tl.exp2((-total).to(tl.float32))
+    tl.store(dk_ptr + tokens * K + offsets, dk.to(dk_ptr.dtype.element_ty), mask=mask)
+    passed = _passed_on(
+        states_ptr, d_states_ptr, initial_ptr + given, d_final_ptr + given, opens, closes, rows, K, V, COLUMNS, ROWS
+    )  # fmt: skip
+    at_end += tl.exp2(end.to(tl.float32)) * passed
+    if not PRECISE:
+        d_total = tl.load(d_log_decay_ptr + tokens * K + offsets, mask=mask, other=0.0)
+    d_total = (d_total - d_left) * tl.exp2((-end).to(tl.float32))[None, :]
+    d_rate = tl.cumsum(d_total, axis=0, reverse=True) + at_end[None, :]
+    tl.store(d_log_decay_ptr + tokens * K + offsets, d_rate.to(tl.float32), mask=mask)
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def _kda_far_kernel(
     q_ptr, k_ptr, do_ptr, beta_ptr, totals_ptr, dx_ptr, new_ptr, pairs_ptr, same_ptr, states_ptr, d_states_ptr,
     initial_ptr, d_final_ptr, dq_ptr, dk_ptr, d_log_decay_ptr, d_beta_ptr, reach_ptr, table_ptr, cu_seqlens_ptr,
     stride_qn, stride_qt: tl.constexpr, stride_qh,
@@ -136,9 +248,9 @@ def _kda_channel_kernel(
     stride_dn, stride_dt: tl.constexpr, stride_dh,
     stride_beta, T, HV: tl.constexpr, per_sequence, has_initial, has_d_final, scale,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    GROUP: tl.constexpr, VARLEN: tl.constexpr, PRECISE: tl.constexpr, HALVED: tl.constexpr, PRECISION: tl.constexpr,
+    GROUP: tl.constexpr, VARLEN: tl.constexpr, PRECISE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """ROWS channels of one chunk of one value head; HALVED: where one product does not do for all pairs.
+    """ROWS channels of one chunk of one value head, where one product does not do for all pairs.
 
     Shapes:  totals, dq, dk, d_log_decay: [B, T, HV, K];  dx, new: [B, T, HV, V];  states, d_states: [chunks, HV, V, K]
              pairs: [chunks, HV, 2, C, C];  same: [B, T, HV];  d_beta: [TILES + 1, B, T, HV];  reach: [chunks, HV]
@@ -155,8 +267,7 @@ def _kda_channel_kernel(
 
     own = head.to(tl.int64)
     place = chunk.to(tl.int64) * HV + own
-    far = tl.load(reach_ptr + place) > REACH
-    if far != HALVED:
+    if tl.load(reach_ptr + place) <= REACH:
         return
 
     row = n.to(tl.int64) if not VARLEN else tl.zeros((), tl.int64)
@@ -214,10 +325,10 @@ def _kda_channel_kernel(
     beta = tl.load(beta_ptr + tokens + i * HV, mask=present, other=0.0)
     same = tl.load(same_ptr + tokens + i * HV, mask=present, other=0.0)
     q = tl.load(q_at, mask=mask, other=0.0)  # [C, ROWS]
-    weights = tl.load(pairs_ptr + square)  # [C, C]
+    weights = tl.load(pairs_ptr + square) * scale  # [C, C]
     dq, d_total = _from_earlier(
         q, k, weights, seen, total, middle, totals_ptr, i, count, HV * K, rows, in_k,
-        LEVELS, PRECISE, HALVED, PRECISION,
+        LEVELS, PRECISE, True, PRECISION,
     )  # fmt: skip
     tl.store(dq_ptr + tokens * K + offsets, (dq + same[:, None] * k).to(dq_ptr.dtype.element_ty), mask=mask)
     d_beta = -tl.sum(erased * k, axis=1)
@@ -225,7 +336,7 @@ def _kda_channel_kernel(
     solves = tl.load(pairs_ptr + C * C + square)  # [C, C]
     dk, passed = _from_earlier(
         k, k, solves, erased * -beta[:, None], total, middle, totals_ptr, i, count, HV * K, rows, in_k,
-        LEVELS, PRECISE, HALVED, PRECISION,
+        LEVELS, PRECISE, True, PRECISION,
     )  # fmt: skip
     d_total += passed
     # Put aside: the compiler would sum it up at the end, and keep all that it sums in registers until then.
@@ -242,11 +353,11 @@ def _kda_channel_kernel(
     d_left = k.to(total.dtype) * left
     at_end = tl.sum(d_left, axis=0)
     q = tl.load(q_at, mask=mask, other=0.0)  # [C, ROWS]
-    weights = tl.load(pairs_ptr + turned)  # [C, C]
+    weights = tl.load(pairs_ptr + turned) * scale  # [C, C]
     solves = tl.load(pairs_ptr + C * C + turned)  # [C, C]
     dk, passed = _from_later(
         q, k, weights, solves, dk + left, total, middle, totals_ptr, i, count, HV * K, rows, in_k,
-        LEVELS, PRECISE, HALVED, PRECISION,
+        LEVELS, PRECISE, True, PRECISION,
     )  # fmt: skip
     d_left += passed
     tl.store(dk_ptr + tokens * K + offsets, (dk + same[:, None] * q).to(dk_ptr.dtype.element_ty), mask=mask)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from heddle.kernels._gated_delta_rule_fwd import _gated_delta_rule_carry_kernel
 from heddle.kernels._kda_bwd import _kda_backward_kernel, _kda_gradient_kernel
-from heddle.kernels._kda_bwd_split import _kda_channel_kernel, _kda_pair_kernel
+from heddle.kernels._kda_bwd_split import _kda_far_kernel, _kda_near_kernel, _kda_pair_kernel
 from heddle.kernels._kda_fwd import _kda_prepare_kernel, _kda_sweep_kernel
 from heddle.kernels.common.layout import (
     ALIGNMENT,
@@ -33,8 +33,8 @@ from heddle.kernels.configs.launch import Launch
 
 # Channels of keys treated at a time where all are independent: with more, registers would not do.
 KEY_TILE = 64
-# Warps at least of the second kernel of gradients where one product does not do for a chunk.
-HALVED_WARPS = 8
+# Warps at least of the kernel of gradients of chunks that fade far.
+FAR_WARPS = 8
 # Columns of the state that a program carries from segment to segment.
 CARRY_COLUMNS = 32
 # Programs that share a multiprocessor, tokens of a segment at least, and segments of a sequence at least.
@@ -276,18 +276,24 @@ class _Call:
             V=self.V, COLUMNS=min(pairs.columns, block(self.V)), TILES=tiles, C=self.chunk,
             VARLEN=self.constants["VARLEN"], PRECISION=self.constants["PRECISION"], **pairs.options(),
         )  # fmt: skip
-        for halved in self.ways:
-            launch = self.plan.gradient
-            # The longer way takes more registers.
-            launch = replace(launch, warps=max(launch.warps, HALVED_WARPS)) if halved else launch
+        launch, grid = self.plan.gradient, (self.chunks.count * self.HV * tiles,)
+        common = (prepared.beta, prepared.totals, dx, swept.new, products)
+        states = (swept.states, d_states, *(d_log_decay if x is None else x for x in given))
+        results = (dq, dk, d_log_decay, d_beta, prepared.reach, *self._chunk_table())
+        numbers = (d_beta.stride(0), *self.numbers, *(int(x is not None) for x in given), self.scale)
+        constants = {"V": self.V, "COLUMNS": min(launch.columns, block(self.V)), **self.tiled}
+        if False in self.ways:
+            names = ("K", "V", "C", "ROWS", "COLUMNS", "VARLEN", "PRECISE", "PRECISION")
             start_kernel(
-                _kda_channel_kernel, (self.chunks.count * self.HV * tiles,),
-                self.q, self.k, d_out, prepared.beta, prepared.totals, dx, swept.new, products, same, swept.states, d_states,
-                *(d_log_decay if x is None else x for x in given), dq, dk, d_log_decay, d_beta, prepared.reach,
-                *self._chunk_table(), *strides(self.q, self.k, d_out), d_beta.stride(0), *self.numbers,
-                *(int(x is not None) for x in given), self.scale,
-                V=self.V, COLUMNS=min(launch.columns, block(self.V)), HALVED=halved, **self.tiled, **launch.options(),
+                _kda_near_kernel, grid, d_out, prepared.seen, prepared.read, prepared.left, *common, *states, *results,
+                *strides(d_out), *numbers, **{name: constants[name] for name in names}, **launch.options(),
             )  # fmt: skip
+        # By halves it takes more registers.
+        launch = replace(launch, warps=max(launch.warps, FAR_WARPS))
+        start_kernel(
+            _kda_far_kernel, grid, self.q, self.k, d_out, *common, same, *states, *results,
+            *strides(self.q, self.k, d_out), *numbers, **constants, **launch.options(),
+        )  # fmt: skip
         return dq, dk, dv, d_log_decay, d_beta
 
     def carry(self, summary: Tensor, added: Tensor, given: Tensor | None, *, backward: bool) -> Tensor:

@@ -127,7 +127,8 @@ KERNELS = {
     ("kda", "backward"): _kda_bwd._kda_backward_kernel,
     ("kda", "gradient"): _kda_bwd._kda_gradient_kernel,
     ("kda", "pairs"): _kda_bwd_split._kda_pair_kernel,
-    ("kda", "channels"): _kda_bwd_split._kda_channel_kernel,
+    ("kda", "near"): _kda_bwd_split._kda_near_kernel,
+    ("kda", "far"): _kda_bwd_split._kda_far_kernel,
     ("rat_attention", "forward"): _rat_attention_fwd._rat_attention_fwd_kernel,
     ("rat_attention", "step"): _rat_attention_fwd._rat_attention_fwd_kernel,
     ("rat_attention", "queries"): _rat_attention_bwd._rat_attention_bwd_query_kernel,
@@ -240,7 +241,7 @@ def planned_cases(*, quick: bool) -> Iterator[Case]:
         for op, kernel in ((op, kernel) for op, kernel in KERNELS if op in PLANS):
             case = Case(op, kernel, "bf16", K, V, aligned=True, many=False, backward=kernel == "backward")
             yield case
-            if op == "kda" and kernel in ("prepare", "gradient", "channels") and not quick:
+            if op == "kda" and kernel in ("prepare", "gradient") and not quick:
                 yield replace(case, halved=True)
 
 
@@ -417,9 +418,9 @@ def _planned_constants(case: Case, launch: Launch) -> dict[str, Any]:
         "SEGMENTED": False, "SUMMARY": False, "OUT": case.kernel != "keep", "BACKWARD": case.backward,
         "PRECISE": case.dtype == "fp32", "HALVED": case.dtype == "fp16" or case.halved,
     }  # fmt: skip
-    if case.op in ("gla", "kda") and case.kernel in ("prepare", "gradient", "channels"):
+    if case.op in ("gla", "kda") and case.kernel in ("prepare", "gradient", "near", "far"):
         constants["ROWS"] = min(KEY_TILE, block(case.K))
-    if case.kernel in ("prepare", "pairs", "channels"):
+    if case.kernel in ("prepare", "pairs", "near", "far"):
         # Of kda: with two kernels for the gradients.
         between = 16 * case.K
         constants |= {
