@@ -210,9 +210,6 @@ def _kda_near_kernel(
     found = tl.dot(tl.load(square + C * C), left, found * fade * -beta[:, None], input_precision=PRECISION)
     d_total += read.to(SUM) * found
     dk = found * since
-    # Put aside: the compiler would sum it up at the end, and keep all that it sums in registers until then.
-    if not PRECISE:
-        tl.store(d_log_decay_ptr + tokens * K + offsets, d_total, mask=mask)
     # Not to be merged: what the next part loads again would otherwise stay in registers.
     tl.debug_barrier()
 
@@ -224,7 +221,7 @@ def _kda_near_kernel(
     read = tl.load(read_ptr + offsets, mask=mask, other=0.0)  # [C, ROWS]
     found = tl.dot(tl.load(turned), seen, found * fade, input_precision=PRECISION)
     found = tl.dot(tl.load(turned + C * C), read, found, input_precision=PRECISION)
-    d_left = left.to(SUM) * found
+    d_total -= left.to(SUM) * found
     total = tl.load(totals_ptr + offsets, mask=mask, other=0.0)  # [C, ROWS]
     dk += found * tl.exp2((-total).to(tl.float32))
     tl.store(dk_ptr + tokens * K + offsets, dk.to(dk_ptr.dtype.element_ty), mask=mask)
@@ -232,9 +229,7 @@ def _kda_near_kernel(
         states_ptr, d_states_ptr, initial_ptr + given, d_final_ptr + given, opens, closes, rows, K, V, COLUMNS, ROWS
     )  # fmt: skip
     at_end += tl.exp2(end.to(tl.float32)) * passed
-    if not PRECISE:
-        d_total = tl.load(d_log_decay_ptr + tokens * K + offsets, mask=mask, other=0.0)
-    d_total = (d_total - d_left) * tl.exp2((-end).to(tl.float32))[None, :]
+    d_total *= tl.exp2((-end).to(tl.float32))[None, :]
     d_rate = tl.cumsum(d_total, axis=0, reverse=True) + at_end[None, :]
     tl.store(d_log_decay_ptr + tokens * K + offsets, d_rate.to(tl.float32), mask=mask)
 
@@ -325,7 +320,7 @@ def _kda_far_kernel(
     beta = tl.load(beta_ptr + tokens + i * HV, mask=present, other=0.0)
     same = tl.load(same_ptr + tokens + i * HV, mask=present, other=0.0)
     q = tl.load(q_at, mask=mask, other=0.0)  # [C, ROWS]
-    weights = tl.load(pairs_ptr + square) * scale  # [C, C]
+    weights = tl.load(pairs_ptr + square).to(tl.float32) * scale  # [C, C]
     dq, d_total = _from_earlier(
         q, k, weights, seen, total, middle, totals_ptr, i, count, HV * K, rows, in_k,
         LEVELS, PRECISE, True, PRECISION,
@@ -353,7 +348,7 @@ def _kda_far_kernel(
     d_left = k.to(total.dtype) * left
     at_end = tl.sum(d_left, axis=0)
     q = tl.load(q_at, mask=mask, other=0.0)  # [C, ROWS]
-    weights = tl.load(pairs_ptr + turned) * scale  # [C, C]
+    weights = tl.load(pairs_ptr + turned).to(tl.float32) * scale  # [C, C]
     solves = tl.load(pairs_ptr + C * C + turned)  # [C, C]
     dk, passed = _from_later(
         q, k, weights, solves, dk + left, total, middle, totals_ptr, i, count, HV * K, rows, in_k,

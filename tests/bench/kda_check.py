@@ -264,7 +264,7 @@ def split_times(overrides: Overrides, inputs: dict[str, Timed]) -> tuple[dict[st
         with tuning(**overrides):
             times, both = timed.kernels(), timed.both()
         made = sum(
-            ms for name, ms in times.items() if any(x in name for x in ("gradient", "pair", "channel"))
+            ms for name, ms in times.items() if any(x in name for x in ("gradient", "pair", "near", "far"))
         )
         found[shape] = {"kernels_ms": times, "gradients_ms": made, "both_ms": both}
         told.append(f"{made:8.3f} {both:8.3f}")
