@@ -62,11 +62,12 @@ def _kda_prepare_kernel(
     stride_gn, stride_gt, stride_gh,
     T, HV, per_sequence, scale,
     K: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr, VARLEN: tl.constexpr,
-    KEEP: tl.constexpr, PRECISE: tl.constexpr, HALVED: tl.constexpr, PRECISION: tl.constexpr, SOLVE: tl.constexpr,
+    KEEP: tl.constexpr, SUMS: tl.constexpr, PRECISE: tl.constexpr, HALVED: tl.constexpr, PRECISION: tl.constexpr,
+    SOLVE: tl.constexpr,
 ):  # fmt: skip
     """One chunk of one value head, ROWS channels at a time; HALVED: where one product does not do for all pairs.
 
-    Shapes:  seen, read, left: [B, T, HV, K];  totals: the same, room for what threads tell each other
+    Shapes:  seen, read, left: [B, T, HV, K];  totals: the same, room for what threads tell each other, kept with SUMS
              pairs: [chunks, HV, 2, C, C], T and P;  keys (with KEEP): [chunks, HV, C, C], N
              ends: [chunks, HV, K], log2 of what is left;  reach: [chunks, HV], where HALVED is to look
     """
@@ -130,6 +131,8 @@ def _kda_prepare_kernel(
                 corner = tl.dot(later_key, tl.trans(earlier), input_precision=PRECISION)
                 keys += tl.where(pair, corner, 0.0)
         else:
+            if SUMS:
+                tl.store(totals_ptr + offsets, total, mask=mask)
             farthest = tl.maximum(farthest, reach.to(tl.float32))
             since = power_from(middle, total)
             later = q * since

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from heddle.kernels._gated_delta_rule_fwd import _gated_delta_rule_carry_kernel
 from heddle.kernels._kda_bwd import _kda_backward_kernel, _kda_gradient_kernel
+from heddle.kernels._kda_bwd_split import _kda_far_kernel, _kda_near_kernel, _kda_pair_kernel
 from heddle.kernels._kda_fwd import _kda_prepare_kernel, _kda_sweep_kernel
 from heddle.kernels.common.layout import (
     ALIGNMENT,
@@ -32,6 +33,8 @@ from heddle.kernels.configs.launch import Launch
 
 # Channels of keys treated at a time where all are independent: with more, registers would not do.
 KEY_TILE = 64
+# Warps at least of the kernel of gradients of chunks that fade far.
+FAR_WARPS = 8
 # Columns of the state that a program carries from segment to segment.
 CARRY_COLUMNS = 32
 # Programs that share a multiprocessor, tokens of a segment at least, and segments of a sequence at least.
@@ -48,14 +51,18 @@ def plan(device: torch.device, element: int, size: int) -> Plan:
     """The launches for tensors on `device`, elements of so many bytes and the larger head size; overrides come first."""
     table = _device(device)[0].plan(element, block(size))
     names = ("prepare", "forward", "keep", "backward", "gradient")
-    return replace(table, **{name: tuned(name, getattr(table, name)) for name in names})
+    pairs = None
+    if tuned("split", int(table.pairs is not None)):
+        pairs = tuned("pairs", table.gradient if table.pairs is None else table.pairs)
+    return replace(table, **{name: tuned(name, getattr(table, name)) for name in names}, pairs=pairs)
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """What `_kda_prepare_kernel` makes of queries, keys and gates; `keys` is empty unless a backward pass follows.
+    """What `_kda_prepare_kernel` makes of queries, keys and gates; `keys` is empty unless a backward pass follows,
+    and `totals` unless two kernels make its gradients.
 
-    Shapes:  seen, read, left: [B, T, HV, K];  pairs: [chunks, HV, 2, C, C];  keys: [chunks, HV, C, C]
+    Shapes:  seen, read, left, totals: [B, T, HV, K];  pairs: [chunks, HV, 2, C, C];  keys: [chunks, HV, C, C]
              ends: [chunks, HV, K];  reach: [chunks, HV];  beta: [B, T, HV]
     """
 
@@ -67,6 +74,7 @@ class Prepared:
     ends: Tensor
     reach: Tensor
     beta: Tensor
+    totals: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,14 +148,15 @@ class _Call:
         ends, reach = self.room(chunks, self.HV, self.K, wide=True), self.room(chunks, self.HV, wide=True)
         if False not in self.ways:
             reach = derived(infinite, reach)
-        prepared = Prepared(seen, read, left, pairs, keys, ends, reach, beta.to(torch.float32).contiguous())
-        totals = self.totals()
+        totals, betas = self.totals(), beta.to(torch.float32).contiguous()
+        prepared = Prepared(seen, read, left, pairs, keys, ends, reach, betas, totals)
         for halved in self.ways:
             start_kernel(
                 _kda_prepare_kernel, (chunks * self.HV,),
                 self.q, self.k, log_decay, prepared.beta, seen, read, left, totals, pairs, keys, ends, reach,
                 *self._chunk_table(), *strides(self.q, self.k, log_decay), *self.numbers, self.scale,
-                KEEP=keep, HALVED=halved, SOLVE=self.plan.inverse if self.on_gpu else "ieee",
+                KEEP=keep, SUMS=keep and self.plan.pairs is not None, HALVED=halved,
+                SOLVE=self.plan.inverse if self.on_gpu else "ieee",
                 **self.tiled, **self.plan.prepare.options(),
             )  # fmt: skip
         return prepared
@@ -240,6 +249,51 @@ class _Call:
                 V=self.V, COLUMNS=min(launch.columns, block(self.V)), HALVED=halved,
                 **self.tiled, **launch.options(),
             )  # fmt: skip
+        return dq, dk, dv, d_log_decay, d_beta
+
+    def split_gradients(
+        self,
+        prepared: Prepared,
+        swept: Swept,
+        pairs: Launch,
+        outer: tuple[Tensor, Tensor, Tensor],
+        given: tuple[Tensor | None, Tensor | None],
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """As `gradients`, by two kernels; `pairs`: the launch of the first."""
+        d_out, dx, d_states = outer
+        keys, shared = (self.B, self.T, self.HV, self.K), self.HV != self.H
+        dq, dk = (self.room(*keys, wide=shared) for _ in range(2))
+        dv, d_log_decay = empty(dx.shape, dx.dtype, dx.device), self.room(*keys, wide=True)
+        tiles = triton.cdiv(self.K, self.tile)
+        # The last: what does not come through the state.
+        d_beta = self.room(tiles + 1, *keys[:3], wide=True)
+        products = self.room(self.chunks.count, self.HV, 2, self.chunk, self.chunk)
+        same = self.room(*keys[:3], wide=True)
+        start_kernel(
+            _kda_pair_kernel, (self.chunks.count * self.HV,),
+            self.v, d_out, prepared.beta, dx, swept.new, prepared.keys, dv, products, same, d_beta,
+            *self._chunk_table(), *strides(self.v, d_out), d_beta.stride(0), *self.numbers, self.scale,
+            V=self.V, COLUMNS=min(pairs.columns, block(self.V)), TILES=tiles, C=self.chunk,
+            VARLEN=self.constants["VARLEN"], PRECISION=self.constants["PRECISION"], **pairs.options(),
+        )  # fmt: skip
+        launch, grid = self.plan.gradient, (self.chunks.count * self.HV * tiles,)
+        common = (prepared.beta, prepared.totals, dx, swept.new, products)
+        states = (swept.states, d_states, *(d_log_decay if x is None else x for x in given))
+        results = (dq, dk, d_log_decay, d_beta, prepared.reach, *self._chunk_table())
+        numbers = (d_beta.stride(0), *self.numbers, *(int(x is not None) for x in given), self.scale)
+        constants = {"V": self.V, "COLUMNS": min(launch.columns, block(self.V)), **self.tiled}
+        if False in self.ways:
+            names = ("K", "V", "C", "ROWS", "COLUMNS", "VARLEN", "PRECISE", "PRECISION")
+            start_kernel(
+                _kda_near_kernel, grid, d_out, prepared.seen, prepared.read, prepared.left, *common, *states, *results,
+                *strides(d_out), *numbers, **{name: constants[name] for name in names}, **launch.options(),
+            )  # fmt: skip
+        # By halves it takes more registers.
+        launch = replace(launch, warps=max(launch.warps, FAR_WARPS))
+        start_kernel(
+            _kda_far_kernel, grid, self.q, self.k, d_out, *common, same, *states, *results,
+            *strides(self.q, self.k, d_out), *numbers, **constants, **launch.options(),
+        )  # fmt: skip
         return dq, dk, dv, d_log_decay, d_beta
 
     def carry(self, summary: Tensor, added: Tensor, given: Tensor | None, *, backward: bool) -> Tensor:
@@ -347,6 +401,9 @@ def _run_backward(
     swept = call.sweep(prepared, dense_state(initial_state), keep=True)
     dx, d_initial, d_states = call.sweep_back(prepared, swept, d_out, dense_state(d_final))
     before, after = turned_state(initial_state), turned_state(d_final)
-    outer = (d_out, dx, d_states)
-    dq, dk, dv, d_gate, d_beta = call.gradients(prepared, swept, log_decay, outer, (before, after))
+    outer, given = (d_out, dx, d_states), (before, after)
+    if call.plan.pairs is None:
+        dq, dk, dv, d_gate, d_beta = call.gradients(prepared, swept, log_decay, outer, given)
+    else:
+        dq, dk, dv, d_gate, d_beta = call.split_gradients(prepared, swept, call.plan.pairs, outer, given)
     return dq, dk, dv, d_gate, d_beta, d_initial

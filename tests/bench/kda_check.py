@@ -1,11 +1,15 @@
 """One call on a GPU machine: is kda right, how fast beside flash-linear-attention, and which launch configurations are best.
 
     python tests/bench/kda_check.py --budget 300 --out "$OUT"
+    python tests/bench/kda_check.py --only split --budget 200 --out "$OUT" --commit "$(git rev-parse --short=12 HEAD)"
+    TRITON_INTERPRET=1 python tests/bench/kda_check.py --only split --tiny --out /tmp/kda
 
 Compiles side by side first, then checks dtypes, head sizes, lengths and hard gates against the float64 reference, times the
 op forward, in both directions and for a token beside flash-linear-attention (where that is installed), and times each kernel
-in each configuration that was found right, as the profiler tells it. Writes kda_check.log, rows as those of run.py to
-kda.jsonl and rows of kernels to evidence-kda-kernels.jsonl; the short table comes last. Exits with 1 if anything was wrong.
+in each configuration that was found right, as the profiler tells it. `split` does so for the gradients by two kernels beside
+those by one, and looks whether runs are equal to the bit; with `--tiny` it is only checked, on a CPU. Writes kda_check.log,
+rows as those of run.py to kda.jsonl and rows of kernels to evidence-kda-kernels.jsonl; the short table comes last. Exits with
+1 if anything was wrong.
 The rest of the contract (decode step, bits, scratch memory) is `pytest tests/contracts/test_ops.py -m gpu -k kda`.
 """
 
@@ -36,6 +40,7 @@ from heddle.kernels.common.tuning import tuning
 from heddle.kernels.configs.launch import Launch
 
 DEVICE = torch.device("cuda")
+PARTS = ("correctness", "sweep", "split", "rivals")
 WORKERS = 14
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SIZES = ((128, 128), (64, 64), (100, 72), (128, 256), (256, 256))
@@ -67,6 +72,25 @@ TRIED = {
 SHAPES = {"8x4096": (8, 4096, 1.0), "1x32768": (1, 32768, 1.0), "8x4096 strong": (8, 4096, 100.0)}
 SEGMENTS = (1024, 2048, 4096, 8192)
 Overrides = dict[str, Any]
+_PAIRS = Launch(64, 64, 4, 1)
+# The first is what the others are compared with.
+SPLIT: dict[str, Overrides] = {
+    "one kernel": {"split": 0, "gradient": Launch(64, 64, 8, 1)},
+    "64 columns, 4 warps": {"split": 1, "gradient": Launch(64, 64, 4, 1), "pairs": _PAIRS},
+    "128 columns, 4 warps": {"split": 1, "gradient": Launch(64, 128, 4, 1), "pairs": _PAIRS},
+    "64 columns, 8 warps": {"split": 1, "gradient": Launch(64, 64, 8, 1), "pairs": _PAIRS},
+    "128 columns, 8 warps": {"split": 1, "gradient": Launch(64, 128, 8, 1), "pairs": _PAIRS},
+    "64 columns, 8 warps, 128 registers": {
+        "split": 1,
+        "gradient": Launch(64, 64, 8, 1, 128),
+        "pairs": _PAIRS,
+    },
+    "pairs 128 columns": {"split": 1, "gradient": Launch(64, 64, 4, 1), "pairs": Launch(64, 128, 4, 1)},
+    "pairs 8 warps": {"split": 1, "gradient": Launch(64, 64, 4, 1), "pairs": Launch(64, 64, 8, 1)},
+    "pairs 128 registers": {"split": 1, "gradient": Launch(64, 64, 4, 1), "pairs": Launch(64, 64, 4, 1, 128)},
+}
+# Times that two runs are compared to the bit, at lengths where a race was seen before.
+REPEATED, REPEATED_LENGTHS = 9, (64, 150, 300)
 
 
 def every_tuning() -> Iterator[Overrides]:
@@ -97,20 +121,42 @@ def every_sample() -> Iterator[tuple[str, Overrides, Sample]]:
         yield f"{dtype} {name}", {}, hard(dtype, choices)
 
 
-def judged(overrides: Overrides, sample: Sample) -> list[Measured]:
+def judged(overrides: Overrides, sample: Sample, device: torch.device = DEVICE) -> list[Measured]:
     # Asked for: what has not passed here yet is not taken otherwise.
     with tuning(**overrides), force_path("triton"):
-        return compare(kda, sample, DEVICE)
+        return compare(kda, sample, device)
 
 
 def tuned_sample() -> Sample:
     return draw(kda, {"B": 1, "H": 2, "K": 128, "V": 128, "T": 300}, torch.bfloat16)
 
 
-def warm(index: int, *, sweeping: bool) -> None:
+def split_samples(*, tiny: bool) -> Iterator[tuple[str, Overrides, Sample]]:
+    """What the gradients by two kernels are compared with: each variant at 128, the launches of the table elsewhere."""
+    if tiny:
+        for dtype in (torch.float16, torch.float32):
+            shape = {"B": 1, "H": 1, "HV": 2, "K": 32, "V": 48, "T": 150}
+            yield f"{dtype} packed", {"split": 1}, draw(kda, shape, dtype, cu_seqlens=[0, 1, 1, 140, 150])
+        return
+    shape = {"B": 1, "H": 2, "HV": 4, "K": 128, "V": 128, "T": PACKED[-1]}
+    for name, overrides in SPLIT.items():
+        for dtype in (torch.bfloat16, torch.float16):
+            yield f"{name}: {dtype}", overrides, draw(kda, shape, dtype)
+            yield f"{name}: {dtype} strong", overrides, hard(dtype, HARD["strong"])
+        packed = draw(kda, shape, torch.bfloat16, cu_seqlens=PACKED)
+        yield f"{name}: packed", {**overrides, "segment": 64}, packed
+    for name, overrides, sample in every_sample():
+        yield f"table: {name}", {**overrides, "split": 1}, sample
+
+
+def warm(index: int, parts: list[str]) -> None:
     """Compiles every `WORKERS`th thing that will run, into Triton's cache on disk; the slow ones come early."""
-    things = [(overrides, sample) for _, overrides, sample in reversed(list(every_sample()))]
-    things += [(overrides, tuned_sample()) for overrides in every_tuning()] if sweeping else []
+    things = []
+    if "correctness" in parts:
+        things += [(overrides, sample) for _, overrides, sample in reversed(list(every_sample()))]
+    if "split" in parts:
+        things += [(overrides, sample) for _, overrides, sample in reversed(list(split_samples(tiny=False)))]
+    things += [(overrides, tuned_sample()) for overrides in every_tuning()] if "sweep" in parts else []
     for overrides, sample in things[index::WORKERS]:
         try:
             judged(overrides, sample)
@@ -134,6 +180,13 @@ class Timed:
             "fwd": lambda: launch_forward(*self.given),
             "bwd": lambda: launch_backward(self.d_out, None, *self.given),
         }
+
+    def both(self) -> float:
+        """Milliseconds of one call in both directions."""
+        from triton.testing import do_bench
+
+        forward, backward = self.calls().values()
+        return float(do_bench(lambda: (forward(), backward()), warmup=20, rep=100, quantiles=[0.5]))
 
     def kernels(self) -> dict[str, float]:
         """Milliseconds of each kernel of one call forward and one backward, by phase and name."""
@@ -159,11 +212,11 @@ class Timed:
         return times
 
 
-def made_by() -> dict[str, Any]:
-    """Where and when a row is made; `commit` is for who commits it, since a machine with a copy has no history."""
+def made_by(commit: str | None = None) -> dict[str, Any]:
+    """Where and when a row is made; without `commit` it is for who commits it: a machine with a copy has no history."""
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     versions = {"torch": torch.__version__, "triton": triton.__version__}
-    return {"time": now, "commit": None, "device": torch.cuda.get_device_name(), **versions}
+    return {"time": now, "commit": commit, "device": torch.cuda.get_device_name(), **versions}
 
 
 def sweep(log: Log, rows: Path, late: Callable[[], bool]) -> list[str]:
@@ -191,6 +244,63 @@ def sweep(log: Log, rows: Path, late: Callable[[], bool]) -> list[str]:
     return lines
 
 
+def equal_runs(overrides: Overrides) -> int:
+    """How many of the repeated backward passes differ from the first in any bit."""
+    differ = 0
+    for T in REPEATED_LENGTHS:
+        timed = Timed(2, T, 1.0)
+        with tuning(**overrides):
+            first = launch_backward(timed.d_out, None, *timed.given)
+            for _ in range(REPEATED):
+                again = launch_backward(timed.d_out, None, *timed.given)
+                differ += not all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    return differ
+
+
+def split_times(overrides: Overrides, inputs: dict[str, Timed]) -> tuple[dict[str, Any], str]:
+    """Milliseconds of each shape, of the kernels of gradients and of both directions; and the same as a line."""
+    found, told = {}, []
+    for shape, timed in inputs.items():
+        with tuning(**overrides):
+            times, both = timed.kernels(), timed.both()
+        made = sum(
+            ms for name, ms in times.items() if any(x in name for x in ("gradient", "pair", "near", "far"))
+        )
+        found[shape] = {"kernels_ms": times, "gradients_ms": made, "both_ms": both}
+        told.append(f"{made:8.3f} {both:8.3f}")
+    return found, "".join(f"{one:>20s}" for one in told)
+
+
+def split(log: Log, rows: Path, commit: str | None, late: Callable[[], bool]) -> list[str]:
+    """Checks the gradients by two kernels, then times each variant that is right; gives the table."""
+    bad = set()
+    for name, overrides, sample in split_samples(tiny=False):
+        try:
+            right = log.check(name, judged(overrides, sample))
+        except Exception as error:
+            log.wrong.append(f"{name}: {' '.join(str(error).split())[-300:]}")
+            right = False
+        bad |= set() if right else {name.split(":")[0]}
+    inputs = {shape: Timed(*setting) for shape, setting in SHAPES.items()}
+    header = "".join(f"{shape:>20s}" for shape in inputs)
+    lines = [f"ms of the kernels of gradients, and of both directions\n{'':36s}{header}"]
+    for name, overrides in SPLIT.items():
+        if late() or name in bad:
+            lines.append(f"{name:36s} {'out of time' if name not in bad else 'not right'}")
+            continue
+        differ = equal_runs(overrides)
+        if differ:
+            log.wrong.append(f"{name}: {differ} runs differ from the first")
+        found, told = split_times(overrides, inputs)
+        lines.append(f"{name:36s}{told}")
+        log(lines[-1])
+        for shape, times in found.items():
+            row = {"op": "kda", "case": shape, "tried": f"split: {name}", "runs_that_differ": differ, **times}
+            with rows.open("a") as file:
+                file.write(json.dumps({**made_by(commit), **row}) + "\n")
+    return lines
+
+
 def rivals(log: Log, file: Path) -> None:
     """Rows of the op and of the rival, as run.py makes them but with the kernels asked for."""
 
@@ -204,9 +314,9 @@ def rivals(log: Log, file: Path) -> None:
         log(line)
 
 
-def compiled(log: Log, begin: float, skipped: list[str]) -> None:
+def compiled(log: Log, begin: float, parts: list[str]) -> None:
     """Compiles all that will run, in processes side by side."""
-    command = [sys.executable, __file__, "--skip", *skipped, "--warm"]
+    command = [sys.executable, __file__, "--only", *parts, "--warm"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     start = partial(
         subprocess.Popen, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -218,7 +328,15 @@ def compiled(log: Log, begin: float, skipped: list[str]) -> None:
     log(f"compiled in {time.monotonic() - begin:.0f} s")
 
 
-def main() -> int:
+def correctness(log: Log, samples: Iterator[tuple[str, Overrides, Sample]], device: torch.device) -> None:
+    for name, overrides, sample in samples:
+        try:
+            log.check(name, judged(overrides, sample, device))
+        except Exception as error:
+            log.wrong.append(f"{name}: {' '.join(str(error).split())[-300:]}")
+
+
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -226,30 +344,38 @@ def main() -> int:
         "--budget", type=float, default=300.0, help="seconds after which nothing new is begun"
     )
     parser.add_argument("--out", type=Path, default=Path("."), help="folder for the log")
-    parser.add_argument("--skip", nargs="*", default=[], choices=["correctness", "rivals", "sweep"])
+    parser.add_argument("--commit", help="what the code is")
+    parser.add_argument("--only", nargs="*", default=PARTS, choices=PARTS, help="parts run")
+    parser.add_argument("--skip", nargs="*", default=[], choices=PARTS)
+    parser.add_argument("--tiny", action="store_true", help="only whether `split` is right, on a CPU")
     parser.add_argument("--warm", type=int, help=argparse.SUPPRESS)
-    chosen = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> int:
+    chosen = arguments()
+    parts = [part for part in chosen.only if part not in chosen.skip]
     if chosen.warm is not None:
-        warm(chosen.warm, sweeping="sweep" not in chosen.skip)
+        warm(chosen.warm, parts)
         return 0
     begin = time.monotonic()
     chosen.out.mkdir(parents=True, exist_ok=True)
     log = Log(chosen.out / "kda_check.log")
-    compiled(log, begin, chosen.skip)
-    if "correctness" not in chosen.skip:
-        for name, overrides, sample in every_sample():
-            try:
-                log.check(name, judged(overrides, sample))
-            except Exception as error:
-                log.wrong.append(f"{name}: {' '.join(str(error).split())[-300:]}")
-    log(f"checked after {time.monotonic() - begin:.0f} s")
     lines = []
-    if "sweep" not in chosen.skip:
+    if chosen.tiny:
+        correctness(log, split_samples(tiny=True), torch.device("cpu"))
+    else:
+        compiled(log, begin, parts)
         late = lambda: time.monotonic() - begin > chosen.budget  # noqa: E731
-        lines = sweep(log, chosen.out / "evidence-kda-kernels.jsonl", late)
-    # Last: the rival may tune itself for minutes.
-    if "rivals" not in chosen.skip:
-        rivals(log, chosen.out / "kda.jsonl")
+        rows = chosen.out / "evidence-kda-kernels.jsonl"
+        if "correctness" in parts:
+            correctness(log, every_sample(), DEVICE)
+        log(f"checked after {time.monotonic() - begin:.0f} s")
+        lines += sweep(log, rows, late) if "sweep" in parts else []
+        lines += split(log, rows, chosen.commit, late) if "split" in parts else []
+        # Last: the rival may tune itself for minutes.
+        if "rivals" in parts:
+            rivals(log, chosen.out / "kda.jsonl")
     for line in (*lines, *log.wrong, f"{len(log.wrong)} wrong, {time.monotonic() - begin:.0f} s"):
         log(line)
     return 1 if log.wrong else 0

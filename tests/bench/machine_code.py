@@ -39,6 +39,7 @@ from heddle.kernels import (
     _head_sparse_attention_bwd,
     _head_sparse_attention_fwd,
     _kda_bwd,
+    _kda_bwd_split,
     _kda_fwd,
     _landmark_attention_bwd,
     _landmark_attention_fwd,
@@ -125,6 +126,9 @@ KERNELS = {
     ("kda", "keep"): _kda_fwd._kda_sweep_kernel,
     ("kda", "backward"): _kda_bwd._kda_backward_kernel,
     ("kda", "gradient"): _kda_bwd._kda_gradient_kernel,
+    ("kda", "pairs"): _kda_bwd_split._kda_pair_kernel,
+    ("kda", "near"): _kda_bwd_split._kda_near_kernel,
+    ("kda", "far"): _kda_bwd_split._kda_far_kernel,
     ("rat_attention", "forward"): _rat_attention_fwd._rat_attention_fwd_kernel,
     ("rat_attention", "step"): _rat_attention_fwd._rat_attention_fwd_kernel,
     ("rat_attention", "queries"): _rat_attention_bwd._rat_attention_bwd_query_kernel,
@@ -153,7 +157,7 @@ FLOATS = (
     "lse_ptr", "delta_ptr", "most_ptr", "d_bias_ptr", "d_gates_ptr", "logits_ptr",
     "weights_ptr", "d_weights_ptr", "lse_rows_ptr", "delta_rows_ptr",
     "rates_ptr", "weight_ptr", "means_ptr", "d_rates_ptr", "d_before_ptr", "d_had_ptr", "d_means_ptr",
-    "mean_ptr", "right_ptr", "x_ptr", "y_ptr", "middle_ptr", "d_seen_ptr",
+    "same_ptr", "mean_ptr", "right_ptr", "x_ptr", "y_ptr", "middle_ptr", "d_seen_ptr",
 )  # fmt: skip
 DOUBLES = ("sums_ptr",)
 INTEGERS = (
@@ -414,8 +418,19 @@ def _planned_constants(case: Case, launch: Launch) -> dict[str, Any]:
         "SEGMENTED": False, "SUMMARY": False, "OUT": case.kernel != "keep", "BACKWARD": case.backward,
         "PRECISE": case.dtype == "fp32", "HALVED": case.dtype == "fp16" or case.halved,
     }  # fmt: skip
-    if case.op in ("gla", "kda") and case.kernel in ("prepare", "gradient"):
+    if case.op in ("gla", "kda") and case.kernel in ("prepare", "gradient", "near", "far"):
         constants["ROWS"] = min(KEY_TILE, block(case.K))
+    if case.kernel in ("prepare", "pairs", "near", "far"):
+        # Of kda: with two kernels for the gradients.
+        between = 16 * case.K
+        constants |= {
+            "SUMS": True,
+            "TILES": 2,
+            "HV": 16,
+            "stride_qt": between,
+            "stride_kt": between,
+            "stride_dt": 16 * case.V,
+        }
     names = KERNELS[case.op, case.kernel].arg_names
     return {name: value for name, value in constants.items() if name in names}
 
@@ -493,7 +508,9 @@ def _launch(case: Case) -> Launch:
     elif case.op == "ttt":
         launch = getattr(ttt.HOPPER.plan(ELEMENTS[case.dtype], block(case.K)), case.kernel)
     elif case.op in PLANS:
-        launch = getattr(PLANS[case.op].plan(ELEMENTS[case.dtype], _largest(case)), case.kernel)
+        plan = PLANS[case.op].plan(ELEMENTS[case.dtype], _largest(case))
+        # Where one kernel makes the gradients of kda, the launch of the two is that of a trial.
+        launch = getattr(plan, case.kernel, None) or plan.gradient
     else:
         kernel = "backward" if case.backward and case.kernel == "output" else case.kernel
         size = max(block(case.K), block(case.V))

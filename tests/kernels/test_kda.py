@@ -101,6 +101,26 @@ def test_segments_change_nothing(device: str) -> None:
     _assert_right(packed, device, segment=64)
 
 
+@pytest.mark.parametrize("device", KERNEL_DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_gradients_by_two_kernels_are_right(dtype: torch.dtype, device: str) -> None:
+    shape = {"B": 1, "H": 1, "HV": 2, "K": 80, "V": 24}
+    packed = draw(kda, {**shape, "T": 150}, dtype, cu_seqlens=[0, 1, 1, 140, 150])
+    _assert_right(packed, device, split=1)
+    _assert_right(_with_decays(draw(kda, {**shape, "T": 70}, dtype), WEAK, STRONG), device, split=1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("sizes", [(64, 64), (100, 72), (128, 128), (128, 256), (256, 256)])
+def test_gradients_by_two_kernels_are_right_in_large_heads(
+    dtype: torch.dtype, sizes: tuple[int, int]
+) -> None:
+    K, V = sizes
+    sample = draw(kda, {"B": 1, "H": 1, "HV": 2, "K": K, "V": V, "T": 300}, dtype)
+    _assert_right(sample, "cuda", split=1)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_value_heads_share_their_key_head_in_groups(device: str) -> None:
     sample = draw(kda, {**SMALL, "HV": 6, "T": 70}, torch.float32)

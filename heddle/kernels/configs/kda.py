@@ -13,7 +13,7 @@ class Plan:
     """The launches of one kind of inputs; all share the chunk. `columns` are those of V (`prepare` has none).
 
     `keep` sweeps for what the backward pass wants, `backward` from the end. `inverse`: how products of the triangular
-    inverse are computed
+    inverse are computed. `pairs`: where two kernels make the gradients, that of the first; `gradient` is that of the second
     """
 
     prepare: Launch
@@ -22,6 +22,7 @@ class Plan:
     backward: Launch
     gradient: Launch
     inverse: str = "tf32x3"
+    pairs: Launch | None = None
 
     @property
     def chunk(self) -> int:
