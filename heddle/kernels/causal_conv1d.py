@@ -1,7 +1,7 @@
 """A short causal convolution over time, one filter a channel: the op, its reference and its path in plain torch.
 
-Predicted cost for a token and channel: 2 W FLOP and two elements moved, so it is bound by memory everywhere. On a GPU one kernel
-goes each way; plain torch makes some 2 W passes over numbers of four bytes.
+Predicted cost for a token and channel: 2 W FLOP and two elements moved, so it is bound by memory everywhere. On a GPU there
+are kernels for both directions; plain torch makes some 2 W passes over numbers of four bytes.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ except ImportError:
     HAS_KERNELS = False
 
 # The kernels hold the rows of a window in registers.
-MAX_TAPS = 8
+MAX_TAPS = 4
 
 
 def causal_conv1d_reference(

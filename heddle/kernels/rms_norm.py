@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from heddle.errors import HeddleError
-from heddle.kernels.op import TRITON_DTYPES, Inputs, Shape, Traits, are_plain, normal, op, wide_dtype
+from heddle.kernels.op import Inputs, Shape, Traits, are_plain, normal, op, wide_dtype
 
 try:
     from heddle.kernels._rms_norm_op import kernels
@@ -71,7 +71,7 @@ def _fits(shape: Shape) -> bool:
     return HAS_KERNELS and shape["K"] <= MAX_SIZE
 
 
-@op(rms_norm_reference, _CASES, kernel=_fits, unproven=TRITON_DTYPES)
+@op(rms_norm_reference, _CASES, kernel=_fits)
 def rms_norm(
     x: Tensor,
     weight: Tensor | None = None,
