@@ -109,6 +109,8 @@ class HeddleLayer(GradientCheckpointingLayer):  # type: ignore[misc]
         if self.skip is not None:
             x = self.skip(x, call)
         normed = x if self.mixer_norm is None else self.mixer_norm(x)
+        # Of the constant stream alone this is wanted.
+        call.hand(constant=normed)
         x = joined(x, normed, self.mixer(normed, call), self.mixer_post_norm, self.residual)
         if self.channel_kind == "none":
             return x
