@@ -2,7 +2,8 @@
 
 Layers with `qk_source: constant` make queries and keys of what it is at theirs (Deconstructing Attention, arXiv 2510.11602: from
 random rows its RndEmbQK, from the embeddings of one text its FixedSeqQK). It is one sequence for all rows of a batch, and goes
-as far as the longest of them. Each layer runs it just before the text, with a cache of its own.
+as far as the longest of them. Each layer runs it just before the text, with a cache of its own; of the last that reads it only
+the norm.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from heddle.compose.cache import Call, CompositeLayer, StateLayer
 
 # What a layer's input of the stream is called in `Call.handed`, by that layer.
 CONSTANT = "constant"
+# With the last layer that reads it, among what is wanted of the stream: there is nothing behind it to run it for.
+ENDS = "ends"
 
 
 class RowsLayer(StateLayer):
@@ -90,11 +93,11 @@ class ConstantStream:
     def __init__(self, x: Tensor, call: Call, readers: Iterable[int], cache: ConstantCache | None) -> None:
         self.x, self.call, self.cache, self.readers = x, call, cache, frozenset(readers)
         self.last = max(self.readers)
-        call.wanted |= {(CONSTANT, index) for index in self.readers}
+        call.wanted |= {(CONSTANT, index) for index in self.readers} | {(ENDS, self.last)}
 
     def cache_at(self, index: int) -> StateLayer | None:
         """What the mixer of a layer keeps of it."""
-        return None if self.cache is None else self.cache.parts[f"{index}.mixer"]
+        return None if self.cache is None else self.cache.parts.get(f"{index}.mixer")
 
     def hand(self, index: int, text: Call) -> None:
         """Hands layer `index` of the text its own input of the stream, of all tokens so far."""

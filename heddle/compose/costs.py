@@ -13,7 +13,7 @@ Bytes moved are what no implementation can do without, each tensor touched once:
              as many rows; and the caches, written once
 
 The constant stream is one sequence more in the layers that it runs through, whatever the batch; its FLOPs are spread over the
-tokens of the text. A layer that reads it also holds its input of it.
+tokens of the text. A layer that reads it holds its input of it, too; the last such layer does no more with it.
 
 What happens inside a block is taken to stay on the chip, and logits are left out: a prefill needs those of one token.
 """

@@ -1,7 +1,7 @@
 """The constant stream of Deconstructing Attention (arXiv 2510.11602): who reads it, and where it cannot be.
 
 A sequence of its own runs through the layers beside the text, the same for every text. Mixers with `qk_source: constant` make
-queries and keys of what it is at their layer; behind the last such layer it ends.
+queries and keys of what it is at their layer; with the input of the last such layer it ends.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ def encoder_problems(mixer: MixerSpec, path: str = "mixer") -> Iterator[Problem]
         yield from encoder_problems(part, f"{path}.{name}")
     if getattr(mixer, "qk_source", None) == CONSTANT:
         what = "the constant stream is of causal language models: in an encoder its length would change it"
-        yield Problem(f"{path}.qk_source", what, "position, or kind: causal_lm in model", "conflicting-fields")
+        yield Problem(
+            f"{path}.qk_source", what, "position, or kind: causal_lm in model", "conflicting-fields"
+        )
 
 
 def token_problems(fields: Mapping[str, Any]) -> Iterator[Problem]:

@@ -164,7 +164,7 @@ class HeddleModel(HeddlePreTrainedModel):
         made = [self.layer_at(index).mixer.new_cache() for index in range(len(self.layers))]
         if not self.constant_readers:
             return made
-        beside = range(max(self.constant_readers) + 1)
+        beside = range(max(self.constant_readers))
         rows = {index: RowsLayer() for index in self.constant_readers}
         return [*made, ConstantCache([self.layer_at(index).mixer.new_cache() for index in beside], rows)]
 
@@ -180,7 +180,7 @@ class HeddleModel(HeddlePreTrainedModel):
             return made
         shape = (1, context + 1, self.config.hidden_size)
         rows = {index: RowsLayer(like.new_empty(shape).normal_()) for index in self.constant_readers}
-        return [*made, ConstantCache(filled(max(self.constant_readers) + 1, 1), rows)]
+        return [*made, ConstantCache(filled(max(self.constant_readers), 1), rows)]
 
     def embedded(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         """The embedded tokens, before their factor: one of both as it is given.  Shapes:  out: [B, T, D]"""

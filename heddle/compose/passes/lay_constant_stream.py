@@ -1,7 +1,7 @@
 """Pass: the constant stream, which runs beside the text as far as a layer reads it.
 
 Needs: `resolve_layers`, `check_kind`.
-Gives: `constant` of the blocks that it runs through, and a `constant` edge from the embedding to each mixer that reads it.
+Gives: `constant` of the blocks that it runs through, of layers in front of the last that reads it, and a `constant` edge from the embedding to each mixer that reads it.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def lay_constant_stream(graph: Graph, locate: Locate) -> Graph:
     beside: dict[str, Block] = {
         name: replace(node, constant=True)
         for name, node in nodes_of(graph)
-        if isinstance(node, (MixerBlock, ChannelBlock)) and node.site.layer_index <= last
+        if isinstance(node, (MixerBlock, ChannelBlock)) and node.site.layer_index < last
     }
     made = with_nodes(graph, beside)
     for name, node in mixers:
