@@ -68,14 +68,14 @@ class RowsLayer(StateLayer):
 
 
 class ConstantCache(CompositeLayer):
-    """What the constant stream left in the layers that it runs through: `mixers`, and `rows` where a layer reads it.
+    """What the constant stream left in the layers: in the `mixers` that it runs through, and its `inputs` of those that read it.
 
     It is of no sequence of the batch, so choosing, ordering and repeating these leaves it as it is.
     """
 
-    def __init__(self, mixers: Sequence[StateLayer], rows: Mapping[int, RowsLayer]) -> None:
-        parts: dict[str, StateLayer] = {f"{index}.mixer": one for index, one in enumerate(mixers)}
-        super().__init__(parts | {f"{index}.rows": one for index, one in rows.items()})
+    def __init__(self, mixers: Sequence[StateLayer], inputs: Mapping[int, RowsLayer]) -> None:
+        parts: dict[str, StateLayer] = {f"mixers.{index}": one for index, one in enumerate(mixers)}
+        super().__init__(parts | {f"inputs.{index}": one for index, one in inputs.items()})
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """No row of the batch is its own."""
@@ -97,15 +97,20 @@ class ConstantStream:
 
     def cache_at(self, index: int) -> StateLayer | None:
         """What the mixer of a layer keeps of it."""
-        return None if self.cache is None else self.cache.parts.get(f"{index}.mixer")
+        return None if self.cache is None else self.cache.parts.get(f"mixers.{index}")
 
     def hand(self, index: int, text: Call) -> None:
         """Hands layer `index` of the text its own input of the stream, of all tokens so far."""
         if index not in self.readers:
             return
         rows: Tensor = self.call.handed[CONSTANT, index]
-        held = None if self.cache is None else self.cache.parts[f"{index}.rows"]
+        held = None if self.cache is None else self.cache.parts[f"inputs.{index}"]
         text.handed[CONSTANT, index] = held.append(rows) if isinstance(held, RowsLayer) else rows
+
+
+def is_stream(call: Call) -> bool:
+    """Whether a call is of the constant stream, and not of a text."""
+    return any(what == ENDS for what, _ in call.wanted)
 
 
 def constant_rows(call: Call, size: int) -> Tensor:

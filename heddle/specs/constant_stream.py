@@ -37,9 +37,9 @@ def encoder_problems(mixer: MixerSpec, path: str = "mixer") -> Iterator[Problem]
 
 def token_problems(fields: Mapping[str, Any]) -> Iterator[Problem]:
     """Constant tokens that are none of the vocabulary, among the fields of a model; fields that are not known are left out."""
-    vocab_size = fields.get("vocab_size")
-    for index, token in enumerate(fields.get("constant_tokens") or () if vocab_size is not None else ()):
-        if token >= vocab_size:
+    vocab_size, tokens = fields.get("vocab_size"), fields.get("constant_tokens") or ()
+    for index, token in enumerate(tokens):
+        if vocab_size is not None and token >= vocab_size:
             what = f"token {token} is none of a vocabulary of {vocab_size}"
             yield Problem(f"constant_tokens.{index}", what, f"ids from 0 to {vocab_size - 1}", "out-of-range")
             return

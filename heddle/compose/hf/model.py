@@ -165,8 +165,8 @@ class HeddleModel(HeddlePreTrainedModel):
         if not self.constant_readers:
             return made
         beside = range(max(self.constant_readers))
-        rows = {index: RowsLayer() for index in self.constant_readers}
-        return [*made, ConstantCache([self.layer_at(index).mixer.new_cache() for index in beside], rows)]
+        inputs = {index: RowsLayer() for index in self.constant_readers}
+        return [*made, ConstantCache([self.layer_at(index).mixer.new_cache() for index in beside], inputs)]
 
     def filled_cache_layers(self, batch: int, context: int) -> list[StateLayer]:
         """As `new_cache_layers`, of random contents after `context` tokens, whose step repeats."""
@@ -179,8 +179,8 @@ class HeddleModel(HeddlePreTrainedModel):
         if not self.constant_readers:
             return made
         shape = (1, context + 1, self.config.hidden_size)
-        rows = {index: RowsLayer(like.new_empty(shape).normal_()) for index in self.constant_readers}
-        return [*made, ConstantCache(filled(max(self.constant_readers), 1), rows)]
+        inputs = {index: RowsLayer(like.new_empty(shape).normal_()) for index in self.constant_readers}
+        return [*made, ConstantCache(filled(max(self.constant_readers), 1), inputs)]
 
     def embedded(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         """The embedded tokens, before their factor: one of both as it is given.  Shapes:  out: [B, T, D]"""

@@ -109,8 +109,8 @@ class Edge:
     """What goes along: activations of `width` features.
 
     `stream`: from each node to the next. `skip`: what an earlier layer gave to the stream. `qk_source`: the embedded tokens,
-    of which a mixer makes queries and keys. `constant`: the constant stream, of which it makes them. `keys`, `values`, `indices`: what a mixer takes from that of an earlier layer.
-    `share`: weights, of a layer or (by the head) of the embedding.
+    of which a mixer makes queries and keys. `constant`: the constant stream, of which it makes them. `keys`, `values`,
+    `indices`: what a mixer takes from that of an earlier layer. `share`: weights, of a layer or (by the head) of the embedding.
     """
 
     kind: Literal["stream", "skip", "qk_source", "constant", "keys", "values", "indices", "share"]

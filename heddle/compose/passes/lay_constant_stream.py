@@ -1,7 +1,8 @@
 """Pass: the constant stream, which runs beside the text as far as a layer reads it.
 
 Needs: `resolve_layers`, `check_kind`.
-Gives: `constant` of the blocks that it runs through, of layers in front of the last that reads it, and a `constant` edge from the embedding to each mixer that reads it.
+Gives: `constant` of the blocks that it runs through, of layers in front of the last that reads it, and a `constant` edge from
+the embedding to each mixer that reads it.
 """
 
 from __future__ import annotations
@@ -44,8 +45,9 @@ def lay_constant_stream(graph: Graph, locate: Locate) -> Graph:
     for name, node in mixers[: max(last, 0)]:
         if node.block not in told and any(one in KEPT for one in node.spec.exemptions()):
             told.add(node.block)
-            what = f"{node.spec.kind} goes by where a prompt ends, and the constant stream, which has none, is read in layer {last}"
-            hint = f"no {node.spec.kind} in front of the last layer with qk_source: constant"
+            kind = node.spec.kind
+            what = f"{kind} goes by where a prompt ends, and the constant stream, which has none, is read in layer {last}"
+            hint = f"no {kind} in front of the last layer with qk_source: constant"
             failures.add("conflicting-fields", what, f"{name}.kind", hint)
     failures.check()
     if last < 0:

@@ -134,8 +134,8 @@ class Attention(HeadedMixer):
     qk_source: Annotated[
         Literal["hidden", "embedding", "position", "constant"],
         Field(
-            description="What q (with its gate) and k are made of: the layer's input, the embedded tokens, a fixed random row for "
-            "each position, or what the constant stream is there."
+            description="What q (with its gate) and k are made of: the layer's input, the embedded tokens, a fixed random row "
+            "for each position, or what the constant stream is there."
         ),
     ] = "hidden"
     selection: Annotated[
