@@ -18,8 +18,12 @@ from heddle.compose.constant_stream import ConstantCache
 from heddle.compose.hf.card import Card
 from heddle.compose.hf.export import export
 from heddle.compose.modules.qk_source import position_rows
+from heddle.compose.passes.graph import edges_of, nodes_of
+from heddle.compose.passes.lay_constant_stream import lay_constant_stream
 from heddle.compose.plan import plan
-from heddle.errors import HeddleError
+from heddle.compose.targets.catalogue import BY_NAME
+from heddle.compose.targets.verdict import verdict
+from heddle.errors import HeddleError, Where
 from heddle.search.evaluators.layer_profile import Blocks, layer_profile
 from heddle.search.evaluators.random_features import heads_kept
 from heddle.search.learned_share import learned_shares
@@ -292,6 +296,35 @@ def test_flops_are_those_that_torch_counts() -> None:
         # As the counter has it every token sees all: as the last one does.
         expected = plan(spec).cost(length - 1, batch)["decode_flops_per_token"] * batch * length
         assert counter.get_total_flops() == pytest.approx(expected, rel=0.02)
+
+
+def test_its_pass_marks_the_blocks_that_it_runs_through_and_lays_an_edge_to_each_that_reads_it() -> None:
+    names = ["full", "constant", "delta", "constant", "full"]
+    graph = plan(model_spec(names)).graph
+    marked = [name for name, node in nodes_of(graph) if getattr(node, "constant", False)]
+    assert marked == [f"layers.{index}.{half}" for index in range(3) for half in ("mixer", "channel")]
+    edges = [(first, second) for first, second, edge in edges_of(graph) if edge.kind == "constant"]
+    assert edges == [("embedding", "layers.1.mixer"), ("embedding", "layers.3.mixer")]
+    again = lay_constant_stream(graph, lambda path: Where(path=path))
+    assert dict(nodes_of(again)) == dict(nodes_of(graph))
+    assert list(edges_of(again)) == list(edges_of(graph))
+
+
+@pytest.mark.parametrize("text", [None, TEXT], ids=["random rows", "a fixed text"])
+def test_a_saved_model_and_a_native_class_know_of_its_tokens_what_they_need(
+    text: list[int] | None, tmp_path: Path
+) -> None:
+    model, ids = model_of("in turn", constant_tokens=text).float(), ids_of()
+    model.save_pretrained(tmp_path)
+    assert torch.equal(type(model).from_pretrained(tmp_path).eval()(ids).logits, model(ids).logits)
+    assert "model.constant_tokens" not in model.state_dict()
+    # Where no layer reads the stream nothing is left of it.
+    llama = ["full", "full"]
+    assert verdict(BY_NAME["llama"], plan(model_spec(llama, constant_tokens=text)).runtime()).fits
+    refused = verdict(
+        BY_NAME["llama"], plan(model_spec(["full", "constant"], constant_tokens=text)).runtime()
+    )
+    assert any(one.path == "layers.1.mixer.qk_source" for one in refused.refusals)
 
 
 def test_the_plan_tells_it_and_its_tokens_are_hashed_where_they_are_read() -> None:

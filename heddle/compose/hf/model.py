@@ -76,10 +76,10 @@ class HeddleModel(HeddlePreTrainedModel):
         self.wanted = frozenset(taken for one in self.layers.modules() for taken in getattr(one, "takes", ()))
         self.constant_readers = readers_of(config.layers)
         self.norm = norm_module("rmsnorm", config.hidden_size, config.norm_eps)
-        # A buffer: no step may wait for a copy of it to the device.
-        count = None if config.constant_tokens is None else len(config.constant_tokens)
-        ids = None if count is None else torch.empty(count, dtype=torch.int64)
-        self.register_buffer("constant_tokens", ids)
+        told = config.constant_tokens
+        # On the device, for no step may wait for a copy; and in no checkpoint, for the configuration has them.
+        ids = None if told is None else torch.empty(len(told), dtype=torch.int64)
+        self.register_buffer("constant_tokens", ids, persistent=False)
         self.constant_tokens: Tensor | None
         self.lower_bounds: nn.Parameter | None = None
         if config.lower_bounds_width > 0:
