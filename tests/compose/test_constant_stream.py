@@ -26,6 +26,7 @@ from heddle.compose.targets.verdict import verdict
 from heddle.errors import HeddleError, Where
 from heddle.search.evaluators.layer_profile import Blocks, layer_profile
 from heddle.search.evaluators.random_features import heads_kept
+from heddle.search.evaluators.supernet import Supernet
 from heddle.search.learned_share import learned_shares
 from heddle.specs import ModelSpec, loads
 from heddle.specs.canonical import spec_hash
@@ -413,6 +414,16 @@ def test_what_looks_into_layers_sees_the_text_alone() -> None:
     assert [len(one) for one in heads] == [3] * 6
     profile = layer_profile(model_of("in turn"), ids, [-1, 7], Blocks(size=4, top=3, sink=0, recent=0))
     assert profile.layers == (0, 1, 2, 3, 4)
+
+
+@torch.no_grad()
+def test_a_supernet_runs_it_in_the_paths_that_read_it() -> None:
+    paths = (["full"] * 3, ["full", "full", "constant"], ["constant", "full", "full"])
+    specs = [model_spec(names, constant_tokens=TEXT) for names in paths]
+    net, ids = Supernet(specs), ids_of()
+    for spec in specs:
+        alone = net.copied(spec).eval()(ids).logits
+        assert torch.equal(net.select(net.path_of(spec)).eval()(ids).logits, alone)
 
 
 @pytest.mark.slow
