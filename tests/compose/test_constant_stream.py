@@ -42,6 +42,16 @@ BLOCKS: dict[str, Any] = {
     "delta": {"mixer": {"kind": "gated_deltanet", "heads": 2}, "channel": {"kind": "moe", "experts": 4, "active": 2}},
     "near": {"mixer": CONSTANT | {"window": 6}, "channel": NONE, "skip": {"source": "embedding", "init": 0.5}},
     "both": {"mixer": {"kind": "parallel", "mixers": [CONSTANT, FULL | {"window": 5}]}, "channel": NONE},
+    "routed": {
+        "mixer": {"kind": "token_router", "mixers": [CONSTANT, {"kind": "decay_attention", "heads": 3}], "budget": 0.5},
+        "channel": NONE,
+    },
+    "split": {
+        "mixer": {"kind": "head_split", "mixers": [CONSTANT | {"kv_heads": 3}, {"kind": "gla", "heads": 3}], "share": 0.34},
+        "channel": NONE,
+    },
+    "chosen": {"mixer": {"kind": "moh", "mixer": CONSTANT | {"kv_heads": 3}, "shared_heads": 1, "active": 1}, "channel": NONE},
+    "blocks": {"mixer": CONSTANT | {"selection": {"block": 4, "count": 3}}, "channel": NONE},
     "again": {"mixer": CONSTANT, "channel": NONE, "shared": True},
     "keys": {"mixer": FULL | {"keys_from": "constant"}, "channel": NONE},
     "words": {"mixer": FULL | {"qk_source": "embedding"}, "channel": NONE},
@@ -50,6 +60,7 @@ MODELS: dict[str, list[str]] = {
     "in turn": ["full", "constant", "full", "constant", "full"],
     "alone": ["constant"],
     "recurrent and windows": ["delta", "near", "full", "near", "delta"],
+    "composites": ["routed", "split", "chosen", "blocks"],
     "parts, shared and taking": ["words", "constant", "both", "keys", "again", "again"],
 }
 every_model = pytest.mark.parametrize("name", MODELS)
@@ -401,8 +412,8 @@ def test_tokens_of_a_spec_that_no_file_tells_are_checked_by_the_plan() -> None:
 @torch.no_grad()
 def test_what_looks_into_layers_sees_the_text_alone() -> None:
     router = {"kind": "token_router", "mixers": [FULL, FULL | {"window": 4}], "budget": 0.5}
-    blocks = BLOCKS | {"routed": {"mixer": router, "channel": NONE}}
-    names = ["routed", "full", "constant", "constant", "full"]
+    names = ["router", "full", "constant", "constant", "full"]
+    blocks = {name: BLOCKS.get(name, {"mixer": router, "channel": NONE}) for name in names}
     model = shaken(build(model_spec(["full"], blocks=blocks, layers=names)))
     ids, seen = ids_of(3, 20), list[Tensor]()
     model.model.layers[0].mixer.routes_out.register_forward_hook(lambda _, __, routes: seen.append(routes))
