@@ -12,6 +12,9 @@ Bytes moved are what no implementation can do without, each tensor touched once:
              more by a skip, by what makes q and k of the embedded tokens, and by the last norm, written by the embedding from
              as many rows; and the caches, written once
 
+The constant stream is one sequence more in the layers that it runs through, whatever the batch; its FLOPs are spread over the
+tokens of the text. A layer that reads it holds its input of it, too; the last such layer does no more with it.
+
 What happens inside a block is taken to stay on the chip, and logits are left out: a prefill needs those of one token.
 """
 
@@ -21,6 +24,7 @@ from dataclasses import dataclass
 
 from heddle.compose.passes.count_costs import norm_parameters, own_parameters
 from heddle.compose.passes.graph import ChannelBlock, MixerBlock
+from heddle.specs.constant_stream import reads_constant
 from heddle.specs.model import ModelSpec
 
 # How much a forward and a backward pass cost, in forward passes.
@@ -49,19 +53,33 @@ def layer_cost(mixer: MixerBlock, channel: ChannelBlock | None, setting: Setting
         held[state.grows] += state.bytes(context, element)
     # Of a layer that reads another one's keys nothing is held.
     away = spec.host_bytes(site, context, element) if held[True] else 0
-    prefill = spec.prefill_flops(site, context) + halves
+    prefill: float = spec.prefill_flops(site, context) + halves
+    decode: float = spec.flops(site, context) + halves
+    sequences = _sequences(mixer, setting)
+    if mixer.constant:
+        prefill, decode = (one * sequences / setting.batch for one in (prefill, decode))
     cost = {
         "prefill_flops_per_token": prefill,
-        "decode_flops_per_token": spec.flops(site, context) + halves,
+        "decode_flops_per_token": decode,
         "train_flops_per_token": TRAINING * prefill,
-        "cache_bytes": setting.batch * (held[True] - away),
+        "cache_bytes": sequences * (held[True] - away) + context * _constant_row(mixer, element),
         "cache_bytes_per_token": spec.cache_bytes_per_token(site, element),
-        "state_bytes": setting.batch * held[False],
-        "host_bytes": setting.batch * away,
+        "state_bytes": sequences * held[False],
+        "host_bytes": sequences * away,
         "decode_bytes": _decode_bytes(mixer, channel, setting),
         "prefill_bytes": _prefill_bytes(mixer, channel, setting),
     }
     return _as_asked(cost, setting)
+
+
+def _sequences(mixer: MixerBlock, setting: Setting) -> int:
+    """How many run through a layer: those of the batch, and perhaps the constant stream."""
+    return setting.batch + (1 if mixer.constant else 0)
+
+
+def _constant_row(mixer: MixerBlock, element: int) -> int:
+    """Bytes of a token of the constant stream that a layer which reads it holds."""
+    return mixer.site.hidden_size * element if reads_constant(mixer.spec) else 0
 
 
 def _decode_bytes(mixer: MixerBlock, channel: ChannelBlock | None, setting: Setting) -> float:
@@ -69,18 +87,23 @@ def _decode_bytes(mixer: MixerBlock, channel: ChannelBlock | None, setting: Sett
     read = spec.read_bytes(site, setting.context, element)
     # What a step writes is what a first token leaves: its own part of what grows, and all of what does not.
     written = sum(state.bytes(1, element) for state in mixer.states or ())
-    return element * _weights(mixer, channel, setting.batch) + setting.batch * (read + written)
+    sequences = _sequences(mixer, setting)
+    moved = sequences * (read + written) + _constant_row(mixer, element)
+    return element * _weights(mixer, channel, sequences) + moved
 
 
 def _prefill_bytes(mixer: MixerBlock, channel: ChannelBlock | None, setting: Setting) -> float:
-    tokens = setting.batch * setting.context
+    sequences = _sequences(mixer, setting)
+    tokens = sequences * setting.context
     # Streams of earlier layers, by a skip or as what queries and keys are made of.
     taken = sum(one.what == "stream" for one in mixer.spec.references()) + (mixer.skip is not None)
     streams = 2 + (0 if channel is None else 2) + taken
     written = sum(state.bytes(setting.context, setting.element) for state in mixer.states or ())
     weights = _weights(mixer, channel, tokens)
     stream = streams * tokens * mixer.site.hidden_size
-    return setting.element * (weights + stream) + setting.batch * (written if setting.decodes else 0)
+    # The text reads what the constant stream wrote.
+    rows = 2 * setting.context * _constant_row(mixer, setting.element)
+    return setting.element * (weights + stream) + rows + sequences * (written if setting.decodes else 0)
 
 
 def _weights(mixer: MixerBlock, channel: ChannelBlock | None, tokens: int) -> int:

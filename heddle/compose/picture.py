@@ -34,6 +34,7 @@ ARCS = {
     "share": ("#6b7280", "4 3"),
     "skip": ("#0f766e", ""),
     "qk_source": ("#7c3aed", ""),
+    "constant": ("#7c3aed", "2 2"),
     "keys": ("#b45309", ""),
     "values": ("#be185d", ""),
     "indices": ("#4338ca", "2 2"),

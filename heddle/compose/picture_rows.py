@@ -112,7 +112,8 @@ def _sign(graph: Graph, step: tuple[str, ...]) -> str:
         for edge in data["edges"]
         if edge.kind != "stream"
     )
-    return repr([(node.block, node.layer, node.norm_placement, node.spec) for node in nodes] + taken)
+    told = [(node.block, node.layer, node.norm_placement, node.spec, node.constant) for node in nodes]
+    return repr(told + taken)
 
 
 def _add(

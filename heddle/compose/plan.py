@@ -27,6 +27,7 @@ from heddle.compose.passes.graph import (
     nodes_of,
     once_a_block,
 )
+from heddle.compose.passes.lay_constant_stream import lay_constant_stream
 from heddle.compose.passes.link_references import link_references
 from heddle.compose.passes.manager import Pass, run_passes
 from heddle.compose.passes.plan_sharing import plan_sharing
@@ -41,6 +42,7 @@ PASSES: tuple[Pass, ...] = (
     link_references,
     plan_sharing,
     check_kind,
+    lay_constant_stream,
     check_shapes,
     assign_caches,
     choose_kernels,
@@ -174,6 +176,8 @@ class Plan:
         data = {name: getattr(model, name) for name in (*names, *factors)}
         if model.kind != "causal_lm":
             data["kind"] = model.kind
+        if model.constant_tokens is not None:
+            data["constant_tokens"] = list(model.constant_tokens)
         if self.bounds_width > 0:
             data["lower_bounds_width"] = self.bounds_width
         if model.readout is not None:
@@ -258,6 +262,7 @@ def _taken(graph: Graph, name: str) -> list[str]:
         "share": "uses {}'s weight",
         "skip": "adds the stream of {}",
         "qk_source": "makes queries and keys of {}",
+        "constant": "makes queries and keys of the constant stream",
     }
     return [
         told.get(edge.kind, f"takes {edge.kind} of {{}}").format(first)
@@ -279,7 +284,8 @@ def _told(node: Node) -> str:
     held = "".join(
         f"  {state.name}{list(state.shape)}{' per token' if state.grows else ''}" for state in states
     )
-    return f"{node.block}: {node.norm}, {_fields(data)}{held}"
+    constant = "  with the constant stream" if node.constant else ""
+    return f"{node.block}: {node.norm}, {_fields(data)}{held}{constant}"
 
 
 def _fields(data: Mapping[str, Any]) -> str:

@@ -31,7 +31,12 @@ class CompiledLayers:
 
     def __init__(self, model: nn.Module) -> None:
         net: Any = model.model
-        taken = [*net.handed_on, *net.wanted, *(layer.get("weights_of") for layer in net.config.layers)]
+        taken = [
+            *net.handed_on,
+            *net.wanted,
+            *net.constant_readers,
+            *(layer.get("weights_of") for layer in net.config.layers),
+        ]
         assert net.lower_bounds is None, "layers with a common table of bounds are not alone"
         assert not any(each is not None for each in taken), "layers that take from each other are not alone"
         self.model, self.config, self.end = model, net.config, _End(model)

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from heddle.search.text_alone import text_alone
+
 # (layer counted from 0, share) of one router, in the order of the model.
 Shares = list[tuple[int, float]]
 
@@ -22,16 +24,17 @@ def learned_shares(model: nn.Module) -> Iterator[Shares]:
     """
     found: Shares = []
     sums: dict[str, Tensor] = {}
-    hooks = [
-        router.routes_out.register_forward_hook(_adder(sums, name))
-        for name, router in model.named_modules()
-        if isinstance(getattr(router, "routes_out", None), nn.Module)
-    ]
-    try:
-        yield found
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with text_alone(model) as is_text:
+        hooks = [
+            router.routes_out.register_forward_hook(_adder(sums, name, is_text))
+            for name, router in model.named_modules()
+            if isinstance(getattr(router, "routes_out", None), nn.Module)
+        ]
+        try:
+            yield found
+        finally:
+            for hook in hooks:
+                hook.remove()
     routers = dict(model.named_modules())
     for name, both in sums.items():
         whole = float(both.sum())
@@ -40,8 +43,12 @@ def learned_shares(model: nn.Module) -> Iterator[Shares]:
     found.sort()
 
 
-def _adder(sums: dict[str, Tensor], name: str) -> Callable[[nn.Module, object, Tensor], None]:
+def _adder(
+    sums: dict[str, Tensor], name: str, is_text: Callable[[], bool]
+) -> Callable[[nn.Module, object, Tensor], None]:
     def add(_: nn.Module, __: object, routes: Tensor) -> None:
+        if not is_text():
+            return
         seen = routes.detach().reshape(-1, routes.shape[-1]).sum(dim=0, dtype=torch.float64)
         sums[name] = sums[name] + seen if name in sums else seen
 

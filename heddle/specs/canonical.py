@@ -6,6 +6,7 @@ import hashlib
 import json
 from typing import Any
 
+from heddle.specs.constant_stream import last_reader
 from heddle.specs.layer import Site
 from heddle.specs.model import BlockSpec, ModelSpec, Residual
 from heddle.specs.pattern import Layer, layers_of
@@ -31,6 +32,7 @@ def canonical(model: ModelSpec) -> str:
         **{name: getattr(model, name) for name in SCALARS},
         **{name: getattr(model, name) for name in LATER if getattr(model, name) != _default(model, name)},
         **_kind(model),
+        **_constant(model, layers),
         "layers": [_layer(model, layer, made) for layer in layers],
     }
     _resolve_names(data["layers"], layers)
@@ -75,6 +77,12 @@ def _kind(model: ModelSpec) -> dict[str, Any]:
         if model.readout is None
         else {**data, "readout": model.readout.runtime(), "tie_embeddings": False}
     )
+
+
+def _constant(model: ModelSpec, layers: list[Layer]) -> dict[str, Any]:
+    """The tokens of the constant stream, if a layer reads it."""
+    is_read = model.constant_tokens is not None and last_reader([layer.spec.mixer for layer in layers]) >= 0
+    return {"constant_tokens": model.constant_tokens} if is_read else {}
 
 
 def _default(owner: ModelSpec, name: str) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 
 from heddle.specs.check_references import References
 from heddle.specs.checks import block_problems, vocabulary_findings
+from heddle.specs.constant_stream import token_problems
 from heddle.specs.explain import Finding, check_field
 from heddle.specs.kinds import Problem
 from heddle.specs.model import BlockSpec, ModelSpec
@@ -221,8 +222,13 @@ class _Check:
         if name == "readout":
             wrong_sizes = readout_problems({**self.parts.fields, "kind": self.parts.kind, name: value})
             return [Finding(one.code, one.what, option.source, one.hint) for one in wrong_sizes]
+        if name == "constant_tokens":
+            wrong_ids = token_problems({**self.parts.fields, name: value})
+            return [Finding(one.code, one.what, option.source, one.hint) for one in wrong_ids]
         if name == "vocab_size":
             told = vocabulary_findings(value, self.context.tokenizer, self.context.search)
+            wrong_ids = token_problems({**self.parts.fields, name: value})
+            told += [Finding(one.code, one.what, (), one.hint) for one in wrong_ids]
             return [one.below(option.source) for one in told]
         if name == "hidden_size" and option.parameter.kind == "choice":
             return [one for block in self.parts.blocks.items() for one in self._width(option, value, *block)]

@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from heddle.specs.base import NAME_HINT, NAME_PATTERN, nearest
+from heddle.specs.constant_stream import encoder_problems
 from heddle.specs.explain import Finding, meant, shown
 from heddle.specs.kinds import MixerSpec, Problem
 from heddle.specs.layer import MAX_LAYERS, Site
@@ -41,10 +42,10 @@ def block_problems(block: BlockSpec, hidden_size: int, kind: str | None) -> list
         return [("mixer", too_deep)]
     site = Site(hidden_size)
     found = [("mixer", problem) for problem in block.mixer.problems(site)]
-    if kind == "causal_lm":
+    if kind is not None:
+        of_kind = causality_problems if kind == "causal_lm" else encoder_problems
         found += [
-            ("mixer", replace(one, field=one.field.removeprefix("mixer.")))
-            for one in causality_problems(block.mixer)
+            ("mixer", replace(one, field=one.field.removeprefix("mixer."))) for one in of_kind(block.mixer)
         ]
     found += [("channel", problem) for problem in block.channel.problems(site)]
     for part in ("residual", "channel_residual"):

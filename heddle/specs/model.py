@@ -112,6 +112,15 @@ class ModelSpec(Schema):
             description="Logits become c · tanh(logits / c), after their factor; null: they stay.",
         ),
     ] = None
+    constant_tokens: Annotated[
+        list[Annotated[int, Field(ge=0, lt=2**22)]] | None,
+        Field(
+            min_length=1,
+            max_length=65_536,
+            description="Token ids that the constant stream is made of, begun again behind the last; null: a fixed random row "
+            "for each position. For qk_source: constant.",
+        ),
+    ] = None
     blocks: Annotated[
         dict[Name, BlockSpec],
         Field(min_length=1, max_length=MAX_BLOCKS, description="The kinds of layers, by names of your own."),

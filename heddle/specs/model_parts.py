@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from heddle.specs.checks import block_findings, layer_findings, name_findings
+from heddle.specs.constant_stream import token_problems
 from heddle.specs.explain import Finding, check_field, check_fields, check_schema, missing, shown
 from heddle.specs.layer import OneLayer, Repeat
 from heddle.specs.model import MAX_BLOCKS, BlockSpec, ModelSpec
 from heddle.specs.model_kind import readout_problems
 from heddle.specs.pattern import overridden
-from heddle.specs.reader import HOLE, MAX_ERRORS, Path_
+from heddle.specs.reader import HOLE, MAX_ERRORS, Path_, steps_of
 
 PARTS = ("blocks", "layers")
 
@@ -46,7 +47,8 @@ def check_parts(model: Any, *, has_layers: bool) -> ModelParts:
     blocks, wrong = check_blocks(model.get("blocks", HOLE), known)
     found += wrong
     found += [
-        Finding(one.code, one.what, tuple(one.field.split(".")), one.hint) for one in readout_problems(known)
+        Finding(one.code, one.what, steps_of(one.field), one.hint)
+        for one in (*readout_problems(known), *token_problems(known))
     ]
     layers = None
     if has_layers and "layers" in model:

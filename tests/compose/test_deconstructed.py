@@ -21,6 +21,7 @@ KEYS, PAIRS, ASKED, BATCH = 12, 6, 4, 64
 SOLVED, GUESSED = 0.95, 0.4
 
 POSITION = {"kind": "attention", "heads": 2, "qk_source": "position"}
+CONSTANT = {"kind": "attention", "heads": 2, "qk_source": "constant", "qk_norm": True}
 EMBEDDING = {"kind": "attention", "heads": 2, "qk_source": "embedding", "qk_norm": True}
 ALONE = {"kind": "token_mlp"}
 TAYLOR = {"kind": "linear_attention", "heads": 2, "head_dim": 8, "value_dim": 16, "qk_norm": True}
@@ -60,9 +61,15 @@ def accuracy(mixers: list[dict[str, Any]], steps: int) -> float:
     [
         ([POSITION, EMBEDDING], 200),
         ([POSITION, ALONE, EMBEDDING], 200),
+        ([ALONE, CONSTANT, EMBEDDING], 200),
         ([ALONE, TAYLOR | {"short_conv": 2}], 400),
     ],
-    ids=["places then words", "with a layer that mixes nothing", "second order"],
+    ids=[
+        "places then words",
+        "with a layer that mixes nothing",
+        "a constant stream then words",
+        "second order",
+    ],
 )
 def test_together_they_find_what_stood_before_a_token(mixers: list[dict[str, Any]], steps: int) -> None:
     assert accuracy(mixers, steps) > SOLVED
@@ -70,8 +77,8 @@ def test_together_they_find_what_stood_before_a_token(mixers: list[dict[str, Any
 
 @pytest.mark.parametrize(
     "mixers",
-    [[POSITION, POSITION], [ALONE, EMBEDDING]],
-    ids=["places alone", "words alone"],
+    [[POSITION, POSITION], [CONSTANT, CONSTANT], [ALONE, EMBEDDING]],
+    ids=["places alone", "a constant stream alone", "words alone"],
 )
 def test_without_one_of_the_two_they_guess(mixers: list[dict[str, Any]]) -> None:
     assert accuracy(mixers, 200) < GUESSED

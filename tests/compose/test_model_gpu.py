@@ -35,6 +35,7 @@ DECAY = {"kind": "decay_attention", "heads": 4, "head_dim": 64, "form": "lightni
 MIXERS = {
     "attention": ATTENTION,
     "window": ATTENTION | {"window": 50},
+    "constant": ATTENTION | {"qk_source": "constant"},
     "gated_deltanet": DELTA,
     "lightning": DECAY,
     "retnet": DECAY | {"form": "retnet", "short_conv": 4},
@@ -48,11 +49,12 @@ def model_of(*names: str) -> HeddleForCausalLM:
     layers = [
         {"mixer": MIXERS[name], "channel": {"kind": "swiglu", "width": 128}, "norm": "rmsnorm"}
         for name in names
+        # The constant stream runs through the layers in front of the last that reads it.
+        for _ in range(2 if name == "constant" else 1)
     ]
     torch.manual_seed(0)
-    return HeddleForCausalLM(
-        HeddleConfig(vocab_size=100, hidden_size=128, layers=layers, initializer_range=0.1)
-    )
+    sizes: dict[str, Any] = {"vocab_size": 100, "hidden_size": 128, "constant_tokens": [3, 1, 4, 1, 5]}
+    return HeddleForCausalLM(HeddleConfig(layers=layers, initializer_range=0.1, **sizes))
 
 
 def tokens(batch: int = 2, length: int = 300) -> Tensor:

@@ -154,6 +154,7 @@ def test_the_passes_stand_in_one_visible_list() -> None:
         "link_references",
         "plan_sharing",
         "check_kind",
+        "lay_constant_stream",
         "check_shapes",
         "assign_caches",
         "choose_kernels",

@@ -30,6 +30,7 @@ from heddle.compose.passes.graph import (
     empty_graph,
     nodes_of,
 )
+from heddle.compose.passes.lay_constant_stream import lay_constant_stream
 from heddle.compose.passes.link_references import link_references
 from heddle.compose.passes.manager import Pass, illegal, run_passes
 from heddle.compose.passes.plan_sharing import plan_sharing
@@ -191,6 +192,8 @@ EXPECTED: dict[Pass, tuple[Graph, Graph]] = {
     link_references: (graph_of(DIMS), graph_of(LINKED, LINKS)),
     plan_sharing: (graph_of(LINKED, LINKS), graph_of(SHARED, LINKS, SHARES)),
     check_kind: (graph_of(SHARED, LINKS, SHARES), graph_of(SHARED, LINKS, SHARES)),
+    # A constant stream is in tests/compose/test_constant_stream.py.
+    lay_constant_stream: (graph_of(SHARED, LINKS, SHARES), graph_of(SHARED, LINKS, SHARES)),
     check_shapes: (graph_of(SHARED, LINKS, SHARES), graph_of(SHARED, LINKS, SHARES)),
     assign_caches: (graph_of(SHARED, LINKS, SHARES), graph_of(CACHED, LINKS, SHARES)),
     choose_kernels: (graph_of(CACHED, LINKS, SHARES), graph_of(CHOSEN, LINKS, SHARES)),

@@ -298,6 +298,7 @@ CHANGES: list[tuple[str, Any]] = [
     ("blocks.a.mixer.values_from", "a"),
     ("blocks.a.mixer.qk_source", "embedding"),
     ("blocks.a.mixer.qk_source", "position"),
+    ("blocks.a.mixer.qk_source", "constant"),
     ("blocks.a.mixer.selection", {}),
     ("blocks.a.mixer.selection", {"block": 32}),
     ("blocks.a.mixer.selection", {"count": 8}),
@@ -361,7 +362,8 @@ def test_every_field_of_a_model_is_among_the_changes() -> None:
         fields |= {
             f"blocks.{name}.mixer.{field}" for field in type(block.mixer).model_fields if field != "kind"
         }
-    fields |= {name for name in ModelSpec.model_fields if name != "blocks"}
+    # Tokens of the constant stream count where it is read: tests/compose/test_constant_stream.py.
+    fields |= {name for name in ModelSpec.model_fields if name not in ("blocks", "constant_tokens")}
     assert fields <= {path for path, _ in CHANGES}
 
 

@@ -17,6 +17,7 @@ class HeddleConfig(PreTrainedConfig):  # type: ignore[misc]
     counts tokens. The model brings its own (`compose/cache.py`).
 
     `lower_bounds_width` is how many columns the model's table of lower bounds has, with a row for each layer; 0: there is none.
+    `constant_tokens` are those that the constant stream begins with; None: a random row for each position.
     `model_kind` is causal_lm or encoder; `readout` holds, for an encoder that classifies sequences, `{"kind", …}`, and
     `num_labels` the number of classes. `spec` is what all this was made from, `{"version", "model"}` as in a spec file, for
     `heddle import`; nothing here reads it.
@@ -36,6 +37,7 @@ class HeddleConfig(PreTrainedConfig):  # type: ignore[misc]
     logit_multiplier: float = 1.0
     logit_softcap: float | None = None
     lower_bounds_width: int = 0
+    constant_tokens: list[int] | None = None
     model_kind: str = "causal_lm"
     readout: dict[str, Any] | None = None
     layers: list[dict[str, Any]] = field(default_factory=list)

@@ -22,7 +22,7 @@ from heddle.specs import Spec, loads
 # What a configuration of ours has beside what transformers writes into every one.
 FIELDS = (
     "vocab_size", "hidden_size", "context_length", "norm_eps", "embedding_multiplier", "logit_multiplier", "logit_softcap",
-    "lower_bounds_width", "model_kind", "readout", "num_labels", "tie_word_embeddings", "layers",
+    "lower_bounds_width", "constant_tokens", "model_kind", "readout", "num_labels", "tie_word_embeddings", "layers",
 )  # fmt: skip
 
 

@@ -19,11 +19,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils.generic import can_return_tuple
 
 from heddle.compose.cache import Call, StateLayer, adopt
+from heddle.compose.constant_stream import ConstantCache, ConstantStream, RowsLayer, readers_of
 from heddle.compose.hf.config import HeddleConfig
 from heddle.compose.init import fill, initialise
 from heddle.compose.modules.layer import STREAM, Again, HeddleLayer
 from heddle.compose.modules.lower_bounds import hand_bounds
 from heddle.compose.modules.norm import norm_module
+from heddle.compose.modules.qk_source import position_rows
 from heddle.compose.modules.site import Site
 from heddle.errors import HeddleError
 
@@ -56,10 +58,13 @@ class HeddlePreTrainedModel(PreTrainedModel):  # type: ignore[misc]
         initialise(module, self.config.initializer_range)
         if isinstance(module, HeddleModel) and module.lower_bounds is not None:
             fill(module.lower_bounds, torch.zeros(module.lower_bounds.shape))
+        if isinstance(module, HeddleModel) and module.constant_tokens is not None:
+            fill(module.constant_tokens, torch.tensor(self.config.constant_tokens))
 
 
 class HeddleModel(HeddlePreTrainedModel):
-    """Embedding, layers and last norm; and, if layers ask for it, the one table of lower bounds of their gates."""
+    """Embedding, layers and last norm; and, if layers ask for it, the one table of lower bounds of their gates, and a constant
+    stream."""
 
     def __init__(self, config: HeddleConfig) -> None:
         super().__init__(config)
@@ -69,7 +74,13 @@ class HeddleModel(HeddlePreTrainedModel):
         self.handed_on = {layer["skip"]["source"] for layer in config.layers if layer.get("skip")}
         # What mixers take of earlier ones, by (what, layer).
         self.wanted = frozenset(taken for one in self.layers.modules() for taken in getattr(one, "takes", ()))
+        self.constant_readers = readers_of(config.layers)
         self.norm = norm_module("rmsnorm", config.hidden_size, config.norm_eps)
+        told = config.constant_tokens
+        # On the device, for no step may wait for a copy; and in no checkpoint, for the configuration has them.
+        ids = None if told is None else torch.empty(len(told), dtype=torch.int64)
+        self.register_buffer("constant_tokens", ids, persistent=False)
+        self.constant_tokens: Tensor | None
         self.lower_bounds: nn.Parameter | None = None
         if config.lower_bounds_width > 0:
             self.lower_bounds = nn.Parameter(torch.empty(len(self.layers), config.lower_bounds_width))
@@ -111,26 +122,24 @@ class HeddleModel(HeddlePreTrainedModel):
         Raises:
             HeddleError: "bad-argument".
         """
-        x = self.embedded(input_ids, inputs_embeds)
-        x = x if self.config.embedding_multiplier == 1.0 else x * self.config.embedding_multiplier
+        x = self._scaled(self.embedded(input_ids, inputs_embeds))
         cache = self._cache(past_key_values, use_cache)
         call = self._call(x, attention_mask, position_ids, 0 if cache is None else cache.get_seq_length())
+        constant = self._constant(x, position_ids, cache) if self.constant_readers else None
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         seen: list[Tensor] = []
-        if -1 in self.handed_on or (STREAM, -1) in self.wanted:
-            call.handed[STREAM, -1] = x
         for index in range(len(self.layers)):
             seen.append(x)
-            layer = self.layer_at(index)
-            out = layer(x, call.at(None if cache is None else cache.layers[index], index))
-            told = (out, {}, [], [], [], []) if isinstance(out, Tensor) else out
-            x, given, losses, targets, loads, members = told
-            layer.count(loads, members)
-            call.handed.update({(what, index): value for what, value in given.items()})
+            if constant is not None and index <= constant.last:
+                # It trains with the text, and is none of it: its losses and loads do not count.
+                constant.x = self._run(index, constant.x, constant.call, constant.cache_at(index))[0]
+                constant.hand(index, call)
+            x, losses, targets, loads, members = self._run(
+                index, x, call, None if cache is None else cache.layers[index]
+            )
+            self.layer_at(index).count(loads, members)
             call.losses += losses
             call.targets += targets
-            if index in self.handed_on:
-                call.handed[STREAM, index] = x
         for held in () if cache is None else cache.layers:
             held.advance(x.shape[1])
         x = self.norm(x)
@@ -141,15 +150,67 @@ class HeddleModel(HeddlePreTrainedModel):
             **_told([*call.losses, *_missed(call.targets)] if self.training else []),
         )
 
+    def _run(self, index: int, x: Tensor, call: Call, cache: StateLayer | None) -> Any:
+        """The stream after a layer, and what the layer tells: losses, targets, loads, members. What it hands on is in `call`."""
+        out = self.layer_at(index)(x, call.at(cache, index))
+        x, given, *told = (out, {}, [], [], [], []) if isinstance(out, Tensor) else out
+        call.handed.update({(what, index): value for what, value in given.items()})
+        if index in self.handed_on:
+            call.handed[STREAM, index] = x
+        return x, *told
+
     def new_cache_layers(self) -> list[StateLayer]:
-        """An empty cache layer for each layer of the model."""
-        return [self.layer_at(index).mixer.new_cache() for index in range(len(self.layers))]
+        """An empty cache layer for each layer of the model, and behind them one of the constant stream, if there is one."""
+        made = [self.layer_at(index).mixer.new_cache() for index in range(len(self.layers))]
+        if not self.constant_readers:
+            return made
+        beside = range(max(self.constant_readers))
+        inputs = {index: RowsLayer() for index in self.constant_readers}
+        return [*made, ConstantCache([self.layer_at(index).mixer.new_cache() for index in beside], inputs)]
+
+    def filled_cache_layers(self, batch: int, context: int) -> list[StateLayer]:
+        """As `new_cache_layers`, of random contents after `context` tokens, whose step repeats."""
+        like = self.embed_tokens.weight
+
+        def filled(layers: int, rows: int) -> list[StateLayer]:
+            return [self.layer_at(index).mixer.filled_cache(rows, context, like) for index in range(layers)]
+
+        made = filled(len(self.layers), batch)
+        if not self.constant_readers:
+            return made
+        shape = (1, context + 1, self.config.hidden_size)
+        inputs = {index: RowsLayer(like.new_empty(shape).normal_()) for index in self.constant_readers}
+        return [*made, ConstantCache(filled(max(self.constant_readers), 1), inputs)]
 
     def embedded(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         """The embedded tokens, before their factor: one of both as it is given.  Shapes:  out: [B, T, D]"""
         if (input_ids is None) == (inputs_embeds is None):
             raise HeddleError("bad-argument", "give either input_ids or inputs_embeds")
         return cast(Tensor, self.embed_tokens(input_ids)) if inputs_embeds is None else inputs_embeds
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        return x if self.config.embedding_multiplier == 1.0 else x * self.config.embedding_multiplier
+
+    def _constant(self, x: Tensor, given: Tensor | None, cache: Cache | None) -> ConstantStream:
+        """The constant stream of a forward of `x`, before the first layer."""
+        past = 0 if cache is None else cache.get_seq_length()
+        whole = past + x.shape[1]
+        # Asking a GPU would wait for it, and a look beyond the end fails there by itself.
+        if given is not None and given.device.type == "cpu" and not torch.compiler.is_compiling():
+            furthest = int(given.max()) if given.numel() else 0
+            if furthest >= whole:
+                what = f"position {furthest} is given, and the constant stream has run through {whole} tokens"
+                raise HeddleError("bad-argument", what, hint="position_ids that count tokens from 0")
+        places = torch.arange(past, whole, device=x.device)
+        if self.constant_tokens is None:
+            rows = position_rows(places[None], x.shape[-1]).to(x.dtype)
+        else:
+            ids = self.constant_tokens[places % len(self.constant_tokens)]
+            rows = self._scaled(self.embed_tokens(ids[None]))
+        held = None if cache is None else cache.layers[-1]
+        if held is not None and not isinstance(held, ConstantCache):
+            raise HeddleError("bad-argument", "this cache is of a model without a constant stream")
+        return ConstantStream(rows, self._call(rows, None, None, past), self.constant_readers, held)
 
     def _cache(self, given: Cache | None, use_cache: bool | None) -> Cache | None:
         """The cache to write to: the one given, a new one, or none."""
@@ -172,6 +233,8 @@ class HeddleModel(HeddlePreTrainedModel):
         elif positions is None:
             positions = torch.arange(past, past + length, device=x.device)[None].expand(x.shape[0], length)
         call = Call(positions, None if real is None else real[:, past:], real, wanted=self.wanted)
+        if -1 in self.handed_on or (STREAM, -1) in self.wanted:
+            call.handed[STREAM, -1] = x
         if self.lower_bounds is not None:
             hand_bounds(self.lower_bounds, call)
         return call
@@ -299,10 +362,4 @@ class HeddleForCausalLM(HeddleWithHead, GenerationMixin):  # type: ignore[misc]
 
         It has the model's own dtype and device, and stays at `context` tokens however often it is used.
         """
-        like = self.model.embed_tokens.weight
-        return Cache(
-            layers=[
-                self.model.layer_at(index).mixer.filled_cache(batch, context, like)
-                for index in range(len(self.model.layers))
-            ]
-        )
+        return Cache(layers=self.model.filled_cache_layers(batch, context))

@@ -11,6 +11,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from heddle.compose.blocks import channel_module, mixer_module
 from heddle.compose.cache import Call
+from heddle.compose.constant_stream import CONSTANT, ENDS
 from heddle.compose.init import Initialised, fill
 from heddle.compose.modules.norm import norm_module
 from heddle.compose.modules.site import Site
@@ -109,6 +110,10 @@ class HeddleLayer(GradientCheckpointingLayer):  # type: ignore[misc]
         if self.skip is not None:
             x = self.skip(x, call)
         normed = x if self.mixer_norm is None else self.mixer_norm(x)
+        call.hand(constant=normed)
+        if (ENDS, call.layer) in call.wanted:
+            # No more of it is wanted, and what came in is no output: FSDP2 gives it as a view.
+            return call.given[CONSTANT]
         x = joined(x, normed, self.mixer(normed, call), self.mixer_post_norm, self.residual)
         if self.channel_kind == "none":
             return x

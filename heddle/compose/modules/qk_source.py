@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from heddle.compose.cache import Call
+from heddle.compose.constant_stream import CONSTANT, constant_rows
 
 # The embedded tokens, as the model hands them on.
 EMBEDDED = ("stream", -1)
@@ -17,7 +18,8 @@ _BITS = 0xFFFFFFFF
 def qk_input(source: str, x: Tensor, call: Call) -> Tensor:
     """The input of the projections of q and k.        (arXiv 2510.11602)
 
-    "hidden" is `x`, "embedding" the embedded tokens, "position" a fixed random row for each position.
+    "hidden" is `x`, "embedding" the embedded tokens, "position" a fixed random row for each position, "constant" what the
+    constant stream is there.
 
     Shapes:  x, out: [B, T, D]
     """
@@ -26,6 +28,8 @@ def qk_input(source: str, x: Tensor, call: Call) -> Tensor:
     if source == "embedding":
         embedded: Tensor = call.handed[EMBEDDED]
         return embedded
+    if source == CONSTANT:
+        return constant_rows(call, x.shape[-1])
     rows = call.once(("position rows", x.shape[-1]), lambda: position_rows(call.positions, x.shape[-1]))
     return rows.to(x.dtype)
 

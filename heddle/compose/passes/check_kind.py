@@ -7,6 +7,7 @@ Gives: the same graph; after it no mixer of a causal language model sees later t
 from __future__ import annotations
 
 from heddle.compose.passes.graph import Failures, Graph, Locate, MixerBlock, model_of, nodes_of
+from heddle.specs.constant_stream import encoder_problems
 from heddle.specs.model_kind import causality_problems, readout_problems
 
 
@@ -27,8 +28,9 @@ def check_kind(graph: Graph, locate: Locate) -> Graph:
         what = "the token stands first, and where all mixers are causal the first token hears no other"
         failures.add("conflicting-fields", what, "readout.kind", "last, or a mixer that is not causal")
     told: set[tuple[str, str]] = set()
-    for name, node in mixers if model.kind == "causal_lm" else []:
-        for problem in causality_problems(node.spec, name):
+    of_kind = causality_problems if model.kind == "causal_lm" else encoder_problems
+    for name, node in mixers:
+        for problem in of_kind(node.spec, name):
             mistake = (node.block, problem.field.removeprefix(name))
             if mistake not in told:
                 told.add(mistake)

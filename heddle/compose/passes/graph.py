@@ -46,7 +46,8 @@ class Embedding(Node):
 class Block(Node):
     """One half of a layer, with its norms and its way into the stream: by default x + part(norm(x)).
 
-    `layer` is the layer's own name, if it has one. `weights_of` is the layer whose weights it has, if not its own.
+    `layer` is the layer's own name, if it has one. `weights_of` is the layer whose weights it has, if not its own. `constant`
+    says whether the constant stream runs through it, too.
     """
 
     block: str
@@ -57,6 +58,7 @@ class Block(Node):
     layer: str | None = None
     data: Mapping[str, Any] | None = None
     weights_of: int | None = None
+    constant: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,11 +109,11 @@ class Edge:
     """What goes along: activations of `width` features.
 
     `stream`: from each node to the next. `skip`: what an earlier layer gave to the stream. `qk_source`: the embedded tokens,
-    of which a mixer makes queries and keys. `keys`, `values`, `indices`: what a mixer takes from that of an earlier layer.
-    `share`: weights, of a layer or (by the head) of the embedding.
+    of which a mixer makes queries and keys. `constant`: the constant stream, of which it makes them. `keys`, `values`,
+    `indices`: what a mixer takes from that of an earlier layer. `share`: weights, of a layer or (by the head) of the embedding.
     """
 
-    kind: Literal["stream", "skip", "qk_source", "keys", "values", "indices", "share"]
+    kind: Literal["stream", "skip", "qk_source", "constant", "keys", "values", "indices", "share"]
     width: int
 
 

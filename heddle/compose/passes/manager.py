@@ -9,7 +9,7 @@ from heddle.errors import HeddleError
 
 Pass = Callable[[Graph, Locate], Graph]
 # What these carry is as wide as the stream of the model at both ends.
-STREAMS = ("stream", "skip", "qk_source", "share")
+STREAMS = ("stream", "skip", "qk_source", "constant", "share")
 
 
 def run_passes(graph: Graph, passes: Sequence[Pass], locate: Locate) -> Graph:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from heddle.compose.hf.model import HeddleForCausalLM
 from heddle.errors import HeddleError
+from heddle.search.text_alone import text_alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,7 @@ def layer_profile(
     training = model.training
     model.eval()
     for row in inputs:
-        with _rows_reduced(kept, places, blocks, found):
+        with text_alone(model) as is_text, _rows_reduced(kept, places, blocks, found, is_text):
             model.model(input_ids=row[None], use_cache=False)
     model.train(training)
     masks = torch.stack([torch.cat([mask for mask, _ in parts], dim=1) for parts in found.values()])
@@ -87,12 +88,20 @@ def layer_profile(
 
 @contextmanager
 def _rows_reduced(
-    mixers: dict[int, Any], places: Tensor, blocks: Blocks, found: dict[int, list[tuple[Tensor, Tensor]]]
+    mixers: dict[int, Any],
+    places: Tensor,
+    blocks: Blocks,
+    found: dict[int, list[tuple[Tensor, Tensor]]],
+    is_text: Callable[[], bool],
 ) -> Iterator[None]:
     """While it is open, what the rows of each mixer come to is added to `found`."""
 
     def reduce(index: int, heads: int) -> Any:
-        return lambda module, given, rows: found[index].append(_reduced(rows[0], heads, places, blocks))  # noqa: ARG005
+        def add(_: object, __: object, rows: Tensor) -> None:
+            if is_text():
+                found[index].append(_reduced(rows[0], heads, places, blocks))
+
+        return add
 
     hooks = []
     for index, mixer in mixers.items():

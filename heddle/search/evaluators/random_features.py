@@ -15,6 +15,7 @@ from heddle.compose.train import labelled_positions
 from heddle.errors import HeddleError, Where
 from heddle.search.tasks.scoring import ratio_with_error
 from heddle.search.tasks.task import Score, Task
+from heddle.search.text_alone import text_alone
 from heddle.specs import ModelSpec
 
 # Penalties of the ridge regression, as shares of the mean square of a feature; the best on rows of its own is taken.
@@ -120,17 +121,19 @@ def _features(network: HeddleForCausalLM, inputs: Tensor, targets: Tensor) -> Te
 def heads_kept(network: nn.Module) -> Iterator[list[Tensor]]:
     """While it is open, what the heads of every mixer hand out before their output projection is kept, in order."""
     kept: list[Tensor] = []
+    named = [one for name, one in network.named_modules() if name.endswith(".heads_out")]
+    with text_alone(network) as is_text:
 
-    def keep(module: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> None:  # noqa: ARG001
-        kept.append(out)
+        def keep(_: object, __: object, out: Tensor) -> None:
+            if is_text():
+                kept.append(out)
 
-    named = network.named_modules()
-    hooks = [one.register_forward_hook(keep) for name, one in named if name.endswith(".heads_out")]
-    try:
-        yield kept
-    finally:
-        for hook in hooks:
-            hook.remove()
+        hooks = [one.register_forward_hook(keep) for one in named]
+        try:
+            yield kept
+        finally:
+            for hook in hooks:
+                hook.remove()
 
 
 def _best_readout(fitted: _Rows, chosen: _Rows, answers: int) -> Tensor:

@@ -12,6 +12,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from heddle.compose.build import build_causal_lm, config_for
+from heddle.compose.constant_stream import readers_of
 from heddle.compose.hf.config import HeddleConfig
 from heddle.compose.hf.model import HeddleForCausalLM, HeddleModel
 from heddle.compose.memory import memory_told
@@ -121,6 +122,7 @@ class Supernet(nn.Module):
         backbone.wanted = frozenset(
             taken for one in backbone.layers.modules() for taken in getattr(one, "takes", ())
         )
+        backbone.constant_readers = readers_of(layers)
         asks = any(self._bounded[index][kind] for index, kind in enumerate(path))
         backbone.lower_bounds = self.bounds if asks else None
         return self.net

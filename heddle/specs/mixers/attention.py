@@ -132,10 +132,10 @@ class Attention(HeadedMixer):
         ),
     ] = None
     qk_source: Annotated[
-        Literal["hidden", "embedding", "position"],
+        Literal["hidden", "embedding", "position", "constant"],
         Field(
-            description="What q (with its gate) and k are made of: the layer's input, the embedded tokens, or a fixed random row "
-            "for each position."
+            description="What q (with its gate) and k are made of: the layer's input, the embedded tokens, a fixed random row "
+            "for each position, or what the constant stream is there."
         ),
     ] = "hidden"
     selection: Annotated[
