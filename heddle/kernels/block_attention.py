@@ -264,12 +264,7 @@ def _fits(shape: Shape) -> bool:
     )
 
 
-def _is_unproven(shape: Shape) -> bool:
-    """No GPU has run the tall tiles of gates yet (`python tests/bench/layer_check.py`)."""
-    return shape["choice"] == GATED
-
-
-@op(block_attention_reference, _CASES, kernel=_fits, unproven_shapes=_is_unproven)
+@op(block_attention_reference, _CASES, kernel=_fits)
 def block_attention(
     q: Tensor,
     k: Tensor,

@@ -142,11 +142,7 @@ def _fits(shape: Shape) -> bool:
     return HAS_KERNELS and max(shape["K"], shape["V"]) <= MAX_HEAD_SIZE and shape["G"] <= MAX_GROUP
 
 
-# Until tests/bench/head_sparse_check.py has found nothing wrong on a GPU: its first run found the gradient of a step's queries.
-_UNPROVEN = (torch.float32,)
-
-
-@op(head_sparse_attention_reference, _CASES, kernel=_fits, unproven=_UNPROVEN)
+@op(head_sparse_attention_reference, _CASES, kernel=_fits)
 def head_sparse_attention(
     q: Tensor,
     k: Tensor,

@@ -36,6 +36,8 @@ except ImportError:
 # Of the kernels: of a key and of a value head, keys of a block (a program holds them all), heads of a group,
 # and blocks of which the best are looked for.
 MAX_HEAD_SIZE, MAX_BLOCK, MAX_GROUP, MAX_CHOICE = 256, 128, 64, 32_767
+# Bytes of a block that have room on Hopper beside what tensor cores want of it.
+MOST_BYTES = 1 << 16
 # Blocks among which a GPU's choice was held to float64.
 HELD_CHOICE = 32
 
@@ -188,8 +190,7 @@ def _dispatch(
 ) -> Tensor:
     sizes = {"K": q.shape[3], "V": v.shape[3], "G": q.shape[1] // k.shape[1], "block": block}
     sizes["choice"] = 0 if top is None else landmarks.shape[2]
-    sizes["gradients"] = int(torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, landmarks)))
-    sizes["room"] = int(_has_room(q.device, q.element_size(), max(sizes["K"], sizes["V"])))
+    sizes["room"] = int(_has_room(q.device, q.element_size(), max(sizes["K"], sizes["V"]), block))
     if landmark_attention.choose(q.device, q.dtype, **sizes) == "triton":
         return kernels(q, k, v, landmarks, start, real, written, scale, block, top)[0]  # type: ignore[no-any-return]
     return _torch_op(q, k, v, landmarks, start, real, written, scale, block, top)  # type: ignore[no-any-return]
@@ -226,10 +227,13 @@ _CASES = Traits(
 
 
 @functools.cache
-def _has_room(device: torch.device, element: int, size: int) -> bool:
+def _has_room(device: torch.device, element: int, size: int, block: int) -> bool:
     """Whether a block of such heads fits into shared memory, as compiled: before Hopper those of half precision up to 128."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0):
+    if device.type != "cuda":
         return True
+    if torch.cuda.get_device_capability(device) >= (9, 0):
+        rows, columns = (1 << (count - 1).bit_length() for count in (block, size))
+        return element * rows * columns <= MOST_BYTES
     return element == 2 and size <= 128
 
 
@@ -244,22 +248,12 @@ def _fits(shape: Shape) -> bool:
     )
 
 
-# What tests/bench/landmark_check.py did not come to on a GPU: decision 0020.
-_UNPROVEN = (torch.float16, torch.float32)
-
-
 def _is_unproven(shape: Shape) -> bool:
-    """Gradients since one of them was mended, and a choice among more blocks than were held."""
-    return bool(shape["gradients"]) or shape["choice"] > HELD_CHOICE
+    """A choice among more blocks than were held."""
+    return shape["choice"] > HELD_CHOICE
 
 
-@op(
-    landmark_attention_reference,
-    _CASES,
-    kernel=_fits,
-    unproven=_UNPROVEN,
-    unproven_shapes=_is_unproven,
-)
+@op(landmark_attention_reference, _CASES, kernel=_fits, unproven_shapes=_is_unproven)
 def landmark_attention(
     q: Tensor,
     k: Tensor,

@@ -137,11 +137,7 @@ def _fits(shape: Shape) -> bool:
     return HAS_KERNELS and shape["K"] <= MAX_HEAD_SIZE
 
 
-# tests/bench/rat_check.py ran out of time in float16, before float32.
-_UNPROVEN = (torch.float16, torch.float32)
-
-
-@op(rat_attention_reference, _CASES, kernel=_fits, unproven=_UNPROVEN)
+@op(rat_attention_reference, _CASES, kernel=_fits)
 def rat_attention(
     q: Tensor,
     key: Tensor,

@@ -134,7 +134,7 @@ _CASES = Traits(
 )
 
 
-@op(routed_delta_rule_reference, _CASES, kernel=_fits, unproven=TRITON_DTYPES)
+@op(routed_delta_rule_reference, _CASES, kernel=_fits)
 def routed_delta_rule(
     q: Tensor,
     k: Tensor,

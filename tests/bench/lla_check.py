@@ -6,8 +6,8 @@ Compiles side by side first, then holds every dtype, head size and form to the p
 backward, twice for its bits. Then, in bfloat16 at H = 16, d = 128: times forward and both directions at ridges of 10 and 1 and
 with a learned slope (no solve), and beside them softmax attention by fla, where it is installed, and by torch; then each launch
 that is right. The floor is `products`, those of softmax attention, at the speed of a product of this machine. Writes
-lla_check.log and rows to evidence-lla.jsonl; the short table comes last. Exits with 1 if anything was wrong. `--tiny`: on a CPU with
-TRITON_INTERPRET=1, small, without launches and rivals.
+lla_check.log and rows to evidence-lla.jsonl; the short table comes last. Exits with 1 if anything was wrong. `--tiny`: on a
+CPU with TRITON_INTERPRET=1, small, without launches and rivals.
 """
 
 from __future__ import annotations

@@ -226,9 +226,9 @@ def test_a_mixer_gives_by_its_ops_what_it_gives_in_float64(device: str) -> None:
         assert error <= 5 * EPSILON[torch.float32], worst
 
 
-def test_both_ops_run_unasked_in_the_dtype_that_a_gpu_has_held() -> None:
+def test_both_ops_run_unasked_in_every_dtype() -> None:
     # In one of them alone a layer would pass from one path to the other.
-    assert rat_scan.unproven == rat_attention.unproven == (torch.float16, torch.float32)
+    assert rat_scan.unproven == rat_attention.unproven == ()
 
 
 @pytest.mark.parametrize(("length", "start"), [(1, 4096), (1000, 0), (64, 0), (37, 5)])

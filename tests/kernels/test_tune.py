@@ -117,7 +117,7 @@ def test_a_file_that_cannot_be_read_is_no_table(cache: Path, text: str) -> None:
 
 def test_every_kernel_of_half_precision_can_be_tuned() -> None:
     assert set(found.tunable(gla.HOPPER)) == {"prepare", "forward", "summary", "keep", "backward", "gradient"}
-    assert set(found.tunable(kda.HOPPER)) == {"prepare", "forward", "keep", "backward", "gradient"}
+    assert set(found.tunable(kda.HOPPER)) == {"prepare", "forward", "keep", "backward", "gradient", "pairs"}
     assert set(found.tunable(simple_gla.HOPPER)) == {"output", "backward", "state"}
     assert {"gla", "kda", "simple_gla", "decay_attention", "gated_delta_rule"} <= set(tuned_ops())
 
