@@ -17,7 +17,7 @@ import json
 import secrets
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from multiprocessing import get_context
@@ -51,7 +51,15 @@ def kinds(path: str, *, pure: bool) -> Iterator[tuple[str, ModelSpec]]:
     if not pure:
         layers[-1] = block
     for option in choice.choices:
-        yield str(option["kind"]), file.resolve({choice.name: option}, layers=layers).model
+        yield name_of(option, choice.choices), file.resolve({choice.name: option}, layers=layers).model
+
+
+def name_of(option: dict[str, Any], others: Sequence[dict[str, Any]]) -> str:
+    """Its kind, and what else it says where another option is of that kind."""
+    kind = str(option["kind"])
+    if sum(other["kind"] == kind for other in others) == 1:
+        return kind
+    return ", ".join((kind, *(name for name in option if name not in ("kind", "heads"))))
 
 
 def run(path: str, job: Job) -> dict[str, Any]:
@@ -110,11 +118,14 @@ def main() -> None:
     parser.add_argument(
         "--tasks", nargs="*", help="the kinds of tasks to train for; all of the spec if not given"
     )
+    parser.add_argument("--kinds", nargs="*", help="the kinds to train; all of the spec if not given")
+    parser.add_argument("--commit", help="what the code is, where git cannot tell")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the rows")
     chosen = parser.parse_args()
     spec, device = load(chosen.spec).spec, pick_device()
     assert spec.search is not None
     names = [name for name, _ in kinds(chosen.spec, pure=chosen.pure)]
+    names = [name for name in names if chosen.kinds is None or name in chosen.kinds]
     tasks = [
         n for n, task in enumerate(spec.search.tasks) if chosen.tasks is None or task.kind in chosen.tasks
     ]
@@ -125,7 +136,7 @@ def main() -> None:
     )
     header = {
         "run": secrets.token_hex(4),
-        "commit": commit.stdout.strip() or None,
+        "commit": chosen.commit or commit.stdout.strip() or None,
         "device": device_name(device),
     }
     path = chosen.out / f"evidence-{chosen.topic}.jsonl"
@@ -138,7 +149,7 @@ def main() -> None:
             rows.write(json.dumps({**header, "time": made, **row}) + "\n")
             rows.flush()
             print(
-                f"{row['task']:5} {row['kind']:16} lr {row['lr']:g} seed {row['seed']} {row['score'] or row['error']}",
+                f"{row['task']:5} {row['kind']:16} lr {row['lr']:g} seed {row['seed']} {row.get('error', row['score'])}",
                 flush=True,
             )
 
