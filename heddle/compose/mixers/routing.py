@@ -10,7 +10,7 @@ from heddle.compose.cache import Call, PreallocatedRecurrentLayer, RecurrentLaye
 from heddle.compose.modules.clusters import Centroids, Members
 from heddle.compose.modules.precision import wide
 from heddle.compose.modules.site import Site
-from heddle.kernels.member_attention import member_attention
+from heddle.kernels.span_attention import TILE, span_attention
 
 
 class RoutingModule(nn.Module):
@@ -75,9 +75,12 @@ class RoutingModule(nn.Module):
             clusters = torch.cat((ids.expand(*z.shape[:2], -1), z), dim=-1)
             is_member = torch.cat((is_held, is_member), dim=-1)
             weight = None if weight is None else F.pad(weight, (is_held.shape[-1], 0), value=1.0)
-        members = Members(clusters, is_member, self.clusters)
+        # One query alone has no neighbours that cut up its cluster otherwise.
+        members = Members(clusters, is_member, self.clusters, tile=1 if z.shape[-1] == 1 else TILE)
         self._keep(keys, values, members, call)
-        return member_attention(r, keys, values, members.lists(z, self.kept), own=v, weight=weight)
+        first, last, by_cluster = members.spans(z, self.kept)
+        spans = {"first": first, "last": last, "queries": by_cluster, "width": self.kept}
+        return span_attention(r, keys, values, members.order, own=v, weight=weight, **spans)
 
     def _keep(self, keys: Tensor, values: Tensor, members: Members, call: Call) -> None:
         """Remembers the latest members of each cluster."""
@@ -117,9 +120,9 @@ class RoutingModule(nn.Module):
         )
         return PreallocatedRecurrentLayer(states, context=context)
 
-    def kernel_path(self, device: torch.device, dtype: torch.dtype) -> str:  # noqa: ARG002
+    def kernel_path(self, device: torch.device, dtype: torch.dtype) -> str:
         """The name of the code that does the mixing."""
-        return "torch"
+        return span_attention.path(device, dtype, K=self.head_dim, V=self.head_dim)
 
 
 def _real(x: Tensor, call: Call) -> Tensor:
