@@ -6,9 +6,9 @@ over the tiles of the ordered keys from the first that one of them sees to the l
 
     m' = max(m, c max_j s_j),   l' = 2^(m - m') l + Σ_j 2^(c s_j - m'),   a' = 2^(m - m') a + Σ_j 2^(c s_j - m') v_j
 
-with s_j = q · k_j and c = scale log2(e); then out = a / l, or the query's own value where nothing is seen, and m + log2(l) is kept
-for the gradients. Tiles of keys begin at multiples of their size. A tile of which a query sees nothing changes no bit of its
-sums, so what it gets depends on its own keys and on their places in their tiles alone, not on who else is in its tile.
+with s_j = q · k_j and c = scale log2(e); then out = a / l, or the query's own value where nothing is seen, and m + log2(l) is
+kept for the gradients. Tiles of keys begin at multiples of their size. A tile of which a query sees nothing changes no bit of
+its sums, so what it gets depends on its own keys and on their places in their tiles alone, not on who else is in its tile.
 
 FLOP: 2 (K + V) for a query and a key of the tiles that are read: a tile of M rows whose spans have W keys reads W + M or so.
 """

@@ -19,7 +19,6 @@ from heddle.compose.cache import Call
 from heddle.compose.modules.clusters import Members
 from heddle.errors import HeddleError
 from heddle.kernels import force_path, watch_paths
-from heddle.kernels.common.tuning import tuning
 from heddle.kernels.configs.launch import Launch
 from heddle.kernels.op import INTERPRETED
 from heddle.kernels.span_attention import TILE, span_attention, span_attention_reference
