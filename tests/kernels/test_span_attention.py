@@ -19,8 +19,9 @@ from heddle.compose.cache import Call
 from heddle.compose.modules.clusters import Members
 from heddle.errors import HeddleError
 from heddle.kernels import force_path, watch_paths
+from heddle.kernels.accuracy import EPSILON
 from heddle.kernels.configs.launch import Launch
-from heddle.kernels.op import INTERPRETED
+from heddle.kernels.op import INTERPRETED, LIBRARY
 from heddle.kernels.span_attention import TILE, span_attention, span_attention_reference
 
 pytestmark = pytest.mark.usefixtures("kernels_on_gpu")
@@ -202,6 +203,19 @@ def test_a_mixer_has_the_gradients_of_plain_torch(device: str) -> None:
         results.append((y.detach(), *grads))
     for plain, found in zip(*results, strict=True):
         torch.testing.assert_close(found, plain, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_torch_knows_the_op_and_its_gradients(device: str) -> None:
+    given = at(clustered(T=9, kept=5), torch.float32, device)
+    known = getattr(torch.ops, LIBRARY).span_attention.default
+    q, k, v, own, weight = (given[name].requires_grad_() for name in WANTED)
+    spans = [given[name] for name in ("order", "first", "last", "queries")]
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(known, (q, k, v, *spans, own, weight, given["width"], 0.5), test_utils=checks)
+    compiled = torch.compile(span_attention, fullgraph=True, backend="aot_eager")
+    found, expected = (graded(one, given) for one in (compiled, span_attention))
+    assert all((found[name] - expected[name]).abs().max() <= EPSILON[torch.float32] for name in expected)
 
 
 def test_what_does_not_fit_is_told() -> None:

@@ -79,8 +79,18 @@ class RoutingModule(nn.Module):
         members = Members(clusters, is_member, self.clusters, tile=1 if z.shape[-1] == 1 else TILE)
         self._keep(keys, values, members, call)
         first, last, by_cluster = members.spans(z, self.kept)
-        spans = {"first": first, "last": last, "queries": by_cluster, "width": self.kept}
-        return span_attention(r, keys, values, members.order, own=v, weight=weight, **spans)
+        return span_attention(
+            r,
+            keys,
+            values,
+            members.order,
+            first=first,
+            last=last,
+            own=v,
+            width=self.kept,
+            queries=by_cluster,
+            weight=weight,
+        )
 
     def _keep(self, keys: Tensor, values: Tensor, members: Members, call: Call) -> None:
         """Remembers the latest members of each cluster."""
