@@ -28,20 +28,21 @@ def _even(launch: Launch) -> Plan:
 
 
 _STEP = Launch(chunk=16, columns=32, warps=4, stages=2)
-_WIDE = _even(Launch(chunk=32, columns=32, warps=4, stages=1))
-_WIDE_TALL = _even(Launch(chunk=16, columns=16, warps=4, stages=1))
+_WIDE = _even(Launch(chunk=32, columns=32, warps=8, stages=1))
+_WIDE_TALL = _even(Launch(chunk=16, columns=16, warps=8, stages=1))
 HOPPER = Family(
     half=Plan(
         forward=Launch(chunk=64, columns=64, warps=4, stages=2),
         step=_STEP,
-        queries=Launch(chunk=64, columns=64, warps=4, stages=2),
-        keys=Launch(chunk=64, columns=64, warps=4, stages=2),
+        # With four warps both spill.
+        queries=Launch(chunk=64, columns=64, warps=8, stages=2),
+        keys=Launch(chunk=64, columns=64, warps=8, stages=2),
     ),
     half_tall=Plan(
         forward=Launch(chunk=64, columns=64, warps=8, stages=1),
         step=_STEP,
-        queries=Launch(chunk=64, columns=64, warps=8, stages=1),
-        keys=Launch(chunk=32, columns=64, warps=8, stages=1),
+        queries=Launch(chunk=32, columns=64, warps=8, stages=1),
+        keys=Launch(chunk=32, columns=32, warps=8, stages=1),
     ),
     wide=_WIDE,
     wide_tall=_WIDE_TALL,
