@@ -53,6 +53,8 @@ from heddle.kernels import (
     _simple_gla_sweep,
     _sliding_window_attention_bwd,
     _sliding_window_attention_fwd,
+    _span_attention_bwd,
+    _span_attention_fwd,
     _ttt_bwd,
     _ttt_fwd,
 )
@@ -74,6 +76,7 @@ from heddle.kernels.configs import (
     rat_scan,
     simple_gla,
     sliding_window_attention,
+    span_attention,
     ttt,
 )
 from heddle.kernels.configs.launch import Launch
@@ -121,6 +124,10 @@ KERNELS = {
     ("head_sparse_attention", "step"): _head_sparse_attention_fwd._head_sparse_attention_fwd_kernel,
     ("head_sparse_attention", "queries"): _head_sparse_attention_bwd._head_sparse_attention_bwd_query_kernel,
     ("head_sparse_attention", "keys"): _head_sparse_attention_bwd._head_sparse_attention_bwd_key_kernel,
+    ("span_attention", "forward"): _span_attention_fwd._span_attention_fwd_kernel,
+    ("span_attention", "step"): _span_attention_fwd._span_attention_fwd_kernel,
+    ("span_attention", "queries"): _span_attention_bwd._span_attention_bwd_query_kernel,
+    ("span_attention", "keys"): _span_attention_bwd._span_attention_bwd_key_kernel,
     ("kda", "prepare"): _kda_fwd._kda_prepare_kernel,
     ("kda", "forward"): _kda_fwd._kda_sweep_kernel,
     ("kda", "keep"): _kda_fwd._kda_sweep_kernel,
@@ -162,16 +169,18 @@ FLOATS = (
 DOUBLES = ("sums_ptr",)
 INTEGERS = (
     "table_ptr", "offsets_ptr", "cu_seqlens_ptr", "start_ptr", "entries_ptr", "before_ptr", "begins_ptr", "bits_ptr",
-    "lines_ptr",
+    "lines_ptr", "order_ptr", "queries_ptr", "first_ptr", "from_ptr", "to_ptr",
 )  # fmt: skip
 # Where a name stands for something else than in the other ops.
 BLOCK_TYPES = {"sums_ptr": "*fp32", "seen_ptr": "*u8", "held_ptr": "*u8", "ends_ptr": "*i32"}
+SPAN_TYPES = {"last_ptr": "*i32"}
 # Attention that reads some keys has plans by the larger head size.
 SPARSE = {
     "block_attention": block_attention.HOPPER,
     "head_sparse_attention": head_sparse_attention.HOPPER,
     "landmark_attention": landmark_attention.HOPPER,
     "sliding_window_attention": sliding_window_attention.HOPPER,
+    "span_attention": span_attention.HOPPER,
     "local_linear_attention": local_linear_attention.HOPPER,
 }
 # Of rat_scan and rat_attention, whose heads have one size.
@@ -214,6 +223,7 @@ def cases(*, quick: bool) -> Iterator[Case]:
     yield from block_cases(quick=quick)
     yield from window_cases("sliding_window_attention", quick=quick)
     yield from window_cases("head_sparse_attention", quick=quick)
+    yield from window_cases("span_attention", quick=quick)
     yield from rat_cases(quick=quick)
     yield from landmark_cases(quick=quick)
     yield from memory_cases(quick=quick)
@@ -267,7 +277,7 @@ def block_cases(*, quick: bool) -> Iterator[Case]:
 
 
 def window_cases(op: str, *, quick: bool) -> Iterator[Case]:
-    """The kernels of attention that reads by descriptors; `many`: with sinks, limits and packed sequences."""
+    """The kernels of attention that reads by descriptors; `many`: with sinks, limits and packed sequences, or a bias."""
     sizes = [size for size in SIZES if size >= LEAST_HEAD]
     kernels = [kernel for name, kernel in KERNELS if name == op]
     for (K, V), kernel in itertools.product(
@@ -393,6 +403,15 @@ def _window_constants(case: Case, launch: Launch) -> dict[str, Any]:
     return {name: value for name, value in constants.items() if name in names}
 
 
+def _span_constants(case: Case, launch: Launch) -> dict[str, Any]:
+    constants = {
+        "K": case.K, "V": case.V, "ROWS_K": block(case.K), "ROWS_V": block(case.V), "ROWS": launch.chunk,
+        "KEYS": launch.columns, "BIAS": case.many, "PRECISION": "tf32x3",
+    }  # fmt: skip
+    names = KERNELS[case.op, case.kernel].arg_names
+    return {name: value for name, value in constants.items() if name in names}
+
+
 def _block_constants(case: Case, launch: Launch) -> dict[str, Any]:
     gated = case.kernel == "gated"
     # Gates are a head's own where NAtS-L has them.
@@ -450,6 +469,8 @@ def ptx(case: Case) -> tuple[str, dict[str, int | None]]:
         constants = _block_constants(case, launch)
     if case.op in ("sliding_window_attention", "head_sparse_attention"):
         constants = _window_constants(case, launch)
+    if case.op == "span_attention":
+        constants = _span_constants(case, launch)
     if case.op.startswith("rat_"):
         constants = _rat_constants(case, launch)
     if case.op == "landmark_attention":
@@ -472,6 +493,8 @@ def ptx(case: Case) -> tuple[str, dict[str, int | None]]:
             signature[name] = f"*{case.dtype}"
         if case.op in SPARSE and name in BLOCK_TYPES:
             signature[name] = BLOCK_TYPES[name]
+        if case.op == "span_attention" and name in SPAN_TYPES:
+            signature[name] = SPAN_TYPES[name]
         if case.op.startswith("rat_") and name in RAT_FLOATS:
             signature[name] = "*fp32"
         if name.endswith("_tiles"):

@@ -10,7 +10,7 @@ from heddle.compose.cache import Call, PreallocatedRecurrentLayer, RecurrentLaye
 from heddle.compose.modules.clusters import Centroids, Members
 from heddle.compose.modules.precision import wide
 from heddle.compose.modules.site import Site
-from heddle.kernels.member_attention import member_attention
+from heddle.kernels.span_attention import TILE, span_attention
 
 
 class RoutingModule(nn.Module):
@@ -68,6 +68,8 @@ class RoutingModule(nn.Module):
         keys, values, clusters, weight = r, v, z, call.written
         held, past_keys, past_values = (call.state(name) for name in ("held", "keys", "values"))
         if held is not None and past_keys is not None and past_values is not None:
+            if z.shape[-1] == 1:
+                return self._step((r, v, z, is_member), (held, past_keys, past_values), call)
             keys, values = torch.cat((past_keys, r), dim=2), torch.cat((past_values, v), dim=2)
             slot = torch.arange(self.kept, device=z.device)
             is_held = (slot >= self.kept - held[..., None]).flatten(2)
@@ -75,9 +77,43 @@ class RoutingModule(nn.Module):
             clusters = torch.cat((ids.expand(*z.shape[:2], -1), z), dim=-1)
             is_member = torch.cat((is_held, is_member), dim=-1)
             weight = None if weight is None else F.pad(weight, (is_held.shape[-1], 0), value=1.0)
-        members = Members(clusters, is_member, self.clusters)
+        members = Members(clusters, is_member, self.clusters, tile=TILE)
         self._keep(keys, values, members, call)
-        return member_attention(r, keys, values, members.lists(z, self.kept), own=v, weight=weight)
+        first, last, by_cluster = members.spans(z, self.kept)
+        return span_attention(
+            r,
+            keys,
+            values,
+            members.order,
+            first=first,
+            last=last,
+            own=v,
+            width=self.kept,
+            queries=by_cluster,
+            weight=weight,
+        )
+
+    def _step(
+        self, token: tuple[Tensor, Tensor, Tensor, Tensor], past: tuple[Tensor, Tensor, Tensor], call: Call
+    ) -> Tensor:
+        """One token more: it reads the members of its cluster where they are kept, and the oldest one leaves.
+
+        Shapes:  r, v, out: [B, H, 1, d];  z, is_member: [B, H, 1]
+        """
+        (r, v, z, is_member), (held, keys, values) = token, past
+        count, last = held.gather(-1, z), (z + 1) * self.kept
+        order = torch.arange(keys.shape[2], device=z.device).expand(*z.shape[:2], -1)
+        o = span_attention(r, keys, values, order, first=last - count, last=last, own=v, width=self.kept)
+        place = z * self.kept + torch.arange(self.kept, device=z.device)
+        index = place[..., None].expand(-1, -1, -1, r.shape[-1])
+        kept = {}
+        for name, side, new in (("keys", keys, r), ("values", values, v)):
+            its = side.gather(2, index)
+            moved = torch.cat((its[:, :, 1:], new), dim=2)
+            kept[name] = side.scatter(2, index, torch.where(is_member[..., None], moved, its))
+        more = (count + is_member).clamp(max=self.kept).to(torch.int32)
+        call.keep(**kept, held=held.scatter(-1, z, more))
+        return o
 
     def _keep(self, keys: Tensor, values: Tensor, members: Members, call: Call) -> None:
         """Remembers the latest members of each cluster."""
@@ -117,9 +153,9 @@ class RoutingModule(nn.Module):
         )
         return PreallocatedRecurrentLayer(states, context=context)
 
-    def kernel_path(self, device: torch.device, dtype: torch.dtype) -> str:  # noqa: ARG002
+    def kernel_path(self, device: torch.device, dtype: torch.dtype) -> str:
         """The name of the code that does the mixing."""
-        return "torch"
+        return span_attention.path(device, dtype, K=self.head_dim, V=self.head_dim)
 
 
 def _real(x: Tensor, call: Call) -> Tensor:

@@ -1,4 +1,4 @@
-"""Tokens in clusters: centroids that follow their members, and lists of the latest members before each token."""
+"""Tokens in clusters: centroids that follow their members, and where the latest members before each token stand."""
 
 from __future__ import annotations
 
@@ -69,35 +69,41 @@ class Centroids(Float32Kept, Initialised):
 class Members:
     """The members of clusters in the order of time: those that were kept first, then those of this call.
 
-    Shapes:  z, is_member: [B, H, N] int64 and bool, N = kept + T
+    Each cluster begins at a multiple of `tile` in `order`, with places that are none (-1) before it, so that how a kernel cuts up
+    a cluster does not depend on others.
+
+    Shapes:  z, is_member: [B, H, N] int64 and bool, N = kept + T;  order: [B, H, N + C (tile - 1)]
     """
 
-    def __init__(self, z: Tensor, is_member: Tensor, clusters: int) -> None:
-        order = z.argsort(dim=-1, stable=True)
-        flags = is_member.gather(-1, order).long()
+    def __init__(self, z: Tensor, is_member: Tensor, clusters: int, tile: int = 1) -> None:
+        self.by_cluster = z.argsort(dim=-1, stable=True)
+        flags = is_member.gather(-1, self.by_cluster).long()
         rank = flags.cumsum(-1) - flags
-        total = z.shape[-1]
-        slot = torch.where(flags > 0, rank, total)
-        # Members alone, cluster by cluster; one place more for all that are none.
-        self.order = F.pad(torch.zeros_like(order), (0, 1)).scatter(-1, slot, order)[..., :total]
-        self.before = torch.zeros_like(rank).scatter(-1, order, rank)
         counts = z.new_zeros(*z.shape[:-1], clusters).scatter_add(-1, z, is_member.long())
-        self.ends = counts.cumsum(-1)
-        self.begins = self.ends - counts
+        room = (counts + tile - 1) // tile * tile
+        self.begins = room.cumsum(-1) - room
+        self.ends = self.begins + counts
         self.counts = counts
+        spare = self.begins - (counts.cumsum(-1) - counts)
+        slot = rank + spare.gather(-1, z.gather(-1, self.by_cluster))
+        total = z.shape[-1] + clusters * (tile - 1)
+        # One place more for all that are no members.
+        places = F.pad(torch.full_like(slot[..., :1], -1).expand(*z.shape[:-1], total), (0, 1))
+        self.order = places.scatter(-1, torch.where(flags > 0, slot, total), self.by_cluster)[..., :total]
+        self.before = torch.zeros_like(slot).scatter(-1, self.by_cluster, slot)
 
-    def lists(self, z: Tensor, count: int) -> Tensor:
-        """The last `count` members before each of the last T tokens, -1 for none.
+    def spans(self, z: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Where in `order` the last `count` members before each of the last T tokens begin and end; the tokens by cluster.
 
-        Shapes:  z: [B, H, T];  out: [B, H, T, count]
+        Shapes:  z: [B, H, T];  out: three times [B, H, T]
         """
-        return self._last(self.before[..., -z.shape[-1] :], self.begins.gather(-1, z), count)
+        end = self.before[..., -z.shape[-1] :]
+        is_all = z.shape[-1] == self.before.shape[-1]
+        by_cluster = self.by_cluster if is_all else z.argsort(dim=-1, stable=True)
+        return torch.maximum(self.begins.gather(-1, z), end - count), end, by_cluster
 
     def latest(self, count: int) -> Tensor:
         """The last `count` members of each cluster, -1 for none.  Shapes:  out: [B, H, C, count]"""
-        return self._last(self.ends, self.begins, count)
-
-    def _last(self, end: Tensor, begin: Tensor, count: int) -> Tensor:
-        place = end[..., None] - count + torch.arange(count, device=end.device)
+        place = self.ends[..., None] - count + torch.arange(count, device=self.ends.device)
         found = self.order.gather(-1, place.clamp(min=0, max=self.order.shape[-1] - 1).flatten(2))
-        return found.view(place.shape).masked_fill(place < begin[..., None], -1)
+        return found.view(place.shape).masked_fill(place < self.begins[..., None], -1)

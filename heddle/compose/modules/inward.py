@@ -7,6 +7,7 @@ from torch import Tensor
 
 from heddle.compose.cache import Call
 from heddle.kernels.member_attention import member_attention
+from heddle.kernels.span_attention import span_attention
 
 
 def inward_range(call: Call, tokens: int, window: int) -> tuple[Tensor, Tensor]:
@@ -36,8 +37,14 @@ def inward_attention(
     Shapes:  q, out: [B, H, T, d];  k, v: [B, KV heads, T, d]
     """
     first, last = inward_range(call, q.shape[2], window)
-    index = first[..., None] + torch.arange(min(2 * window - 1, q.shape[2]), device=q.device)
-    return listed_attention(q, k, v, index.masked_fill(index > last[..., None], -1), scale)
+    group, tokens = q.shape[1] // k.shape[1], q.shape[2]
+    k, v = (side.repeat_interleave(group, dim=1) for side in (k, v))
+    first, last, order = (
+        x[:, None].expand(*q.shape[:2], -1)
+        for x in (first, last + 1, torch.arange(tokens, device=q.device)[None])
+    )
+    width = min(2 * window - 1, tokens)
+    return span_attention(q, k, v, order, first=first, last=last, own=v, width=width, scale=scale)
 
 
 def listed_attention(q: Tensor, k: Tensor, v: Tensor, index: Tensor, scale: float | None) -> Tensor:

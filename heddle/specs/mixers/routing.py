@@ -24,7 +24,7 @@ class Routing(HeadedMixer):
     directions, by training alone.
     """
 
-    ops: ClassVar[tuple[str, ...]] = ("member_attention",)
+    ops: ClassVar[tuple[str, ...]] = ("span_attention",)
     cases: ClassVar[tuple[Mapping[str, Any], ...]] = (
         {"heads": 4, "clusters": 3, "members": 9},
         {
