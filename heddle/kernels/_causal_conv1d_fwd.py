@@ -11,12 +11,15 @@ import triton.language as tl
 
 from heddle.kernels.common.jit import find_sequence
 
-# A new length must not mean a new compilation, nor must a state: sums are the same to the bit with zeros and without.
-NUMBERS = ("T", "tiles", "has_state")
+# A new length must not mean a new compilation.
+LENGTHS = ("T", "tiles")
 
 
 @triton.jit
-def load_rows(x_ptr, state_ptr, token, stride, columns, in_columns, length, is_early, W: tl.constexpr):
+def load_rows(
+    x_ptr, state_ptr, token, stride, columns, in_columns, length,
+    W: tl.constexpr, HAS_STATE: tl.constexpr,
+):  # fmt: skip
     """Tokens of a sequence in float32: those before its first one from the state, zeros where there is none.
 
     Shapes:  token: [ROWS];  columns: [COLUMNS];  state: [C, W-1]
@@ -24,7 +27,7 @@ def load_rows(x_ptr, state_ptr, token, stride, columns, in_columns, length, is_e
     there = (token >= 0) & (token < length)
     at = x_ptr + token.to(tl.int64)[:, None] * stride + columns[None, :]
     rows = tl.load(at, mask=there[:, None] & in_columns[None, :], other=0.0).to(tl.float32)
-    if is_early:
+    if HAS_STATE:
         early = (token < 0) & (token > -W)
         at = state_ptr + columns.to(tl.int64)[None, :] * (W - 1) + (token + W - 1)[:, None]
         rows += tl.load(at, mask=early[:, None] & in_columns[None, :], other=0.0).to(tl.float32)
@@ -32,16 +35,28 @@ def load_rows(x_ptr, state_ptr, token, stride, columns, in_columns, length, is_e
 
 
 @triton.jit
-def load_tap(weight_ptr, columns, in_columns, tap, W: tl.constexpr):
-    """One tap of each filter, in float32."""
-    return tl.load(weight_ptr + columns * W + tap, mask=in_columns, other=0.0).to(tl.float32)[None, :]
+def convolve(
+    x_ptr, state_ptr, weight_ptr, token, stride, columns, in_columns, length,
+    W: tl.constexpr, HAS_STATE: tl.constexpr,
+):  # fmt: skip
+    """The sum over the window that ends with each token, in float32.  Shapes:  out: [ROWS, COLUMNS]"""
+    rows = load_rows(x_ptr, state_ptr, token - (W - 1), stride, columns, in_columns, length, W, HAS_STATE)
+    y = rows * tl.load(weight_ptr + columns * W, mask=in_columns, other=0.0).to(tl.float32)[None, :]
+    for tap in tl.static_range(1, W):
+        at = token + tap - (W - 1)
+        rows = load_rows(x_ptr, state_ptr, at, stride, columns, in_columns, length, W, HAS_STATE)
+        y += (
+            rows * tl.load(weight_ptr + columns * W + tap, mask=in_columns, other=0.0).to(tl.float32)[None, :]
+        )
+    return y
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@triton.jit(do_not_specialize=LENGTHS)
 def _causal_conv1d_fwd_kernel(
     x_ptr, weight_ptr, state_ptr, y_ptr, table_ptr, cu_seqlens_ptr,
-    stride_b, stride_t, C, T, tiles, has_state,
-    W: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SILU: tl.constexpr, VARLEN: tl.constexpr,
+    stride_b, stride_t, C, T, tiles,
+    W: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    SILU: tl.constexpr, HAS_STATE: tl.constexpr, VARLEN: tl.constexpr,
 ):  # fmt: skip
     """Some tokens of one sequence.  Shapes:  x, y: [B, T, C];  weight: [C, W];  state: [N, C, W-1]"""
     n, tile, begin, length = find_sequence(tl.program_id(0), table_ptr, cu_seqlens_ptr, T, tiles, VARLEN)
@@ -53,12 +68,7 @@ def _causal_conv1d_fwd_kernel(
     row = begin if VARLEN else n.to(tl.int64) * T
     x_ptr += begin * stride_t if VARLEN else n.to(tl.int64) * stride_b
     state_ptr += n.to(tl.int64) * C * (W - 1)
-    is_early = (has_state != 0) & (tile == 0)
-    y = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-    for tap in tl.static_range(W):
-        at = token + tap - (W - 1)
-        rows = load_rows(x_ptr, state_ptr, at, stride_t, columns, in_columns, length, is_early, W)
-        y += rows * load_tap(weight_ptr, columns, in_columns, tap, W)
+    y = convolve(x_ptr, state_ptr, weight_ptr, token, stride_t, columns, in_columns, length, W, HAS_STATE)
     if SILU:
         y = y / (1.0 + tl.exp(-y))
     at = y_ptr + (row + token)[:, None] * C + columns[None, :]

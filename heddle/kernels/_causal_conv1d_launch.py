@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from heddle.kernels._causal_conv1d_bwd import _causal_conv1d_sum_kernel, _causal_conv1d_turned_kernel
+from heddle.kernels._causal_conv1d_bwd import _causal_conv1d_bwd_kernel
 from heddle.kernels._causal_conv1d_fwd import _causal_conv1d_fwd_kernel
 from heddle.kernels.common.replay import derived, empty, replayed, start_kernel
 from heddle.kernels.common.segments import lay_out
@@ -25,12 +26,8 @@ def _family(device: torch.device) -> Family:
 def plan(device: torch.device) -> Family:
     """The launches on `device`; overrides come first."""
     table = _family(device)
-    return Family(
-        forward=tuned("conv_forward", table.forward),
-        sums=tuned("conv_sums", table.sums),
-        turned=tuned("conv_turned", table.turned),
-        steps=tuned("conv_steps", table.steps),
-    )
+    forward, backward = tuned("conv_forward", table.forward), tuned("conv_backward", table.backward)
+    return Family(forward, backward, tuned("conv_steps", table.steps))
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -57,9 +54,9 @@ def _tiles(
     return laid.count, laid.per_sequence, (laid.table, cu_seqlens.to(torch.int32))
 
 
-def _has_state(state: Tensor | None) -> int:
-    """1 if there are tokens before the first one, else 0: a window of one token has none."""
-    return int(state is not None and state.shape[2] > 0)
+def _has_state(state: Tensor | None) -> bool:
+    """Whether there are tokens before the first one: a window of one token has none."""
+    return state is not None and state.shape[2] > 0
 
 
 def _blocks(channels: int, columns: int) -> tuple[int, int]:
@@ -81,8 +78,8 @@ def launch_forward(
     state = weight if initial_state is None else derived(_dense, initial_state)
     start_kernel(
         _causal_conv1d_fwd_kernel, (count, blocks), x, weight, state, y, *(tables or (weight, weight)),
-        x.stride(0), x.stride(1), C, T, each, _has_state(initial_state), W=weight.shape[1], ROWS=launch.chunk, COLUMNS=size,
-        SILU=silu, VARLEN=tables is not None, **launch.options(),
+        x.stride(0), x.stride(1), C, T, each, W=weight.shape[1], ROWS=launch.chunk, COLUMNS=size,
+        SILU=silu, HAS_STATE=_has_state(initial_state), VARLEN=tables is not None, **launch.options(),
     )  # fmt: skip
     return (y,)
 
@@ -98,23 +95,21 @@ def launch_backward(
 ) -> tuple[Tensor, ...]:
     """Gradients of x, weight and, if there is one, of the state; arguments as those of the registered op."""
     x, d_out, filters = _loaded(x), derived(_dense, d_out), derived(_dense, weight)
-    chosen, (B, T, C), W = plan(x.device), x.shape, weight.shape[1]
+    chosen = plan(x.device)
+    launch, taps = chosen.backward, weight.shape[1]
+    count, each, tables = _tiles(x, cu_seqlens, launch.chunk * chosen.steps, taps - 1)
+    (B, T, C), (size, blocks) = x.shape, _blocks(x.shape[2], launch.columns)
+    dx = empty((B, T, C), x.dtype, x.device)
+    sums = empty((count, taps, C), torch.float32, x.device)
     state = filters if initial_state is None else derived(_dense, initial_state)
-    has_state, packed = _has_state(initial_state), cu_seqlens is not None
-    count, each, tables = _tiles(x, cu_seqlens, chosen.sums.chunk * chosen.steps, 0)
-    size, blocks = _blocks(C, chosen.sums.columns)
-    g, sums = empty((B, T, C), torch.float32, x.device), empty((count, W, C), torch.float32, x.device)
+    d_state = empty(state.shape, state.dtype, x.device)
+    constants: dict[str, Any] = {
+        "W": taps, "TAPS": triton.next_power_of_2(taps), "ROWS": launch.chunk, "STEPS": chosen.steps, "COLUMNS": size,
+        "SILU": silu, "HAS_STATE": _has_state(initial_state), "VARLEN": tables is not None,
+    }  # fmt: skip
     start_kernel(
-        _causal_conv1d_sum_kernel, (count, blocks), d_out, x, filters, state, g, sums, *(tables or (filters, filters)),
-        x.stride(0), x.stride(1), C, T, each, has_state, W=W, ROWS=chosen.sums.chunk, STEPS=chosen.steps, COLUMNS=size,
-        SILU=silu, VARLEN=packed, **chosen.sums.options(),
-    )  # fmt: skip
-    count, each, tables = _tiles(x, cu_seqlens, chosen.turned.chunk, W - 1)
-    size, blocks = _blocks(C, chosen.turned.columns)
-    dx, d_state = empty((B, T, C), x.dtype, x.device), empty(state.shape, state.dtype, x.device)
-    start_kernel(
-        _causal_conv1d_turned_kernel, (count, blocks), g, filters, dx, d_state, *(tables or (filters, filters)),
-        C, T, each, has_state, W=W, ROWS=chosen.turned.chunk, COLUMNS=size, VARLEN=packed, **chosen.turned.options(),
+        _causal_conv1d_bwd_kernel, (count, blocks), d_out, x, filters, state, dx, sums, d_state,
+        *(tables or (filters, filters)), x.stride(0), x.stride(1), C, T, each, **constants, **launch.options(),
     )  # fmt: skip
     return dx, derived(_all_sums, sums, weight), d_state
 

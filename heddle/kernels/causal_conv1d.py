@@ -1,7 +1,7 @@
 """A short causal convolution over time, one filter a channel: the op, its reference and its path in plain torch.
 
-Predicted cost for a token and channel: 2 W FLOP and two elements moved, so it is bound by memory everywhere. On a GPU there
-are kernels for both directions; plain torch makes some 2 W passes over numbers of four bytes.
+Predicted cost for a token and channel: 2 W FLOP and two elements moved, so it is bound by memory everywhere. On a GPU one kernel
+goes each way; plain torch makes some 2 W passes over numbers of four bytes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from torch.nn import functional as F
 from heddle.errors import HeddleError
 from heddle.kernels.common.varlen import check_packing
 from heddle.kernels.op import (
-    TRITON_DTYPES,
     Inputs,
     Phase,
     Shape,
@@ -36,7 +35,7 @@ except ImportError:
     HAS_KERNELS = False
 
 # The kernels hold the rows of a window in registers.
-MAX_TAPS = 4
+MAX_TAPS = 8
 
 
 def causal_conv1d_reference(
@@ -71,7 +70,13 @@ def _forward(
     x: Tensor, weight: Tensor, initial_state: Tensor | None, activation: str | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     if causal_conv1d.choose(x.device, x.dtype, C=x.shape[2], W=weight.shape[1]) == "triton":
-        state = None if initial_state is None else initial_state.to(x.dtype)
+        count = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        # Without one the kernels are others, whose sums are not the same to the bit.
+        state = (
+            x.new_zeros(count, x.shape[2], weight.shape[1] - 1)
+            if initial_state is None
+            else initial_state.to(x.dtype)
+        )
         y = kernels(x, weight, state, activation == "silu", cu_seqlens)
         return y, _last_inputs(x, state, weight.shape[1] - 1, cu_seqlens)
     length, taps, wide = x.shape[1], weight.shape[1], wide_dtype(x.dtype)
@@ -96,12 +101,11 @@ def _forward(
     return y.to(x.dtype), state.mT.clone(memory_format=torch.contiguous_format)
 
 
-def _last_inputs(x: Tensor, before: Tensor | None, held: int, cu_seqlens: Tensor | None) -> Tensor:
+def _last_inputs(x: Tensor, before: Tensor, held: int, cu_seqlens: Tensor | None) -> Tensor:
     """The last `held` inputs of each sequence, of its state where it has fewer.  Shapes:  before, out: [N, C, held]"""
-    count, length = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1, x.shape[1]
+    length = x.shape[1]
     if cu_seqlens is None and length >= held:
         return x[:, length - held :].mT.clone(memory_format=torch.contiguous_format)
-    before = x.new_zeros(count, x.shape[2], held) if before is None else before
     if cu_seqlens is None:
         return torch.cat((before[..., length:], x.mT), dim=2)
     place = cu_seqlens.diff()[:, None] + torch.arange(held, device=x.device)
@@ -188,7 +192,7 @@ def _fits(shape: Shape) -> bool:
     return HAS_KERNELS and shape["W"] <= MAX_TAPS
 
 
-@op(causal_conv1d_reference, _CASES, kernel=_fits, unproven=TRITON_DTYPES)
+@op(causal_conv1d_reference, _CASES, kernel=_fits)
 def causal_conv1d(
     x: Tensor,
     weight: Tensor,

@@ -59,7 +59,8 @@ def landmark_attention_reference(
     group, size = q.shape[1] // k.shape[1], q.shape[-1]
     factor = size**-0.5 if scale is None else scale
     rows = [[one[b].double() for one in (q, k, v, landmarks)] for b in range(q.shape[0])]
-    out = q.new_zeros(*q.shape[:3], v.shape[-1], dtype=torch.float64)
+    # Sums in place would be one chain of all queries for autograd, at whose end torch's own stack does not suffice.
+    found: list[Tensor] = []
     for b, h, t in (
         (b, h, t) for b in range(q.shape[0]) for h in range(q.shape[1]) for t in range(q.shape[2])
     ):
@@ -72,15 +73,16 @@ def landmark_attention_reference(
         mark = {c: factor * (qs[h, t] @ marks[n, c]) for c in mates}
         worth = {c: (-float(mark[c].detach()), c) for c in mates}
         read = sorted(mates, key=worth.__getitem__)[:top]
+        found.append(v.new_zeros(v.shape[-1], dtype=torch.float64))
         if not own:
             continue
         gates = torch.softmax(torch.stack([s[j] for j in own] + [mark[c] for c in read]), dim=0)
         for gate, j in zip(gates, own, strict=False):
-            out[b, h, t] += gate * vs[n, j]
+            found[-1] = found[-1] + gate * vs[n, j]
         for gate, c in zip(gates[len(own) :], read, strict=True):
             inner = torch.softmax(torch.stack([s[j] for j in mates[c]]), dim=0)
-            out[b, h, t] += gate * sum(weight * vs[n, j] for weight, j in zip(inner, mates[c], strict=True))
-    return out
+            found[-1] = found[-1] + gate * sum(weight * vs[n, j] for weight, j in zip(inner, mates[c], strict=True))
+    return torch.stack(found).view(*q.shape[:3], -1)
 
 
 def _is_seen(key: int, row: int, real: Tensor | None, written: Tensor | None) -> bool:

@@ -54,8 +54,7 @@ def variants(chunks: tuple[int, ...], columns: tuple[int, ...]) -> list[Launch]:
 
 
 CONV_FORWARD = variants((16, 32, 64), (64, 128, 256))
-CONV_SUMS = variants((8, 16, 32), (64, 128))
-CONV_TURNED = variants((16, 32, 64), (64, 128, 256))
+CONV_BACKWARD = variants((8, 16, 32), (64, 128, 256))
 NORM_FORWARD = variants((1,), (1024, 2048, 4096, 8192))
 NORM_BACKWARD = variants((4, 16), (1024, 2048, 4096, 8192))
 
@@ -230,9 +229,7 @@ def launches(rows: Rows, log: Log, late: Callable[[], bool]) -> None:
     plans: list[tuple[str, list[Launch], str, Any, Any, list[Tensor], list[Tensor]]] = [
         ("conv_forward", CONV_FORWARD, "fwd", lambda x, w: conv(x, w)[0],
          lambda x, w: causal_conv1d_reference(x, w, activation="silu")[0], [small, taps], [x, weight]),
-        ("conv_sums", CONV_SUMS, "fwdbwd", lambda x, w: conv(x, w)[0],
-         lambda x, w: causal_conv1d_reference(x, w, activation="silu")[0], [small, taps], [x, weight]),
-        ("conv_turned", CONV_TURNED, "fwdbwd", lambda x, w: conv(x, w)[0],
+        ("conv_backward", CONV_BACKWARD, "fwdbwd", lambda x, w: conv(x, w)[0],
          lambda x, w: causal_conv1d_reference(x, w, activation="silu")[0], [small, taps], [x, weight]),
         ("norm_forward", NORM_FORWARD, "fwd", norm, partial(norm, function=rms_norm_reference), [few, scale, few_gates],
          [rows_of, scale, gates]),

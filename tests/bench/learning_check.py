@@ -4,12 +4,11 @@
     python tests/bench/learning_check.py --out "$OUT" --budget 400 --limit 530 --commit "$(git rev-parse --short=12 HEAD)"
     python tests/bench/learning_check.py --out /tmp/learning --budget 60 --commit none --tiny
 
-64 pairs in 1,024 tokens, a vocabulary of 1,024. Every model is a window of two tokens, which finds the token before, and the mixer
-under test behind it: behind a window of 16 none of them, dense attention neither, had left chance after these steps. Blocks have
-32 tokens, and of 32 at most 8 are visible, forced ones among them; NAtS-L and the token router are asked for a quarter (`share`
-tells what came of it). Controls: linear attention by elu + 1 with keys of 16, and blocks at random as many as are selected; the
-hash in their rows is that of the spec they were made from. Kinds that stack train their nine runs as one model (`fit_many`), the
-others each in a process of their own, `--workers` at once.
+64 pairs in 1,024 tokens, a vocabulary of 1,024. Every model is a window of two tokens, which finds the token before, and the
+mixer under test behind it. Blocks have 32 tokens, and of 32 at most 8 are visible, forced ones among them; NAtS-L and the token
+router are asked for a quarter (`share` tells what came of it). Controls: linear attention by elu + 1 with keys of 16, and blocks
+at random as many as are selected; the hash in their rows is that of the spec they were made from. Kinds that stack train their
+nine runs as one model (`fit_many`), the others each in a process of their own, `--workers` at once.
 
 What is done is read from `--rows` (evidence-selecting.jsonl of the results) and from the file of that name in `--out`, and not
 done again: a run is a piece, and copying its rows into the results lets the next one go on. After `--budget` seconds nothing is

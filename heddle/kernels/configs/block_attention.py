@@ -38,7 +38,7 @@ HOPPER = Family(
     half=Plan(
         forward=Launch(chunk=64, columns=64, warps=4, stages=3),
         # A guess.
-        gated=Launch(chunk=64, columns=64, warps=4, stages=2),
+        gated=Launch(chunk=128, columns=64, warps=8, stages=3),
         queries=Launch(chunk=64, columns=64, warps=4, stages=2),
         keys=Launch(chunk=64, columns=64, warps=8, stages=3),
     ),

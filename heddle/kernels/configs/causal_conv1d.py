@@ -9,26 +9,24 @@ from heddle.kernels.configs.launch import Launch
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """The launches of one device family: forward, and the two kernels of the backward pass, of which a program of the first walks
-    over `steps` tiles."""
+    """The launches of one device family; a program of the backward pass walks over `steps` tiles."""
 
     forward: Launch
-    sums: Launch
-    turned: Launch
+    backward: Launch
     steps: int
 
 
 HOPPER = Family(
     forward=Launch(chunk=32, columns=128, warps=4, stages=1),
-    # Four sums and as many rows of each place in registers.
-    sums=Launch(chunk=16, columns=128, warps=4, stages=1),
-    turned=Launch(chunk=32, columns=128, warps=4, stages=1),
+    # Seven rows of each token in registers.
+    backward=Launch(chunk=16, columns=128, warps=4, stages=1),
     steps=16,
 )
 OTHER = HOPPER
 # The interpreter pays by the operation, whatever the size of the tiles.
-_INTERPRETED = Launch(chunk=64, columns=64, warps=4, stages=1)
-INTERPRETER = Family(_INTERPRETED, _INTERPRETED, _INTERPRETED, 2)
+INTERPRETER = Family(
+    Launch(chunk=64, columns=64, warps=4, stages=1), Launch(chunk=64, columns=64, warps=4, stages=1), 2
+)
 
 
 def family(capability: tuple[int, int]) -> Family:

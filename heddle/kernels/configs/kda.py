@@ -46,7 +46,7 @@ HOPPER = Family(
         keep=Launch(chunk=64, columns=64, warps=4, stages=1),
         backward=Launch(chunk=64, columns=128, warps=8, stages=2),
         # Its loops follow each other; loading ahead in them is a race: docs/decisions/0008-loops-in-a-row.md.
-        gradient=Launch(chunk=64, columns=128, warps=4, stages=1),
+        gradient=Launch(chunk=64, columns=64, warps=8, stages=1),
         pairs=Launch(chunk=64, columns=64, warps=4, stages=1),
         inverse="fp16",
     ),
