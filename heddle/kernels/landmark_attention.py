@@ -81,7 +81,9 @@ def landmark_attention_reference(
             found[-1] = found[-1] + gate * vs[n, j]
         for gate, c in zip(gates[len(own) :], read, strict=True):
             inner = torch.softmax(torch.stack([s[j] for j in mates[c]]), dim=0)
-            found[-1] = found[-1] + gate * sum(weight * vs[n, j] for weight, j in zip(inner, mates[c], strict=True))
+            found[-1] = found[-1] + gate * sum(
+                weight * vs[n, j] for weight, j in zip(inner, mates[c], strict=True)
+            )
     return torch.stack(found).view(*q.shape[:3], -1)
 
 
