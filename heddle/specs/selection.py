@@ -11,7 +11,7 @@ from heddle.specs.kinds import Problem
 from heddle.specs.layer import Reference
 
 # Fields of the language that came later: at their defaults they are left out of the data, as if they did not exist.
-LATER = ("scores", "dense_length")
+LATER = ("scores", "dense_length", "decode_only")
 # Kernels are half a block long and a quarter apart.
 QUARTERS = 4
 
@@ -24,7 +24,8 @@ class Selection(Schema):
 
     Kernels i are half a block long and a quarter apart; those that end at the query or before count. The first `sink` blocks and
     the last `recent` ones, the query's own among them, are always read and count among `count`. With `source` the blocks are
-    those that an earlier layer chose (HyLRA, arXiv 2602.00777).
+    those that an earlier layer chose (HyLRA, arXiv 2602.00777). With `decode_only` that is so of single tokens that are decoded;
+    several at once, a prompt or a training example, read all keys.
     """
 
     block: Annotated[int, Field(ge=1, le=65_536, description="Keys of a block (tokens).")] = 64
@@ -49,6 +50,13 @@ class Selection(Schema):
     dense_length: Annotated[
         int, Field(ge=0, le=10**8, description="A query with fewer tokens before it reads all of them.")
     ] = 0
+    decode_only: Annotated[
+        bool,
+        Field(
+            description="Only a single token that is decoded reads chosen blocks; several at once read all keys (HyLRA). Its "
+            "source does the same."
+        ),
+    ] = False
     source: Annotated[
         Reference | None,
         Field(
@@ -60,10 +68,19 @@ class Selection(Schema):
     def runtime(self) -> dict[str, Any]:
         """Plain data for the module; who takes blocks from another layer chooses none."""
         if self.source is not None:
-            return {"block": self.block, "source": self.source}
+            taken = {"block": self.block, "source": self.source}
+            return {**taken, "decode_only": True} if self.decode_only else taken
         defaults = {name: type(self).model_fields[name].default for name in LATER}
         data = self.model_dump(exclude={"source"})
         return {name: value for name, value in data.items() if name not in LATER or value != defaults[name]}
+
+    def misfit(self, name: str, given: Selection) -> str | None:
+        """Why the blocks that the layer `name` chooses cannot be read here; None if they can."""
+        if self.block != given.block:
+            return f"the blocks of {name} are of {given.block} keys, and here of {self.block}"
+        if self.decode_only != given.decode_only:
+            return f"one of {name} and this layer is decode_only; both must be, or neither"
+        return None
 
     def blocks_before(self, tokens: int) -> int:
         """Complete blocks before the own one of the last of `tokens`."""
@@ -97,13 +114,15 @@ class Selection(Schema):
 
     def mean_scored(self, length: int) -> float:
         """`scored`, the mean over a pass of `length` tokens."""
-        if self.source is not None:
+        if self.source is not None or self.decode_only:
             return 0.0
         dense = min(length, self.dense_length)
         return (self._all_scored(length) - self._all_scored(dense)) / max(length, 1)
 
     def mean_keys_read(self, length: int) -> float:
         """`keys_read`, the mean over a pass of `length` tokens."""
+        if self.decode_only:
+            return (length + 1) / 2
         dense = min(length, self.dense_length)
         return (self._all_read(length) - self._all_read(dense) + dense * (dense + 1) / 2) / max(length, 1)
 

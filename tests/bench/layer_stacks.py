@@ -175,7 +175,7 @@ def hylra(sizes: Sizes, seed: int, *, everything: bool = False) -> dict[str, Sta
         "head_dim": sizes.head_dim,
     }
     count = 10**6 if everything else sizes.count
-    chosen = {"block": sizes.block, "count": count}
+    chosen = {"block": sizes.block, "count": count, "decode_only": True}
     blocks = {
         "full": full,
         "pick": {**full, "selection": {**chosen, "sink": 1, "recent": 4 if count > 4 else 2}},

@@ -108,6 +108,39 @@ def test_the_layer_reads_them_whole_in_pieces_and_behind_padding(monkeypatch: py
     assert (padded[:1, 7:] - alone).abs().max() < EXACT
 
 
+@torch.no_grad()
+def test_of_decode_only_a_prompt_is_dense_and_a_token_chooses() -> None:
+    dense, chooses, both = (
+        mixer_of(HIDDEN, "attention", heads=4, kv_heads=2, selection=how)
+        for how in (None, HOW, HOW | {"decode_only": True})
+    )
+    x = noise(2, LENGTH, HIDDEN)
+    cut, found = LENGTH - 1, []
+    for mixer in (dense, chooses, both):
+        cache = mixer.new_cache()
+        prompt = mixer(x[:, :cut], call_at(0, cut, cache))
+        cache.advance(cut)
+        found.append((prompt, mixer(x[:, cut:], call_at(cut, 1, cache))))
+    assert torch.equal(found[2][0], found[0][0])
+    assert torch.equal(found[2][1], found[1][1])
+    assert (found[2][1] - found[0][1]).abs().max() > 1e-3
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(found[2][0], found[1][0])
+
+
+def test_of_decode_only_a_pass_costs_what_dense_attention_does() -> None:
+    how = {"block": 8, "count": 4, "sink": 1, "recent": 2}
+    site = SpecSite(HIDDEN)
+    dense, both, chooses = (
+        Attention(heads=4, kv_heads=2, selection=one)
+        for one in (None, Selection(**how, decode_only=True), Selection(**how))
+    )
+    assert both.prefill_flops(site, 300) == dense.prefill_flops(site, 300) > chooses.prefill_flops(site, 300)
+    assert both.flops(site, 300) == chooses.flops(site, 300) < dense.flops(site, 300)
+    assert set(both.exemptions()) == {"step", "chunks"}
+    assert "decode_only" in str(Selection(**how).misfit("pick", Selection(**how, decode_only=True)))
+
+
 @pytest.mark.parametrize(
     "fields", [HOW, HOW | {"dense_length": 13}, {"block": 4, "count": 4, "dense_length": 13}]
 )

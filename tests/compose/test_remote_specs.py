@@ -18,11 +18,11 @@ from remote_versions import Folders
 
 from heddle.compose.build import build
 from heddle.compose.hf import parity
-from heddle.compose.hf.known_failures import PROMPTED, known_failures
+from heddle.compose.hf.known_failures import CHOSEN_STEPS, PROMPTED, known_failures
 from heddle.compose.hf.parity import Loaded, battery
 from heddle.compose.plan import plan
 from heddle.compose.targets.report import padding_warning
-from heddle.specs import CHANNELS, MIXERS
+from heddle.specs import CHANNELS, MIXERS, ModelSpec
 from heddle.specs.kinds import MixerSpec
 
 COUNT, FULL_COUNT = 5, 50
@@ -117,10 +117,29 @@ def test_a_layer_that_picks_by_the_prompt_is_expected_to_pick_again_without_its_
         if hasattr(part, "last_bias"):
             torch.nn.init.normal_(part.last_weight, std=100.0)
             torch.nn.init.zeros_(part.last_bias)
+    failed = failures(model)
+    assert PROMPTED in failed.values()
+    assert all(failed.values()), failed
+    assert {"left padding", "batch of one, padded", "full pass"} & {*failed} == set()
+
+
+def failures(model: Any) -> dict[str, str]:
+    """What is expected of each check of the battery that a model fails."""
     how: dict[str, Any] = {"trusted": True, "reader": lambda *_: ([], 0), "known": known_failures}
     loaded = Loaded(model, None, "", "", 0.0, **how)
     rows: dict[str, Any] = {row["check"]: SimpleNamespace(**row) for row in battery(loaded, full=False)}
-    failed = {name: row.expected for name, row in rows.items() if not row.passed}
-    assert PROMPTED in failed.values()
-    assert all(failed.values()), failed
+    return {name: row.expected for name, row in rows.items() if not row.passed}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_layer_that_chooses_for_single_tokens_is_expected_to_step_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(parity, "LENGTH", 24)
+    chosen = {"block": 4, "count": 2, "sink": 1, "recent": 1, "decode_only": True}
+    mixer = {"kind": "attention", "heads": 4, "selection": chosen}
+    blocks = {"it": {"mixer": mixer, "channel": {"kind": "none"}}}
+    data = {"vocab_size": 64, "hidden_size": 32, "blocks": blocks, "layers": ["it", "it"]}
+    failed = failures(ready(ModelSpec.model_validate(data)))
+    assert {*failed.values()} == {CHOSEN_STEPS}
     assert {"left padding", "batch of one, padded", "full pass"} & {*failed} == set()

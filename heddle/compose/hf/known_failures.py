@@ -20,6 +20,7 @@ BY_PROMPT = ("layer_router",)
 PROMPTED = (
     "a layer picks its mixer by the whole prompt, and a call without the cache of that prompt picks again"
 )
+CHOSEN_STEPS = "a token that is decoded alone reads chosen blocks, several tokens at once all keys"
 UNPLACED = "the class counts positions only where position_ids are given"
 FORGETS = "the class forgets its state where a call goes on with several tokens"
 UNSORTED = "the class leaves the states of its linear layers where they are as beams change places"
@@ -49,12 +50,18 @@ def known_failures(config: Any) -> dict[str, Known]:
         found |= dict.fromkeys((CHUNKS, CHUNKS_PLACED), Known(FORGETS))
     elif kind == "minimax":
         found |= _minimax(config)
-    elif kind == "heddle" and any(one in BY_PROMPT for one in kinds(config.layers)):
-        steps = (STEPS, NARROW_STEPS, CHUNKS, CHUNKS_PLACED, ONE_STEPPED, RIGHT_STEPPED, GENERATION)
-        found |= dict.fromkeys(steps, Known(PROMPTED))
+    elif kind == "heddle":
+        found |= _ours(config.layers)
     if kind in BIASED and biased:
         found |= dict.fromkeys((PADDED_LEFT, PADDED_ONE, ONE_STEPPED), Known(BIAS))
     return found
+
+
+def _ours(layers: Any) -> dict[str, Known]:
+    steps = (STEPS, NARROW_STEPS, CHUNKS, CHUNKS_PLACED, ONE_STEPPED, RIGHT_STEPPED, GENERATION)
+    if any(one in BY_PROMPT for one in values(layers, "kind")):
+        return dict.fromkeys(steps, Known(PROMPTED))
+    return dict.fromkeys(steps, Known(CHOSEN_STEPS)) if True in values(layers, "decode_only") else {}
 
 
 def _minimax(config: Any) -> dict[str, Known]:
@@ -70,10 +77,10 @@ def _minimax(config: Any) -> dict[str, Known]:
     return found | dict.fromkeys(steps, Known(UNCOUNTED))
 
 
-def kinds(data: Any) -> Iterator[str]:
-    """Every `kind` in plain data."""
+def values(data: Any, field: str) -> Iterator[Any]:
+    """What every field of this name in plain data says."""
     if isinstance(data, Mapping):
-        yield from (str(data[name]) for name in data if name == "kind")
+        yield from (data[name] for name in data if name == field)
     inner = data.values() if isinstance(data, Mapping) else data if isinstance(data, (list, tuple)) else ()
     for one in inner:
-        yield from kinds(one)
+        yield from values(one, field)

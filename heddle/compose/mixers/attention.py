@@ -194,7 +194,7 @@ class AttentionModule(Initialised):
             return inward_attention(q, k, v, call, window=self.view.window, scale=self.scale)
         if self.grid:
             return listed_attention(q, k, v, self._grid_keys(keys, call), self.scale)
-        if not self.selection:
+        if not self._selects(queries):
             if self.softcap is None and self.sinks is None and slides(q, (k, v, written), self.view):
                 return attend_sliding(q, (k, v, written), call, self.view, self.scale)
             return attend_in_view(q, (k, v, written), call, self.view, attend)
@@ -208,13 +208,17 @@ class AttentionModule(Initialised):
         )
         return attend(q, k, v, mask)
 
+    def _selects(self, queries: int) -> bool:
+        """Whether so many tokens read chosen blocks."""
+        return bool(self.selection) and (queries == 1 or not self.selection.get("decode_only", False))
+
     def _rows(self, q: Tensor, k: Tensor, written: Tensor | None, call: Call) -> Tensor:
         """The weights of the queries that `rows_out` asks for, over all keys.  Shapes:  out: [B, H, queries, S]"""
         queries, keys = q.shape[2], k.shape[2]
         rows = self.rows_out.places(queries)
         distance = distances(queries, keys, q.device)[rows]
         chosen = None
-        if self.selection:
+        if self._selects(queries):
             places, blocks = self._choice(q, k, written, call)
             chosen = places.keys_of(blocks)[:, :, rows]
         marks, view = None if written is None else written[:, None, None], self.view
@@ -245,7 +249,7 @@ class AttentionModule(Initialised):
         source = self.selection.get("source")
         if source is not None:
             return places, call.handed["indices", source]
-        how = {name: one for name, one in self.selection.items() if name != "block"}
+        how = {name: one for name, one in self.selection.items() if name not in ("block", "decode_only")}
         chosen = choose_blocks(q, k, places, Rule(**how, scale=self.scale), weights=written)
         call.hand(indices=chosen)
         return places, chosen

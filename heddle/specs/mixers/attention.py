@@ -42,6 +42,7 @@ LATER = (
     "qk_source",
     "selection",
 )
+_DECODE_ONLY = "several tokens at once read all keys, a single one chosen blocks"
 _BOTH_SIDES = "its queries read later keys: every output depends on every token, and nothing can be decoded"
 
 
@@ -152,6 +153,8 @@ class Attention(HeadedMixer):
             found |= {"causality": _BOTH_SIDES, "step": _BOTH_SIDES, "chunks": _BOTH_SIDES}
         if self.keys_from is not None:
             found["written"] = "it reads the memory of another layer and has none of its own"
+        if self.selection is not None and self.selection.decode_only:
+            found |= {"step": _DECODE_ONLY, "chunks": _DECODE_ONLY}
         if self.boundary == "inward" or self.grid is not None:
             found["written"] = "the places of its window count every token"
         return found
@@ -195,8 +198,8 @@ class Attention(HeadedMixer):
         if wrong is None and isinstance(source, Attention):
             if reference.what == "keys":
                 wrong = self._keys_misfit(reference, source, site)
-            elif reference.what == "indices":
-                wrong = self._blocks_misfit(reference, source)
+            elif self.selection is not None and source.selection is not None:
+                wrong = self.selection.misfit(reference.name, source.selection)
         return wrong
 
     @staticmethod
@@ -218,14 +221,6 @@ class Attention(HeadedMixer):
             return f"{reference.name} keeps a window of {source.window}, and {wanted} are to be seen"
         return None
 
-    def _blocks_misfit(self, reference: Reference, source: Attention) -> str | None:
-        assert self.selection is not None
-        assert source.selection is not None
-        own, given = self.selection.block, source.selection.block
-        return (
-            None if own == given else f"the blocks of {reference.name} are of {given} keys, and here of {own}"
-        )
-
     def resolved(self, site: Site) -> Attention:
         dim = head_dim_of(self, site)
         sizes = {"kv_heads": self.kv_heads or self.heads, "head_dim": dim, "scale": self.scale or dim**-0.5}
@@ -240,6 +235,8 @@ class Attention(HeadedMixer):
             widest = self.window if self.boundary == "clip" or self.window is None else 2 * self.window - 1
             return (Sight(widest, is_causal=self.causal),)
         # A source's choice is not known here, but that its own block is in it.
+        if self.selection.decode_only:
+            return (Sight(),)
         recent = self.selection.recent if self.selection.source is None else 1
         return (Sight((recent - 1) * self.selection.block + 1), Sight(is_certain=False))
 
