@@ -15,6 +15,7 @@ BENCH = Path(__file__).parent / "bench"
 SCRIPTS = {
     "layer_check": (),
     "learning_check": ("--workers", "1", "--kinds", "dense", "nats_l", "--rows", "none.jsonl"),
+    "glue_check": (),
 }
 
 
@@ -27,3 +28,17 @@ def test_a_script_for_the_gpu_finds_nothing_wrong_in_its_small_form(script: str,
     rows = [json.loads(line) for path in tmp_path.glob("*.jsonl") for line in path.read_text().splitlines()]
     assert rows
     assert all(row["commit"] == "none" for row in rows)
+
+
+def test_rows_of_the_truth_set_are_joined_and_tell_how_hard_it_is(tmp_path: Path) -> None:
+    # Two placements that no seed tells apart, one that is worse; the parts of two GPUs.
+    scores = {"FLLLLLLL": [0.90, 0.91, 0.92], "LFLLLLLL": [0.905, 0.90, 0.92], "LLFLLLLL": [0.5, 0.52, 0.51]}
+    for part, names in enumerate((["FLLLLLLL", "LLFLLLLL"], ["LFLLLLLL"])):
+        rows = [{"placement": name, "full": 1, "mqar": {"scores": {"0.001": scores[name]}}} for name in names]
+        (tmp_path / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    parts = [str(tmp_path / f"{part}.jsonl") for part in range(2)]
+    command = [sys.executable, str(BENCH / "truth_set.py"), "join", *parts]
+    command += ["--rows", str(tmp_path / "none.jsonl"), "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "67% of 3 placements with at most 3 full layers are within noise of the best" in done.stdout
+    assert len((tmp_path / "none.jsonl").read_text().splitlines()) == 3

@@ -2,11 +2,19 @@
 
     python tests/bench/truth_set.py train --seconds 540 --workers 3 --commit SHA --out DIR
     python tests/bench/truth_set.py time --seconds 540 --commit SHA --out DIR
+    python tests/bench/truth_set.py join A/truth_8x2.jsonl B/truth_8x2.jsonl ... --out DIR
     python tests/bench/truth_set.py show
 
 A piece of work goes on where the rows (tests/bench/results/truth_8x2.jsonl, one for each placement) end: placements come in
 an order drawn once, so that those done at any time are a random sample, and the whole file is written again to DIR after each.
-Copy it back over the rows before the next piece. `--only 8` does the first eight of the order, to see how hard the tasks are.
+Copy it back over the rows before the next piece. `--only 16 --tasks mqar` does the first sixteen of the order at one task, to
+see how hard it is. On a machine of several GPUs a process each (CUDA_VISIBLE_DEVICES) takes `--share 0/4`, `--share 1/4` and so
+on of the order, with folders of their own; `join` puts their rows into one file.
+
+`show` tells for each number of full layers what placements scored, and how hard a task is: of the placements with at most 3, 4
+and 5 full layers (the quartiles of latency, which grows with them), the share that lies within seed noise of the best, that is
+no further from it than twice the standard error of a difference of two means over seeds, the deviation pooled over all
+placements. More than a tenth is too many: then the next harder form is taken (`--spec`).
 
 At each task a placement is trained 9 times, 3 seeds at 3 learning rates, side by side (`heddle.compose.train_many`). Equal
 seeds see equal examples and, where the blocks agree, equal weights at the start. Batches have one shape: those of the easier
@@ -21,6 +29,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import math
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,7 +38,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import mean
+from statistics import mean, variance
 from typing import Any
 
 import torch
@@ -49,6 +58,8 @@ HERE = Path(__file__).parent
 SPEC, ROWS = HERE / "truth_8x2.yaml", HERE / "results" / "truth_8x2.jsonl"
 SEEDS, LEARNING_RATES = (0, 1, 2), (1e-3, 3e-3, 1e-2)
 ORDER_SEED = 8
+# Full layers of a placement at the quartiles of all.
+QUARTILES = (3, 4, 5)
 PLACES = {
     "cuda": (Place("decode", 16, 65_536), Place("prefill", 1, 32_768)),
     "cpu": (Place("decode", 1, 1024), Place("prefill", 1, 256)),
@@ -160,12 +171,13 @@ def train(path: str, name: str, index: int, device: str) -> dict[str, Any]:
 def train_all(space: Space, rows: Rows, chosen: argparse.Namespace, out: Path) -> None:
     device, path = pick_device(), str(chosen.spec)
     tasks = [task.name for task, _ in space.tasks()]
+    wanted = [index for index, task in enumerate(tasks) if chosen.tasks is None or task in chosen.tasks]
+    # All placements at one task before the next: what is cut off is a sample of placements, not of tasks.
     left = iter(
         [
             (name, index)
-            for name in space.names()[: chosen.only]
-            for index, task in enumerate(tasks)
-            if task not in rows.get(name, {})
+            for index, name in product(wanted, shared(space.names()[: chosen.only], chosen.share))
+            if tasks[index] not in rows.get(name, {})
         ]
     )
     until = time.monotonic() + chosen.seconds
@@ -185,6 +197,20 @@ def train_all(space: Space, rows: Rows, chosen: argparse.Namespace, out: Path) -
                 print(name, tasks[index], row[tasks[index]]["scores"], flush=True)
 
 
+def shared(names: Sequence[str], share: str) -> list[str]:
+    """Every Nth name from the Kth on, for "K/N"."""
+    first, of = map(int, share.split("/"))
+    return list(names[first::of])
+
+
+def join(paths: Sequence[Path], rows: Rows) -> Rows:
+    """The rows with all that those of other files tell of the same placements."""
+    for path in paths:
+        for name, row in read_rows(path).items():
+            rows[name] = {**rows.get(name, {}), **row}
+    return rows
+
+
 def new_row(space: Space, name: str) -> dict[str, Any]:
     return {"placement": name, "full": name.count("F"), "spec_hash": spec_hash(space.model(name))}
 
@@ -192,7 +218,7 @@ def new_row(space: Space, name: str) -> dict[str, Any]:
 def time_all(space: Space, rows: Rows, chosen: argparse.Namespace, out: Path) -> None:
     device, until = pick_device(), time.monotonic() + chosen.seconds
     reference = space.model("F" * space.length)
-    for name, place in product(space.names()[: chosen.only], PLACES[device]):
+    for name, place in product(shared(space.names()[: chosen.only], chosen.share), PLACES[device]):
         row = rows.setdefault(name, new_row(space, name))
         if place.label in row:
             continue
@@ -243,11 +269,41 @@ def table(rows: Rows) -> Iterator[str]:
             yield f"{task}: {full} full, {len(order):3} placements: {order[0]:.4f} {middle:.4f} {order[-1]:.4f}"
 
 
+def near_best(scores: Mapping[str, Sequence[float]], *, higher: bool) -> float:
+    """The share of placements within seed noise of the best; `scores`: of each seed, by placement."""
+    noise = mean(variance(seeds) for seeds in scores.values())
+    means = [mean(seeds) for seeds in scores.values()]
+    best, count = (max if higher else min)(means), len(next(iter(scores.values())))
+    reach = 2.0 * math.sqrt(2.0 * noise / count)
+    return sum(abs(one - best) <= reach for one in means) / len(means)
+
+
+def hardness(rows: Rows) -> Iterator[str]:
+    """How many placements a task cannot tell from the best, for the budgets of a quarter, half and three quarters."""
+    for task, higher in (("mqar", True), ("text", False)):
+        told = {
+            name: best_rate(row[task]["scores"], higher=higher) for name, row in rows.items() if task in row
+        }
+        for most in QUARTILES:
+            within = {
+                name: seeds for name, seeds in told.items() if len(seeds) > 1 and name.count("F") <= most
+            }
+            if len(within) > 1:
+                share = near_best(within, higher=higher)
+                among = f"{len(within)} placements with at most {most} full layers"
+                yield f"{task}: {share:.0%} of {among} are within noise of the best"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["train", "time", "show"])
+    parser.add_argument("what", choices=["train", "time", "join", "show"])
+    parser.add_argument("files", type=Path, nargs="*", help="rows to join")
+    parser.add_argument("--tasks", nargs="+", help="the tasks trained at; all if not given")
+    parser.add_argument(
+        "--share", default="0/1", help="K/N: every Nth placement of the order from the Kth on"
+    )
     parser.add_argument("--spec", type=Path, default=SPEC)
     parser.add_argument("--rows", type=Path, default=ROWS)
     parser.add_argument("--out", type=Path, help="folder that the rows are written to; theirs if not given")
@@ -262,7 +318,9 @@ def main() -> None:
         train_all(space, rows, chosen, out)
     elif chosen.what == "time":
         time_all(space, rows, chosen, out)
-    print("\n".join(table(rows)))
+    elif chosen.what == "join":
+        write_rows(join(chosen.files, rows), out)
+    print("\n".join((*table(rows), *hardness(rows))))
 
 
 if __name__ == "__main__":
