@@ -121,6 +121,21 @@ def test_the_gradient_of_the_soft_mix_equals_finite_differences() -> None:
     assert gradient.abs().min() > 1e-3
 
 
+def test_straight_through_trains_what_evaluation_computes_with_the_gradient_of_the_mix() -> None:
+    hard, soft = (split_by_the_prompt(router_of(straight_through=one)) for one in (True, False))
+    x, call = prompts(), call_at(0, LENGTH)
+    trained = hard.train()(x, call)
+    assert (trained - hard.eval()(x, call_at(0, LENGTH))).abs().max() < EXACT
+    assert (trained - soft.train()(x, call_at(0, LENGTH))).abs().max() > 1e-3
+    gradients = [
+        torch.autograd.grad(router.train()(x, call_at(0, LENGTH)).sum(), router.router.last_bias)[0]
+        for router in (hard, soft)
+    ]
+    # y is linear in r, so what reaches r is the same.
+    assert gradients[0].abs().max() > 1e-6
+    assert (gradients[0] - gradients[1]).abs().max() < 1e-9
+
+
 def test_a_decision_lasts_whatever_comes_after_the_prompt() -> None:
     router, x = split_by_the_prompt(router_of()), prompts()
     # What follows the prompt would be decided the other way round.

@@ -37,6 +37,8 @@ class LayerRouterModule(CompositeMixer):
         training:    r = softmax(z / temperature),  y = r_0 mixers_0(x) + r_1 mixers_1(x)
         evaluation:  y = mixers_i(x),  i = argmax z
 
+    With `straight_through` training computes the y of evaluation, with the gradient of r.
+
     z comes from the tokens of the first call (`PromptRouter`), one decision a row, which the cache keeps for all later
     calls. Both mixers are computed and both keep their states, so rows of a batch may disagree; with `single` the picked one
     alone where they agree, for which the host waits once a prompt. `routes_out` sees r, in evaluation a one-hot one.
@@ -58,9 +60,10 @@ class LayerRouterModule(CompositeMixer):
         target: float | None,
         target_factor: float,
         single: bool = False,
+        straight_through: bool = False,
     ) -> None:
         super().__init__()
-        self.single = single
+        self.single, self.straight_through = single, straight_through
         self.mixers = nn.ModuleList(mixers)
         self.temperature, self.target, self.target_factor = temperature, target, target_factor
         self.router = PromptRouter(site.hidden_size, size=router_dim, pool=pool)
@@ -75,15 +78,16 @@ class LayerRouterModule(CompositeMixer):
     def decide(self, x: Tensor, call: Call) -> Tensor:
         """The shares of both mixers, for each row.  Shapes:  out: [B, 1, 2], at least float32"""
         z = self.router(x, call)
+        # Not `one_hot`, which asks the device for the largest index.
+        chosen = torch.zeros_like(z).scatter(-1, z.argmax(dim=-1, keepdim=True), 1.0)
         if not self.training:
-            # Not `one_hot`, which asks the device for the largest index.
-            return torch.zeros_like(z).scatter(-1, z.argmax(dim=-1, keepdim=True), 1.0)[:, None]
+            return chosen[:, None]
         r = torch.softmax(z / self.temperature, dim=-1)
         cheap = r[:, 1].mean()
         call.add_loss("layer_router_share", cheap.detach(), 0.0)
         if self.target is not None:
             call.add_target("layer_router", cheap, self.target, self.target_factor)
-        return r[:, None]
+        return (chosen + (r - r.detach()) if self.straight_through else r)[:, None]
 
     def answer(self, x: Tensor, call: Call, route: Tensor) -> Tensor:
         """The layer's output under given shares; in evaluation that of the larger share."""

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     # The union of all kinds, this one among them; the catalogue fills it in.
     from heddle.specs.kinds import MixerSpec as Mixer
 
+LATER = ("single", "straight_through")
 PROMPT = "the decision rests on the prompt as a whole; with the decision given it holds"
 
 
@@ -27,7 +28,8 @@ class LayerRouter(CompositeMixer):
         training: y = sum_i softmax(z / temperature)_i mixers_i(x);   evaluation: y = mixers_(argmax z)(x)
 
     The first mixer is the full one and the second the cheap one; the router starts at the first. In training the prompt is
-    the whole sequence, so the mix looks ahead by one number a layer.
+    the whole sequence, so the mix looks ahead by one number a layer. With `straight_through` training computes what evaluation
+    does, and gradients are those of the mix, as in the released code.
     """
 
     exempt: ClassVar[Mapping[Contract, str]] = {"causality": PROMPT, "step": PROMPT, "chunks": PROMPT}
@@ -75,6 +77,11 @@ class LayerRouter(CompositeMixer):
         ),
     ] = False
 
+    straight_through: Annotated[
+        bool,
+        Field(description="In training too the likelier mixer answers, with the gradients of the soft mix."),
+    ] = False
+
     def sights(self, site: Site) -> tuple[Sight, ...]:
         return of_either([part.sights(site) for part in self.parts().values()])
 
@@ -86,8 +93,8 @@ class LayerRouter(CompositeMixer):
         return self._told(super().runtime(site))
 
     def _told(self, data: dict[str, Any]) -> dict[str, Any]:
-        # A later field of the language: at its default it is left out, as if it did not exist.
-        return {name: value for name, value in data.items() if name != "single" or value}
+        # Later fields of the language: at their defaults they are left out, as if they did not exist.
+        return {name: value for name, value in data.items() if name not in LATER or value}
 
     def computed(self, site: Site) -> Mapping[str, Mixer]:
         parts = super().computed(site)
