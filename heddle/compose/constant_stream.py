@@ -56,6 +56,7 @@ class RowsLayer(StateLayer):
 
     def replace(self, tensors: dict[str, Tensor]) -> None:
         self.rows = tensors.get("rows")
+        self.repeats &= self.rows is not None
         self.is_initialized = self.rows is not None
 
     def crop(self, tokens_to_remove: int) -> None:

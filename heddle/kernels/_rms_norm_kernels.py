@@ -70,7 +70,7 @@ def _rms_norm_bwd_kernel(
         at = row[:, None] * D + columns[None, :]
         x = load_rows(x_ptr, row, columns, mask, H, stride_xo, stride_xh)
         d = tl.load(d_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        r = tl.rsqrt(tl.sum(x * x, axis=1) * share + eps)[:, None]
+        r = tl.where(row < N, tl.rsqrt(tl.sum(x * x, axis=1) * share + eps), 0.0)[:, None]
         u = x * r
         if HAS_GATE:
             opened, slope = opened_by(load_rows(gate_ptr, row, columns, mask, H, stride_zo, stride_zh), SILU)

@@ -64,7 +64,7 @@ def _span_attention_bwd_query_kernel(
     high = tl.max(tl.where(last > first, last, 0), axis=0)
     for index in range(low // KEYS, tl.cdiv(high, KEYS)):
         slot = index * KEYS + i
-        key = tl.load(order_ptr + slot, mask=slot < N, other=-1)
+        key = tl.load(order_ptr + slot, mask=(slot >= 0) & (slot < N), other=-1)
         k = load_rows(k_ptr, key, stride_kt, key >= 0, columns_k, in_k)
         v = load_rows(v_ptr, key, stride_vt, key >= 0, columns_v, in_v)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [ROWS, KEYS]
@@ -105,7 +105,7 @@ def _span_attention_bwd_key_kernel(
     unit, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
     b, h = unit // H, unit % H
     slot = tile * KEYS + tl.arange(0, KEYS)
-    key = tl.load(order_ptr + unit * N + slot, mask=slot < N, other=-1)
+    key = tl.load(order_ptr + unit * N + slot, mask=(slot >= 0) & (slot < N), other=-1)
     there = key >= 0
     columns_k, columns_v, i = tl.arange(0, ROWS_K), tl.arange(0, ROWS_V), tl.arange(0, ROWS)
     in_k, in_v = (columns_k < K)[None, :], (columns_v < V)[None, :]

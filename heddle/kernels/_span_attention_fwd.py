@@ -81,7 +81,7 @@ def _span_attention_fwd_kernel(
     high = tl.max(tl.where(last > first, last, 0), axis=0)
     for index in range(low // KEYS, tl.cdiv(high, KEYS)):
         slot = index * KEYS + i
-        key = tl.load(order_ptr + slot, mask=slot < N, other=-1)
+        key = tl.load(order_ptr + slot, mask=(slot >= 0) & (slot < N), other=-1)
         k = load_rows(k_ptr, key, stride_kt, key >= 0, columns_k, in_k)
         v = load_rows(v_ptr, key, stride_vt, key >= 0, columns_v, in_v)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [ROWS, KEYS]

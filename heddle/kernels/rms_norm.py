@@ -95,6 +95,8 @@ def rms_norm(
     """
     if activation not in ACTIVATIONS:
         raise HeddleError("bad-argument", f"rms_norm: no activation {activation!r}", hint="silu or sigmoid")
+    if x.dim() < 1:
+        raise HeddleError("bad-argument", "rms_norm: x has no axis, expected [..., size]")
     if weight is not None and weight.shape != x.shape[-1:]:
         found = list(weight.shape)
         raise HeddleError("bad-argument", f"rms_norm: weight has shape {found}, expected [{x.shape[-1]}]")
@@ -117,4 +119,4 @@ def rms_norm(
 
 def gated(y: Tensor, gate: Tensor | None, activation: str) -> Tensor:
     """y times the activation of its gate, where there is one."""
-    return y if gate is None else y * ACTIVATIONS[activation](gate)
+    return y if gate is None else (y * ACTIVATIONS[activation](gate)).to(y.dtype)

@@ -10,6 +10,7 @@ from held import assert_held, over_settings
 from torch import Tensor
 
 from heddle.errors import HeddleError
+from heddle.kernels.op import INTERPRETED
 from heddle.kernels.rms_norm import rms_norm, rms_norm_reference
 
 pytestmark = pytest.mark.usefixtures("kernels_on_gpu")
@@ -57,6 +58,19 @@ def results(
     return {"out": out.detach(), **dict(zip(names, found, strict=True))}
 
 
+def results_as_they_lie(given: Given, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+    """Output and gradients of what is given with its strides."""
+    leaves = {}
+    for name, x in given.items():
+        whole = torch.empty_strided(x.shape, x.stride(), dtype=dtype, device=device)
+        leaves[name] = whole.copy_(x).requires_grad_()
+        assert leaves[name].stride() == x.stride()
+    out = rms_norm(**leaves)
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(7)).to(out)
+    found = torch.autograd.grad(out, list(leaves.values()), upstream)
+    return {"out": out.detach(), **dict(zip(leaves, found, strict=True))}
+
+
 @over_settings
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("size", SIZES)
@@ -72,6 +86,14 @@ def test_results_and_gradients_are_those_of_the_reference(
 def test_rows_may_lie_apart_and_two_runs_agree_to_the_bit(device: str, dtype: torch.dtype) -> None:
     given = drawn((2, 70, 3, 64), weight=True, gate=True)
     together, apart = (results(rms_norm, given, dtype, device, apart=way) for way in (False, True))
+    # Rows of the gate alone together, and a length that is a part of a longer one.
+    wide = {name: torch.cat((x, x), dim=2) if x.dim() == 4 else x for name, x in given.items()}
+    mixed = {**given, "x": wide["x"][:, :, :3]}
+    part = {name: wide[name][:, 4:60, 2] if name != "weight" else x for name, x in wide.items()}
+    dense = {name: x.clone(memory_format=torch.contiguous_format) for name, x in part.items()}
+    for one, other in ((mixed, given), (part, dense)):
+        found, expected = (results_as_they_lie(each, dtype, device) for each in (one, other))
+        assert all(torch.equal(found[name], expected[name]) for name in found)
     again = results(rms_norm, given, dtype, device)
     assert all(torch.equal(together[name], apart[name]) for name in together)
     assert all(torch.equal(together[name], again[name]) for name in together)
@@ -103,3 +125,34 @@ def test_compilers_and_vmap_see_plain_torch() -> None:
 def test_what_does_not_fit_is_named(wrong: Given, names: str) -> None:
     with pytest.raises(HeddleError, match=names):
         rms_norm(torch.ones(2, 4), **wrong)
+
+
+def test_a_length_is_not_among_what_kernels_are_compiled_for() -> None:
+    op = pytest.importorskip("heddle.kernels._rms_norm_op")
+    for length in (5, 6, 70):
+        x, wide = torch.ones(2, length, 3, 16), torch.ones(2, length, 40)
+        for rows in (
+            x,
+            x.flatten(2),
+            x[0, :, 0],
+            wide[..., :16],
+            wide[:, : length - 1, :16],
+            x[:, 1:].flatten(2),
+        ):
+            assert op._sides(rows, None)[2] == 1, rows.shape
+        assert op._sides(torch.ones(2, length, 5, 16)[:, :, :3], x)[2] == 3
+
+
+def test_the_gradient_of_a_gradient_is_refused_by_kernels_and_not_lost() -> None:
+    x = torch.randn(2, 8, requires_grad=True)
+    (gradient,) = torch.autograd.grad(rms_norm(x).square().sum(), x, create_graph=True)
+    if not INTERPRETED:
+        assert torch.autograd.grad(gradient.sum(), x)[0].isfinite().all()
+        return
+    with pytest.raises(RuntimeError, match="backward"):
+        torch.autograd.grad(gradient.sum(), x)
+
+
+def test_a_wider_gate_does_not_widen_the_output() -> None:
+    x, gate = torch.randn(2, 8, dtype=torch.bfloat16), torch.randn(2, 8)
+    assert rms_norm(x, gate=gate).dtype == torch.bfloat16
