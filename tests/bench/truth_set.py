@@ -7,14 +7,15 @@
 
 A piece of work goes on where the rows (tests/bench/results/truth_8x2.jsonl, one for each placement) end: placements come in
 an order drawn once, so that those done at any time are a random sample, and the whole file is written again to DIR after each.
-Copy it back over the rows before the next piece. `--only 16 --tasks mqar` does the first sixteen of the order at one task, to
-see how hard it is. On a machine of several GPUs a process each (CUDA_VISIBLE_DEVICES) takes `--share 0/4`, `--share 1/4` and so
-on of the order, with folders of their own; `join` puts their rows into one file.
+Copy it back over the rows before the next piece. `--only 48 --tasks mqar` does the first 48 of the order at one task, to see
+how hard it is; each form of a task needs a spec and a file of `--rows` of its own, since rows do not tell forms apart. On a
+machine of several GPUs a process each (CUDA_VISIBLE_DEVICES) takes `--share 0/4`, `--share 1/4` and so on of the order, with
+folders of their own; `join` puts their rows into one file.
 
 `show` tells for each number of full layers what placements scored, and how hard a task is: of the placements with at most 3, 4
-and 5 full layers (the quartiles of latency, which grows with them), the share that lies within seed noise of the best, that is
-no further from it than twice the standard error of a difference of two means over seeds, the deviation pooled over all
-placements. More than a tenth is too many: then the next harder form is taken (`--spec`).
+and 5 full layers (the quartiles of latency, which grows with them), the share of the others that lies within seed noise of the
+best, that is no further from it than twice the standard error of a difference of two means over seeds, the deviation pooled
+over all placements. More than a tenth is too many: then the next harder form is taken (`--spec`).
 
 At each task a placement is trained 9 times, 3 seeds at 3 learning rates, side by side (`heddle.compose.train_many`). Equal
 seeds see equal examples and, where the blocks agree, equal weights at the start. Batches have one shape: those of the easier
@@ -270,12 +271,12 @@ def table(rows: Rows) -> Iterator[str]:
 
 
 def near_best(scores: Mapping[str, Sequence[float]], *, higher: bool) -> float:
-    """The share of placements within seed noise of the best; `scores`: of each seed, by placement."""
+    """The share of the other placements within seed noise of the best; `scores`: of each seed, by placement."""
     noise = mean(variance(seeds) for seeds in scores.values())
     means = [mean(seeds) for seeds in scores.values()]
     best, count = (max if higher else min)(means), len(next(iter(scores.values())))
     reach = 2.0 * math.sqrt(2.0 * noise / count)
-    return sum(abs(one - best) <= reach for one in means) / len(means)
+    return (sum(abs(one - best) <= reach for one in means) - 1) / (len(means) - 1)
 
 
 def hardness(rows: Rows) -> Iterator[str]:
