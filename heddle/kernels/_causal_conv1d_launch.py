@@ -11,6 +11,7 @@ from torch import Tensor
 
 from heddle.kernels._causal_conv1d_bwd import _causal_conv1d_bwd_kernel
 from heddle.kernels._causal_conv1d_fwd import _causal_conv1d_fwd_kernel
+from heddle.kernels.common.layout import dense
 from heddle.kernels.common.replay import derived, empty, replayed, start_kernel
 from heddle.kernels.common.segments import lay_out
 from heddle.kernels.common.tables import table_on
@@ -30,13 +31,9 @@ def plan(device: torch.device) -> Family:
     return Family(forward, backward, tuned("conv_steps", table.steps))
 
 
-def _dense(x: Tensor) -> Tensor:
-    return x.contiguous()
-
-
 def _loaded(x: Tensor) -> Tensor:
     """As the kernels read it: channels side by side."""
-    return x if x.stride(2) == 1 else derived(_dense, x)
+    return x if x.stride(2) == 1 else dense(x)
 
 
 def _tiles(
@@ -54,11 +51,6 @@ def _tiles(
     return laid.count, laid.per_sequence, (laid.table, cu_seqlens.to(torch.int32))
 
 
-def _has_state(state: Tensor | None) -> bool:
-    """Whether there are tokens before the first one: a window of one token has none."""
-    return state is not None and state.shape[2] > 0
-
-
 def _blocks(channels: int, columns: int) -> tuple[int, int]:
     """Channels of a program, and how many programs that makes."""
     size = min(columns, triton.next_power_of_2(channels))
@@ -67,19 +59,18 @@ def _blocks(channels: int, columns: int) -> tuple[int, int]:
 
 @replayed
 def launch_forward(
-    x: Tensor, weight: Tensor, initial_state: Tensor | None, silu: bool, cu_seqlens: Tensor | None
+    x: Tensor, weight: Tensor, initial_state: Tensor, silu: bool, cu_seqlens: Tensor | None
 ) -> tuple[Tensor]:
     """The output; arguments as those of the registered op."""
-    x, weight = _loaded(x), derived(_dense, weight)
+    x, weight, state = _loaded(x), dense(weight), dense(initial_state)
     launch = plan(x.device).forward
     count, each, tables = _tiles(x, cu_seqlens, launch.chunk, 0)
     (B, T, C), (size, blocks) = x.shape, _blocks(x.shape[2], launch.columns)
     y = empty((B, T, C), x.dtype, x.device)
-    state = weight if initial_state is None else derived(_dense, initial_state)
     start_kernel(
         _causal_conv1d_fwd_kernel, (count, blocks), x, weight, state, y, *(tables or (weight, weight)),
         x.stride(0), x.stride(1), C, T, each, W=weight.shape[1], ROWS=launch.chunk, COLUMNS=size,
-        SILU=silu, HAS_STATE=_has_state(initial_state), VARLEN=tables is not None, **launch.options(),
+        SILU=silu, HAS_STATE=weight.shape[1] > 1, VARLEN=tables is not None, **launch.options(),
     )  # fmt: skip
     return (y,)
 
@@ -89,23 +80,22 @@ def launch_backward(
     d_out: Tensor,
     x: Tensor,
     weight: Tensor,
-    initial_state: Tensor | None,
+    initial_state: Tensor,
     silu: bool,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    """Gradients of x, weight and, if there is one, of the state; arguments as those of the registered op."""
-    x, d_out, filters = _loaded(x), derived(_dense, d_out), derived(_dense, weight)
+    """Gradients of x, weight and the state; arguments as those of the registered op."""
+    x, d_out, filters, state = _loaded(x), dense(d_out), dense(weight), dense(initial_state)
     chosen = plan(x.device)
     launch, taps = chosen.backward, weight.shape[1]
     count, each, tables = _tiles(x, cu_seqlens, launch.chunk * chosen.steps, taps - 1)
     (B, T, C), (size, blocks) = x.shape, _blocks(x.shape[2], launch.columns)
     dx = empty((B, T, C), x.dtype, x.device)
     sums = empty((count, taps, C), torch.float32, x.device)
-    state = filters if initial_state is None else derived(_dense, initial_state)
     d_state = empty(state.shape, state.dtype, x.device)
     constants: dict[str, Any] = {
         "W": taps, "TAPS": triton.next_power_of_2(taps), "ROWS": launch.chunk, "STEPS": chosen.steps, "COLUMNS": size,
-        "SILU": silu, "HAS_STATE": _has_state(initial_state), "VARLEN": tables is not None,
+        "SILU": silu, "HAS_STATE": taps > 1, "VARLEN": tables is not None,
     }  # fmt: skip
     start_kernel(
         _causal_conv1d_bwd_kernel, (count, blocks), d_out, x, filters, state, dx, sums, d_state,

@@ -9,11 +9,11 @@ from torch import Tensor
 from heddle.kernels._causal_conv1d_launch import launch_backward, launch_forward
 from heddle.kernels.op import register
 
-_INPUTS = "Tensor x, Tensor weight, Tensor? initial_state, bool silu, Tensor? cu_seqlens"
+_INPUTS = "Tensor x, Tensor weight, Tensor initial_state, bool silu, Tensor? cu_seqlens"
 
 
 def _forward(
-    x: Tensor, weight: Tensor, initial_state: Tensor | None, silu: bool, cu_seqlens: Tensor | None
+    x: Tensor, weight: Tensor, initial_state: Tensor, silu: bool, cu_seqlens: Tensor | None
 ) -> Tensor:
     return launch_forward(x, weight, initial_state, silu, cu_seqlens)[0]
 
@@ -21,7 +21,7 @@ def _forward(
 def _forward_fake(
     x: Tensor,
     weight: Tensor,  # noqa: ARG001
-    initial_state: Tensor | None,  # noqa: ARG001
+    initial_state: Tensor,  # noqa: ARG001
     silu: bool,  # noqa: ARG001
     cu_seqlens: Tensor | None,  # noqa: ARG001
 ) -> Tensor:
@@ -32,7 +32,7 @@ def _backward(
     d_out: Tensor,
     x: Tensor,
     weight: Tensor,
-    initial_state: Tensor | None,
+    initial_state: Tensor,
     silu: bool,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, ...]:
@@ -43,12 +43,11 @@ def _backward_fake(
     d_out: Tensor,  # noqa: ARG001
     x: Tensor,
     weight: Tensor,
-    initial_state: Tensor | None,
+    initial_state: Tensor,
     silu: bool,  # noqa: ARG001
     cu_seqlens: Tensor | None,  # noqa: ARG001
 ) -> tuple[Tensor, ...]:
-    state = weight if initial_state is None else initial_state
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), state.new_empty(state.shape)
+    return tuple(one.new_empty(one.shape) for one in (x, weight, initial_state))
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
@@ -60,7 +59,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: A
 def _gradients(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, initial_state, cu_seqlens = ctx.saved_tensors
     dx, d_weight, d_state = _backward_kernels(d_out, x, weight, initial_state, ctx.silu, cu_seqlens)
-    return dx, d_weight, None if initial_state is None else d_state, None, None
+    return dx, d_weight, d_state, None, None
 
 
 _backward_kernels = register(

@@ -11,6 +11,7 @@ import triton
 from torch import Tensor
 
 from heddle.kernels._rms_norm_kernels import _rms_norm_bwd_kernel, _rms_norm_fwd_kernel
+from heddle.kernels.common.layout import dense
 from heddle.kernels.common.replay import derived, empty, replayed, start_kernel
 from heddle.kernels.common.tables import table_on
 from heddle.kernels.common.tuning import tuned
@@ -32,10 +33,6 @@ def plan(device: torch.device) -> Family:
     return Family(tuned("norm_forward", table.forward), tuned("norm_backward", table.backward))
 
 
-def _dense(x: Tensor) -> Tensor:
-    return x.contiguous()
-
-
 def _as_rows(x: Tensor) -> tuple[Tensor, int, int]:
     """As the kernels read it, and how far apart tokens and their heads are; 0 for heads where all rows are as far apart."""
     heads = x.stride(-2) if x.dim() > 1 else x.shape[-1]
@@ -44,13 +41,13 @@ def _as_rows(x: Tensor) -> tuple[Tensor, int, int]:
     outer = [(x.shape[axis], x.stride(axis)) for axis in range(x.dim() - 2)]
     even = all(before[1] == after[0] * after[1] for before, after in pairwise(outer))
     if x.stride(-1) != 1 or not even:
-        return derived(_dense, x), x.shape[-1], 0
+        return dense(x), x.shape[-1], 0
     if x.dim() < 2 or x.shape[:-2].numel() == 1 or tokens == x.shape[-2] * heads:
         return x, heads, 0
     if x.shape[-2] == 1:
         return x, tokens, 0
     # A length must not be among what is compiled for: of three axes the last but one is time.
-    return (x, tokens, heads) if x.dim() > 3 else (derived(_dense, x), x.shape[-1], 0)
+    return (x, tokens, heads) if x.dim() > 3 else (dense(x), x.shape[-1], 0)
 
 
 def _sides(x: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor, int, list[int]]:
@@ -86,7 +83,7 @@ def launch_forward(
     launch = plan(x.device).forward
     count, sizes = _sizes(x, launch)
     read, opened, heads, strides = _sides(x, gate)
-    scale = read if weight is None else derived(_dense, weight)
+    scale = read if weight is None else dense(weight)
     y = empty(x.shape, x.dtype, x.device)
     start_kernel(
         _rms_norm_fwd_kernel, (-(-count // sizes["ROWS"]),), read, scale, opened, y,
@@ -103,8 +100,8 @@ def launch_backward(
     """Gradients of x, and of weight and gate, where there are such; arguments as those of the registered op."""
     launch = plan(x.device).backward
     count, sizes = _sizes(x, launch)
-    d_out, (read, opened, heads, strides) = derived(_dense, d_out), _sides(x, gate)
-    scale = read if weight is None else derived(_dense, weight)
+    d_out, (read, opened, heads, strides) = dense(d_out), _sides(x, gate)
+    scale = read if weight is None else dense(weight)
     programs = -(-count // (sizes["ROWS"] * launch.chunk))
     dx, sums = empty(x.shape, x.dtype, x.device), empty((programs, x.shape[-1]), torch.float32, x.device)
     d_gate = dx if gate is None else empty(gate.shape, gate.dtype, x.device)

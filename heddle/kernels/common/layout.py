@@ -31,6 +31,11 @@ def aligned(x: Tensor) -> Tensor:
     return derived(_dense_copy, x)
 
 
+def dense(x: Tensor) -> Tensor:
+    """The same without gaps, as a copy if need be."""
+    return x if x.is_contiguous() else derived(_dense_copy, x)
+
+
 def padded(x: Tensor, *axes: int) -> Tensor:
     """Zeros after the last `axes`, up to a multiple of ALIGNMENT each."""
     spare = [(-x.shape[axis]) % ALIGNMENT for axis in axes]
