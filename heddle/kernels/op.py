@@ -152,7 +152,7 @@ class Op(Generic[P, R]):
         return path
 
     def _tell_why(self, device: torch.device, dtype: torch.dtype, shape: Shape) -> None:
-        if device.type != "cuda":
+        if not _is_gpu(device):
             return
         why, allowed = self._why_torch(device, dtype, shape)
         # Not the sizes: some are other ones in every call.
@@ -215,6 +215,10 @@ def _triton_runs(named: torch.device | str, dtype: torch.dtype) -> bool:
         and torch.version.hip is None
         and torch.cuda.get_device_capability(device) >= MIN_CAPABILITY
     )
+
+
+def _is_gpu(device: torch.device) -> bool:
+    return device.type == "cuda"
 
 
 @contextmanager
