@@ -59,13 +59,9 @@ def _tokens(op: AnyOp, given: Mapping[str, Tensor], which: slice) -> dict[str, T
     return {name: x[:, which] if name in op.cases.sequence else x for name, x in given.items()}
 
 
-# That of ttt keeps 34 GB of weights for its gradients.
-LARGE = tuple(op for op in OPS if op.name != "ttt")
-
-
 @pytest.mark.gpu
 @pytest.mark.usefixtures("empty_gpu", "kernels_on_gpu")
-@pytest.mark.parametrize("op", LARGE, ids=lambda op: op.name)
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 def test_the_last_tokens_of_a_large_tensor_are_right(op: AnyOp) -> None:
     assert ROWS * LENGTH * SIZES["C"] > 2**31
     with torch.no_grad(), watch_paths() as seen:
@@ -73,7 +69,7 @@ def test_the_last_tokens_of_a_large_tensor_are_right(op: AnyOp) -> None:
     assert {path for _, path in seen} == {"triton"}
 
 
-@pytest.mark.parametrize("op", LARGE, ids=lambda op: op.name)
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 def test_a_small_one_is_compared_alike(op: AnyOp, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, size in {"H": 2, "HV": 2, "K": 16, "V": 16, "C": 8}.items():
         monkeypatch.setitem(SIZES, name, size)
