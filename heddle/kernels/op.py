@@ -175,7 +175,7 @@ class Op(Generic[P, R]):
             least = ".".join(map(str, MIN_CAPABILITY))
             return "they do not run on this device", f"they run on CUDA from compute capability {least} on"
         what = f"no GPU has held them to the reference yet in {_short(dtype)} with {sizes}"
-        return what, 'heddle.kernels.force_path("triton") runs them all the same'
+        return what, 'force_path("triton") runs them all the same'
 
 
 def op(
