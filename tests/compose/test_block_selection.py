@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from toys import EXACT, call_at, mixer_of, noise, padded_call
+from toys import EXACT, Largest, call_at, mixer_of, noise, padded_call
 
-from heddle.compose.modules.selection import Places, Rule, choose_blocks
+from heddle.compose.modules.selection import SCORES, Places, Rule, choose_blocks
 from heddle.specs import Site as SpecSite
 from heddle.specs.mixers.attention import Attention
 from heddle.specs.selection import Selection
@@ -82,6 +82,18 @@ def test_what_is_not_written_is_in_no_kernel_and_padding_in_no_block() -> None:
     chosen = choose_blocks(q, k, Places(4, LENGTH, real, q.device), rule(HOW))
     alone = by_loops(q[:1, :, 7:], k[:1, :, 7:], HOW)
     assert torch.equal(chosen[:1, :, 7:, : alone.shape[-1]], alone)
+
+
+@pytest.mark.parametrize("scores", ["mean", "kernels"])
+def test_a_long_prompt_is_scored_in_parts(scores: str) -> None:
+    # MiniCPM-SALA's heads and blocks; on the meta device nothing is computed.
+    length, block = 65_536, 64
+    q, k = (torch.empty(1, heads, length, 128, dtype=torch.bfloat16, device="meta") for heads in (32, 2))
+    with Largest() as seen:
+        chosen = choose_blocks(q, k, Places(block, length, None, q.device), rule(HOW | {"scores": scores}))
+    assert chosen.shape == (1, 2, length, length // block)
+    # Scores in float32; of the kernels of all heads no fewer queries than `QUERIES` are worked on, which doubles them here.
+    assert seen.bytes <= 2 * 4 * SCORES
 
 
 @torch.no_grad()
