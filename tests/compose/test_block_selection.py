@@ -138,6 +138,12 @@ def test_of_decode_only_a_prompt_is_dense_and_a_token_chooses() -> None:
     assert (found[2][1] - found[0][1]).abs().max() > 1e-3
     with pytest.raises(AssertionError):
         torch.testing.assert_close(found[2][0], found[1][0])
+    # Token by token it is what chooses always.
+    cache, steps = both.new_cache(), []
+    for t in range(LENGTH):
+        steps.append(both(x[:, t : t + 1], call_at(t, 1, cache)))
+        cache.advance(1)
+    assert (torch.cat(steps, dim=1) - chooses(x, call_at(0, LENGTH))).abs().max() < EXACT
 
 
 def test_of_decode_only_a_pass_costs_what_dense_attention_does() -> None:
