@@ -24,7 +24,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -206,7 +206,8 @@ def all_parts(parts: list[str], *, tiny: bool, workers: int, until: float) -> It
     """A row of each part, as they come; last those again that found no memory beside others."""
     crowded = []
     with ThreadPoolExecutor(workers) as pool:
-        for row in pool.map(lambda part: apart(part, tiny=tiny, until=until), parts):
+        for done in as_completed([pool.submit(apart, part, tiny=tiny, until=until) for part in parts]):
+            row = done.result()
             if "out of memory" in row.get("error", "") and workers > 1:
                 crowded.append(row["part"])
             else:
