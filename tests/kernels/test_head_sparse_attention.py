@@ -173,7 +173,10 @@ def test_of_one_key_alone_the_value_is_left(device: str, dtype: torch.dtype) -> 
     given = rounded(drawn(T=1, S=1), dtype)
     found = results(head_sparse_attention, given, dtype, device)
     values = given["v"].repeat_interleave(2, dim=1) * given["weights"].mT[..., None]
-    assert (found["out"].transpose(1, 2).cpu() - values).abs().max() < 2 * EPSILON[dtype] * values.abs().max()
+    # The output is rounded once, which bfloat16 does by up to 0.4 %; all before it is float32.
+    off = 2 * EPSILON[torch.float32] * values.abs().max()
+    room = torch.finfo(dtype).eps / 2 * values.abs() + off
+    assert ((found["out"].transpose(1, 2).cpu() - values).abs() <= room).all()
     # Rounded, but for a softmax of one there is nothing to learn.
     assert all(found[name].abs().max() < 10 * EPSILON[dtype] for name in ("q", "k"))
 

@@ -146,7 +146,9 @@ def choose_blocks(
     is_mean = rule.scores == "mean"
     rows = (places.means(k, weights), None) if is_mean else _kernels(k, places, weights)
     first, found = places.first(q.shape[0], q.shape[2]), []
-    count = max(QUERIES, SCORES // (q.shape[0] * k.shape[1] * places.blocks))
+    # Kernels are scored head by head, and four to a block.
+    width = k.shape[1] * places.blocks if is_mean else q.shape[1] * 4 * places.blocks
+    count = max(QUERIES, SCORES // (q.shape[0] * width))
     for start in range(0, q.shape[2], count):
         part = q[:, :, start : start + count]
         place = first[:, None] + torch.arange(start, start + part.shape[2], device=q.device)
