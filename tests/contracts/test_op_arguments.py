@@ -18,6 +18,8 @@ from heddle.kernels import Op, force_path, gla
 from heddle.kernels.local_linear_attention import local_linear_attention
 from heddle.kernels.op import TRITON_DTYPES, SlowPathWarning
 
+pytestmark = pytest.mark.filterwarnings("error::heddle.kernels.op.SlowPathWarning")
+
 AnyOp = Op[..., Any]
 
 
@@ -161,7 +163,7 @@ def test_torch_on_a_gpu_is_told_once_with_its_reason_and_what_would_do(op: AnyOp
         SlowPathWarning, match=f"{op.name} .* none for float64 .*\n  hint: bfloat16, float16, "
     ):
         assert op.choose(GPU, torch.float64, **SMALL) == "torch"
-    # Warnings are errors here.
+    # Nothing more is told, or it would be an error.
     assert op.choose(GPU, torch.bfloat16, **{**HUGE, "K": 9001, "W": 100}) == "torch"
     assert op.choose(GPU, torch.float64, **SMALL) == "torch"
 
