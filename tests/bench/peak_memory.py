@@ -163,7 +163,11 @@ def layer_call(sizes: Sizes, part: str) -> tuple[Callable[[], int], int, Row]:
         return bytes_of(y, *found)
 
     shape = {"B": 1, "T": sizes.tokens, "D": sizes.width}
-    return call, bytes_of(upstream, *wanted, *layer.buffers()), {"op": "layers", "shape": shape, "mixer": fields}
+    return (
+        call,
+        bytes_of(upstream, *wanted, *layer.buffers()),
+        {"op": "layers", "shape": shape, "mixer": fields},
+    )
 
 
 def measured(sizes: Sizes, part: str) -> Row:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from views import VIEWS
 
 from heddle.errors import HeddleError
 from heddle.kernels import OPS, Op
@@ -153,24 +154,8 @@ def test_keys_that_repeat_are_right(op: AnyOp, device: str, dtype: torch.dtype, 
     _check(op, shape, replace(sample, arguments={**sample.arguments, "k": k}), device)
 
 
-def _with_gaps(x: Tensor) -> Tensor:
-    """Rows of wider ones, as those of a projection."""
-    return torch.cat((x, torch.full_like(x, torch.nan)), dim=-1)[..., : x.shape[-1]]
-
-
-def _spread(x: Tensor) -> Tensor:
-    """Every second number."""
-    return torch.stack((x, torch.full_like(x, torch.nan)), dim=-1)[..., 0]
-
-
-def _turned(x: Tensor) -> Tensor:
-    """The first axis of all, or of a row, behind the next one in memory."""
-    axes = (1, 2) if x.dim() > 2 else (0, -1)
-    return x.transpose(*axes).clone(memory_format=torch.contiguous_format).transpose(*axes)
-
-
 @over_few_settings
-@pytest.mark.parametrize("view", [_with_gaps, _spread, _turned])
+@pytest.mark.parametrize("view", VIEWS)
 def test_tensors_are_read_as_they_lie(
     op: AnyOp, device: str, dtype: torch.dtype, view: Callable[[Tensor], Tensor]
 ) -> None:
