@@ -187,6 +187,7 @@ def nothing_told(monkeypatch: pytest.MonkeyPatch) -> None:
 @over_kernels
 @pytest.mark.usefixtures("nothing_told")
 def test_torch_on_a_gpu_is_told_once_with_its_reason_and_what_would_do(op: AnyOp) -> None:
+    assert op.limits, "the op must say which shapes its kernels take"
     sizes = [name for name in ("K", "W") if name in op.limits or "rows" in op.limits]
     told = rf"{op.name} runs in PyTorch on cuda:0, .* do not take .*{sizes[0]}=\d+.*slow-path.\n  hint: they take "
     with pytest.warns(SlowPathWarning, match=told):
