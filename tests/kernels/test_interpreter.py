@@ -52,6 +52,8 @@ OTHERS = {
     "or split and 3-cpu and float32",
     # A chunk that goes on in half precision, packed sequences.
     "test_rat_scan": "reference and (goes and float16 or packed and float32)",
+    # Of chosen blocks, which each query has its own of.
+    "test_attention_weights": "gated and float32",
     # Tiles that some queries see in half precision, packed sequences by descriptors, a step in three parts, a mixer.
     "test_rat_attention": "reference and many and float16 or descriptors and packed-1-cpu and float32 "
     "or split and 3-cpu and float32 or mixer",
