@@ -9,8 +9,9 @@ the export, which a process without Heddle loads, and of the exported folder, lo
 beside those of the model before it. A row each in evidence-examples.jsonl.
 
 Each training is a process of its own, `--workers` at once: its steps as a CUDA graph, or launched one by one where none can be
-captured. After `--budget` seconds none is begun. What trains still when `--limit` is near ends there: it is scored and exported as
-it stands, and its row says `done: false`. What is done is read from `--rows` and from the file in `--out`, and not done again.
+captured. After `--budget` seconds none is begun. What trains still when `--limit` is near ends there: it is scored and exported
+as it stands, and its row says `done: false`. What is done is read from `--rows` and from the file in `--out`, and not done
+again.
 `--tiny` trains two steps, on a CPU.
 """
 
@@ -58,7 +59,7 @@ NO_GRAPH = 3
 Row = dict[str, Any]
 
 
-class OutOfTime(Exception):
+class OutOfTimeError(Exception):
     """Ends a training where it stands."""
 
 
@@ -112,23 +113,27 @@ def trained(job: Job, launch: Any, until: float) -> tuple[Any, Any, Row]:
     def on_step(done: int, steps: int, loss: float) -> None:  # noqa: ARG001
         reached[:] = done, steps
         if time.time() > until and done < steps:
-            raise OutOfTime
+            raise OutOfTimeError
 
     aux: dict[str, float] = {}
     try:
         fitted = fit(model, batches(task, recipe, device), recipe, on_step=on_step, launch=launch)
         aux = {name: sum(held[-25:]) / len(held[-25:]) for name, held in fitted.aux.items()}
-    except OutOfTime:
+    except OutOfTimeError:
         model.eval()
     seconds, per_step = time.time() - begin, recipe.rows(task.sequence_length) * task.sequence_length
-    return model, task, {
-        "steps": reached[0],
-        "tokens": reached[0] * per_step,
-        "done": reached[0] == reached[1],
-        "launch": launch,
-        "aux": aux,
-        "train_s": round(seconds, 2),
-    }
+    return (
+        model,
+        task,
+        {
+            "steps": reached[0],
+            "tokens": reached[0] * per_step,
+            "done": reached[0] == reached[1],
+            "launch": launch,
+            "aux": aux,
+            "train_s": round(seconds, 2),
+        },
+    )
 
 
 def replace_length(data: Any, length: int) -> Any:
@@ -143,9 +148,7 @@ def exported(job: Job, model: Any, task: Any, folder: Path) -> Row:
     how = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
     logits, tokens = model(inputs[:2], use_cache=False).logits, model.generate(prompt, **how)
     text = (SPECS / f"{job.name}.yaml").read_text()
-    made = export(
-        model, folder, card=Card(job.name, text), tokenizer="bytes", target="auto", battery="short"
-    )
+    made = export(model, folder, card=Card(job.name, text), tokenizer="bytes", target="auto", battery="short")
     again = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
     found = again.generate(prompt, **how)
     return {
@@ -238,9 +241,7 @@ def verdict(row: Row) -> str:
     told += "" if row["done"] else f" after {row['tokens'] / 1e6:.1f}M of {row['budget'] / 1e6:.0f}M tokens"
     if "export_error" in row:
         return f"{told}; export FAILED: {row['export_error'][-90:]}"
-    return (
-        f"{told}; {row['target']}, logits {row['logits_apart']:.1e}, {row['tokens_differ']} tokens of 64 differ"
-    )
+    return f"{told}; {row['target']}, logits {row['logits_apart']:.1e}, {row['tokens_differ']} tokens of 64 differ"
 
 
 def table(rows: list[Row]) -> Iterator[str]:
@@ -277,7 +278,10 @@ def main() -> int:
         job = Job(name, float(rate), chosen.tokens, chosen.tiny)
         return run(job, launch, float(until), Path(out))
     begin, device = time.time(), pick_device()
-    jobs = [Job(name, rate, chosen.tokens, chosen.tiny) for rate, name in product(chosen.learning_rates, chosen.kinds)]
+    jobs = [
+        Job(name, rate, chosen.tokens, chosen.tiny)
+        for rate, name in product(chosen.learning_rates, chosen.kinds)
+    ]
     chosen.out.mkdir(parents=True, exist_ok=True)
     path = chosen.out / ROWS.name
     waiting, rows = left(jobs, read_rows([chosen.rows, path])), list[Row]()

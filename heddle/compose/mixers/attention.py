@@ -53,8 +53,8 @@ class AttentionModule(Initialised):
     `keys_from`: the keys and values are those of an earlier layer, and so is their cache (arXiv 2405.12981, 2405.05254).
     `values_from`: v = (1 - l) v + l v', v' those of an earlier layer, l learned from 1/2 on (arXiv 2410.17897).
     `qk_source`: what q (with its gate) and k are made of in the place of x; see `qk_input` (arXiv 2510.11602).
-    `selection`: blocks of keys that a query reads; see `choose_blocks`. Kernels read these alone, PyTorch computes all products; with a
-    soft-cap or sinks T x S weights are masked.
+    `selection`: blocks of keys that a query reads; see `choose_blocks`. Kernels read these alone, PyTorch computes all products;
+    with a soft-cap or sinks T x S weights are masked.
 
     Shapes:  x, y: [B, T, D];  `heads_out` sees [B, T, H, d], `rows_out` [B, H, queries, S];
              handed on: keys, values: [B, KV heads, S, d];  indices: [B, KV heads, T, blocks] bool
