@@ -49,8 +49,8 @@ def store_state_gradient(
         at = first + i - (W - 1)
         window += (load_early_row(x_ptr, state_ptr, at, stride, columns, in_columns, length, W),)
     for i in tl.static_range(W - 1):
-        window += (load_row(x_ptr, first + i, stride, columns, in_columns, length),)
-        d = load_row(d_ptr, first + i, C, columns, in_columns, length)
+        window += (load_row(x_ptr + i * stride, first + i, columns, in_columns, length),)
+        d = load_row(d_ptr + i * C, first + i, columns, in_columns, length)
         gs += (gradient_of_sum(d, window, weights, W, SILU),)
         window = window[1:]
         total = gs[i] * weights[0]
@@ -68,10 +68,12 @@ def _causal_conv1d_bwd_kernel(
 ):  # fmt: skip
     """Some tokens of one sequence.
 
-    Shapes:  d, x, dx: [B, T, C];  weight: [C, W];  state, d_state: [N, C, W-1];  d_weight: [programs, W, C], float32
+    Shapes:  d, x, dx: [B, T, C];  weight: [C, W];  state, d_state: [N, C, W-1];  d_weight: [parts, W, C], float32
     """
-    n, tile, begin, length = find_sequence(tl.program_id(0), table_ptr, cu_seqlens_ptr, T, tiles, VARLEN)
-    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    blocks = tl.cdiv(C, COLUMNS)
+    part = tl.program_id(0) // blocks
+    n, tile, begin, length = find_sequence(part, table_ptr, cu_seqlens_ptr, T, tiles, VARLEN)
+    columns = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)
     in_columns = columns < C
     # A place that no sequence has leaves zeros.
     length = tl.where(n < 0, -W, length)
@@ -95,16 +97,18 @@ def _causal_conv1d_bwd_kernel(
     for i in tl.static_range(W - 1):
         token = first - (W - 1) + i
         window += (load_early_row(x_ptr, state_ptr, token, stride_t, columns, in_columns, length, W),)
-        d = load_row(d_ptr, token, C, columns, in_columns, length)
+        d = load_row(d_ptr + token.to(tl.int64) * C, token, columns, in_columns, length)
         gs += (gradient_of_sum(d, window, weights, W, SILU),)
         window = window[1:]
 
     for step in range(tl.minimum(tl.cdiv(length + W - 1 - first, ROWS), steps)):
         now = first + step * ROWS
+        x_now, d_now = x_ptr + now.to(tl.int64) * stride_t, d_ptr + now.to(tl.int64) * C
+        dx_now = dx_ptr + (now - (W - 1)).to(tl.int64) * C
         rows, upstream = (), ()
         for i in tl.static_range(ROWS):
-            rows += (load_row(x_ptr, now + i, stride_t, columns, in_columns, length),)
-            upstream += (load_row(d_ptr, now + i, C, columns, in_columns, length),)
+            rows += (load_row(x_now + i * stride_t, now + i, columns, in_columns, length),)
+            upstream += (load_row(d_now + i * C, now + i, columns, in_columns, length),)
         for i in tl.static_range(ROWS):
             window += (rows[i],)
             gs += (gradient_of_sum(upstream[i], window, weights, W, SILU),)
@@ -116,10 +120,10 @@ def _causal_conv1d_bwd_kernel(
             sums = added
             done = now + i - (W - 1)
             there = in_columns & (done >= 0) & (done < length)
-            tl.store(dx_ptr + done.to(tl.int64) * C + columns, dx.to(dx_ptr.dtype.element_ty), mask=there)
+            tl.store(dx_now + i * C + columns, dx.to(dx_ptr.dtype.element_ty), mask=there)
             window, gs = window[1:], gs[1:]
     for tap in tl.static_range(W):
-        place = (tl.program_id(0).to(tl.int64) * W + tap) * C
+        place = (part.to(tl.int64) * W + tap) * C
         tl.store(d_weight_ptr + place + columns, sums[tap], mask=in_columns)
 
     if W > 1 and (tile == 0) & (length >= 0):

@@ -20,17 +20,16 @@ LENGTHS = ("T", "tiles", "steps")
 
 
 @triton.jit
-def load_row(x_ptr, token, stride, columns, in_columns, length):
-    """One token of a sequence in float32, zeros where there is none.  Shapes:  x: [T, C];  out: [COLUMNS]"""
+def load_row(row_ptr, token, columns, in_columns, length):
+    """A token's row in float32, zeros where the sequence has no such token.  Shapes:  row: [C];  out: [COLUMNS]"""
     there = (token >= 0) & (token < length)
-    at = x_ptr + token.to(tl.int64) * stride + columns
-    return tl.load(at, mask=in_columns & there, other=0.0).to(tl.float32)
+    return tl.load(row_ptr + columns, mask=in_columns & there, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def load_early_row(x_ptr, state_ptr, token, stride, columns, in_columns, length, W: tl.constexpr):
-    """The same, and those before the first one from the state.  Shapes:  state: [C, W-1]"""
-    row = load_row(x_ptr, token, stride, columns, in_columns, length)
+    """The same of x, or of the state before the first token.  Shapes:  x: [T, C];  state: [C, W-1]"""
+    row = load_row(x_ptr + token.to(tl.int64) * stride, token, columns, in_columns, length)
     before = (token < 0) & (token > -W)
     at = state_ptr + columns.to(tl.int64) * (W - 1) + (token + W - 1)
     return row + tl.load(at, mask=in_columns & before, other=0.0).to(tl.float32)
@@ -68,10 +67,13 @@ def _causal_conv1d_fwd_kernel(
     W: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SILU: tl.constexpr, VARLEN: tl.constexpr,
 ):  # fmt: skip
     """Some tokens of one sequence.  Shapes:  x, y: [B, T, C];  weight: [C, W];  state: [N, C, W-1]"""
-    n, tile, begin, length = find_sequence(tl.program_id(0), table_ptr, cu_seqlens_ptr, T, tiles, VARLEN)
+    blocks = tl.cdiv(C, COLUMNS)
+    n, tile, begin, length = find_sequence(
+        tl.program_id(0) // blocks, table_ptr, cu_seqlens_ptr, T, tiles, VARLEN
+    )
     if n < 0:
         return
-    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    columns = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)
     in_columns = columns < C
     n = n.to(tl.int64)
     x_ptr += begin * stride_t if VARLEN else n * stride_b
@@ -85,14 +87,15 @@ def _causal_conv1d_fwd_kernel(
         window += (load_early_row(x_ptr, state_ptr, token, stride_t, columns, in_columns, length, W),)
     for step in range(tl.minimum(tl.cdiv(length - first, ROWS), steps)):
         now = first + step * ROWS
+        x_now, y_now = x_ptr + now.to(tl.int64) * stride_t, y_ptr + now.to(tl.int64) * C
         rows = ()
         for i in tl.static_range(ROWS):
-            rows += (load_row(x_ptr, now + i, stride_t, columns, in_columns, length),)
+            rows += (load_row(x_now + i * stride_t, now + i, columns, in_columns, length),)
         for i in tl.static_range(ROWS):
             window += (rows[i],)
             y = weighted_sum(window, weights, W)
             if SILU:
                 y *= sigmoid(y)
-            at = y_ptr + (now + i).to(tl.int64) * C + columns
-            tl.store(at, y.to(y_ptr.dtype.element_ty), mask=in_columns & (now + i < length))
+            there = in_columns & (now + i < length)
+            tl.store(y_now + i * C + columns, y.to(y_ptr.dtype.element_ty), mask=there)
             window = window[1:]

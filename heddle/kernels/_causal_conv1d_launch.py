@@ -18,8 +18,8 @@ from heddle.kernels.common.tables import table_on
 from heddle.kernels.common.tuning import tuned
 from heddle.kernels.configs.causal_conv1d import INTERPRETER, Family, family
 
-# Of a program, unless there are fewer: each begins with the tokens before its first.
-LEAST_STEPS = 4
+# Of a program, at least: it begins with the tokens before its first.
+FEWEST_TOKENS = 32
 
 
 @functools.cache
@@ -31,7 +31,7 @@ def plan(device: torch.device) -> Family:
     """The launches on `device`; overrides come first."""
     table = _family(device)
     forward, backward = tuned("conv_forward", table.forward), tuned("conv_backward", table.backward)
-    return Family(forward, backward, tuned("conv_steps", table.steps), table.programs)
+    return Family(forward, backward, tuned("conv_tokens", table.tokens), table.programs)
 
 
 def _loaded(x: Tensor) -> Tensor:
@@ -61,9 +61,9 @@ def _blocks(channels: int, columns: int) -> tuple[int, int]:
 
 
 def _steps(tokens: int, blocks: int, chunk: int, chosen: Family) -> int:
-    """Tiles that a program walks over."""
-    tiles = -(-tokens // chunk) * blocks
-    return min(chosen.steps, max(LEAST_STEPS, tiles // chosen.programs))
+    """How often a program loads tokens."""
+    share = tokens * blocks // chosen.programs
+    return -(-min(chosen.tokens, max(FEWEST_TOKENS, share)) // chunk)
 
 
 @replayed
@@ -79,7 +79,7 @@ def launch_forward(
     count, each, tables = _tiles(x, cu_seqlens, launch.chunk * steps, 0)
     y = empty((B, T, C), x.dtype, x.device)
     start_kernel(
-        _causal_conv1d_fwd_kernel, (count, blocks), x, weight, state, y, *(tables or (weight, weight)),
+        _causal_conv1d_fwd_kernel, (count * blocks,), x, weight, state, y, *(tables or (weight, weight)),
         x.stride(0), x.stride(1), C, T, each, steps, W=weight.shape[1], ROWS=launch.chunk, COLUMNS=size,
         SILU=silu, VARLEN=tables is not None, **launch.options(),
     )  # fmt: skip
@@ -109,7 +109,7 @@ def launch_backward(
         "W": taps, "ROWS": launch.chunk, "COLUMNS": size, "SILU": silu, "VARLEN": tables is not None,
     }  # fmt: skip
     start_kernel(
-        _causal_conv1d_bwd_kernel, (count, blocks), d_out, x, filters, state, dx, sums, d_state,
+        _causal_conv1d_bwd_kernel, (count * blocks,), d_out, x, filters, state, dx, sums, d_state,
         *(tables or (filters, filters)), x.stride(0), x.stride(1), C, T, each, steps, **constants, **launch.options(),
     )  # fmt: skip
     return dx, derived(_all_sums, sums, weight), d_state
