@@ -6,8 +6,8 @@ With g_t, the gradient of the sum before the activation, for which the sum is co
     dw_i = Σ_t g_t x_(t-W+1+i),   dx_t = Σ_j w_(W-1-j) g_(t+j)
 
 A program walks token by token over `steps` times ROWS tokens of its channels, and a thread keeps its channels of the last W - 1
-rows of x and of g in registers: each g is computed once, but for the W - 1 before the first token. Each g completes the dx of
-W - 1 tokens before, so a walk goes on for W - 1 tokens behind the last one. ROWS rows are loaded before the first of them is used.
+rows of x and of g in registers: each g is computed once, but for those of the W - 1 tokens before its first one. A g completes
+the dx of W - 1 tokens before, so the last walk goes on for as many. ROWS rows are loaded before the first of them is used.
 
 Bytes: two elements in and one out of a channel and token. FLOP: 6 W of the sums, some 8 of the activation.
 """
