@@ -4,8 +4,8 @@
     TRITON_INTERPRET=1 python tests/bench/routing_check.py --out /tmp/tiny --budget 60 --commit none --tiny
 
 Compiles side by side first, then checks every dtype and form against masked softmax in float64, twice, the second time with fresh
-memory full of NaN, and that later tokens change no bit; each launch before its time, those of a step at full size and in a process
-of their own, which may end. Times the op on clusters by chance, of which a token sees 127 members, and a whole routing layer,
+memory full of NaN, and that later tokens change no bit; each launch before its time, of a step at full size and in a process of
+their own, which may end. Times the op on clusters by chance, of which a token sees 127 members, and a whole routing layer,
 beside dense attention by cuDNN and its layer; peak memory at 65,536 tokens. Writes routing_check.log and rows to
 evidence-routing.jsonl; exits with 1 if anything was wrong. `--tiny` tries the script itself on a CPU, with interpreted kernels.
 """

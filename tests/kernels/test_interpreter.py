@@ -44,8 +44,8 @@ OTHERS = {
     # Ragged heads in half precision, packed sequences by descriptors in two loops, keys of a step in three parts, lists, a mixer.
     "test_head_sparse_attention": "reference and ragged and float16 or two_loops and packed-1-1 and float32 "
     "or split and 1-3-cpu and float32 or list or mixer and 20-learned and float32",
-    # Ragged heads in half precision, a step and keys of before, a window, tiles, later tokens; a mixer.
-    "test_span_attention": "reference and (ragged and float16 or (step or past or window) and float32) "
+    # Ragged heads and few keys in half precision, a step and keys of before, a window, tiles, later tokens; a mixer.
+    "test_span_attention": "reference and ((ragged or few) and float16 or (step or past or window) and float32) "
     "or tiles and 16-64 and float32 or no_bit and float32 or mixer",
     # Sinks in half precision, packed sequences by descriptors, keys of a step in three parts.
     "test_sliding_window_attention": "reference and many and float16 or descriptors and packed-1-cpu and float32 "
