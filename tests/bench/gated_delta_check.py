@@ -21,11 +21,12 @@ from typing import Any
 
 import torch
 from gpu_check import Log
-from triton.testing import do_bench, do_bench_cudagraph
+from triton.testing import do_bench
 
 from heddle.kernels import Op, delta_rule, force_path, gated_delta_rule, gated_delta_rule_step
 from heddle.kernels import _gated_delta_rule_launch as launcher
 from heddle.kernels.accuracy import compare, draw
+from heddle.kernels.bench import timed_in_graph
 from heddle.kernels.common.tuning import tuning
 from heddle.kernels.configs.launch import Launch
 
@@ -194,7 +195,8 @@ def steps(log: Log) -> None:
         for launch in STEPS:
             with tuning(step=launch):
                 call = lambda: gated_delta_rule_step(**drawn, state=state)  # noqa: B023, E731
-                log(f"step B={B} {launch}: {do_bench_cudagraph(call, rep=20):.5f} ms")
+                ms = timed_in_graph(call)["ms"]
+                log(f"step B={B} {launch}: {ms:.5f} ms")
         log(f"step B={B} eager: {milliseconds(lambda: gated_delta_rule_step(**drawn, state=state)):.5f} ms")  # noqa: B023
 
 

@@ -406,7 +406,7 @@ def _window_constants(case: Case, launch: Launch) -> dict[str, Any]:
 def _span_constants(case: Case, launch: Launch) -> dict[str, Any]:
     constants = {
         "K": case.K, "V": case.V, "ROWS_K": block(case.K), "ROWS_V": block(case.V), "ROWS": launch.chunk,
-        "KEYS": launch.columns, "BIAS": case.many, "PRECISION": "tf32x3",
+        "KEYS": launch.columns, "BIAS": case.many, "LOST": case.dtype != "fp32", "PRECISION": "tf32x3",
     }  # fmt: skip
     names = KERNELS[case.op, case.kernel].arg_names
     return {name: value for name, value in constants.items() if name in names}

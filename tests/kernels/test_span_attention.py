@@ -67,6 +67,8 @@ FORMS: dict[str, Callable[[], Given]] = {
     "past": lambda: clustered(T=33, kept=40, width=70),
     "step": lambda: clustered(T=1, kept=50),
     "alone": lambda: clustered(T=1),
+    # A gradient of logits is small beside what rounding takes from the output.
+    "few": lambda: clustered(T=16, width=127, clusters=5),
     "window": windowed,
 }
 
