@@ -12,7 +12,16 @@ from torch import Tensor
 
 from heddle.errors import HeddleError
 from heddle.kernels.member_attention import member_attention
-from heddle.kernels.op import Inputs, Shape, Traits, check_shapes, normal, op, register_composite
+from heddle.kernels.op import (
+    Inputs,
+    Shape,
+    Traits,
+    check_shapes,
+    check_tensors,
+    normal,
+    op,
+    register_composite,
+)
 
 try:
     from heddle.kernels._span_attention_op import kernels
@@ -126,7 +135,10 @@ def _fits(shape: Shape) -> bool:
 _UNPROVEN = (torch.bfloat16, torch.float16, torch.float32)
 
 
-@op(span_attention_reference, _CASES, kernel=_fits, unproven=_UNPROVEN)
+_LIMITS = f"K and V up to {MAX_HEAD_SIZE}"
+
+
+@op(span_attention_reference, _CASES, kernel=_fits, unproven=_UNPROVEN, limits=_LIMITS)
 def span_attention(
     q: Tensor,
     k: Tensor,
@@ -160,8 +172,9 @@ def span_attention(
         raise HeddleError(
             "bad-argument", f"{name}: q, k, v must be [B, heads, tokens, *], order [B, heads, places]"
         )
-    if not q.dtype == k.dtype == v.dtype == own.dtype:
-        raise HeddleError("bad-argument", f"{name}: q, k, v and own must have one dtype")
+    places = {"order": order, "first": first, "last": last, "queries": queries}
+    sides = {"q": q, "k": k, "v": v, "own": own}
+    check_tensors(name, sides, integers=places, masks={"weight": weight})
     if width < 1:
         raise HeddleError("bad-argument", f"{name}: width {width} must be at least 1")
     if scale is not None and scale <= 0:

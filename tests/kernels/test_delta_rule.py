@@ -56,7 +56,7 @@ def test_it_is_the_gated_rule_without_decay() -> None:
 
 def test_mixed_dtypes_and_two_tokens_a_step_are_refused() -> None:
     arguments = draw(delta_rule, {**SHAPE, "T": 2}, torch.float32).arguments
-    with pytest.raises(HeddleError, match="share a dtype"):
+    with pytest.raises(HeddleError, match="k is float32, expected float16 as q"):
         delta_rule(**{**arguments, "q": arguments["q"].half()})
     state = arguments.pop("initial_state")
     with pytest.raises(HeddleError, match="takes one token"):

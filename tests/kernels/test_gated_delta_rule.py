@@ -98,7 +98,7 @@ def test_heads_of_one_projection_are_read_as_they_lie(device: str) -> None:
 
 def test_mixed_dtypes_are_refused() -> None:
     arguments = draw(gated_delta_rule, {**SHAPE, "T": 4}, torch.float32).arguments
-    with pytest.raises(HeddleError, match="share a dtype"):
+    with pytest.raises(HeddleError, match="k is float32, expected float16 as q"):
         gated_delta_rule(**{**arguments, "q": arguments["q"].half()})
 
 
