@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -184,6 +185,22 @@ def step_table() -> list[str]:
     return lines
 
 
+def apart() -> list[str]:
+    """How far fla's outputs and states are from ours, where a run compared them."""
+    found = [
+        (max(theirs["apart"].values()), op)
+        for op, phase in itertools.product(RATIOS, ("fwd", "decode_graph"))
+        for _, theirs in pairs(op, phase)
+        if "apart" in theirs
+    ]
+    if not found:
+        return []
+    worst, op = max(found)
+    names = ", ".join(f"`{name}`" for name in dict.fromkeys(op for _, op in found))
+    what = f"fla's outputs and final states are apart from ours by {worst:.1%} of their norm at most (`{op}`)"
+    return [f"In one run with these times of {names}, in bfloat16, {what}.", ""]
+
+
 def first_calls() -> list[str]:
     """Seconds of the first call of each op and direction, in the runs of the table."""
     lines = head("op", "forward", "fla", "then both directions", "fla")
@@ -286,7 +303,7 @@ def rivals() -> str:
         else:
             told += [f"`{op}` {PHASES[phase]} {name}" for phase, name in names.items()]
     return "\n".join([
-        f"Runs: {', '.join(told)}.", "", *table(), "", *step_table(), "", *misses(), "",
+        f"Runs: {', '.join(told)}.", "", *table(), "", *step_table(), "", *apart(), *misses(), "",
         *lasting(), "Seconds of a first call, fla's with its tuning; \"warm\": these kernels had run before.", "",
         *first_calls(),
     ])  # fmt: skip
