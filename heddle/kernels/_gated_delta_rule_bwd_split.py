@@ -23,15 +23,18 @@ from heddle.kernels._gated_delta_rule_bwd import _product_with_gradient
 from heddle.kernels._gated_delta_rule_fwd import LENGTHS, decay_from_column, decays
 from heddle.kernels.common.jit import find_sequence
 
+# A model has one number of heads: known when compiled, as are strides, addresses take fewer registers.
+NUMBERS = tuple(name for name in LENGTHS if name not in ("H", "HV"))
 
-@triton.jit(do_not_specialize=LENGTHS)
+
+@triton.jit(do_not_specialize=NUMBERS)
 def _gated_delta_rule_bwd_pair_kernel(
     k_ptr, v_ptr, do_ptr, log_decay_ptr, beta_ptr, pairs_ptr, dx_ptr, new_ptr, dv_ptr, products_ptr, d_total_ptr, d_beta_ptr,
     table_ptr, cu_seqlens_ptr,
-    stride_kn, stride_kt, stride_kh,
-    stride_vn, stride_vt, stride_vh,
-    stride_dn, stride_dt, stride_dh,
-    T, H, per_sequence, scale,
+    stride_kn, stride_kt: tl.constexpr, stride_kh,
+    stride_vn, stride_vt: tl.constexpr, stride_vh,
+    stride_dn, stride_dt: tl.constexpr, stride_dh,
+    T, H: tl.constexpr, per_sequence, scale,
     K: tl.constexpr, V: tl.constexpr,
     C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr,
     GATED: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
@@ -41,7 +44,7 @@ def _gated_delta_rule_bwd_pair_kernel(
     Shapes:  pairs: [chunks, HV, 2, C, C], T and P;  products: the same, R and M;  dx, new, dv: [B, T, HV, V]
              d_total, d_beta: [B, T, HV], of products of two tokens, for the sums of log-decays and for beta
     """
-    HV = H * GROUP
+    HV: tl.constexpr = H * GROUP
     head = tl.program_id(0) % HV
     chunk = tl.program_id(0) // HV
     n, j, begin, length = find_sequence(chunk, table_ptr, cu_seqlens_ptr, T, per_sequence, VARLEN)
@@ -122,14 +125,14 @@ def _against_state(
     return found
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=NUMBERS)
 def _gated_delta_rule_bwd_token_kernel(
     q_ptr, k_ptr, do_ptr, gates_ptr, dx_ptr, new_ptr, products_ptr, states_ptr, d_states_ptr, initial_ptr, last_ptr,
     d_final_ptr, d_total_ptr, d_beta_pairs_ptr, dq_ptr, dk_ptr, d_log_decay_ptr, d_beta_ptr, table_ptr, cu_seqlens_ptr,
-    stride_qn, stride_qt, stride_qh,
-    stride_kn, stride_kt, stride_kh,
-    stride_dn, stride_dt, stride_dh,
-    stride_part, T, H, per_sequence, has_initial, has_d_final, scale,
+    stride_qn, stride_qt: tl.constexpr, stride_qh,
+    stride_kn, stride_kt: tl.constexpr, stride_kh,
+    stride_dn, stride_dt: tl.constexpr, stride_dh,
+    stride_part, T, H: tl.constexpr, per_sequence, has_initial, has_d_final, scale,
     K: tl.constexpr, V: tl.constexpr,
     C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr,
     GATED: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
@@ -140,7 +143,7 @@ def _gated_delta_rule_bwd_token_kernel(
              d_total, d_beta_pairs: [B, T, HV];  d_log_decay, d_beta: [tiles, B, T, HV];  initial, last, d_final: [N, HV, V, K]
     """
     TILES: tl.constexpr = (K + ROWS - 1) // ROWS
-    HV = H * GROUP
+    HV: tl.constexpr = H * GROUP
     tile = tl.program_id(0) % TILES
     head = (tl.program_id(0) // TILES) % H
     chunk = tl.program_id(0) // (TILES * H)
@@ -190,6 +193,9 @@ def _gated_delta_rule_bwd_token_kernel(
             found *= scale
         k = tl.load(k_at, mask=mask, other=0.0)  # [C, ROWS]
         dq = tl.dot(tl.load(products_at + square), k, dq + found, input_precision=PRECISION)
+        if GROUP == 1:
+            # Its registers are wanted for what follows.
+            tl.store(dq_ptr + own_key, dq.to(dq_ptr.dtype.element_ty), mask=mask)
 
         # What keys read, to be overwritten.
         found = _against_state(
@@ -216,6 +222,8 @@ def _gated_delta_rule_bwd_token_kernel(
         dk = tl.dot(tl.load(products_at + C * C + turned), k, dk, input_precision=PRECISION)
         q = tl.load(q_at, mask=mask, other=0.0)  # [C, ROWS]
         dk = tl.dot(tl.load(products_at + turned), q, dk, input_precision=PRECISION)
+        if GROUP == 1:
+            tl.store(dk_ptr + own_key, dk.to(dk_ptr.dtype.element_ty), mask=mask)
 
         # Products of two tokens are the first tile's.
         once = present & (tile == 0)
@@ -234,5 +242,6 @@ def _gated_delta_rule_bwd_token_kernel(
             tl.store(d_log_decay_ptr + part, d_rate.to(tl.float32), mask=present)
         d_beta += tl.load(d_beta_pairs_ptr + tokens + i * HV, mask=once, other=0.0)
         tl.store(d_beta_ptr + part, d_beta, mask=present)
-    tl.store(dq_ptr + own_key, dq.to(dq_ptr.dtype.element_ty), mask=mask)
-    tl.store(dk_ptr + own_key, dk.to(dk_ptr.dtype.element_ty), mask=mask)
+    if GROUP > 1:
+        tl.store(dq_ptr + own_key, dq.to(dq_ptr.dtype.element_ty), mask=mask)
+        tl.store(dk_ptr + own_key, dk.to(dk_ptr.dtype.element_ty), mask=mask)
