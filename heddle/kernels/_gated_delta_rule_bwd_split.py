@@ -6,12 +6,12 @@ gives the same.
     token   dq, dk, and what the log-decays and dbeta get through the state, in tiles of channels of keys
 
 A product of two tokens over V takes registers of its own; apart from the products with the state it is made once and not once
-for each direction, for what is in memory can be loaded turned. The query's product with a key is that of the forward pass, P.
-The tiles of a chunk share nothing: each has its own part of dbeta and of the gradient of the log-decays, to be summed up.
+for each direction, for what is in memory can be loaded turned. The tiles of a chunk share nothing: each has its own part of
+dbeta and of the gradient of the log-decays, to be summed up.
 
-Bytes for a token and head, K = V = 128, C = 64, bfloat16: pair reads k, v, dO, dx, n, P and writes dv, R, M (1920); token
+Bytes for a token and head, K = V = 128, C = 64, bfloat16: pair reads q, k, v, dO, dx, n and writes dv, R, M (2048); token
 reads q, k, dO, dx, n, R, M, S, dS and writes dq, dk (3072), and again dO, dx, n, R, M (1024, of the cache) for a second tile.
-Products: 2 C (2 V + K) and 2 (3 K V + 4 C K).
+Products: 2 C (2 V + 2 K) and 2 (3 K V + 4 C K).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from heddle.kernels._gated_delta_rule_bwd import _product_with_gradient
-from heddle.kernels._gated_delta_rule_fwd import LENGTHS, decay_from_column, decays
+from heddle.kernels._gated_delta_rule_fwd import LENGTHS, decays
 from heddle.kernels.common.jit import find_sequence
 
 # A model has one number of heads: known when compiled, as are strides, addresses take fewer registers.
@@ -29,8 +29,9 @@ NUMBERS = tuple(name for name in LENGTHS if name not in ("H", "HV"))
 
 @triton.jit(do_not_specialize=NUMBERS)
 def _gated_delta_rule_bwd_pair_kernel(
-    k_ptr, v_ptr, do_ptr, log_decay_ptr, beta_ptr, pairs_ptr, dx_ptr, new_ptr, dv_ptr, products_ptr, d_total_ptr, d_beta_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, log_decay_ptr, beta_ptr, dx_ptr, new_ptr, dv_ptr, products_ptr, d_total_ptr, d_beta_ptr,
     table_ptr, cu_seqlens_ptr,
+    stride_qn, stride_qt: tl.constexpr, stride_qh,
     stride_kn, stride_kt: tl.constexpr, stride_kh,
     stride_vn, stride_vt: tl.constexpr, stride_vh,
     stride_dn, stride_dt: tl.constexpr, stride_dh,
@@ -41,7 +42,7 @@ def _gated_delta_rule_bwd_pair_kernel(
 ):  # fmt: skip
     """One chunk of one value head.
 
-    Shapes:  pairs: [chunks, HV, 2, C, C], T and P;  products: the same, R and M;  dx, new, dv: [B, T, HV, V]
+    Shapes:  products: [chunks, HV, 2, C, C], R and M;  dx, new, dv: [B, T, HV, V]
              d_total, d_beta: [B, T, HV], of products of two tokens, for the sums of log-decays and for beta
     """
     HV: tl.constexpr = H * GROUP
@@ -61,6 +62,7 @@ def _gated_delta_rule_bwd_pair_kernel(
     present = i < length - j * C
     tokens = (row * T + first) * HV + own
     at = tokens + i * HV
+    q_ptr += row * stride_qn + first * stride_qt + (head // GROUP).to(tl.int64) * stride_qh
     k_ptr += row * stride_kn + first * stride_kt + (head // GROUP).to(tl.int64) * stride_kh
     v_ptr += row * stride_vn + first * stride_vt + own * stride_vh
     do_ptr += row * stride_dn + first * stride_dt + own * stride_dh
@@ -81,28 +83,33 @@ def _gated_delta_rule_bwd_pair_kernel(
         d_beta += tl.sum(dx.to(tl.float32) * v, axis=1)
         tl.store(dv_ptr + dense, (beta[:, None] * dx).to(dx.dtype), mask=kept)
 
-    lower = i[:, None] >= i[None, :]
-    below = i[:, None] > i[None, :]
-    square = place * (2 * C * C) + i[:, None] * C + i[None, :]
-    if GATED:
-        # No decay lies between a token and itself, and it would drown the others.
-        passed = tl.where(below, weights * tl.load(pairs_ptr + square + C * C), 0.0)
-        total, rest, _, _, _ = decays(log_decay_ptr, at, present)
-        within = decay_from_column(total, rest, lower)
-        weights *= within * scale
-        solves *= within
-    else:
-        weights = tl.where(lower, weights * scale, 0.0)
-    solves = tl.where(below, solves, 0.0)
-    tl.store(products_ptr + square, weights.to(products_ptr.dtype.element_ty))
-    tl.store(products_ptr + square + C * C, (solves * -beta[:, None]).to(products_ptr.dtype.element_ty))
     mask = present[:, None] & (rows < K)[None, :]
     k = tl.load(k_ptr + (i * stride_kt)[:, None] + rows[None, :], mask=mask, other=0.0)  # [C, ROWS]
+    below = i[:, None] > i[None, :]
+    square = products_ptr + place * (2 * C * C) + i[:, None] * C + i[None, :]
+    if GATED:
+        q = tl.load(q_ptr + (i * stride_qt)[:, None] + rows[None, :], mask=mask, other=0.0)  # [C, ROWS]
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        total, rest, _, _, _ = decays(log_decay_ptr, at, present)
+        power = (total[:, None] - total[None, :]) + (rest[:, None] - rest[None, :])
+        # 0 but below the diagonal: no decay lies between a token and itself, and it would drown the others.
+        within = tl.exp2(tl.where(below, power, float("-inf")))
+        solves *= within
+        same = tl.where(i[:, None] == i[None, :], weights, 0.0)
+        weights *= within
+        passed = weights * scores
+        weights += same
+    else:
+        weights = tl.where(below | (i[:, None] == i[None, :]), weights, 0.0)
+        solves = tl.where(below, solves, 0.0)
+    weights *= scale
+    tl.store(square, weights.to(products_ptr.dtype.element_ty))
+    tl.store(square + C * C, (solves * -beta[:, None]).to(products_ptr.dtype.element_ty))
     solves *= tl.dot(k, tl.trans(k), input_precision=PRECISION)
     tl.store(d_beta_ptr + at, d_beta - tl.sum(solves, axis=1), mask=present)
     if GATED:
         # Both tokens of a pair get the same number, which cancels in all sums over both.
-        passed -= solves * beta[:, None]
+        passed = passed * scale - solves * beta[:, None]
         tl.store(d_total_ptr + at, tl.sum(passed, axis=1) - tl.sum(passed, axis=0), mask=present)
 
 

@@ -379,8 +379,8 @@ def _split_gradients(
     d_total, d_pairs = (empty(beta.shape, beta.dtype, beta.device) for _ in range(2))
     start_kernel(
         _gated_delta_rule_bwd_pair_kernel, (layout.chunks.count * layout.HV,),
-        k, v, outer.d_out, gate, beta, kept.pairs, outer.dx, kept.new, dv, products, d_total, d_pairs,
-        *layout.chunk_table(beta), *strides(k, v, outer.d_out), *layout.numbers, scale,
+        q, k, v, outer.d_out, gate, beta, outer.dx, kept.new, dv, products, d_total, d_pairs,
+        *layout.chunk_table(beta), *strides(q, k, v, outer.d_out), *layout.numbers, scale,
         **layout.constants, **layout.tiles(launch),
     )  # fmt: skip
     rows = min(layout.plan.tile, block(layout.K))
