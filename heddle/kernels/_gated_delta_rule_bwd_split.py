@@ -187,24 +187,25 @@ def _gated_delta_rule_bwd_token_kernel(
         beta = tl.load(gates_at)
         do_at = do_ptr + row * stride_dn + first * stride_dt + own * stride_dh
 
-        # What queries read.
+        # What queries read. Loaded ahead of a loop is what its end wants, as far as there are registers.
+        q = tl.load(q_at, mask=mask, other=0.0)  # [C, ROWS]
+        k = tl.load(k_at, mask=mask, other=0.0)  # [C, ROWS]
+        weights = tl.load(products_at + square)  # [C, C]
         found = _against_state(
             do_at, states_at, stride_dt, i, rows, present, in_k, K, V, C, ROWS, COLUMNS, PRECISION
         )
+        found *= scale
         if GATED:
             seen = tl.load(gates_at + C)
-            found *= (seen * scale)[:, None]
-            q = tl.load(q_at, mask=mask, other=0.0)  # [C, ROWS]
+            found *= seen[:, None]
             d_total = tl.sum(q * found, axis=1)
-        else:
-            found *= scale
-        k = tl.load(k_at, mask=mask, other=0.0)  # [C, ROWS]
-        dq = tl.dot(tl.load(products_at + square), k, dq + found, input_precision=PRECISION)
+        dq = tl.dot(weights, k, dq + found, input_precision=PRECISION)
         if GROUP == 1:
             # Its registers are wanted for what follows.
             tl.store(dq_ptr + own_key, dq.to(dq_ptr.dtype.element_ty), mask=mask)
 
         # What keys read, to be overwritten.
+        solves = tl.load(products_at + C * C + square)  # [C, C]
         found = _against_state(
             dx_ptr + tokens * V, states_at, HV * V, i, rows, present, in_k, K, V, C, ROWS, COLUMNS, PRECISION
         )
@@ -212,7 +213,7 @@ def _gated_delta_rule_bwd_token_kernel(
             found *= seen[:, None]
         d_beta = -tl.sum(k * found, axis=1)
         dk -= found * beta[:, None]
-        dk = tl.dot(tl.load(products_at + C * C + square), k, dk, input_precision=PRECISION)
+        dk = tl.dot(solves, k, dk, input_precision=PRECISION)
         # Not to be merged: what the next part loads again would otherwise stay in registers.
         tl.debug_barrier()
 
@@ -222,13 +223,15 @@ def _gated_delta_rule_bwd_token_kernel(
             PRECISION,
         )  # fmt: skip
         k = tl.load(k_at, mask=mask, other=0.0)  # [C, ROWS]
+        q = tl.load(q_at, mask=mask, other=0.0)  # [C, ROWS]
+        solves = tl.load(products_at + C * C + turned)  # [C, C]
+        weights = tl.load(products_at + turned)  # [C, C]
         if GATED:
             found *= tl.load(gates_at + 2 * C)[:, None]
             per_token = tl.sum(k * found, axis=1).to(tl.float64)
         dk += found
-        dk = tl.dot(tl.load(products_at + C * C + turned), k, dk, input_precision=PRECISION)
-        q = tl.load(q_at, mask=mask, other=0.0)  # [C, ROWS]
-        dk = tl.dot(tl.load(products_at + turned), q, dk, input_precision=PRECISION)
+        dk = tl.dot(solves, k, dk, input_precision=PRECISION)
+        dk = tl.dot(weights, q, dk, input_precision=PRECISION)
         if GROUP == 1:
             tl.store(dk_ptr + own_key, dk.to(dk_ptr.dtype.element_ty), mask=mask)
 
