@@ -132,6 +132,31 @@ def _against_state(
     return found
 
 
+@triton.jit
+def _against_gradient(
+    x_at, states_at, d_states_at, stride, i, rows, present, in_k,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GATED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The products of tokens with the gradient of a state, and where it fades that of the state before with it, a number."""
+    found = tl.zeros([C, ROWS], tl.float32)
+    product = tl.zeros([COLUMNS], tl.float32)
+    for tile in range(0, V, COLUMNS):
+        columns = tile + tl.arange(0, COLUMNS)
+        in_v = columns < V
+        state_mask = in_v[:, None] & in_k
+        state_offsets = columns[:, None] * K + rows[None, :]
+        x = tl.load(
+            x_at + (i * stride)[:, None] + columns[None, :], mask=present[:, None] & in_v[None, :], other=0.0
+        )
+        d_state = tl.load(d_states_at + state_offsets, mask=state_mask, other=0.0)  # [COLUMNS, ROWS]
+        if GATED:
+            state = tl.load(states_at + state_offsets, mask=state_mask, other=0.0)  # [COLUMNS, ROWS]
+            product += tl.sum(state.to(tl.float32) * d_state.to(tl.float32), axis=1)
+        found = tl.dot(x, d_state, found, input_precision=PRECISION)
+    return found, tl.sum(product, axis=0)
+
+
 @triton.jit(do_not_specialize=NUMBERS)
 def _gated_delta_rule_bwd_token_kernel(
     q_ptr, k_ptr, do_ptr, gates_ptr, dx_ptr, new_ptr, products_ptr, states_ptr, d_states_ptr, initial_ptr, last_ptr,
@@ -218,9 +243,9 @@ def _gated_delta_rule_bwd_token_kernel(
         tl.debug_barrier()
 
         # What keys leave for later tokens and for the state.
-        found = _against_state(
-            new_ptr + tokens * V, d_states_ptr + place * (K * V), HV * V, i, rows, present, in_k, K, V, C, ROWS, COLUMNS,
-            PRECISION,
+        found, product = _against_gradient(
+            new_ptr + tokens * V, states_at, d_states_ptr + place * (K * V), HV * V, i, rows, present, in_k,
+            K, V, C, ROWS, COLUMNS, GATED, PRECISION,
         )  # fmt: skip
         k = tl.load(k_at, mask=mask, other=0.0)  # [C, ROWS]
         q = tl.load(q_at, mask=mask, other=0.0)  # [C, ROWS]
@@ -241,10 +266,12 @@ def _gated_delta_rule_bwd_token_kernel(
         if GATED:
             d_total += d_beta * beta + tl.load(d_total_ptr + tokens + i * HV, mask=once, other=0.0)
             given = (n.to(tl.int64) * HV + own) * (K * V)
-            product = _product_with_gradient(
-                states_ptr, d_states_ptr, initial_ptr, last_ptr, d_final_ptr, place, given, j, ends, has_initial,
-                has_d_final, rows, in_k, K, V, ROWS, COLUMNS,
-            )  # fmt: skip
+            if (j == 0) | ends:
+                # Known in full.
+                product = _product_with_gradient(
+                    states_ptr, d_states_ptr, initial_ptr, last_ptr, d_final_ptr, place, given, j, ends, has_initial,
+                    has_d_final, rows, in_k, K, V, ROWS, COLUMNS,
+                )  # fmt: skip
             # In float64, as were the sums of log-decays: what passes through a strong decay is the rest of a difference.
             d_rate = tl.cumsum(d_total.to(tl.float64) - per_token, axis=0, reverse=True)
             over = tl.load(gates_ptr + place * (3 * C) + 2 * C - 1)

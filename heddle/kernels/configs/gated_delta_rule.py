@@ -32,6 +32,9 @@ class Plan:
 
 Family = BySize[Plan]
 
+# Of gradients by two kernels, which no GPU has timed yet: a plan takes them by `gradient=TOKENS, pairs=PAIRS`.
+PAIRS = Launch(chunk=64, columns=64, warps=4, stages=1, registers=168)
+TOKENS = Launch(chunk=64, columns=64, warps=4, stages=1)
 
 HOPPER = Family(
     half=Plan(
