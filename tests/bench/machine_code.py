@@ -444,16 +444,13 @@ def _planned_constants(case: Case, launch: Launch) -> dict[str, Any]:
         constants["ROWS"] = min(KEY_TILE, block(case.K))
     if case.op == "gated_delta_rule" and case.kernel == "tokens":
         constants["ROWS"] = min(plan.tile, block(case.K))
-    if case.op == "kda" and case.kernel in ("prepare", "pairs", "near", "far"):
-        # Of kda: with two kernels for the gradients.
-        between = 16 * case.K
+    if case.kernel in ("prepare", "pairs", "near", "far", "tokens") and case.op != "gla":
+        # With two kernels for the gradients.
+        constants |= {"SUMS": True, "TILES": 2}
+        heads, strided = ("H", "qkvd") if case.op == "gated_delta_rule" else ("HV", "qkd")
         constants |= {
-            "SUMS": True,
-            "TILES": 2,
-            "HV": 16,
-            "stride_qt": between,
-            "stride_kt": between,
-            "stride_dt": 16 * case.V,
+            heads: 16,
+            **{f"stride_{name}t": 16 * (case.K if name in "qk" else case.V) for name in strided},
         }
     names = KERNELS[case.op, case.kernel].arg_names
     return {name: value for name, value in constants.items() if name in names}
