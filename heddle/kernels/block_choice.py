@@ -115,9 +115,7 @@ def _dispatch(
     block, blocks, count, sink, recent, dense_length = numbers
     block_choice.choose(q.device, q.dtype)
     place = start[:, None] + torch.arange(q.shape[2], device=q.device)
-    score = block_scores(
-        q, means, place, block=block, blocks=blocks, held=held, kernels=kernels, scale=scale
-    )
+    score = block_scores(q, means, place, block=block, blocks=blocks, held=held, kernels=kernels, scale=scale)
     own, index = (place // block)[:, None, :, None], torch.arange(blocks, device=q.device)
     always = (index <= own) & ((index < sink) | (index > own - recent))
     score = score.masked_fill(always, torch.inf).masked_fill(index > own, -torch.inf)
