@@ -6,8 +6,6 @@ The kernels read the means once, as they are. A decode step is a call with one q
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -24,6 +22,16 @@ from heddle.kernels.op import (
     register_composite,
     wide_dtype,
 )
+
+try:
+    from heddle.kernels._block_choice_op import kernels as _kernels
+
+    HAS_KERNELS = True
+except ImportError:
+    HAS_KERNELS = False
+
+# Of the kernels: of a head, heads of a group, and blocks of which the best are looked for.
+MAX_HEAD_SIZE, MAX_GROUP, MAX_CHOICE = 256, 64, 32_767
 
 
 def block_choice_reference(
@@ -110,10 +118,17 @@ def _dispatch(
     held: Tensor | None,
     scale: float,
     kernels: bool,
-    numbers: list[int],
+    block: int,
+    blocks: int,
+    count: int,
+    sink: int,
+    recent: int,
+    dense_length: int,
 ) -> Tensor:
-    block, blocks, count, sink, recent, dense_length = numbers
-    block_choice.choose(q.device, q.dtype)
+    sizes = {"K": q.shape[3], "G": q.shape[1] // means.shape[1], "blocks": blocks}
+    if block_choice.choose(q.device, q.dtype, **sizes) == "triton":
+        numbers = (block, blocks, count, sink, recent, dense_length)
+        return _kernels(q, means, start, held, scale, kernels, *numbers)  # type: ignore[no-any-return]
     place = start[:, None] + torch.arange(q.shape[2], device=q.device)
     score = block_scores(q, means, place, block=block, blocks=blocks, held=held, kernels=kernels, scale=scale)
     own, index = (place // block)[:, None, :, None], torch.arange(blocks, device=q.device)
@@ -126,9 +141,10 @@ def _dispatch(
     return best.masked_fill(best == blocks, -1).to(torch.int32)
 
 
+_NUMBERS = "int block, int blocks, int count, int sink, int recent, int dense_length"
 _op = register_composite(
     "block_choice",
-    "(Tensor q, Tensor means, Tensor start, Tensor? held, float scale, bool kernels, int[] numbers) -> Tensor",
+    f"(Tensor q, Tensor means, Tensor start, Tensor? held, float scale, bool kernels, {_NUMBERS}) -> Tensor",
     _dispatch,
 )
 
@@ -158,7 +174,12 @@ _CASES = Traits(
 )
 
 
-@op(block_choice_reference, _CASES, unproven=TRITON_DTYPES)
+def _fits(shape: Shape) -> bool:
+    fits = shape["K"] <= MAX_HEAD_SIZE and shape["G"] <= MAX_GROUP and shape["blocks"] <= MAX_CHOICE
+    return HAS_KERNELS and fits
+
+
+@op(block_choice_reference, _CASES, kernel=_fits, unproven=TRITON_DTYPES)
 def block_choice(
     q: Tensor,
     means: Tensor,
@@ -179,33 +200,37 @@ def block_choice(
         means    worth_c = mean_{h in group} q_h · m_c,   m_c the mean of block c
         kernels  worth_c = max_{i overlaps c} sum_{h in group} softmax_i(scale · q_h · m_i)       (arXiv 2509.24663)
 
-    Kernel i holds the quarters i and i + 1 of blocks; those that end at the query or before, and are `held`, count.
-    Query t of row b stands at `start[b]` + t. It reads its own block, the `recent` last, which that is one of, the `sink` first, and of the
-    others before it those of most worth, `count` in all; of equal ones the earlier. One with fewer than `dense_length` keys
-    before it reads all blocks up to its own. One at a negative place reads none. Means are of blocks (kernels) that are
-    complete; what stands for one that is not is never looked at.
+    Kernel i holds the quarters i and i + 1 of blocks; those that end at the query or before, and are `held`, count. Query t of
+    row b stands at `start[b]` + t. It reads the `recent` last blocks, its own among them, the `sink` first, and of the others
+    before it those of most worth, `count` in all; of equal ones the earlier. One with fewer than `dense_length` keys before it
+    reads all blocks up to its own, one at a negative place none. Means are of blocks (kernels) that are complete: what stands
+    for one that is not is never looked at. Products and sums are float32 at least, of means and queries as they are. There
+    are no gradients.
 
-    Shapes:  q: [B, H, T, d];  means: [B, N, n, d];  n: at least all complete blocks (kernels), and at most `blocks` (4 `blocks` - 1)
-             start: [B] int64;  held: [1 or B, n] bool;  out: [B, N, T, L] int32, -1 behind the last;
-             L = min(blocks, max(count, ceil(dense_length / block)))
+    Shapes:  q: [B, H, T, d];  means: [B, N, n, d] of one dtype, n at least all complete blocks (kernels) and at most `blocks`
+             (4 `blocks` - 1);  start: [B] int64;  held: [1 or B, n] bool
+             out: [B, N, T, L] int32, -1 behind the last, L = min(blocks, max(count, ceil(dense_length / block)))
 
     Raises:
         HeddleError: "bad-argument" for shapes or numbers that do not fit.
     """
     name = "block_choice"
     if q.dim() != 4 or means.dim() != 4 or q.shape[1] % means.shape[1]:
-        what = f"q is {list(q.shape)} and means {list(means.shape)}; [B, H, T, d] and [B, N, n, d] with N that divides H are wanted"
+        what = f"q is {list(q.shape)} and means {list(means.shape)}, not [B, H, T, d] and [B, N, n, d], N dividing H"
         raise HeddleError("bad-argument", f"{name}: {what}")
     (B, _, _, d), (N, parts) = q.shape, means.shape[1:3]
     if block < 1 or count < sink + recent or recent < 1 or (kernels and block % 4):
-        what = f"block {block} (of kernels a multiple of 4), count {count}, sink {sink}, recent {recent} (at least 1) do not go together"
+        given = f"block {block}, count {count}, sink {sink}, recent {recent}"
+        what = f"{given}: count is sink + recent at least, recent 1, and block of kernels a multiple of 4"
         raise HeddleError("bad-argument", f"{name}: {what}")
     if parts > (4 * blocks - 1 if kernels else blocks):
         raise HeddleError("bad-argument", f"{name}: {parts} means are more than {blocks} blocks have")
+    if q.dtype != means.dtype:
+        raise HeddleError("bad-argument", f"{name}: q and means must have one dtype")
     rows = B if held is None or held.shape[0] > 1 else 1
     check_shapes(
         name, {"means": (means, (B, N, parts, d)), "start": (start, (B,)), "held": (held, (rows, parts))}
     )
     factor = d**-0.5 if scale is None else scale
-    numbers = [block, blocks, count, sink, recent, dense_length]
-    return _op(q, means, start, held, factor, kernels, numbers)  # type: ignore[no-any-return]
+    numbers = (block, blocks, count, sink, recent, dense_length)
+    return _op(q, means, start, held, factor, kernels, *numbers)  # type: ignore[no-any-return]
