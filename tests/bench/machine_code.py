@@ -31,6 +31,7 @@ from triton.compiler import ASTSource
 from heddle.kernels import (
     _block_attention_bwd,
     _block_attention_fwd,
+    _block_choice_kernels,
     _decay_attention_sweep,
     _gated_delta_rule_bwd,
     _gated_delta_rule_bwd_split,
@@ -66,6 +67,7 @@ from heddle.kernels._ttt_launch import ROW_TILE
 from heddle.kernels.common.layout import ALIGNMENT, LEAST_HEAD, block
 from heddle.kernels.configs import (
     block_attention,
+    block_choice,
     decay_attention,
     gated_delta_rule,
     gla,
@@ -105,6 +107,9 @@ KERNELS = {
     ("block_attention", "gated"): _block_attention_fwd._block_attention_fwd_kernel,
     ("block_attention", "queries"): _block_attention_bwd._block_attention_bwd_query_kernel,
     ("block_attention", "keys"): _block_attention_bwd._block_attention_bwd_key_kernel,
+    ("block_choice", "mean"): _block_choice_kernels._block_choice_mean_kernel,
+    ("block_choice", "logit"): _block_choice_kernels._block_choice_logit_kernel,
+    ("block_choice", "pool"): _block_choice_kernels._block_choice_pool_kernel,
     (
         "sliding_window_attention",
         "forward",
@@ -175,11 +180,15 @@ INTEGERS = (
     "lines_ptr", "order_ptr", "queries_ptr", "first_ptr", "from_ptr", "to_ptr",
 )  # fmt: skip
 # Where a name stands for something else than in the other ops.
-BLOCK_TYPES = {"sums_ptr": "*fp32", "seen_ptr": "*u8", "held_ptr": "*u8", "ends_ptr": "*i32"}
+BLOCK_TYPES = {
+    "sums_ptr": "*fp32", "total_ptr": "*fp32", "worth_ptr": "*fp32", "seen_ptr": "*u8", "held_ptr": "*u8", "ends_ptr": "*i32",
+}  # fmt: skip
 SPAN_TYPES = {"last_ptr": "*i32"}
+CHOICE_TYPES = {"start_ptr": "*i64"}
 # Attention that reads some keys has plans by the larger head size.
 SPARSE = {
     "block_attention": block_attention.HOPPER,
+    "block_choice": block_choice.HOPPER,
     "head_sparse_attention": head_sparse_attention.HOPPER,
     "landmark_attention": landmark_attention.HOPPER,
     "sliding_window_attention": sliding_window_attention.HOPPER,
@@ -190,7 +199,7 @@ SPARSE = {
 RAT_FLOATS = (
     "bias_ptr", "cos_ptr", "sin_ptr", "past_ptr", "running_ptr", "inner_ptr", "d_running_ptr", "d_past_ptr", "sums_ptr",
 )  # fmt: skip
-# Of block_attention: heads of a group (of a step of sliding_window_attention, too), and keys of a block.
+# Of block_attention and block_choice: heads of a group (of a step of sliding_window_attention, too), and keys of a block.
 GROUP, BLOCK_KEYS = 16, 64
 # Of landmark_attention: heads of a group, and blocks of which a step finds the best.
 LANDMARK_GROUP, LANDMARKS = 4, 2048
@@ -224,6 +233,7 @@ def cases(*, quick: bool) -> Iterator[Case]:
     sizes = QUICK if quick else [(K, V) for K in SIZES for V in SIZES]
     yield from planned_cases(quick=quick)
     yield from block_cases(quick=quick)
+    yield from choice_cases(quick=quick)
     yield from window_cases("sliding_window_attention", quick=quick)
     yield from window_cases("head_sparse_attention", quick=quick)
     yield from window_cases("span_attention", quick=quick)
@@ -277,6 +287,16 @@ def block_cases(*, quick: bool) -> Iterator[Case]:
         if K == V and not quick:
             yield replace(first, dtype="fp32")
             yield replace(first, dtype="fp16")
+
+
+def choice_cases(*, quick: bool) -> Iterator[Case]:
+    """The kernels of block_choice; `many`: with kernels that do not count."""
+    sizes = [128] if quick else [size for size in SIZES if size >= LEAST_HEAD]
+    for K, kernel in itertools.product(sizes, [name for op, name in KERNELS if op == "block_choice"]):
+        first = Case("block_choice", kernel, "bf16", K, K, aligned=True, many=False, backward=False)
+        yield first
+        if not quick:
+            yield from (replace(first, many=True), replace(first, dtype="fp32"), replace(first, dtype="fp16"))
 
 
 def window_cases(op: str, *, quick: bool) -> Iterator[Case]:
@@ -429,6 +449,15 @@ def _block_constants(case: Case, launch: Launch) -> dict[str, Any]:
     return {name: value for name, value in constants.items() if name in names}
 
 
+def _choice_constants(case: Case, launch: Launch) -> dict[str, Any]:
+    constants = {
+        "K": case.K, "ROWS_K": block(case.K), "ROWS": GROUP, "HEADS": GROUP, "GROUP": GROUP, "BLOCK": BLOCK_KEYS,
+        "COLUMNS": launch.columns, "TILES": 128, "HELD": case.many, "PRECISION": "tf32x3",
+    }  # fmt: skip
+    names = KERNELS[case.op, case.kernel].arg_names
+    return {name: value for name, value in constants.items() if name in names}
+
+
 def _planned_constants(case: Case, launch: Launch) -> dict[str, Any]:
     delta = kda.HOPPER if case.op == "kda" else gated_delta_rule.HOPPER
     plan = delta.plan(ELEMENTS[case.dtype], _largest(case))
@@ -469,6 +498,8 @@ def ptx(case: Case) -> tuple[str, dict[str, int | None]]:
         constants = _planned_constants(case, launch)
     if case.op == "block_attention":
         constants = _block_constants(case, launch)
+    if case.op == "block_choice":
+        constants = _choice_constants(case, launch)
     if case.op in ("sliding_window_attention", "head_sparse_attention"):
         constants = _window_constants(case, launch)
     if case.op == "span_attention":
@@ -495,6 +526,8 @@ def ptx(case: Case) -> tuple[str, dict[str, int | None]]:
             signature[name] = f"*{case.dtype}"
         if case.op in SPARSE and name in BLOCK_TYPES:
             signature[name] = BLOCK_TYPES[name]
+        if case.op == "block_choice" and name in CHOICE_TYPES:
+            signature[name] = CHOICE_TYPES[name]
         if case.op == "span_attention" and name in SPAN_TYPES:
             signature[name] = SPAN_TYPES[name]
         if case.op.startswith("rat_") and name in RAT_FLOATS:
