@@ -149,7 +149,11 @@ def _across(found: OpenValues, parts: ModelParts, context: Context) -> Iterator[
     if (*MODEL, "kind") in found.parameters:
         what = "the kind of a model cannot be left open: its tasks and its head depend on it"
         yield Finding("bad-space", what, (*MODEL, "kind"), "causal_lm or encoder")
-    for one in task_findings(context.search, parts.fields, parts.kind):
+    for path in ((*MODEL, "readout"), (*MODEL, "readout", "classes")):
+        if path in found.parameters and context.search is not None:
+            what = "a search cannot leave the readout's classes open: its tasks depend on them"
+            yield Finding("bad-space", what, path, "one readout; its queries may be open")
+    for one in task_findings(context.search, parts):
         yield one.below(("search",))
     is_open = bool(found.parameters or found.findings or found.has_placement)
     for one in search_findings(context.search, parts.blocks, is_open=is_open):

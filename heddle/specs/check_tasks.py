@@ -7,8 +7,8 @@ from typing import Any
 
 from heddle.specs.checks import items_of, tasks_of
 from heddle.specs.explain import Finding
+from heddle.specs.model_parts import ModelParts
 from heddle.specs.reader import Path_
-from heddle.specs.readout import ReadoutSpec
 from heddle.specs.tasks import TaskSchema
 
 # Evaluators whose weights or readouts are those of a causal language model.
@@ -16,30 +16,27 @@ CAUSAL_EVALUATORS = ("supernet", "reach", "random_features")
 KINDS = {"causal_lm": "causal language models", "encoder": "encoders"}
 
 
-def task_findings(search: Any, model: Mapping[str, Any], kind: str | None) -> Iterator[Finding]:
-    """What a model of these fields cannot be trained for, by path below `search`."""
+def task_findings(search: Any, model: ModelParts) -> Iterator[Finding]:
+    """What a model of these parts cannot be trained for, by path below `search`; nothing of a kind that is not known."""
+    if model.kind is None:
+        return
     for path, task in tasks_of(search):
-        if kind is None:
-            continue
-        if kind == task.model_kind:
-            yield from _readout_findings(task, model, path)
-            continue
-        what = f"{task.told} is a task of {KINDS[task.model_kind]}, and model.kind is {kind}"
-        hint = f"kind: {task.model_kind} in model, or another task"
-        yield Finding("conflicting-fields", what, path, hint)
-    if kind == "encoder":
+        if model.kind != task.model_kind:
+            what = f"{task.told} is a task of {KINDS[task.model_kind]}, and model.kind is {model.kind}"
+            hint = f"kind: {task.model_kind} in model, or another task"
+            yield Finding("conflicting-fields", what, path, hint)
+        elif model.kind == "encoder" and not model.findings:
+            yield from _readout_findings(task, model.fields, path)
+    if model.kind == "encoder":
         yield from _encoder_findings(search)
 
 
 def _readout_findings(task: TaskSchema, model: Mapping[str, Any], path: Path_) -> Iterator[Finding]:
-    readout, vocab_size = model.get("readout"), model.get("vocab_size")
-    if vocab_size is None or "readout" not in model:
-        return
-    needed = task.classes(vocab_size)
+    readout, needed = model.get("readout"), task.classes(model["vocab_size"])
     if readout is None and task.needs_readout:
         what = f"{task.told} asks for the class of a sequence, and the model has no readout"
         yield Finding("conflicting-fields", what, path, f"readout: {{kind: ep, classes: {needed}}} in model")
-    elif isinstance(readout, ReadoutSpec) and readout.classes < needed:
+    elif readout is not None and readout.classes < needed:
         what = f"{task.told} has {needed} classes, and the readout tells {readout.classes} apart"
         yield Finding("conflicting-fields", what, path, f"classes: {needed} in model.readout")
 

@@ -12,7 +12,7 @@ from heddle.compose.train import IGNORE
 from heddle.errors import HeddleError, Where
 from heddle.search.tasks.drawing import distinct, generator_for, uniform
 from heddle.search.tasks.scoring import judge, ratio_with_error
-from heddle.search.tasks.task import Score, Task, digest_of
+from heddle.search.tasks.task import Score, Task, digest_of, seed_of
 from heddle.search.tasks.text import HELD_OUT, Text
 from heddle.search.tasks.tokens import Ids, Tokens
 from heddle.specs.tasks import MaskedBytesTask
@@ -23,6 +23,8 @@ REVISION = 1
 MASKED, RANDOM = 0.8, 0.1
 # Held-out windows of a readout, which is asked for one token of each.
 OF_READOUT = 2048
+# A readout learns from windows of the length over one of these, all equally likely.
+DIVISORS = (1, 1, 2, 4)
 
 
 class MaskedBytes(Task):
@@ -33,7 +35,9 @@ class MaskedBytes(Task):
     those of `Text`. bits_per_byte is the sum of the losses at those places, in bits, over the bytes that their tokens stand for.
 
     With `of_readout` one place of a window is masked, always by the mask, and its token is the class of the window: what an
-    encoder with a readout can be asked. Then 2,048 windows are held out.
+    encoder with a readout can be asked. It is one label a window, so in training a quarter of the batches are of windows half as
+    long, a quarter of a fourth; with whole ones alone small models stay at the unigram for long
+    (docs/decisions/0023-encoder-tasks.md). Then 2,048 windows are held out, all whole.
 
     Extras: `accuracy`, and `unigram_bits_per_byte`, the score of one who knows how often tokens stand in the train split.
 
@@ -66,6 +70,14 @@ class MaskedBytes(Task):
     def sample(self, batch: int, *, seed: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
         windows, _ = self.text.sample(batch, seed=seed, device=device)
         return self._asked(windows, generator_for(self.name, "sample", seed, device))
+
+    def training_batch(self, tokens: int, *, seed: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
+        if not self.of_readout:
+            return super().training_batch(tokens, seed=seed, device=device)
+        windows, _ = self.text.training_batch(tokens, seed=seed, device=device)
+        length = max(1, self.sequence_length // DIVISORS[seed_of(self.name, "form", seed) % len(DIVISORS)])
+        pieces = windows[:, : self.sequence_length // length * length].reshape(-1, length)
+        return self._asked(pieces, generator_for(self.name, "sample", seed, device))
 
     def held_out(self, device: torch.device | str) -> tuple[Tensor, Tensor]:
         windows = torch.from_numpy(self._windows_of(self.text.tokens.validation).astype(np.int64))
