@@ -8,8 +8,8 @@
 
 The kinds are the options of the first choice of the space, with one layer of the last block of its placement, and the
 model whose every layer is that block; with `--pure` every layer is the option. Nothing is timed; `wall_s` only tells what a
-repetition costs. A training that fails has a row with its error in place of a score. With `--resume` what has a score in the
-file is not trained again; `--budget` begins no training after so many seconds.
+repetition costs. A training that fails has a row with its error in place of a score. With `--resume` what has a score of this
+kind of device in the file is not trained again; `--budget` begins no training after so many seconds.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ def main() -> None:
     path = chosen.out / f"evidence-{chosen.topic}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     if chosen.resume and path.exists():
-        done = scored(path)
+        done = scored(path, device_name(device))
         hashes = {name: spec_hash(model) for name, model in kinds(chosen.spec, pure=chosen.pure)}
         jobs = [
             job
@@ -170,10 +170,10 @@ def main() -> None:
     train_all(chosen, path, jobs, device)
 
 
-def scored(path: Path) -> set[tuple[str, str, float, int]]:
-    """(task, hash of the spec, learning rate, seed) of each training that has a score."""
+def scored(path: Path, device: str) -> set[tuple[str, str, float, int]]:
+    """(task, hash of the spec, learning rate, seed) of each training on such a device that has a score."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    done = [row for row in rows if row.get("score") is not None]
+    done = [row for row in rows if row.get("score") is not None and row["device"] == device]
     return {(row["task"], row["spec_hash"], row["lr"], row["seed"]) for row in done}
 
 
