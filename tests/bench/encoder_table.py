@@ -56,6 +56,8 @@ def plain(rows: list[Row], rule: str) -> tuple[str, str]:
 
 def text() -> str:
     """The table, and what the trainings were."""
+    if not RESULTS.exists():
+        return "There is no row yet."
     every = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
     rows = [row for row in every if row["device"] == every[-1]["device"]]
     columns = [(*column, of_column(rows, *column[:2])) for column in COLUMNS.values()]
