@@ -173,8 +173,8 @@ def _gated_delta_rule_bwd_token_kernel(
     """ROWS channels of one chunk of one key head.
 
     Shapes:  products: [chunks, HV, 2, C, C], R and M;  gates: [chunks, HV, 3, C];  states, d_states: [chunks, HV, V, K]
-             initial, last, d_final: [N, HV, V, K];  tile_sums: [tiles, 3, B, T, HV], over the channels of a tile: for beta, for the
-             sums of log-decays, of what a token leaves to the state;  passed: [chunks, HV, tiles], of the whole chunk
+             initial, last, d_final: [N, HV, V, K];  tile_sums: [tiles, 3, B, T, HV], over the channels of a tile: for beta,
+             for the sums of log-decays, of what a token leaves to the state;  passed: [chunks, HV, tiles], of a chunk
     """
     TILES: tl.constexpr = (K + ROWS - 1) // ROWS
     HV: tl.constexpr = H * GROUP

@@ -397,11 +397,10 @@ def _split_gradients(
     )  # fmt: skip
     d_beta = empty(beta.shape, beta.dtype, beta.device)
     d_gate = empty(gate.shape, gate.dtype, gate.device) if layout.constants["GATED"] else d_beta
-    heads = min(GATE_HEADS, block(layout.HV))
     start_kernel(
-        _gated_delta_rule_bwd_gate_kernel, (layout.chunks.count * triton.cdiv(layout.HV, heads),),
+        _gated_delta_rule_bwd_gate_kernel, (layout.chunks.count * triton.cdiv(layout.HV, GATE_HEADS),),
         pair_sums, sums, passed, kept.gates, d_gate, d_beta, *tables, beta.numel(), layout.T, layout.chunks.per_sequence,
-        HV=layout.HV, HEADS=heads, TILES=tiles, C=layout.chunk, GATED=layout.constants["GATED"],
+        HV=layout.HV, HEADS=GATE_HEADS, TILES=tiles, C=layout.chunk, GATED=layout.constants["GATED"],
         VARLEN=layout.constants["VARLEN"], num_warps=4, num_stages=1,
     )  # fmt: skip
     return dq, dk, dv, d_gate, d_beta
