@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from views import VIEWS
 
 import heddle.kernels
 from heddle.errors import HeddleError
-from heddle.kernels import Op, force_path, gla
+from heddle.kernels import OPS, Op, force_path, gla
+from heddle.kernels.accuracy import EPSILON
 from heddle.kernels.local_linear_attention import local_linear_attention
 from heddle.kernels.op import TRITON_DTYPES, SlowPathWarning
 
@@ -144,6 +146,36 @@ def test_a_step_tells_the_same(op: AnyOp) -> None:
     given = {name.removeprefix("initial_"): x for name, x in given.items()}
     for name, x in _tensors(given).items():
         _refused(op.step, {**given, name: x.int()}, op, f"{name} is int32, expected .*float32")
+
+
+def _results(op: AnyOp, given: dict[str, Any], view: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """All floating results, and gradients, of a call on views of the tensors."""
+    leaves = {
+        name: x.detach().requires_grad_(name in op.cases.differentiable) if isinstance(x, Tensor) else x
+        for name, x in given.items()
+    }
+    found = op(**{name: view(x) if isinstance(x, Tensor) else x for name, x in leaves.items()})
+    outputs = [x for x in (found if isinstance(found, tuple) else (found,)) if x is not None]
+    wanted = [leaves[name] for name in op.cases.differentiable if name in leaves]
+    generator = torch.Generator().manual_seed(1)
+    upstream = [torch.randn(x.shape, generator=generator).to(x) for x in outputs]
+    return [*outputs, *torch.autograd.grad(outputs, wanted, upstream, allow_unused=True)]
+
+
+@pytest.mark.usefixtures("kernels_on_gpu")
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("op", [op for op in WITH_KERNELS if op not in OPS], ids=lambda op: op.name)
+# Of two ops gradients are no matter of kernels.
+@pytest.mark.filterwarnings("ignore::heddle.kernels.op.SlowPathWarning")
+def test_tensors_are_read_as_they_lie(op: AnyOp, device: str) -> None:
+    # Those of OPS are held to their references: test_ops.py.
+    given = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in _given(op).items()}
+    expected = _results(op, given, lambda x: x)
+    for view in VIEWS:
+        for number, (found, one) in enumerate(zip(_results(op, given, view), expected, strict=True)):
+            if one is not None:
+                error = (found - one).abs().max() / one.abs().max()
+                assert error <= EPSILON[torch.float32], f"{view.__name__}, result {number}: {error:.1e}"
 
 
 @pytest.fixture
