@@ -16,6 +16,7 @@ SCRIPTS = {
     "layer_check": (),
     "learning_check": ("--workers", "1", "--kinds", "dense", "nats_l", "--rows", "none.jsonl"),
     "glue_check": (),
+    "misses_check": (),
 }
 
 
