@@ -22,6 +22,7 @@ from torch import Tensor
 from heddle.errors import HeddleError
 from heddle.kernels._decay_attention_torch import CHUNK, step, sweep
 from heddle.kernels.common.linear_op import (
+    LIMITS,
     check_inputs,
     check_one_token,
     draw_state,
@@ -124,7 +125,7 @@ _forward_op, _step_op = register_decaying("decay_attention", _forward, _backward
 def _check(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None, cu_seqlens: Tensor | None = None
 ) -> None:
-    check_inputs("decay_attention", q, k, v, {}, state=state, cu_seqlens=cu_seqlens)
+    check_inputs("decay_attention", q, k, v, {}, state=state, cu_seqlens=cu_seqlens, log_decay=log_decay)
     B, T, H, _ = q.shape
     if v.shape[2] != H or log_decay.shape != (H,):
         expected = {"v": (v, (B, T, H, v.shape[3])), "log_decay": (log_decay, (H,))}
@@ -220,7 +221,7 @@ def _fits(shape: Shape) -> bool:
     return HAS_KERNELS and fits(shape)
 
 
-@op(decay_attention_reference, _CASES, kernel=_fits, step=decay_attention_step)
+@op(decay_attention_reference, _CASES, kernel=_fits, step=decay_attention_step, limits=LIMITS)
 def decay_attention(
     q: Tensor,
     k: Tensor,

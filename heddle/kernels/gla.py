@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from heddle.kernels._gla_torch import CHUNK, chunked, step
 from heddle.kernels.common.linear_op import (
+    LIMITS,
     check_inputs,
     check_one_token,
     draw_state,
@@ -127,7 +128,7 @@ def gla_step(
 def _check(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None, cu_seqlens: Tensor | None = None
 ) -> None:
-    check_inputs("gla", q, k, v, {}, state=state, cu_seqlens=cu_seqlens)
+    check_inputs("gla", q, k, v, {}, state=state, cu_seqlens=cu_seqlens, log_decay=log_decay)
     if log_decay.shape != q.shape:
         check_shapes("gla", {"log_decay": (log_decay, q.shape)})
 
@@ -197,7 +198,7 @@ def _fits(shape: Shape) -> bool:
     return HAS_KERNELS and fits(shape)
 
 
-@op(gla_reference, _CASES, kernel=_fits, step=gla_step)
+@op(gla_reference, _CASES, kernel=_fits, step=gla_step, limits=LIMITS)
 def gla(
     q: Tensor,
     k: Tensor,

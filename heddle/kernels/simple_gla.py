@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from heddle.kernels._decay_attention_torch import CHUNK
 from heddle.kernels._simple_gla_torch import run_backward, run_forward, step
 from heddle.kernels.common.linear_op import (
+    LIMITS,
     check_inputs,
     check_one_token,
     draw_state,
@@ -157,7 +158,7 @@ def _fits(shape: Shape) -> bool:
     return HAS_KERNELS and fits(shape)
 
 
-@op(simple_gla_reference, _CASES, kernel=_fits, step=simple_gla_step)
+@op(simple_gla_reference, _CASES, kernel=_fits, step=simple_gla_step, limits=LIMITS)
 def simple_gla(
     q: Tensor,
     k: Tensor,

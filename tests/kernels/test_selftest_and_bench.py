@@ -71,6 +71,16 @@ def test_a_benchmark_row_has_the_agreed_keys() -> None:
     assert len(table(rows).splitlines()) == len(rows)
 
 
+@pytest.mark.gpu
+def test_a_call_in_a_graph_does_not_overtake_what_makes_its_inputs() -> None:
+    made, seen = torch.zeros(1, device="cuda"), list[torch.Tensor]()
+    # Some 50 ms.
+    torch.cuda._sleep(100_000_000)
+    made.fill_(1.0)
+    bench.timed_in_graph(lambda: seen.append(made.clone()))
+    assert seen[0].item() == 1.0
+
+
 def test_rows_of_steps_are_named_after_the_step() -> None:
     rows = bench_ops(["delta_rule"], device="cpu", phases=["decode"])
     assert {(row["op"], row["phase"]) for row in rows} == {
