@@ -82,6 +82,10 @@ class Selection(Schema):
             return f"one of {name} and this layer is decode_only; both must be, or neither"
         return None
 
+    def stride(self) -> tuple[int, int]:
+        """Keys from one mean to the next, and how many means less than that there are of them."""
+        return (self.block, 0) if self.scores == "mean" else (self.block // QUARTERS, 1)
+
     def blocks_before(self, tokens: int) -> int:
         """Complete blocks before the own one of the last of `tokens`."""
         return max(0, tokens - 1) // self.block

@@ -341,8 +341,8 @@ def test_what_does_not_fit_is_told() -> None:
     assert "no more than keys" in refused(q=torch.ones(1, 4, 76, 16))
     assert "2 key heads do not divide 3 query heads" in refused(q=torch.ones(1, 3, 75, 16))
     assert "scale 0 must be positive" in refused(scale=0)
-    assert "one dtype" in refused(q=torch.ones(1, 4, 75, 16))
-    assert "weights must be floating point, not torch.bool" in refused(weights=torch.ones(1, 75, 4) > 0)
+    assert "k is float64, expected float32 as q" in refused(q=torch.ones(1, 4, 75, 16))
+    assert "weights is bool, expected bfloat16, float16" in refused(weights=torch.ones(1, 75, 4) > 0)
     assert "weights has shape [1, 4, 75], expected [1, 75, 4]" in refused(weights=torch.ones(1, 4, 75))
     assert "real has shape [1, 74], expected [1, 75]" in refused(real=torch.ones(1, 74) > 0)
     assert "as many queries as keys" in refused(
