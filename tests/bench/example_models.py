@@ -135,7 +135,7 @@ def trained(job: Job, launch: Any, until: float) -> tuple[Any, Any, Row]:
             "tokens": reached[0] * per_step,
             "done": reached[0] == reached[1],
             "launch": launch,
-            "aux": aux,
+            **last,
             "train_s": round(seconds, 2),
         },
     )
