@@ -1,4 +1,4 @@
-"""Train the one model a spec describes on the spec's text, score it, and keep it as a run folder.
+"""Train the one model a spec describes on the spec's text (an encoder on masked text), score it, and keep it as a run folder.
 
     <run>/spec.yaml            the spec as trained, spaces resolved; loads again to the same hash
     <run>/model.safetensors    the weights, float32; a tied head is stored once
@@ -21,16 +21,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model, save
 from torch import nn
 
-from heddle.compose.build import build_causal_lm
-from heddle.compose.hf.model import HeddleForCausalLM
+from heddle.compose.build import build
+from heddle.compose.hf.model import HeddlePreTrainedModel
 from heddle.compose.memory import memory_told
 from heddle.compose.train import MEMORY_HINT, Fit, OnStep, Recipe, fit
 from heddle.errors import HeddleError
 from heddle.search import environment
 from heddle.search.durable import write_json, write_whole
-from heddle.search.model_kinds import require_causal_lm
-from heddle.search.tasks import Score, Task, batches, make_task, recipe_for
-from heddle.specs import Spec, SpecFile, TextTask, load, spec_hash, to_yaml
+from heddle.search.model_kinds import text_task_of
+from heddle.search.tasks import Score, Task, batches, recipe_for, task_of
+from heddle.specs import Spec, SpecFile, load, spec_hash, to_yaml
 
 SPEC_FILE = "spec.yaml"
 WEIGHTS_FILE = "model.safetensors"
@@ -38,6 +38,25 @@ TRAIN_FILE = "train.json"
 FORMAT = 1
 # A router that sends more than this share to one side has stopped to choose.
 COLLAPSED = 0.95
+# What is said of a share that is above it at the end of a training.
+BUSIEST = {
+    "busiest_experts": "the experts' router has collapsed: {:.0%} of the choices fall on as many experts as one token "
+    "is sent to; a larger channel.balance evens the load",
+    "busiest_heads": "a router of heads has collapsed: {:.0%} of the choices fall on as many heads as one token "
+    "turns on; a larger mixer.balance evens the load",
+    "largest_cluster": "the clusters of routing have collapsed: {:.0%} of the tokens of a head fall on one of them",
+}
+# Likewise of the share of one of two mixers: the name, the loss that asks for a share, the mixer, and what is said.
+TOKENS = (
+    "a token router has collapsed: {:.0%} of the tokens go to the {} mixer; mixer.budget asks for a share"
+)
+PROMPTS = (
+    "a layer router has collapsed: {:.0%} of the prompts go to the {} mixer; mixer.target asks for a share"
+)
+SIDES = (
+    ("router_share", "router_budget", 0, TOKENS),
+    ("layer_router_share", "layer_router", 1, PROMPTS),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +95,12 @@ class TrainRun:
     def spec_file(self) -> SpecFile:
         return load(self.path / SPEC_FILE)
 
-    def model(self, *, device: str = "cpu") -> HeddleForCausalLM:
+    def model(self, *, device: str = "cpu") -> HeddlePreTrainedModel:
         """The trained model, float32, in eval mode.
 
         Raises `no-weights` if the weights are gone, damaged or of another spec.
         """
-        model = build_causal_lm(self.spec_file().spec.model, device=device)
+        model = build(self.spec_file().spec.model, device=device)
         path = self.path / WEIGHTS_FILE
         try:
             load_model(model, path, device=device)
@@ -103,20 +122,21 @@ def train(
     """Trains the spec's model on its `data` with its `train` recipe, scores it on the validation split,
     writes `out`.
 
-    A spec with a search space is trained as it stands with the first choice of each. `seed` overrides
-    `train.seed` and decides weights and batches; `device` is CUDA where there is one. `on_step` is as for
-    `heddle.compose.train.fit`.
+    A causal language model is trained at the task `text`, an encoder at `masked_bytes`. A spec with a search space is trained as
+    it stands with the first choice of each. `seed` overrides `train.seed` and decides weights and batches; `device` is CUDA where
+    there is one. `on_step` is as for `heddle.compose.train.fit`.
 
-    Raises `conflicting-fields` for an encoder, `run-exists`, `disk-full`, and what the task, the build and the training raise.
+    Raises `conflicting-fields` for a readout of fewer classes than there are tokens, `run-exists`, `disk-full`, and what the
+    task, the build and the training raise.
     """
-    require_causal_lm(file, "train")
+    wanted = text_task_of(file)
     device = device or environment.pick_device()
     spec = file.spec
     _open_folder(out, spec)
-    task = make_task(TextTask(), spec.data, vocab_size=spec.model.vocab_size, tokenizer=spec.tokenizer)
-    recipe = recipe_for(TextTask(), spec.train, seed=seed)
+    task = task_of(wanted, spec)
+    recipe = recipe_for(wanted, spec.train, seed=seed)
     with memory_told("no memory for the model and its evaluation", MEMORY_HINT):
-        model = build_causal_lm(spec.model, seed=recipe.seed, device=device)
+        model = build(spec.model, seed=recipe.seed, device=device)
         result = fit(model, batches(task, recipe, device), recipe, on_step=on_step)
         score = task.evaluate(model, device=device)
     write_whole(out / WEIGHTS_FILE, save(weights_of(model), metadata={"format": "pt"}))
@@ -160,17 +180,13 @@ def collapsed_routers(aux: Mapping[str, Sequence[float]]) -> list[str]:
     """A line for each kind of router that had stopped to choose in the last tenth of a training."""
     tails = {name: held[len(held) * 9 // 10 :] for name, held in aux.items()}
     last = {name: sum(tail) / len(tail) for name, tail in tails.items()}
-    found = []
-    experts = last.get("busiest_experts", 0.0)
-    if experts > COLLAPSED:
-        told = f"{experts:.0%} of the choices fall on as many experts as one token is sent to"
-        found.append(f"the experts' router has collapsed: {told}; a larger channel.balance evens the load")
-    # With a budget the share is what was asked for.
-    share = last.get("router_share", 0.5) if "router_budget" not in aux else 0.5
-    if not 1.0 - COLLAPSED <= share <= COLLAPSED:
-        side = "first" if share > COLLAPSED else "second"
-        told = f"{max(share, 1.0 - share):.0%} of the tokens go to the {side} mixer"
-        found.append(f"a token router has collapsed: {told}; mixer.budget asks for a share")
+    found = [line.format(last[name]) for name, line in BUSIEST.items() if last.get(name, 0.0) > COLLAPSED]
+    for name, asked, mixer, line in SIDES:
+        share = last.get(name, 0.5)
+        # What was asked for is no collapse.
+        if asked not in aux and max(share, 1.0 - share) > COLLAPSED:
+            side = mixer if share > COLLAPSED else 1 - mixer
+            found.append(line.format(max(share, 1.0 - share), ("first", "second")[side]))
     return found
 
 

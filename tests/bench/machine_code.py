@@ -34,6 +34,7 @@ from heddle.kernels import (
     _block_choice_kernels,
     _decay_attention_sweep,
     _gated_delta_rule_bwd,
+    _gated_delta_rule_bwd_split,
     _gated_delta_rule_fwd,
     _gla_bwd,
     _gla_fwd,
@@ -95,6 +96,8 @@ KERNELS = {
     ("gated_delta_rule", "keep"): _gated_delta_rule_fwd._gated_delta_rule_fwd_state_kernel,
     ("gated_delta_rule", "backward"): _gated_delta_rule_bwd._gated_delta_rule_bwd_state_kernel,
     ("gated_delta_rule", "gradient"): _gated_delta_rule_bwd._gated_delta_rule_bwd_gradient_kernel,
+    ("gated_delta_rule", "pairs"): _gated_delta_rule_bwd_split._gated_delta_rule_bwd_pair_kernel,
+    ("gated_delta_rule", "tokens"): _gated_delta_rule_bwd_split._gated_delta_rule_bwd_token_kernel,
     ("gla", "prepare"): _gla_fwd._gla_prepare_kernel,
     ("gla", "forward"): _gla_fwd._gla_sweep_kernel,
     ("gla", "keep"): _gla_fwd._gla_sweep_kernel,
@@ -169,7 +172,7 @@ FLOATS = (
     "lse_ptr", "delta_ptr", "most_ptr", "d_bias_ptr", "d_gates_ptr", "logits_ptr",
     "weights_ptr", "d_weights_ptr", "lse_rows_ptr", "delta_rows_ptr",
     "rates_ptr", "weight_ptr", "means_ptr", "d_rates_ptr", "d_before_ptr", "d_had_ptr", "d_means_ptr",
-    "same_ptr", "mean_ptr", "right_ptr", "x_ptr", "y_ptr", "middle_ptr", "d_seen_ptr",
+    "d_total_ptr", "d_beta_pairs_ptr", "same_ptr", "mean_ptr", "right_ptr", "x_ptr", "y_ptr", "middle_ptr", "d_seen_ptr",
 )  # fmt: skip
 DOUBLES = ("sums_ptr",)
 INTEGERS = (
@@ -426,7 +429,7 @@ def _window_constants(case: Case, launch: Launch) -> dict[str, Any]:
 def _span_constants(case: Case, launch: Launch) -> dict[str, Any]:
     constants = {
         "K": case.K, "V": case.V, "ROWS_K": block(case.K), "ROWS_V": block(case.V), "ROWS": launch.chunk,
-        "KEYS": launch.columns, "BIAS": case.many, "PRECISION": "tf32x3",
+        "KEYS": launch.columns, "BIAS": case.many, "LOST": case.dtype != "fp32", "PRECISION": "tf32x3",
     }  # fmt: skip
     names = KERNELS[case.op, case.kernel].arg_names
     return {name: value for name, value in constants.items() if name in names}
@@ -468,16 +471,15 @@ def _planned_constants(case: Case, launch: Launch) -> dict[str, Any]:
     }  # fmt: skip
     if case.op in ("gla", "kda") and case.kernel in ("prepare", "gradient", "near", "far"):
         constants["ROWS"] = min(KEY_TILE, block(case.K))
-    if case.kernel in ("prepare", "pairs", "near", "far"):
-        # Of kda: with two kernels for the gradients.
-        between = 16 * case.K
+    if case.op == "gated_delta_rule" and case.kernel == "tokens":
+        constants["ROWS"] = min(plan.tile, block(case.K))
+    if case.kernel in ("prepare", "pairs", "near", "far", "tokens") and case.op != "gla":
+        # With two kernels for the gradients.
+        constants |= {"SUMS": True, "TILES": 2}
+        heads, strided = ("H", "qkvd") if case.op == "gated_delta_rule" else ("HV", "qkd")
         constants |= {
-            "SUMS": True,
-            "TILES": 2,
-            "HV": 16,
-            "stride_qt": between,
-            "stride_kt": between,
-            "stride_dt": 16 * case.V,
+            heads: 16,
+            **{f"stride_{name}t": 16 * (case.K if name in "qk" else case.V) for name in strided},
         }
     names = KERNELS[case.op, case.kernel].arg_names
     return {name: value for name, value in constants.items() if name in names}
@@ -565,7 +567,7 @@ def _launch(case: Case) -> Launch:
         launch = getattr(ttt.HOPPER.plan(ELEMENTS[case.dtype], block(case.K)), case.kernel)
     elif case.op in PLANS:
         plan = PLANS[case.op].plan(ELEMENTS[case.dtype], _largest(case))
-        # Where one kernel makes the gradients of kda, the launch of the two is that of a trial.
+        # Where one kernel makes the gradients, the launches of the two are those of a trial.
         launch = getattr(plan, case.kernel, None) or plan.gradient
     else:
         kernel = "backward" if case.backward and case.kernel == "output" else case.kernel

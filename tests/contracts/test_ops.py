@@ -17,7 +17,7 @@ from torch import Tensor
 
 from heddle.errors import HeddleError
 from heddle.kernels import OPS, Op
-from heddle.kernels.accuracy import EPSILON, Sample, compare, draw, oracle, results, worst_error
+from heddle.kernels.accuracy import EPSILON, Sample, compare, draw, is_timed, oracle, results, worst_error
 from heddle.kernels.op import INTERPRETED, LIBRARY, watch_paths
 
 pytestmark = pytest.mark.usefixtures("kernels_on_gpu")
@@ -31,9 +31,9 @@ GPU_SIZES = {"B": 1, "H": 2, "HV": 2, "K": 128, "V": 128, "C": 64, "W": 4}
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
-def _settings() -> Iterator[Any]:
-    """Every op with every device and dtype it is tested on."""
-    for op in OPS:
+def _settings(takes: Callable[[AnyOp], bool] = lambda _: True) -> Iterator[Any]:
+    """Every op, or those it takes, with every device and dtype it is tested on."""
+    for op in filter(takes, OPS):
         # Torch paths are tested in full precision here: in half, that of an op with kernels is the baseline itself.
         for dtype in (torch.float32, torch.float16) if INTERPRETED else (torch.float64, torch.float32):
             yield pytest.param(op, "cpu", dtype, id=f"{op.name}-cpu-{_short(dtype)}")
@@ -67,7 +67,7 @@ def _assert_close(op: AnyOp, sample: Sample, device: str, found: dict[str, Tenso
     exact = oracle(op, sample)
     bounds = {one.name: one.bound for one in compare(op, sample, device)}
     for name, tensor in found.items():
-        error, worst = worst_error(tensor, exact[name], timed=name == "out")
+        error, worst = worst_error(tensor, exact[name], timed=is_timed(name))
         assert error <= bounds[name], f"{name}: {error:.2e}, at most {bounds[name]:.2e}, {worst}"
 
 
@@ -120,6 +120,62 @@ def test_packed_sequences_equal_each_alone(op: AnyOp, device: str, dtype: torch.
         outputs.append(out)
         states.append(state)
     _assert_close(op, sample, device, {"out": torch.cat(outputs, 1), "final_state": torch.cat(states)})
+
+
+@over_settings
+def test_empty_sequences_are_right_at_every_place(op: AnyOp, device: str, dtype: torch.dtype) -> None:
+    ends = [0, 0, 3, 3, 3, 68, 68]
+    sample = draw(op, {**op.cases.test_shapes[-1], "B": 1, "T": 68}, dtype, cu_seqlens=ends)
+    _check(op, op.cases.test_shapes[-1], sample, device)
+    given = sample.to(device).arguments
+    _, state = op(**given)
+    empty = [0, 2, 3, 5]
+    assert torch.equal(state[empty], given["initial_state"][empty])
+
+
+@over_settings
+def test_a_single_head_of_a_single_row_is_right(op: AnyOp, device: str, dtype: torch.dtype) -> None:
+    for shape in _shapes(op, device)[1:]:
+        alone = {**shape, "B": 1, "H": 1, "HV": 1, "C": 1, "T": 66}
+        _check(op, alone, draw(op, alone, dtype), device)
+
+
+@pytest.mark.parametrize(("op", "device", "dtype"), list(_settings(lambda op: "beta" in op.cases.sequence)))
+@pytest.mark.parametrize("count", [1, 3])
+def test_keys_that_repeat_are_right(op: AnyOp, device: str, dtype: torch.dtype, count: int) -> None:
+    shape = {**op.cases.test_shapes[-1], "T": 130}
+    sample = draw(op, shape, dtype)
+    k = sample.arguments["k"][:, torch.arange(shape["T"]) % count]
+    _check(op, shape, replace(sample, arguments={**sample.arguments, "k": k}), device)
+
+
+def _with_gaps(x: Tensor) -> Tensor:
+    """Rows of wider ones, as those of a projection."""
+    return torch.cat((x, torch.full_like(x, torch.nan)), dim=-1)[..., : x.shape[-1]]
+
+
+def _spread(x: Tensor) -> Tensor:
+    """Every second number."""
+    return torch.stack((x, torch.full_like(x, torch.nan)), dim=-1)[..., 0]
+
+
+def _turned(x: Tensor) -> Tensor:
+    """The first axis of all, or of a row, behind the next one in memory."""
+    axes = (1, 2) if x.dim() > 2 else (0, -1)
+    return x.transpose(*axes).clone(memory_format=torch.contiguous_format).transpose(*axes)
+
+
+@over_settings
+@pytest.mark.parametrize("view", [_with_gaps, _spread, _turned])
+def test_tensors_are_read_as_they_lie(
+    op: AnyOp, device: str, dtype: torch.dtype, view: Callable[[Tensor], Tensor]
+) -> None:
+    sample = draw(op, {**op.cases.test_shapes[0], "T": 20}, dtype)
+
+    def on_views(**arguments: Tensor) -> tuple[Tensor, Tensor]:
+        return op(**{name: view(x) for name, x in arguments.items()})
+
+    _assert_close(op, sample, device, results(on_views, sample.to(device)))
 
 
 @over_settings

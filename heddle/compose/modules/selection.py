@@ -210,7 +210,10 @@ def choose_blocks(
     """
     means = _all_means(k, places, rule, weights) if means is None else means
     first, found = places.first(q.shape[0], q.shape[2]), []
-    count = max(QUERIES, SCORES // (q.shape[0] * k.shape[1] * places.blocks))
+    # Kernels are scored head by head, and four to a block.
+    kernels = rule.scores == "kernels"
+    width = q.shape[1] * 4 * places.blocks if kernels else k.shape[1] * places.blocks
+    count = max(QUERIES, SCORES // (q.shape[0] * width))
     for start in range(0, q.shape[2], count):
         part = q[:, :, start : start + count]
         place = first[:, None] + torch.arange(start, start + part.shape[2], device=q.device)
@@ -221,7 +224,7 @@ def choose_blocks(
             block=places.block,
             blocks=places.blocks,
             held=means.held,
-            kernels=rule.scores == "kernels",
+            kernels=kernels,
             scale=rule.scale,
         )
         found.append(_best(score, place, places.block, rule))
