@@ -84,7 +84,22 @@ def test_a_step_chooses_what_a_pass_without_a_cache_does(how: dict[str, Any], wh
         wanted = marks[:, :, start:end, : chosen.shape[-1]].transpose(1, 2)
         assert torch.equal(chosen.transpose(1, 2)[rows], wanted[rows])
         start = end
-    assert ("means.held" in cache.tensors()) == ("written" in what and how["block"] == 8)
+    assert ("means.held" in cache.tensors()) == (what != "all" and how["block"] == 8)
+
+
+@torch.no_grad()
+@every_form
+def test_padding_on_the_right_of_a_prompt_counts_in_no_mean(how: dict[str, Any]) -> None:
+    mixer, x, real = chooser(how), noise(2, LENGTH, HIDDEN), torch.ones(2, LENGTH, dtype=torch.bool)
+    real[0, 17:40] = False
+    call = call_at(0, LENGTH)
+    call.padding = call.key_padding = real
+    whole, marks = chosen_by(mixer, x, call)
+    other = torch.where(real[..., None], x, noise(2, LENGTH, HIDDEN, seed=5))
+    found, _ = marks_in_pieces(mixer, other, (40, *range(41, LENGTH + 1)), {"real": real})
+    for end, (y, chosen) in zip(range(41, LENGTH + 1), found[1:], strict=True):
+        assert torch.equal(chosen, marks[:, :, end - 1 : end, : chosen.shape[-1]])
+        assert (y - whole[:, end - 1 : end]).abs().max() < EXACT
 
 
 @torch.no_grad()

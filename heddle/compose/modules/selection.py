@@ -140,10 +140,10 @@ def means_of(
         marks = marks if weights is None else marks * weights.gather(1, index).to(k.dtype)
         k = k.gather(2, index[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3]))
     if count == 0:
-        return Means(k[:, :, :0], None if weights is None else weights[:, :0] > 0.5), first
+        return Means(k[:, :, :0], None if marks is None else marks[:, :0] > 0.5), first
     total, kept = (_windows(one, parts.width) for one in _sums(k, marks, parts.stride))
     means = (total / kept.clamp(min=1)).to(k.dtype)
-    return Means(means, None if weights is None else kept[:, 0, :, 0] > 0), first
+    return Means(means, None if marks is None else kept[:, 0, :, 0] > 0), first
 
 
 def _sums(k: Tensor, marks: Tensor | None, stride: int) -> tuple[Tensor, Tensor]:

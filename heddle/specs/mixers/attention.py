@@ -364,8 +364,7 @@ class Attention(HeadedMixer):
         kept = tuple(State(name, shape, grows=True, limit=limit) for name in names)
         if self.selection is None or self.selection.source is not None:
             return kept
-        every, late = self.selection.stride()
-        return (*kept, State("means", shape, grows=True, every=every, late=late))
+        return (*kept, self.selection.means(shape))
 
     def read_bytes(self, site: Site, context: int, element: int) -> int:
         """Keys and values that the token sees, its own left out, whoever caches them; to choose blocks also their means."""
