@@ -24,15 +24,16 @@ PHASES = ("prefill", "decode")
 def bench(
     path: Path | str, *, context: int | None = None, batch: int = 1, phases: Sequence[str] = PHASES
 ) -> list[Latency]:
-    """The latency of the spec's model on this machine, one row a phase.
+    """The latency of the spec's model on this machine, one row a phase; of an encoder none of decoding.
 
     Raises:
         HeddleErrors: as `check`; "out-of-memory".
     """
     from heddle.search.latency import measure_spec
+    from heddle.search.model_kinds import phases_of
 
-    file = _causal(path)
-    model = file.spec.model
+    file = _planned(path)
+    model, phases = file.spec.model, phases_of(file, phases)
     return measure_spec(model, batch=batch, context=context or model.context_length, phases=phases)
 
 
@@ -63,15 +64,16 @@ def bench_fit(
     from heddle.search.latency import Effort as Usual
     from heddle.search.latency_model import find
     from heddle.search.latency_model.measuring import How, fit_model
+    from heddle.search.model_kinds import phases_of
 
-    file, device = _causal(path), environment.pick_device()
+    file, device = _planned(path), environment.pick_device()
     if not file.space.parameters and file.space.placement is None:
         hint = "heddle bench SPEC times it"
         raise HeddleError(
             "bad-argument", f"{path} leaves nothing open: there is nothing to predict", hint=hint
         )
     sites = [] if context is not None else _budgeted(file, device)
-    sites = sites or _given(file, batch, context or file.spec.model.context_length, phases)
+    sites = sites or _given(file, batch, context or file.spec.model.context_length, phases_of(file, phases))
     usual = effort or Usual()
     how = How(device, usual if precision is None else usual.to(precision), None, on_stack)
     model = fit_model(file, sites, stacks=stacks, seed=seed, how=how)
@@ -106,13 +108,10 @@ def bench_tune(
     return tune(names, report=report), launches_file()
 
 
-def _causal(path: Path | str) -> SpecFile:
+def _planned(path: Path | str) -> SpecFile:
     """The spec in `path`, read and planned."""
-    from heddle.search.model_kinds import require_causal_lm
-
     file = specs.load(path)
     plan(file.spec.model, where=file.where)
-    require_causal_lm(file, "bench")
     return file
 
 

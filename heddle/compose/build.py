@@ -36,11 +36,13 @@ def build(
     seed: int = 0,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    draw: Draw = "cpu",
 ) -> HeddlePreTrainedModel:
     """The model of a resolved spec, with random weights that depend on `seed` alone: a `HeddleForCausalLM`, or of an encoder a
     `HeddleForSequenceClassification` if it has a readout and else a `HeddleForMaskedLM`.
 
-    Weights are drawn on the CPU in float32, then moved: the same model on every device. "meta" draws nothing.
+    Weights are drawn on the CPU in float32, then moved: the same model on every device. "meta" draws nothing. With
+    `draw="device"` weights are drawn where they will be: in no time on a GPU, and others than on a CPU.
 
     Raises:
         HeddleError: what planning the spec raises.
@@ -48,7 +50,7 @@ def build(
     kind: type[HeddlePreTrainedModel] = HeddleForCausalLM
     if model.kind == "encoder":
         kind = HeddleForMaskedLM if model.readout is None else HeddleForSequenceClassification
-    return _made(kind, config_for(model), seed, device, dtype)
+    return _made(kind, config_for(model), seed, device, dtype, draw=draw)
 
 
 def build_causal_lm(
@@ -60,8 +62,6 @@ def build_causal_lm(
     draw: Draw = "cpu",
 ) -> HeddleForCausalLM:
     """As `build`, for what works with causal language models alone.
-
-    With `draw="device"` weights are drawn where they will be: in no time on a GPU, and others than on a CPU.
 
     Raises:
         HeddleError: "bad-argument" for an encoder, and what planning the spec raises.

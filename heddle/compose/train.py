@@ -1,8 +1,9 @@
 """One training loop for every model and every task: batches in, a trained model and its loss curve out.
 
 It knows no task and no spec. A model is anything with `.model(input_ids=...)` that gives `last_hidden_state`
-(and `aux_loss` and `aux_losses`, if its layers add something to the loss), and `.logits(hidden)`. A module with a method
-`after_step` has it called after each step of the optimizer.
+(and `aux_loss` and `aux_losses`, if its layers add something to the loss), and `.logits(hidden)`; or, where sequences are of
+classes, `.classified(input_ids=...)`, which gives scores of classes and that output. A module with a method `after_step` has it
+called after each step of the optimizer.
 """
 
 from __future__ import annotations
@@ -83,9 +84,9 @@ def fit(
 ) -> Fit:
     """Trains `model` in place with AdamW, linear warm-up and a cosine to 10 %.
 
-    `batches(step)` gives inputs and targets, int64 [B, T], -100 where nothing is asked. The number of steps
-    follows from the first batch: `recipe.tokens` over its size. On a CPU two runs from equal weights and
-    batches are bit-equal.
+    `batches(step)` gives inputs and targets, int64 [B, T], -100 where nothing is asked; targets that are classes of whole
+    sequences are [B, 1]. The number of steps follows from the first batch: `recipe.tokens` over its size. On a CPU two runs from
+    equal weights and batches are bit-equal.
 
     The loss that is told is that of the task; what is trained is that and the `aux_loss` of the model.
 
@@ -153,13 +154,17 @@ def labelled_positions(targets: Tensor) -> Tensor | None:
 def labelled_logits(model: nn.Module, inputs: Tensor, positions: Tensor | None) -> Tensor:
     """Logits [N, vocab] at the flat `positions` alone (all of them for None): the head never sees the others.
 
-    At a large vocabulary the head would otherwise cost more than the layers.
+    At a large vocabulary the head would otherwise cost more than the layers. Of a model with a readout: scores of the classes of
+    the sequences at `positions`, [N, classes].
     """
     return _forward(model, inputs, positions)[0]
 
 
 def _forward(model: nn.Module, inputs: Tensor, positions: Tensor | None) -> tuple[Tensor, Any]:
     """The labelled logits, and the output of the model behind them."""
+    if callable(classified := getattr(model, "classified", None)):
+        scores, found = classified(input_ids=inputs)
+        return (scores if positions is None else scores.index_select(0, positions)), found
     backbone, head = cast(Callable[..., Any], model.model), cast(Callable[[Tensor], Tensor], model.logits)
     found = backbone(input_ids=inputs, use_cache=False)
     hidden: Tensor = found.last_hidden_state

@@ -72,7 +72,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     if causal_conv1d.choose(x.device, x.dtype, C=x.shape[2], W=weight.shape[1]) == "triton":
         count = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        # Without one the kernels are others, whose sums are not the same to the bit.
+        # With and without one the kernels are the same, and so the bits.
         state = (
             x.new_zeros(count, x.shape[2], weight.shape[1] - 1)
             if initial_state is None

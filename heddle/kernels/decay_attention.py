@@ -170,6 +170,18 @@ def _draw_linear(shape: Shape, generator: torch.Generator) -> Inputs:
     return {**_draw(shape, generator), "log_decay": -8.0 / H * head}
 
 
+def _draw_retention(shape: Shape, generator: torch.Generator) -> Inputs:
+    # The table of arXiv 2307.08621.
+    head = torch.arange(shape["H"], dtype=torch.float64, device=generator.device)
+    return {**_draw(shape, generator), "log_decay": torch.log1p(-torch.exp2(-5.0 - head))}
+
+
+def _draw_lasting(shape: Shape, generator: torch.Generator) -> Inputs:
+    # Nothing is forgotten, so nothing can be skipped.
+    log_decay = torch.zeros(shape["H"], dtype=torch.float64, device=generator.device)
+    return {**_draw(shape, generator), "log_decay": log_decay}
+
+
 def _work(shape: Shape, phase: Phase, element: int) -> Work:
     B, T, H, K, V = (shape[letter] for letter in "BTHKV")
     if phase == "decode":
@@ -196,7 +208,12 @@ _CASES = Traits(
     bench_shapes=tuple({"B": B, "T": T, "H": 16, "K": 128, "V": 128} for B, T in _LENGTHS),
     decode_shapes=tuple({"B": B, "T": 1, "H": 16, "K": 128, "V": 128} for B in (1, 64)),
     work=_work,
-    variants={"lightning": (_draw, _LIGHTNING), "lightning_linear": (_draw_linear, _LIGHTNING)},
+    variants={
+        "lightning": (_draw, _LIGHTNING),
+        "lightning_linear": (_draw_linear, _LIGHTNING),
+        "retention": (_draw_retention, _LIGHTNING[:2]),
+        "linear_attention": (_draw_lasting, _LIGHTNING),
+    },
 )
 
 

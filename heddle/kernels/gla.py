@@ -150,6 +150,19 @@ def _draw_timed(shape: Shape, generator: torch.Generator) -> Inputs:
     return {**_draw(shape, generator), "log_decay": F.logsigmoid(normal(generator, B, T, H, K) + 4.0)}
 
 
+def _draw_hgrn2(shape: Shape, generator: torch.Generator) -> Inputs:
+    # As its layer calls the op: keys are what the gates let go.
+    inputs = _draw_timed(shape, generator)
+    return {**inputs, "q": F.silu(inputs["q"]), "k": -torch.expm1(inputs["log_decay"])}
+
+
+def _draw_hgrn2_first(shape: Shape, generator: torch.Generator) -> Inputs:
+    # The first layer of an untrained model has no lower bound: a channel forgets half in a token.
+    inputs = _draw_hgrn2(shape, generator)
+    log_decay = F.logsigmoid(normal(generator, *inputs["log_decay"].shape))
+    return {**inputs, "k": -torch.expm1(log_decay), "log_decay": log_decay}
+
+
 def _work(shape: Shape, phase: Phase, element: int) -> Work:
     B, T, H, K, V = (shape[letter] for letter in "BTHKV")
     HV = shape.get("HV", H)
@@ -164,6 +177,7 @@ def _work(shape: Shape, phase: Phase, element: int) -> Work:
 
 
 _WIDE = {"H": 16, "HV": 16, "K": 128, "V": 128}
+_TIMED = tuple({"B": B, "T": T, **_WIDE} for B, T in ((8, 4096), (1, 32768)))
 _CASES = Traits(
     inputs=_draw,
     timed_inputs=_draw_timed,
@@ -173,9 +187,10 @@ _CASES = Traits(
     differentiable=("q", "k", "v", "log_decay"),
     output_like="v",
     test_shapes=({"B": 2, "H": 2, "HV": 4, "K": 16, "V": 16}, {"B": 1, "H": 2, "HV": 2, "K": 24, "V": 40}),
-    bench_shapes=tuple({"B": B, "T": T, **_WIDE} for B, T in ((8, 4096), (1, 32768))),
+    bench_shapes=_TIMED,
     decode_shapes=tuple({"B": B, "T": 1, **_WIDE} for B in (1, 64)),
     work=_work,
+    variants={"hgrn2": (_draw_hgrn2, _TIMED), "hgrn2_first_layer": (_draw_hgrn2_first, _TIMED)},
 )
 
 

@@ -137,6 +137,8 @@ def _work(shape: Shape, phase: Phase, element: int) -> Work:
 
 
 _LENGTHS = ((8, 4096), (1, 32768), (1, 131072))
+# One group of queries and keys, a state as large as that of 16 heads of 128 x 128.
+_MAMBA2 = tuple({"B": B, "T": T, "H": 1, "HV": 32, "K": 128, "V": 64} for B, T in _LENGTHS[:2])
 _CASES = Traits(
     inputs=_draw,
     initial_state=draw_state,
@@ -148,6 +150,7 @@ _CASES = Traits(
     bench_shapes=tuple({"B": B, "T": T, "H": 16, "HV": 16, "K": 128, "V": 128} for B, T in _LENGTHS),
     decode_shapes=tuple({"B": B, "T": 1, "H": 16, "HV": 16, "K": 128, "V": 128} for B in (1, 64)),
     work=_work,
+    variants={"mamba2": (_draw, _MAMBA2)},
 )
 
 

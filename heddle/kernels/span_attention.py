@@ -87,7 +87,9 @@ def _dispatch(
     scale: float,
 ) -> Tensor:
     if span_attention.choose(q.device, q.dtype, K=q.shape[3], V=v.shape[3]) == "triton":
-        return kernels(q, k, v, order, first, last, queries, own, weight, scale)[0]  # type: ignore[no-any-return]
+        sides = (q, k, v) if weight is None else (q, k, v, weight)
+        trains = torch.is_grad_enabled() and any(x.requires_grad for x in sides)
+        return kernels(q, k, v, order, first, last, queries, own, weight, scale, trains)[0]  # type: ignore[no-any-return]
     index = _lists(order, first, last, width)
     return member_attention(q, k, v, index, own=own, weight=weight, scale=scale)
 

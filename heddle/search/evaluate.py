@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from safetensors.torch import save
 
-from heddle.compose.build import build_causal_lm
+from heddle.compose.build import build
 from heddle.compose.memory import memory_told
 from heddle.compose.train import MEMORY_HINT, Recipe, fit
 from heddle.search.learned_share import learned_shares
@@ -45,7 +45,7 @@ def train_and_score(training: Training, task: Task) -> Evaluation:
     """
     recipe, started = training.recipe, time.perf_counter()
     with memory_told("no memory for the model and its evaluation", MEMORY_HINT):
-        model = build_causal_lm(training.model, seed=recipe.seed, device=training.device)
+        model = build(training.model, seed=recipe.seed, device=training.device)
         fitted = fit(model, batches(task, recipe, training.device), recipe)
         with learned_shares(model) as shares:
             score = task.evaluate(model, device=training.device)

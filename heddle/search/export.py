@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from heddle.compose.build import build, build_causal_lm
+from heddle.compose.build import build
 from heddle.compose.hf.card import Card, LatencyRow, ScoreRow
 from heddle.compose.hf.checkpoint import CONFIG, fill
 from heddle.compose.hf.export import ExportResult, export
-from heddle.compose.hf.model import HeddleForCausalLM
+from heddle.compose.hf.model import HeddleForCausalLM, HeddlePreTrainedModel
 from heddle.compose.hf.native import AUTO, REMOTE
 from heddle.compose.hf.shards import MAX_SHARD_SIZE
 from heddle.compose.hf.verify import AUTO as AUTO_BATTERY
@@ -93,19 +93,19 @@ def trained_model(run: Path | str, trial: str | int = BEST) -> tuple[Spec, Heddl
     if is_import(run):
         _only_best(Path(run), "an import", trial)
         file, model, _ = load_import(Path(run))
-        if not isinstance(model, HeddleForCausalLM):
-            raise HeddleError(
-                "bad-argument", f"{run} is an encoder, and a causal language model is needed here"
-            )
-        return file.spec, model
-    if is_train_run(run):
+        spec = file.spec
+    elif is_train_run(run):
         _only_best(Path(run), "a training", trial)
         training = load_run(run)
-        return training.spec_file().spec, training.model()
-    found = read_run(run)
-    chosen = _chosen(found, trial)
-    spec = _spec(found, chosen)
-    return spec, _model(found, chosen, spec)
+        spec, model = training.spec_file().spec, training.model()
+    else:
+        found = read_run(run)
+        chosen = _chosen(found, trial)
+        spec = _spec(found, chosen)
+        model = _model(found, chosen, spec)
+    if not isinstance(model, HeddleForCausalLM):
+        raise HeddleError("bad-argument", f"{run} is an encoder, and a causal language model is needed here")
+    return spec, model
 
 
 def _check_source(path: Path) -> None:
@@ -201,7 +201,7 @@ def _spec(run: Run, trial: Trial) -> Spec:
     return loads(trial.spec, file=str(trial_file(run.path, trial.number))).spec
 
 
-def _model(run: Run, trial: Trial, spec: Spec) -> HeddleForCausalLM:
+def _model(run: Run, trial: Trial, spec: Spec) -> HeddlePreTrainedModel:
     path = weights_path(run.path, trial.hash)
     if not path.exists():
         raise HeddleError(
@@ -210,7 +210,7 @@ def _model(run: Run, trial: Trial, spec: Spec) -> HeddleForCausalLM:
             f" ({', '.join(str(number) for number in run.front) or 'empty'})",
             hint=f"train it again: {retrain_command(run, trial)}",
         )
-    model = build_causal_lm(spec.model)
+    model = build(spec.model)
     fill(model, path)
     model.eval()
     return model

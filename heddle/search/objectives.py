@@ -11,7 +11,7 @@ from heddle.compose.train import Recipe
 from heddle.errors import HeddleError
 from heddle.search.record import TaskInfo
 from heddle.search.setting import Objective
-from heddle.search.tasks import Task, make_task, recipes_for
+from heddle.search.tasks import Task, recipes_for, task_of
 from heddle.specs import Spec, SpecFile, TaskSpec
 
 # Each task with a recipe for each of its learning rates.
@@ -97,9 +97,7 @@ def _made(spec: Spec, items: Iterable[TaskSpec], made: dict[str, Task]) -> Tasks
     for item in items:
         same = item.model_dump_json(exclude={"tokens", "learning_rate", "learning_rates"})
         if same not in made:
-            made[same] = make_task(
-                item, spec.data, vocab_size=spec.model.vocab_size, tokenizer=spec.tokenizer
-            )
+            made[same] = task_of(item, spec)
         task = made[same]
         names[task.name] += 1
         name = task.name if names[task.name] == 1 else f"{task.name}-{names[task.name]}"

@@ -35,7 +35,6 @@ from heddle.search.latency_model import at_start, find
 from heddle.search.ledger import key_of
 from heddle.search.limits import Limits, budgets_on
 from heddle.search.lock import Frozen
-from heddle.search.model_kinds import require_causal_lm
 from heddle.search.objectives import Asked, Trained, asked_of, without_unset
 from heddle.search.progress import Progress, Silent
 from heddle.search.rank_correlation import compare_rungs
@@ -85,7 +84,6 @@ def search(
             "interrupted", "latency-model", and what the corpus of the tasks raises. A trial that fails, or a budget that
             nothing keeps, is no error: the run says so.
     """
-    require_causal_lm(file, "search")
     _check_folder(out, resume=resume)
     # Before anything is written: a missing corpus or cluster leaves no folder behind.
     cut = cut_to_targets(file)

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from safetensors.torch import load
 from torch import Tensor
 
-from heddle.compose.build import build_causal_lm
-from heddle.compose.hf.model import HeddleForCausalLM
+from heddle.compose.build import build
+from heddle.compose.hf.model import HeddlePreTrainedModel
 from heddle.search.learned_share import learned_shares
 from heddle.search.tasks import Task
 from heddle.specs import ModelSpec
@@ -47,9 +47,9 @@ class Subject:
         """Which weights it has, as a row says it."""
         return "fresh" if self.weights is None else "trained"
 
-    def built(self, device: str, dtype: torch.dtype) -> HeddleForCausalLM:
+    def built(self, device: str, dtype: torch.dtype) -> HeddlePreTrainedModel:
         """The model, in eval mode. Raises RuntimeError where the weights are not its own."""
-        model = build_causal_lm(self.spec, seed=0, device=device, dtype=dtype, draw="device")
+        model = build(self.spec, seed=0, device=device, dtype=dtype, draw="device")
         model.eval()
         if self.weights is not None:
             _fill(model, load(self.weights))
@@ -88,14 +88,14 @@ def task_ids(task: Task) -> Ids:
 
 
 @torch.inference_mode()
-def shares_of(model: HeddleForCausalLM, ids: Tensor, **call: object) -> list[list[float]]:
+def shares_of(model: HeddlePreTrainedModel, ids: Tensor, **call: object) -> list[list[float]]:
     """Of each router that tells it, [layer, share] in a pass over `ids`."""
     with learned_shares(model) as shares:
         model(input_ids=ids, logits_to_keep=1, **call)
     return [[float(layer), share] for layer, share in shares]
 
 
-def _fill(model: HeddleForCausalLM, weights: Mapping[str, Tensor]) -> None:
+def _fill(model: HeddlePreTrainedModel, weights: Mapping[str, Tensor]) -> None:
     """Copies the tensors into those of the model; what has two names there is stored once."""
     ours: dict[int, dict[str, Tensor]] = {}
     for name, tensor in model.state_dict().items():

@@ -1,4 +1,4 @@
-"""Train the one model a spec describes on the spec's text, score it, and keep it as a run folder.
+"""Train the one model a spec describes on the spec's text (an encoder on masked text), score it, and keep it as a run folder.
 
     <run>/spec.yaml            the spec as trained, spaces resolved; loads again to the same hash
     <run>/model.safetensors    the weights, float32; a tied head is stored once
@@ -21,16 +21,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model, save
 from torch import nn
 
-from heddle.compose.build import build_causal_lm
-from heddle.compose.hf.model import HeddleForCausalLM
+from heddle.compose.build import build
+from heddle.compose.hf.model import HeddlePreTrainedModel
 from heddle.compose.memory import memory_told
 from heddle.compose.train import MEMORY_HINT, Fit, OnStep, Recipe, fit
 from heddle.errors import HeddleError
 from heddle.search import environment
 from heddle.search.durable import write_json, write_whole
-from heddle.search.model_kinds import require_causal_lm
-from heddle.search.tasks import Score, Task, batches, make_task, recipe_for
-from heddle.specs import Spec, SpecFile, TextTask, load, spec_hash, to_yaml
+from heddle.search.model_kinds import text_task_of
+from heddle.search.tasks import Score, Task, batches, recipe_for, task_of
+from heddle.specs import Spec, SpecFile, load, spec_hash, to_yaml
 
 SPEC_FILE = "spec.yaml"
 WEIGHTS_FILE = "model.safetensors"
@@ -95,12 +95,12 @@ class TrainRun:
     def spec_file(self) -> SpecFile:
         return load(self.path / SPEC_FILE)
 
-    def model(self, *, device: str = "cpu") -> HeddleForCausalLM:
+    def model(self, *, device: str = "cpu") -> HeddlePreTrainedModel:
         """The trained model, float32, in eval mode.
 
         Raises `no-weights` if the weights are gone, damaged or of another spec.
         """
-        model = build_causal_lm(self.spec_file().spec.model, device=device)
+        model = build(self.spec_file().spec.model, device=device)
         path = self.path / WEIGHTS_FILE
         try:
             load_model(model, path, device=device)
@@ -122,20 +122,21 @@ def train(
     """Trains the spec's model on its `data` with its `train` recipe, scores it on the validation split,
     writes `out`.
 
-    A spec with a search space is trained as it stands with the first choice of each. `seed` overrides
-    `train.seed` and decides weights and batches; `device` is CUDA where there is one. `on_step` is as for
-    `heddle.compose.train.fit`.
+    A causal language model is trained at the task `text`, an encoder at `masked_bytes`. A spec with a search space is trained as
+    it stands with the first choice of each. `seed` overrides `train.seed` and decides weights and batches; `device` is CUDA where
+    there is one. `on_step` is as for `heddle.compose.train.fit`.
 
-    Raises `conflicting-fields` for an encoder, `run-exists`, `disk-full`, and what the task, the build and the training raise.
+    Raises `conflicting-fields` for a readout of fewer classes than there are tokens, `run-exists`, `disk-full`, and what the
+    task, the build and the training raise.
     """
-    require_causal_lm(file, "train")
+    wanted = text_task_of(file)
     device = device or environment.pick_device()
     spec = file.spec
     _open_folder(out, spec)
-    task = make_task(TextTask(), spec.data, vocab_size=spec.model.vocab_size, tokenizer=spec.tokenizer)
-    recipe = recipe_for(TextTask(), spec.train, seed=seed)
+    task = task_of(wanted, spec)
+    recipe = recipe_for(wanted, spec.train, seed=seed)
     with memory_told("no memory for the model and its evaluation", MEMORY_HINT):
-        model = build_causal_lm(spec.model, seed=recipe.seed, device=device)
+        model = build(spec.model, seed=recipe.seed, device=device)
         result = fit(model, batches(task, recipe, device), recipe, on_step=on_step)
         score = task.evaluate(model, device=device)
     write_whole(out / WEIGHTS_FILE, save(weights_of(model), metadata={"format": "pt"}))

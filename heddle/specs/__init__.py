@@ -14,7 +14,7 @@ from heddle.specs.schema import json_schema
 from heddle.specs.search import Budget, PerDevice, SearchSpec
 from heddle.specs.space import Placement, Space
 from heddle.specs.spec import Spec
-from heddle.specs.tasks import TASKS, MqarTask, TaskSchema, TaskSpec, TextTask
+from heddle.specs.tasks import TASKS, MaskedBytesTask, MqarTask, TaskSchema, TaskSpec, TextTask
 
 __all__ = [
     "CHANNELS",
@@ -24,6 +24,7 @@ __all__ = [
     "Budget",
     "DataSpec",
     "Difference",
+    "MaskedBytesTask",
     "ModelSpec",
     "MqarTask",
     "Parameter",

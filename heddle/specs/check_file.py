@@ -12,6 +12,7 @@ from heddle.specs.check_options import Context, option_findings
 from heddle.specs.check_references import arranged
 from heddle.specs.check_rungs import rung_findings
 from heddle.specs.check_sampler import sampler_findings
+from heddle.specs.check_tasks import task_findings
 from heddle.specs.check_training import training_findings
 from heddle.specs.checks import reach_problems, search_findings, vocabulary_findings
 from heddle.specs.explain import Finding, check_fields, shown, without_echoes
@@ -148,9 +149,12 @@ def _across(found: OpenValues, parts: ModelParts, context: Context) -> Iterator[
     if (*MODEL, "kind") in found.parameters:
         what = "the kind of a model cannot be left open: its tasks and its head depend on it"
         yield Finding("bad-space", what, (*MODEL, "kind"), "causal_lm or encoder")
-    if parts.kind == "encoder" and context.search is not None:
-        what = "the tasks of a search are those of causal language models, and model.kind is encoder"
-        yield Finding("conflicting-fields", what, ("search",), "no search, or kind: causal_lm", key=True)
+    for path in ((*MODEL, "readout"), (*MODEL, "readout", "classes")):
+        if path in found.parameters and context.search is not None:
+            what = "a search cannot leave the readout's classes open: its tasks depend on them"
+            yield Finding("bad-space", what, path, "one readout; its queries may be open")
+    for one in task_findings(context.search, parts):
+        yield one.below(("search",))
     is_open = bool(found.parameters or found.findings or found.has_placement)
     for one in search_findings(context.search, parts.blocks, is_open=is_open):
         yield one.below(("search",))

@@ -30,7 +30,7 @@ from heddle.specs.tasks import TASKS, TaskSchema
 # Token ids of the bytes tokenizer.
 BYTES = 256
 # Tasks that are not scored by right and wrong answers.
-WITHOUT_ANSWERS = ("text", "in_context_regression")
+WITHOUT_ANSWERS = ("text", "masked_bytes", "in_context_regression")
 # Levels of mixers in a layer: one that holds one that holds one that holds plain ones.
 MAX_NESTING = 4
 
@@ -139,7 +139,7 @@ def vocabulary_findings(vocab_size: int, tokenizer: object, search: Any) -> list
     if tokenizer == "bytes" and vocab_size < BYTES:
         what = f"{vocab_size} is too small for the bytes tokenizer, which has {BYTES} tokens"
         return [Finding("tokenizer-mismatch", what, (), f"vocab_size: {BYTES}")]
-    most = max((task for _, task in _tasks(search)), key=lambda task: task.ids, default=None)
+    most = max((task for _, task in tasks_of(search)), key=lambda task: task.ids, default=None)
     if most is not None and most.ids > vocab_size:
         what = f"{vocab_size} is too small for {most.told}, which needs {most.ids} tokens"
         return [Finding("out-of-range", what, (), f"vocab_size: {most.ids}, or {most.fewer}")]
@@ -149,14 +149,14 @@ def vocabulary_findings(vocab_size: int, tokenizer: object, search: Any) -> list
 def search_findings(search: Any, blocks: Mapping[str, Any], *, is_open: bool) -> list[Finding]:
     """What does not hold in a `search` in full (see `short_forms`), by path below it."""
     found = []
-    for path, task in _tasks(search):
+    for path, task in tasks_of(search):
         found += [Finding("out-of-range", what, (*path, field), hint) for field, what, hint in task.misfits()]
-    for path, budget in _items(search, "budgets"):
+    for path, budget in items_of(search, "budgets"):
         name = budget.get("relative_to")
         if isinstance(name, str) and blocks and not names_file(name):
             found += [one.below((*path, "relative_to")) for one in _relative_findings(name, blocks)]
     if isinstance(search, Mapping):
-        found += _evaluator_findings(search.get("evaluator"), [task for _, task in _items(search, "tasks")])
+        found += _evaluator_findings(search.get("evaluator"), [task for _, task in items_of(search, "tasks")])
     if isinstance(search, Mapping) and "latency_model" in search and search.get("latency") != "model":
         what, hint = "there is a latency model, and latency is not model", "latency: model"
         found.append(Finding("conflicting-fields", what, ("latency_model",), hint))
@@ -194,21 +194,22 @@ def reach_problems(spec: Spec) -> Iterator[tuple[Path_, str, str]]:
             yield ("search", "tasks", index), what, "a wider window, one layer without, or more layers"
 
 
-def _items(search: Any, key: str) -> Iterator[tuple[Path_, Mapping[str, Any]]]:
+def items_of(search: Any, key: str) -> Iterator[tuple[Path_, Mapping[str, Any]]]:
+    """The mappings in a list of `search`, each with its path below it."""
     items = search.get(key) if isinstance(search, Mapping) else None
     for index, item in enumerate(items[:MAX_ERRORS] if isinstance(items, list) else []):
         if isinstance(item, Mapping):
             yield (key, index), item
 
 
-def _tasks(search: Any) -> Iterator[tuple[Path_, TaskSchema]]:
+def tasks_of(search: Any) -> Iterator[tuple[Path_, TaskSchema]]:
     """The tasks, of all rungs, whose fields are all of their types; of the others the schema tells."""
-    for path, task in _items(search, "tasks"):
+    for path, task in items_of(search, "tasks"):
         with suppress(ValidationError):
             yield path, TASKS[task["kind"]].model_validate(task)
     rungs = search.get("rungs") if isinstance(search, Mapping) else None
-    for at, rung in _items(rungs, "before"):
-        for path, own in _tasks({"tasks": rung.get("tasks")}):
+    for at, rung in items_of(rungs, "before"):
+        for path, own in tasks_of({"tasks": rung.get("tasks")}):
             yield ("rungs", *at, *path), own
 
 

@@ -9,8 +9,9 @@ the export, which a process without Heddle loads, and of the exported folder, lo
 beside those of the model before it. A row each in evidence-examples.jsonl.
 
 Each training is a process of its own, `--workers` at once: its steps as a CUDA graph, or launched one by one where none can be
-captured. After `--budget` seconds none is begun. What trains still when `--limit` is near ends there: it is scored and exported as
-it stands, and its row says `done: false`. What is done is read from `--rows` and from the file in `--out`, and not done again.
+captured. After `--budget` seconds none is begun. What trains still when `--limit` is near ends there: it is scored and exported
+as it stands, and its row says `done: false`. What is done is read from `--rows` and from the file in `--out`, and not done
+again.
 `--tiny` trains two steps, on a CPU.
 """
 
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import secrets
 import subprocess
@@ -30,6 +32,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -55,10 +58,12 @@ FIRST = (
 # Seconds that scoring and exporting take beside others.
 AFTER = 90.0
 NO_GRAPH = 3
+# Steps at the end over which losses are averaged.
+LAST = 25
 Row = dict[str, Any]
 
 
-class OutOfTime(Exception):
+class OutOfTimeError(Exception):
     """Ends a training where it stands."""
 
 
@@ -112,13 +117,14 @@ def trained(job: Job, launch: Any, until: float) -> tuple[Any, Any, Row]:
     def on_step(done: int, steps: int, loss: float) -> None:  # noqa: ARG001
         reached[:] = done, steps
         if time.time() > until and done < steps:
-            raise OutOfTime
+            raise OutOfTimeError
 
-    aux: dict[str, float] = {}
+    last: Row = {"train_bits": None, "aux": {}}
     try:
         fitted = fit(model, batches(task, recipe, device), recipe, on_step=on_step, launch=launch)
-        aux = {name: sum(held[-25:]) / len(held[-25:]) for name, held in fitted.aux.items()}
-    except OutOfTime:
+        last["train_bits"] = mean(fitted.losses[-LAST:]) / math.log(2.0)
+        last["aux"] = {name: mean(held[-LAST:]) for name, held in fitted.aux.items()}
+    except OutOfTimeError:
         model.eval()
     seconds, per_step = time.time() - begin, recipe.rows(task.sequence_length) * task.sequence_length
     return (
@@ -129,7 +135,7 @@ def trained(job: Job, launch: Any, until: float) -> tuple[Any, Any, Row]:
             "tokens": reached[0] * per_step,
             "done": reached[0] == reached[1],
             "launch": launch,
-            "aux": aux,
+            **last,
             "train_s": round(seconds, 2),
         },
     )

@@ -5,7 +5,8 @@
 
 Each op of attention at the head sizes of its benchmark, and a layer of each mixer that selects, routes, splits or leaves out,
 in bfloat16 and training mode. `peak_bytes` is the allocator's peak over forward and backward, above what was there before: the
-inputs and the gradient of the output. `tensor_bytes` are inputs, outputs and gradients, of a layer with its parameters and theirs.
+inputs and the gradient of the output (`held_bytes`). `tensor_bytes` are inputs, outputs and gradients, of a layer with its
+parameters and theirs.
 The goal is a peak, with what was there before, of at most 4 times those: a mask of all pairs alone would break it. It is held
 warm, in the second call, and on the path that models take.
 

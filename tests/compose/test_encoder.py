@@ -404,19 +404,17 @@ def test_an_exported_encoder_is_loaded_without_heddle(name: str, tmp_path: Path)
     exec("\n".join(code), {"model": loaded, "tokenizer": tokenizer, "inputs": inputs})
 
 
-@pytest.mark.parametrize("command", ["train", "search", "bench"])
-def test_what_works_with_causal_language_models_refuses_an_encoder_at_its_line(
-    command: str, tmp_path: Path
-) -> None:
+def test_an_encoder_is_timed_as_a_pass_over_whole_sequences(tmp_path: Path) -> None:
     path = EXAMPLES["encoder"]
     shown = api.show(path, context=64)
     assert shown["parameters"] > 0
     assert shown["cost"]["decode_flops_per_token"] == 0
-    arguments = (path,) if command == "bench" else (path, tmp_path / "run")
-    with pytest.raises(HeddleError, match=f"heddle {command} works with causal") as told:
-        getattr(api, command)(*arguments)
+    with pytest.raises(HeddleError, match="an encoder decodes nothing") as told:
+        api.bench(path, phases=("decode",))
     assert told.value.code == "conflicting-fields"
     assert told.value.where.path == "model.kind"
     line = path.read_text().splitlines()[(told.value.where.line or 0) - 1]
     assert line.strip() == "kind: encoder"
+    with pytest.raises(HeddleError, match="no `search` section"):
+        api.search(path, tmp_path / "run")
     assert not (tmp_path / "run").exists()

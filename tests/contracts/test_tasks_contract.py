@@ -17,12 +17,13 @@ from heddle.compose.train import IGNORE, Recipe
 from heddle.errors import HeddleError
 from heddle.search.tasks.catalogue import GENERATED, make_task
 from heddle.search.tasks.corpus import Corpus
+from heddle.search.tasks.masked_bytes import MaskedBytes
 from heddle.search.tasks.mqar import Mqar
 from heddle.search.tasks.task import Task, batches
 from heddle.search.tasks.text import Text
-from heddle.search.tasks.tokens import tokens_of
+from heddle.search.tasks.tokens import Tokens, tokens_of
 from heddle.specs import TASKS as SCHEMAS
-from heddle.specs import DataSpec
+from heddle.specs import DataSpec, MaskedBytesTask
 
 VOCAB = 256
 CPU = torch.device("cpu")
@@ -35,8 +36,17 @@ def noise(size: int, seed: int) -> bytes:
 
 
 def text() -> Task:
+    return Text(noise_tokens(), sequence_length=32, vocab_size=VOCAB)
+
+
+def noise_tokens() -> Tokens:
     corpus = Corpus("noise", noise(20_000, 1), noise(5_000, 2), "digest", 1, "block")
-    return Text(tokens_of(corpus, "bytes", VOCAB), sequence_length=32, vocab_size=VOCAB)
+    return tokens_of(corpus, "bytes", VOCAB)
+
+
+def masked(*, of_readout: bool) -> Task:
+    spec, tokens = MaskedBytesTask(), noise_tokens()
+    return MaskedBytes(spec, tokens, sequence_length=32, vocab_size=VOCAB, of_readout=of_readout)
 
 
 def drawn(kind: str, **fields: Any) -> Task:
@@ -64,6 +74,7 @@ DRAWN: dict[str, tuple[str, dict[str, Any]]] = {
     "variable-tracking": ("variable_tracking", {"hops": 2, "chains": 3, "names": 12, "length": 40}),
     "common-words": ("common_words", {"symbols": 30, "words": 8, "repeats": 2, "common_repeats": 5}),
     "in-context-regression": ("in_context_regression", {"examples": 30}),
+    "paragraph-topic": ("paragraph_topic", {"paragraphs": 6, "paragraph_length": 7}),
 }
 TASKS: dict[str, Callable[[], Task]] = {
     "mqar": lambda: Mqar(vocab_size=VOCAB, pairs=4, length=32),
@@ -71,11 +82,15 @@ TASKS: dict[str, Callable[[], Task]] = {
     "mqar-even": lambda: Mqar(vocab_size=64, pairs=4, length=40, gap_power=1.0),
     "mqar-tight": lambda: Mqar(vocab_size=VOCAB, pairs=8, length=32),
     "text": text,
+    "masked-bytes": partial(masked, of_readout=False),
+    "masked-byte": partial(masked, of_readout=True),
     **{name: partial(drawn, kind, **fields) for name, (kind, fields) in DRAWN.items()},
 }
 # Scored by the distance to a noisy number, which no solver knows.
 NUMERIC = ("in-context-regression",)
 EXACT = [name for name in TASKS if name not in NUMERIC]
+# Of encoders, whose answers rest on both sides; the last two are of a whole sequence.
+BOTH_SIDES = ("masked-bytes", "masked-byte", "paragraph-topic")
 
 
 made = cache(lambda name: TASKS[name]())
@@ -113,9 +128,28 @@ class Answering(nn.Module):
         return SimpleNamespace(last_hidden_state=60.0 * F.one_hot(answers, VOCAB).float())
 
 
-def test_examples_have_the_promised_form(task: Task) -> None:
+class Classifying(Answering):
+    """The same with a readout: one answer for a sequence."""
+
+    def __init__(self, answer: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(answer)
+        self.classifier = nn.Linear(VOCAB, VOCAB, bias=False)
+
+    def classified(self, input_ids: Tensor) -> tuple[Tensor, None]:
+        return 60.0 * F.one_hot(self.answer(input_ids)[:, 0], VOCAB).float(), None
+
+
+def answering(task: Task, answer: Callable[[Tensor], Tensor]) -> Answering:
+    _, targets = task.held_out(CPU)
+    return Classifying(answer) if targets.shape[1] == 1 else Answering(answer)
+
+
+def test_examples_have_the_promised_form(task: Task, request: pytest.FixtureRequest) -> None:
     inputs, targets = task.sample(16, seed=0, device=CPU)
-    assert inputs.shape == targets.shape == (16, task.sequence_length)
+    assert inputs.shape == (16, task.sequence_length)
+    assert targets.shape == (
+        (16, 1) if request.node.callspec.params["task"] in BOTH_SIDES[1:] else inputs.shape
+    )
     assert inputs.dtype == targets.dtype == torch.int64
     assert int(inputs.min()) >= 0
     assert int(inputs.max()) < VOCAB
@@ -137,7 +171,7 @@ def test_the_solver_is_right_at_every_label(exact: Task) -> None:
         assert torch.equal(exact.oracle(inputs)[asked], targets[asked])
 
 
-@pytest.mark.parametrize("name", [name for name in EXACT if name != "text"])
+@pytest.mark.parametrize("name", [name for name in EXACT if name not in ("text", *BOTH_SIDES)])
 def test_answers_do_not_rest_on_what_stands_behind_the_question(name: str) -> None:
     exact = made(name)
     inputs, targets = exact.sample(16, seed=5, device=CPU)
@@ -149,7 +183,7 @@ def test_answers_do_not_rest_on_what_stands_behind_the_question(name: str) -> No
 
 
 def test_a_model_that_answers_as_the_solver_does_scores_best(exact: Task) -> None:
-    score = exact.evaluate(Answering(exact.oracle), device=CPU)
+    score = exact.evaluate(answering(exact, exact.oracle), device=CPU)
     assert score.value == pytest.approx(exact.best, abs=1e-6)
     assert exact.normalised(score) == pytest.approx(1.0, abs=1e-6)
     assert score.se == pytest.approx(0.0, abs=1e-6)
@@ -157,7 +191,7 @@ def test_a_model_that_answers_as_the_solver_does_scores_best(exact: Task) -> Non
 
 
 def test_a_model_that_is_wrong_everywhere_scores_no_better_than_chance(exact: Task) -> None:
-    score = exact.evaluate(Answering(lambda inputs: (exact.oracle(inputs) + 1) % VOCAB), device=CPU)
+    score = exact.evaluate(answering(exact, lambda inputs: (exact.oracle(inputs) + 1) % VOCAB), device=CPU)
     assert exact.normalised(score) < 0
 
 
@@ -187,20 +221,23 @@ def test_batches_differ_by_step_and_by_seed(task: Task) -> None:
     one, two = batches(task, recipe, CPU), batches(task, other, CPU)
     for step in range(8):
         inputs, targets = one(step)
-        assert inputs.shape == targets.shape
+        assert len(inputs) == len(targets)
         assert 128 < inputs.numel() <= 256
     assert torch.equal(one(3)[0], batches(task, recipe, CPU)(3)[0])
     assert not torch.equal(one(0)[0], one(1)[0])
     assert not torch.equal(one(0)[0], two(0)[0])
 
 
-def test_reach_stays_inside_the_sequence_and_the_past(task: Task) -> None:
-    inputs, _ = task.sample(16, seed=0, device=CPU)
+def test_reach_stays_inside_the_sequence_and_the_past(task: Task, request: pytest.FixtureRequest) -> None:
+    inputs, targets = task.sample(16, seed=0, device=CPU)
     reach = task.reach(inputs)
-    assert reach.shape == inputs.shape
+    assert reach.shape == targets.shape
     assert reach.dtype == torch.int64
     assert bool((reach >= 0).all())
-    assert bool((reach <= torch.arange(task.sequence_length)).all())
+    if request.node.callspec.params["task"] in BOTH_SIDES:
+        assert int(reach.max()) < task.sequence_length
+    else:
+        assert bool((reach <= torch.arange(task.sequence_length)).all())
 
 
 def test_a_task_travels_by_pickle_and_keeps_its_examples(task: Task) -> None:
@@ -217,7 +254,7 @@ def test_the_digest_is_stable_and_names_the_task(task: Task, request: pytest.Fix
 
 
 def test_evaluation_leaves_the_mode_of_the_model_alone(task: Task) -> None:
-    model = Answering(task.oracle)
+    model = answering(task, task.oracle)
     for training in (True, False):
         model.train(training)
         task.evaluate(model, device=CPU)
@@ -228,12 +265,12 @@ def test_evaluation_leaves_the_mode_of_the_model_alone(task: Task) -> None:
 def test_one_who_guesses_scores_chance(name: str) -> None:
     task = made(name)
     generator = torch.Generator().manual_seed(0)
-    score = task.evaluate(Answering(lambda inputs: task.guess(inputs, generator)), device=CPU)
+    score = task.evaluate(answering(task, lambda inputs: task.guess(inputs, generator)), device=CPU)
     assert score.value == pytest.approx(task.chance, abs=4 * score.se)
     assert 0 < task.chance < 0.6
 
 
-@pytest.mark.parametrize("name", DRAWN)
+@pytest.mark.parametrize("name", [name for name in DRAWN if name not in BOTH_SIDES])
 def test_answers_rest_no_further_back_than_the_schema_says(name: str) -> None:
     kind, fields = DRAWN[name]
     task = made(name)
@@ -257,7 +294,7 @@ def test_all_symbols_and_no_others_are_drawn(name: str) -> None:
 
 
 def test_every_task_of_the_schema_is_held_to_these_contracts() -> None:
-    assert {kind for kind, _ in DRAWN.values()} | {"mqar", "text"} == set(SCHEMAS)
+    assert {kind for kind, _ in DRAWN.values()} | {"mqar", "text", "masked_bytes"} == set(SCHEMAS)
     assert {kind for kind, _ in DRAWN.values()} == set(GENERATED)
 
 

@@ -222,9 +222,111 @@ def test_a_first_token_that_hears_nothing_is_refused() -> None:
         planned(changed("kind: cls", f"kind: {kind}", text))
 
 
-def test_what_a_search_cannot_do_is_refused_with_the_file() -> None:
-    found = refused(f"{TEXT}search: {{tasks: [text], trials: 1}}\n")
-    assert [one[:3] for one in found] == [("conflicting-fields", 12, "search")]
+def test_the_kind_of_a_model_cannot_be_left_open() -> None:
     found = refused(changed("kind: encoder", "kind: {choice: [encoder, causal_lm]}"))
     assert ("bad-space", 4, "kind.choice.0") in [one[:3] for one in found]
     assert [one[0] for one in refused(changed("kind: encoder", "kind: encodr"))] == ["out-of-range"]
+
+
+OPEN = "heads: {choice: [2, 4]}"
+OPEN_CAUSAL = changed("heads: 4, causal: false", OPEN, CAUSAL)
+SPACE = changed("heads: 4, causal: false", f"{OPEN}, causal: false")
+
+
+def searching(text: str, fields: str) -> str:
+    return f"{text}search: {{{fields}}}\n"
+
+
+def test_an_encoder_and_its_tasks_are_searched() -> None:
+    file = planned(
+        searching(SPACE, "tasks: [paragraph_topic], budgets: [prefill_ms: {at_most: 1, context: 64}]")
+    )
+    assert file.spec.search is not None
+    assert [one.kind for one in file.spec.search.tasks] == ["paragraph_topic"]
+    planned(
+        searching(changed("classes: 10", "classes: 256", SPACE), "tasks: [paragraph_topic, masked_bytes]")
+    )
+    planned(searching(changed(f"  readout: {READOUT}\n", "", SPACE), "tasks: [masked_bytes]"))
+
+
+@pytest.mark.parametrize(
+    ("text", "fields", "path", "told"),
+    [
+        (
+            SPACE,
+            "tasks: [paragraph_topic, text]",
+            "tasks.1",
+            "text is a task of causal language models, and model.kind is encoder",
+        ),
+        (
+            OPEN_CAUSAL,
+            "tasks: [masked_bytes]",
+            "tasks.0",
+            "masked_bytes is a task of encoders, and model.kind is causal_lm",
+        ),
+        (
+            changed(f"  readout: {READOUT}\n", "", SPACE),
+            "tasks: [paragraph_topic]",
+            "tasks.0",
+            "paragraph_topic asks for the class of a sequence, and the model has no readout",
+        ),
+        (
+            SPACE,
+            "tasks: [{paragraph_topic: {topics: 12}}]",
+            "tasks.0.paragraph_topic",
+            "paragraph_topic has 12 classes, and the readout tells 10 apart",
+        ),
+        (
+            SPACE,
+            "tasks: [masked_bytes]",
+            "tasks.0",
+            "masked_bytes has 256 classes, and the readout tells 10 apart",
+        ),
+        (
+            SPACE,
+            "tasks: [paragraph_topic], evaluator: reach",
+            "evaluator",
+            "reach scores causal language models, and model.kind is encoder",
+        ),
+        (
+            SPACE,
+            "tasks: [paragraph_topic], budgets: [decode_ms: {at_most: 1, context: 64}]",
+            "budgets.0.decode_ms",
+            "an encoder decodes nothing, and model.kind is encoder",
+        ),
+        (
+            SPACE,
+            "tasks: [paragraph_topic], budgets: [peak_bytes: {at_most: 1, context: 64, of: decode}]",
+            "budgets.0.peak_bytes",
+            "an encoder decodes nothing, and model.kind is encoder",
+        ),
+        (
+            SPACE,
+            "tasks: [paragraph_topic], budgets: [cache_bytes: {at_most: 1, context: 64}]",
+            "budgets.0.cache_bytes",
+            "an encoder keeps no cache, and model.kind is encoder",
+        ),
+    ],
+)
+def test_what_a_search_of_a_kind_cannot_do_is_refused_at_its_place(
+    text: str, fields: str, path: str, told: str
+) -> None:
+    text = searching(text, fields)
+    line = text.splitlines().index(text.splitlines()[-1]) + 1
+    assert refused(text) == [("conflicting-fields", line, f"search.{path}", told)]
+
+
+@pytest.mark.parametrize(
+    "readout", [f"{{choice: [null, {READOUT}]}}", READOUT.replace("10", "{choice: [10, 12]}")]
+)
+def test_a_search_cannot_leave_the_classes_of_a_readout_open(readout: str) -> None:
+    text = changed(READOUT, readout)
+    planned(text)
+    found = refused(searching(text, "tasks: [paragraph_topic]"))
+    assert ("bad-space", 7) in [one[:2] for one in found]
+
+
+def test_tasks_of_earlier_rungs_must_fit_the_model_too() -> None:
+    rungs = "rungs: {before: [{tasks: [{text: {tokens: 1k}}]}]}"
+    found = refused(searching(SPACE, f"tasks: [paragraph_topic], {rungs}"))
+    assert [one[2] for one in found] == ["search.rungs.before.0.tasks.0.text"]

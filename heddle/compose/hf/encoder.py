@@ -12,6 +12,7 @@ from transformers.utils.generic import can_return_tuple
 from heddle.compose.hf.config import HeddleConfig
 from heddle.compose.hf.model import (
     HeddleModel,
+    HeddleModelOutput,
     HeddlePreTrainedModel,
     HeddleWithHead,
     real_tokens,
@@ -87,15 +88,26 @@ class HeddleForSequenceClassification(HeddlePreTrainedModel):
         Raises:
             HeddleError: "bad-argument".
         """
+        logits, outputs = self.classified(input_ids, attention_mask, inputs_embeds, output_hidden_states)
+        loss = None if labels is None else _loss(logits, labels, outputs.aux_loss)
+        return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+
+    def classified(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> tuple[Tensor, HeddleModelOutput]:
+        """Logits [B, classes], and what the layers gave."""
         x = self.model.embedded(input_ids, inputs_embeds)
         real = None if attention_mask is None else real_tokens(attention_mask, x.shape[1])
         x, real = self.readout.opened(x, real)
         outputs = self.model(
             inputs_embeds=x, attention_mask=real, use_cache=False, output_hidden_states=output_hidden_states
         )
-        logits = scaled_logits(self.config, self.classifier(self.readout(outputs.last_hidden_state, real)))
-        loss = None if labels is None else _loss(logits, labels, outputs.aux_loss)
-        return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+        hidden = self.readout(outputs.last_hidden_state, real)
+        return scaled_logits(self.config, self.classifier(hidden)), outputs
 
 
 def _loss(logits: Tensor, labels: Tensor, aux_loss: Tensor | None) -> Tensor:

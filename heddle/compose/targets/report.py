@@ -36,8 +36,8 @@ def padding_warning(planned: Plan) -> str:
     if first is None:
         return ""
     return (
-        f"layers.{first.index}.mixer ({first.mixer['kind']}) keeps a state or a window, or chooses blocks: in every target, tokens that "
-        "go on from a cache with padding on the right are wrong, a single pass is right; pad on the left"
+        f"layers.{first.index}.mixer ({first.mixer['kind']}) keeps a state or a window, or chooses blocks: in every target, "
+        "tokens that go on from a cache with padding on the right are wrong, a single pass is right; pad on the left"
     )
 
 

@@ -1,4 +1,4 @@
-"""Launch configurations of span_attention: plain data, as they were before tests/bench/routing_check.py timed others on an H200."""
+"""Launch configurations of span_attention: plain data, first guesses (tests/bench/routing_check.py has timed others)."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """What models are trained for and judged by."""
 
-from heddle.search.tasks.catalogue import GENERATED, make_task, recipe_for, recipes_for
+from heddle.search.tasks.catalogue import GENERATED, make_task, recipe_for, recipes_for, task_of
 from heddle.search.tasks.corpus import Corpus, load_corpus
 from heddle.search.tasks.mqar import Mqar
 from heddle.search.tasks.task import Score, Task, batches
@@ -18,4 +18,5 @@ __all__ = [
     "make_task",
     "recipe_for",
     "recipes_for",
+    "task_of",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from typing import ClassVar, Generic, Literal, TypeVar
 
 import torch
@@ -61,6 +62,10 @@ class Generated(Task, Generic[S]):
     def guess(self, inputs: Tensor, generator: torch.Generator) -> Tensor:
         """What one answers who knows the format and reads no question; a CPU generator. [B, T] on the CPU"""
 
+    def baselines(self, inputs: Tensor, targets: Tensor) -> Mapping[str, float]:  # noqa: ARG002
+        """What plain rules score on these examples, by name."""
+        return {}
+
     def lesson(self, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """A batch to learn from: as it is scored, unless the task has more labels to show."""
         return self.draw(batch, generator)
@@ -83,7 +88,8 @@ class Generated(Task, Generic[S]):
         _, hits = judge(model, inputs, targets)
         asked = (targets >= 0).cpu()
         value, se = ratio_with_error(hits.sum(dim=1).tolist(), asked.sum(dim=1).tolist())
-        return Score(value, se, len(inputs), self._by_lag(inputs, asked, hits))
+        extras = {**self._by_lag(inputs, asked, hits), **self.baselines(inputs, targets)}
+        return Score(value, se, len(inputs), extras)
 
     def oracle(self, inputs: Tensor) -> Tensor:
         return torch.tensor([self.solve(row) for row in inputs.tolist()])

@@ -32,9 +32,11 @@ def judge(model: nn.Module, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Te
 
     Computed without autocast, a few rows at a time, in eval mode; `model` is left in the mode it was in.
 
-    Shapes:  inputs, targets: [B, T] on the model's device;  losses (float64), hits (bool): [B, T] on the CPU.
+    Shapes:  inputs: [B, T], targets: [B, T] or of classes [B, 1], on the model's device;  losses (float64), hits (bool): as
+    targets, on the CPU.
     """
-    losses, hits = torch.zeros(inputs.shape, dtype=torch.float64), torch.zeros(inputs.shape, dtype=torch.bool)
+    losses = torch.zeros(targets.shape, dtype=torch.float64)
+    hits = torch.zeros(targets.shape, dtype=torch.bool)
 
     def write(at: _Labels, logits: Tensor) -> None:
         found = F.cross_entropy(logits, at.ids, reduction="none").double().cpu()
@@ -114,8 +116,9 @@ def _check_finite(found: Tensor) -> None:
 
 
 def _vocab_size(model: nn.Module) -> int:
-    weight = model.get_parameter("lm_head.weight")
-    return int(weight.shape[0])
+    """Answers there are: tokens, or classes of a readout."""
+    head = "classifier" if hasattr(model, "classified") else "lm_head"
+    return int(model.get_parameter(f"{head}.weight").shape[0])
 
 
 def _rows_at_once(sequence_length: int, labels_per_row: int, vocab_size: int) -> int:

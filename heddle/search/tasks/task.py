@@ -45,7 +45,10 @@ class Task(ABC):
 
     @abstractmethod
     def sample(self, batch: int, *, seed: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
-        """Inputs and targets as they are asked, int64 [B, T]; -100 where nothing is. The seed decides all."""
+        """Inputs and targets as they are asked, int64 [B, T]; -100 where nothing is. The seed decides all.
+
+        Targets that are classes of whole sequences, for an encoder with a readout, are [B, 1].
+        """
 
     def training_batch(self, tokens: int, *, seed: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
         """A batch of about `tokens` tokens to learn from: `sample`, unless the task has an easier way in."""
@@ -61,11 +64,14 @@ class Task(ABC):
 
     @abstractmethod
     def oracle(self, inputs: Tensor) -> Tensor:
-        """Targets found by a plain solver: right at every label, -100 where it sees no question."""
+        """Targets found by a plain solver: right at every label, -100 where it sees no question. As targets."""
 
     @abstractmethod
     def reach(self, inputs: Tensor) -> Tensor:
-        """How many tokens back the farthest token lies that an answer rests on; 0 for none. [B, T]"""
+        """How many tokens back the farthest token lies that an answer rests on; 0 for none. As targets, [B, T] or [B, 1]
+
+        For an encoder, which sees both sides, how many tokens away.
+        """
 
     def normalised(self, score: Score) -> float:
         """0 at chance, 1 at the best possible, below 0 under chance; higher is better for every metric."""

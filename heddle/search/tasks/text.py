@@ -69,14 +69,14 @@ class Text(Task):
         return windows[:, :-1], windows[:, 1:]
 
     def held_out(self, device: torch.device | str) -> tuple[Tensor, Tensor]:
-        windows = torch.from_numpy(self._windows(self.tokens.validation).astype(np.int64)).to(device)
+        windows = torch.from_numpy(self.windows_of(self.tokens.validation).astype(np.int64)).to(device)
         return windows[:, :-1], windows[:, 1:]
 
     def evaluate(self, model: nn.Module, *, device: torch.device | str) -> Score:
         inputs, targets = self.held_out(device)
         losses, _ = judge(model, inputs, targets)
         bits = losses / math.log(2.0)
-        sizes = torch.from_numpy(self._windows(self.tokens.validation_bytes)[:, 1:].astype(np.float64))
+        sizes = torch.from_numpy(self.windows_of(self.tokens.validation_bytes)[:, 1:].astype(np.float64))
         value, se = ratio_with_error(bits.sum(dim=1).tolist(), sizes.sum(dim=1).tolist())
         repeated = previous_gram(inputs.cpu()) >= 0
         extras = {"repeated_share": float(repeated.double().mean())}
@@ -103,10 +103,10 @@ class Text(Task):
             self._placed[device] = torch.from_numpy(_indexable(self.tokens.train)).to(device)
         return self._placed[device]
 
-    def _windows(self, values: Ids) -> Ids:
-        """The held-out windows of an array that runs along the validation split. [windows, T + 1]"""
+    def windows_of(self, values: Ids, most: int = HELD_OUT) -> Ids:
+        """`most` windows of an array that runs along the validation split, or as many as there are. [windows, T + 1]"""
         size = self.sequence_length + 1
-        starts = np.linspace(0, len(values) - size, min(HELD_OUT, len(values) // size)).astype(np.int64)
+        starts = np.linspace(0, len(values) - size, min(most, len(values) // size)).astype(np.int64)
         return np.asarray(values[starts[:, None] + np.arange(size)])
 
     def _look_up(self, row: Ids) -> Ids:

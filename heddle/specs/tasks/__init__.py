@@ -8,6 +8,7 @@ from pydantic import Field
 
 from heddle.specs.tasks.base import TaskSchema
 from heddle.specs.tasks.copying import CopyingTask, InductionHeadsTask, SelectiveCopyingTask
+from heddle.specs.tasks.encoders import MaskedBytesTask, ParagraphTopicTask
 from heddle.specs.tasks.recall import (
     FuzzyRecallTask,
     InContextRecallTask,
@@ -32,8 +33,9 @@ Generated = (
     | VariableTrackingTask
     | CommonWordsTask
     | InContextRegressionTask
+    | ParagraphTopicTask
 )
-TaskSpec = Annotated[MqarTask | TextTask | Generated, Field(discriminator="kind")]
+TaskSpec = Annotated[MqarTask | TextTask | MaskedBytesTask | Generated, Field(discriminator="kind")]
 TASKS: dict[str, type[TaskSchema]] = {
     "mqar": MqarTask,
     "text": TextTask,
@@ -50,6 +52,8 @@ TASKS: dict[str, type[TaskSchema]] = {
     "variable_tracking": VariableTrackingTask,
     "common_words": CommonWordsTask,
     "in_context_regression": InContextRegressionTask,
+    "masked_bytes": MaskedBytesTask,
+    "paragraph_topic": ParagraphTopicTask,
 }
 
 __all__ = [
@@ -62,10 +66,12 @@ __all__ = [
     "InContextRecallTask",
     "InContextRegressionTask",
     "InductionHeadsTask",
+    "MaskedBytesTask",
     "MemorizationTask",
     "ModularArithmeticTask",
     "MqarTask",
     "NiahTask",
+    "ParagraphTopicTask",
     "ParityTask",
     "SelectiveCopyingTask",
     "TaskSchema",

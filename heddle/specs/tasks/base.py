@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -35,6 +35,9 @@ class TaskSchema(Schema):
     """What every task tells the checks; a task of the user's own data asks for nothing."""
 
     fewer: ClassVar[str] = "fewer symbols"
+    # The kind of model that can be trained for it.
+    model_kind: ClassVar[Literal["causal_lm", "encoder"]] = "causal_lm"
+    needs_readout: ClassVar[bool] = False
 
     @property
     def told(self) -> str:
@@ -50,6 +53,10 @@ class TaskSchema(Schema):
     def back(self) -> int:
         """How many tokens back what an answer rests on may stand; 0: nothing is asked for."""
         return 0
+
+    def classes(self, vocab_size: int) -> int:
+        """Classes that a readout must have to answer it."""
+        return vocab_size
 
     def misfits(self) -> Iterator[Misfit]:
         """Fields that do not go together."""
