@@ -17,6 +17,7 @@ from heddle.kernels.op import (
     Shape,
     Traits,
     check_shapes,
+    check_tensors,
     normal,
     op,
     register_composite,
@@ -179,7 +180,10 @@ def _fits(shape: Shape) -> bool:
     return HAS_KERNELS and fits
 
 
-@op(block_choice_reference, _CASES, kernel=_fits, unproven=TRITON_DTYPES)
+_LIMITS = f"K up to {MAX_HEAD_SIZE}, G up to {MAX_GROUP}, up to {MAX_CHOICE} blocks"
+
+
+@op(block_choice_reference, _CASES, kernel=_fits, unproven=TRITON_DTYPES, limits=_LIMITS)
 def block_choice(
     q: Tensor,
     means: Tensor,
@@ -212,7 +216,7 @@ def block_choice(
              out: [B, N, T, L] int32, -1 behind the last, L = min(blocks, max(count, ceil(dense_length / block)))
 
     Raises:
-        HeddleError: "bad-argument" for shapes or numbers that do not fit.
+        HeddleError: "bad-argument" for shapes, dtypes or numbers that do not fit.
     """
     name = "block_choice"
     if q.dim() != 4 or means.dim() != 4 or q.shape[1] % means.shape[1]:
@@ -225,8 +229,7 @@ def block_choice(
         raise HeddleError("bad-argument", f"{name}: {what}")
     if parts > (4 * blocks - 1 if kernels else blocks):
         raise HeddleError("bad-argument", f"{name}: {parts} means are more than {blocks} blocks have")
-    if q.dtype != means.dtype:
-        raise HeddleError("bad-argument", f"{name}: q and means must have one dtype")
+    check_tensors(name, {"q": q, "means": means}, integers={"start": start}, masks={"held": held})
     rows = B if held is None or held.shape[0] > 1 else 1
     check_shapes(
         name, {"means": (means, (B, N, parts, d)), "start": (start, (B,)), "held": (held, (rows, parts))}

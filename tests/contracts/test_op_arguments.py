@@ -43,7 +43,7 @@ OF_THEIR_OWN = {
     *(("gated_delta_layer_step", name) for name in ("a", "b", "norm_weight", "conv_state", "conv_weight")),
 }
 # Sizes that no kernels take, and sizes that all do.
-HUGE = {"K": 9000, "V": 9000, "W": 99, "G": 1, "block": 64, "choice": 1, "room": 64, "chunk": 64}
+HUGE = {"K": 9000, "V": 9000, "W": 99, "G": 1, "block": 64, "choice": 1, "room": 64, "chunk": 64, "blocks": 9}
 SMALL = {**HUGE, "K": 64, "V": 64, "W": 4}
 GPU = torch.device("cuda:0")
 
@@ -62,6 +62,7 @@ def _given(op: AnyOp, **sizes: int) -> dict[str, Any]:
     drawn = {**shape, **op.cases.inputs(shape, generator), "eps": 1e-6}
     drawn |= {name: op.cases.initial_state(shape, generator) for name in ("state", "initial_state")}
     places = torch.arange(shape["T"]).expand(shape["B"], shape.get("H", 1), shape["T"])
+    drawn |= {"blocks": -(-shape.get("S", 0) // shape.get("block", 1)), "sink": 1, "recent": 1}
     drawn |= {"order": places, "first": (places - shape.get("width", 0)).clamp(min=0), "last": places}
     named = inspect.signature(op.fast).parameters
     return {
@@ -149,17 +150,19 @@ def test_a_step_tells_the_same(op: AnyOp) -> None:
 
 
 def _results(op: AnyOp, given: dict[str, Any], view: Callable[[Tensor], Tensor]) -> list[Tensor]:
-    """All floating results, and gradients, of a call on views of the tensors."""
+    """All results and gradients of a call on views of the tensors."""
     leaves = {
         name: x.detach().requires_grad_(name in op.cases.differentiable) if isinstance(x, Tensor) else x
         for name, x in given.items()
     }
     found = op(**{name: view(x) if isinstance(x, Tensor) else x for name, x in leaves.items()})
     outputs = [x for x in (found if isinstance(found, tuple) else (found,)) if x is not None]
+    graded = [x for x in outputs if x.requires_grad]
     wanted = [leaves[name] for name in op.cases.differentiable if name in leaves]
     generator = torch.Generator().manual_seed(1)
-    upstream = [torch.randn(x.shape, generator=generator).to(x) for x in outputs]
-    return [*outputs, *torch.autograd.grad(outputs, wanted, upstream, allow_unused=True)]
+    upstream = [torch.randn(x.shape, generator=generator).to(x) for x in graded]
+    gradients = torch.autograd.grad(graded, wanted, upstream, allow_unused=True) if graded else ()
+    return [*outputs, *gradients]
 
 
 @pytest.mark.usefixtures("kernels_on_gpu")
