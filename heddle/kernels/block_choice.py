@@ -25,6 +25,7 @@ from heddle.kernels.op import (
 
 try:
     from heddle.kernels._block_choice_op import kernels as _kernels
+    from heddle.kernels._block_choice_op import marks as _marks
 
     HAS_KERNELS = True
 except ImportError:
@@ -131,16 +132,53 @@ def _dispatch(
         return _kernels(q, means, start, held, scale, kernels, *numbers)  # type: ignore[no-any-return]
     place = start[:, None] + torch.arange(q.shape[2], device=q.device)
     score = block_scores(q, means, place, block=block, blocks=blocks, held=held, kernels=kernels, scale=scale)
-    own, index = (place // block)[:, None, :, None], torch.arange(blocks, device=q.device)
-    always = (index <= own) & ((index < sink) | (index > own - recent))
-    score = score.masked_fill(always, torch.inf).masked_fill(index > own, -torch.inf)
+    own = (place // block)[:, None, :, None]
     length = min(blocks, max(count, -(-dense_length // block)))
-    best = score.sort(dim=-1, descending=True, stable=True).indices[..., :length]
-    rank, dense = index[:length], (place < dense_length)[:, None, :, None]
+    best = _in_order(score, own, sink, recent)[..., :length]
+    rank, dense = torch.arange(length, device=q.device), (place < dense_length)[:, None, :, None]
     best = best.masked_fill(((rank >= count) & ~dense) | (best > own), blocks).sort(dim=-1).values
     return best.masked_fill(best == blocks, -1).to(torch.int32)
 
 
+def _in_order(score: Tensor, own: Tensor, sink: int, recent: int) -> Tensor:
+    """Blocks by falling worth: first those that are always read, last those behind the own one.
+
+    Shapes:  score, out: [B, N, T, blocks];  own: [B, 1, T, 1]
+    """
+    index = torch.arange(score.shape[-1], device=score.device)
+    always = (index <= own) & ((index < sink) | (index > own - recent))
+    score = score.masked_fill(always, torch.inf).masked_fill(index > own, -torch.inf)
+    return score.sort(dim=-1, descending=True, stable=True).indices
+
+
+def best_blocks(
+    score: Tensor, start: Tensor, *, block: int, count: int, sink: int, recent: int, dense_length: int = 0
+) -> Tensor:
+    """Marks of the blocks that `block_choice` would list by these worths, for many queries.
+
+    Shapes:  score: [B, N, T, blocks];  start: [B] int64;  out: as score, bool
+    """
+    return _best(score, start, block, count, sink, recent, dense_length)  # type: ignore[no-any-return]
+
+
+def _dispatch_marks(
+    score: Tensor, start: Tensor, block: int, count: int, sink: int, recent: int, dense_length: int
+) -> Tensor:
+    if block_choice.choose(score.device, score.dtype, K=1, G=1, blocks=score.shape[3]) == "triton":
+        return _marks(score, start, block, count, sink, recent, dense_length)  # type: ignore[no-any-return]
+    place = start[:, None] + torch.arange(score.shape[2], device=score.device)
+    own, index = (place // block)[:, None, :, None], torch.arange(score.shape[-1], device=score.device)
+    best = _in_order(score, own, sink, recent)[..., :count]
+    marks = torch.zeros_like(score, dtype=torch.bool)
+    marks = marks.scatter(-1, best, torch.ones_like(best, dtype=torch.bool))
+    return (marks | (place < dense_length)[:, None, :, None]) & (index <= own)
+
+
+_best = register_composite(
+    "best_blocks",
+    "(Tensor score, Tensor start, int block, int count, int sink, int recent, int dense_length) -> Tensor",
+    _dispatch_marks,
+)
 _NUMBERS = "int block, int blocks, int count, int sink, int recent, int dense_length"
 _op = register_composite(
     "block_choice",

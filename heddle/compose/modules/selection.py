@@ -9,7 +9,7 @@ from torch import Tensor
 
 from heddle.compose.modules.precision import wide, wide_dtype
 from heddle.kernels.block_attention import block_attention
-from heddle.kernels.block_choice import block_choice, block_scores
+from heddle.kernels.block_choice import best_blocks, block_choice, block_scores
 
 # Scores that stand in memory at once, and queries they are of at least: on a GPU each part of them waits for the host.
 SCORES, QUERIES = 1 << 24, 256
@@ -227,25 +227,22 @@ def choose_blocks(
             kernels=kernels,
             scale=rule.scale,
         )
-        found.append(_best(score, place, places.block, rule))
+        found.append(
+            best_blocks(
+                score,
+                first + start,
+                block=places.block,
+                count=rule.count,
+                sink=rule.sink,
+                recent=rule.recent,
+                dense_length=rule.dense_length,
+            )
+        )
     return found[0] if len(found) == 1 else torch.cat(found, dim=2)
 
 
 def _all_means(k: Tensor, places: Places, rule: Rule, weights: Tensor | None) -> Means:
     return means_of(k, places, rule.parts(places.block), weights=weights, new=places.keys)[0]
-
-
-def _best(score: Tensor, place: Tensor, size: int, rule: Rule) -> Tensor:
-    """Shapes:  score: [B, KV heads, T, blocks];  place: [B, T];  out: as score, bool"""
-    own = (place // size)[:, None, :, None]
-    block = torch.arange(score.shape[-1], device=score.device)
-    always = (block <= own) & ((block < rule.sink) | (block > own - rule.recent))
-    score = score.masked_fill(always, torch.inf).masked_fill(block > own, -torch.inf)
-    best = score.sort(dim=-1, descending=True, stable=True).indices[..., : rule.count]
-    chosen = torch.zeros_like(score, dtype=torch.bool).scatter(
-        -1, best, torch.ones_like(best, dtype=torch.bool)
-    )
-    return (chosen | (place < rule.dense_length)[:, None, :, None]) & (block <= own)
 
 
 @torch.no_grad()
