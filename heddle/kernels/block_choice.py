@@ -17,6 +17,7 @@ from heddle.kernels.op import (
     Shape,
     Traits,
     check_shapes,
+    check_tensors,
     normal,
     op,
     register_composite,
@@ -126,7 +127,7 @@ def _dispatch(
     recent: int,
     dense_length: int,
 ) -> Tensor:
-    sizes = {"K": q.shape[3], "G": q.shape[1] // means.shape[1], "blocks": blocks}
+    sizes = {"K": q.shape[3], "G": q.shape[1] // means.shape[1], "choice": blocks}
     if block_choice.choose(q.device, q.dtype, **sizes) == "triton":
         numbers = (block, blocks, count, sink, recent, dense_length)
         return _kernels(q, means, start, held, scale, kernels, *numbers)  # type: ignore[no-any-return]
@@ -164,7 +165,7 @@ def best_blocks(
 def _dispatch_marks(
     score: Tensor, start: Tensor, block: int, count: int, sink: int, recent: int, dense_length: int
 ) -> Tensor:
-    if block_choice.choose(score.device, score.dtype, K=1, G=1, blocks=score.shape[3]) == "triton":
+    if block_choice.choose(score.device, score.dtype, K=1, G=1, choice=score.shape[3]) == "triton":
         return _marks(score, start, block, count, sink, recent, dense_length)  # type: ignore[no-any-return]
     place = start[:, None] + torch.arange(score.shape[2], device=score.device)
     own, index = (place // block)[:, None, :, None], torch.arange(score.shape[-1], device=score.device)
@@ -198,7 +199,9 @@ def _draw(shape: Shape, generator: torch.Generator) -> Inputs:
     }
 
 
-_WIDE = {"B": 32, "T": 1, "S": 131073, "H": 32, "N": 2, "K": 128, "block": 64, "count": 64}
+_MANY = {"block": 64, "blocks": 2049, "count": 64, "sink": 1, "recent": 2}
+_WIDE = {"B": 32, "T": 1, "S": 131073, "H": 32, "N": 2, "K": 128, **_MANY}
+_FEW = {"block": 8, "blocks": 9, "count": 4, "sink": 1, "recent": 2}
 _CASES = Traits(
     inputs=_draw,
     # A choice has no state.
@@ -207,17 +210,20 @@ _CASES = Traits(
     rounded=("q", "means"),
     differentiable=(),
     output_like="q",
-    test_shapes=({"B": 2, "H": 4, "N": 2, "T": 3, "S": 69, "K": 16, "block": 8, "count": 4},),
+    test_shapes=({"B": 2, "H": 4, "N": 2, "T": 3, "S": 69, "K": 16, **_FEW},),
     decode_shapes=(_WIDE, {**_WIDE, "kernels": 1}),
 )
 
 
 def _fits(shape: Shape) -> bool:
-    fits = shape["K"] <= MAX_HEAD_SIZE and shape["G"] <= MAX_GROUP and shape["blocks"] <= MAX_CHOICE
+    fits = shape["K"] <= MAX_HEAD_SIZE and shape["G"] <= MAX_GROUP and shape["choice"] <= MAX_CHOICE
     return HAS_KERNELS and fits
 
 
-@op(block_choice_reference, _CASES, kernel=_fits, unproven=TRITON_DTYPES)
+_LIMITS = f"K up to {MAX_HEAD_SIZE}, G up to {MAX_GROUP}, up to {MAX_CHOICE} blocks"
+
+
+@op(block_choice_reference, _CASES, kernel=_fits, unproven=TRITON_DTYPES, limits=_LIMITS)
 def block_choice(
     q: Tensor,
     means: Tensor,
@@ -263,8 +269,7 @@ def block_choice(
         raise HeddleError("bad-argument", f"{name}: {what}")
     if parts > (4 * blocks - 1 if kernels else blocks):
         raise HeddleError("bad-argument", f"{name}: {parts} means are more than {blocks} blocks have")
-    if q.dtype != means.dtype:
-        raise HeddleError("bad-argument", f"{name}: q and means must have one dtype")
+    check_tensors(name, {"q": q, "means": means}, integers={"start": start}, masks={"held": held})
     rows = B if held is None or held.shape[0] > 1 else 1
     check_shapes(
         name, {"means": (means, (B, N, parts, d)), "start": (start, (B,)), "held": (held, (rows, parts))}

@@ -170,8 +170,8 @@ def test_torch_library_knows_the_op() -> None:
         ({"kernels": True, "block": 6}, "multiple of 4"),
         ({"blocks": 2}, "9 means are more"),
         ({"means": torch.zeros(2, 3, 9, 16)}, "N dividing H"),
-        ({"means": torch.zeros(2, 2, 9, 16)}, "one dtype"),
-        ({"start": torch.zeros(3)}, "start has shape"),
+        ({"means": torch.zeros(2, 2, 9, 16)}, "means is float32, expected float64 as q"),
+        ({"start": torch.zeros(3, dtype=torch.int64)}, "start has shape"),
     ],
 )
 def test_wrong_arguments_are_told(change: dict[str, Any], told: str) -> None:
