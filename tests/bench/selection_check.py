@@ -182,7 +182,9 @@ class Step:
         (heads, kv_heads), keys = shape.heads, shape.context + 1
         q = random(shape.batch, heads, 1, shape.head_dim)
         k, v = (random(shape.batch, kv_heads, keys, shape.head_dim) for _ in range(2))
-        return cls(shape, q, k, v, Places(shape.block, keys, None, DEVICE))
+        # A model makes it once for all layers.
+        start = torch.full((shape.batch,), shape.context, dtype=torch.int32, device=DEVICE)
+        return cls(shape, q, k, v, Places(shape.block, keys, None, DEVICE, start))
 
     def means(self, rule: Rule) -> Means:
         keys = self.places.keys

@@ -20,12 +20,14 @@ class Places:
     """Where blocks of `block` keys lie in each row: they are counted from its first real token.
 
     Shapes:  real, first: [B, S] bool, [B] int64 (padding on the left of each row), or None if all are real
+             start: what `first` gives of a call's queries, [B] integers, or None if it is not known yet
     """
 
     block: int
     keys: int
     real: Tensor | None
     device: torch.device
+    start: Tensor | None = None
 
     @property
     def blocks(self) -> int:
@@ -64,7 +66,12 @@ class Places:
         return marks.expand(len(place), -1).gather(1, place % self.keys) * inside.to(marks.dtype)
 
     def first(self, batch: int, queries: int) -> Tensor:
-        """The place of the first of the last `queries` keys, counted from the row's first real one.  Shapes:  out: [B] int64"""
+        """The place of the first of the last `queries` keys, counted from the row's first real one.
+
+        Shapes:  out: [B] integers
+        """
+        if self.start is not None:
+            return self.start
         place = torch.full((batch,), self.keys - queries, device=self.device)
         shift = self.shift()
         return place if shift is None else place - shift[:, 0]
