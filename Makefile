@@ -10,7 +10,7 @@ export OMP_NUM_THREADS ?= 1
 export PYTHONDONTWRITEBYTECODE :=
 
 # Only these files are read on a GPU machine, which may lack what the other tests import.
-GPU_TESTS = $(shell grep -rlE 'mark\.gpu' tests --include='*.py')
+GPU_TESTS = $(shell grep -rlE 'mark\.gpu|over_settings' tests --include='*.py')
 
 # What compares times runs after the others, with nothing beside it.
 TIMED_TESTS = $(shell grep -rlE 'mark\.alone' tests --include='*.py')

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from bench import evidence
 
 BENCH = Path(__file__).parent / "bench"
 
@@ -16,6 +18,7 @@ SCRIPTS = {
     "layer_check": (),
     "learning_check": ("--workers", "1", "--kinds", "dense", "nats_l", "--rows", "none.jsonl"),
     "glue_check": (),
+    "misses_check": (),
     "peak_memory": ("--only", "head_sparse_attention", "layer, landmark"),
     "example_models": ("--workers", "1", "--kinds", "layer_router", "--rows", "none.jsonl"),
 }
@@ -47,3 +50,34 @@ def test_rows_of_the_truth_set_are_joined_and_tell_how_hard_it_is(tmp_path: Path
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "50% of 3 placements with at most 3 full layers are within noise of the best" in done.stdout
     assert len((tmp_path / "none.jsonl").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("spec", "index", "task", "readout"),
+    [
+        ("encoders", 0, "paragraph_topic", "ep"),
+        ("encoders", 1, "masked_bytes", "ep"),
+        ("encoders_masked", 0, "masked_bytes", None),
+    ],
+)
+def test_evidence_of_an_encoder_is_a_row_that_is_not_made_again(
+    spec: str, index: int, task: str, readout: str | None, tmp_path: Path
+) -> None:
+    path, kind = str(BENCH / f"{spec}.yaml"), "inline, causal false"
+    job = (kind, index, "cpu", 3e-3, 0, True, 512)
+    row = evidence.told(path, job, math.inf)
+    assert row is not None
+    assert (row["task"], row.get("readout"), row.get("error")) == (task, readout, None)
+    assert row["extras"]
+    assert evidence.told(path, job, 0.0) is None
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({**row, "device": device}) + "\n" for device in ("one", "other")))
+    assert evidence.scored(rows, "one") == {(task, row["spec_hash"], 3e-3, 0)}
+    assert evidence.scored(rows, "third") == set()
+
+
+@pytest.mark.parametrize("spec", ["encoders", "encoders_masked"])
+def test_the_kinds_of_encoders_have_names_of_their_own(spec: str) -> None:
+    names = [name for name, _ in evidence.kinds(str(BENCH / f"{spec}.yaml"), pure=True)]
+    assert len(set(names)) == len(names) == 13
+    assert "attention, causal false" in names

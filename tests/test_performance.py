@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-SCRIPT = Path(__file__).parent / "bench" / "rivals.py"
+import pytest
+
+BENCH = Path(__file__).parent / "bench"
 
 
-def test_the_table_beside_the_rival_is_of_the_committed_rows() -> None:
-    done = subprocess.run([sys.executable, str(SCRIPT), "--check"], check=False)
-    assert done.returncode == 0, "python tests/bench/rivals.py writes it anew"
+@pytest.mark.parametrize("script", ["rivals", "encoder_table"])
+def test_a_table_is_of_the_committed_rows(script: str) -> None:
+    done = subprocess.run([sys.executable, str(BENCH / f"{script}.py"), "--check"], check=False)
+    assert done.returncode == 0, f"python tests/bench/{script}.py writes it anew"

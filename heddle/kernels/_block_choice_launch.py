@@ -56,7 +56,7 @@ def launch(
     """The lists; arguments as those of the registered op."""
     (B, _, T, _), N = q.shape, means.shape[1]
     size = room(q.shape[3], q.device)
-    q, means = (aligned(wider(x, size)) for x in (q, means))
+    q, means, start = (*(aligned(wider(x, size)) for x in (q, means)), start.contiguous())
     worth = torch.empty(B, N, T, blocks, dtype=torch.float32, device=q.device)
     forced = (blocks, sink, recent)
     if kernels:

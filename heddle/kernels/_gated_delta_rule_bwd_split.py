@@ -1,13 +1,13 @@
 # mypy: ignore-errors
-"""The gradients of gated_delta_rule and delta_rule by two kernels; letters as in `_gated_delta_rule_bwd`, whose one kernel
-gives the same.
+"""The gradients of gated_delta_rule and delta_rule by several kernels; letters as in `_gated_delta_rule_bwd`, whose one
+kernel gives the same.
 
     pair    of each chunk and value head R and M, dv, and what the log-decays and dbeta get of products of two tokens
     token   dq, dk, and what the log-decays and dbeta get through the state, in tiles of channels of keys
+    gate    the gradients of the log-decays and dbeta, of sums that the others leave
 
 A product of two tokens over V takes registers of its own; apart from the products with the state it is made once and not once
-for each direction, for what is in memory can be loaded turned. The tiles of a chunk share nothing: each has its own part of
-dbeta and of the gradient of the log-decays, to be summed up.
+for each direction, for what is in memory can be loaded turned. The tiles of a chunk share nothing.
 
 Bytes for a token and head, K = V = 128, C = 64, bfloat16: pair reads q, k, v, dO, dx, n and writes dv, R, M (2048); token
 reads q, k, dO, dx, n, R, M, S, dS and writes dq, dk (3072), and again dO, dx, n, R, M (1024, of the cache) for a second tile.
@@ -24,18 +24,18 @@ from heddle.kernels._gated_delta_rule_fwd import LENGTHS, decays
 from heddle.kernels.common.jit import find_sequence
 
 # A model has one number of heads: known when compiled, as are strides, addresses take fewer registers.
-NUMBERS = tuple(name for name in LENGTHS if name not in ("H", "HV"))
+NUMBERS = (*(name for name in LENGTHS if name not in ("H", "HV")), "sums_stride")
 
 
 @triton.jit(do_not_specialize=NUMBERS)
 def _gated_delta_rule_bwd_pair_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, log_decay_ptr, beta_ptr, dx_ptr, new_ptr, dv_ptr, products_ptr, d_total_ptr, d_beta_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, log_decay_ptr, beta_ptr, dx_ptr, new_ptr, dv_ptr, products_ptr, pair_sums_ptr,
     table_ptr, cu_seqlens_ptr,
     stride_qn, stride_qt: tl.constexpr, stride_qh,
     stride_kn, stride_kt: tl.constexpr, stride_kh,
     stride_vn, stride_vt: tl.constexpr, stride_vh,
     stride_dn, stride_dt: tl.constexpr, stride_dh,
-    T, H: tl.constexpr, per_sequence, scale,
+    sums_stride, T, H: tl.constexpr, per_sequence, scale,
     K: tl.constexpr, V: tl.constexpr,
     C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr,
     GATED: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
@@ -43,7 +43,7 @@ def _gated_delta_rule_bwd_pair_kernel(
     """One chunk of one value head.
 
     Shapes:  products: [chunks, HV, 2, C, C], R and M;  dx, new, dv: [B, T, HV, V]
-             d_total, d_beta: [B, T, HV], of products of two tokens, for the sums of log-decays and for beta
+             pair_sums: [2, B, T, HV], of products of two tokens: for beta and for the sums of log-decays
     """
     HV: tl.constexpr = H * GROUP
     head = tl.program_id(0) % HV
@@ -106,11 +106,12 @@ def _gated_delta_rule_bwd_pair_kernel(
     tl.store(square, weights.to(products_ptr.dtype.element_ty))
     tl.store(square + C * C, (solves * -beta[:, None]).to(products_ptr.dtype.element_ty))
     solves *= tl.dot(k, tl.trans(k), input_precision=PRECISION)
-    tl.store(d_beta_ptr + at, d_beta - tl.sum(solves, axis=1), mask=present)
+    tl.store(pair_sums_ptr + at, d_beta - tl.sum(solves, axis=1), mask=present)
     if GATED:
         # Both tokens of a pair get the same number, which cancels in all sums over both.
         passed = passed * scale - solves * beta[:, None]
-        tl.store(d_total_ptr + at, tl.sum(passed, axis=1) - tl.sum(passed, axis=0), mask=present)
+        d_total = tl.sum(passed, axis=1) - tl.sum(passed, axis=0)
+        tl.store(pair_sums_ptr + sums_stride.to(tl.int64) + at, d_total, mask=present)
 
 
 @triton.jit
@@ -160,11 +161,11 @@ def _against_gradient(
 @triton.jit(do_not_specialize=NUMBERS)
 def _gated_delta_rule_bwd_token_kernel(
     q_ptr, k_ptr, do_ptr, gates_ptr, dx_ptr, new_ptr, products_ptr, states_ptr, d_states_ptr, initial_ptr, last_ptr,
-    d_final_ptr, d_total_ptr, d_beta_pairs_ptr, dq_ptr, dk_ptr, d_log_decay_ptr, d_beta_ptr, table_ptr, cu_seqlens_ptr,
+    d_final_ptr, dq_ptr, dk_ptr, tile_sums_ptr, passed_ptr, table_ptr, cu_seqlens_ptr,
     stride_qn, stride_qt: tl.constexpr, stride_qh,
     stride_kn, stride_kt: tl.constexpr, stride_kh,
     stride_dn, stride_dt: tl.constexpr, stride_dh,
-    stride_part, T, H: tl.constexpr, per_sequence, has_initial, has_d_final, scale,
+    sums_stride, T, H: tl.constexpr, per_sequence, has_initial, has_d_final, scale,
     K: tl.constexpr, V: tl.constexpr,
     C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr,
     GATED: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
@@ -172,7 +173,8 @@ def _gated_delta_rule_bwd_token_kernel(
     """ROWS channels of one chunk of one key head.
 
     Shapes:  products: [chunks, HV, 2, C, C], R and M;  gates: [chunks, HV, 3, C];  states, d_states: [chunks, HV, V, K]
-             d_total, d_beta_pairs: [B, T, HV];  d_log_decay, d_beta: [tiles, B, T, HV];  initial, last, d_final: [N, HV, V, K]
+             initial, last, d_final: [N, HV, V, K];  tile_sums: [tiles, 3, B, T, HV], over the channels of a tile: for beta,
+             for the sums of log-decays, of what a token leaves to the state;  passed: [chunks, HV, tiles], of a chunk
     """
     TILES: tl.constexpr = (K + ROWS - 1) // ROWS
     HV: tl.constexpr = H * GROUP
@@ -253,32 +255,72 @@ def _gated_delta_rule_bwd_token_kernel(
         weights = tl.load(products_at + turned)  # [C, C]
         if GATED:
             found *= tl.load(gates_at + 2 * C)[:, None]
-            per_token = tl.sum(k * found, axis=1).to(tl.float64)
+            per_token = tl.sum(k * found, axis=1)
         dk += found
         dk = tl.dot(solves, k, dk, input_precision=PRECISION)
         dk = tl.dot(weights, q, dk, input_precision=PRECISION)
         if GROUP == 1:
             tl.store(dk_ptr + own_key, dk.to(dk_ptr.dtype.element_ty), mask=mask)
 
-        # Products of two tokens are the first tile's.
-        once = present & (tile == 0)
-        part = tile.to(tl.int64) * stride_part + tokens + i * HV
+        sums_at = tile_sums_ptr + tile.to(tl.int64) * 3 * sums_stride + tokens + i * HV
+        tl.store(sums_at, d_beta, mask=present)
         if GATED:
-            d_total += d_beta * beta + tl.load(d_total_ptr + tokens + i * HV, mask=once, other=0.0)
-            given = (n.to(tl.int64) * HV + own) * (K * V)
+            tl.store(sums_at + sums_stride, d_total + d_beta * beta, mask=present)
+            tl.store(sums_at + 2 * sums_stride, per_token, mask=present)
             if (j == 0) | ends:
                 # Known in full.
+                given = (n.to(tl.int64) * HV + own) * (K * V)
                 product = _product_with_gradient(
                     states_ptr, d_states_ptr, initial_ptr, last_ptr, d_final_ptr, place, given, j, ends, has_initial,
                     has_d_final, rows, in_k, K, V, ROWS, COLUMNS,
                 )  # fmt: skip
-            # In float64, as were the sums of log-decays: what passes through a strong decay is the rest of a difference.
-            d_rate = tl.cumsum(d_total.to(tl.float64) - per_token, axis=0, reverse=True)
-            over = tl.load(gates_ptr + place * (3 * C) + 2 * C - 1)
-            d_rate += tl.sum(per_token, axis=0) + over * product
-            tl.store(d_log_decay_ptr + part, d_rate.to(tl.float32), mask=present)
-        d_beta += tl.load(d_beta_pairs_ptr + tokens + i * HV, mask=once, other=0.0)
-        tl.store(d_beta_ptr + part, d_beta, mask=present)
+            tl.store(passed_ptr + place * TILES + tile, product)
     if GROUP > 1:
         tl.store(dq_ptr + own_key, dq.to(dq_ptr.dtype.element_ty), mask=mask)
         tl.store(dk_ptr + own_key, dk.to(dk_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def _gated_delta_rule_bwd_gate_kernel(
+    pair_sums_ptr, tile_sums_ptr, passed_ptr, gates_ptr, d_log_decay_ptr, d_beta_ptr, table_ptr, cu_seqlens_ptr,
+    sums_stride, T, per_sequence,
+    HV: tl.constexpr, HEADS: tl.constexpr, TILES: tl.constexpr, C: tl.constexpr, GATED: tl.constexpr, VARLEN: tl.constexpr,
+):  # fmt: skip
+    """The gradients of the log-decays and of beta, of one chunk of HEADS value heads.
+
+    Shapes:  pair_sums: [2, B, T, HV];  tile_sums: [tiles, 3, B, T, HV];  passed: [chunks, HV, tiles];  gates: [chunks, HV, 3, C]
+    """
+    BLOCKS: tl.constexpr = (HV + HEADS - 1) // HEADS
+    chunk = tl.program_id(0) // BLOCKS
+    n, j, begin, length = find_sequence(chunk, table_ptr, cu_seqlens_ptr, T, per_sequence, VARLEN)
+    # An empty sequence has a chunk as well, without a token.
+    if (n < 0) | (j * C >= length):
+        return
+
+    row = n.to(tl.int64) if not VARLEN else tl.zeros((), tl.int64)
+    i = tl.arange(0, C)
+    heads = (tl.program_id(0) % BLOCKS) * HEADS + tl.arange(0, HEADS)
+    in_h = heads < HV
+    mask = (i < length - j * C)[:, None] & in_h[None, :]
+    at = (row * T + begin + j * C) * HV + (i * HV)[:, None] + heads[None, :]
+    place = chunk.to(tl.int64) * HV + heads
+    stride = sums_stride.to(tl.int64)
+    d_beta = tl.load(pair_sums_ptr + at, mask=mask, other=0.0)  # [C, HEADS]
+    # In float64, as were the sums of log-decays: what passes through a strong decay is the rest of a difference.
+    if GATED:
+        d_total = tl.load(pair_sums_ptr + stride + at, mask=mask, other=0.0).to(tl.float64)
+        written = tl.zeros([C, HEADS], tl.float64)
+        product = tl.zeros([HEADS], tl.float32)
+    for tile in tl.static_range(TILES):
+        sums_at = tile_sums_ptr + 3 * tile * stride + at
+        d_beta += tl.load(sums_at, mask=mask, other=0.0)
+        if GATED:
+            d_total += tl.load(sums_at + stride, mask=mask, other=0.0)
+            written += tl.load(sums_at + 2 * stride, mask=mask, other=0.0)
+            product += tl.load(passed_ptr + place * TILES + tile, mask=in_h, other=0.0)
+    tl.store(d_beta_ptr + at, d_beta, mask=mask)
+    if GATED:
+        over = tl.load(gates_ptr + place * (3 * C) + 2 * C - 1, mask=in_h, other=0.0)
+        d_rate = tl.cumsum(d_total - written, axis=0, reverse=True) + tl.sum(written, axis=0)[None, :]
+        d_rate += (over * product)[None, :]
+        tl.store(d_log_decay_ptr + at, d_rate.to(tl.float32), mask=mask)

@@ -16,6 +16,7 @@ from heddle.kernels._gated_delta_rule_bwd import (
     _gated_delta_rule_bwd_state_kernel,
 )
 from heddle.kernels._gated_delta_rule_bwd_split import (
+    _gated_delta_rule_bwd_gate_kernel,
     _gated_delta_rule_bwd_pair_kernel,
     _gated_delta_rule_bwd_token_kernel,
 )
@@ -34,7 +35,7 @@ from heddle.kernels.common.layout import (
     turned_state,
     with_room,
 )
-from heddle.kernels.common.replay import derived, empty, start_kernel
+from heddle.kernels.common.replay import empty, start_kernel
 from heddle.kernels.common.segments import cut, lay_out
 from heddle.kernels.common.tables import table_on
 from heddle.kernels.common.tuning import tuned
@@ -45,6 +46,8 @@ from heddle.kernels.configs.launch import Launch
 LEFT = 2
 # Columns of the state that a program carries from segment to segment.
 CARRY_COLUMNS = 32
+# Value heads whose gates a program treats.
+GATE_HEADS = 16
 # Programs that share a multiprocessor, tokens of a segment at least, and segments of a sequence at least.
 RESIDENT, LEAST_SEGMENT, FEWEST_SEGMENTS = 2, 512, 3
 
@@ -371,35 +374,36 @@ def _gradients(
 def _split_gradients(
     inputs: Inputs, kept: Kept, outer: _Outer, layout: _Layout, *, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As `_gradients`, by two kernels."""
+    """As `_gradients`, by two kernels, and a third one for what they leave of the gates."""
     q, k, v, gate, beta = inputs
-    launch = layout.plan.pairs or layout.plan.gradient
     products = empty(kept.pairs.shape, kept.pairs.dtype, q.device)
     dq, dk, dv = (empty(x.shape, x.dtype, x.device) for x in (q, k, outer.dx))
-    d_total, d_pairs = (empty(beta.shape, beta.dtype, beta.device) for _ in range(2))
-    start_kernel(
-        _gated_delta_rule_bwd_pair_kernel, (layout.chunks.count * layout.HV,),
-        q, k, v, outer.d_out, gate, beta, outer.dx, kept.new, dv, products, d_total, d_pairs,
-        *layout.chunk_table(beta), *strides(q, k, v, outer.d_out), *layout.numbers, scale,
-        **layout.constants, **layout.tiles(launch),
-    )  # fmt: skip
     rows = min(layout.plan.tile, block(layout.K))
     tiles = triton.cdiv(layout.K, rows)
-    # Of each tile.
-    d_gate, d_beta = (empty((tiles, *beta.shape), beta.dtype, beta.device) for _ in range(2))
+    pair_sums, sums = (empty((*many, *beta.shape), beta.dtype, beta.device) for many in ((2,), (tiles, 3)))
+    passed = empty((layout.chunks.count, layout.HV, tiles), beta.dtype, beta.device)
+    tables, numbers = layout.chunk_table(beta), (beta.numel(), *layout.numbers)
+    start_kernel(
+        _gated_delta_rule_bwd_pair_kernel, (layout.chunks.count * layout.HV,),
+        q, k, v, outer.d_out, gate, beta, outer.dx, kept.new, dv, products, pair_sums, *tables,
+        *strides(q, k, v, outer.d_out), *numbers, scale,
+        **layout.constants, **layout.tiles(layout.plan.pairs or layout.plan.gradient),
+    )  # fmt: skip
     constants = {**layout.constants, **layout.tiles(layout.plan.gradient), "ROWS": rows}
     start_kernel(
         _gated_delta_rule_bwd_token_kernel, (layout.chunks.count * layout.H * tiles,),
-        q, k, outer.d_out, kept.gates, outer.dx, kept.new, products, *outer.states(kept), d_total, d_pairs,
-        dq, dk, d_gate, d_beta, *layout.chunk_table(beta), *strides(q, k, outer.d_out),
-        d_beta.stride(0), *layout.numbers, *outer.known(), scale, **constants,
+        q, k, outer.d_out, kept.gates, outer.dx, kept.new, products, *outer.states(kept), dq, dk, sums, passed, *tables,
+        *strides(q, k, outer.d_out), *numbers, *outer.known(), scale, **constants,
     )  # fmt: skip
-    summed = derived(_sum_of_tiles, d_beta)
-    return dq, dk, dv, (derived(_sum_of_tiles, d_gate) if layout.constants["GATED"] else summed), summed
-
-
-def _sum_of_tiles(parts: Tensor) -> Tensor:
-    return parts.sum(0)
+    d_beta = empty(beta.shape, beta.dtype, beta.device)
+    d_gate = empty(gate.shape, gate.dtype, gate.device) if layout.constants["GATED"] else d_beta
+    start_kernel(
+        _gated_delta_rule_bwd_gate_kernel, (layout.chunks.count * triton.cdiv(layout.HV, GATE_HEADS),),
+        pair_sums, sums, passed, kept.gates, d_gate, d_beta, *tables, beta.numel(), layout.T, layout.chunks.per_sequence,
+        HV=layout.HV, HEADS=GATE_HEADS, TILES=tiles, C=layout.chunk, GATED=layout.constants["GATED"],
+        VARLEN=layout.constants["VARLEN"], num_warps=4, num_stages=1,
+    )  # fmt: skip
+    return dq, dk, dv, d_gate, d_beta
 
 
 def _run_backward_state(

@@ -1,6 +1,7 @@
 """Times ops beside their torch path and a rival, in one process, and says what share of the machine they reach.
 
 A row is one JSON object of `tests/bench/results/<machine>.jsonl`. Rows of one `run` share process and machine.
+Forward and in steps a rival's row tells in `apart` how far its output and final state are from ours.
 """
 
 from __future__ import annotations

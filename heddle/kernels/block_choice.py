@@ -256,7 +256,7 @@ def block_choice(
              out: [B, N, T, L] int32, -1 behind the last, L = min(blocks, max(count, ceil(dense_length / block)))
 
     Raises:
-        HeddleError: "bad-argument" for shapes or numbers that do not fit.
+        HeddleError: "bad-argument" for shapes, dtypes or numbers that do not fit.
     """
     name = "block_choice"
     if q.dim() != 4 or means.dim() != 4 or q.shape[1] % means.shape[1]:

@@ -139,13 +139,15 @@ class Op(Generic[P, R]):
         return INTERPRETED or (dtype not in self.unproven and not doubtful)
 
     def choose(self, device: torch.device, dtype: torch.dtype, **shape: int) -> Path:
-        """`path`, noted down for `watch_paths`: called where the work is about to be done.
-
-        Warns of torch on a GPU that nobody asked for, where there are kernels.
-        """
-        path = self.path(device, dtype, **shape)
+        """`told_path`, noted down for `watch_paths`: called where the work is about to be done."""
+        path = self.told_path(device, dtype, **shape)
         for seen in _watchers:
             seen.append((self.name, path))
+        return path
+
+    def told_path(self, device: torch.device, dtype: torch.dtype, **shape: int) -> Path:
+        """`path`; where there are kernels, torch on a GPU that nobody asked for is told in a warning."""
+        path = self.path(device, dtype, **shape)
         if path == "torch" and self.kernel is not None and "torch" not in _forced[-1:]:
             self._tell_why(torch.device(device), dtype, shape)
         return path

@@ -63,8 +63,11 @@ def name_of(option: dict[str, Any], others: Sequence[dict[str, Any]]) -> str:
     kind = str(option["kind"])
     if sum(other["kind"] == kind for other in others) == 1:
         return kind
-    fields = (f"{name} false" if value is False else name for name, value in option.items())
-    return ", ".join((kind, *(field for field in fields if field not in ("kind", "heads"))))
+    told = {
+        name: f"{name} {value}".lower() if value is False or isinstance(value, str) else name
+        for name, value in option.items()
+    }
+    return ", ".join((kind, *(text for name, text in told.items() if name not in ("kind", "heads"))))
 
 
 def run(path: str, job: Job) -> dict[str, Any]:

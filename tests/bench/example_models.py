@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import secrets
 import subprocess
@@ -31,6 +32,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -56,6 +58,8 @@ FIRST = (
 # Seconds that scoring and exporting take beside others.
 AFTER = 90.0
 NO_GRAPH = 3
+# Steps at the end over which losses are averaged.
+LAST = 25
 Row = dict[str, Any]
 
 
@@ -115,10 +119,11 @@ def trained(job: Job, launch: Any, until: float) -> tuple[Any, Any, Row]:
         if time.time() > until and done < steps:
             raise OutOfTimeError
 
-    aux: dict[str, float] = {}
+    last: Row = {"train_bits": None, "aux": {}}
     try:
         fitted = fit(model, batches(task, recipe, device), recipe, on_step=on_step, launch=launch)
-        aux = {name: sum(held[-25:]) / len(held[-25:]) for name, held in fitted.aux.items()}
+        last["train_bits"] = mean(fitted.losses[-LAST:]) / math.log(2.0)
+        last["aux"] = {name: mean(held[-LAST:]) for name, held in fitted.aux.items()}
     except OutOfTimeError:
         model.eval()
     seconds, per_step = time.time() - begin, recipe.rows(task.sequence_length) * task.sequence_length
@@ -130,7 +135,7 @@ def trained(job: Job, launch: Any, until: float) -> tuple[Any, Any, Row]:
             "tokens": reached[0] * per_step,
             "done": reached[0] == reached[1],
             "launch": launch,
-            "aux": aux,
+            **last,
             "train_s": round(seconds, 2),
         },
     )

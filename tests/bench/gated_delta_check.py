@@ -288,9 +288,8 @@ def kernel_times(call: Callable[[], Any]) -> dict[str, float]:
         torch.cuda.synchronize()
     found: dict[str, list[float]] = {}
     for event in seen.events():
-        # The others are sums over tiles.
-        if event.name.startswith("_gated_delta_rule") or "reduce_kernel" in event.name:
-            name = event.name.split("<")[0].removeprefix("_gated_delta_rule_").removesuffix("_kernel")
+        if event.name.startswith("_gated_delta_rule"):
+            name = event.name.removeprefix("_gated_delta_rule_").removesuffix("_kernel")
             found.setdefault(name, []).append(event.device_time / 1e3)
     times = {}
     for name, runs in found.items():

@@ -1,7 +1,7 @@
 """One call on a GPU machine: where docs/performance.md misses a goal, which kernels take the time, and do other launches help.
 
-    python tests/bench/misses_check.py --out "$OUT" --budget 150 --commit "$(git rev-parse --short=12 HEAD)"
-    python tests/bench/misses_check.py --out /tmp/misses --budget 150 --tiny
+    python tests/bench/misses_check.py --out "$OUT" --budget 200 --commit "$(git rev-parse --short=12 HEAD)"
+    python tests/bench/misses_check.py --out /tmp/misses --budget 200 --tiny
 
 Compiles side by side first. Each launch is held to the float64 reference before it is timed; times are those of the device,
 kernel by kernel, as the profiler tells them (a step's that of a CUDA graph). Writes misses_check.log, and a row for each launch
@@ -52,10 +52,7 @@ FORWARD = (
     Launch(64, 64, 4, 1), Launch(64, 64, 4, 3), Launch(64, 64, 8, 2), Launch(64, 128, 8, 2), Launch(64, 32, 4, 2),
     Launch(64, 32, 4, 3),
 )  # fmt: skip
-GRADIENT = (
-    Launch(64, 64, 4, 1), Launch(64, 32, 4, 1), Launch(64, 32, 8, 1), Launch(64, 128, 8, 1), Launch(64, 64, 16, 1),
-    Launch(64, 64, 8, 1, 168),
-)  # fmt: skip
+GRADIENT = (Launch(64, 64, 4, 1), Launch(64, 32, 8, 1), Launch(64, 128, 8, 1))
 STEPS = tuple(
     Launch(1, columns, warps, 1)
     for columns, warps in ((8, 1), (16, 1), (16, 2), (32, 1), (32, 2), (64, 1), (64, 2), (64, 4), (128, 4))
@@ -112,7 +109,7 @@ MISSES = (
         gated_delta_rule,
         "fwdbwd",
         WHOLE,
-        {"gradient": GRADIENT, "keep": FORWARD[:4], "backward": FORWARD[:4]},
+        {"split": (1,), "gradient": GRADIENT, "keep": FORWARD[:4], "backward": FORWARD[:4]},
     ),
 )
 
@@ -134,6 +131,7 @@ def warm(index: int) -> None:
 
 def kernel_times(call: Call) -> dict[str, float]:
     """Milliseconds of a call on the device, by the name of its kernels; what else runs is under `other`."""
+    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     call()
@@ -144,6 +142,9 @@ def kernel_times(call: Call) -> dict[str, float]:
         torch.cuda.synchronize()
     found: Counter[str] = Counter()
     for event in seen.events():
+        # What launches a kernel is told its time as well.
+        if event.device_type != DeviceType.CUDA:
+            continue
         ours = event.name.startswith("_") and event.name.endswith("_kernel")
         found[event.name if ours else "other"] += event.device_time / 1e3 / CALLS
     return dict(found)
@@ -187,7 +188,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--budget", type=float, default=150.0, help="seconds after which nothing is begun")
+    parser.add_argument("--budget", type=float, default=200.0, help="seconds after which nothing is begun")
     parser.add_argument("--out", type=Path, default=Path("."), help="folder for the log and the rows")
     parser.add_argument("--commit", help="the code that ran")
     parser.add_argument("--tiny", action="store_true", help="small, on a CPU")

@@ -93,7 +93,7 @@ class Sizes:
             "attention, inward window": {**both, "window": self.block},
             "landmark": {"kind": "landmark", "heads": H, "kv_heads": N, "block": self.block},
             "moh": {"kind": "moh", "mixer": {"kind": "attention", "heads": H}, "shared_heads": H // 4, "active": H // 4},
-            "nats_l": {"kind": "nats_l", "heads": H // 2, "chunk": self.block},
+            "nats_l": {"kind": "nats_l", "heads": H, "chunk": self.block},
             "still": {"kind": "still", "heads": H, "kv_heads": N, "chunk": self.block},
             "liger": {"kind": "liger", "heads": H, "kv_heads": N, "window": self.block},
             "mla": {

@@ -20,7 +20,8 @@ CAUSES = {
     ),
     ("gated_delta_rule", "fwdbwd"): (
         f"The kernel of all gradients but the state's, one program of 8 warps at 255 registers, {ON_H100}. Tried there: "
-        "128 registers (1.8 times as slow). Not tried: 64 channels of keys at a time, two kernels as those of `kda`."
+        "128 registers (1.8 times as slow). Two kernels, as those of `kda`, are made and wait for a GPU "
+        "(`gated_delta_check.py --only split`)."
     ),
     ("gated_delta_rule", "decode_graph"): (
         "512 heads of all sequences take the launch for few (16 columns, one warp); from 1,024 on that for many reaches 94% of "

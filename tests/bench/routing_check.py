@@ -421,9 +421,10 @@ def told(bench: Bench) -> Iterator[str]:
 
 def warm(index: int) -> None:
     """Compiles every `WORKERS`th thing that will run, into Triton's cache on disk."""
-    small = drawn(MAIN)
+    small, step = drawn(MAIN), drawn({**STEP, "B": 1, "kept": min(STEP["kept"], 600)})
     things = [*samples()]
     things += [("", small, {name: one}) for name, launches in TRIED.items() for one in launches]
+    things += [("", step, {"step": one}) for one in STEPS]
     for _, given, overrides in things[index::WORKERS]:
         try:
             with tuning(**overrides), force_path("triton"):

@@ -44,6 +44,13 @@ MIXERS = {
 }
 # Every other kind that has kernels or chooses by what tokens say, as a spec writes it, in the type in which models are trained.
 WRITTEN: dict[str, dict[str, Any]] = {
+    "selection": {
+        "kind": "attention",
+        "heads": 4,
+        "kv_heads": 2,
+        "head_dim": 64,
+        "selection": {"block": 32, "count": 4, "scores": "kernels"},
+    },
     "moh": {
         "mixer": {"kind": "attention", "heads": 4, "kv_heads": 2, "head_dim": 64},
         "shared_heads": 1,
@@ -65,8 +72,8 @@ WRITTEN: dict[str, dict[str, Any]] = {
     "deltanet": {"heads": 2, "head_dim": 64},
 }
 OTHERS = {
-    kind: KINDS[kind].model_validate({"kind": kind, **fields}).runtime(Site(128, 0, 1))
-    for kind, fields in WRITTEN.items()
+    name: KINDS[fields.get("kind", name)].model_validate({"kind": name, **fields}).runtime(Site(128, 0, 1))
+    for name, fields in WRITTEN.items()
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 every_mixer = pytest.mark.parametrize("name", [*MIXERS, *OTHERS])

@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from views import VIEWS
 
 import heddle.kernels
 from heddle.errors import HeddleError
-from heddle.kernels import Op, force_path, gla
+from heddle.kernels import OPS, Op, force_path, gla
+from heddle.kernels.accuracy import EPSILON
 from heddle.kernels.local_linear_attention import local_linear_attention
 from heddle.kernels.op import TRITON_DTYPES, SlowPathWarning
 
@@ -41,7 +43,7 @@ OF_THEIR_OWN = {
     *(("gated_delta_layer_step", name) for name in ("a", "b", "norm_weight", "conv_state", "conv_weight")),
 }
 # Sizes that no kernels take, and sizes that all do.
-HUGE = {"K": 9000, "V": 9000, "W": 99, "G": 1, "block": 64, "choice": 1, "room": 64, "chunk": 64}
+HUGE = {"K": 9000, "V": 9000, "W": 99, "G": 1, "block": 64, "choice": 1, "room": 64, "chunk": 64, "blocks": 9}
 SMALL = {**HUGE, "K": 64, "V": 64, "W": 4}
 GPU = torch.device("cuda:0")
 
@@ -60,6 +62,7 @@ def _given(op: AnyOp, **sizes: int) -> dict[str, Any]:
     drawn = {**shape, **op.cases.inputs(shape, generator), "eps": 1e-6}
     drawn |= {name: op.cases.initial_state(shape, generator) for name in ("state", "initial_state")}
     places = torch.arange(shape["T"]).expand(shape["B"], shape.get("H", 1), shape["T"])
+    drawn |= {"blocks": -(-shape.get("S", 0) // shape.get("block", 1)), "sink": 1, "recent": 1}
     drawn |= {"order": places, "first": (places - shape.get("width", 0)).clamp(min=0), "last": places}
     named = inspect.signature(op.fast).parameters
     return {
@@ -146,6 +149,38 @@ def test_a_step_tells_the_same(op: AnyOp) -> None:
         _refused(op.step, {**given, name: x.int()}, op, f"{name} is int32, expected .*float32")
 
 
+def _results(op: AnyOp, given: dict[str, Any], view: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """All results and gradients of a call on views of the tensors."""
+    leaves = {
+        name: x.detach().requires_grad_(name in op.cases.differentiable) if isinstance(x, Tensor) else x
+        for name, x in given.items()
+    }
+    found = op(**{name: view(x) if isinstance(x, Tensor) else x for name, x in leaves.items()})
+    outputs = [x for x in (found if isinstance(found, tuple) else (found,)) if x is not None]
+    graded = [x for x in outputs if x.requires_grad]
+    wanted = [leaves[name] for name in op.cases.differentiable if name in leaves]
+    generator = torch.Generator().manual_seed(1)
+    upstream = [torch.randn(x.shape, generator=generator).to(x) for x in graded]
+    gradients = torch.autograd.grad(graded, wanted, upstream, allow_unused=True) if graded else ()
+    return [*outputs, *gradients]
+
+
+@pytest.mark.usefixtures("kernels_on_gpu")
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("op", [op for op in WITH_KERNELS if op not in OPS], ids=lambda op: op.name)
+# Of two ops gradients are no matter of kernels.
+@pytest.mark.filterwarnings("ignore::heddle.kernels.op.SlowPathWarning")
+def test_tensors_are_read_as_they_lie(op: AnyOp, device: str) -> None:
+    # Those of OPS are held to their references: test_ops.py.
+    given = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in _given(op).items()}
+    expected = _results(op, given, lambda x: x)
+    for view in VIEWS:
+        for number, (found, one) in enumerate(zip(_results(op, given, view), expected, strict=True)):
+            if one is not None:
+                error = (found - one).abs().max() / one.abs().max()
+                assert error <= EPSILON[torch.float32], f"{view.__name__}, result {number}: {error:.1e}"
+
+
 @pytest.fixture
 def nothing_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a process that has not run an op yet."""
@@ -155,6 +190,7 @@ def nothing_told(monkeypatch: pytest.MonkeyPatch) -> None:
 @over_kernels
 @pytest.mark.usefixtures("nothing_told")
 def test_torch_on_a_gpu_is_told_once_with_its_reason_and_what_would_do(op: AnyOp) -> None:
+    assert op.limits, "the op must say which shapes its kernels take"
     sizes = [name for name in ("K", "W") if name in op.limits or "rows" in op.limits]
     told = rf"{op.name} runs in PyTorch on cuda:0, .* do not take .*{sizes[0]}=\d+.*slow-path.\n  hint: they take "
     with pytest.warns(SlowPathWarning, match=told):

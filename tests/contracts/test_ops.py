@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from views import VIEWS
 
 from heddle.errors import HeddleError
 from heddle.kernels import OPS, Op
@@ -72,6 +73,11 @@ def _assert_close(op: AnyOp, sample: Sample, device: str, found: dict[str, Tenso
 
 
 over_settings = pytest.mark.parametrize(("op", "device", "dtype"), list(_settings()))
+# Where the kernels are compiled anew: sizes of 1 and strides are among what they are compiled for.
+over_few_settings = pytest.mark.parametrize(
+    ("op", "device", "dtype"),
+    [one for one in _settings() if one.values[1] == "cpu" or one.values[2] == torch.bfloat16],
+)
 
 
 @over_settings
@@ -124,8 +130,8 @@ def test_packed_sequences_equal_each_alone(op: AnyOp, device: str, dtype: torch.
 
 @over_settings
 def test_empty_sequences_are_right_at_every_place(op: AnyOp, device: str, dtype: torch.dtype) -> None:
-    ends = [0, 0, 3, 3, 3, 68, 68]
-    sample = draw(op, {**op.cases.test_shapes[-1], "B": 1, "T": 68}, dtype, cu_seqlens=ends)
+    ends = [0, 0, 3, 3, 3, 103, 103]
+    sample = draw(op, {**op.cases.test_shapes[-1], "B": 1, "T": ends[-1]}, dtype, cu_seqlens=ends)
     _check(op, op.cases.test_shapes[-1], sample, device)
     given = sample.to(device).arguments
     _, state = op(**given)
@@ -133,40 +139,23 @@ def test_empty_sequences_are_right_at_every_place(op: AnyOp, device: str, dtype:
     assert torch.equal(state[empty], given["initial_state"][empty])
 
 
-@over_settings
+@over_few_settings
 def test_a_single_head_of_a_single_row_is_right(op: AnyOp, device: str, dtype: torch.dtype) -> None:
-    for shape in _shapes(op, device)[1:]:
-        alone = {**shape, "B": 1, "H": 1, "HV": 1, "C": 1, "T": 66}
-        _check(op, alone, draw(op, alone, dtype), device)
+    shape = {**_shapes(op, device)[-1], "B": 1, "H": 1, "HV": 1, "C": 1, "T": 120}
+    _check(op, shape, draw(op, shape, dtype), device)
 
 
 @pytest.mark.parametrize(("op", "device", "dtype"), list(_settings(lambda op: "beta" in op.cases.sequence)))
 @pytest.mark.parametrize("count", [1, 3])
 def test_keys_that_repeat_are_right(op: AnyOp, device: str, dtype: torch.dtype, count: int) -> None:
-    shape = {**op.cases.test_shapes[-1], "T": 130}
+    shape = {**op.cases.test_shapes[-1], "T": 120}
     sample = draw(op, shape, dtype)
     k = sample.arguments["k"][:, torch.arange(shape["T"]) % count]
     _check(op, shape, replace(sample, arguments={**sample.arguments, "k": k}), device)
 
 
-def _with_gaps(x: Tensor) -> Tensor:
-    """Rows of wider ones, as those of a projection."""
-    return torch.cat((x, torch.full_like(x, torch.nan)), dim=-1)[..., : x.shape[-1]]
-
-
-def _spread(x: Tensor) -> Tensor:
-    """Every second number."""
-    return torch.stack((x, torch.full_like(x, torch.nan)), dim=-1)[..., 0]
-
-
-def _turned(x: Tensor) -> Tensor:
-    """The first axis of all, or of a row, behind the next one in memory."""
-    axes = (1, 2) if x.dim() > 2 else (0, -1)
-    return x.transpose(*axes).clone(memory_format=torch.contiguous_format).transpose(*axes)
-
-
-@over_settings
-@pytest.mark.parametrize("view", [_with_gaps, _spread, _turned])
+@over_few_settings
+@pytest.mark.parametrize("view", VIEWS)
 def test_tensors_are_read_as_they_lie(
     op: AnyOp, device: str, dtype: torch.dtype, view: Callable[[Tensor], Tensor]
 ) -> None:

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 # share theirs.
 SOME = "65 or packed and not float32 or token or scratch"
 OPS = {
-    "decay_attention": SOME,
+    "decay_attention": f"{SOME} or lie and spread and float32",
     "simple_gla": SOME,
     "delta_rule": f"gated and ({SOME}) or delta_rule-cpu-float32 and 65 and not gated",
     "gla and not simple": "65 or packed and not float32",

@@ -36,7 +36,8 @@ class ParagraphTopic(Generated[ParagraphTopicTask]):
 
     def draw(self, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         s, words = self.spec, self.spec.paragraph_length - 1
-        topics = self._topics(batch, generator)
+        asked = uniform(s.topics, (batch, 1), generator)
+        topics = self._topics_with(asked, generator)
         shape = (batch, s.paragraphs, words)
         of_topic = 1 + topics[:, :, None] * s.topic_words + uniform(s.topic_words, shape, generator)
         common = 1 + s.topics * s.topic_words + uniform(s.common_words, shape, generator)
@@ -44,7 +45,7 @@ class ParagraphTopic(Generated[ParagraphTopicTask]):
         ranks = torch.rand(shape, generator=generator, device=generator.device).argsort(dim=-1)
         text = torch.where(ranks < count, of_topic, common)
         inputs = torch.cat([torch.zeros_like(text[:, :, :1]), text], dim=-1).flatten(1)
-        return inputs, topics.mode(dim=1, keepdim=True).values
+        return inputs, asked
 
     def solve(self, row: list[int]) -> list[int]:
         size = self.spec.paragraph_length
@@ -62,10 +63,9 @@ class ParagraphTopic(Generated[ParagraphTopicTask]):
         hits = torch.tensor(counted)[:, None] == targets.cpu()
         return {"word_count_accuracy": float(hits.double().mean())}
 
-    def _topics(self, batch: int, generator: torch.Generator) -> Tensor:
-        """The topic of each paragraph, one of them in the majority. [batch, paragraphs]"""
-        s, fewer = self.spec, self.spec.majority - 1
-        asked = uniform(s.topics, (batch, 1), generator)
+    def _topics_with(self, asked: Tensor, generator: torch.Generator) -> Tensor:
+        """The topic of each paragraph, those of `asked` [B, 1] in the majority. [B, paragraphs]"""
+        s, batch, fewer = self.spec, len(asked), self.spec.majority - 1
         others = distinct(batch, (s.topics - 1) * fewer, s.paragraphs - s.majority, generator) // fewer
         others = others + (others >= asked)
         topics = torch.cat([asked.expand(-1, s.majority), others], dim=1)

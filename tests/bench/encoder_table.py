@@ -1,0 +1,104 @@
+"""Writes the table of docs/performance.md that tells what encoders of each kind learn, from committed rows.
+
+    python tests/bench/encoder_table.py
+
+The rows are those of evidence-encoders.jsonl (tests/bench/evidence.py with encoders.yaml and encoders_masked.yaml) of the device
+of the last row; of the trainings of a kind at a task the best learning rate is told. `--check` writes nothing and exits with 1 if
+the page says something else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "performance.md"
+RESULTS = Path(__file__).parent / "results" / "evidence-encoders.jsonl"
+BEGIN, END = "<!-- encoders: begin -->", "<!-- encoders: end -->"
+# A task, whether a readout answers it, and the plain rule beside it.
+COLUMNS = {
+    "topic of a document, accuracy": ("paragraph_topic", True, "word_count_accuracy"),
+    "one masked byte, bits": ("masked_bytes", True, "unigram_bits_per_byte"),
+    "all masked bytes, bits per byte": ("masked_bytes", False, "unigram_bits_per_byte"),
+}
+
+
+def of_column(rows: list[Row], task: str, has_readout: bool) -> list[Row]:
+    """The trainings at a task that ended with a score."""
+    found = [row for row in rows if row["task"] == task and ("readout" in row) is has_readout]
+    return [row for row in found if row["score"] is not None]
+
+
+def best(rows: list[Row]) -> Row | None:
+    """The training of the best learning rate."""
+    sign = -1.0 if rows and rows[0]["task"] == "paragraph_topic" else 1.0
+    return min(rows, key=lambda row: sign * row["score"], default=None)
+
+
+def cells(row: Row | None) -> list[str]:
+    if row is None:
+        return ["", ""]
+    digits = 3 if row["task"] == "paragraph_topic" else 2
+    return [f"{row['score']:.{digits}f} ± {row['se']:.{digits}f}", f"{row['lr']:g}"]
+
+
+def plain(rows: list[Row], rule: str) -> tuple[str, str]:
+    """Chance, and what the plain rule scores."""
+    if not rows:
+        return "", ""
+    return f"{rows[0]['chance']:.3g}", f"{rows[0]['extras'][rule]:.3g}"
+
+
+def text() -> str:
+    """The table, and what the trainings were."""
+    if not RESULTS.exists():
+        return "There is no row yet."
+    every = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
+    rows = [row for row in every if row["device"] == every[-1]["device"]]
+    columns = [(*column, of_column(rows, *column[:2])) for column in COLUMNS.values()]
+    kinds = list(dict.fromkeys(row["kind"] for row in rows))
+    lines = [
+        f"| kind | {' | '.join(f'{name} | at' for name in COLUMNS)} |",
+        "|---" * (1 + 2 * len(COLUMNS)) + "|",
+    ]
+    for kind in kinds:
+        of_kind = [best([row for row in found if row["kind"] == kind]) for *_, found in columns]
+        lines.append(f"| `{kind}` | {' | '.join(cell for row in of_kind for cell in cells(row))} |")
+    rules = [plain(found, rule) for _, _, rule, found in columns]
+    lines.append(f"| chance | {' | '.join(f'{chance} | ' for chance, _ in rules)} |")
+    lines.append(f"| words counted, or the unigram | {' | '.join(f'{rule} | ' for _, rule in rules)} |")
+    commits = ", ".join(f"`{one}`" for one in dict.fromkeys(row["commit"] for row in rows))
+    tokens = ", ".join(
+        f"{steps:,}" for steps in sorted({row["steps"] for *_, found in columns for row in found})
+    )
+    told = f"On {rows[-1]['device']} at {commits}; steps of 4,096 tokens: {tokens}."
+    failed = [row for row in rows if row["score"] is None]
+    told += "".join(f" `{row['kind']}` failed at {row['lr']:g}: {row['error']}." for row in failed)
+    return "\n".join([told, "", *lines])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit with 1 if the page is not current"
+    )
+    check = parser.parse_args().check
+    page = PAGE.read_text(encoding="utf-8")
+    before, _, rest = page.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    new = f"{before}{BEGIN}\n\n{text()}\n\n{END}{after}"
+    if check:
+        return int(new != page)
+    PAGE.write_text(new, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
