@@ -155,3 +155,18 @@ def _block_choice_list_kernel(
     tl.store(listed_ptr + rank - 1, c, mask=chosen)
     behind = c >= tl.sum(chosen.to(tl.int32), axis=0)
     tl.store(listed_ptr + c, c * 0 - 1, mask=behind & (c < length))
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def _block_choice_mark_kernel(
+    worth_ptr, marks_ptr, start_ptr, T, N, blocks, sink, recent, count, dense_length,
+    BLOCK: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """The best blocks of one query, a byte each, of worths as they are.  Shapes:  worth, marks: [B, N, T, blocks]"""
+    row = tl.program_id(0).to(tl.int64)
+    _, _, _, place, own = place_of(start_ptr, row, T, N, BLOCK)
+    c = tl.arange(0, WIDTH)
+    worth = tl.load(worth_ptr + row * blocks + c, mask=c < blocks, other=float("-inf"))
+    worth = tl.where(c < blocks, as_read(worth, c, own, sink, recent), float("-inf"))
+    chosen, _ = best_of(worth, tl.where(place < dense_length, blocks, count))
+    tl.store(marks_ptr + row * blocks + c, chosen.to(tl.uint8), mask=c < blocks)

@@ -12,6 +12,7 @@ from torch import Tensor
 from heddle.kernels._block_choice_kernels import (
     _block_choice_list_kernel,
     _block_choice_logit_kernel,
+    _block_choice_mark_kernel,
     _block_choice_mean_kernel,
     _block_choice_pool_kernel,
 )
@@ -70,6 +71,20 @@ def launch(
         BLOCK=block, WIDTH=width, num_warps=tuned("choosing_warps", choosing_warps(width)),
     )  # fmt: skip
     return listed
+
+
+def launch_marks(
+    worth: Tensor, start: Tensor, block: int, count: int, sink: int, recent: int, dense_length: int
+) -> Tensor:
+    """The marks; arguments as those of the registered op."""
+    B, N, T, blocks = worth.shape
+    marks = torch.empty(worth.shape, dtype=torch.uint8, device=worth.device)
+    width = triton.next_power_of_2(blocks)
+    _block_choice_mark_kernel[(B * N * T,)](
+        worth.contiguous(), marks, start, T, N, blocks, sink, recent, count, dense_length,
+        BLOCK=block, WIDTH=width, num_warps=tuned("choosing_warps", choosing_warps(width)),
+    )  # fmt: skip
+    return marks.view(torch.bool)
 
 
 def _by_means(

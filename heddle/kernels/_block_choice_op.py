@@ -1,4 +1,4 @@
-"""What torch knows of the kernels of block_choice: an opaque op, of which nothing has a gradient."""
+"""What torch knows of the kernels of block_choice: opaque ops, of which nothing has a gradient."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from heddle.kernels._block_choice_launch import launch
+from heddle.kernels._block_choice_launch import launch, launch_marks
 from heddle.kernels.op import register
 
 _NUMBERS = "int block, int blocks, int count, int sink, int recent, int dense_length"
@@ -21,3 +21,9 @@ def _like(q: Tensor, means: Tensor, *rest: Any) -> Tensor:
 
 
 kernels = register("block_choice_kernels", f"({_INPUTS}) -> Tensor", launch, fake=_like)
+marks = register(
+    "block_choice_marks",
+    "(Tensor worth, Tensor start, int block, int count, int sink, int recent, int dense_length) -> Tensor",
+    launch_marks,
+    fake=lambda worth, *rest: worth.new_empty(worth.shape, dtype=torch.bool),  # noqa: ARG005
+)

@@ -26,6 +26,7 @@ from heddle.kernels.op import (
 
 try:
     from heddle.kernels._block_choice_op import kernels as _kernels
+    from heddle.kernels._block_choice_op import marks as _marks
 
     HAS_KERNELS = True
 except ImportError:
@@ -126,22 +127,59 @@ def _dispatch(
     recent: int,
     dense_length: int,
 ) -> Tensor:
-    sizes = {"K": q.shape[3], "G": q.shape[1] // means.shape[1], "blocks": blocks}
+    sizes = {"K": q.shape[3], "G": q.shape[1] // means.shape[1], "choice": blocks}
     if block_choice.choose(q.device, q.dtype, **sizes) == "triton":
         numbers = (block, blocks, count, sink, recent, dense_length)
         return _kernels(q, means, start, held, scale, kernels, *numbers)  # type: ignore[no-any-return]
     place = start[:, None] + torch.arange(q.shape[2], device=q.device)
     score = block_scores(q, means, place, block=block, blocks=blocks, held=held, kernels=kernels, scale=scale)
-    own, index = (place // block)[:, None, :, None], torch.arange(blocks, device=q.device)
-    always = (index <= own) & ((index < sink) | (index > own - recent))
-    score = score.masked_fill(always, torch.inf).masked_fill(index > own, -torch.inf)
+    own = (place // block)[:, None, :, None]
     length = min(blocks, max(count, -(-dense_length // block)))
-    best = score.sort(dim=-1, descending=True, stable=True).indices[..., :length]
-    rank, dense = index[:length], (place < dense_length)[:, None, :, None]
+    best = _in_order(score, own, sink, recent)[..., :length]
+    rank, dense = torch.arange(length, device=q.device), (place < dense_length)[:, None, :, None]
     best = best.masked_fill(((rank >= count) & ~dense) | (best > own), blocks).sort(dim=-1).values
     return best.masked_fill(best == blocks, -1).to(torch.int32)
 
 
+def _in_order(score: Tensor, own: Tensor, sink: int, recent: int) -> Tensor:
+    """Blocks by falling worth: first those that are always read, last those behind the own one.
+
+    Shapes:  score, out: [B, N, T, blocks];  own: [B, 1, T, 1]
+    """
+    index = torch.arange(score.shape[-1], device=score.device)
+    always = (index <= own) & ((index < sink) | (index > own - recent))
+    score = score.masked_fill(always, torch.inf).masked_fill(index > own, -torch.inf)
+    return score.sort(dim=-1, descending=True, stable=True).indices
+
+
+def best_blocks(
+    score: Tensor, start: Tensor, *, block: int, count: int, sink: int, recent: int, dense_length: int = 0
+) -> Tensor:
+    """Marks of the blocks that `block_choice` would list by these worths, for many queries.
+
+    Shapes:  score: [B, N, T, blocks];  start: [B] int64;  out: as score, bool
+    """
+    return _best(score, start, block, count, sink, recent, dense_length)  # type: ignore[no-any-return]
+
+
+def _dispatch_marks(
+    score: Tensor, start: Tensor, block: int, count: int, sink: int, recent: int, dense_length: int
+) -> Tensor:
+    if block_choice.choose(score.device, score.dtype, K=1, G=1, choice=score.shape[3]) == "triton":
+        return _marks(score, start, block, count, sink, recent, dense_length)  # type: ignore[no-any-return]
+    place = start[:, None] + torch.arange(score.shape[2], device=score.device)
+    own, index = (place // block)[:, None, :, None], torch.arange(score.shape[-1], device=score.device)
+    best = _in_order(score, own, sink, recent)[..., :count]
+    marks = torch.zeros_like(score, dtype=torch.bool)
+    marks = marks.scatter(-1, best, torch.ones_like(best, dtype=torch.bool))
+    return (marks | (place < dense_length)[:, None, :, None]) & (index <= own)
+
+
+_best = register_composite(
+    "best_blocks",
+    "(Tensor score, Tensor start, int block, int count, int sink, int recent, int dense_length) -> Tensor",
+    _dispatch_marks,
+)
 _NUMBERS = "int block, int blocks, int count, int sink, int recent, int dense_length"
 _op = register_composite(
     "block_choice",
@@ -161,7 +199,9 @@ def _draw(shape: Shape, generator: torch.Generator) -> Inputs:
     }
 
 
-_WIDE = {"B": 32, "T": 1, "S": 131073, "H": 32, "N": 2, "K": 128, "block": 64, "count": 64}
+_MANY = {"block": 64, "blocks": 2049, "count": 64, "sink": 1, "recent": 2}
+_WIDE = {"B": 32, "T": 1, "S": 131073, "H": 32, "N": 2, "K": 128, **_MANY}
+_FEW = {"block": 8, "blocks": 9, "count": 4, "sink": 1, "recent": 2}
 _CASES = Traits(
     inputs=_draw,
     # A choice has no state.
@@ -170,13 +210,13 @@ _CASES = Traits(
     rounded=("q", "means"),
     differentiable=(),
     output_like="q",
-    test_shapes=({"B": 2, "H": 4, "N": 2, "T": 3, "S": 69, "K": 16, "block": 8, "count": 4},),
+    test_shapes=({"B": 2, "H": 4, "N": 2, "T": 3, "S": 69, "K": 16, **_FEW},),
     decode_shapes=(_WIDE, {**_WIDE, "kernels": 1}),
 )
 
 
 def _fits(shape: Shape) -> bool:
-    fits = shape["K"] <= MAX_HEAD_SIZE and shape["G"] <= MAX_GROUP and shape["blocks"] <= MAX_CHOICE
+    fits = shape["K"] <= MAX_HEAD_SIZE and shape["G"] <= MAX_GROUP and shape["choice"] <= MAX_CHOICE
     return HAS_KERNELS and fits
 
 

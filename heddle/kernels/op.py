@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any, Generic, Literal, ParamSpec, TypeVar
 
 import torch
@@ -429,13 +428,17 @@ def normal(generator: torch.Generator, *size: int) -> Tensor:
     return torch.randn(*size, generator=generator, device=generator.device, dtype=torch.float64)
 
 
+# No view of a dictionary: torch's compiler gives up where one is about while others change.
+_NONE: Mapping[str, Tensor | None] = {}
+
+
 def check_tensors(
     name: str,
     alike: Mapping[str, Tensor | None],
     *,
-    floats: Mapping[str, Tensor | None] = MappingProxyType({}),
-    integers: Mapping[str, Tensor | None] = MappingProxyType({}),
-    masks: Mapping[str, Tensor | None] = MappingProxyType({}),
+    floats: Mapping[str, Tensor | None] = _NONE,
+    integers: Mapping[str, Tensor | None] = _NONE,
+    masks: Mapping[str, Tensor | None] = _NONE,
 ) -> None:
     """Raises "bad-argument" for the first tensor that is given and is not of the right dtype, or on another device.
 

@@ -185,7 +185,6 @@ BLOCK_TYPES = {
     "sums_ptr": "*fp32", "total_ptr": "*fp32", "worth_ptr": "*fp32", "seen_ptr": "*u8", "held_ptr": "*u8", "ends_ptr": "*i32",
 }  # fmt: skip
 SPAN_TYPES = {"last_ptr": "*i32"}
-CHOICE_TYPES = {"start_ptr": "*i64"}
 # Attention that reads some keys has plans by the larger head size.
 SPARSE = {
     "block_attention": block_attention.HOPPER,
@@ -527,8 +526,6 @@ def ptx(case: Case) -> tuple[str, dict[str, int | None]]:
             signature[name] = f"*{case.dtype}"
         if case.op in SPARSE and name in BLOCK_TYPES:
             signature[name] = BLOCK_TYPES[name]
-        if case.op == "block_choice" and name in CHOICE_TYPES:
-            signature[name] = CHOICE_TYPES[name]
         if case.op == "span_attention" and name in SPAN_TYPES:
             signature[name] = SPAN_TYPES[name]
         if case.op.startswith("rat_") and name in RAT_FLOATS:

@@ -182,7 +182,9 @@ class Step:
         (heads, kv_heads), keys = shape.heads, shape.context + 1
         q = random(shape.batch, heads, 1, shape.head_dim)
         k, v = (random(shape.batch, kv_heads, keys, shape.head_dim) for _ in range(2))
-        return cls(shape, q, k, v, Places(shape.block, keys, None, DEVICE))
+        # A model makes it once for all layers.
+        start = torch.full((shape.batch,), shape.context, dtype=torch.int32, device=DEVICE)
+        return cls(shape, q, k, v, Places(shape.block, keys, None, DEVICE, start))
 
     def means(self, rule: Rule) -> Means:
         keys = self.places.keys
@@ -324,13 +326,21 @@ def prompts(report: Selection) -> None:
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION if ON_GPU else SDPBackend.MATH):
             return scaled_dot_product_attention(q, *wide, is_causal=True)
 
+    def choose(rule: Rule, path: str) -> Tensor:
+        with forced() if path == "triton" else force_path("torch"):
+            return choose_blocks(q, k, places, rule)
+
     calls: dict[str, Call] = {"dense": dense}
     for scores in SCORES:
         rule = rule_of(shape, scores)
-        calls[f"choice, {scores}"] = lambda rule=rule: choose_blocks(q, k, places, rule)
-        calls[f"choice and attention, {scores}"] = lambda rule=rule: attend(choose_blocks(q, k, places, rule))
-    there = choose_blocks(q, k, places, rule_of(shape, "mean"))
-    calls["attention alone, mean"] = lambda: attend(there)
+        calls[f"choice, {scores}"] = lambda rule=rule: choose(rule, "triton")
+        calls[f"choice and attention, {scores}"] = lambda rule=rule: attend(choose(rule, "triton"))
+        plain, there = choose(rule, "torch"), choose(rule, "triton")
+        if not torch.equal(plain, there):
+            report.log.wrong.append(f"prompt, {scores}: marks differ")
+    calls["choice in PyTorch, mean"] = lambda: choose(rule_of(shape, "mean"), "torch")
+    calls["attention alone, kernels"] = lambda: attend(there)
+    del plain
     about = {**shape.about(), "B": 1, "T": shape.tokens, "S": shape.tokens}
     times = in_turns(report, "prompt", about, calls, {})
     for name in [name for name in calls if name != "dense"]:

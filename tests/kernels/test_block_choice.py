@@ -15,7 +15,7 @@ from torch import Tensor
 
 from heddle.errors import HeddleError
 from heddle.kernels import force_path, watch_paths
-from heddle.kernels.block_choice import block_choice, block_choice_reference
+from heddle.kernels.block_choice import best_blocks, block_choice, block_choice_reference, block_scores
 from heddle.kernels.op import INTERPRETED, LIBRARY
 
 pytestmark = pytest.mark.usefixtures("kernels_on_gpu")
@@ -97,6 +97,24 @@ def test_lists_are_those_of_the_reference(form: str, kernels: bool, device: str,
     assert seen == [("block_choice", "triton" if INTERPRETED or device == "cuda" else "torch")]
     assert found.dtype == torch.int32
     assert torch.equal(found, lists(block_choice_reference, rounded, torch.float64, "cpu"))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("form", ["few", "padded", "before", "dense", "every"])
+def test_marks_of_many_queries_are_those_of_lists(form: str, device: str) -> None:
+    given = drawn(**FORMS[form])
+    numbers = {name: given[name] for name in ("block", "count", "sink", "recent")}
+    numbers["dense_length"] = given.get("dense_length", 0)
+    there = {name: given[name].to(device) for name in ("q", "means", "start")}
+    place = there["start"][:, None] + torch.arange(given["q"].shape[2], device=device)
+    score = block_scores(
+        there["q"].float(), there["means"].float(), place, block=given["block"], blocks=given["blocks"]
+    )
+    with force_path("triton" if INTERPRETED or device == "cuda" else "torch"), watch_paths() as seen:
+        marks = best_blocks(score, there["start"], **numbers).cpu()
+    assert seen[0][1] == ("triton" if INTERPRETED or device == "cuda" else "torch")
+    listed = lists(block_choice_reference, given, torch.float32, "cpu")
+    assert torch.equal(marks, (listed[..., None] == torch.arange(given["blocks"])).any(-2))
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -232,6 +232,9 @@ class HeddleModel(HeddlePreTrainedModel):
             positions = (real.long().cumsum(dim=-1) - 1).clamp(min=0)[:, past:]
         elif positions is None:
             positions = torch.arange(past, past + length, device=x.device)[None].expand(x.shape[0], length)
+        else:
+            # One row may stand for all.
+            positions = positions.expand(x.shape[0], -1)
         call = Call(positions, None if real is None else real[:, past:], real, wanted=self.wanted)
         if -1 in self.handed_on or (STREAM, -1) in self.wanted:
             call.handed[STREAM, -1] = x

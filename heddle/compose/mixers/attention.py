@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -255,7 +256,7 @@ class AttentionModule(Initialised):
 
         Shapes:  out: [B, KV heads, T, blocks] bool, of one token a list [B, KV heads, 1, L] int32, -1 for none
         """
-        places = self._places(k, call)
+        places = self._places(k, call, q.shape[2])
         if self.rule is None:
             return places, call.handed["indices", self.selection["source"]]
         kept = call.part(MEANS).cache
@@ -265,15 +266,19 @@ class AttentionModule(Initialised):
         call.hand(indices=chosen)
         return places, chosen
 
-    def _places(self, k: Tensor, call: Call) -> Places:
-        real = None if call.key_padding is None else call.key_padding[:, -k.shape[2] :] > 0
-        return Places(self.selection["block"], k.shape[2], real, k.device)
+    def _places(self, k: Tensor, call: Call, queries: int) -> Places:
+        keys = k.shape[2]
+        real = None if call.key_padding is None else call.key_padding[:, -keys:] > 0
+        places = Places(self.selection["block"], keys, real, k.device)
+        # As kernels read it, once for all layers of a step.
+        start = call.once(("start", keys, queries), lambda: places.first(k.shape[0], queries).to(torch.int32))
+        return replace(places, start=start)
 
     def _keep_means(self, k: Tensor, written: Tensor | None, call: Call, new: int) -> None:
         """Adds what the last `new` keys complete to the cache, if blocks are chosen here."""
         kept = None if self.rule is None else call.part(MEANS).cache
         if isinstance(kept, MeansLayer):
-            kept.extend(k, self._places(k, call), weights=written, new=new)
+            kept.extend(k, self._places(k, call, new), weights=written, new=new)
 
     def new_cache(self) -> StateLayer:
         kept = KVLayer(self.view.window) if self._keeps_keys() else TokenCount()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from heddle.compose.modules.precision import wide, wide_dtype
 from heddle.kernels.block_attention import block_attention
-from heddle.kernels.block_choice import block_choice, block_scores
+from heddle.kernels.block_choice import best_blocks, block_choice, block_scores
 
 # Scores that stand in memory at once, and queries they are of at least: on a GPU each part of them waits for the host.
 SCORES, QUERIES = 1 << 24, 256
@@ -20,12 +20,14 @@ class Places:
     """Where blocks of `block` keys lie in each row: they are counted from its first real token.
 
     Shapes:  real, first: [B, S] bool, [B] int64 (padding on the left of each row), or None if all are real
+             start: what `first` gives of a call's queries, [B] integers, or None if it is not known yet
     """
 
     block: int
     keys: int
     real: Tensor | None
     device: torch.device
+    start: Tensor | None = None
 
     @property
     def blocks(self) -> int:
@@ -64,7 +66,12 @@ class Places:
         return marks.expand(len(place), -1).gather(1, place % self.keys) * inside.to(marks.dtype)
 
     def first(self, batch: int, queries: int) -> Tensor:
-        """The place of the first of the last `queries` keys, counted from the row's first real one.  Shapes:  out: [B] int64"""
+        """The place of the first of the last `queries` keys, counted from the row's first real one.
+
+        Shapes:  out: [B] integers
+        """
+        if self.start is not None:
+            return self.start
         place = torch.full((batch,), self.keys - queries, device=self.device)
         shift = self.shift()
         return place if shift is None else place - shift[:, 0]
@@ -227,25 +234,22 @@ def choose_blocks(
             kernels=kernels,
             scale=rule.scale,
         )
-        found.append(_best(score, place, places.block, rule))
+        found.append(
+            best_blocks(
+                score,
+                first + start,
+                block=places.block,
+                count=rule.count,
+                sink=rule.sink,
+                recent=rule.recent,
+                dense_length=rule.dense_length,
+            )
+        )
     return found[0] if len(found) == 1 else torch.cat(found, dim=2)
 
 
 def _all_means(k: Tensor, places: Places, rule: Rule, weights: Tensor | None) -> Means:
     return means_of(k, places, rule.parts(places.block), weights=weights, new=places.keys)[0]
-
-
-def _best(score: Tensor, place: Tensor, size: int, rule: Rule) -> Tensor:
-    """Shapes:  score: [B, KV heads, T, blocks];  place: [B, T];  out: as score, bool"""
-    own = (place // size)[:, None, :, None]
-    block = torch.arange(score.shape[-1], device=score.device)
-    always = (block <= own) & ((block < rule.sink) | (block > own - rule.recent))
-    score = score.masked_fill(always, torch.inf).masked_fill(block > own, -torch.inf)
-    best = score.sort(dim=-1, descending=True, stable=True).indices[..., : rule.count]
-    chosen = torch.zeros_like(score, dtype=torch.bool).scatter(
-        -1, best, torch.ones_like(best, dtype=torch.bool)
-    )
-    return (chosen | (place < rule.dense_length)[:, None, :, None]) & (block <= own)
 
 
 @torch.no_grad()
