@@ -44,6 +44,8 @@ CODES: dict[str, int] = {
     "version-not-supported": BAD_INPUT,
     # Running it.
     "bad-argument": BAD_INPUT,
+    # A warning as well.
+    "slow-path": 0,
     "corpus-missing": BAD_INPUT,
     "corpus-not-readable": BAD_INPUT,
     "corpus-too-small": BAD_INPUT,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor
@@ -27,6 +28,14 @@ def settings() -> list[Any]:
 
 
 over_settings = pytest.mark.parametrize(("device", "dtype"), settings())
+
+
+def by_columns(a: Any, b: Any, dtype: Any) -> Any:
+    """A product whose rows do not depend on where they stand, as on a GPU; those of numpy's library do."""
+    out = numpy.zeros((a.shape[0], b.shape[1]), dtype)
+    for j in range(a.shape[1]):
+        out += a[:, j : j + 1].astype(dtype) * b[j : j + 1].astype(dtype)
+    return out
 
 
 def assert_held(

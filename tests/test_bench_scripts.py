@@ -18,10 +18,16 @@ SCRIPTS = {
     "layer_check": (),
     "learning_check": ("--workers", "1", "--kinds", "dense", "nats_l", "--rows", "none.jsonl"),
     "glue_check": (),
+    "misses_check": (),
+    "peak_memory": ("--only", "head_sparse_attention", "layer, landmark"),
+    "example_models": ("--workers", "1", "--kinds", "layer_router", "--rows", "none.jsonl"),
 }
+LONG = {"example_models"}
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(
+    "script", [pytest.param(name, marks=pytest.mark.long if name in LONG else ()) for name in SCRIPTS]
+)
 def test_a_script_for_the_gpu_finds_nothing_wrong_in_its_small_form(script: str, tmp_path: Path) -> None:
     command = [sys.executable, str(BENCH / f"{script}.py"), "--tiny", "--out", str(tmp_path)]
     command += [*SCRIPTS[script], "--budget", "100", "--commit", "none"]

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from heddle.compose.build import build
 from heddle.compose.cache import Call
@@ -155,6 +156,20 @@ def gradients(model: Any, loss: Tensor) -> dict[str, Tensor]:
     model.zero_grad()
     loss.backward()
     return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers, and the most bytes, that any result has."""
+
+    numbers, bytes = 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for one in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(one, Tensor):
+                self.numbers = max(self.numbers, one.numel())
+                self.bytes = max(self.bytes, one.numel() * one.element_size())
+        return out
 
 
 def checkpoint(model: Any) -> None:

@@ -94,7 +94,9 @@ class ConstantStream:
     def __init__(self, x: Tensor, call: Call, readers: Iterable[int], cache: ConstantCache | None) -> None:
         self.x, self.call, self.cache, self.readers = x, call, cache, frozenset(readers)
         self.last = max(self.readers)
-        call.wanted |= {(CONSTANT, index) for index in self.readers} | {(ENDS, self.last)}
+        # No union: dynamo of torch 2.11 takes none of frozen sets.
+        wanted = [(CONSTANT, index) for index in self.readers]
+        call.wanted = frozenset([*call.wanted, *wanted, (ENDS, self.last)])
 
     def cache_at(self, index: int) -> StateLayer | None:
         """What the mixer of a layer keeps of it."""

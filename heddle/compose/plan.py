@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from heddle.compose.costs import Setting, ends_cost, layer_cost
+from heddle.compose.hf.known_failures import values
 from heddle.compose.passes.assign_caches import assign_caches
 from heddle.compose.passes.check_kind import check_kind
 from heddle.compose.passes.check_shapes import check_shapes
@@ -96,9 +97,10 @@ class LayerPlan:
 
     @property
     def places_padding(self) -> bool:
-        """Whether its cache holds a state or a window, in which padding that follows text takes the place of text."""
+        """Whether padding that follows text takes the place of text: in a state, a window, or blocks that are chosen."""
         states = self._mixer.states or ()
-        return any(not state.grows or state.limit is not None or state.every > 1 for state in states)
+        counted = any(not state.grows or state.limit is not None or state.every > 1 for state in states)
+        return counted or any(values(self.mixer, "selection"))
 
     def summary(self, context: int, batch: int = 1) -> dict[str, Any]:
         """Names and costs, for `heddle show`."""

@@ -18,6 +18,9 @@ from heddle.kernels.common.tables import table_on
 from heddle.kernels.common.tuning import tuned
 from heddle.kernels.configs.causal_conv1d import INTERPRETER, Family, family
 
+# Of a program, at least: it begins with the tokens before its first.
+FEWEST_TOKENS = 32
+
 
 @functools.cache
 def _family(device: torch.device) -> Family:
@@ -28,7 +31,7 @@ def plan(device: torch.device) -> Family:
     """The launches on `device`; overrides come first."""
     table = _family(device)
     forward, backward = tuned("conv_forward", table.forward), tuned("conv_backward", table.backward)
-    return Family(forward, backward, tuned("conv_steps", table.steps))
+    return Family(forward, backward, tuned("conv_tokens", table.tokens), table.programs)
 
 
 def _loaded(x: Tensor) -> Tensor:
@@ -57,20 +60,28 @@ def _blocks(channels: int, columns: int) -> tuple[int, int]:
     return size, -(-channels // size)
 
 
+def _steps(tokens: int, blocks: int, chunk: int, chosen: Family) -> int:
+    """How often a program loads tokens."""
+    share = tokens * blocks // chosen.programs
+    return -(-min(chosen.tokens, max(FEWEST_TOKENS, share)) // chunk)
+
+
 @replayed
 def launch_forward(
     x: Tensor, weight: Tensor, initial_state: Tensor, silu: bool, cu_seqlens: Tensor | None
 ) -> tuple[Tensor]:
     """The output; arguments as those of the registered op."""
     x, weight, state = _loaded(x), dense(weight), dense(initial_state)
-    launch = plan(x.device).forward
-    count, each, tables = _tiles(x, cu_seqlens, launch.chunk, 0)
+    chosen = plan(x.device)
+    launch = chosen.forward
     (B, T, C), (size, blocks) = x.shape, _blocks(x.shape[2], launch.columns)
+    steps = _steps(B * T, blocks, launch.chunk, chosen)
+    count, each, tables = _tiles(x, cu_seqlens, launch.chunk * steps, 0)
     y = empty((B, T, C), x.dtype, x.device)
     start_kernel(
-        _causal_conv1d_fwd_kernel, (count, blocks), x, weight, state, y, *(tables or (weight, weight)),
-        x.stride(0), x.stride(1), C, T, each, W=weight.shape[1], ROWS=launch.chunk, COLUMNS=size,
-        SILU=silu, HAS_STATE=weight.shape[1] > 1, VARLEN=tables is not None, **launch.options(),
+        _causal_conv1d_fwd_kernel, (count * blocks,), x, weight, state, y, *(tables or (weight, weight)),
+        x.stride(0), x.stride(1), C, T, each, steps, W=weight.shape[1], ROWS=launch.chunk, COLUMNS=size,
+        SILU=silu, VARLEN=tables is not None, **launch.options(),
     )  # fmt: skip
     return (y,)
 
@@ -88,18 +99,18 @@ def launch_backward(
     x, d_out, filters, state = _loaded(x), dense(d_out), dense(weight), dense(initial_state)
     chosen = plan(x.device)
     launch, taps = chosen.backward, weight.shape[1]
-    count, each, tables = _tiles(x, cu_seqlens, launch.chunk * chosen.steps, taps - 1)
     (B, T, C), (size, blocks) = x.shape, _blocks(x.shape[2], launch.columns)
+    steps = _steps(B * T, blocks, launch.chunk, chosen)
+    count, each, tables = _tiles(x, cu_seqlens, launch.chunk * steps, taps - 1)
     dx = empty((B, T, C), x.dtype, x.device)
     sums = empty((count, taps, C), torch.float32, x.device)
     d_state = empty(state.shape, state.dtype, x.device)
     constants: dict[str, Any] = {
-        "W": taps, "TAPS": triton.next_power_of_2(taps), "ROWS": launch.chunk, "STEPS": chosen.steps, "COLUMNS": size,
-        "SILU": silu, "HAS_STATE": taps > 1, "VARLEN": tables is not None,
+        "W": taps, "ROWS": launch.chunk, "COLUMNS": size, "SILU": silu, "VARLEN": tables is not None,
     }  # fmt: skip
     start_kernel(
-        _causal_conv1d_bwd_kernel, (count, blocks), d_out, x, filters, state, dx, sums, d_state,
-        *(tables or (filters, filters)), x.stride(0), x.stride(1), C, T, each, **constants, **launch.options(),
+        _causal_conv1d_bwd_kernel, (count * blocks,), d_out, x, filters, state, dx, sums, d_state,
+        *(tables or (filters, filters)), x.stride(0), x.stride(1), C, T, each, steps, **constants, **launch.options(),
     )  # fmt: skip
     return dx, derived(_all_sums, sums, weight), d_state
 

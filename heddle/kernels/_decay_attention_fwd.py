@@ -17,7 +17,7 @@ from heddle.kernels._decay_attention_sweep import (
     _decay_attention_sweep_output_kernel,
     _decay_attention_sweep_state_kernel,
 )
-from heddle.kernels.common.layout import ALIGNMENT, aligned, block, dense_state, padded, turned_state
+from heddle.kernels.common.layout import ALIGNMENT, aligned, block, dense, dense_state, padded, turned_state
 from heddle.kernels.common.replay import empty, replayed, start_kernel
 from heddle.kernels.common.segments import cut, lay_out
 from heddle.kernels.common.tables import table_on
@@ -55,7 +55,7 @@ class Sweep:
     ) -> None:
         self.inputs = [aligned(x) for x in (q, k, v, q if d_out is None else d_out)]
         self.backward = d_out is not None
-        self.log_decay, self.scale = log_decay.to(torch.float32), scale
+        self.log_decay, self.scale = dense(log_decay.to(torch.float32)), scale
         self.B, self.T, self.H, self.K = q.shape
         self.V = v.shape[3]
         self.table, self.processors = _device(q.device)

@@ -15,6 +15,11 @@ from heddle.kernels._gated_delta_rule_bwd import (
     _gated_delta_rule_bwd_gradient_kernel,
     _gated_delta_rule_bwd_state_kernel,
 )
+from heddle.kernels._gated_delta_rule_bwd_split import (
+    _gated_delta_rule_bwd_gate_kernel,
+    _gated_delta_rule_bwd_pair_kernel,
+    _gated_delta_rule_bwd_token_kernel,
+)
 from heddle.kernels._gated_delta_rule_fwd import (
     _gated_delta_rule_carry_kernel,
     _gated_delta_rule_fwd_solve_kernel,
@@ -41,6 +46,8 @@ from heddle.kernels.configs.launch import Launch
 LEFT = 2
 # Columns of the state that a program carries from segment to segment.
 CARRY_COLUMNS = 32
+# Value heads whose gates a program treats.
+GATE_HEADS = 16
 # Programs that share a multiprocessor, tokens of a segment at least, and segments of a sequence at least.
 RESIDENT, LEAST_SEGMENT, FEWEST_SEGMENTS = 2, 512, 3
 
@@ -54,7 +61,15 @@ def plan(device: torch.device, element: int, rows: int) -> Plan:
     """The launches for tensors on `device` with elements of so many bytes and K = `rows`; overrides come first."""
     table = _family(device).plan(element, block(rows))
     names = ("solve", "forward", "keep", "backward", "gradient")
-    return replace(table, **{name: tuned(name, getattr(table, name)) for name in names})
+    pairs = None
+    if tuned("split", int(table.pairs is not None)):
+        pairs = tuned("pairs", table.gradient if table.pairs is None else table.pairs)
+    return replace(
+        table,
+        **{name: tuned(name, getattr(table, name)) for name in names},
+        pairs=pairs,
+        tile=tuned("tile", table.tile),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,29 +318,92 @@ def launch_backward(
         return dq, dk, dv, d_log_decay, d_beta, d_initial[..., :K, :V].contiguous()
     d_out, q, k, v = (aligned(x) for x in (d_out.to(v.dtype), q, k, v))
     layout = _Layout(q, v, cu_seqlens, gated=log_decay is not None)
-    dv, d_initial, d_states = _run_backward_state(d_out, dense_state(d_final), q, k, scale, kept, layout)
-    before, after = turned_state(initial_state), turned_state(d_final)
+    dx, d_initial, d_states = _run_backward_state(d_out, dense_state(d_final), q, k, scale, kept, layout)
     gate, beta = _gates(log_decay, beta)
-    d_beta = empty(beta.shape, beta.dtype, beta.device)
-    d_gate = d_beta if log_decay is None else empty(gate.shape, gate.dtype, gate.device)
-    dq, dk = (empty(x.shape, x.dtype, x.device) for x in (q, k))
-    table, packed = layout.chunk_table(beta)
+    outer = _Outer(d_out, dx, d_states, d_initial, turned_state(initial_state), turned_state(d_final))
+    gradients = _gradients if layout.plan.pairs is None else _split_gradients
+    dq, dk, dv, d_gate, d_beta = gradients((q, k, v, gate, beta), kept, outer, layout, scale=scale)
+    if log_decay is None:
+        d_gate = empty((0,), d_beta.dtype, d_beta.device)
+    return dq, dk, dv, d_gate, d_beta, d_initial
+
+
+@dataclass(frozen=True, slots=True)
+class _Outer:
+    """What the kernels of gradients read beside the inputs and what was kept: gradients of the output, of x and of the
+    states, and where there are such the initial state and the gradient of the final one. `anything` stands for what is not.
+
+    Shapes:  d_out, dx: [B, T, HV, V];  d_states: [chunks, HV, V, K];  before, after: [N, HV, V, K]
+    """
+
+    d_out: Tensor
+    dx: Tensor
+    d_states: Tensor
+    anything: Tensor
+    before: Tensor | None
+    after: Tensor | None
+
+    def states(self, kept: Kept) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Before and after each chunk, and in full: the first, the last and the gradient of the final one."""
+        before, after = (self.anything if x is None else x for x in (self.before, self.after))
+        return kept.states, self.d_states, before, kept.last, after
+
+    def known(self) -> tuple[int, int]:
+        return int(self.before is not None), int(self.after is not None)
+
+
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def _gradients(
+    inputs: Inputs, kept: Kept, outer: _Outer, layout: _Layout, *, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, the log-decays (anything without) and beta, `inputs`, by one kernel; that of v in the place of dx."""
+    q, k, v, gate, beta = inputs
+    dq, dk, d_beta = (empty(x.shape, x.dtype, x.device) for x in (q, k, beta))
+    d_gate = empty(gate.shape, gate.dtype, gate.device) if layout.constants["GATED"] else d_beta
     start_kernel(
         _gated_delta_rule_bwd_gradient_kernel, (layout.chunks.count * layout.H,),
-        q, k, v, d_out, gate, beta, kept.new, kept.states, d_states,
-        d_initial if before is None else before, kept.last, d_initial if after is None else after,
-        dq, dk, dv, d_gate, d_beta, table, packed,
-        *strides(q, k, v, d_out), *layout.numbers, int(before is not None), int(after is not None), scale,
+        q, k, v, outer.d_out, gate, beta, kept.new, *outer.states(kept), dq, dk, outer.dx, d_gate, d_beta,
+        *layout.chunk_table(beta), *strides(q, k, v, outer.d_out), *layout.numbers, *outer.known(), scale,
         **layout.constants, **layout.tiles(layout.plan.gradient),
     )  # fmt: skip
-    return (
-        dq,
-        dk,
-        dv,
-        (empty((0,), d_beta.dtype, d_beta.device) if log_decay is None else d_gate),
-        d_beta,
-        d_initial,
-    )
+    return dq, dk, outer.dx, d_gate, d_beta
+
+
+def _split_gradients(
+    inputs: Inputs, kept: Kept, outer: _Outer, layout: _Layout, *, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As `_gradients`, by two kernels, and a third one for what they leave of the gates."""
+    q, k, v, gate, beta = inputs
+    products = empty(kept.pairs.shape, kept.pairs.dtype, q.device)
+    dq, dk, dv = (empty(x.shape, x.dtype, x.device) for x in (q, k, outer.dx))
+    rows = min(layout.plan.tile, block(layout.K))
+    tiles = triton.cdiv(layout.K, rows)
+    pair_sums, sums = (empty((*many, *beta.shape), beta.dtype, beta.device) for many in ((2,), (tiles, 3)))
+    passed = empty((layout.chunks.count, layout.HV, tiles), beta.dtype, beta.device)
+    tables, numbers = layout.chunk_table(beta), (beta.numel(), *layout.numbers)
+    start_kernel(
+        _gated_delta_rule_bwd_pair_kernel, (layout.chunks.count * layout.HV,),
+        q, k, v, outer.d_out, gate, beta, outer.dx, kept.new, dv, products, pair_sums, *tables,
+        *strides(q, k, v, outer.d_out), *numbers, scale,
+        **layout.constants, **layout.tiles(layout.plan.pairs or layout.plan.gradient),
+    )  # fmt: skip
+    constants = {**layout.constants, **layout.tiles(layout.plan.gradient), "ROWS": rows}
+    start_kernel(
+        _gated_delta_rule_bwd_token_kernel, (layout.chunks.count * layout.H * tiles,),
+        q, k, outer.d_out, kept.gates, outer.dx, kept.new, products, *outer.states(kept), dq, dk, sums, passed, *tables,
+        *strides(q, k, outer.d_out), *numbers, *outer.known(), scale, **constants,
+    )  # fmt: skip
+    d_beta = empty(beta.shape, beta.dtype, beta.device)
+    d_gate = empty(gate.shape, gate.dtype, gate.device) if layout.constants["GATED"] else d_beta
+    start_kernel(
+        _gated_delta_rule_bwd_gate_kernel, (layout.chunks.count * triton.cdiv(layout.HV, GATE_HEADS),),
+        pair_sums, sums, passed, kept.gates, d_gate, d_beta, *tables, beta.numel(), layout.T, layout.chunks.per_sequence,
+        HV=layout.HV, HEADS=GATE_HEADS, TILES=tiles, C=layout.chunk, GATED=layout.constants["GATED"],
+        VARLEN=layout.constants["VARLEN"], num_warps=4, num_stages=1,
+    )  # fmt: skip
+    return dq, dk, dv, d_gate, d_beta
 
 
 def _run_backward_state(

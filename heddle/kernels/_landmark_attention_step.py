@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from heddle.kernels._landmark_attention_fwd import LENGTHS, gate_of, keys_of_block, softmax_of_block
-from heddle.kernels.common.jit import LOG2_E
+from heddle.kernels.common.jit import LOG2_E, best_of
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -61,33 +61,6 @@ def _landmark_attention_score_kernel(
     at = ((b * N + n) * GROUP + head) * T + t
     logits_at = logits_ptr + (at * C)[:, None] + c[None, :]
     tl.store(logits_at, s, mask=present[:, None] & inside[None, :])
-
-
-@triton.jit
-def best_of(logits, top):
-    """Which are the `top` largest, the earlier ones of equals, but never -inf; and how many of them there are up to each.
-
-    The least of them is found from its highest bit down, by counting how many are as large.
-    """
-    raw = tl.where(logits == 0.0, 0.0, logits).to(tl.int32, bitcast=True)
-    # Whole numbers in the order of the logits.
-    order = tl.where(raw < 0, raw ^ 0x7FFFFFFF, raw)
-    held = tl.sum((order >= 0).to(tl.int32), axis=0)
-    least = tl.where(held >= top, 0, -2147483648)
-    held = tl.where(held >= top, held, 2147483647)
-    step = held * 0 + 1073741824
-    while (step > 0) & (held != top):
-        count = tl.sum((order >= least + step).to(tl.int32), axis=0)
-        held = tl.where(count >= top, count, held)
-        least = tl.where(count >= top, least + step, least)
-        step = step // 2
-    real = logits > float("-inf")
-    above, equal = real & (order > least), real & (order == least)
-    # Both are counted at once: there are fewer than 2^15 of either.
-    counts = tl.cumsum(above.to(tl.int32) * 65536 + equal.to(tl.int32), axis=0)
-    spare = top - tl.sum(above.to(tl.int32), axis=0)
-    equals = counts & 65535
-    return above | (equal & (equals <= spare)), (counts >> 16) + tl.minimum(equals, spare)
 
 
 @triton.jit(do_not_specialize=LENGTHS)

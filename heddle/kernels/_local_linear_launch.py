@@ -103,7 +103,7 @@ class Call:
         """x with (Cov_p(k) + ridge I) x = right, which is q less the mean key if not given."""
         if right is None and self.common is not None:
             group = self.H // self.N
-            right = self.q - self.common.repeat_interleave(group, dim=1) - means.mean
+            right = (self.q - self.common.repeat_interleave(group, dim=1) - means.mean).contiguous()
         x = self._empty(self.T, self.K)
         grid, options = self._tiles(self.plan.solve)
         steps = tuned("steps", STEPS_PER_CHANNEL * self.K)

@@ -5,10 +5,12 @@ With p_j = 2^(c s_j - lse), c = scale log2(e), μ = o · do and e_j = p_j (v_j �
 
     dq = scale Σ_j e_j k_j        dk_j = scale Σ_i e_ij q_i,   dv_j = Σ_i p_ij do_i        d_bias_j = Σ_i e_ij
 
-The first kernel walks over the same tiles of keys as the forward pass and keeps μ. The second one holds a tile of the ordered
-keys; the queries that see one of them stand side by side, since both ends of spans rise, and are walked over in their order. A
-key is in the order once, so its row is written once: nothing is added by atomics, and gradients are the same to the bit every
-time. It makes the products with keys as rows: an accumulator that is turned before it is an operand is silently wrong on Hopper.
+The first kernel walks over the same tiles of keys as the forward pass and keeps μ. Where few keys are seen, e is small beside
+p μ, and an o of 16 bits is not exact enough for μ: what rounding took from o is added, and to what is kept also the sum of all e,
+which is 0 for an exact μ. The second one holds a tile of the ordered keys; the queries that see one of them stand side by side,
+since both ends of spans rise, and are walked over in their order. A key is in the order once, so its row is written once: nothing
+is added by atomics, and gradients are the same to the bit every time. It makes the products with keys as rows: an accumulator
+that is turned before it is an operand is silently wrong on Hopper.
 """
 
 from __future__ import annotations
@@ -24,22 +26,24 @@ LENGTHS = ("T", "N", "S", "tiles")
 
 @triton.jit(do_not_specialize=("T", "N", "tiles"))
 def _span_attention_bwd_query_kernel(
-    q_ptr, k_ptr, v_ptr, order_ptr, queries_ptr, first_ptr, last_ptr, out_ptr, d_out_ptr, lse_ptr,
+    q_ptr, k_ptr, v_ptr, order_ptr, queries_ptr, first_ptr, last_ptr, out_ptr, lost_ptr, d_out_ptr, lse_ptr,
     dq_ptr, d_own_ptr, delta_ptr,
     stride_qb, stride_qh, stride_qt,
     stride_kb, stride_kh, stride_kt,
     stride_vb, stride_vh, stride_vt,
     stride_ob, stride_oh, stride_ot,
+    stride_lb, stride_lh, stride_lt,
     stride_gb, stride_gh, stride_gt,
     stride_dqb, stride_dqh, stride_dqt,
     stride_dwb, stride_dwh, stride_dwt,
     T, N, tiles, H, scale,
     K: tl.constexpr, V: tl.constexpr, ROWS_K: tl.constexpr, ROWS_V: tl.constexpr, ROWS: tl.constexpr,
-    KEYS: tl.constexpr, PRECISION: tl.constexpr,
+    KEYS: tl.constexpr, LOST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries of one head.
 
-    Shapes:  out, d_out (strides g), d_own (strides dw): [B, H, T, V];  dq: [B, H, T, K];  lse, delta: [B, H, T] float32
+    Shapes:  out, lost (strides l, with LOST), d_out (strides g), d_own (strides dw): [B, H, T, V];  dq: [B, H, T, K]
+             lse, delta: [B, H, T] float32
     """
     unit, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
     b, h = unit // H, unit % H
@@ -54,6 +58,11 @@ def _span_attention_bwd_query_kernel(
     out = load_rows(out_ptr + b * stride_ob + h * stride_oh, token, stride_ot, present, columns_v, in_v)
     lse = tl.load(lse_ptr + unit * T + token, mask=present, other=float("inf"))
     delta = tl.sum(out.to(tl.float32) * g.to(tl.float32), axis=1)
+    if LOST:
+        lost_ptr += b * stride_lb + h * stride_lh
+        lost = load_rows(lost_ptr, token, stride_lt, present, columns_v, in_v)
+        delta += tl.sum(lost.to(tl.float32) * g.to(tl.float32), axis=1)
+    missed = tl.zeros([ROWS], tl.float32)
     k_ptr += b * stride_kb + h * stride_kh
     v_ptr += b * stride_vb + h * stride_vh
     order_ptr += unit * N
@@ -71,9 +80,11 @@ def _span_attention_bwd_query_kernel(
         seen = (slot[None, :] >= first[:, None]) & (slot[None, :] < last[:, None]) & (key >= 0)[None, :]
         p = tl.where(seen, tl.exp2(s * factor - lse[:, None]), 0.0)
         e = p * (tl.dot(g, tl.trans(v), input_precision=PRECISION) - delta[:, None])
+        if LOST:
+            missed += tl.sum(e, axis=1)
         dq = tl.dot(e.to(k.dtype), k, dq, input_precision=PRECISION)
 
-    tl.store(delta_ptr + unit * T + token, delta, mask=present)
+    tl.store(delta_ptr + unit * T + token, delta + missed, mask=present)
     dq_ptr += b * stride_dqb + h * stride_dqh
     at = dq_ptr + (token.to(tl.int64) * stride_dqt)[:, None] + columns_k[None, :]
     tl.store(at, (dq * scale).to(dq_ptr.dtype.element_ty), mask=present[:, None] & in_k)

@@ -43,20 +43,21 @@ def load_rows(x_ptr, row, stride, there, columns, in_columns):
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _span_attention_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, own_ptr, order_ptr, queries_ptr, first_ptr, last_ptr, out_ptr, lse_ptr,
+    q_ptr, k_ptr, v_ptr, own_ptr, order_ptr, queries_ptr, first_ptr, last_ptr, out_ptr, lost_ptr, lse_ptr,
     stride_qb, stride_qh, stride_qt,
     stride_kb, stride_kh, stride_kt,
     stride_vb, stride_vh, stride_vt,
     stride_wb, stride_wh, stride_wt,
     stride_ob, stride_oh, stride_ot,
+    stride_lb, stride_lh, stride_lt,
     T, N, tiles, H, scale,
     K: tl.constexpr, V: tl.constexpr, ROWS_K: tl.constexpr, ROWS_V: tl.constexpr, ROWS: tl.constexpr,
-    KEYS: tl.constexpr, PRECISION: tl.constexpr,
+    KEYS: tl.constexpr, LOST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries of one head.
 
     Shapes:  own (strides w), out: [B, H, T, V];  order: [B, H, N];  queries, first, last: [B, H, T];  lse: [B, H, T], base 2,
-             inf where nothing is seen
+             inf where nothing is seen;  lost (strides l): what rounding took from out, with LOST
     """
     unit, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
     b, h = unit // H, unit % H
@@ -103,4 +104,10 @@ def _span_attention_fwd_kernel(
     tl.store(lse_ptr + unit * T + token, lse, mask=present)
     out_ptr += b * stride_ob + h * stride_oh
     at = out_ptr + (token.to(tl.int64) * stride_ot)[:, None] + columns_v[None, :]
-    tl.store(at, out.to(out_ptr.dtype.element_ty), mask=present[:, None] & in_v)
+    rounded = out.to(out_ptr.dtype.element_ty)
+    tl.store(at, rounded, mask=present[:, None] & in_v)
+    if LOST:
+        lost_ptr += b * stride_lb + h * stride_lh
+        at = lost_ptr + (token.to(tl.int64) * stride_lt)[:, None] + columns_v[None, :]
+        lost = out - rounded.to(tl.float32)
+        tl.store(at, lost.to(lost_ptr.dtype.element_ty), mask=present[:, None] & in_v)

@@ -79,31 +79,37 @@ class Call:
         shape = (like.shape[0], like.shape[2], like.shape[1], size)
         return torch.empty(shape, dtype=like.dtype, device=like.device).transpose(1, 2)
 
-    def forward(self, own: Tensor) -> tuple[Tensor, Tensor]:
-        """Output, and the log-sum-exp of its logits to base 2."""
+    def forward(self, own: Tensor, trains: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Output, what rounding took from it if gradients will want it, and the log-sum-exp of its logits to base 2."""
         launch = self.plan.step if self.T <= FEW else self.plan.forward
         own, out, constants = aligned(own), self.empty(self.q, self.V), self.constants(launch)
         lse = torch.empty(self.q.shape[:3], dtype=torch.float32, device=self.q.device)
+        is_kept = trains and out.element_size() < 4
+        lost = self.empty(self.q, self.V) if is_kept else own.new_empty(0)
+        place = lost if is_kept else out
         tiles = triton.cdiv(self.T, constants["ROWS"])
         _span_attention_fwd_kernel[(self.B * self.H * tiles,)](
-            self.q, self.k, self.v, own, self.order, self.queries, self.first, self.last, out, lse,
-            *strides(self.q, self.k, self.v, own, out),
+            self.q, self.k, self.v, own, self.order, self.queries, self.first, self.last, out, place, lse,
+            *strides(self.q, self.k, self.v, own, out, place),
             self.T, self.N, tiles, self.H, self.scale,
-            **constants, **launch.options(),
+            LOST=is_kept, **constants, **launch.options(),
         )  # fmt: skip
-        return out, lse
+        return out, lost, lse
 
-    def backward(self, d_out: Tensor, out: Tensor, lse: Tensor, has_bias: bool) -> tuple[Tensor, ...]:
+    def backward(
+        self, d_out: Tensor, out: Tensor, lost: Tensor | None, lse: Tensor, has_bias: bool
+    ) -> tuple[Tensor, ...]:
         """Gradients of q, k, v and own, and of a bias of each head's keys."""
         launch, d_out, out = self.plan.queries, aligned(d_out), aligned(out)
+        place = out if lost is None else aligned(lost)
         dq, d_own, constants = self.empty(self.q, self.K), self.empty(self.q, self.V), self.constants(launch)
         delta, tiles = torch.empty_like(lse), triton.cdiv(self.T, constants["ROWS"])
         _span_attention_bwd_query_kernel[(self.B * self.H * tiles,)](
-            self.q, self.k, self.v, self.order, self.queries, self.first, self.last, out, d_out, lse,
+            self.q, self.k, self.v, self.order, self.queries, self.first, self.last, out, place, d_out, lse,
             dq, d_own, delta,
-            *strides(self.q, self.k, self.v, out, d_out, dq, d_own),
+            *strides(self.q, self.k, self.v, out, place, d_out, dq, d_own),
             self.T, self.N, tiles, self.H, self.scale,
-            **constants, **launch.options(),
+            LOST=lost is not None, **constants, **launch.options(),
         )  # fmt: skip
         return dq, *self._of_keys(d_out, lse, delta, has_bias), d_own
 
@@ -149,11 +155,12 @@ def launch_forward(
     own: Tensor,
     weight: Tensor | None,  # noqa: ARG001
     scale: float,
-) -> tuple[Tensor, Tensor]:
+    trains: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Output, and what the backward pass wants; arguments as those of the registered op."""
     call = Call(_with_room(q, k, v), (order, first, last), queries, scale)
-    out, lse = call.forward(wider(own, call.V))
-    return narrower(out, v.shape[3]), lse
+    out, lost, lse = call.forward(wider(own, call.V), trains)
+    return narrower(out, v.shape[3]), narrower(lost, v.shape[3]) if lost.numel() else lost, lse
 
 
 def launch_backward(
@@ -168,12 +175,14 @@ def launch_backward(
     weight: Tensor | None,
     scale: float,
     out: Tensor,
+    lost: Tensor,
     lse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, own and the weight; arguments as those of the registered op."""
     call = Call(_with_room(q, k, v), (order, first, last), queries, scale)
     d_out, out = (wider(x, call.V) for x in (d_out.to(v.dtype), out))
-    dq, dk, dv, d_bias, d_own = call.backward(d_out, out, lse, weight is not None)
+    taken = wider(lost, call.V) if lost.numel() else None
+    dq, dk, dv, d_bias, d_own = call.backward(d_out, out, taken, lse, weight is not None)
     d_weight = q.new_empty(0) if weight is None else d_bias.sum(1).to(weight.dtype)
     sizes = (q.shape[3], k.shape[3], v.shape[3], v.shape[3])
     dq, dk, dv, d_own = (narrower(x, size) for x, size in zip((dq, dk, dv, d_own), sizes, strict=True))

@@ -1,6 +1,7 @@
 """Times ops beside their torch path and a rival, in one process, and says what share of the machine they reach.
 
 A row is one JSON object of `tests/bench/results/<machine>.jsonl`. Rows of one `run` share process and machine.
+Forward and in steps a rival's row tells in `apart` how far its output and final state are from ours.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def timed_as(op: Op[..., Any]) -> list[Op[..., Any]]:
     """An op, and what else it is timed as: under other names, on other inputs."""
     found = [op]
     for name, (inputs, shapes) in op.cases.variants.items():
-        cases = replace(op.cases, inputs=inputs, bench_shapes=shapes, decode_shapes=())
+        cases = replace(op.cases, inputs=inputs, timed_inputs=None, bench_shapes=shapes, decode_shapes=())
         found.append(replace(op, name=name, cases=cases))
     return found
 
@@ -176,6 +177,8 @@ def timed_in_graph(call: Call) -> Row:
     """The same in a CUDA graph of many calls: no launches, and caches as the call before left them."""
     from triton.testing import do_bench_cudagraph
 
+    # It calls on a stream of its own, which waits for no other: what still makes the inputs would be overtaken.
+    torch.cuda.synchronize()
     median, low, high = do_bench_cudagraph(call, rep=REPEAT, quantiles=[0.5, 0.1, 0.9])
     return {"ms": median, "ms_p10": low, "ms_p90": high}
 
@@ -239,8 +242,17 @@ def _row(
         "gbps": work and work.bytes / times["ms"] / 1e6,
         "tflops": work and work.flops / times["ms"] / 1e9,
     }
-    label = _label(impl, op.name, phase)
-    about: Row = {"op": op.name, "impl": label, "phase": phase, "shape": dict(shape), "dtype": _name(dtype)}
+    about: Row = {
+        "op": f"{op.name}_step" if _decodes(phase) else op.name,
+        "impl": _label(impl, op.name, phase, sample.arguments),
+        "phase": phase,
+        "shape": dict(shape),
+        "dtype": _name(dtype),
+    }
+    if impl == "fla" and phase != "fwdbwd":
+        ours = _function(op, phase, shape, "heddle", dtype, device)
+        assert ours is not None
+        about["apart"] = _apart(op, phase, ours, sample.arguments)
     return {**about, **times, **speeds, "peak_bytes": peak, "first_call_s": first}
 
 
@@ -268,19 +280,25 @@ def _function(
 class _Peer:
     """The same function elsewhere: where it is, for whole sequences and for a token, and its names for our arguments.
 
-    `token_names`: those for a token, where they differ. `guarded`: its backward refuses to run on Hopper with the Triton of
-    the day, since results may be wrong there.
+    A name of None: it has no such argument. `token_names`: those for a token, where they differ. `given`: arguments of its own.
+    `guarded`: its backward refuses to run on Hopper with the Triton of the day, since results may be wrong there. `grouped`:
+    value heads may share a key head; if not, queries and keys are copied in each call.
     """
 
     module: str
     whole: str
     token: str
-    names: Mapping[str, str]
+    names: Mapping[str, str | None]
     guarded: bool = False
-    token_names: Mapping[str, str] | None = None
+    token_names: Mapping[str, str | None] | None = None
+    given: Mapping[str, Any] = field(default_factory=dict)
+    grouped: bool = False
 
 
 _SIMPLE_GLA = ("fla.ops.simple_gla", "chunk_simple_gla", "fused_recurrent_simple_gla")
+_GLA = _Peer(
+    "fla.ops.gla", "chunk_gla", "fused_recurrent_gla", {"log_decay": "g"}, token_names={"log_decay": "gk"}
+)
 _PEERS = {
     "simple_gla": _Peer(*_SIMPLE_GLA, {"log_decay": "g"}, guarded=True),
     "decay_attention": _Peer(*_SIMPLE_GLA, {"log_decay": "g_gamma"}),
@@ -290,23 +308,32 @@ _PEERS = {
         "fused_recurrent_gated_delta_rule",
         {"log_decay": "g"},
         guarded=True,
+        grouped=True,
     ),
-    "gla": _Peer(
-        "fla.ops.gla",
-        "chunk_gla",
-        "fused_recurrent_gla",
-        {"log_decay": "g"},
-        token_names={"log_decay": "gk"},
-    ),
+    "gla": _GLA,
+    "hgrn2": _GLA,
+    "hgrn2_first_layer": _GLA,
     "kda": _Peer("fla.ops.kda", "chunk_kda", "fused_recurrent_kda", {"log_decay": "g"}),
     "delta_rule": _Peer("fla.ops.delta_rule", "chunk_delta_rule", "fused_recurrent_delta_rule", {}),
     "lightning": _Peer(*_SIMPLE_GLA, {"log_decay": "g_gamma"}),
     "lightning_linear": _Peer(*_SIMPLE_GLA, {"log_decay": "g_gamma"}),
+    "mamba2": _Peer(*_SIMPLE_GLA, {"log_decay": "g"}, guarded=True),
+    # It has the decays in it.
+    "retention": _Peer(
+        "fla.ops.retention", "chunk_retention", "fused_recurrent_retention", {"log_decay": None}
+    ),
+    "linear_attention": _Peer(
+        "fla.ops.linear_attn",
+        "chunk_linear_attn",
+        "fused_recurrent_linear_attn",
+        {"log_decay": None},
+        given={"normalize": False},
+    ),
 }
 
 
-def _rival(name: str, phase: Phase) -> Callable[..., Any] | None:
-    """The same function in flash-linear-attention, if it is installed."""
+def _rival(name: str, phase: Phase, *, with_state: bool = False) -> Callable[..., Any] | None:
+    """The same function in flash-linear-attention, if it is installed; `with_state` it leaves its final state in any phase."""
     peer = _PEERS.get(name)
     if peer is None:
         return None
@@ -322,16 +349,39 @@ def _rival(name: str, phase: Phase) -> Callable[..., Any] | None:
         run, names = getattr(found, peer.token), peer.token_names or peer.names
 
     def rival(**arguments: Any) -> Any:
+        if _copies_keys(peer, arguments):
+            groups = arguments["v"].shape[2] // arguments["k"].shape[2]
+            arguments |= {side: arguments[side].repeat_interleave(groups, dim=2) for side in ("q", "k")}
         renamed = {names.get(name, name): value for name, value in arguments.items()}
-        return run(**renamed, output_final_state=_decodes(phase))
+        known = {name: value for name, value in renamed.items() if name is not None}
+        return run(**known, **peer.given, output_final_state=with_state or _decodes(phase))
 
     return rival
 
 
-def _label(impl: str, name: str, phase: Phase) -> str:
-    """What a row calls an implementation: whether a guard of its was lifted is part of it."""
-    lifted = impl == "fla" and phase == "fwdbwd" and _PEERS[name].guarded
-    return f"{impl}, guard lifted" if lifted else impl
+def _copies_keys(peer: _Peer, arguments: Mapping[str, Tensor]) -> bool:
+    return not peer.grouped and arguments["k"].shape[2] != arguments["v"].shape[2]
+
+
+def _label(impl: str, name: str, phase: Phase, arguments: Mapping[str, Tensor]) -> str:
+    """What a row calls an implementation: that a guard of its was lifted, or keys copied for it, is part of it."""
+    if impl != "fla":
+        return impl
+    peer = _PEERS[name]
+    lifted = ["guard lifted"] if phase == "fwdbwd" and peer.guarded else []
+    return ", ".join([impl, *lifted, *(["keys copied"] if _copies_keys(peer, arguments) else [])])
+
+
+def _apart(op: Op[..., Any], phase: Phase, ours: Callable[..., Any], arguments: Mapping[str, Tensor]) -> Row:
+    """How far the rival's output and final state are from ours: norms of the differences over those of ours."""
+    theirs = _rival(op.name, phase, with_state=True)
+    assert theirs is not None
+    with torch.no_grad():
+        pairs = zip(("out", "final_state"), ours(**arguments), theirs(**arguments), strict=True)
+        return {
+            name: float((there.float() - here.float()).norm() / here.float().norm())
+            for name, here, there in pairs
+        }
 
 
 def _call(
@@ -351,7 +401,9 @@ def _call(
     leaves = {name: x.detach().requires_grad_(name in wanted) for name, x in arguments.items()}
 
     def both() -> object:
-        return torch.autograd.grad(function(**leaves)[0], [leaves[name] for name in wanted], upstream)
+        found = function(**leaves)
+        out = found[0] if isinstance(found, tuple) else found
+        return torch.autograd.grad(out, [leaves[name] for name in wanted], upstream)
 
     return both
 

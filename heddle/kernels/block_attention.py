@@ -19,6 +19,7 @@ from heddle.kernels.op import (
     Shape,
     Traits,
     check_shapes,
+    check_tensors,
     normal,
     op,
     register,
@@ -264,7 +265,10 @@ def _fits(shape: Shape) -> bool:
     )
 
 
-@op(block_attention_reference, _CASES, kernel=_fits)
+_LIMITS = f"K and V up to {MAX_HEAD_SIZE}, G up to {MAX_GROUP}, and a choice of blocks"
+
+
+@op(block_attention_reference, _CASES, kernel=_fits, limits=_LIMITS)
 def block_attention(
     q: Tensor,
     k: Tensor,
@@ -314,8 +318,9 @@ def block_attention(
         raise HeddleError("bad-argument", f"{name}: block {block} must be positive")
     if sum(one is not None for one in (listed, chosen, gates)) > 1:
         raise HeddleError("bad-argument", f"{name}: only one of listed, chosen and gates may be given")
-    if not q.dtype == k.dtype == v.dtype:
-        raise HeddleError("bad-argument", f"{name}: q, k and v must have one dtype")
+    places, marks = {"start": start, "listed": listed}, {"chosen": chosen, "gates": gates}
+    masks = {"real": real, "written": written, **marks}
+    check_tensors(name, {"q": q, "k": k, "v": v}, integers=places, masks=masks)
     rows, count = B if real is None or real.shape[0] > 1 else 1, -(-S // block)
     expected = {"k": (k, (B, N, S, d)), "v": (v, (B, N, S, v.shape[-1])), "start": (start, (B,))}
     limits = {"real": (real, (rows, S)), "written": (written, (B, S)), "chosen": (chosen, (B, N, T, count))}

@@ -21,6 +21,7 @@ from heddle.kernels.op import (
     Traits,
     Work,
     check_shapes,
+    check_tensors,
     normal,
     op,
     register_composite,
@@ -71,7 +72,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     if causal_conv1d.choose(x.device, x.dtype, C=x.shape[2], W=weight.shape[1]) == "triton":
         count = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        # Without one the kernels are others, whose sums are not the same to the bit.
+        # With and without one the kernels are the same, and so the bits.
         state = (
             x.new_zeros(count, x.shape[2], weight.shape[1] - 1)
             if initial_state is None
@@ -192,7 +193,7 @@ def _fits(shape: Shape) -> bool:
     return HAS_KERNELS and shape["W"] <= MAX_TAPS
 
 
-@op(causal_conv1d_reference, _CASES, kernel=_fits)
+@op(causal_conv1d_reference, _CASES, kernel=_fits, limits=f"W up to {MAX_TAPS}")
 def causal_conv1d(
     x: Tensor,
     weight: Tensor,
@@ -220,6 +221,8 @@ def causal_conv1d(
         raise HeddleError(
             "bad-argument", f"causal_conv1d: no activation {activation!r}", hint='"silu" or None'
         )
+    floats = {"weight": weight, "initial_state": initial_state}
+    check_tensors("causal_conv1d", {"x": x}, floats=floats, integers={"cu_seqlens": cu_seqlens})
     check_packing("causal_conv1d", x.shape[0], x.shape[1], cu_seqlens)
     count, taps = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1, weight.shape[1]
     expected = {

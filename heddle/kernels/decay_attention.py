@@ -22,6 +22,7 @@ from torch import Tensor
 from heddle.errors import HeddleError
 from heddle.kernels._decay_attention_torch import CHUNK, step, sweep
 from heddle.kernels.common.linear_op import (
+    LIMITS,
     check_inputs,
     check_one_token,
     draw_state,
@@ -124,7 +125,7 @@ _forward_op, _step_op = register_decaying("decay_attention", _forward, _backward
 def _check(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None, cu_seqlens: Tensor | None = None
 ) -> None:
-    check_inputs("decay_attention", q, k, v, {}, state=state, cu_seqlens=cu_seqlens)
+    check_inputs("decay_attention", q, k, v, {}, state=state, cu_seqlens=cu_seqlens, log_decay=log_decay)
     B, T, H, _ = q.shape
     if v.shape[2] != H or log_decay.shape != (H,):
         expected = {"v": (v, (B, T, H, v.shape[3])), "log_decay": (log_decay, (H,))}
@@ -169,6 +170,18 @@ def _draw_linear(shape: Shape, generator: torch.Generator) -> Inputs:
     return {**_draw(shape, generator), "log_decay": -8.0 / H * head}
 
 
+def _draw_retention(shape: Shape, generator: torch.Generator) -> Inputs:
+    # The table of arXiv 2307.08621.
+    head = torch.arange(shape["H"], dtype=torch.float64, device=generator.device)
+    return {**_draw(shape, generator), "log_decay": torch.log1p(-torch.exp2(-5.0 - head))}
+
+
+def _draw_lasting(shape: Shape, generator: torch.Generator) -> Inputs:
+    # Nothing is forgotten, so nothing can be skipped.
+    log_decay = torch.zeros(shape["H"], dtype=torch.float64, device=generator.device)
+    return {**_draw(shape, generator), "log_decay": log_decay}
+
+
 def _work(shape: Shape, phase: Phase, element: int) -> Work:
     B, T, H, K, V = (shape[letter] for letter in "BTHKV")
     if phase == "decode":
@@ -195,7 +208,12 @@ _CASES = Traits(
     bench_shapes=tuple({"B": B, "T": T, "H": 16, "K": 128, "V": 128} for B, T in _LENGTHS),
     decode_shapes=tuple({"B": B, "T": 1, "H": 16, "K": 128, "V": 128} for B in (1, 64)),
     work=_work,
-    variants={"lightning": (_draw, _LIGHTNING), "lightning_linear": (_draw_linear, _LIGHTNING)},
+    variants={
+        "lightning": (_draw, _LIGHTNING),
+        "lightning_linear": (_draw_linear, _LIGHTNING),
+        "retention": (_draw_retention, _LIGHTNING[:2]),
+        "linear_attention": (_draw_lasting, _LIGHTNING),
+    },
 )
 
 
@@ -203,7 +221,7 @@ def _fits(shape: Shape) -> bool:
     return HAS_KERNELS and fits(shape)
 
 
-@op(decay_attention_reference, _CASES, kernel=_fits, step=decay_attention_step)
+@op(decay_attention_reference, _CASES, kernel=_fits, step=decay_attention_step, limits=LIMITS)
 def decay_attention(
     q: Tensor,
     k: Tensor,

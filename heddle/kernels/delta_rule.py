@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from heddle.kernels._gated_delta_rule_torch import chunked, step
-from heddle.kernels.common.linear_op import check_inputs, check_one_token, draw_state, fits
+from heddle.kernels.common.linear_op import LIMITS, check_inputs, check_one_token, draw_state, fits
 from heddle.kernels.common.recurrence import heads_of_values, walk
 from heddle.kernels.gated_delta_rule import work
 from heddle.kernels.op import Inputs, Shape, Traits, in_dtype, normal, op, register_composite, wide_dtype
@@ -139,6 +139,7 @@ def _fits(shape: Shape) -> bool:
     _CASES,
     kernel=_fits,
     step=delta_rule_step,
+    limits=LIMITS,
 )
 def delta_rule(
     q: Tensor,

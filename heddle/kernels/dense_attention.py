@@ -12,8 +12,18 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend
 
+from heddle.errors import HeddleError
 from heddle.kernels.configs.dense_attention import Backend, Rule, rules
-from heddle.kernels.op import Inputs, Shape, Traits, normal, op, register_composite
+from heddle.kernels.op import (
+    Inputs,
+    Shape,
+    Traits,
+    check_shapes,
+    check_tensors,
+    normal,
+    op,
+    register_composite,
+)
 
 # What torch itself goes by; another order is somebody's wish.
 _OWN_ORDER = torch._C._get_sdp_priority_order()
@@ -140,6 +150,23 @@ _op = register_composite(
 )
 
 
+def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
+    name, device = "dense_attention", q.device.type
+    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
+        raise HeddleError("bad-argument", f"{name}: q, k, v must be [B, heads, tokens, *]")
+    (B, H, T, d), (N, S) = q.shape, k.shape[1:3]
+    if H % N:
+        raise HeddleError("bad-argument", f"{name}: {N} key heads do not divide {H} query heads")
+    check_shapes(name, {"k": (k, (B, N, S, d)), "v": (v, (B, N, S, v.shape[-1]))})
+    if mask is not None:
+        rows, heads = mask.shape[:2] if mask.dim() == 4 else (B, H)
+        check_shapes(name, {"mask": (mask, (1 if rows == 1 else B, 1 if heads == 1 else H, T, S))})
+    casts = device != "meta" and torch.is_autocast_enabled(device)
+    keys = {"k": k, "v": v}
+    alike, floats = ({"q": q}, keys) if casts else ({"q": q, **keys}, {})
+    check_tensors(name, alike, floats=floats, masks={"mask": mask})
+
+
 @op(dense_attention_reference, _CASES)
 def dense_attention(
     q: Tensor,
@@ -159,7 +186,11 @@ def dense_attention(
     the logits in the dtype of q. Query head h reads key head h // (H / N). `scale` defaults to d^-0.5.
 
     Shapes:  q: [B, H, T, d];  k: [B, N, S, d];  v: [B, N, S, V];  out: [B, H, T, V];  mask: [1 or B, 1 or H, T, S]
+
+    Raises:
+        HeddleError: "bad-argument" for shapes or dtypes that do not fit; under autocast torch brings q, k and v to one dtype.
     """
+    _check(q, k, v, mask)
     # Compilers cannot look into the order that torch goes by; behind an op it is in force when they choose a backend.
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return _op(q, k, v, mask, is_causal, scale)  # type: ignore[no-any-return]

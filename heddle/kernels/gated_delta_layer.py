@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from heddle.errors import HeddleError
 from heddle.kernels.causal_conv1d import causal_conv1d
-from heddle.kernels.common.linear_op import draw_state, fits
+from heddle.kernels.common.linear_op import LIMITS, draw_state, fits
 from heddle.kernels.gated_delta_rule import gated_delta_rule_step, work
 from heddle.kernels.op import (
     Inputs,
@@ -22,6 +22,7 @@ from heddle.kernels.op import (
     Traits,
     Work,
     check_shapes,
+    check_tensors,
     normal,
     op,
     register_composite,
@@ -249,11 +250,8 @@ def _check(qkv: Tensor, state: Tensor, given: dict[str, Tensor | None]) -> None:
         "conv_bias": (given["conv_bias"], (C,)),
     }
     check_shapes(name, shapes)
-    z = given["z"]
-    if z is not None and z.dtype != qkv.dtype:
-        raise HeddleError(
-            "bad-argument", f"{name}: qkv and z must share a dtype, got {qkv.dtype} and {z.dtype}"
-        )
+    floats = {argument: x for argument, x in given.items() if argument != "z"}
+    check_tensors(name, {"qkv": qkv, "z": given["z"]}, floats={**floats, "state": state})
 
 
 def _check_choices(activation: str | None, qk_norm: str | None) -> None:
@@ -263,7 +261,7 @@ def _check_choices(activation: str | None, qk_norm: str | None) -> None:
             raise HeddleError("bad-argument", what, hint=f'"{known}" or None')
 
 
-@op(gated_delta_layer_step_reference, _CASES, kernel=_fits)
+@op(gated_delta_layer_step_reference, _CASES, kernel=_fits, limits=f"{LIMITS}, W up to {MAX_TAPS}")
 def gated_delta_layer_step(
     qkv: Tensor,
     z: Tensor,

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from heddle.kernels._gated_delta_rule_torch import CHUNK, chunked, step
-from heddle.kernels.common.linear_op import check_inputs, check_one_token, draw_state, fits
+from heddle.kernels.common.linear_op import LIMITS, check_inputs, check_one_token, draw_state, fits
 from heddle.kernels.common.recurrence import heads_of_values, walk
 from heddle.kernels.op import (
     Inputs,
@@ -184,6 +184,7 @@ _CASES = Traits(
     _CASES,
     kernel=_fits,
     step=gated_delta_rule_step,
+    limits=LIMITS,
 )
 def gated_delta_rule(
     q: Tensor,

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from heddle.kernels._gla_torch import CHUNK, chunked, step
 from heddle.kernels.common.linear_op import (
+    LIMITS,
     check_inputs,
     check_one_token,
     draw_state,
@@ -127,7 +128,7 @@ def gla_step(
 def _check(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None, cu_seqlens: Tensor | None = None
 ) -> None:
-    check_inputs("gla", q, k, v, {}, state=state, cu_seqlens=cu_seqlens)
+    check_inputs("gla", q, k, v, {}, state=state, cu_seqlens=cu_seqlens, log_decay=log_decay)
     if log_decay.shape != q.shape:
         check_shapes("gla", {"log_decay": (log_decay, q.shape)})
 
@@ -149,6 +150,19 @@ def _draw_timed(shape: Shape, generator: torch.Generator) -> Inputs:
     return {**_draw(shape, generator), "log_decay": F.logsigmoid(normal(generator, B, T, H, K) + 4.0)}
 
 
+def _draw_hgrn2(shape: Shape, generator: torch.Generator) -> Inputs:
+    # As its layer calls the op: keys are what the gates let go.
+    inputs = _draw_timed(shape, generator)
+    return {**inputs, "q": F.silu(inputs["q"]), "k": -torch.expm1(inputs["log_decay"])}
+
+
+def _draw_hgrn2_first(shape: Shape, generator: torch.Generator) -> Inputs:
+    # The first layer of an untrained model has no lower bound: a channel forgets half in a token.
+    inputs = _draw_hgrn2(shape, generator)
+    log_decay = F.logsigmoid(normal(generator, *inputs["log_decay"].shape))
+    return {**inputs, "k": -torch.expm1(log_decay), "log_decay": log_decay}
+
+
 def _work(shape: Shape, phase: Phase, element: int) -> Work:
     B, T, H, K, V = (shape[letter] for letter in "BTHKV")
     HV = shape.get("HV", H)
@@ -163,6 +177,7 @@ def _work(shape: Shape, phase: Phase, element: int) -> Work:
 
 
 _WIDE = {"H": 16, "HV": 16, "K": 128, "V": 128}
+_TIMED = tuple({"B": B, "T": T, **_WIDE} for B, T in ((8, 4096), (1, 32768)))
 _CASES = Traits(
     inputs=_draw,
     timed_inputs=_draw_timed,
@@ -172,9 +187,10 @@ _CASES = Traits(
     differentiable=("q", "k", "v", "log_decay"),
     output_like="v",
     test_shapes=({"B": 2, "H": 2, "HV": 4, "K": 16, "V": 16}, {"B": 1, "H": 2, "HV": 2, "K": 24, "V": 40}),
-    bench_shapes=tuple({"B": B, "T": T, **_WIDE} for B, T in ((8, 4096), (1, 32768))),
+    bench_shapes=_TIMED,
     decode_shapes=tuple({"B": B, "T": 1, **_WIDE} for B in (1, 64)),
     work=_work,
+    variants={"hgrn2": (_draw_hgrn2, _TIMED), "hgrn2_first_layer": (_draw_hgrn2_first, _TIMED)},
 )
 
 
@@ -182,7 +198,7 @@ def _fits(shape: Shape) -> bool:
     return HAS_KERNELS and fits(shape)
 
 
-@op(gla_reference, _CASES, kernel=_fits, step=gla_step)
+@op(gla_reference, _CASES, kernel=_fits, step=gla_step, limits=LIMITS)
 def gla(
     q: Tensor,
     k: Tensor,

@@ -20,6 +20,7 @@ from heddle.kernels.op import (
     Shape,
     Traits,
     check_shapes,
+    check_tensors,
     normal,
     op,
     register_composite,
@@ -142,7 +143,10 @@ def _fits(shape: Shape) -> bool:
     return HAS_KERNELS and max(shape["K"], shape["V"]) <= MAX_HEAD_SIZE and shape["G"] <= MAX_GROUP
 
 
-@op(head_sparse_attention_reference, _CASES, kernel=_fits)
+_LIMITS = f"K and V up to {MAX_HEAD_SIZE}, G up to {MAX_GROUP}"
+
+
+@op(head_sparse_attention_reference, _CASES, kernel=_fits, limits=_LIMITS)
 def head_sparse_attention(
     q: Tensor,
     k: Tensor,
@@ -181,10 +185,8 @@ def head_sparse_attention(
         raise HeddleError("bad-argument", f"{name}: {N} key heads do not divide {H} query heads")
     if scale is not None and scale <= 0:
         raise HeddleError("bad-argument", f"{name}: scale {scale} must be positive")
-    if not q.dtype == k.dtype == v.dtype:
-        raise HeddleError("bad-argument", f"{name}: q, k and v must have one dtype")
-    if not weights.is_floating_point():
-        raise HeddleError("bad-argument", f"{name}: weights must be floating point, not {weights.dtype}")
+    sides, limits = {"q": q, "k": k, "v": v}, {"cu_seqlens": cu_seqlens}
+    check_tensors(name, sides, floats={"weights": weights}, integers=limits, masks={"real": real})
     if cu_seqlens is not None and T != S:
         raise HeddleError("bad-argument", f"{name}: packed sequences have as many queries as keys")
     check_packing(name, B, T, cu_seqlens)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from heddle.kernels._gated_delta_rule_torch import chunked, step
-from heddle.kernels.common.linear_op import check_inputs, check_one_token, draw_state, fits
+from heddle.kernels.common.linear_op import LIMITS, check_inputs, check_one_token, draw_state, fits
 from heddle.kernels.common.recurrence import heads_of_values, walk
 from heddle.kernels.gated_delta_rule import work
 from heddle.kernels.op import (
@@ -130,7 +130,8 @@ def _check(
     state: Tensor | None,
     cu_seqlens: Tensor | None = None,
 ) -> None:
-    check_inputs("kda", q, k, v, {"beta": beta}, state=state, cu_seqlens=cu_seqlens)
+    gates = {"beta": beta}
+    check_inputs("kda", q, k, v, gates, state=state, cu_seqlens=cu_seqlens, log_decay=log_decay)
     channels = (*v.shape[:3], q.shape[3])
     if log_decay.shape != channels:
         check_shapes("kda", {"log_decay": (log_decay, channels)})
@@ -184,7 +185,7 @@ def _fits(shape: Shape) -> bool:
     return HAS_KERNELS and fits(shape)
 
 
-@op(kda_reference, _CASES, kernel=_fits, step=kda_step)
+@op(kda_reference, _CASES, kernel=_fits, step=kda_step, limits=LIMITS)
 def kda(
     q: Tensor,
     k: Tensor,

@@ -20,6 +20,7 @@ from heddle.kernels.op import (
     Shape,
     Traits,
     check_shapes,
+    check_tensors,
     normal,
     op,
     register,
@@ -257,7 +258,19 @@ def _is_unproven(shape: Shape) -> bool:
     return shape["choice"] > HELD_CHOICE
 
 
-@op(landmark_attention_reference, _CASES, kernel=_fits, unproven_shapes=_is_unproven)
+_LIMITS = (
+    f"K and V up to {MAX_HEAD_SIZE}, G up to {MAX_GROUP}, blocks of up to {MAX_BLOCK} with room in shared memory, "
+    f"a choice among up to {MAX_CHOICE}"
+)
+
+
+@op(
+    landmark_attention_reference,
+    _CASES,
+    kernel=_fits,
+    unproven_shapes=_is_unproven,
+    limits=_LIMITS,
+)
 def landmark_attention(
     q: Tensor,
     k: Tensor,
@@ -300,8 +313,8 @@ def landmark_attention(
         raise HeddleError("bad-argument", f"{name}: {N} key heads do not divide {H} query heads")
     if block < 1 or (top is not None and top < 1):
         raise HeddleError("bad-argument", f"{name}: block {block} and top {top} must be positive")
-    if not q.dtype == k.dtype == v.dtype == landmarks.dtype:
-        raise HeddleError("bad-argument", f"{name}: q, k, v and landmarks must have one dtype")
+    sides, masks = {"q": q, "k": k, "v": v, "landmarks": landmarks}, {"real": real, "written": written}
+    check_tensors(name, sides, integers={"start": start}, masks=masks)
     rows = B if real is None or real.shape[0] > 1 else 1
     expected = {"k": (k, (B, N, S, d)), "v": (v, (B, N, S, v.shape[-1])), "start": (start, (B,))}
     limits = {"real": (real, (rows, S)), "written": (written, (B, S))}

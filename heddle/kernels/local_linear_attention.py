@@ -21,6 +21,7 @@ from heddle.kernels.op import (
     Shape,
     Traits,
     check_shapes,
+    check_tensors,
     normal,
     op,
     register,
@@ -31,7 +32,7 @@ try:
 
     HAS_KERNELS = True
 except ImportError:
-    HAS_KERNELS = False
+    HAS_KERNELS, WIDEST = False, 0
 
 
 def local_linear_attention_reference(
@@ -214,7 +215,13 @@ def _fits(shape: Shape) -> bool:
     return HAS_KERNELS and max(shape["K"], shape["V"]) <= WIDEST
 
 
-@op(local_linear_attention_reference, _CASES, kernel=_fits, unproven=TRITON_DTYPES)
+@op(
+    local_linear_attention_reference,
+    _CASES,
+    kernel=_fits,
+    unproven=TRITON_DTYPES,
+    limits=f"K and V up to {WIDEST}",
+)
 def local_linear_attention(
     q: Tensor,
     k: Tensor,
@@ -257,8 +264,8 @@ def local_linear_attention(
         raise HeddleError("bad-argument", f"{name}: {N} key heads do not divide {H} query heads")
     if ridge <= 0 or (window is not None and window < 1):
         raise HeddleError("bad-argument", f"{name}: ridge {ridge} and window {window} must be positive")
-    if not q.dtype == k.dtype == v.dtype == (q if slope is None else slope).dtype:
-        raise HeddleError("bad-argument", f"{name}: q, k, v and slope must have one dtype")
+    sides = {"q": q, "k": k, "v": v, "slope": slope}
+    check_tensors(name, sides, masks={"real": real, "written": written})
     rows = B if real is None else real.shape[0] if real.shape[0] == 1 else B
     expected = {"k": (k, (B, N, S, d)), "v": (v, (B, N, S, v.shape[-1])), "slope": (slope, q.shape)}
     check_shapes(name, {**expected, "real": (real, (rows, S)), "written": (written, (B, S))})

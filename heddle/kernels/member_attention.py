@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from heddle.errors import HeddleError
-from heddle.kernels.op import check_shapes, register, wide_dtype
+from heddle.kernels.op import check_shapes, check_tensors, register, wide_dtype
 
 # Numbers of gathered keys that stand in memory at once.
 GATHERED = 2**22
@@ -202,8 +202,8 @@ def member_attention(
     name = "member_attention"
     if q.dim() != 4 or k.dim() != 4 or v.dim() != 4 or index.dim() != 4:
         raise HeddleError("bad-argument", f"{name}: q, k, v and index must be [B, heads, tokens, *]")
-    if not q.dtype == k.dtype == v.dtype == own.dtype:
-        raise HeddleError("bad-argument", f"{name}: q, k, v and own must have one dtype")
+    sides = {"q": q, "k": k, "v": v, "own": own}
+    check_tensors(name, sides, integers={"index": index}, masks={"weight": weight})
     (B, H, T, d), S, V = q.shape, k.shape[2], v.shape[-1]
     expected = {"k": (k, (B, H, S, d)), "v": (v, (B, H, S, V)), "own": (own, (B, H, T, V))}
     lists = {"index": (index, (B, H, T, index.shape[-1])), "weight": (weight, (B, S))}

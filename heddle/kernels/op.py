@@ -2,16 +2,18 @@
 
 An op is a public tensor function that stands beside its reference. It has a path in plain torch, which runs anywhere,
 and may have one in Triton. `Op.path` is the one rule that chooses; `force_path` overrides it and `watch_paths` tells
-what ran.
+what ran. Torch on a GPU in place of kernels is told by a `SlowPathWarning`.
 """
 
 from __future__ import annotations
 
 import functools
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Generic, Literal, ParamSpec, TypeVar
 
 import torch
@@ -38,6 +40,9 @@ Inputs = dict[str, Tensor]
 # Triton decides at import whether kernels are compiled or interpreted, so this is read once.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+FLOATS = (*TRITON_DTYPES, torch.float64)
+INTEGERS = (torch.int64, torch.int32)
+MASKS = (torch.bool, *FLOATS)
 MIN_CAPABILITY = (8, 0)
 
 P = ParamSpec("P")
@@ -47,8 +52,14 @@ R = TypeVar("R")
 _forced: list[Path] = []
 _watchers: list[list[tuple[str, Path]]] = []
 _fragments: list[torch.library.Library] = []
+# What was said of slow paths: (op, dtype, what would be allowed).
+_told: set[tuple[str, torch.dtype, str]] = set()
 # Of the arguments of a call that only autograd has to do with.
 _PLAIN = frozenset((Tensor, Parameter, type(None), bool, int, float, str))
+
+
+class SlowPathWarning(UserWarning):
+    """An op that has kernels runs in PyTorch on a GPU, unasked: told once for each op and reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,9 +103,9 @@ class Traits:
 class Op(Generic[P, R]):
     """A public tensor function: what computes it fast, what it must equal, and which path it takes where.
 
-    `kernel(shape)` says whether the Triton kernels take a shape; None, of all shapes or of one, that there are none yet. In the
-    dtypes of `unproven` no GPU has held them to the reference yet: torch runs there, unless Triton is forced, and so it
-    does for shapes of which `unproven_shapes(shape)` says the same.
+    `kernel(shape)` says whether the Triton kernels take a shape; None, of all shapes or of one, that there are none yet. `limits`
+    says in words which shapes they take. In the dtypes of `unproven` no GPU has held them to the reference yet: torch runs
+    there, unless Triton is forced, and so it does for shapes of which `unproven_shapes(shape)` says the same.
     """
 
     name: str
@@ -105,6 +116,7 @@ class Op(Generic[P, R]):
     step: Callable[..., tuple[Tensor, Tensor]] | None = field(default=None)
     unproven: tuple[torch.dtype, ...] = ()
     unproven_shapes: Callable[[Shape], bool] | None = None
+    limits: str = ""
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         return self.fast(*args, **kwargs)
@@ -128,11 +140,44 @@ class Op(Generic[P, R]):
         return INTERPRETED or (dtype not in self.unproven and not doubtful)
 
     def choose(self, device: torch.device, dtype: torch.dtype, **shape: int) -> Path:
-        """`path`, noted down for `watch_paths`: called where the work is about to be done."""
-        path = self.path(device, dtype, **shape)
+        """`told_path`, noted down for `watch_paths`: called where the work is about to be done."""
+        path = self.told_path(device, dtype, **shape)
         for seen in _watchers:
             seen.append((self.name, path))
         return path
+
+    def told_path(self, device: torch.device, dtype: torch.dtype, **shape: int) -> Path:
+        """`path`; where there are kernels, torch on a GPU that nobody asked for is told in a warning."""
+        path = self.path(device, dtype, **shape)
+        if path == "torch" and self.kernel is not None and "torch" not in _forced[-1:]:
+            self._tell_why(torch.device(device), dtype, shape)
+        return path
+
+    def _tell_why(self, device: torch.device, dtype: torch.dtype, shape: Shape) -> None:
+        if not _is_gpu(device):
+            return
+        why, allowed = self._why_torch(device, dtype, shape)
+        # Not the sizes: some are other ones in every call.
+        if (self.name, dtype, allowed) in _told:
+            return
+        _told.add((self.name, dtype, allowed))
+        what = f"{self.name} runs in PyTorch on {device}, not by its kernels: {why}"
+        warnings.warn(str(HeddleError("slow-path", what, hint=allowed)), SlowPathWarning, stacklevel=4)
+
+    def _why_torch(self, device: torch.device, dtype: torch.dtype, shape: Shape) -> tuple[str, str]:
+        """Why torch runs there, and with what Triton would."""
+        sizes = ", ".join(f"{name}={size}" for name, size in shape.items())
+        if TRITON_VERSION is None:
+            return "Triton is not installed", "install the package triton"
+        if dtype not in TRITON_DTYPES:
+            return f"there are none for {_short(dtype)}", f"{', '.join(map(_short, TRITON_DTYPES))} have some"
+        if self.kernel is not None and not self.kernel(shape):
+            return f"they do not take {sizes}", f"they take {self.limits}"
+        if not _triton_runs(device, dtype):
+            least = ".".join(map(str, MIN_CAPABILITY))
+            return "they do not run on this device", f"they run on CUDA from compute capability {least} on"
+        what = f"no GPU has held them to the reference yet in {_short(dtype)} with {sizes}"
+        return what, 'force_path("triton") runs them all the same'
 
 
 def op(
@@ -143,11 +188,12 @@ def op(
     step: Callable[..., tuple[Tensor, Tensor]] | None = None,
     unproven: tuple[torch.dtype, ...] = (),
     unproven_shapes: Callable[[Shape], bool] | None = None,
+    limits: str = "",
 ) -> Callable[[Callable[P, R]], Op[P, R]]:
     """Makes the decorated function an `Op` of the same name and docstring."""
 
     def wrap(fast: Callable[P, R]) -> Op[P, R]:
-        made = Op(fast.__name__, fast, reference, cases, kernel, step, unproven, unproven_shapes)
+        made = Op(fast.__name__, fast, reference, cases, kernel, step, unproven, unproven_shapes, limits)
         # What functools.update_wrapper would set; the class is frozen.
         vars(made).update(
             {name: getattr(fast, name) for name in functools.WRAPPER_ASSIGNMENTS}, __wrapped__=fast
@@ -171,6 +217,10 @@ def _triton_runs(named: torch.device | str, dtype: torch.dtype) -> bool:
         and torch.version.hip is None
         and torch.cuda.get_device_capability(device) >= MIN_CAPABILITY
     )
+
+
+def _is_gpu(device: torch.device) -> bool:
+    return device.type == "cuda"
 
 
 @contextmanager
@@ -377,6 +427,39 @@ def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
 def normal(generator: torch.Generator, *size: int) -> Tensor:
     """Normally distributed numbers in float64, on the device of the generator."""
     return torch.randn(*size, generator=generator, device=generator.device, dtype=torch.float64)
+
+
+def check_tensors(
+    name: str,
+    alike: Mapping[str, Tensor | None],
+    *,
+    floats: Mapping[str, Tensor | None] = MappingProxyType({}),
+    integers: Mapping[str, Tensor | None] = MappingProxyType({}),
+    masks: Mapping[str, Tensor | None] = MappingProxyType({}),
+) -> None:
+    """Raises "bad-argument" for the first tensor that is given and is not of the right dtype, or on another device.
+
+    Those `alike` have the floating dtype of the first, which is there; `floats` have any each, `integers` int32 or int64, `masks`
+    bool or a floating one.
+    """
+    first, like = next(iter(alike.items()))
+    assert like is not None
+    dtype, device = like.dtype, like.device
+    own = (dtype,) if dtype in FLOATS else FLOATS
+    for some, known in ((alike, own), (floats, FLOATS), (integers, INTEGERS), (masks, MASKS)):
+        for argument, x in some.items():
+            if x is None or (x.dtype in known and x.device == device):
+                continue
+            found, expected = _short(x.dtype), ", ".join(map(_short, known))
+            if x.dtype in known:
+                found, expected = f"on {x.device}", str(device)
+            as_first = "" if argument == first else f" as {first}"
+            also = as_first if x.dtype in known or some is alike else ""
+            raise HeddleError("bad-argument", f"{name}: {argument} is {found}, expected {expected}{also}")
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def check_shapes(name: str, expected: Mapping[str, tuple[Tensor | None, Sequence[int]]]) -> None:

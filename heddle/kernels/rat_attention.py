@@ -21,6 +21,7 @@ from heddle.kernels.op import (
     Traits,
     Work,
     check_shapes,
+    check_tensors,
     heads_together,
     normal,
     op,
@@ -137,7 +138,7 @@ def _fits(shape: Shape) -> bool:
     return HAS_KERNELS and shape["K"] <= MAX_HEAD_SIZE
 
 
-@op(rat_attention_reference, _CASES, kernel=_fits)
+@op(rat_attention_reference, _CASES, kernel=_fits, limits=f"K up to {MAX_HEAD_SIZE}")
 def rat_attention(
     q: Tensor,
     key: Tensor,
@@ -177,8 +178,8 @@ def rat_attention(
         raise HeddleError("bad-argument", f"{name}: {what}")
     if cu_seqlens is not None and start:
         raise HeddleError("bad-argument", f"{name}: packed sequences begin with their first token: no start")
-    if not q.dtype == key.dtype == value.dtype == keys.dtype == values.dtype:
-        raise HeddleError("bad-argument", f"{name}: q, key, value, keys and values must have one dtype")
+    sides = {"q": q, "key": key, "value": value, "keys": keys, "values": values}
+    check_tensors(name, sides, integers={"cu_seqlens": cu_seqlens})
     check_packing(name, B, T, cu_seqlens)
     least = (start + T - 1) // chunk if cu_seqlens is None else -(-T // chunk)
     if least > S:

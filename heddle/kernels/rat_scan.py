@@ -21,6 +21,7 @@ from heddle.kernels.op import (
     Traits,
     Work,
     check_shapes,
+    check_tensors,
     heads_together,
     normal,
     op,
@@ -162,7 +163,7 @@ def _fits(shape: Shape) -> bool:
     return HAS_KERNELS and shape["K"] <= MAX_HEAD_SIZE
 
 
-@op(rat_scan_reference, _CASES, kernel=_fits)
+@op(rat_scan_reference, _CASES, kernel=_fits, limits=f"K up to {MAX_HEAD_SIZE}")
 def rat_scan(
     q: Tensor,
     k: Tensor,
@@ -212,11 +213,12 @@ def rat_scan(
         )
     if start % chunk and past is None:
         raise HeddleError("bad-argument", f"{name}: a call that begins inside a chunk needs past")
-    if not q.dtype == k.dtype == x.dtype == gate.dtype:
-        raise HeddleError("bad-argument", f"{name}: q, k, x and gate must have one dtype")
+    cos, sin = (None, None) if rotation is None else rotation
+    floats = {"gate_bias": gate_bias, "rotation[0]": cos, "rotation[1]": sin, "past": past}
+    sides = {"q": q, "k": k, "x": x, "gate": gate}
+    check_tensors(name, sides, floats=floats, integers={"cu_seqlens": cu_seqlens})
     check_packing(name, B, T, cu_seqlens)
     numbers = -(-(start % chunk + T) // chunk)
-    cos, sin = (None, None) if rotation is None else rotation
     turned = 0 if cos is None else cos.shape[-1]
     shared, own, table = (
         (B, T, G, d),

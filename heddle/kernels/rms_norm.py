@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from heddle.errors import HeddleError
-from heddle.kernels.op import Inputs, Shape, Traits, are_plain, normal, op, wide_dtype
+from heddle.kernels.op import Inputs, Shape, Traits, are_plain, check_tensors, normal, op, wide_dtype
 
 try:
     from heddle.kernels._rms_norm_op import kernels
@@ -71,7 +71,7 @@ def _fits(shape: Shape) -> bool:
     return HAS_KERNELS and shape["K"] <= MAX_SIZE
 
 
-@op(rms_norm_reference, _CASES, kernel=_fits)
+@op(rms_norm_reference, _CASES, kernel=_fits, limits=f"rows of up to {MAX_SIZE}")
 def rms_norm(
     x: Tensor,
     weight: Tensor | None = None,
@@ -104,6 +104,7 @@ def rms_norm(
         raise HeddleError(
             "bad-argument", f"rms_norm: gate has shape {list(gate.shape)}, expected {list(x.shape)}"
         )
+    check_tensors("rms_norm", {"x": x}, floats={"weight": weight, "gate": gate})
     if (
         are_plain((x, weight, gate))
         and x.numel() > 0

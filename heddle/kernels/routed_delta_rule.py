@@ -12,7 +12,7 @@ from torch import Tensor
 
 from heddle.errors import HeddleError
 from heddle.kernels._gated_delta_rule_torch import routed
-from heddle.kernels.common.linear_op import check_inputs, draw_state, fits
+from heddle.kernels.common.linear_op import LIMITS, check_inputs, draw_state, fits
 from heddle.kernels.common.recurrence import heads_of_values
 from heddle.kernels.op import (
     INTERPRETED,
@@ -21,6 +21,7 @@ from heddle.kernels.op import (
     Shape,
     Traits,
     check_shapes,
+    check_tensors,
     in_dtype,
     op,
     register_composite,
@@ -134,7 +135,12 @@ _CASES = Traits(
 )
 
 
-@op(routed_delta_rule_reference, _CASES, kernel=_fits)
+@op(
+    routed_delta_rule_reference,
+    _CASES,
+    kernel=_fits,
+    limits=f"{LIMITS}, chunks that fit a tile, and no gradient",
+)
 def routed_delta_rule(
     q: Tensor,
     k: Tensor,
@@ -168,6 +174,7 @@ def routed_delta_rule(
         raise HeddleError(
             "bad-argument", f"{name}: {q.shape[1]} tokens must be a whole number of chunks of {chunk}"
         )
+    check_tensors(name, {"q": q}, floats={"routes": routes})
     check_shapes(name, {"routes": (routes, (v.shape[0], v.shape[1] // chunk, v.shape[2]))})
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     wide = wide_dtype(v.dtype)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from heddle.kernels._decay_attention_torch import CHUNK
 from heddle.kernels._simple_gla_torch import run_backward, run_forward, step
 from heddle.kernels.common.linear_op import (
+    LIMITS,
     check_inputs,
     check_one_token,
     draw_state,
@@ -136,6 +137,8 @@ def _work(shape: Shape, phase: Phase, element: int) -> Work:
 
 
 _LENGTHS = ((8, 4096), (1, 32768), (1, 131072))
+# One group of queries and keys, a state as large as that of 16 heads of 128 x 128.
+_MAMBA2 = tuple({"B": B, "T": T, "H": 1, "HV": 32, "K": 128, "V": 64} for B, T in _LENGTHS[:2])
 _CASES = Traits(
     inputs=_draw,
     initial_state=draw_state,
@@ -147,6 +150,7 @@ _CASES = Traits(
     bench_shapes=tuple({"B": B, "T": T, "H": 16, "HV": 16, "K": 128, "V": 128} for B, T in _LENGTHS),
     decode_shapes=tuple({"B": B, "T": 1, "H": 16, "HV": 16, "K": 128, "V": 128} for B in (1, 64)),
     work=_work,
+    variants={"mamba2": (_draw, _MAMBA2)},
 )
 
 
@@ -154,7 +158,7 @@ def _fits(shape: Shape) -> bool:
     return HAS_KERNELS and fits(shape)
 
 
-@op(simple_gla_reference, _CASES, kernel=_fits, step=simple_gla_step)
+@op(simple_gla_reference, _CASES, kernel=_fits, step=simple_gla_step, limits=LIMITS)
 def simple_gla(
     q: Tensor,
     k: Tensor,

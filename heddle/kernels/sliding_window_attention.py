@@ -19,6 +19,7 @@ from heddle.kernels.op import (
     Shape,
     Traits,
     check_shapes,
+    check_tensors,
     normal,
     op,
     register_composite,
@@ -132,7 +133,10 @@ def _fits(shape: Shape) -> bool:
     return HAS_KERNELS and max(shape["K"], shape["V"]) <= MAX_HEAD_SIZE and shape["G"] <= MAX_GROUP
 
 
-@op(sliding_window_attention_reference, _CASES, kernel=_fits)
+_LIMITS = f"K and V up to {MAX_HEAD_SIZE}, G up to {MAX_GROUP}"
+
+
+@op(sliding_window_attention_reference, _CASES, kernel=_fits, limits=_LIMITS)
 def sliding_window_attention(
     q: Tensor,
     k: Tensor,
@@ -171,8 +175,7 @@ def sliding_window_attention(
     if window < 1 or sinks < 0 or (scale is not None and scale <= 0):
         what = f"window {window} and scale {scale} must be positive, sinks {sinks} not negative"
         raise HeddleError("bad-argument", f"{name}: {what}")
-    if not q.dtype == k.dtype == v.dtype:
-        raise HeddleError("bad-argument", f"{name}: q, k and v must have one dtype")
+    check_tensors(name, {"q": q, "k": k, "v": v}, integers={"cu_seqlens": cu_seqlens}, masks={"real": real})
     if cu_seqlens is not None and T != S:
         raise HeddleError("bad-argument", f"{name}: packed sequences have as many queries as keys")
     check_packing(name, B, T, cu_seqlens)

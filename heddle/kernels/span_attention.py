@@ -12,7 +12,16 @@ from torch import Tensor
 
 from heddle.errors import HeddleError
 from heddle.kernels.member_attention import member_attention
-from heddle.kernels.op import Inputs, Shape, Traits, check_shapes, normal, op, register_composite
+from heddle.kernels.op import (
+    Inputs,
+    Shape,
+    Traits,
+    check_shapes,
+    check_tensors,
+    normal,
+    op,
+    register_composite,
+)
 
 try:
     from heddle.kernels._span_attention_op import kernels
@@ -78,7 +87,9 @@ def _dispatch(
     scale: float,
 ) -> Tensor:
     if span_attention.choose(q.device, q.dtype, K=q.shape[3], V=v.shape[3]) == "triton":
-        return kernels(q, k, v, order, first, last, queries, own, weight, scale)[0]  # type: ignore[no-any-return]
+        sides = (q, k, v) if weight is None else (q, k, v, weight)
+        trains = torch.is_grad_enabled() and any(x.requires_grad for x in sides)
+        return kernels(q, k, v, order, first, last, queries, own, weight, scale, trains)[0]  # type: ignore[no-any-return]
     index = _lists(order, first, last, width)
     return member_attention(q, k, v, index, own=own, weight=weight, scale=scale)
 
@@ -124,7 +135,10 @@ def _fits(shape: Shape) -> bool:
 _UNPROVEN = (torch.bfloat16, torch.float16, torch.float32)
 
 
-@op(span_attention_reference, _CASES, kernel=_fits, unproven=_UNPROVEN)
+_LIMITS = f"K and V up to {MAX_HEAD_SIZE}"
+
+
+@op(span_attention_reference, _CASES, kernel=_fits, unproven=_UNPROVEN, limits=_LIMITS)
 def span_attention(
     q: Tensor,
     k: Tensor,
@@ -158,8 +172,9 @@ def span_attention(
         raise HeddleError(
             "bad-argument", f"{name}: q, k, v must be [B, heads, tokens, *], order [B, heads, places]"
         )
-    if not q.dtype == k.dtype == v.dtype == own.dtype:
-        raise HeddleError("bad-argument", f"{name}: q, k, v and own must have one dtype")
+    places = {"order": order, "first": first, "last": last, "queries": queries}
+    sides = {"q": q, "k": k, "v": v, "own": own}
+    check_tensors(name, sides, integers=places, masks={"weight": weight})
     if width < 1:
         raise HeddleError("bad-argument", f"{name}: width {width} must be at least 1")
     if scale is not None and scale <= 0:

@@ -21,6 +21,7 @@ from heddle.kernels.op import (
     Traits,
     Work,
     check_shapes,
+    check_tensors,
     normal,
     op,
     register_composite,
@@ -33,7 +34,7 @@ try:
 
     HAS_KERNELS = True
 except ImportError:
-    HAS_KERNELS = False
+    HAS_KERNELS, WIDEST = False, 0
 
 CHUNK = 64
 LOSSES = ("dot", "l2")
@@ -263,7 +264,7 @@ _CASES = Traits(
 )
 
 
-@op(ttt_reference, _CASES, kernel=_fits)
+@op(ttt_reference, _CASES, kernel=_fits, limits=f"a linear memory, K up to {WIDEST}")
 def ttt(
     q: Tensor,
     k: Tensor,
@@ -301,6 +302,9 @@ def ttt(
     """
     _check(q, k, v, rates, momentum, weight)
     _check_rule(chunk, loss, normalise)
+    floats = {"rates": rates, "momentum": momentum, "weight": weight, "initial_state": initial_state}
+    limits = {"cu_seqlens": cu_seqlens}
+    check_tensors("ttt", {"q": q, "k": k, "v": v}, floats=floats, integers=limits, masks={"real": real})
     check_packing("ttt", q.shape[0], q.shape[1], cu_seqlens)
     if real is not None and cu_seqlens is not None:
         raise HeddleError("bad-argument", "ttt: packed sequences hold no padding, so real must be None")
@@ -318,9 +322,6 @@ def ttt(
 def _check(q: Tensor, k: Tensor, v: Tensor, rates: Tensor, momentum: Tensor | None, weight: Tensor) -> None:
     if q.dim() != 4 or q.shape[1] < 1:
         raise HeddleError("bad-argument", "ttt: q must be [B, T, H, D] with at least one token")
-    if not q.dtype == k.dtype == v.dtype:
-        found = ", ".join(str(x.dtype).removeprefix("torch.") for x in (q, k, v))
-        raise HeddleError("bad-argument", f"ttt: q, k and v must have one dtype, not {found}")
     (B, T, H, D), N = q.shape, weight.shape[1] if weight.dim() == 4 else 0
     if N not in (1, 3) or (N == 1 and weight.shape[2] != D):
         what = f"ttt: weight must be [{H}, 1, {D}, {D}] or [{H}, 3, M, {D}], not {list(weight.shape)}"

@@ -38,6 +38,25 @@ TRAIN_FILE = "train.json"
 FORMAT = 1
 # A router that sends more than this share to one side has stopped to choose.
 COLLAPSED = 0.95
+# What is said of a share that is above it at the end of a training.
+BUSIEST = {
+    "busiest_experts": "the experts' router has collapsed: {:.0%} of the choices fall on as many experts as one token "
+    "is sent to; a larger channel.balance evens the load",
+    "busiest_heads": "a router of heads has collapsed: {:.0%} of the choices fall on as many heads as one token "
+    "turns on; a larger mixer.balance evens the load",
+    "largest_cluster": "the clusters of routing have collapsed: {:.0%} of the tokens of a head fall on one of them",
+}
+# Likewise of the share of one of two mixers: the name, the loss that asks for a share, the mixer, and what is said.
+TOKENS = (
+    "a token router has collapsed: {:.0%} of the tokens go to the {} mixer; mixer.budget asks for a share"
+)
+PROMPTS = (
+    "a layer router has collapsed: {:.0%} of the prompts go to the {} mixer; mixer.target asks for a share"
+)
+SIDES = (
+    ("router_share", "router_budget", 0, TOKENS),
+    ("layer_router_share", "layer_router", 1, PROMPTS),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,17 +180,13 @@ def collapsed_routers(aux: Mapping[str, Sequence[float]]) -> list[str]:
     """A line for each kind of router that had stopped to choose in the last tenth of a training."""
     tails = {name: held[len(held) * 9 // 10 :] for name, held in aux.items()}
     last = {name: sum(tail) / len(tail) for name, tail in tails.items()}
-    found = []
-    experts = last.get("busiest_experts", 0.0)
-    if experts > COLLAPSED:
-        told = f"{experts:.0%} of the choices fall on as many experts as one token is sent to"
-        found.append(f"the experts' router has collapsed: {told}; a larger channel.balance evens the load")
-    # With a budget the share is what was asked for.
-    share = last.get("router_share", 0.5) if "router_budget" not in aux else 0.5
-    if not 1.0 - COLLAPSED <= share <= COLLAPSED:
-        side = "first" if share > COLLAPSED else "second"
-        told = f"{max(share, 1.0 - share):.0%} of the tokens go to the {side} mixer"
-        found.append(f"a token router has collapsed: {told}; mixer.budget asks for a share")
+    found = [line.format(last[name]) for name, line in BUSIEST.items() if last.get(name, 0.0) > COLLAPSED]
+    for name, asked, mixer, line in SIDES:
+        share = last.get(name, 0.5)
+        # What was asked for is no collapse.
+        if asked not in aux and max(share, 1.0 - share) > COLLAPSED:
+            side = mixer if share > COLLAPSED else 1 - mixer
+            found.append(line.format(max(share, 1.0 - share), ("first", "second")[side]))
     return found
 
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from heddle.specs.base import Schema
+from heddle.specs.cost import State
 from heddle.specs.kinds import Problem
 from heddle.specs.layer import Reference
 
@@ -81,6 +82,12 @@ class Selection(Schema):
         if self.decode_only != given.decode_only:
             return f"one of {name} and this layer is decode_only; both must be, or neither"
         return None
+
+    def means(self, shape: tuple[int, ...]) -> State:
+        """The means of keys of this shape by which blocks are chosen."""
+        # A kernel holds two quarters.
+        every, late = (self.block, 0) if self.scores == "mean" else (self.block // QUARTERS, 1)
+        return State("means", shape, grows=True, every=every, late=late)
 
     def blocks_before(self, tokens: int) -> int:
         """Complete blocks before the own one of the last of `tokens`."""

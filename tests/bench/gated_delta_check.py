@@ -1,15 +1,21 @@
 """One call on a GPU machine: are gated_delta_rule and delta_rule right, and which launch configurations are best.
 
     python tests/bench/gated_delta_check.py --budget 240 --out "$OUT"
+    python tests/bench/gated_delta_check.py --only split --budget 150 --out "$OUT" --commit "$(git rev-parse --short=12 HEAD)"
+    TRITON_INTERPRET=1 python tests/bench/gated_delta_check.py --only split --tiny --out /tmp/gated
 
 Compiles side by side first, then checks dtypes, head sizes and configurations against the float64 reference, and times each
-kernel in each configuration. Writes gated_delta_check.log; the short table comes last. Exits with 1 if anything was wrong.
+kernel in each configuration. `split` holds the gradients by two kernels to the reference and to themselves, side by side, and
+times them beside those by one; with `--tiny` they are only checked, on a CPU. Writes gated_delta_check.log and rows of `split` to
+evidence-gated-delta-kernels.jsonl; the short table comes last. Exits with 1 if anything was wrong.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import json
+import os
 import subprocess
 import sys
 import time
@@ -20,17 +26,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 from gpu_check import Log
-from triton.testing import do_bench, do_bench_cudagraph
+from triton.testing import do_bench
 
 from heddle.kernels import Op, delta_rule, force_path, gated_delta_rule, gated_delta_rule_step
 from heddle.kernels import _gated_delta_rule_launch as launcher
-from heddle.kernels.accuracy import compare, draw
+from heddle.kernels.accuracy import Measured, Sample, compare, draw
+from heddle.kernels.bench import timed_in_graph
 from heddle.kernels.common.tuning import tuning
+from heddle.kernels.configs.gated_delta_rule import PAIRS, TOKENS
 from heddle.kernels.configs.launch import Launch
 
 DEVICE = torch.device("cuda")
 WORKERS = 15
+PARTS = ("correctness", "sweep", "steps", "split")
 OPS: tuple[Op[..., Any], ...] = (gated_delta_rule, delta_rule)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SIZES = ((128, 128), (24, 40), (100, 72), (256, 256))
@@ -54,6 +64,35 @@ STEPS = tuple(
     Launch(1, columns, warps, 1)
     for columns, warps in ((8, 1), (16, 1), (16, 4), (32, 2), (32, 4), (64, 4), (128, 4), (128, 8))
 )
+Overrides = dict[str, Any]
+ONE: Overrides = {"split": 0, "gradient": Launch(64, 64, 8, 1)}
+TWO: Overrides = {"split": 1, "gradient": TOKENS, "pairs": PAIRS}
+# The first is what the others are compared with.
+SPLIT: dict[str, Overrides] = {
+    "one kernel": ONE,
+    "two kernels": TWO,
+    "tokens 128 registers": {**TWO, "gradient": Launch(64, 64, 4, 1, 128)},
+    "tokens 128 columns": {**TWO, "gradient": Launch(64, 128, 4, 1)},
+    "tokens 128 channels, 8 warps": {**TWO, "tile": 128, "gradient": Launch(64, 64, 8, 1)},
+    "tokens 128 channels, 8 warps, 128 registers": {
+        **TWO,
+        "tile": 128,
+        "gradient": Launch(64, 64, 8, 1, 128),
+    },
+    "pairs any registers": {**TWO, "pairs": Launch(64, 64, 4, 1)},
+    "pairs 8 warps": {**TWO, "pairs": Launch(64, 64, 8, 1)},
+}
+SPLIT_SIZES = ((256, 256), (128, 256), (100, 72), (64, 64), (128, 128))
+GROUPS = "1x32768, 4 key heads"
+SPLIT_SHAPES = {
+    "8x4096": SHAPES[0],
+    "1x32768": SHAPES[1],
+    "1x131072": {"B": 1, "T": 131072, **WIDE},
+    GROUPS: GROUPED,
+}
+HARD = {"mixed": (0.0, -1e-6, -1e-4, -1.0, -20.0), "weak": (-1e-6,), "strong": (-20.0,)}
+# Times that two runs are compared to the bit, at lengths where a race was seen before.
+REPEATED, REPEATED_LENGTHS = 9, (64, 150, 300)
 
 
 def one(op: Op[..., Any], dtype: torch.dtype, K: int, V: int, T: int, overrides: dict[str, Launch]) -> Any:
@@ -80,9 +119,9 @@ def things(*, sweeping: bool) -> Iterator[Callable[[], Any]]:
             yield partial(one, gated_delta_rule, torch.bfloat16, 128, 128, 65, {name: launch})
 
 
-def launch_all(shape: dict[str, int], gated: bool, segment: int) -> None:
+def launch_all(shape: dict[str, int], gated: bool, segment: int, **tried: Any) -> None:
     inputs = Inputs(shape, gated)
-    with tuning(segment=segment):
+    with tuning(segment=segment, **tried):
         inputs.forward(keep=False)
         inputs.backward()()
 
@@ -144,6 +183,159 @@ def correctness(log: Log, late: Callable[[], bool]) -> None:
                 log.check(f"{op.name} {dtype} segments", compare(op, whole, DEVICE))
 
 
+Sampled = tuple[str, Op[..., Any], Overrides, Sample]
+
+
+def hard(dtype: torch.dtype, choices: tuple[float, ...]) -> Sample:
+    """Log-decays drawn from a few: strong ones beside weak ones, so that sums of them hide the weak."""
+    sample = draw(gated_delta_rule, {**CHECKED, "K": 128, "V": 128, "T": 200}, dtype)
+    log_decay = sample.arguments["log_decay"]
+    picked = torch.randint(len(choices), log_decay.shape, generator=torch.Generator().manual_seed(1))
+    drawn = torch.tensor(choices, dtype=log_decay.dtype)[picked]
+    return replace(sample, arguments={**sample.arguments, "log_decay": drawn})
+
+
+def tiny_samples() -> Iterator[Sampled]:
+    for op, dtype in itertools.product(OPS, (torch.float16, torch.float32)):
+        shape = {"B": 1, "H": 1, "HV": 2, "K": 40, "V": 24, "T": 150}
+        tried = {"split": 1, "tile": 16, "segment": 64}
+        yield f"{op.name} {dtype}", op, tried, draw(op, shape, dtype, cu_seqlens=[0, 1, 1, 140, 150])
+
+
+def sized_samples(dtype: torch.dtype, K: int, V: int) -> Iterator[Sampled]:
+    """What the gradients by two kernels are held to in one dtype and size."""
+    op, shape = gated_delta_rule, {**CHECKED, "K": K, "V": V}
+    # In float32 chunks are shorter: by the launches of its table.
+    tried = {"split": 1} if dtype == torch.float32 else TWO
+    name = f"{str(dtype).removeprefix('torch.')} K={K} V={V}"
+    packed = draw(op, {**shape, "T": 200}, dtype, cu_seqlens=[0, 5, 5, 70, 200])
+    yield f"{name} packed", op, {**tried, "segment": 64}, packed
+    yield f"{name} T=200", op, tried, draw(op, {**shape, "T": 200}, dtype)
+    if K == 128 == V:
+        yield f"{name} delta_rule", delta_rule, tried, draw(delta_rule, {**shape, "T": 200}, dtype)
+        for kind, choices in HARD.items():
+            yield f"{name} {kind}", op, tried, hard(dtype, choices)
+        for T in (1, 63, 65):
+            yield f"{name} T={T}", op, tried, draw(op, {**shape, "T": T}, dtype)
+
+
+def variant_samples(variant: str) -> Iterator[Sampled]:
+    for dtype in DTYPES[:2]:
+        sample = draw(gated_delta_rule, {**CHECKED, "K": 128, "V": 128, "T": 300}, dtype)
+        yield f"variant {variant}: {dtype}", gated_delta_rule, SPLIT[variant], sample
+
+
+def judged(op: Op[..., Any], tried: Overrides, sample: Sample, device: torch.device) -> list[Measured]:
+    with tuning(**tried), force_path("triton"):
+        return compare(op, sample, device)
+
+
+def held(name: str, op: Op[..., Any], tried: Overrides, sample: Sample) -> str:
+    """One line: whether a sample is right, and if not, whether it is by one kernel."""
+    measured = judged(op, tried, sample, DEVICE)
+    wrong = [str(one) for one in measured if not one.ok]
+    if wrong:
+        told = [str(one) for one in judged(op, {"split": 0}, sample, DEVICE) if not one.ok]
+        return f"WRONG {name}: {'; '.join(wrong)}; by one kernel: {'; '.join(told) or 'right'}"
+    return f"ok    {name}: worst {max(measured, key=lambda one: one.error / one.bound)}"
+
+
+def repeated(variant: str) -> str:
+    """One line: how many of the repeated backward passes differ from the first in any bit. Compiles what will be timed."""
+    differ = 0
+    with tuning(**SPLIT[variant]):
+        for T in REPEATED_LENGTHS:
+            call = Inputs({**WIDE, "B": 2, "T": T}, True).backward()
+            first = call()
+            for _ in range(REPEATED):
+                differ += not all(torch.equal(a, b) for a, b in zip(first, call(), strict=True))
+    return f"{'WRONG' if differ else 'ok   '} variant {variant}: {differ} runs differ from the first"
+
+
+def held_apart(index: int) -> None:
+    """A share of the checks of `split`, those of one size after each other; the lines tell what was found."""
+    sizes = [(dtype, K, V) for K, V in SPLIT_SIZES for dtype in reversed(DTYPES)]
+    groups: list[Iterator[tuple[str, Callable[[], str]]]] = [
+        ((one[0], partial(held, *one)) for one in sized_samples(*size)) for size in sizes
+    ]
+    groups += [
+        (
+            *((one[0], partial(held, *one)) for one in variant_samples(variant)),
+            (f"variant {variant}", partial(repeated, variant)),
+        )
+        for variant in SPLIT
+    ]
+    for name, check in itertools.chain(*groups[index::WORKERS]):
+        try:
+            line = check()
+        except Exception as error:
+            line = f"WRONG {name}: {' '.join(str(error).split())[-300:]}"
+        print(line, flush=True)
+    # Launches over long sequences, which are cut, and over few key heads.
+    cut = itertools.product((WIDE, GROUPED), (ONE, TWO))
+    for shape, tried in itertools.islice(cut, index, None, WORKERS):
+        launch_all({**shape, "B": 1, "T": 200}, True, 64, **tried)
+
+
+def kernel_times(call: Callable[[], Any]) -> dict[str, float]:
+    """Milliseconds of each kernel of a call by its name; kernels that run several times in it are added up."""
+    from torch.profiler import ProfilerActivity, profile
+
+    call()
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        for _ in range(5):
+            call()
+        torch.cuda.synchronize()
+    found: dict[str, list[float]] = {}
+    for event in seen.events():
+        if event.name.startswith("_gated_delta_rule"):
+            name = event.name.removeprefix("_gated_delta_rule_").removesuffix("_kernel")
+            found.setdefault(name, []).append(event.device_time / 1e3)
+    times = {}
+    for name, runs in found.items():
+        each = max(1, len(runs) // 5)
+        times[name] = sum(sorted(runs[place::each])[2] for place in range(each))
+    return times
+
+
+def split_times(tried: Overrides, inputs: Inputs) -> dict[str, Any]:
+    """Milliseconds of the kernels, of those of gradients alone, and of both directions."""
+    with tuning(**tried):
+        backward = inputs.backward()
+        kernels = kernel_times(backward)
+        both = float(
+            do_bench(lambda: (inputs.forward(keep=True), backward()), warmup=20, rep=100, quantiles=[0.5])
+        )
+    made = sum(ms for name, ms in kernels.items() if name not in ("bwd_state", "carry"))
+    return {"kernels_ms": kernels, "gradients_ms": made, "both_ms": both}
+
+
+def split(log: Log, rows: Path, commit: str | None, late: Callable[[], bool]) -> list[str]:
+    """Times each variant that was found right; gives the table."""
+    made_by = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "commit": commit,
+               "device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}  # fmt: skip
+    lines = {name: f"{name:44s}" for name in SPLIT}
+    for shape, setting in SPLIT_SHAPES.items():
+        inputs = Inputs(setting, True)
+        for name, tried in SPLIT.items():
+            if late():
+                return [*lines.values(), "split: out of time"]
+            if any(line.startswith(f"variant {name}:") for line in log.wrong):
+                lines[name] += f"{'not right':>22s}"
+                continue
+            if shape == GROUPS and tried not in (ONE, TWO):
+                continue
+            found = split_times(tried, inputs)
+            lines[name] += f"{found['gradients_ms']:12.3f}{found['both_ms']:10.3f}"
+            told = "  ".join(f"{kernel} {ms:.3f}" for kernel, ms in found["kernels_ms"].items())
+            log(f"{shape} {name}: {told}; both {found['both_ms']:.3f}")
+            row = {"op": "gated_delta_rule", "case": shape, "tried": name, **found}
+            with rows.open("a") as file:
+                file.write(json.dumps({**made_by, **row}) + "\n")
+    header = "".join(f"{shape:>22s}" for shape in SPLIT_SHAPES)
+    return [f"ms of the kernels of gradients, and of both directions\n{'':44s}{header}", *lines.values()]
+
+
 def milliseconds(call: Callable[[], Any]) -> float:
     return float(do_bench(call, warmup=5, rep=20, quantiles=[0.5]))
 
@@ -194,11 +386,12 @@ def steps(log: Log) -> None:
         for launch in STEPS:
             with tuning(step=launch):
                 call = lambda: gated_delta_rule_step(**drawn, state=state)  # noqa: B023, E731
-                log(f"step B={B} {launch}: {do_bench_cudagraph(call, rep=20):.5f} ms")
+                ms = timed_in_graph(call)["ms"]
+                log(f"step B={B} {launch}: {ms:.5f} ms")
         log(f"step B={B} eager: {milliseconds(lambda: gated_delta_rule_step(**drawn, state=state)):.5f} ms")  # noqa: B023
 
 
-def main() -> int:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -206,42 +399,72 @@ def main() -> int:
         "--budget", type=float, default=240.0, help="seconds after which nothing new is begun"
     )
     parser.add_argument("--out", type=Path, default=Path("."), help="folder for the log")
-    parser.add_argument("--skip", nargs="*", default=[], choices=["correctness", "sweep", "steps"])
+    parser.add_argument("--commit", help="what the code is")
+    parser.add_argument("--only", nargs="*", default=PARTS[:3], choices=PARTS, help="parts run")
+    parser.add_argument("--skip", nargs="*", default=[], choices=PARTS)
+    parser.add_argument("--tiny", action="store_true", help="only whether `split` is right, on a CPU")
     parser.add_argument("--warm", type=int, help=argparse.SUPPRESS)
-    chosen = parser.parse_args()
+    return parser.parse_args()
+
+
+def prepared(log: Log, parts: list[str]) -> None:
+    """Compiles in processes side by side, which check what `split` is held to."""
+    command = [sys.executable, __file__, "--only", *parts, "--warm"]
+    start = partial(
+        subprocess.Popen,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    workers = [start([*command, str(index)]) for index in range(WORKERS)]
+    for index, worker in enumerate(workers):
+        lines = worker.communicate()[0].splitlines()
+        known = [line for line in lines if line.startswith(("ok  ", "WRONG"))]
+        for line in known:
+            log(line)
+            log.wrong += [line.removeprefix("WRONG ")] if line.startswith("WRONG") else []
+        for line in [line for line in lines if line not in known][-5:]:
+            log(f"compile {index}: {line}")
+        if worker.returncode:
+            log.wrong.append(f"worker {index} ended with {worker.returncode}")
+
+
+def main() -> int:
+    chosen = arguments()
+    parts = [part for part in chosen.only if part not in chosen.skip]
     if chosen.warm is not None:
         torch.set_num_threads(1)
-        warm(chosen.warm, sweeping="sweep" not in chosen.skip)
+        if "split" in parts:
+            held_apart(chosen.warm)
+        if set(parts) - {"split"}:
+            warm(chosen.warm, sweeping="sweep" in parts)
         return 0
     begin = time.monotonic()
     chosen.out.mkdir(parents=True, exist_ok=True)
     log = Log(chosen.out / "gated_delta_check.log")
+    lines = []
 
     def late(share: float) -> Callable[[], bool]:
         return lambda: time.monotonic() - begin > share * chosen.budget
 
-    command = [sys.executable, __file__, "--warm"]
-    workers = [
-        subprocess.Popen(
-            [*command, str(index), "--skip", *chosen.skip],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for index in range(WORKERS)
-    ]
-    for worker in workers:
-        for line in worker.communicate()[0].splitlines()[-5:]:
-            log(f"compile: {line}")
-    log(f"compiled in {time.monotonic() - begin:.0f} s")
-    if "steps" not in chosen.skip:
-        steps(log)
-    if "sweep" not in chosen.skip:
-        sweep(log, late(0.8))
-    log(f"swept after {time.monotonic() - begin:.0f} s")
-    if "correctness" not in chosen.skip:
-        correctness(log, late(1.0))
-    for line in (*log.wrong, f"{len(log.wrong)} wrong, {time.monotonic() - begin:.0f} s"):
+    if chosen.tiny:
+        for name, op, tried, sample in tiny_samples():
+            log.check(name, judged(op, tried, sample, torch.device("cpu")))
+    else:
+        prepared(log, parts)
+        log(f"compiled in {time.monotonic() - begin:.0f} s")
+        if "steps" in parts:
+            steps(log)
+        if "sweep" in parts:
+            sweep(log, late(0.8))
+        log(f"swept after {time.monotonic() - begin:.0f} s")
+        if "correctness" in parts:
+            correctness(log, late(1.0))
+        if "split" in parts:
+            rows = chosen.out / "evidence-gated-delta-kernels.jsonl"
+            lines += split(log, rows, chosen.commit, late(1.0))
+    for line in (*lines, *log.wrong, f"{len(log.wrong)} wrong, {time.monotonic() - begin:.0f} s"):
         log(line)
     return 1 if log.wrong else 0
 

@@ -26,7 +26,6 @@ import torch
 import triton
 from gpu_check import Log
 from torch import Tensor
-from triton.testing import do_bench_cudagraph
 
 from heddle.kernels import force_path
 from heddle.kernels.accuracy import EPSILON, worst_error
@@ -270,7 +269,7 @@ def sweep(log: Log, file: Path, good: set[str], late: Callable[[], bool]) -> lis
         for launch in launches:
             if f"bfloat16 {told}{launch}" not in good or late():
                 continue
-            ms = do_bench_cudagraph(partial(run, launch, given), rep=20)
+            ms = timed_in_graph(partial(run, launch, given))["ms"]
             text = f"{launch.columns} columns, {launch.warps} warps" + (
                 ", ahead" if launch.stages > 1 else ""
             )

@@ -4,12 +4,14 @@
     python tests/bench/learning_check.py --out "$OUT" --budget 400 --limit 530 --commit "$(git rev-parse --short=12 HEAD)"
     python tests/bench/learning_check.py --out /tmp/learning --budget 60 --commit none --tiny
 
-64 pairs in 1,024 tokens, a vocabulary of 1,024. Every model is a window of two tokens, which finds the token before, and the
-mixer under test behind it. The first two fifths of the steps are 8 pairs in 64 tokens: without them nothing, dense attention
-neither, had left chance. Blocks have 32 tokens, and of 32 at most 8 are visible, forced ones among them; NAtS-L and the token
-router are asked for a quarter (`share` tells what came of it). Controls: linear attention by elu + 1 with keys of 16, and blocks
-at random as many as are selected; the hash in their rows is that of the spec they were made from. Kinds that stack train their
-nine runs as one model (`fit_many`), the others each in a process of their own, `--workers` at once.
+64 pairs in 1,024 tokens, a vocabulary of 1,024, and queries that stand anywhere behind the pairs (`gap_power` 1): with
+Zoology's, which follow the pairs closely, most queries have few blocks before them, and blocks at random found 0.87 of the
+answers. Every model is a window of two tokens, which finds the token before, and the mixer under test behind it. The first two
+fifths of the steps are 8 pairs in 64 tokens: without them nothing, dense attention neither, had left chance. Blocks have 32
+tokens, and of 32 at most 8 are visible, forced ones among them; NAtS-L and the token router are asked for a quarter (`share`
+tells what came of it), the layer router for half of its prompts. Controls: linear attention by elu + 1 with keys of 16, and
+blocks at random as many as are selected; the hash in their rows is that of the spec they were made from. Each run is a process
+of its own, `--workers` at once.
 
 What is done is read from `--rows` (evidence-selecting.jsonl of the results) and from the file of that name in `--out`, and not
 done again: a run is a piece, and copying its rows into the results lets the next one go on. After `--budget` seconds nothing is
@@ -40,8 +42,7 @@ from heddle.compose.build import build_causal_lm
 from heddle.compose.cache import Call
 from heddle.compose.mixers.attention import AttentionModule
 from heddle.compose.modules.selection import Places
-from heddle.compose.train import IGNORE, Batches, Recipe, fit
-from heddle.compose.train_many import fit_many
+from heddle.compose.train import Batches, Recipe, fit
 from heddle.errors import HeddleError
 from heddle.kernels.bench import machine
 from heddle.search.environment import device_name, pick_device
@@ -55,7 +56,9 @@ CONTROLS = ("elu", "random")
 # Of the best rate: within so many points of dense, and short of it by so many.
 WITHIN, SHORT = 0.05, 0.20
 PROBED = 12
-Job = tuple[str, tuple[tuple[float, int], ...]]
+# Queries stand anywhere behind the pairs.
+GAP_POWER = 1.0
+Job = tuple[str, float, int]
 
 
 @dataclass(frozen=True)
@@ -70,49 +73,59 @@ class Sizes:
     tokens: int
     batch_tokens: int
 
-    def kinds(self) -> dict[str, dict[str, Any]]:
-        """The mixer under test of each kind."""
+    def kinds(self) -> dict[str, list[dict[str, Any]]]:
+        """The mixers under test of each kind, a layer each."""
         chosen = {"block": self.block, "count": self.count, "sink": 1, "recent": 1}
         attention: dict[str, Any] = {"kind": "attention", "heads": self.heads}
         linear: dict[str, Any] = {"kind": "gated_deltanet", "heads": self.heads}
-        visible = self.block * self.count
+        blocks, visible = self.length // self.block, self.block * self.count
+        # STILL sees its own chunk and the one before whole.
+        kept = max(1, (visible - 2 * self.block) // (blocks - 2))
+        near = {**attention, "window": visible}
+        by_gate = {"chunk": self.block, "merge": "gate", "budget": 0.25}
         return {
-            "dense": attention,
-            "elu": attention,
-            "random": {**attention, "selection": chosen},
-            "selection": {**attention, "selection": chosen},
-            "infllm": {**attention, "selection": {**chosen, "scores": "kernels"}},
-            "landmark": {"kind": "landmark", "heads": self.heads, "block": self.block, "top": self.count - 1},
-            "routing": {"kind": "routing", "heads": self.heads, "clusters": self.count // 2, "members": visible},
-            "nats_l": {"kind": "nats_l", "heads": self.heads, "chunk": self.block, "budget": 0.25},
-            "still": {"kind": "still", "heads": self.heads, "chunk": self.block, "keep": self.block // 4},
-            "token_router": {
-                "kind": "token_router", "mixers": [attention, linear], "chunk": self.block, "merge": "gate", "budget": 0.25,
-            },
-            "liger": {"kind": "liger", "heads": self.heads, "window": visible},
+            "dense": [attention],
+            "elu": [attention],
+            "random": [{**attention, "selection": chosen}],
+            "selection": [{**attention, "selection": chosen}],
+            "infllm": [{**attention, "selection": {**chosen, "scores": "kernels"}}],
+            "reuse": [{**attention, "selection": chosen}, {**attention, "selection": {**chosen, "source": "it0"}}],
+            "landmark": [{"kind": "landmark", "heads": self.heads, "block": self.block, "top": self.count - 1}],
+            "routing": [{"kind": "routing", "heads": self.heads, "clusters": self.count // 2, "members": visible}],
+            "moh": [{"kind": "moh", "mixer": {**attention, "heads": 4}, "shared_heads": 1, "active": 1}],
+            "nats_l": [{"kind": "nats_l", "heads": self.heads, "chunk": self.block, "budget": 0.25}],
+            "still": [{"kind": "still", "heads": self.heads, "chunk": self.block, "keep": kept}],
+            "token_router": [{"kind": "token_router", "mixers": [attention, linear], **by_gate}],
+            "layer_router": [{"kind": "layer_router", "mixers": [attention, near], "target": 0.5, "straight_through": True}],
+            "liger": [{"kind": "liger", "heads": self.heads, "window": visible}],
         }  # fmt: skip
 
     def model(self, kind: str) -> ModelSpec:
+        under_test = {f"it{index}": mixer for index, mixer in enumerate(self.kinds()[kind])}
         near = {"kind": "attention", "heads": self.heads, "window": 2}
         blocks = {
             name: {"mixer": mixer, "channel": {"kind": "swiglu"}}
-            for name, mixer in {"near": near, "it": self.kinds()[kind]}.items()
+            for name, mixer in {"near": near, **under_test}.items()
         }
         data = {
             "vocab_size": self.vocabulary,
             "hidden_size": self.width,
             "blocks": blocks,
-            "layers": ["near", "it"],
+            "layers": ["near", *under_test],
         }
         return ModelSpec.model_validate(data)
 
     def task(self) -> Mqar:
-        return Mqar(vocab_size=self.vocabulary, pairs=self.pairs, length=self.length)
+        return Mqar(vocab_size=self.vocabulary, pairs=self.pairs, length=self.length, gap_power=GAP_POWER)
 
     def easy(self) -> Mqar:
         """What training begins with."""
         pairs, length = max(1, self.pairs // 8), max(8, self.length // 16)
-        return Mqar(vocab_size=self.vocabulary, pairs=pairs, length=length)
+        return Mqar(vocab_size=self.vocabulary, pairs=pairs, length=length, gap_power=GAP_POWER)
+
+    @property
+    def steps(self) -> int:
+        return max(1, round(self.tokens / self.batch_tokens))
 
     def recipe(self, rate: float, seed: int) -> Recipe:
         return Recipe(self.tokens, self.batch_tokens, learning_rate=rate, seed=seed)
@@ -181,17 +194,6 @@ def net_of(sizes: Sizes, kind: str, seed: int, device: str) -> Any:
     return net
 
 
-def of_one_shape(draw: Batches, rows: int, length: int) -> Batches:
-    """Batches of easier forms cut to as many rows, and filled up where nothing is asked: stacked batches have one shape."""
-
-    def batch(step: int) -> tuple[Tensor, Tensor]:
-        inputs, targets = (each[:rows] for each in draw(step))
-        missing = length - inputs.shape[1]
-        return F.pad(inputs, (0, missing)), F.pad(targets, (0, missing), value=IGNORE)
-
-    return batch
-
-
 def begun_easily(easy: Batches, full: Batches, steps: int) -> Batches:
     """Batches of the easy form first: on the full one alone nothing leaves chance in these steps."""
 
@@ -201,53 +203,25 @@ def begun_easily(easy: Batches, full: Batches, steps: int) -> Batches:
     return batch
 
 
-def stacks(kind: str) -> bool:
-    """Whether runs of this kind train as one model: nothing of it adds a loss, and vmap sees through all of it."""
-    return kind == "dense"
-
-
-def train(sizes: Sizes, job: Job, device: str) -> list[dict[str, Any]]:
-    """A row of each run of a job."""
+def train(sizes: Sizes, job: Job, device: str) -> dict[str, Any]:
+    """The row of a run."""
     torch.set_num_threads(1)
-    kind, runs = job
-    task = sizes.task()
-    recipes = [sizes.recipe(rate, seed) for rate, seed in runs]
-    rows = recipes[0].rows(sizes.length)
-    steps = max(1, round(sizes.tokens / sizes.batch_tokens))
-    examples = [
-        begun_easily(
-            batches(sizes.easy(), recipe, device),
-            of_one_shape(batches(task, recipe, device), rows, sizes.length),
-            steps,
-        )
-        for recipe in recipes
-    ]
-    if len(runs) > 1:
-        examples = [of_one_shape(one, rows, sizes.length) for one in examples]
-    nets = [net_of(sizes, kind, seed, device) for _, seed in runs]
+    kind, rate, seed = job
+    task, recipe, spec = sizes.task(), sizes.recipe(rate, seed), sizes.model(kind)
+    examples = begun_easily(batches(sizes.easy(), recipe, device), batches(task, recipe, device), sizes.steps)
+    net = net_of(sizes, kind, seed, device)
+    told = {"task": task.name, "spec_hash": spec_hash(spec), "kind": kind, "seed": seed, "lr": rate}
+    told |= {"chance": task.chance, "gap_power": GAP_POWER, "easy_steps": EASY}
+    told["parameters"] = sum(one.numel() for one in net.parameters())
     begin = time.perf_counter()
-    if len(runs) > 1:
-        fits: list[Any] = list(fit_many(nets, examples, recipes))
-    else:
-        try:
-            fits = [fit(nets[0], examples[0], recipes[0])]
-        except HeddleError as error:
-            fits = [error]
-    seconds = time.perf_counter() - begin
-    spec, made = sizes.model(kind), []
-    for (rate, seed), net, fitted in zip(runs, nets, fits, strict=True):
-        told = {"task": task.name, "spec_hash": spec_hash(spec), "kind": kind, "seed": seed, "lr": rate}
-        told |= {"chance": task.chance, "wall_s": round(seconds, 2), "stacked": len(runs)}
-        told["easy_steps"] = EASY
-        told["parameters"] = sum(one.numel() for one in net.parameters())
-        if isinstance(fitted, HeddleError):
-            made.append({**told, "score": None, "error": str(fitted)[:300]})
-            continue
-        score = task.evaluate(net, device=device)
-        made.append(
-            {**told, "steps": fitted.steps, "score": score.value, "se": score.se, "loss": fitted.losses[-1]}
-        )
-    return made
+    try:
+        fitted = fit(net, examples, recipe)
+    except HeddleError as error:
+        return {**told, "score": None, "error": str(error)[:300]}
+    told["wall_s"] = round(time.perf_counter() - begin, 2)
+    score = task.evaluate(net, device=device)
+    told |= {"steps": fitted.steps, "score": score.value, "se": score.se, "loss": fitted.losses[-1]}
+    return told | share_of(net, task.held_out(device)[0][:16])
 
 
 @torch.no_grad()
@@ -266,11 +240,7 @@ def jobs(kinds: Sequence[str], done: set[tuple[str, float, int]]) -> Iterator[Jo
     """What is left to do; first the kinds that all others are compared with."""
     order = sorted(kinds, key=lambda kind: (kind != "dense", kind not in CONTROLS))
     for kind in order:
-        left = tuple(run for run in product(RATES, SEEDS) if (kind, *run) not in done)
-        if stacks(kind) and left:
-            yield kind, left
-        else:
-            yield from ((kind, (run,)) for run in left)
+        yield from ((kind, *run) for run in product(RATES, SEEDS) if (kind, *run) not in done)
 
 
 def read_rows(paths: Sequence[Path], sizes: Sizes) -> list[dict[str, Any]]:
@@ -280,7 +250,8 @@ def read_rows(paths: Sequence[Path], sizes: Sizes) -> list[dict[str, Any]]:
     for path in paths:
         for line in path.read_text().splitlines() if path.exists() else []:
             row = json.loads(line)
-            if hashes.get(row["kind"]) == row["spec_hash"] and row.get("easy_steps") == EASY:
+            form = (row["spec_hash"], row.get("easy_steps"), row.get("gap_power"))
+            if form == (hashes.get(row["kind"]), EASY, GAP_POWER):
                 found[row["kind"], row["lr"], row["seed"]] = row
     return list(found.values())
 
@@ -311,16 +282,14 @@ def estimate(sizes: Sizes, device: str, workers: int) -> Iterator[str]:
     """Some steps of each kind alone, and what all runs would take if `workers` at once did not slow each other down."""
     total = longest = 0.0
     for kind in sizes.kinds():
-        runs = tuple(product(RATES, SEEDS)) if stacks(kind) else ((RATES[0], 0),)
-        steps = max(1, round(sizes.tokens / sizes.batch_tokens))
         # The first steps compile; they are taken off as a shorter run.
         took = []
         for count in (PROBED // 2, PROBED):
             short = replace(sizes, tokens=count * sizes.batch_tokens)
-            took.append(train(short, (kind, runs), device)[0]["wall_s"])
+            took.append(train(short, (kind, RATES[0], 0), device)["wall_s"])
         each = max(took[1] - took[0], 0.0) / (PROBED - PROBED // 2)
-        seconds = each * steps * (1 if stacks(kind) else len(RATES) * len(SEEDS))
-        total, longest = total + seconds, max(longest, each * steps)
+        seconds = each * sizes.steps * len(RATES) * len(SEEDS)
+        total, longest = total + seconds, max(longest, each * sizes.steps)
         yield f"{kind:14} {1e3 * each:8.1f} ms a step, {seconds:7.0f} s for all runs, first steps {took[0]:.1f} s"
     yield f"all: {total:.0f} s one after the other; {max(total / workers, longest):.0f} s at least with {workers} workers"
 
@@ -335,7 +304,7 @@ def run_all(sizes: Sizes, chosen: argparse.Namespace, rows: list[dict[str, Any]]
     left = iter(list(jobs(chosen.kinds, {(row["kind"], row["lr"], row["seed"]) for row in rows})))
     # A process that is forked cannot use a GPU that this one has looked at.
     with ProcessPoolExecutor(chosen.workers, get_context("spawn")) as pool:
-        running: dict[Future[list[dict[str, Any]]], Job] = {}
+        running: dict[Future[dict[str, Any]], Job] = {}
         while True:
             while len(running) < chosen.workers and time.monotonic() - begin < chosen.budget:
                 job = next(left, None)
@@ -346,37 +315,24 @@ def run_all(sizes: Sizes, chosen: argparse.Namespace, rows: list[dict[str, Any]]
             if not running or late <= 0:
                 break
             for done in wait(running, timeout=late, return_when=FIRST_COMPLETED).done:
-                kind, runs = running.pop(done)
-                rows += keep(done, kind, runs, header, out)
+                rows += keep(done, running.pop(done), header, out)
         for process in list((pool._processes or {}).values()) if running else []:
             process.terminate()
         pool.shutdown(wait=not running, cancel_futures=True)
 
 
-def keep(
-    done: Future[list[dict[str, Any]]],
-    kind: str,
-    runs: Sequence[tuple[float, int]],
-    header: dict[str, Any],
-    out: Path,
-) -> list[dict[str, Any]]:
-    """Writes the rows of a job; of one that broke nothing but a line, so that it is tried again."""
+def keep(done: Future[dict[str, Any]], job: Job, header: dict[str, Any], out: Path) -> list[dict[str, Any]]:
+    """Writes the row of a run; of one that broke nothing but a line, so that it is tried again."""
+    what = f"{job[0]:14} lr {job[1]:g} seed {job[2]}"
     try:
-        made = [
-            {**header, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **row}
-            for row in done.result()
-        ]
+        row = {**header, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **done.result()}
     except Exception as error:
-        print(f"{kind} {runs}: {type(error).__name__}: {' '.join(str(error).split())[-300:]}", flush=True)
+        print(f"{what}: {type(error).__name__}: {' '.join(str(error).split())[-300:]}", flush=True)
         return []
     with out.open("a") as file:
-        file.writelines(json.dumps(row) + "\n" for row in made)
-    for row in made:
-        print(
-            f"{kind:14} lr {row['lr']:g} seed {row['seed']}: {row['score']} in {row['wall_s']:.0f} s",
-            flush=True,
-        )
-    return made
+        file.write(json.dumps(row) + "\n")
+    print(f"{what}: {row['score']} in {row.get('wall_s', 0.0):.0f} s", flush=True)
+    return [row]
 
 
 def main() -> int:

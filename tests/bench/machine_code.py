@@ -31,8 +31,10 @@ from triton.compiler import ASTSource
 from heddle.kernels import (
     _block_attention_bwd,
     _block_attention_fwd,
+    _block_choice_kernels,
     _decay_attention_sweep,
     _gated_delta_rule_bwd,
+    _gated_delta_rule_bwd_split,
     _gated_delta_rule_fwd,
     _gla_bwd,
     _gla_fwd,
@@ -65,6 +67,7 @@ from heddle.kernels._ttt_launch import ROW_TILE
 from heddle.kernels.common.layout import ALIGNMENT, LEAST_HEAD, block
 from heddle.kernels.configs import (
     block_attention,
+    block_choice,
     decay_attention,
     gated_delta_rule,
     gla,
@@ -93,6 +96,8 @@ KERNELS = {
     ("gated_delta_rule", "keep"): _gated_delta_rule_fwd._gated_delta_rule_fwd_state_kernel,
     ("gated_delta_rule", "backward"): _gated_delta_rule_bwd._gated_delta_rule_bwd_state_kernel,
     ("gated_delta_rule", "gradient"): _gated_delta_rule_bwd._gated_delta_rule_bwd_gradient_kernel,
+    ("gated_delta_rule", "pairs"): _gated_delta_rule_bwd_split._gated_delta_rule_bwd_pair_kernel,
+    ("gated_delta_rule", "tokens"): _gated_delta_rule_bwd_split._gated_delta_rule_bwd_token_kernel,
     ("gla", "prepare"): _gla_fwd._gla_prepare_kernel,
     ("gla", "forward"): _gla_fwd._gla_sweep_kernel,
     ("gla", "keep"): _gla_fwd._gla_sweep_kernel,
@@ -102,6 +107,9 @@ KERNELS = {
     ("block_attention", "gated"): _block_attention_fwd._block_attention_fwd_kernel,
     ("block_attention", "queries"): _block_attention_bwd._block_attention_bwd_query_kernel,
     ("block_attention", "keys"): _block_attention_bwd._block_attention_bwd_key_kernel,
+    ("block_choice", "mean"): _block_choice_kernels._block_choice_mean_kernel,
+    ("block_choice", "logit"): _block_choice_kernels._block_choice_logit_kernel,
+    ("block_choice", "pool"): _block_choice_kernels._block_choice_pool_kernel,
     (
         "sliding_window_attention",
         "forward",
@@ -164,6 +172,7 @@ FLOATS = (
     "lse_ptr", "delta_ptr", "most_ptr", "d_bias_ptr", "d_gates_ptr", "logits_ptr",
     "weights_ptr", "d_weights_ptr", "lse_rows_ptr", "delta_rows_ptr",
     "rates_ptr", "weight_ptr", "means_ptr", "d_rates_ptr", "d_before_ptr", "d_had_ptr", "d_means_ptr",
+    "pair_sums_ptr", "tile_sums_ptr", "passed_ptr",
     "same_ptr", "mean_ptr", "right_ptr", "x_ptr", "y_ptr", "middle_ptr", "d_seen_ptr",
 )  # fmt: skip
 DOUBLES = ("sums_ptr",)
@@ -172,11 +181,15 @@ INTEGERS = (
     "lines_ptr", "order_ptr", "queries_ptr", "first_ptr", "from_ptr", "to_ptr",
 )  # fmt: skip
 # Where a name stands for something else than in the other ops.
-BLOCK_TYPES = {"sums_ptr": "*fp32", "seen_ptr": "*u8", "held_ptr": "*u8", "ends_ptr": "*i32"}
+BLOCK_TYPES = {
+    "sums_ptr": "*fp32", "total_ptr": "*fp32", "worth_ptr": "*fp32", "seen_ptr": "*u8", "held_ptr": "*u8", "ends_ptr": "*i32",
+}  # fmt: skip
 SPAN_TYPES = {"last_ptr": "*i32"}
+CHOICE_TYPES = {"start_ptr": "*i64"}
 # Attention that reads some keys has plans by the larger head size.
 SPARSE = {
     "block_attention": block_attention.HOPPER,
+    "block_choice": block_choice.HOPPER,
     "head_sparse_attention": head_sparse_attention.HOPPER,
     "landmark_attention": landmark_attention.HOPPER,
     "sliding_window_attention": sliding_window_attention.HOPPER,
@@ -187,7 +200,7 @@ SPARSE = {
 RAT_FLOATS = (
     "bias_ptr", "cos_ptr", "sin_ptr", "past_ptr", "running_ptr", "inner_ptr", "d_running_ptr", "d_past_ptr", "sums_ptr",
 )  # fmt: skip
-# Of block_attention: heads of a group (of a step of sliding_window_attention, too), and keys of a block.
+# Of block_attention and block_choice: heads of a group (of a step of sliding_window_attention, too), and keys of a block.
 GROUP, BLOCK_KEYS = 16, 64
 # Of landmark_attention: heads of a group, and blocks of which a step finds the best.
 LANDMARK_GROUP, LANDMARKS = 4, 2048
@@ -221,6 +234,7 @@ def cases(*, quick: bool) -> Iterator[Case]:
     sizes = QUICK if quick else [(K, V) for K in SIZES for V in SIZES]
     yield from planned_cases(quick=quick)
     yield from block_cases(quick=quick)
+    yield from choice_cases(quick=quick)
     yield from window_cases("sliding_window_attention", quick=quick)
     yield from window_cases("head_sparse_attention", quick=quick)
     yield from window_cases("span_attention", quick=quick)
@@ -274,6 +288,16 @@ def block_cases(*, quick: bool) -> Iterator[Case]:
         if K == V and not quick:
             yield replace(first, dtype="fp32")
             yield replace(first, dtype="fp16")
+
+
+def choice_cases(*, quick: bool) -> Iterator[Case]:
+    """The kernels of block_choice; `many`: with kernels that do not count."""
+    sizes = [128] if quick else [size for size in SIZES if size >= LEAST_HEAD]
+    for K, kernel in itertools.product(sizes, [name for op, name in KERNELS if op == "block_choice"]):
+        first = Case("block_choice", kernel, "bf16", K, K, aligned=True, many=False, backward=False)
+        yield first
+        if not quick:
+            yield from (replace(first, many=True), replace(first, dtype="fp32"), replace(first, dtype="fp16"))
 
 
 def window_cases(op: str, *, quick: bool) -> Iterator[Case]:
@@ -406,7 +430,7 @@ def _window_constants(case: Case, launch: Launch) -> dict[str, Any]:
 def _span_constants(case: Case, launch: Launch) -> dict[str, Any]:
     constants = {
         "K": case.K, "V": case.V, "ROWS_K": block(case.K), "ROWS_V": block(case.V), "ROWS": launch.chunk,
-        "KEYS": launch.columns, "BIAS": case.many, "PRECISION": "tf32x3",
+        "KEYS": launch.columns, "BIAS": case.many, "LOST": case.dtype != "fp32", "PRECISION": "tf32x3",
     }  # fmt: skip
     names = KERNELS[case.op, case.kernel].arg_names
     return {name: value for name, value in constants.items() if name in names}
@@ -426,6 +450,15 @@ def _block_constants(case: Case, launch: Launch) -> dict[str, Any]:
     return {name: value for name, value in constants.items() if name in names}
 
 
+def _choice_constants(case: Case, launch: Launch) -> dict[str, Any]:
+    constants = {
+        "K": case.K, "ROWS_K": block(case.K), "ROWS": GROUP, "HEADS": GROUP, "GROUP": GROUP, "BLOCK": BLOCK_KEYS,
+        "COLUMNS": launch.columns, "TILES": 128, "HELD": case.many, "PRECISION": "tf32x3",
+    }  # fmt: skip
+    names = KERNELS[case.op, case.kernel].arg_names
+    return {name: value for name, value in constants.items() if name in names}
+
+
 def _planned_constants(case: Case, launch: Launch) -> dict[str, Any]:
     delta = kda.HOPPER if case.op == "kda" else gated_delta_rule.HOPPER
     plan = delta.plan(ELEMENTS[case.dtype], _largest(case))
@@ -439,16 +472,15 @@ def _planned_constants(case: Case, launch: Launch) -> dict[str, Any]:
     }  # fmt: skip
     if case.op in ("gla", "kda") and case.kernel in ("prepare", "gradient", "near", "far"):
         constants["ROWS"] = min(KEY_TILE, block(case.K))
-    if case.kernel in ("prepare", "pairs", "near", "far"):
-        # Of kda: with two kernels for the gradients.
-        between = 16 * case.K
+    if case.op == "gated_delta_rule" and case.kernel == "tokens":
+        constants["ROWS"] = min(plan.tile, block(case.K))
+    if case.kernel in ("prepare", "pairs", "near", "far", "tokens") and case.op != "gla":
+        # With two kernels for the gradients.
+        constants |= {"SUMS": True, "TILES": 2}
+        heads, strided = ("H", "qkvd") if case.op == "gated_delta_rule" else ("HV", "qkd")
         constants |= {
-            "SUMS": True,
-            "TILES": 2,
-            "HV": 16,
-            "stride_qt": between,
-            "stride_kt": between,
-            "stride_dt": 16 * case.V,
+            heads: 16,
+            **{f"stride_{name}t": 16 * (case.K if name in "qk" else case.V) for name in strided},
         }
     names = KERNELS[case.op, case.kernel].arg_names
     return {name: value for name, value in constants.items() if name in names}
@@ -467,6 +499,8 @@ def ptx(case: Case) -> tuple[str, dict[str, int | None]]:
         constants = _planned_constants(case, launch)
     if case.op == "block_attention":
         constants = _block_constants(case, launch)
+    if case.op == "block_choice":
+        constants = _choice_constants(case, launch)
     if case.op in ("sliding_window_attention", "head_sparse_attention"):
         constants = _window_constants(case, launch)
     if case.op == "span_attention":
@@ -493,6 +527,8 @@ def ptx(case: Case) -> tuple[str, dict[str, int | None]]:
             signature[name] = f"*{case.dtype}"
         if case.op in SPARSE and name in BLOCK_TYPES:
             signature[name] = BLOCK_TYPES[name]
+        if case.op == "block_choice" and name in CHOICE_TYPES:
+            signature[name] = CHOICE_TYPES[name]
         if case.op == "span_attention" and name in SPAN_TYPES:
             signature[name] = SPAN_TYPES[name]
         if case.op.startswith("rat_") and name in RAT_FLOATS:
@@ -532,7 +568,7 @@ def _launch(case: Case) -> Launch:
         launch = getattr(ttt.HOPPER.plan(ELEMENTS[case.dtype], block(case.K)), case.kernel)
     elif case.op in PLANS:
         plan = PLANS[case.op].plan(ELEMENTS[case.dtype], _largest(case))
-        # Where one kernel makes the gradients of kda, the launch of the two is that of a trial.
+        # Where one kernel makes the gradients, the launches of the two are those of a trial.
         launch = getattr(plan, case.kernel, None) or plan.gradient
     else:
         kernel = "backward" if case.backward and case.kernel == "output" else case.kernel

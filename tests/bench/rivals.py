@@ -1,112 +1,365 @@
-"""Writes the table of docs/performance.md that sets Heddle's kernels beside flash-linear-attention's, from committed rows.
+"""Writes the tables of docs/performance.md that set Heddle's kernels beside flash-linear-attention's, from committed rows.
 
     python tests/bench/rivals.py
 
-For each op and device the last run that timed both. Ratios are of one run: fla's time over ours. `--check` writes nothing
-and exits with 1 if the page says something else.
+For each op and direction the last run on an H200 that timed both. Ratios are of one run: fla's time over ours. `--check` writes
+nothing and exits with 1 if the page says something else.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from rivals_causes import CAUSES, TIMED_AS
 
 Row = dict[str, Any]
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "performance.md"
 RESULTS = Path(__file__).parent / "results"
 DEVICE = "nvidia-h200"
-BEGIN, END = "<!-- rivals: begin -->", "<!-- rivals: end -->"
-# What was set as goals, forward and in both directions, before anything was measured.
-GOALS = {
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """What was set before anything was measured: fla's time over ours at least `ratio`, or at most so many `ms`."""
+
+    ratio: float | None = None
+    ms: float | None = None
+
+    def __str__(self) -> str:
+        return f"{self.ratio}" if self.ratio else f"{self.ms:.3f} ms" if self.ms else ""
+
+    def missed_by(self, ours: float, theirs: float) -> float:
+        """The part of the goal that is missing; 0 if it is kept."""
+        if self.ratio:
+            return max(0.0, 1 - theirs / ours / self.ratio)
+        return max(0.0, ours / self.ms - 1) if self.ms else 0.0
+
+
+# Forward and in both directions.
+RATIOS = {
     "lightning": (2.0, 1.8),
     "simple_gla": (1.8, 1.8),
     "gla": (2.0, 2.0),
     "delta_rule": (1.6, 1.4),
     "gated_delta_rule": (1.8, 1.5),
     "kda": (1.5, 1.3),
+    "hgrn2": (1.5, 1.3),
+    "hgrn2_first_layer": (1.5, 1.3),
+    "mamba2": (1.5, 1.3),
+    "retention": (1.5, 1.3),
+    "linear_attention": (1.5, 1.3),
 }
-HEAD = (
-    "| op | B × T | forward | fla | ratio | goal | of floor | forward + backward | fla | ratio | goal | of floor "
-    "| peak, GB | fla |\n"
-    "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|"
-)
-STEPS = "| op | decode step, in a CUDA graph | Heddle | fla | ratio | of floor |\n|---|---|---|---|---|---|"
+# 4 key and 16 value heads: the best figure that was published for this chip, forward.
+GROUPED = {"fwd": Goal(ms=0.50), "fwdbwd": Goal()}
+STEPS = {
+    ("gated_delta_rule", "decode_graph", 1): Goal(ratio=1.0),
+    ("gated_delta_rule", "decode_graph", 32): Goal(ms=0.019),
+    ("gated_delta_rule", "decode_graph", 256): Goal(ms=0.148),
+    ("gated_delta_rule", "decode", 1): Goal(ms=0.020),
+}
+PHASES = {"fwd": "forward", "fwdbwd": "forward + backward", "decode_graph": "step", "decode": "eager step"}
+# A call that took less had been compiled before.
+COLD_S = 0.3
 
 
-def runs(op: str) -> Iterator[list[Row]]:
-    """The rows of each run that timed `op` in both implementations, with the run's ceilings; the last first."""
-    lines = (RESULTS / f"{DEVICE}.jsonl").read_text(encoding="utf-8").splitlines()
+def rows_of(file: str) -> list[Row]:
+    path = RESULTS / f"{file}.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@functools.cache
+def all_runs() -> dict[str, list[Row]]:
     found: dict[str, list[Row]] = {}
-    for row in map(json.loads, lines):
-        if row["op"] == op or row["phase"] == "ceiling":
-            found.setdefault(row["run"], []).append(row)
-    for rows in reversed(found.values()):
-        if {"heddle", "fla"} <= {row["impl"].partition(",")[0] for row in rows}:
-            yield rows
+    for row in rows_of(DEVICE):
+        found.setdefault(row["run"], []).append({**row, "op": row["op"].removesuffix("_step")})
+    return found
 
 
-def pick(rows: list[Row], impl: str, phase: str, shape: dict[str, int]) -> Row | None:
-    matching = (
-        row
-        for row in rows
-        if row["impl"].partition(",")[0] == impl and row["phase"] == phase and row["shape"] == shape
-    )
-    return next(matching, None)
+def run_of(op: str, phase: str) -> list[Row]:
+    """The rows of the last run that timed `op` so in both implementations; none if there is no such run."""
+    for rows in reversed(all_runs().values()):
+        impls = {impl_of(row) for row in rows if row["op"] == op and row["phase"] == phase}
+        if {"heddle", "fla"} <= impls:
+            return rows
+    return []
 
 
-def of_floor(rows: list[Row], row: Row) -> str:
+def impl_of(row: Row) -> str:
+    return str(row["impl"].partition(",")[0])
+
+
+def pairs(op: str, phase: str) -> Iterator[tuple[Row, Row]]:
+    """Ours and fla's row of each shape, of one run."""
+    mine = [row for row in run_of(op, phase) if row["op"] == op and row["phase"] == phase]
+    for ours in mine:
+        theirs = [row for row in mine if impl_of(row) == "fla" and row["shape"] == ours["shape"]]
+        if ours["impl"] == "heddle" and theirs:
+            yield ours, theirs[0]
+
+
+def of_floor(ours: Row) -> str:
     """Which share of the time the necessary bytes or operations would take at the ceilings of the run."""
-    most = {
-        unit: max(other[unit] or 0.0 for other in rows if other["phase"] == "ceiling")
-        for unit in ("gbps", "tflops")
-    }
-    return f"{max((row[unit] or 0.0) / most[unit] for unit in most):.0%}"
+    ceilings = [row for row in all_runs()[ours["run"]] if row["phase"] == "ceiling"]
+    most = {unit: max(row[unit] or 0.0 for row in ceilings) for unit in ("gbps", "tflops")}
+    return f"{max((ours[unit] or 0.0) / most[unit] for unit in most):.0%}"
 
 
 def size(shape: dict[str, int]) -> str:
     keys, values = shape["H"], shape.get("HV", shape["H"])
-    return f"{shape['B']} × {shape['T']:,}" + (f", {keys} key heads" if keys != values else "")
+    told = f"batch {shape['B']}" if shape["T"] == 1 else f"{shape['B']} × {shape['T']:,}"
+    return told + (f", {keys} key heads" if 1 < keys < values else "")
 
 
-def both(rows: list[Row], phase: str, shape: dict[str, int], goal: float) -> list[str]:
-    ours, theirs = (pick(rows, impl, phase, shape) for impl in ("heddle", "fla"))
-    if ours is None or theirs is None:
-        return [""] * 5
-    ratio = theirs["ms"] / ours["ms"]
-    lifted = "*" if "lifted" in theirs["impl"] else ""
-    told = f"**{ratio:.2f}**" if ratio >= goal else f"{ratio:.2f}"
-    return [f"{ours['ms']:.3f}", f"{theirs['ms']:.3f}{lifted}", told, f"{goal}", of_floor(rows, ours)]
+def goal_of(op: str, phase: str, shape: dict[str, int]) -> Goal:
+    if phase.startswith("decode"):
+        return STEPS.get((op, phase, shape["B"]), Goal())
+    if op == "gated_delta_rule" and shape["H"] != shape["HV"]:
+        return GROUPED[phase]
+    return Goal(ratio=RATIOS[op][phase != "fwd"])
 
 
-def peaks(rows: list[Row], shape: dict[str, int]) -> list[str]:
-    found = (pick(rows, impl, "fwdbwd", shape) for impl in ("heddle", "fla"))
-    return ["" if row is None else f"{row['peak_bytes'] / 1e9:.2f}" for row in found]
+def times(ours: Row, theirs: Row, goal: Goal, digits: int = 3) -> list[str]:
+    """Ours, fla's, and their ratio, in bold where a goal is kept."""
+    ratio = f"{theirs['ms'] / ours['ms']:.2f}"
+    kept = (goal.ratio or goal.ms) and not goal.missed_by(ours["ms"], theirs["ms"])
+    # Which of the two numbers the goal is about.
+    bold = ["**" if kept and limit else "" for limit in (goal.ms, goal.ratio)]
+    marks = ("*" if "lifted" in theirs["impl"] else "") + ("†" if "copied" in theirs["impl"] else "")
+    own = f"{bold[0]}{ours['ms']:.{digits}f}{bold[0]}"
+    return [own, f"{theirs['ms']:.{digits}f}{marks}", f"{bold[1]}{ratio}{bold[1]}"]
 
 
-def text() -> str:
-    """The tables, and which runs they are of."""
-    lines, steps, told = [HEAD], [STEPS], []
-    for op, (forward, backward) in GOALS.items():
-        rows = next(runs(op), None)
-        if rows is None:
-            continue
-        told.append(f"`{op}` `{rows[-1]['run']}` at `{rows[-1]['commit']}`")
-        shapes = [row["shape"] for row in rows if row["impl"] == "heddle" and row["phase"] == "fwd"]
+def row_of(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def head(*names: str) -> list[str]:
+    return [row_of(*names), "|" + "---|" * len(names)]
+
+
+def table() -> list[str]:
+    """Whole sequences, a line for each op and shape."""
+    direction = ["fla", "ratio", "goal", "of floor"]
+    lines = head(
+        "op", "B × T", "forward", *direction, "forward + backward", *direction, "peak, GB", "fla"
+    )  # fmt: skip
+    for op in RATIOS:
+        found = {phase: list(pairs(op, phase)) for phase in ("fwd", "fwdbwd")}
+        shapes = [ours["shape"] for ours, _ in max(found.values(), key=len)]
         for shape in shapes:
-            cells = [*both(rows, "fwd", shape, forward), *both(rows, "fwdbwd", shape, backward)]
-            lines.append(f"| {' | '.join([op, size(shape), *cells, *peaks(rows, shape)])} |")
-        for row in rows:
-            theirs = pick(rows, "fla", "decode_graph", row["shape"])
-            if row["impl"] == "heddle" and row["phase"] == "decode_graph" and theirs is not None:
-                cells = [f"batch {row['shape']['B']}", f"{row['ms']:.4f}", f"{theirs['ms']:.4f}"]
-                cells += [f"{theirs['ms'] / row['ms']:.2f}", of_floor(rows, row)]
-                steps.append(f"| {' | '.join([op, *cells])} |")
-    return "\n".join([f"Runs: {', '.join(told)}.", "", *lines, "", *steps])
+            cells = [op, size(shape)]
+            peaks = ["", ""]
+            for phase, timed in found.items():
+                here = next((pair for pair in timed if pair[0]["shape"] == shape), None)
+                if here is None:
+                    cells += [""] * 5
+                    continue
+                goal = goal_of(op, phase, shape)
+                cells += [*times(*here, goal), str(goal), of_floor(here[0])]
+                if phase == "fwdbwd":
+                    peaks = [f"{row['peak_bytes'] / 1e9:.2f}" for row in here]
+            lines.append(row_of(*cells, *peaks))
+    return lines
+
+
+def step_table() -> list[str]:
+    lines = head(
+        "op", "", "in a CUDA graph", "fla", "ratio", "goal", "of floor", "eager", "fla", "ratio", "goal"
+    )  # fmt: skip
+    for op in RATIOS:
+        eager = {ours["shape"]["B"]: (ours, theirs) for ours, theirs in pairs(op, "decode")}
+        for ours, theirs in pairs(op, "decode_graph"):
+            shape = ours["shape"]
+            goal, later = (goal_of(op, phase, shape) for phase in ("decode_graph", "decode"))
+            cells = [f"{op}_step", size(shape), *times(ours, theirs, goal, 4), str(goal), of_floor(ours)]
+            lines.append(row_of(*cells, *times(*eager[shape["B"]], later, 4), str(later)))
+    return lines
+
+
+def apart() -> list[str]:
+    """How far fla's outputs and states are from ours, where a run compared them."""
+    found = [
+        (max(theirs["apart"].values()), op)
+        for op, phase in itertools.product(RATIOS, ("fwd", "decode_graph"))
+        for _, theirs in pairs(op, phase)
+        if "apart" in theirs
+    ]
+    if not found:
+        return []
+    worst, op = max(found)
+    names = ", ".join(f"`{name}`" for name in dict.fromkeys(op for _, op in found))
+    what = f"fla's outputs and final states are apart from ours by {worst:.1%} of their norm at most (`{op}`)"
+    return [f"In one run with these times of {names}, in bfloat16, {what}.", ""]
+
+
+def first_calls() -> list[str]:
+    """Seconds of the first call of each op and direction, in the runs of the table."""
+    lines = head("op", "forward", "fla", "then both directions", "fla")
+    for op in RATIOS:
+        cells = [
+            f"{row['first_call_s']:.1f}" if row["first_call_s"] > COLD_S else "warm"
+            for phase in ("fwd", "fwdbwd")
+            for row in next(pairs(op, phase), ())
+        ]
+        if cells:
+            lines.append(row_of(op, *cells))
+    return lines
+
+
+def lasting() -> list[str]:
+    """Fixed decays: what is won where heads forget soon, beside decays that let nothing be left out."""
+    names = ("lightning", "lightning_linear", "linear_attention")
+    whole = [
+        rows
+        for rows in all_runs().values()
+        if set(names) <= {row["op"] for row in rows if row["impl"] == "heddle"}
+    ]
+    if not whole:
+        return []
+    ours = {
+        (row["op"], row["phase"], size(row["shape"])): row["ms"]
+        for row in whole[-1]
+        if row["op"] in names and row["impl"] == "heddle"
+    }
+    made = f"`{whole[-1][0]['run']}` at `{whole[-1][0]['commit']}`"
+    lines = [f"Heddle's times by decays, of run {made}; gain: over decays that forget nothing.", ""]
+    lines += head("B × T", "", "nothing is forgotten", "geometric table", "gain", "linear table", "gain")
+    for (op, phase, shape), base in ours.items():
+        if op != "linear_attention" or any((name, phase, shape) not in ours for name in names):
+            continue
+        cells = [f"{base:.3f}"]
+        for name in names[:2]:
+            ms = ours[name, phase, shape]
+            cells += [f"{ms:.3f}", f"{base / ms:.2f}"]
+        lines.append(row_of(shape, PHASES[phase], *cells))
+    return [*lines, ""]
+
+
+def misses() -> list[str]:
+    """Goals that are missed: by how much, why, and what other launches took where they were tried."""
+    lines = head("missed", "by", "what bounds it, what was tried")
+    for phase in PHASES:
+        for op in RATIOS:
+            found = [
+                (f"{size(ours['shape'])} {by:.0%}", ours["shape"])
+                for ours, theirs in pairs(op, phase)
+                if (by := goal_of(op, phase, ours["shape"]).missed_by(ours["ms"], theirs["ms"]))
+            ]
+            if found:
+                name = f"{op}_step" if phase.startswith("decode") else op
+                cause = CAUSES.get((op, phase), "not looked into")
+                tried = " ".join(text for _, shape in found if (text := launches(op, phase, shape)))
+                by = ", ".join(text for text, _ in found)
+                lines.append(row_of(f"`{name}` {PHASES[phase]}", by, f"{cause} {tried}".strip()))
+    return lines
+
+
+def launches(op: str, phase: str, shape: dict[str, int]) -> str:
+    """What `misses_check.py` found at this shape: the kernels as they are set, and the best other launch."""
+    if not (RESULTS / "evidence-misses.jsonl").exists():
+        return ""
+    op = TIMED_AS.get(op, op)
+    alike = [
+        row
+        for row in rows_of("evidence-misses")
+        if (row["op"], row["phase"]) == (op, phase)
+        and all(row["shape"].get(letter) == value for letter, value in shape.items())
+    ]
+    mine = [row for row in alike if alike and row["run"] == alike[-1]["run"]]
+    ours = [row for row in mine if row["tried"] == "as set"]
+    others = [row for row in mine if row["tried"] != "as set"]
+    if not ours or not others:
+        return ""
+    parts = sorted(ours[0]["kernels_ms"].items(), key=lambda pair: -pair[1])
+    names = ", ".join(
+        f"{name.removeprefix(f'_{op}_').removesuffix('_kernel')} {ms:.3f}" for name, ms in parts
+    )
+    best = min(others, key=lambda row: row["ms"])
+    apart = f" ({names})" if names else ""
+    return (
+        f"{size(shape)} on the device: {ours[0]['ms']:.4f} ms{apart}; best of {len(others)} other launches "
+        f"{best['ms']:.4f} ({best['tried']})."
+    )
+
+
+def rivals() -> str:
+    told = []
+    for op in RATIOS:
+        found = {phase: run_of(op, phase) for phase in ("fwd", "fwdbwd", "decode_graph")}
+        names = {
+            phase: f"`{rows[0]['run']}` at `{rows[0]['commit']}`" for phase, rows in found.items() if rows
+        }
+        if len(set(names.values())) == 1:
+            told.append(f"`{op}` {next(iter(names.values()))}")
+        else:
+            told += [f"`{op}` {PHASES[phase]} {name}" for phase, name in names.items()]
+    return "\n".join([
+        f"Runs: {', '.join(told)}.", "", *table(), "", *step_table(), "", *apart(), *misses(), "",
+        *lasting(), "Seconds of a first call, fla's with its tuning; \"warm\": these kernels had run before.", "",
+        *first_calls(),
+    ])  # fmt: skip
+
+
+def layer_step() -> str:
+    """A decode step of a whole layer, by the chain that computes it."""
+    rows = [row for row in rows_of("evidence-layer-step") if "K=128" in row["case"]]
+    ms = {(row["case"].split()[0].removeprefix("B="), row["tried"]): row["ms"] for row in rows}
+    lines = head(
+        "batch", "Heddle", "of floor", "fla, a convolution", "ratio", "fla, three", "ratio", "Heddle's ops in a row"
+    )  # fmt: skip
+    # heddle/kernels/configs/gated_delta_layer.py
+    for batch, launch in (
+        ("1", "128 columns, 4 warps"),
+        ("32", "64 columns, 2 warps"),
+        ("256", "64 columns, 2 warps"),
+    ):
+        ours = ms[batch, launch]
+        cells = [batch, f"{ours:.4f}", f"{ms[batch, 'floor'] / ours:.0%}"]
+        for chain in ("fla, one convolution", "fla"):
+            ratio = f"{ms[batch, chain] / ours:.2f}"
+            cells += [
+                f"{ms[batch, chain]:.4f}",
+                f"**{ratio}**" if ms[batch, chain] >= 1.5 * ours else ratio,
+            ]
+        lines.append(row_of(*cells, f"{ms[batch, 'heddle, one op after the other']:.4f}"))
+    return "\n".join(lines)
+
+
+def lla() -> str:
+    """Local linear attention beside fla's softmax attention; the floor is that of softmax attention's two products."""
+    rows = [row for row in rows_of("evidence-lla") if row.get("run") == "f0bcb201"]
+    most = max(row["tflops"] or 0.0 for row in rows if row["phase"] == "ceiling")
+    lines = head("", "B × T", "forward", "of softmax's floor", "forward + backward")
+    timed = {(row["impl"], row["phase"], size(row["shape"])): row for row in rows if "B" in row["shape"]}
+    for (impl, phase, shape), row in timed.items():
+        if phase == "fwd" and "Launch" not in impl:
+            back = timed.get((impl, "fwdbwd", shape))
+            cells = [impl, shape, f"{row['ms']:.2f}", f"{row['tflops'] / most:.0%}"]
+            lines.append(row_of(*cells, f"{back['ms']:.1f}" if back else ""))
+    return "\n".join(lines)
+
+
+BLOCKS: dict[str, Callable[[], str]] = {"rivals": rivals, "layer step": layer_step, "lla": lla}
+
+
+def written(page: str) -> str:
+    """The page with all blocks as the rows say."""
+    for name, text in BLOCKS.items():
+        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+        before, _, rest = page.partition(begin)
+        _, closed, after = rest.partition(end)
+        assert closed, f"no place for {name}"
+        page = f"{before}{begin}\n\n{text()}\n\n{end}{after}"
+    return page
 
 
 def main() -> int:
@@ -118,9 +371,7 @@ def main() -> int:
     )
     check = parser.parse_args().check
     page = PAGE.read_text(encoding="utf-8")
-    before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    new = f"{before}{BEGIN}\n\n{text()}\n\n{END}{after}"
+    new = written(page)
     if check:
         return int(new != page)
     PAGE.write_text(new, encoding="utf-8")

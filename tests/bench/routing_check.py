@@ -4,16 +4,17 @@
     TRITON_INTERPRET=1 python tests/bench/routing_check.py --out /tmp/tiny --budget 60 --commit none --tiny
 
 Compiles side by side first, then checks every dtype and form against masked softmax in float64, twice, the second time with fresh
-memory full of NaN, and that later tokens change no bit; each launch before its time. Times the op on clusters by chance, of which
-a token sees 127 members, and a whole routing layer, beside dense attention by cuDNN and its layer; peak memory at 65,536 tokens.
-Writes routing_check.log and rows to evidence-routing.jsonl; exits with 1 if anything was wrong. `--tiny` tries the script itself
-on a CPU, with interpreted kernels.
+memory full of NaN, and that later tokens change no bit; each launch before its time, of a step at full size and in a process of
+their own, which may end. Times the op on clusters by chance, of which a token sees 127 members, and a whole routing layer,
+beside dense attention by cuDNN and its layer; peak memory at 65,536 tokens. Writes routing_check.log and rows to
+evidence-routing.jsonl; exits with 1 if anything was wrong. `--tiny` tries the script itself on a CPU, with interpreted kernels.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -66,15 +67,21 @@ TRIED = {
         Launch(128, 64, 8, 1),
     ),
 }  # fmt: skip
+# Nothing is loaded ahead in the first ones.
+STEPS: tuple[Launch, ...] = (
+    Launch(16, 32, 4, 1), Launch(16, 64, 4, 1), Launch(16, 32, 4, 2), Launch(16, 64, 4, 2), Launch(16, 16, 4, 2),
+    Launch(16, 32, 2, 2), Launch(16, 64, 8, 2), Launch(16, 32, 4, 3),
+)  # fmt: skip
 
 
 def tiny() -> None:
     """Sizes that a CPU interprets in seconds."""
-    global LENGTHS, LONGEST, SHAPES, SIZES, TRIED
+    global LENGTHS, LONGEST, SHAPES, SIZES, STEPS, TRIED
     MAIN.update(B=1, H=2, T=80, K=16, V=16, width=20, clusters=2)
     STEP.update(B=1, H=2, kept=60, K=16, V=16, width=20, clusters=3)
     LENGTHS, SIZES, SHAPES, LONGEST = (1, 33), ((20, 12),), ({**MAIN, "B": 2},), {**MAIN, "T": 160}
     TRIED = {name: (Launch(16, 32, 4, 1), Launch(32, 16, 4, 1)) for name in TRIED}
+    STEPS = STEPS[:2]
 
 
 def drawn(shape: dict[str, int], dtype: torch.dtype | None = None) -> Given:
@@ -187,6 +194,52 @@ def correctness(log: Log, late: Late) -> None:
             log.wrong.append(f"{what}: {' '.join(str(error).split())[-300:]}")
     for dtype in DTYPES:
         later_changes_nothing(log, dtype)
+
+
+def judge_steps(begin: int) -> None:
+    """Tells of each step from `begin` on, as large as it is timed, whether it is right; for a process of its own."""
+    given = drawn(STEP)
+    exact = {"out": exact_of(**{name: x.double() if name in WANTED else x for name, x in given.items()})}
+    rival = {"out": plain(**given)}
+    for number, launch in [*enumerate(STEPS)][begin:]:
+        print(f"step {number} begins", flush=True)
+        with tuning(step=launch):
+            found = ours(**given)
+            with spoilt_memory():
+                same = torch.equal(found, ours(**given))
+        log = Log(Path(os.devnull))
+        named = (
+            {name: x.transpose(1, 2) for name, x in one.items()} for one in ({"out": found}, rival, exact)
+        )
+        right = compare(log, f"step {launch}", **dict(zip(("found", "plain", "exact"), named, strict=True)))
+        print(f"step {number} {'right' if right and same else 'wrong'}", flush=True)
+
+
+def right_steps(log: Log, arguments: list[str]) -> list[Launch]:
+    """The launches of a step that are right at full size. What ends the process that tries them does not end this one."""
+    verdicts: dict[int, str] = {}
+    while (begin := len(verdicts)) < len(STEPS):
+        command = [sys.executable, __file__, *arguments, "--steps", str(begin)]
+        environment = {**os.environ, "CUDA_LAUNCH_BLOCKING": "1"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        told = [line.split() for line in done.stdout.splitlines() if line.startswith("step ")]
+        verdicts |= {int(number): verdict for _, number, verdict in told} or {begin: "not begun"}
+        if done.returncode:
+            verdicts[max(verdicts)] += f", {' '.join(done.stderr.split())[-300:]}"
+    for number, verdict in verdicts.items():
+        log(f"{'ok   ' if verdict == 'right' else 'WRONG'} step at full size, {STEPS[number]}: {verdict}")
+        log.wrong += [] if verdict == "right" else [f"step {STEPS[number]}: {verdict}"]
+    return [STEPS[number] for number, verdict in verdicts.items() if verdict == "right"]
+
+
+def fastest_step(bench: Bench, launches: list[Launch]) -> dict[str, Launch]:
+    """Of those that were right."""
+    given, found = drawn(STEP), []
+    for number, launch in enumerate(launches):
+        with tuning(step=launch):
+            call = phases(ours, given)["fwd"]
+            found.append((bench(f"heddle, step {launch}", "decode_graph", STEP, call), number))
+    return {"step": launches[min(found)[1]]} if found else {}
 
 
 def later_changes_nothing(log: Log, dtype: torch.dtype, **overrides: Any) -> None:
@@ -368,9 +421,10 @@ def told(bench: Bench) -> Iterator[str]:
 
 def warm(index: int) -> None:
     """Compiles every `WORKERS`th thing that will run, into Triton's cache on disk."""
-    small = drawn(MAIN)
+    small, step = drawn(MAIN), drawn({**STEP, "B": 1, "kept": min(STEP["kept"], 600)})
     things = [*samples()]
     things += [("", small, {name: one}) for name, launches in TRIED.items() for one in launches]
+    things += [("", step, {"step": one}) for one in STEPS]
     for _, given, overrides in things[index::WORKERS]:
         try:
             with tuning(**overrides), force_path("triton"):
@@ -390,11 +444,15 @@ def main() -> int:
     parser.add_argument("--commit", help="what the code is")
     parser.add_argument("--tiny", action="store_true", help="try the script itself")
     parser.add_argument("--warm", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--steps", type=int, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.tiny:
         tiny()
     if chosen.warm is not None:
         warm(chosen.warm)
+        return 0
+    if chosen.steps is not None:
+        judge_steps(chosen.steps)
         return 0
     chosen.out.mkdir(parents=True, exist_ok=True)
     begin, log = time.monotonic(), Log(chosen.out / "routing_check.log")
@@ -413,10 +471,12 @@ def main() -> int:
     done("warm")
     correctness(log, late(0.6))
     done("correctness")
+    steps = right_steps(log, ["--tiny"] if chosen.tiny else [])
+    done("steps")
     memory(bench, {})
     speed(bench, late(0.8), "heddle", {})
     done("speed")
-    best = sweep(bench, late(0.9))
+    best = sweep(bench, late(0.9)) | fastest_step(bench, steps)
     done("sweep")
     speed(bench, late(0.95), "heddle, best launches", best)
     layers(bench, late(1.0), best)

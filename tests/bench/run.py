@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from cases import cases
 
-from heddle.kernels.bench import Row, bench_ops, table
+from heddle.kernels.bench import PHASES, Row, bench_ops, table
 
 RESULTS = Path(__file__).parent / "results"
 IMPLS = ("heddle", "torch", "fla")
@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument(
         "--impls", nargs="*", choices=IMPLS, default=IMPLS, help="implementations to time; all if not given"
     )
+    parser.add_argument("--phases", nargs="*", choices=PHASES, default=PHASES, help="all if not given")
     parser.add_argument("--out", type=Path, default=default_file(), help="file the rows are appended to")
     parser.add_argument("--commit", help="what the code is, where git cannot tell or tells wrong")
     chosen = parser.parse_args()
@@ -46,7 +47,7 @@ def main() -> None:
             file.write(json.dumps({**row, "commit": chosen.commit or row["commit"]}) + "\n")
             file.flush()
 
-        rows = bench_ops(chosen.ops, impls=chosen.impls, report=report)
+        rows = bench_ops(chosen.ops, impls=chosen.impls, phases=chosen.phases, report=report)
     print(table(rows))
     print(f"{len(rows)} rows appended to {chosen.out}")
 

@@ -423,9 +423,10 @@ def test_what_is_written_is_remembered_between_calls(form: dict[str, Any]) -> No
         start = end
     assert (torch.cat(pieces, 1) - whole).abs().max() < EXACT
     held = 4 if "window" in form else 150
-    assert cache.tensors()["written"].shape == (2, 1, held, 1)
-    assert cache.tensors()["written"].dtype == torch.bool
-    assert torch.equal(cache.tensors()["written"][:, 0, :, 0].double(), written[:, 150 - held :])
+    marks = cache.tensors()["tokens.written" if "selection" in form else "written"]
+    assert marks.shape == (2, 1, held, 1)
+    assert marks.dtype == torch.bool
+    assert torch.equal(marks[:, 0, :, 0].double(), written[:, 150 - held :])
 
 
 def test_a_key_that_is_not_written_changes_no_later_token_through_the_choice_of_blocks() -> None:

@@ -222,6 +222,21 @@ def test_a_router_that_has_collapsed_is_told_once(run: TrainRun, capsys: pytest.
     assert line.startswith("the experts' router has collapsed: 99% of the choices")
     (line,) = collapsed_routers({"router_share": [1 - one for one in gone]})
     assert "99% of the tokens go to the second mixer" in line
+    for name, told in (
+        ("layer_router_share", "a layer router has collapsed: 99% of the prompts go to the second mixer"),
+        ("busiest_heads", "a router of heads has collapsed: 99% of the choices"),
+        ("largest_cluster", "the clusters of routing have collapsed: 99% of the tokens"),
+    ):
+        (line,) = collapsed_routers({name: gone})
+        assert line.startswith(told)
+        assert collapsed_routers({name: even}) == []
+    # A layer router that has not left its start of 99 % is told of like one that came back to it.
+    (line,) = collapsed_routers({"layer_router_share": [0.01] * 20})
+    assert "99% of the prompts go to the first mixer" in line
+    assert collapsed_routers({"layer_router_share": gone, "layer_router": even}) == []
+    assert (
+        len(collapsed_routers(dict.fromkeys(("busiest_heads", "busiest_experts", "router_share"), gone))) == 3
+    )
     # What was asked for is no collapse, and what was over by the end is none.
     assert collapsed_routers({"router_share": gone, "router_budget": even}) == []
     assert collapsed_routers({"busiest_experts": gone[::-1]}) == []

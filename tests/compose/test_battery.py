@@ -35,7 +35,7 @@ from heddle.compose.hf.known_failures import (
     known_failures,
 )
 from heddle.compose.hf.model import HeddleForCausalLM
-from heddle.compose.hf.parity import RECURRENT, WINDOW, Loaded, battery
+from heddle.compose.hf.parity import BLOCKS, RECURRENT, WINDOW, Loaded, battery
 from heddle.compose.hf.second_reader import second_reader
 from heddle.errors import HeddleError
 
@@ -47,6 +47,7 @@ DELTA: dict[str, Any] = {
     "kind": "gated_deltanet", "heads": 2, "value_heads": 4, "head_dim": 8, "value_dim": 8, "short_conv": 4,
     "negative_eigenvalues": False,
 }  # fmt: skip
+CHOSEN = ATTENTION | {"selection": {"block": 8, "count": 4, "sink": 1, "recent": 2}}
 LIGHTNING = {"kind": "decay_attention", "heads": 4, "head_dim": 8, "form": "lightning", "short_conv": None}
 HYBRID = (DELTA, ATTENTION, LIGHTNING)
 HOW: dict[str, Any] = {"trusted": True, "reader": second_reader, "known": known_failures}
@@ -138,13 +139,14 @@ def test_an_encoder_has_the_checks_without_a_cache(exported: Any) -> None:
 
 def test_right_padding_is_kept_by_plain_attention_alone(exported: Any) -> None:
     check = "right padding, then steps"
-    plain, window, state = (
+    plain, window, chosen, state = (
         checks(causal(mixer), exported("hybrid"))[check]
-        for mixer in (ATTENTION, ATTENTION | {"window": 9}, LIGHTNING)
+        for mixer in (ATTENTION, ATTENTION | {"window": 9}, CHOSEN, LIGHTNING)
     )
     assert plain.passed
     assert not plain.expected
     assert (window.passed, window.expected) == (False, WINDOW)
+    assert (chosen.passed, chosen.expected) == (False, BLOCKS)
     assert (state.passed, state.expected) == (False, RECURRENT)
 
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from toys import EXACT, call_at, mixer_of, noise, padded_call
+from toys import EXACT, Largest, call_at, mixer_of, noise, padded_call
 
-from heddle.compose.modules.selection import Places, Rule, choose_blocks
+from heddle.compose.modules.selection import SCORES, Places, Rule, choose_blocks
 from heddle.specs import Site as SpecSite
 from heddle.specs.mixers.attention import Attention
 from heddle.specs.selection import Selection
@@ -84,6 +84,18 @@ def test_what_is_not_written_is_in_no_kernel_and_padding_in_no_block() -> None:
     assert torch.equal(chosen[:1, :, 7:, : alone.shape[-1]], alone)
 
 
+@pytest.mark.parametrize("scores", ["mean", "kernels"])
+def test_a_long_prompt_is_scored_in_parts(scores: str) -> None:
+    # MiniCPM-SALA's heads and blocks; on the meta device nothing is computed.
+    length, block = 65_536, 64
+    q, k = (torch.empty(1, heads, length, 128, dtype=torch.bfloat16, device="meta") for heads in (32, 2))
+    with Largest() as seen:
+        chosen = choose_blocks(q, k, Places(block, length, None, q.device), rule(HOW | {"scores": scores}))
+    assert chosen.shape == (1, 2, length, length // block)
+    # Scores in float32; of the kernels of all heads no fewer queries than `QUERIES` are worked on, which doubles them here.
+    assert seen.bytes <= 2 * 4 * SCORES
+
+
 @torch.no_grad()
 def test_the_layer_reads_them_whole_in_pieces_and_behind_padding(monkeypatch: pytest.MonkeyPatch) -> None:
     mixer = mixer_of(HIDDEN, "attention", heads=4, kv_heads=2, selection=HOW)
@@ -126,6 +138,12 @@ def test_of_decode_only_a_prompt_is_dense_and_a_token_chooses() -> None:
     assert (found[2][1] - found[0][1]).abs().max() > 1e-3
     with pytest.raises(AssertionError):
         torch.testing.assert_close(found[2][0], found[1][0])
+    # Token by token it is what chooses always.
+    cache, steps = both.new_cache(), []
+    for t in range(LENGTH):
+        steps.append(both(x[:, t : t + 1], call_at(t, 1, cache)))
+        cache.advance(1)
+    assert (torch.cat(steps, dim=1) - chooses(x, call_at(0, LENGTH))).abs().max() < EXACT
 
 
 def test_of_decode_only_a_pass_costs_what_dense_attention_does() -> None:

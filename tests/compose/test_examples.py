@@ -39,6 +39,7 @@ from heddle.specs import CHANNELS, MIXERS
 DECODERS = [name for name in EXAMPLES if small_example(name).kind == "causal_lm"]
 every_example = pytest.mark.parametrize("name", EXAMPLES)
 every_decoder = pytest.mark.parametrize("name", DECODERS)
+PICKED = ("layer_router",)
 # A graph of few operations: within one chunk of a delta rule, within one block of a window.
 LENGTH = 12
 
@@ -70,9 +71,10 @@ def test_an_example_trains_with_and_without_checkpoints(name: str) -> None:
     model, ids = example_of(name).train(), tokens(70)
     plain = gradients(model, loss_of(model, ids))
     assert plain.keys() == {key for key, _ in model.named_parameters()}
-    for key, gradient in plain.items():
-        assert gradient.isfinite().all(), key
-        assert gradient.abs().max() > 0, key
+    assert all(gradient.isfinite().all() for gradient in plain.values())
+    still = {re.sub(r"(\.mixers\.\d).*", r"\1", key) for key, one in plain.items() if not one.any()}
+    # Where all prompts pick the same mixer nothing trains the other.
+    assert len(still) <= (name in PICKED), still
     checkpoint(model)
     for key, gradient in gradients(model, loss_of(model, ids)).items():
         assert torch.equal(gradient, plain[key]), key

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from toys import EXACT, call_at, mixer_of, noise, padded_call
+from toys import EXACT, Largest, call_at, mixer_of, noise, padded_call
 
 from heddle.compose.cache import cache_bytes
 from heddle.compose.host_cache import FEW, in_host_memory
@@ -173,18 +172,6 @@ def test_a_filled_cache_in_host_memory_repeats_its_step() -> None:
     told = [mixer(x, call_at(40, 1, cache, rows=3)) for _ in range(2)]
     assert torch.equal(*told)
     assert cache.tensors()["tokens.host_keys"].shape[2] == in_host_memory(41, BLOCK) > 0
-
-
-class Largest(TorchDispatchMode):
-    """The most numbers that any result has."""
-
-    numbers = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for one in out if isinstance(out, tuple | list) else (out,):
-            self.numbers = max(self.numbers, one.numel() if isinstance(one, Tensor) else 0)
-        return out
 
 
 def test_no_table_of_all_tokens_by_all_tokens_is_made() -> None:

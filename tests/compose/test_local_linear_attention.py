@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
-from toys import EXACT, call_at, mixer_of, noise, padded_call
+from toys import EXACT, Largest, call_at, mixer_of, noise, padded_call
 
 from heddle.kernels import _local_linear_torch as blocks
 from heddle.specs import Site as SpecSite
@@ -91,18 +90,6 @@ def test_padding_on_either_side_changes_nothing(fields: dict[str, Any]) -> None:
         alone = u[row : row + 1, kept]
         expected = mixer(alone, call_at(0, alone.shape[1], rows=1))
         assert (y[row, kept] - expected[0]).abs().max() < EXACT
-
-
-class Largest(TorchDispatchMode):
-    """The most numbers that any result has."""
-
-    numbers = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for one in out if isinstance(out, tuple | list) else (out,):
-            self.numbers = max(self.numbers, one.numel() if isinstance(one, Tensor) else 0)
-        return out
 
 
 def test_no_table_of_all_tokens_by_all_tokens_is_made() -> None:

@@ -14,6 +14,8 @@ from torch import Tensor
 from heddle.compose.hf.config import HeddleConfig
 from heddle.compose.hf.model import HeddleForCausalLM
 from heddle.kernels.op import force_path, watch_paths
+from heddle.specs import MIXERS as KINDS
+from heddle.specs import Site
 
 pytestmark = pytest.mark.gpu
 
@@ -40,14 +42,45 @@ MIXERS = {
     "lightning": DECAY,
     "retnet": DECAY | {"form": "retnet", "short_conv": 4},
 }
-every_mixer = pytest.mark.parametrize("name", MIXERS)
-every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+# Every other kind that has kernels or chooses by what tokens say, as a spec writes it, in the type in which models are trained.
+WRITTEN: dict[str, dict[str, Any]] = {
+    "moh": {
+        "mixer": {"kind": "attention", "heads": 4, "kv_heads": 2, "head_dim": 64},
+        "shared_heads": 1,
+        "active": 2,
+    },
+    "nats_l": {"heads": 2, "head_dim": 64, "split": 2, "chunk": 16},
+    "still": {"heads": 2, "head_dim": 64, "chunk": 32, "keep": 4},
+    "landmark": {"heads": 4, "kv_heads": 2, "head_dim": 64, "block": 32, "top": 3},
+    "routing": {"heads": 2, "head_dim": 64, "clusters": 4, "members": 40},
+    "contmix": {"heads": 2, "head_dim": 64},
+    "mla": {"heads": 2, "kv_lora_rank": 64, "qk_nope_head_dim": 64, "v_head_dim": 64},
+    "gla": {"heads": 2, "head_dim": 64},
+    "kda": {"heads": 2, "head_dim": 64},
+    "mamba2": {"heads": 4, "head_dim": 64, "state_dim": 64},
+    "hgrn2": {"heads": 2, "head_dim": 64},
+    "inline": {"heads": 2, "head_dim": 64, "decay": "gate", "local": 3},
+    "ttt": {"heads": 2, "head_dim": 64, "chunk": 64, "rate": 0.05},
+    "rat": {"heads": 4, "head_dim": 64, "groups": 2, "chunk": 16},
+    "deltanet": {"heads": 2, "head_dim": 64},
+}
+OTHERS = {
+    kind: KINDS[kind].model_validate({"kind": kind, **fields}).runtime(Site(128, 0, 1))
+    for kind, fields in WRITTEN.items()
+}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+every_mixer = pytest.mark.parametrize("name", [*MIXERS, *OTHERS])
+every_setting = pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, dtype) for name in MIXERS for dtype in DTYPES] + [(name, torch.bfloat16) for name in OTHERS],
+    ids=str,
+)
 
 
 def model_of(*names: str) -> HeddleForCausalLM:
     """A model in float32 on the CPU."""
     layers = [
-        {"mixer": MIXERS[name], "channel": {"kind": "swiglu", "width": 128}, "norm": "rmsnorm"}
+        {"mixer": (MIXERS | OTHERS)[name], "channel": {"kind": "swiglu", "width": 128}, "norm": "rmsnorm"}
         for name in names
         # The constant stream runs through the layers in front of the last that reads it.
         for _ in range(2 if name == "constant" else 1)
@@ -77,8 +110,7 @@ def nothing_waits() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@every_mixer
-@every_dtype
+@every_setting
 def test_a_model_errs_no_more_than_twice_its_torch_path(name: str, dtype: torch.dtype) -> None:
     model = model_of(name).to(dtype).eval()
     with torch.no_grad():
@@ -90,8 +122,7 @@ def test_a_model_errs_no_more_than_twice_its_torch_path(name: str, dtype: torch.
     assert error(fast, exact) <= 2 * error(baseline, exact) + EPSILON[dtype]
 
 
-@every_mixer
-@every_dtype
+@every_setting
 def test_decode_agrees_with_prefill(name: str, dtype: torch.dtype) -> None:
     model, ids = model_of(name).to(dtype).eval(), tokens()
     with torch.no_grad():
@@ -101,6 +132,17 @@ def test_decode_agrees_with_prefill(name: str, dtype: torch.dtype) -> None:
         cache = model(ids[:, :-1]).past_key_values
         step = model(ids[:, -1:], past_key_values=cache).logits[:, 0]
     assert error(step, exact) <= 2 * error(whole, exact) + EPSILON[dtype]
+
+
+@every_mixer
+@torch.no_grad()
+def test_a_changed_token_leaves_earlier_logits_equal_to_the_bit(name: str) -> None:
+    model, ids, place = model_of(name).to(torch.bfloat16).cuda().eval(), tokens(), 150
+    other = ids.clone()
+    other[:, place] = other[:, place] % 99 + 1
+    before, after = (model(one.cuda(), use_cache=False).logits for one in (ids, other))
+    assert torch.equal(before[:, :place], after[:, :place])
+    assert not torch.equal(before[:, place], after[:, place])
 
 
 def test_decay_attention_runs_in_triton_in_prefill_step_and_training() -> None:
@@ -116,7 +158,8 @@ def test_decay_attention_runs_in_triton_in_prefill_step_and_training() -> None:
     assert ran == ["triton"] * 8
 
 
-@every_mixer
+# nats_l asks which chunks no head will look at again, and forgets them.
+@pytest.mark.parametrize("name", [name for name in (*MIXERS, *OTHERS) if name != "nats_l"])
 # torch calls the mode a prototype, in a warning of its own.
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_a_forward_waits_for_nothing(name: str) -> None:

@@ -183,7 +183,7 @@ def losses_of(moh: Any, x: Tensor, call: Call) -> list[tuple[str, Tensor, float]
 def test_the_balance_loss_is_that_of_real_tokens(mixer: dict[str, Any], pad: int) -> None:
     moh, x = moh_of(mixer, 2, 3, balance=0.5), noise(2, LENGTH, HIDDEN)
     assert losses_of(moh, x, whole()) == []
-    ((name, loss, factor),) = losses_of(moh.train(), x, padded(pad))
+    (name, loss, factor), busiest = losses_of(moh.train(), x, padded(pad))
     assert (name, factor) == ("moh_balance", 0.5)
     p_sum, on_sum, tokens = [0.0] * 4, [0.0] * 4, 0
     for b in range(2):
@@ -194,16 +194,18 @@ def test_the_balance_loss_is_that_of_real_tokens(mixer: dict[str, Any], pad: int
                 on_sum[index] += float(index in chosen_of(p, 3))
             tokens += 1
     expected = 4 * sum(p_sum[index] / tokens * on_sum[index] / tokens for index in range(4))
+    share = sum(sorted(on_sum)[1:]) / (3 * tokens)
     assert loss.item() == pytest.approx(expected, rel=1e-12)
+    assert busiest == ("busiest_heads", pytest.approx(share, rel=1e-12), 0.0)
     if pad == 0:
-        ((_, loss, _),) = losses_of(moh, x, whole())
+        (_, loss, _), _ = losses_of(moh, x, whole())
         assert loss.item() == pytest.approx(expected, rel=1e-12)
 
 
 def test_the_balance_loss_of_even_shares_is_the_number_of_active_heads() -> None:
     moh, x = moh_of(SOFTMAX, 2, 3).train(), noise(2, LENGTH, HIDDEN)
     nn.init.zeros_(moh.routed_proj.weight)
-    ((_, loss, factor),) = losses_of(moh, x, whole())
+    (_, loss, factor), _ = losses_of(moh, x, whole())
     assert loss.item() == pytest.approx(3)
     assert factor == 0.01
     assert losses_of(moh_of(SOFTMAX, 6, 0).train(), x, whole()) == []
@@ -211,7 +213,7 @@ def test_the_balance_loss_of_even_shares_is_the_number_of_active_heads() -> None
 
 def test_the_balance_loss_teaches_through_the_probabilities_alone() -> None:
     moh, x = moh_of(SOFTMAX, 2, 2).train(), noise(2, LENGTH, HIDDEN)
-    ((_, loss, _),) = losses_of(moh, x, whole())
+    (_, loss, _), _ = losses_of(moh, x, whole())
     loss.backward()
     p = (x @ moh.routed_proj.weight.detach().mT).softmax(-1)
     first = p.topk(2).indices
@@ -304,8 +306,9 @@ def test_queries_of_equal_length_turn_the_first_heads_on_and_have_gradients(shar
 
 def test_the_balance_of_lengths_is_told_and_all_heads_on_are_the_mixer() -> None:
     moh, x = by_norms(2, 3).train(), noise(2, LENGTH, HIDDEN)
-    ((name, loss, factor),) = losses_of(moh, x, padded(4))
-    assert (name, factor) == ("moh_balance", 0.01)
+    (name, loss, factor), (busiest, share, nothing) = losses_of(moh, x, padded(4))
+    assert (name, factor, busiest, nothing) == ("moh_balance", 0.01, "busiest_heads", 0.0)
+    assert 0.75 <= share.item() <= 1
     assert 0 < loss.item() < 4
     moh = by_norms(2, 4)
     assert torch.equal(moh(x, whole()), moh.mixer(x, whole()))
@@ -419,6 +422,6 @@ def test_the_example_tells_the_mean_balance_of_its_layers() -> None:
     model = build(load(EXAMPLES["moh"]).spec.model).train()
     assert isinstance(model.model.layers[3].mixer, MohModule)
     told = model.model(tokens(40))
-    assert set(told.aux_losses) == {"moh_balance"}
+    assert set(told.aux_losses) == {"moh_balance", "busiest_heads"}
     assert told.aux_losses["moh_balance"].item() == pytest.approx(4, rel=0.2)
     assert told.aux_loss.item() == pytest.approx(4 * 0.01 * told.aux_losses["moh_balance"].item())

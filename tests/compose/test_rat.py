@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
-from toys import EXACT, call_at, padded_call
+from toys import EXACT, Largest, call_at, padded_call
 
 from heddle.compose.cache import Call
 from heddle.compose.init import initialise
@@ -278,18 +277,6 @@ def test_narrow_types_lose_no_more_in_the_logit_of_the_own_key_than_in_others(dt
         worst_error(one.transpose(1, 2), exact.transpose(1, 2), timed=True)[0] for one in (found, rounded)
     )
     assert error <= 2 * baseline + EPSILON[dtype]
-
-
-class Largest(TorchDispatchMode):
-    """The most numbers that any result has."""
-
-    numbers = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for one in out if isinstance(out, tuple | list) else (out,):
-            self.numbers = max(self.numbers, one.numel() if isinstance(one, Tensor) else 0)
-        return out
 
 
 def test_no_table_of_all_tokens_by_all_tokens_is_made() -> None:

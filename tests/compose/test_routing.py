@@ -90,6 +90,10 @@ def test_one_cluster_is_softmax_attention_that_leaves_itself_out() -> None:
         F.scaled_dot_product_attention(r, r, v, attn_mask=seen).transpose(1, 2).flatten(2)
     )
     assert (mixer(x, call_at(0, LENGTH)) - expected).abs().max() < EXACT
+    # That all tokens are in it is no collapse.
+    call = call_at(0, LENGTH)
+    mixer.train()(x, call)
+    assert [name for name, _, _ in call.losses] == ["commitment"]
 
 
 @torch.no_grad()

@@ -26,17 +26,19 @@ def row(found: dict[str, Any], name: str) -> dict[str, Any]:
     return next(one for one in found["targets"] if one["target"] == name)
 
 
-def test_a_verdict_warns_of_padding_on_the_right_where_a_layer_keeps_a_state_or_a_window(
+def test_a_verdict_warns_of_padding_on_the_right_where_a_layer_keeps_a_state_or_a_window_or_chooses_blocks(
     hybrid: Path, tmp_path: Path
 ) -> None:
     assert api.targets(hybrid)["warning"].startswith(
-        "layers.0.mixer (gated_deltanet) keeps a state or a window: "
+        "layers.0.mixer (gated_deltanet) keeps a state or a window, or chooses blocks: "
     )
     softmax = tmp_path / "softmax.yaml"
     softmax.write_text(HYBRID.replace("[linear, full, full]", "[full, full]"))
     assert api.targets(softmax)["warning"] == ""
-    softmax.write_text(softmax.read_text().replace("qk_norm: true", "window: 7"))
-    assert "layers.0.mixer (attention)" in api.targets(softmax)["warning"]
+    plain = softmax.read_text()
+    for field in ("window: 7", "selection: {block: 8, count: 4}"):
+        softmax.write_text(plain.replace("qk_norm: true", field))
+        assert "layers.0.mixer (attention)" in api.targets(softmax)["warning"]
 
 
 def test_a_refusal_tells_what_holds_where_nothing_is_written(tmp_path: Path) -> None:

@@ -138,6 +138,8 @@ PUBLISHED = dict.fromkeys(
     ("gdn-3-1-1.3b", "gdn-6-1-1.3b", "hgrn2-3-1-1.3b", "hgrn2-6-1-1.3b", "rat-1.3b", "rat-swa-1.3b"),
     (1.3e9, 0.05e9),
 )
+# 18.95 GB of released weights, two bytes each.
+PUBLISHED["minicpm-sala-9b"] = (9.475e9, 0.0025e9)
 KINDS = "heddle-100m-"
 
 

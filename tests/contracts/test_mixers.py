@@ -49,6 +49,12 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
             "bias": "qkv",
             "selection": {"block": 8, "count": 4},
         },
+        {
+            "heads": 4,
+            "kv_heads": 2,
+            "selection": {"block": 8, "count": 4, "scores": "kernels", "dense_length": 20},
+        },
+        {"heads": 4, "kv_heads": 2, "selection": {"block": 8, "count": 3, "decode_only": True}},
         {"heads": 4, "kv_heads": 2, "window": 7, "causal": False},
     ],
     "parallel": [
@@ -558,7 +564,7 @@ def test_attention_rows_are_handed_out_for_chosen_queries_alone(fields: dict[str
             rows_of(mixer, (9,), x, call_at(0, 9))
 
 
-@every_decoder
+@every_keeper_of("step")
 def test_attention_rows_of_a_step_are_those_of_the_whole(fields: dict[str, Any]) -> None:
     mixer, x = keepers(fields, "step")[0], noise(2, 20, HIDDEN)
     cache = mixer.new_cache()
@@ -754,14 +760,16 @@ def test_no_kind_is_exempt_but_these() -> None:
     assert always == {"layer_router": {"causality", "step", "chunks"}, "token_mlp": {"written"}}
     # What has no memory is held to that in tests/compose/test_token_mlp.py.
     assert set(WEAKER) == set(always) - {"token_mlp"}
+    # Nothing may stand for these, so a test of its own must hold what they keep: of what is causal all the same, attention that
+    # chooses blocks in decoding alone, tests/compose/test_block_selection.py.
     sometimes: dict[str, set[str]] = {}
+    causal: dict[str, set[str]] = {}
     for one in EVERY_MIXER:
         spec = schema_of(one.values[0])
         exempt = {*spec.exemptions()} - {*spec.exempt}
         if exempt:
-            sometimes.setdefault(spec.kind, set()).update(exempt)
-            # Nothing may stand for it, so a test of its own must hold what it keeps.
-            assert not spec.is_causal
+            (causal if spec.is_causal else sometimes).setdefault(spec.kind, set()).update(exempt)
+    assert causal == {"attention": {"step", "chunks"}}
     both_sides = {"causality", "step", "chunks"}
     assert sometimes == {
         "attention": both_sides,

@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from views import VIEWS
 
 from heddle.errors import HeddleError
 from heddle.kernels import OPS, Op
-from heddle.kernels.accuracy import EPSILON, Sample, compare, draw, oracle, results, worst_error
+from heddle.kernels.accuracy import EPSILON, Sample, compare, draw, is_timed, oracle, results, worst_error
 from heddle.kernels.op import INTERPRETED, LIBRARY, watch_paths
 
 pytestmark = pytest.mark.usefixtures("kernels_on_gpu")
@@ -31,9 +32,9 @@ GPU_SIZES = {"B": 1, "H": 2, "HV": 2, "K": 128, "V": 128, "C": 64, "W": 4}
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
-def _settings() -> Iterator[Any]:
-    """Every op with every device and dtype it is tested on."""
-    for op in OPS:
+def _settings(takes: Callable[[AnyOp], bool] = lambda _: True) -> Iterator[Any]:
+    """Every op, or those it takes, with every device and dtype it is tested on."""
+    for op in filter(takes, OPS):
         # Torch paths are tested in full precision here: in half, that of an op with kernels is the baseline itself.
         for dtype in (torch.float32, torch.float16) if INTERPRETED else (torch.float64, torch.float32):
             yield pytest.param(op, "cpu", dtype, id=f"{op.name}-cpu-{_short(dtype)}")
@@ -67,11 +68,16 @@ def _assert_close(op: AnyOp, sample: Sample, device: str, found: dict[str, Tenso
     exact = oracle(op, sample)
     bounds = {one.name: one.bound for one in compare(op, sample, device)}
     for name, tensor in found.items():
-        error, worst = worst_error(tensor, exact[name], timed=name == "out")
+        error, worst = worst_error(tensor, exact[name], timed=is_timed(name))
         assert error <= bounds[name], f"{name}: {error:.2e}, at most {bounds[name]:.2e}, {worst}"
 
 
 over_settings = pytest.mark.parametrize(("op", "device", "dtype"), list(_settings()))
+# Where the kernels are compiled anew: sizes of 1 and strides are among what they are compiled for.
+over_few_settings = pytest.mark.parametrize(
+    ("op", "device", "dtype"),
+    [one for one in _settings() if one.values[1] == "cpu" or one.values[2] == torch.bfloat16],
+)
 
 
 @over_settings
@@ -120,6 +126,45 @@ def test_packed_sequences_equal_each_alone(op: AnyOp, device: str, dtype: torch.
         outputs.append(out)
         states.append(state)
     _assert_close(op, sample, device, {"out": torch.cat(outputs, 1), "final_state": torch.cat(states)})
+
+
+@over_settings
+def test_empty_sequences_are_right_at_every_place(op: AnyOp, device: str, dtype: torch.dtype) -> None:
+    ends = [0, 0, 3, 3, 3, 103, 103]
+    sample = draw(op, {**op.cases.test_shapes[-1], "B": 1, "T": ends[-1]}, dtype, cu_seqlens=ends)
+    _check(op, op.cases.test_shapes[-1], sample, device)
+    given = sample.to(device).arguments
+    _, state = op(**given)
+    empty = [0, 2, 3, 5]
+    assert torch.equal(state[empty], given["initial_state"][empty])
+
+
+@over_few_settings
+def test_a_single_head_of_a_single_row_is_right(op: AnyOp, device: str, dtype: torch.dtype) -> None:
+    shape = {**_shapes(op, device)[-1], "B": 1, "H": 1, "HV": 1, "C": 1, "T": 120}
+    _check(op, shape, draw(op, shape, dtype), device)
+
+
+@pytest.mark.parametrize(("op", "device", "dtype"), list(_settings(lambda op: "beta" in op.cases.sequence)))
+@pytest.mark.parametrize("count", [1, 3])
+def test_keys_that_repeat_are_right(op: AnyOp, device: str, dtype: torch.dtype, count: int) -> None:
+    shape = {**op.cases.test_shapes[-1], "T": 120}
+    sample = draw(op, shape, dtype)
+    k = sample.arguments["k"][:, torch.arange(shape["T"]) % count]
+    _check(op, shape, replace(sample, arguments={**sample.arguments, "k": k}), device)
+
+
+@over_few_settings
+@pytest.mark.parametrize("view", VIEWS)
+def test_tensors_are_read_as_they_lie(
+    op: AnyOp, device: str, dtype: torch.dtype, view: Callable[[Tensor], Tensor]
+) -> None:
+    sample = draw(op, {**op.cases.test_shapes[0], "T": 20}, dtype)
+
+    def on_views(**arguments: Tensor) -> tuple[Tensor, Tensor]:
+        return op(**{name: view(x) for name, x in arguments.items()})
+
+    _assert_close(op, sample, device, results(on_views, sample.to(device)))
 
 
 @over_settings

@@ -79,6 +79,7 @@ DRAWN: dict[str, tuple[str, dict[str, Any]]] = {
 TASKS: dict[str, Callable[[], Task]] = {
     "mqar": lambda: Mqar(vocab_size=VOCAB, pairs=4, length=32),
     "mqar-quiet": lambda: Mqar(vocab_size=64, pairs=8, length=47, random_non_queries=False),
+    "mqar-even": lambda: Mqar(vocab_size=64, pairs=4, length=40, gap_power=1.0),
     "mqar-tight": lambda: Mqar(vocab_size=VOCAB, pairs=8, length=32),
     "text": text,
     "masked-bytes": partial(masked, of_readout=False),

@@ -117,7 +117,7 @@ def test_what_does_not_fit_is_told() -> None:
     assert "no more than keys" in refused(q=torch.ones(B, H, 12, D))
     assert "2 key heads do not divide 3 query heads" in refused(q=torch.ones(B, 3, 7, D))
     assert "block 0 must be positive" in refused(block=0)
-    assert "one dtype" in refused(q=torch.ones(B, H, 7, D))
+    assert "k is float64, expected float32 as q" in refused(q=torch.ones(B, H, 7, D))
     assert "only one of listed, chosen and gates" in refused(
         chosen=some_blocks(), gates=some_blocks()[:, :, 0].double()
     )

@@ -138,7 +138,7 @@ def test_a_decay_that_wants_a_gradient_is_refused() -> None:
 
 def test_mixed_dtypes_and_two_tokens_a_step_are_refused() -> None:
     arguments = draw(decay_attention, {**SMALL, "T": 2}, torch.float32).arguments
-    with pytest.raises(HeddleError, match="share a dtype"):
+    with pytest.raises(HeddleError, match="k is float32, expected float16 as q"):
         decay_attention(**{**arguments, "q": arguments["q"].half()})
     state = arguments.pop("initial_state")
     with pytest.raises(HeddleError, match="takes one token"):

@@ -11,6 +11,7 @@ from torch import Tensor
 from heddle.errors import HeddleError
 from heddle.kernels import delta_rule, delta_rule_step, gated_delta_rule
 from heddle.kernels.accuracy import Sample, compare, draw, results
+from heddle.kernels.common.tuning import tuning
 
 pytestmark = pytest.mark.usefixtures("kernels_on_gpu")
 
@@ -28,6 +29,14 @@ def test_one_beta_throughout_is_right(device: str, beta: float) -> None:
     sample = draw(delta_rule, SHAPE, torch.float32)
     even = _changed(sample, beta=torch.full_like(sample.arguments["beta"], beta))
     wrong = [str(one) for one in compare(delta_rule, even, device) if not one.ok]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_gradients_by_two_kernels_are_right(device: str) -> None:
+    sample = draw(delta_rule, SHAPE, torch.float32)
+    with tuning(split=1):
+        wrong = [str(one) for one in compare(delta_rule, sample, device) if not one.ok]
     assert not wrong, "\n".join(wrong)
 
 
@@ -56,7 +65,7 @@ def test_it_is_the_gated_rule_without_decay() -> None:
 
 def test_mixed_dtypes_and_two_tokens_a_step_are_refused() -> None:
     arguments = draw(delta_rule, {**SHAPE, "T": 2}, torch.float32).arguments
-    with pytest.raises(HeddleError, match="share a dtype"):
+    with pytest.raises(HeddleError, match="k is float32, expected float16 as q"):
         delta_rule(**{**arguments, "q": arguments["q"].half()})
     state = arguments.pop("initial_state")
     with pytest.raises(HeddleError, match="takes one token"):

@@ -253,7 +253,7 @@ def test_a_cuda_graph_repeats_the_step() -> None:
         ({"state": torch.zeros(2, 3, 16, 16)}, "qkv and state do not fit"),
         ({"state": torch.zeros(1, 4, 16, 16)}, "state has shape"),
         ({"z": torch.zeros(2, 1, 4, 15)}, "z has shape"),
-        ({"z": torch.zeros(2, 1, 4, 16).half()}, "share a dtype"),
+        ({"z": torch.zeros(2, 1, 4, 16).half()}, "z is float16, expected float32 as qkv"),
         ({"a": torch.zeros(2, 1, 3)}, "a has shape"),
         ({"dt_bias": torch.zeros(3)}, "dt_bias has shape"),
         ({"norm_weight": torch.zeros(15)}, "norm_weight has shape"),

@@ -12,8 +12,9 @@ from heddle.errors import HeddleError
 from heddle.kernels import force_path, gated_delta_rule
 from heddle.kernels._gated_delta_rule_torch import _unit_lower_inverse
 from heddle.kernels.accuracy import Sample, compare, draw, results
+from heddle.kernels.common.layout import LEAST_HEAD
 from heddle.kernels.common.tuning import tuning
-from heddle.kernels.configs.gated_delta_rule import HOPPER, OTHER, Family
+from heddle.kernels.configs.gated_delta_rule import HOPPER, OTHER, PAIRS, TOKENS, Family
 from heddle.kernels.configs.launch import Launch
 from heddle.kernels.op import INTERPRETED
 
@@ -83,6 +84,32 @@ def test_segments_change_nothing(device: str) -> None:
         _assert_right(packed, device)
 
 
+@pytest.mark.parametrize("device", KERNEL_DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_gradients_by_two_kernels_are_right(dtype: torch.dtype, device: str) -> None:
+    # On a CPU three tiles of keys, the last half empty; on a GPU none is narrower than a head.
+    tile = 16 if device == "cpu" else LEAST_HEAD
+    shape = {"B": 1, "H": 1, "HV": 2, "K": 40, "V": 24}
+    packed = draw(gated_delta_rule, {**shape, "T": 80}, dtype, cu_seqlens=[0, 1, 1, 71, 80])
+    whole = draw(gated_delta_rule, {**shape, "T": 70}, dtype)
+    choices = torch.tensor([0.0, -1e-6, -1e-4, -1.0, -20.0], dtype=whole.arguments["log_decay"].dtype)
+    picked = torch.randint(5, whole.arguments["log_decay"].shape, generator=torch.Generator().manual_seed(1))
+    with tuning(split=1, tile=tile, segment=64):
+        _assert_right(packed, device)
+        _assert_right(_changed(whole, log_decay=choices[picked]), device)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("sizes", [(64, 64), (100, 72), (128, 128), (128, 256), (256, 256)])
+def test_gradients_by_two_kernels_are_right_in_large_heads(
+    dtype: torch.dtype, sizes: tuple[int, int]
+) -> None:
+    K, V = sizes
+    with tuning(split=1, gradient=TOKENS, pairs=PAIRS):
+        _assert_right(draw(gated_delta_rule, {**SHAPE, "K": K, "V": V, "T": 300}, dtype), "cuda")
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_heads_of_one_projection_are_read_as_they_lie(device: str) -> None:
     sample = draw(gated_delta_rule, {**SHAPE, "HV": 2, "T": 20}, torch.float32).to(device)
@@ -98,7 +125,7 @@ def test_heads_of_one_projection_are_read_as_they_lie(device: str) -> None:
 
 def test_mixed_dtypes_are_refused() -> None:
     arguments = draw(gated_delta_rule, {**SHAPE, "T": 4}, torch.float32).arguments
-    with pytest.raises(HeddleError, match="share a dtype"):
+    with pytest.raises(HeddleError, match="k is float32, expected float16 as q"):
         gated_delta_rule(**{**arguments, "q": arguments["q"].half()})
 
 

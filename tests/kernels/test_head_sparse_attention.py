@@ -173,7 +173,10 @@ def test_of_one_key_alone_the_value_is_left(device: str, dtype: torch.dtype) -> 
     given = rounded(drawn(T=1, S=1), dtype)
     found = results(head_sparse_attention, given, dtype, device)
     values = given["v"].repeat_interleave(2, dim=1) * given["weights"].mT[..., None]
-    assert (found["out"].transpose(1, 2).cpu() - values).abs().max() < 2 * EPSILON[dtype] * values.abs().max()
+    # The output is rounded once, which bfloat16 does by up to 0.4 %; all before it is float32.
+    off = 2 * EPSILON[torch.float32] * values.abs().max()
+    room = torch.finfo(dtype).eps / 2 * values.abs() + off
+    assert ((found["out"].transpose(1, 2).cpu() - values).abs() <= room).all()
     # Rounded, but for a softmax of one there is nothing to learn.
     assert all(found[name].abs().max() < 10 * EPSILON[dtype] for name in ("q", "k"))
 
@@ -338,8 +341,8 @@ def test_what_does_not_fit_is_told() -> None:
     assert "no more than keys" in refused(q=torch.ones(1, 4, 76, 16))
     assert "2 key heads do not divide 3 query heads" in refused(q=torch.ones(1, 3, 75, 16))
     assert "scale 0 must be positive" in refused(scale=0)
-    assert "one dtype" in refused(q=torch.ones(1, 4, 75, 16))
-    assert "weights must be floating point, not torch.bool" in refused(weights=torch.ones(1, 75, 4) > 0)
+    assert "k is float64, expected float32 as q" in refused(q=torch.ones(1, 4, 75, 16))
+    assert "weights is bool, expected bfloat16, float16" in refused(weights=torch.ones(1, 75, 4) > 0)
     assert "weights has shape [1, 4, 75], expected [1, 75, 4]" in refused(weights=torch.ones(1, 4, 75))
     assert "real has shape [1, 74], expected [1, 75]" in refused(real=torch.ones(1, 74) > 0)
     assert "as many queries as keys" in refused(

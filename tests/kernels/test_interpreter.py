@@ -35,6 +35,8 @@ OTHERS = {
     # All gradients of one form, tall tiles, ragged heads in half precision, a list in three parts.
     "test_block_attention_kernels": "reference and gates and float32 or gated_tiles and float16 or odd and group and float16 "
     "or split and 3-listed and float32",
+    # Ragged heads and groups in half precision, marks, a dense list, both ways of scoring.
+    "test_block_choice": "reference and (odd and float16 or (marked or dense) and float32) or equal_blocks",
     # A choice in both directions with all limits, ragged heads and blocks in half precision, a step in three parts; what only
     # kernels have: a choice part by part, and how often a gradient is rounded.
     "test_landmark_attention": "results and reference and 1-cpu and float32 or odd and group and float16 "
@@ -44,14 +46,16 @@ OTHERS = {
     # Ragged heads in half precision, packed sequences by descriptors in two loops, keys of a step in three parts, lists, a mixer.
     "test_head_sparse_attention": "reference and ragged and float16 or two_loops and packed-1-1 and float32 "
     "or split and 1-3-cpu and float32 or list or mixer and 20-learned and float32",
-    # Ragged heads in half precision, a step and keys of before, a window, tiles, later tokens; a mixer.
-    "test_span_attention": "reference and (ragged and float16 or (step or past or window) and float32) "
+    # Ragged heads and few keys in half precision, a step and keys of before, a window, tiles, later tokens; a mixer.
+    "test_span_attention": "reference and ((ragged or few) and float16 or (step or past or window) and float32) "
     "or tiles and 16-64 and float32 or no_bit and float32 or mixer",
     # Sinks in half precision, packed sequences by descriptors, keys of a step in three parts.
     "test_sliding_window_attention": "reference and many and float16 or descriptors and packed-1-cpu and float32 "
     "or split and 3-cpu and float32",
     # A chunk that goes on in half precision, packed sequences.
     "test_rat_scan": "reference and (goes and float16 or packed and float32)",
+    # Of chosen blocks, which each query has its own of.
+    "test_attention_weights": "gated and float32",
     # Tiles that some queries see in half precision, packed sequences by descriptors, a step in three parts, a mixer.
     "test_rat_attention": "reference and many and float16 or descriptors and packed-1-cpu and float32 "
     "or split and 3-cpu and float32 or mixer",
@@ -59,6 +63,8 @@ OTHERS = {
     "test_local_linear_attention": "kernels_are and (step and float32 or slope and float16)",
     # Segments in full precision, ragged heads and a part of a tile in half.
     "test_routed_delta_rule": "reference and (whole and float32 or ragged and float16)",
+    # The widest window in half precision, one of a single token; packed sequences with an empty one.
+    "test_causal_conv1d": "reference and (8-packed and float16 or 1-dense and float32 or 3-packed and float32)",
     # Rows that lie apart in half precision, each form once.
     "test_rms_norm": "apart and float16 or reference and ragged and float32",
     # The loss and the norm that contracts do not have; padding.
@@ -105,6 +111,7 @@ def test_interpreted_kernels_of_a_contract_of_their_own_are_right() -> None:
         "gla",
         "kda",
         "block_attention_kernels",
+        "block_choice",
         "gated_delta_layer",
         "landmark_attention",
         "head_sparse_attention",

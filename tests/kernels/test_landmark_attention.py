@@ -298,7 +298,7 @@ def test_what_does_not_fit_is_told() -> None:
     assert "2 key heads do not divide 3 query heads" in refused(q=torch.ones(1, 3, 7, 16))
     assert "block 0 and top None must be positive" in refused(block=0)
     assert "block 8 and top 0 must be positive" in refused(top=0)
-    assert "one dtype" in refused(q=torch.ones(1, 4, 7, 16))
+    assert "k is float64, expected float32 as q" in refused(q=torch.ones(1, 4, 7, 16))
     assert "landmarks has shape [1, 2, 2, 16], expected [1, 2, 3, 16]" in refused(
         landmarks=torch.ones(1, 2, 2, 16, dtype=torch.float64)
     )

@@ -191,7 +191,7 @@ def refused(**change: Any) -> str:
 def test_what_does_not_fit_is_told() -> None:
     assert "no more than keys" in refused(q=torch.ones(B, H, S + 1, D))
     assert "2 key heads do not divide 3 query heads" in refused(q=torch.ones(B, 3, T, D))
-    assert "one dtype" in refused(q=torch.ones(B, H, T, D))
+    assert "k is float64, expected float32 as q" in refused(q=torch.ones(B, H, T, D))
     assert "ridge 0 and window None must be positive" in refused(ridge=0)
     assert "ridge 10.0 and window 0 must be positive" in refused(window=0)
     assert "real has shape [3, 13], expected [2, 13]" in refused(real=torch.ones(3, S, dtype=torch.bool))

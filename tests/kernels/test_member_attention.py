@@ -72,9 +72,11 @@ def test_rounding_costs_no_more_than_inputs_and_outputs(dtype: torch.dtype) -> N
 
 def test_what_does_not_fit_is_told() -> None:
     for change, told in (
-        ({"own": torch.ones(B, H, T, V)}, "one dtype"),
+        ({"own": torch.ones(B, H, T, V)}, "own is float32, expected float64 as q"),
         ({"index": torch.zeros(B, H, T, dtype=torch.int64)}, "must be"),
+        ({"index": drawn()["index"].double()}, "index is float64, expected int64, int32"),
         ({"weight": torch.ones(B, S + 1)}, "weight has shape"),
+        ({"weight": torch.ones(B, S, device="meta")}, "weight is on meta, expected cpu as q"),
     ):
         with pytest.raises(HeddleError, match=told) as error:
             member_attention(**{**drawn(), **change})

@@ -214,7 +214,7 @@ def test_what_does_not_fit_is_told() -> None:
     assert "chunk 0 must be positive" in refused(chunk=0)
     assert "start -1 not negative" in refused(start=-1)
     assert "needs past" in refused(start=3, past=None)
-    assert "one dtype" in refused(k=torch.ones(2, 37, 2, 6))
+    assert "k is float32, expected float64 as q" in refused(k=torch.ones(2, 37, 2, 6))
     assert "gate has shape [2, 36, 4, 6], expected [2, 37, 4, 6]" in refused(
         gate=torch.ones(2, 36, 4, 6).double()
     )

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from heddle.kernels import OPS, bench, causal_conv1d, decay_attention, decay_attention_step, ttt
+from heddle.kernels import OPS, bench, causal_conv1d, decay_attention, decay_attention_step, simple_gla, ttt
+from heddle.kernels.accuracy import draw
 from heddle.kernels.bench import bench_ops, table
 from heddle.kernels.selftest import check_op, self_test
+from heddle.kernels.simple_gla import simple_gla_reference
 
 ROW = {
     "run", "time", "commit", "device", "driver", "cuda", "torch", "triton", "op", "impl", "phase", "shape", "dtype",
@@ -65,6 +69,46 @@ def test_a_benchmark_row_has_the_agreed_keys() -> None:
     timed = [row for row in rows if row["op"] == "causal_conv1d"]
     assert all(0 < row["ms_p10"] <= row["ms"] <= row["ms_p90"] and row["gbps"] > 0 for row in timed)
     assert len(table(rows).splitlines()) == len(rows)
+
+
+@pytest.mark.gpu
+def test_a_call_in_a_graph_does_not_overtake_what_makes_its_inputs() -> None:
+    made, seen = torch.zeros(1, device="cuda"), list[torch.Tensor]()
+    # Some 50 ms.
+    torch.cuda._sleep(100_000_000)
+    made.fill_(1.0)
+    bench.timed_in_graph(lambda: seen.append(made.clone()))
+    assert seen[0].item() == 1.0
+
+
+def test_rows_of_steps_are_named_after_the_step() -> None:
+    rows = bench_ops(["delta_rule"], device="cpu", phases=["decode"])
+    assert {(row["op"], row["phase"]) for row in rows} == {
+        ("copy", "ceiling"),
+        ("matmul", "ceiling"),
+        ("delta_rule_step", "decode"),
+    }
+
+
+def test_a_rival_that_knows_no_groups_is_given_copies_of_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    def whole(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, g: torch.Tensor, **rest: Any) -> Any:
+        # The state is made of what is given, so that a wrong order of heads is seen.
+        seen.append((q.shape, k.shape, g.shape, rest))
+        return simple_gla_reference(q, k, v, g)
+
+    seen: list[Any] = []
+    monkeypatch.setitem(sys.modules, "a_rival", SimpleNamespace(whole=whole, token=None))
+    monkeypatch.setitem(
+        bench._PEERS, "simple_gla", bench._Peer("a_rival", "whole", "token", {"log_decay": "g"})
+    )
+    sample = draw(
+        simple_gla, {"B": 1, "T": 9, "H": 2, "HV": 4, "K": 8, "V": 8}, torch.float64, initial_state=False
+    )
+    apart = bench._apart(simple_gla, "fwd", simple_gla, sample.arguments)
+    assert seen == [((1, 9, 4, 8), (1, 9, 4, 8), (1, 9, 4), {"output_final_state": True})]
+    assert max(apart.values()) < 1e-6
+    assert set(apart) == {"out", "final_state"}
+    assert bench._label("fla", "simple_gla", "fwd", sample.arguments) == "fla, keys copied"
 
 
 def test_a_row_is_told_before_the_next_is_timed() -> None:

@@ -135,7 +135,7 @@ def test_a_head_count_that_does_not_divide_and_two_tokens_a_step_are_refused() -
     arguments = draw(simple_gla, {**SMALL, "T": 2}, torch.float32).arguments
     with pytest.raises(HeddleError, match="do not divide"):
         simple_gla(**{**arguments, "v": arguments["v"].repeat_interleave(3, 2)[:, :, :3]})
-    with pytest.raises(HeddleError, match="share a dtype"):
+    with pytest.raises(HeddleError, match="k is float32, expected float16 as q"):
         simple_gla(**{**arguments, "q": arguments["q"].half()})
     state = arguments.pop("initial_state")
     with pytest.raises(HeddleError, match="takes one token"):

@@ -193,7 +193,7 @@ def test_what_does_not_fit_is_told() -> None:
     assert "2 key heads do not divide 3 query heads" in refused(q=torch.ones(1, 3, 75, 16))
     assert "window 0 and scale None must be positive" in refused(window=0)
     assert "sinks -1 not negative" in refused(sinks=-1)
-    assert "one dtype" in refused(q=torch.ones(1, 4, 75, 16))
+    assert "k is float64, expected float32 as q" in refused(q=torch.ones(1, 4, 75, 16))
     assert "real has shape [1, 74], expected [1, 75]" in refused(real=torch.ones(1, 74) > 0)
     assert "as many queries as keys" in refused(
         q=torch.ones(1, 4, 7, 16).double(), cu_seqlens=torch.tensor([0, 75])

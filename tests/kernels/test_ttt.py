@@ -187,5 +187,5 @@ def test_what_does_not_fit_is_told() -> None:
         weight=torch.ones(2, 2, 5, 5)
     )
     assert "rates has shape [2, 4, 2, 3], expected [2, 4, 2, 1]" in refused(rates=torch.ones(2, 4, 2, 3))
-    assert "one dtype, not float16" in refused(q=torch.ones(2, 4, 2, 5).half())
+    assert "k is float32, expected float16 as q" in refused(q=torch.ones(2, 4, 2, 5).half())
     assert "initial_state has shape" in refused(initial_state=torch.ones(2, 2, 52))

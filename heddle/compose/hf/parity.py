@@ -27,6 +27,7 @@ SHORT_STEPS = 6
 FULL_PASSES, FULL_SECONDS = (160, 200), 60.0
 RECURRENT = "a recurrent state cannot skip padding that follows text: pad on the left"
 WINDOW = "a window counts padding that follows text as places: pad on the left"
+BLOCKS = "blocks of keys are counted by places, padding that follows text among them: pad on the left"
 GENERATION = "with and without cache"
 # How far off a check may be where a failure is expected: logits that have nothing in common are some 1.4 off.
 WORST = 4.0
@@ -217,7 +218,7 @@ class _Causal(_Checks):
         )
 
     def excuse(self) -> str:
-        """Why right padding may fail with this model's cache: a state that merges tokens, or a window."""
+        """Why right padding may fail with this model's cache: a state that merges tokens, a window, or blocks that are chosen."""
         cache = self.model(input_ids=self.ids[:, :2], use_cache=True).past_key_values
         if getattr(cache, "linear_cache", None):
             return RECURRENT
@@ -225,7 +226,9 @@ class _Causal(_Checks):
         if any(vars(one).keys() & {"states", "recurrent_states", "conv_states"} for one in held):
             return RECURRENT
         windows = [getattr(one, name, None) for one in held for name in ("window", "sliding_window")]
-        return WINDOW if any(windows) else ""
+        if any(windows):
+            return WINDOW
+        return BLOCKS if any(getattr(one, "selection", None) for one in self.model.modules()) else ""
 
     def after_left_padding(self, model: Any) -> tuple[Tensor, Tensor]:
         real = self.length - self.padding

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from heddle.compose.cache import (
     Call,
+    CompositeLayer,
     KVLayer,
     PreallocatedKVLayer,
     PreallocatedRecurrentLayer,
@@ -18,6 +19,7 @@ from heddle.compose.cache import (
     TokenCount,
 )
 from heddle.compose.init import Initialised, fill
+from heddle.compose.means_cache import MeansLayer
 from heddle.compose.modules.chosen_heads import attend_chosen, has_routed_kernels, skips
 from heddle.compose.modules.grid_window import grid_keys
 from heddle.compose.modules.head_mix import HeadMix
@@ -29,11 +31,14 @@ from heddle.compose.modules.precision import wide
 from heddle.compose.modules.qk_source import EMBEDDED, qk_input
 from heddle.compose.modules.rope import rotary_key, rotate
 from heddle.compose.modules.rows import RowsOut
-from heddle.compose.modules.selection import Places, Rule, attend_blocks, choose_blocks
+from heddle.compose.modules.selection import Places, Rule, attend_blocks, choose_blocks, choose_for_step
 from heddle.compose.modules.site import Site
 from heddle.compose.modules.sliding import attend_sliding, has_kernels, slides
 from heddle.compose.modules.softmax import softmax_attention, softmax_weights
 from heddle.errors import HeddleError
+
+# The parts of a cache of one that chooses blocks.
+TOKENS, MEANS = "tokens", "means"
 
 
 class AttentionModule(Initialised):
@@ -53,11 +58,12 @@ class AttentionModule(Initialised):
     `keys_from`: the keys and values are those of an earlier layer, and so is their cache (arXiv 2405.12981, 2405.05254).
     `values_from`: v = (1 - l) v + l v', v' those of an earlier layer, l learned from 1/2 on (arXiv 2410.17897).
     `qk_source`: what q (with its gate) and k are made of in the place of x; see `qk_input` (arXiv 2510.11602).
-    `selection`: blocks of keys that a query reads; see `choose_blocks`. It saves memory and no work yet; with a soft-cap or sinks
-    it masks T x S weights.
+    `selection`: blocks of keys that a query reads; see `choose_blocks`. The means by which it chooses are cached beside the keys.
+    Kernels read the chosen blocks alone, PyTorch computes all products; with a soft-cap or sinks it masks T x S weights.
 
     Shapes:  x, y: [B, T, D];  `heads_out` sees [B, T, H, d], `rows_out` [B, H, queries, S];
-             handed on: keys, values: [B, KV heads, S, d];  indices: [B, KV heads, T, blocks] bool
+             handed on: keys, values: [B, KV heads, S, d];  indices: [B, KV heads, T, blocks] bool, of one token a list
+             [B, KV heads, 1, L] int32, -1 for none
 
     Raises:
         HeddleError: "bad-argument" for a cache of earlier tokens without `causal`.
@@ -97,6 +103,7 @@ class AttentionModule(Initialised):
         )
         self.boundary, self.grid = boundary, dict(grid or {})
         self.keys_from, self.values_from, self.selection = keys_from, values_from, dict(selection or {})
+        self.rule = None if not self.selection or "source" in self.selection else _rule(self.selection, scale)
         self.takes = _taken(keys_from, values_from, self.selection.get("source"))
         self.qk_source = qk_source
         if qk_source == "embedding":
@@ -143,6 +150,7 @@ class AttentionModule(Initialised):
             k, v, written = self._remember(x, source, call)
         else:
             k, v, written = call.handed["keys", self.keys_from], call.handed["values", self.keys_from], None
+        self._keep_means(k, written, call, q.shape[2])
         if self.rows_out.queries is not None:
             self.rows_out(self._rows(q, k, written, call))
         is_routed = self._is_routed(call, straight=route is not None) and skips(q, (k, v, written), self.view)
@@ -182,7 +190,7 @@ class AttentionModule(Initialised):
             v = torch.lerp(v, others, self.value_share.to(v.dtype))
         if not self.view.causal and call.cache is not None and call.cache.get_seq_length() > 0:
             raise HeddleError("bad-argument", "attention that sees later tokens cannot go on from a cache")
-        k, v, written = keys_so_far(k, v, call)
+        k, v, written = keys_so_far(k, v, call if self.rule is None else call.part(TOKENS))
         call.hand(keys=k, values=v)
         return k, v, written
 
@@ -243,22 +251,48 @@ class AttentionModule(Initialised):
         return call.once(key, lambda: grid_keys(call, tokens, self.grid, inward=inward))
 
     def _choice(self, q: Tensor, k: Tensor, written: Tensor | None, call: Call) -> tuple[Places, Tensor]:
-        """The blocks of keys, and those that each query reads.  Shapes:  out: [B, KV heads, T, blocks] bool"""
-        real = None if call.key_padding is None else call.key_padding[:, -k.shape[2] :] > 0
-        places = Places(self.selection["block"], k.shape[2], real, q.device)
-        source = self.selection.get("source")
-        if source is not None:
-            return places, call.handed["indices", source]
-        how = {name: one for name, one in self.selection.items() if name not in ("block", "decode_only")}
-        chosen = choose_blocks(q, k, places, Rule(**how, scale=self.scale), weights=written)
+        """The blocks of keys, and those that each query reads.
+
+        Shapes:  out: [B, KV heads, T, blocks] bool, of one token a list [B, KV heads, 1, L] int32, -1 for none
+        """
+        places = self._places(k, call)
+        if self.rule is None:
+            return places, call.handed["indices", self.selection["source"]]
+        kept = call.part(MEANS).cache
+        choose = choose_for_step if q.shape[2] == 1 else choose_blocks
+        means = kept.means() if isinstance(kept, MeansLayer) else None
+        chosen = choose(q, k, places, self.rule, weights=written, means=means)
         call.hand(indices=chosen)
         return places, chosen
 
+    def _places(self, k: Tensor, call: Call) -> Places:
+        real = None if call.key_padding is None else call.key_padding[:, -k.shape[2] :] > 0
+        return Places(self.selection["block"], k.shape[2], real, k.device)
+
+    def _keep_means(self, k: Tensor, written: Tensor | None, call: Call, new: int) -> None:
+        """Adds what the last `new` keys complete to the cache, if blocks are chosen here."""
+        kept = None if self.rule is None else call.part(MEANS).cache
+        if isinstance(kept, MeansLayer):
+            kept.extend(k, self._places(k, call), weights=written, new=new)
+
     def new_cache(self) -> StateLayer:
-        return KVLayer(self.view.window) if self._keeps_keys() else TokenCount()
+        kept = KVLayer(self.view.window) if self._keeps_keys() else TokenCount()
+        if self.rule is None:
+            return kept
+        return CompositeLayer({TOKENS: kept, MEANS: MeansLayer(self.rule.parts(self.selection["block"]))})
 
     def filled_cache(self, batch: int, context: int, like: Tensor) -> StateLayer:
         """A cache of random keys and values after `context` tokens, whose step repeats in place."""
+        kept = self._filled_tokens(batch, context, like)
+        if self.rule is None:
+            return kept
+        parts, heads = self.rule.parts(self.selection["block"]), (batch, self.kv_heads)
+        means = like.new_empty(*heads, parts.complete(context + 1), self.head_dim).normal_()
+        made = CompositeLayer({TOKENS: kept, MEANS: MeansLayer.filled(parts, means, context)})
+        made.tokens, made.is_initialized = context, True
+        return made
+
+    def _filled_tokens(self, batch: int, context: int, like: Tensor) -> StateLayer:
         if not self._keeps_keys():
             return PreallocatedRecurrentLayer({}, context=context)
         window = self.view.window
@@ -296,6 +330,12 @@ class AttentionModule(Initialised):
             group = self.heads // self.kv_heads
             return "triton" if has_kernels(device, dtype, self.head_dim, group) else "sdpa"
         return "sdpa" if is_fused else "torch"
+
+
+def _rule(selection: Mapping[str, Any], scale: float | None) -> Rule:
+    return Rule(
+        **{name: one for name, one in selection.items() if name not in ("block", "decode_only")}, scale=scale
+    )
 
 
 def _taken(keys: int | None, values: int | None, indices: int | None) -> tuple[tuple[str, int], ...]:

@@ -24,7 +24,8 @@ class MohModule(CompositeMixer):
 
     These are the factors of the released code: K, Hs and 2 make all of them 1 for a router that knows nothing. Keys and
     values are those of all heads. In training the layer adds  Hr sum_i mean_t(p_i) mean_t(M_i)  over the tokens that are no
-    padding, as `moh_balance`. On CUDA softmax attention leaves out what has the factor 0 (op `head_sparse_attention`); other
+    padding, as `moh_balance`, and tells `busiest_heads`, the share of the choices that fall on the K heads chosen most: 1 when
+    the router has collapsed. On CUDA softmax attention leaves out what has the factor 0 (op `head_sparse_attention`); other
     mixers, and plain PyTorch, compute all heads.
 
     With `router` "norms" there are no weights (MoH-LLaMA3-8B):
@@ -108,7 +109,9 @@ class MohModule(CompositeMixer):
         return self.active * kept / kept.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(p.dtype).eps)
 
     def _account(self, p: Tensor, chosen: Tensor, call: Call) -> None:
-        """Asks for all routed heads alike. Only the mean of p has a gradient.  Shapes:  p, chosen: [B, T, Hr]"""
+        """Asks for all routed heads alike, and tells how many choices the busiest take. Only the mean of p has a gradient.
+
+        Shapes:  p, chosen: [B, T, Hr]"""
         if call.padding is None:
             wanted, load = p.mean(dim=(0, 1)), chosen.mean(dim=(0, 1))
         else:
@@ -116,6 +119,8 @@ class MohModule(CompositeMixer):
             count = real.sum().clamp(min=1.0)
             wanted, load = ((side * real).sum(dim=(0, 1)) / count for side in (p, chosen))
         call.add_loss("moh_balance", self.routed_heads * (wanted * load).sum(), self.balance)
+        if 0 < self.active < self.routed_heads:
+            call.add_loss("busiest_heads", load.topk(self.active).values.sum() / self.active, 0.0)
 
     def kernel_path(self, device: torch.device, dtype: torch.dtype) -> str:
         """The name of the code that does the mixing."""

@@ -134,7 +134,8 @@ class RoutingModule(nn.Module):
         distance = (unit - self.centroids.of(z).to(unit.dtype)).square() * real[:, None, :, None]
         mean = distance.sum() / (total * self.heads * self.head_dim)
         call.add_loss("commitment", mean if self.commitment else mean.detach(), self.commitment)
-        call.add_loss("largest_cluster", counts.amax(dim=1).mean() / total, 0.0)
+        if self.clusters > 1:
+            call.add_loss("largest_cluster", counts.amax(dim=1).mean() / total, 0.0)
 
     def count_members(self, sums: Tensor) -> None:
         """Takes the sums over members that a forward in training gave."""

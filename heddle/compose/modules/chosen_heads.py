@@ -16,6 +16,12 @@ def has_routed_kernels(device: torch.device, dtype: torch.dtype, size: int, grou
     return head_sparse_attention.path(device, dtype, K=size, V=size, G=group) == "triton"
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _runs_kernels(device: torch.device, dtype: torch.dtype, size: int, group: int) -> bool:
+    """`has_routed_kernels`, asked where the work is about to be done: that they do not run on a GPU is told."""
+    return head_sparse_attention.told_path(device, dtype, K=size, V=size, G=group) == "triton"
+
+
 def skips(q: Tensor, keys: tuple[Tensor, Tensor, Tensor | None], view: View) -> bool:
     """Whether `attend_chosen` is the better way where heads may be left out: keys are all those before, and there are kernels.
 
@@ -26,7 +32,7 @@ def skips(q: Tensor, keys: tuple[Tensor, Tensor, Tensor | None], view: View) -> 
         return False
     if view.window is not None and k.shape[2] > view.window:
         return False
-    found: bool = has_routed_kernels(q.device, q.dtype, q.shape[3], q.shape[1] // k.shape[1])
+    found: bool = _runs_kernels(q.device, q.dtype, q.shape[3], q.shape[1] // k.shape[1])
     return found
 
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from heddle.compose.modules.precision import wide, wide_dtype
 from heddle.kernels.block_attention import block_attention
+from heddle.kernels.block_choice import block_choice, block_scores
 
 # Scores that stand in memory at once, and queries they are of at least: on a GPU each part of them waits for the host.
 SCORES, QUERIES = 1 << 24, 256
@@ -39,41 +39,6 @@ class Places:
         """The block of each key, negative in the padding.  Shapes:  out: [1 or B, keys]"""
         index, shift = torch.arange(self.keys, device=self.device)[None], self.shift()
         return (index if shift is None else index - shift) // self.block
-
-    def means(self, k: Tensor, weights: Tensor | None) -> Tensor:
-        """The mean of each block's keys, those of weight 0 left out.
-
-        Shapes:  k: [B, KV heads, S, d];  weights: [B, S] of 0 and 1, or None;  out: [B, KV heads, blocks, d]
-        """
-        total, kept = self.sums(k, weights)
-        return total / kept.clamp(min=1)
-
-    def sums(self, k: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The sum of each block's keys, at least float32, those of weight 0 left out, and how many they are.
-
-        Shapes:  as `means`, and the second [1 or B, 1, blocks, 1]
-        """
-        if weights is None and self.real is None:
-            return self._plain_sums(k)
-        k = wide(k)
-        kept = k.new_ones(1, self.keys) if weights is None else weights.to(k.dtype)
-        if self.real is not None:
-            kept = (kept * self.real).expand(k.shape[0], -1)
-        tail = self.blocks * self.block - self.keys
-        k, kept = F.pad(self.aligned(k), (0, 0, 0, tail)), F.pad(self.aligned_marks(kept), (0, tail))
-        kept = kept.view(-1, 1, self.blocks, self.block, 1)
-        return (k.view(*k.shape[:2], self.blocks, self.block, -1) * kept).sum(dim=3), kept.sum(dim=3)
-
-    def _plain_sums(self, k: Tensor) -> tuple[Tensor, Tensor]:
-        """As `sums` where every key counts: read once as they are."""
-        complete = self.keys // self.block
-        whole, tail = k[:, :, : complete * self.block], k[:, :, complete * self.block :]
-        total = whole.unflatten(2, (complete, self.block)).sum(dim=3, dtype=wide_dtype(k.dtype))  # type: ignore[no-untyped-call]
-        kept = total.new_full((complete,), self.block)
-        if tail.shape[2] > 0:
-            total = torch.cat((total, tail.sum(dim=2, keepdim=True, dtype=total.dtype)), dim=2)
-            kept = torch.cat((kept, kept.new_full((1,), tail.shape[2])))
-        return total, kept.view(1, 1, -1, 1)
 
     def aligned(self, k: Tensor) -> Tensor:
         """Each row from its first real key on, and then its first keys again, hidden by whoever looks at `aligned_marks`.
@@ -105,11 +70,101 @@ class Places:
         return place if shift is None else place - shift[:, 0]
 
     def keys_of(self, chosen: Tensor) -> Tensor:
-        """The keys of chosen blocks.  Shapes:  chosen: [B, KV heads, T, blocks] bool;  out: [B, KV heads, T, keys] bool"""
+        """The keys of chosen blocks.
+
+        Shapes:  chosen: [B, KV heads, T, blocks] bool, or lists [B, KV heads, T, L] of blocks;  out: [B, KV heads, T, keys] bool
+        """
+        if chosen.dtype != torch.bool:
+            # What is none goes behind the last block.
+            index = torch.where(chosen < 0, self.blocks, chosen).to(torch.int64)
+            table = chosen.new_zeros(*chosen.shape[:3], self.blocks + 1, dtype=torch.bool)
+            chosen = table.scatter(-1, index, True)[..., :-1]
         if self.real is None:
             return chosen.repeat_interleave(self.block, dim=-1)[..., : self.keys]
         place = self.of_keys().clamp(min=0)[:, None, None].expand(*chosen.shape[:3], -1)
         return chosen.gather(-1, place)
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Keys that have one mean: part i is the `width` strides of `stride` keys from the i-th on, counted as blocks are."""
+
+    stride: int
+    width: int
+
+    def complete(self, keys: int) -> int:
+        """How many of them so many keys complete."""
+        return max(0, keys // self.stride - self.width + 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Means:
+    """The means of parts, and which of them have a key that counts; None for all.
+
+    Shapes:  keys: [B, KV heads, n, d];  held: [1 or B, n] bool
+    """
+
+    keys: Tensor
+    held: Tensor | None = None
+
+
+@torch.no_grad()
+def means_of(
+    k: Tensor, places: Places, parts: Parts, *, weights: Tensor | None, new: int
+) -> tuple[Means, int | Tensor]:
+    """The means of the parts that the last `new` of the keys have completed, and which part is the first.
+
+    A mean is of the keys that are real and of weight 1, summed in at least float32 and rounded once to the type of the keys. With
+    padding rows complete parts at different tokens: as many are made for each row, among them some that are complete already
+    or not yet; of one that is not yet nothing can be told.
+
+    Shapes:  k: [B, KV heads, S, d];  weights: [B, S] of 0 and 1, or None;  first: a number, or [B] int64 of a padded batch
+    """
+    shift, most = places.shift(), parts.complete(places.keys)
+    first: int | Tensor
+    if shift is None:
+        first = parts.complete(places.keys - new)
+        count = most - first
+        span = slice(first * parts.stride, (first + count + parts.width - 1) * parts.stride)
+        k, marks = k[:, :, span], None if weights is None else weights[:, span]
+    else:
+        count = min(-(-new // parts.stride), most)
+        past = (places.keys - new - shift[:, 0]) // parts.stride - parts.width + 1
+        first = past.clamp(min=0, max=most - count)
+        length = (count + parts.width - 1) * parts.stride
+        index = shift + first[:, None] * parts.stride + torch.arange(length, device=k.device)
+        inside, index = index < places.keys, index.clamp(max=places.keys - 1)
+        assert places.real is not None
+        marks = (places.real.gather(1, index) & inside).to(k.dtype)
+        index = index.expand(k.shape[0], -1)
+        marks = marks if weights is None else marks * weights.gather(1, index).to(k.dtype)
+        k = k.gather(2, index[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3]))
+    if count == 0:
+        return Means(k[:, :, :0], None if marks is None else marks[:, :0] > 0.5), first
+    total, kept = (_windows(one, parts.width) for one in _sums(k, marks, parts.stride))
+    means = (total / kept.clamp(min=1)).to(k.dtype)
+    return Means(means, None if marks is None else kept[:, 0, :, 0] > 0), first
+
+
+def _sums(k: Tensor, marks: Tensor | None, stride: int) -> tuple[Tensor, Tensor]:
+    """The sums of strides of keys, at least float32, those of mark 0 left out, and how many they are.
+
+    Shapes:  k: [B, KV heads, n stride, d];  marks: [B, n stride];  out: [B, KV heads, n, d], [1 or B, 1, n, 1]
+    """
+    count = k.shape[2] // stride
+    strides = k.unflatten(2, (count, stride))  # type: ignore[no-untyped-call]
+    if marks is None:
+        # Read once as they are.
+        total = strides.sum(dim=3, dtype=wide_dtype(k.dtype))
+        return total, total.new_full((1, 1, count, 1), stride)
+    kept = wide(marks).view(-1, 1, count, stride, 1)
+    return (wide(strides) * kept).sum(dim=3), kept.sum(dim=3)
+
+
+def _windows(one: Tensor, width: int) -> Tensor:
+    """The sums of `width` neighbours along axis 2."""
+    count = one.shape[2] - width + 1
+    return one if width == 1 else sum((one[:, :, i : i + count] for i in range(1, width)), one[:, :, :count])
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,33 +185,54 @@ class Rule:
     dense_length: int = 0
     scale: float | None = None
 
+    def parts(self, block: int) -> Parts:
+        """What its means are means of."""
+        return Parts(block, 1) if self.scores == "mean" else Parts(block // 4, 2)
+
 
 @torch.no_grad()
 def choose_blocks(
-    q: Tensor, k: Tensor, places: Places, rule: Rule, *, weights: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    places: Places,
+    rule: Rule,
+    *,
+    weights: Tensor | None = None,
+    means: Means | None = None,
 ) -> Tensor:
     """The blocks that each query reads, one set for the query heads of a KV head. No gradient comes back from the choice.
 
     Of the complete blocks between the first and the last the best fill up to `count`; of equal ones the earlier is taken. The
-    queries belong to the last T of the S keys, and are worked on in blocks.
+    queries belong to the last T of the S keys, and are worked on in blocks. `means`: those of `rule.parts`, if they are there.
 
-    Shapes:  q: [B, H, T, d];  k: [B, KV heads, S, d];  weights: as in `Places.means`;
+    Shapes:  q: [B, H, T, d];  k: [B, KV heads, S, d];  weights: as in `means_of`;
              out: [B, KV heads, T, blocks] bool
     """
-    is_mean = rule.scores == "mean"
-    rows = (places.means(k, weights), None) if is_mean else _kernels(k, places, weights)
+    means = _all_means(k, places, rule, weights) if means is None else means
     first, found = places.first(q.shape[0], q.shape[2]), []
-    count = max(QUERIES, SCORES // (q.shape[0] * k.shape[1] * places.blocks))
+    # Kernels are scored head by head, and four to a block.
+    kernels = rule.scores == "kernels"
+    width = q.shape[1] * 4 * places.blocks if kernels else k.shape[1] * places.blocks
+    count = max(QUERIES, SCORES // (q.shape[0] * width))
     for start in range(0, q.shape[2], count):
         part = q[:, :, start : start + count]
         place = first[:, None] + torch.arange(start, start + part.shape[2], device=q.device)
-        heads = wide(part).unflatten(1, (k.shape[1], -1))  # type: ignore[no-untyped-call]
-        if rows[1] is None:
-            score = heads.mean(dim=2) @ rows[0].mT
-        else:
-            score = _kernel_scores(heads, (rows[0], rows[1]), place, places.block, rule.scale)
+        score = block_scores(
+            part,
+            means.keys,
+            place,
+            block=places.block,
+            blocks=places.blocks,
+            held=means.held,
+            kernels=kernels,
+            scale=rule.scale,
+        )
         found.append(_best(score, place, places.block, rule))
     return found[0] if len(found) == 1 else torch.cat(found, dim=2)
+
+
+def _all_means(k: Tensor, places: Places, rule: Rule, weights: Tensor | None) -> Means:
+    return means_of(k, places, rule.parts(places.block), weights=weights, new=places.keys)[0]
 
 
 def _best(score: Tensor, place: Tensor, size: int, rule: Rule) -> Tensor:
@@ -172,31 +248,37 @@ def _best(score: Tensor, place: Tensor, size: int, rule: Rule) -> Tensor:
     return (chosen | (place < rule.dense_length)[:, None, :, None]) & (block <= own)
 
 
-def _kernels(k: Tensor, places: Places, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The mean of the keys of each kernel, and whether it has any; kernel i holds the quarters i and i + 1 of blocks.
-
-    Shapes:  out: [B, KV heads, 4 blocks - 1, d], [1 or B, 4 blocks - 1] bool
-    """
-    quarters = Places(places.block // 4, places.keys, places.real, places.device)
-    total, kept = quarters.sums(k, weights)
-    missing = 4 * places.blocks - total.shape[2]
-    total, kept = F.pad(total, (0, 0, 0, missing)), F.pad(kept, (0, 0, 0, missing))
-    total, kept = (one[:, :, :-1] + one[:, :, 1:] for one in (total, kept))
-    return total / kept.clamp(min=1), kept[:, 0, :, 0] > 0
-
-
-def _kernel_scores(
-    q: Tensor, kernels: tuple[Tensor, Tensor], place: Tensor, block: int, scale: float | None
+@torch.no_grad()
+def choose_for_step(
+    q: Tensor,
+    k: Tensor,
+    places: Places,
+    rule: Rule,
+    *,
+    weights: Tensor | None = None,
+    means: Means | None = None,
 ) -> Tensor:
-    """Shapes:  q: [B, KV heads, G, T, d];  kernels: as `_kernels`;  place: [B, T];  out: [B, KV heads, T, blocks]"""
-    (means, held), quarter = kernels, block // 4
-    ends = torch.arange(held.shape[-1], device=q.device) * quarter + 2 * quarter
-    seen = ((ends <= place[..., None] + 1) & held[:, None])[:, None, None]
-    logits = (q @ means[:, :, None].mT) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    logits = logits.masked_fill(~seen, torch.finfo(logits.dtype).min)
-    share = torch.softmax(logits, dim=-1).masked_fill(~seen, 0.0).sum(dim=2)
-    # Five kernels overlap a block: one begins before it, one ends behind it.
-    return F.pad(share, (1, 1)).unfold(-1, 5, 4).amax(dim=-1)
+    """As `choose_blocks` for a few queries, as lists of blocks, -1 for none.
+
+    Shapes:  out: [B, KV heads, T, L] int32
+    """
+    means = _all_means(k, places, rule, weights) if means is None else means
+    # Without padding all queries are this far at least.
+    is_dense = places.real is not None or places.keys - q.shape[2] < rule.dense_length
+    return block_choice(
+        q,
+        means.keys,
+        start=places.first(q.shape[0], q.shape[2]),
+        block=places.block,
+        blocks=places.blocks,
+        count=rule.count,
+        sink=rule.sink,
+        recent=rule.recent,
+        dense_length=rule.dense_length if is_dense else 0,
+        held=means.held,
+        kernels=rule.scores == "kernels",
+        scale=rule.scale,
+    )
 
 
 def attend_blocks(
@@ -208,16 +290,17 @@ def attend_blocks(
 ) -> Tensor:
     """Softmax attention over the own key and the chosen blocks, the keys as `keys_so_far` gives them.
 
-    Shapes:  q, out: [B, H, T, d];  chosen: [B, KV heads, T, blocks] bool
+    Shapes:  q, out: [B, H, T, d];  chosen: [B, KV heads, T, blocks] bool, or lists [B, KV heads, T, L] of blocks
     """
-    (k, v, written), real = keys, places.real
+    (k, v, written), real, is_marks = keys, places.real, chosen.dtype == torch.bool
     return block_attention(
         q,
         places.aligned(k),
         places.aligned(v),
         block=places.block,
         start=places.first(q.shape[0], q.shape[2]),
-        chosen=chosen,
+        chosen=chosen if is_marks else None,
+        listed=None if is_marks else chosen,
         real=None if real is None else places.aligned_marks(real),
         written=None if written is None else places.aligned_marks(written),
         scale=scale,

@@ -16,6 +16,12 @@ def has_kernels(device: torch.device, dtype: torch.dtype, size: int, group: int)
     return sliding_window_attention.path(device, dtype, K=size, V=size, G=group) == "triton"
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _runs_kernels(device: torch.device, dtype: torch.dtype, size: int, group: int) -> bool:
+    """`has_kernels`, asked where the work is about to be done: that they do not run on a GPU is told."""
+    return sliding_window_attention.told_path(device, dtype, K=size, V=size, G=group) == "triton"
+
+
 def slides(q: Tensor, keys: tuple[Tensor, Tensor, Tensor | None], view: View) -> bool:
     """Whether `attend_sliding` is the better way: there is a window to be cut out of the keys, and kernels that do.
 
@@ -27,7 +33,7 @@ def slides(q: Tensor, keys: tuple[Tensor, Tensor, Tensor | None], view: View) ->
     # One query needs no mask: its cache holds no more than its window.
     if q.shape[2] == 1 or k.shape[2] <= view.window:
         return False
-    found: bool = has_kernels(q.device, q.dtype, q.shape[3], q.shape[1] // k.shape[1])
+    found: bool = _runs_kernels(q.device, q.dtype, q.shape[3], q.shape[1] // k.shape[1])
     return found
 
 

@@ -31,13 +31,13 @@ def target_rows(model: Model) -> list[dict[str, Any]]:
 
 
 def padding_warning(planned: Plan) -> str:
-    """What every target does wrong with a model whose cache holds a state or a window; or nothing."""
+    """What every target does wrong with a model whose cache holds a state, a window or chosen blocks; or nothing."""
     first = next((layer for layer in planned.layers if layer.places_padding), None)
     if first is None:
         return ""
     return (
-        f"layers.{first.index}.mixer ({first.mixer['kind']}) keeps a state or a window: in every target, tokens that go on "
-        "from a cache with padding on the right are wrong, a single pass is right; pad on the left"
+        f"layers.{first.index}.mixer ({first.mixer['kind']}) keeps a state or a window, or chooses blocks: in every target, "
+        "tokens that go on from a cache with padding on the right are wrong, a single pass is right; pad on the left"
     )
 
 

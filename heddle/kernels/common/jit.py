@@ -44,3 +44,30 @@ def load_tile(
     rows = tl.arange(0, ROWS) * stride
     at = x_ptr + token.to(tl.int64) * stride + rows[:, None] + columns[None, :]
     return tl.load(at, mask=inside[:, None] & in_columns, other=0.0)
+
+
+@triton.jit
+def best_of(logits, top):
+    """Which are the `top` largest, the earlier ones of equals, but never -inf; and how many of them there are up to each.
+
+    The least of them is found from its highest bit down, by counting how many are as large.
+    """
+    raw = tl.where(logits == 0.0, 0.0, logits).to(tl.int32, bitcast=True)
+    # Whole numbers in the order of the logits.
+    order = tl.where(raw < 0, raw ^ 0x7FFFFFFF, raw)
+    held = tl.sum((order >= 0).to(tl.int32), axis=0)
+    least = tl.where(held >= top, 0, -2147483648)
+    held = tl.where(held >= top, held, 2147483647)
+    step = held * 0 + 1073741824
+    while (step > 0) & (held != top):
+        count = tl.sum((order >= least + step).to(tl.int32), axis=0)
+        held = tl.where(count >= top, count, held)
+        least = tl.where(count >= top, least + step, least)
+        step = step // 2
+    real = logits > float("-inf")
+    above, equal = real & (order > least), real & (order == least)
+    # Both are counted at once: there are fewer than 2^15 of either.
+    counts = tl.cumsum(above.to(tl.int32) * 65536 + equal.to(tl.int32), axis=0)
+    spare = top - tl.sum(above.to(tl.int32), axis=0)
+    equals = counts & 65535
+    return above | (equal & (equals <= spare)), (counts >> 16) + tl.minimum(equals, spare)

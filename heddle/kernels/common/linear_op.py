@@ -10,10 +10,11 @@ from torch import Tensor
 
 from heddle.errors import HeddleError
 from heddle.kernels.common.varlen import check_packing
-from heddle.kernels.op import Shape, check_shapes, normal, register, wide_dtype
+from heddle.kernels.op import FLOATS, Shape, check_shapes, check_tensors, normal, register, wide_dtype
 
 # Of a key and of a value head, in the kernels.
 MAX_HEAD_SIZE = 256
+LIMITS = f"K and V up to {MAX_HEAD_SIZE}"
 _TENSORS = "Tensor q, Tensor k, Tensor v, Tensor log_decay"
 _INPUTS = f"{_TENSORS}, float scale, Tensor? initial_state, Tensor? cu_seqlens"
 
@@ -27,8 +28,9 @@ def check_inputs(
     *,
     state: Tensor | None,
     cu_seqlens: Tensor | None = None,
+    log_decay: Tensor | None = None,
 ) -> None:
-    """Raises "bad-argument" for what an op of linear attention cannot take.
+    """Raises "bad-argument" for what an op of linear attention cannot take; the shape of a `log_decay` is not asked.
 
     Shapes:  q, k: [B, T, H, K];  v: [B, T, HV, V];  gates: [B, T, HV];  state: [B, HV, K, V] or [N, HV, K, V]
     """
@@ -43,18 +45,26 @@ def check_inputs(
         raise HeddleError("bad-argument", f"{name}: {H} key heads do not divide {HV} value heads")
     count = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     heads = (B, T, HV)
+    dtype, device = q.dtype, q.device
     # Asked first, since all of it costs the host more than a launch.
     as_expected = (
-        k.shape == shape and rows == B and tokens == T and (state is None or state.shape == (count, HV, K, V))
+        k.shape == shape
+        and rows == B
+        and tokens == T
+        and k.dtype == v.dtype == dtype
+        and dtype in FLOATS
+        and k.device == v.device == device
+        and (state is None or state.shape == (count, HV, K, V))
     )
     for x in gates.values():
         as_expected = as_expected and x.shape == heads
-    if not as_expected:
+    for side in (state, log_decay, *gates.values()):
+        as_expected = as_expected and (side is None or (side.dtype in FLOATS and side.device == device))
+    if not as_expected or cu_seqlens is not None:
         expected = {"k": (k, (B, T, H, K)), "v": (v, (*heads, V)), "state": (state, (count, HV, K, V))}
         check_shapes(name, {**expected, **{gate: (x, heads) for gate, x in gates.items()}})
-    if not q.dtype == k.dtype == v.dtype:
-        found = f"{q.dtype}, {k.dtype} and {v.dtype}"
-        raise HeddleError("bad-argument", f"{name}: q, k and v must share a dtype, got {found}")
+        floats = {"log_decay": log_decay, **gates, "state": state}
+        check_tensors(name, {"q": q, "k": k, "v": v}, floats=floats, integers={"cu_seqlens": cu_seqlens})
 
 
 def check_one_token(name: str, q: Tensor) -> None:

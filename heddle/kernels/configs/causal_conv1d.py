@@ -1,4 +1,4 @@
-"""Launch configurations of causal_conv1d: plain data. `chunk`: tokens of a tile; `columns`: channels."""
+"""Launch configurations of causal_conv1d: plain data. `chunk`: tokens that are loaded at once; `columns`: channels."""
 
 from __future__ import annotations
 
@@ -9,23 +9,25 @@ from heddle.kernels.configs.launch import Launch
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """The launches of one device family; a program of the backward pass walks over `steps` tiles."""
+    """The launches of one device family; a program walks over `tokens`, or over fewer so that there are `programs`."""
 
     forward: Launch
     backward: Launch
-    steps: int
+    tokens: int
+    programs: int
 
 
 HOPPER = Family(
-    forward=Launch(chunk=32, columns=128, warps=4, stages=1),
-    # Seven rows of each token in registers.
-    backward=Launch(chunk=16, columns=128, warps=4, stages=1),
-    steps=16,
+    forward=Launch(chunk=8, columns=512, warps=4, stages=1),
+    backward=Launch(chunk=4, columns=512, warps=4, stages=1),
+    tokens=256,
+    # Eight for each multiprocessor.
+    programs=1056,
 )
 OTHER = HOPPER
-# The interpreter pays by the operation, whatever the size of the tiles.
+# The interpreter pays by the operation, whatever the columns.
 INTERPRETER = Family(
-    Launch(chunk=64, columns=64, warps=4, stages=1), Launch(chunk=64, columns=64, warps=4, stages=1), 2
+    Launch(chunk=8, columns=1024, warps=4, stages=1), Launch(chunk=8, columns=1024, warps=4, stages=1), 32, 1
 )
 
 

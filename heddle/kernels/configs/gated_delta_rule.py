@@ -12,7 +12,8 @@ class Plan:
     """The launches of one kind of inputs; all share the chunk. `columns` are those of V (`solve` has none).
 
     `keep` is `forward` where a backward pass will want the states. `inverse`: how products of the triangular inverse are
-    computed
+    computed. `pairs`: where two kernels make the gradients, that of the first; `gradient` is that of the second, which takes
+    `tile` channels of keys at a time
     """
 
     solve: Launch
@@ -21,6 +22,8 @@ class Plan:
     backward: Launch
     gradient: Launch
     inverse: str = "tf32x3"
+    pairs: Launch | None = None
+    tile: int = 64
 
     @property
     def chunk(self) -> int:
@@ -29,6 +32,9 @@ class Plan:
 
 Family = BySize[Plan]
 
+# Of gradients by two kernels, which no GPU has timed yet: a plan takes them by `gradient=TOKENS, pairs=PAIRS`.
+PAIRS = Launch(chunk=64, columns=64, warps=4, stages=1, registers=168)
+TOKENS = Launch(chunk=64, columns=64, warps=4, stages=1)
 
 HOPPER = Family(
     half=Plan(

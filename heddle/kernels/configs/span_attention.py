@@ -1,4 +1,4 @@
-"""Launch configurations of span_attention: plain data. No GPU has timed them yet (tests/bench/routing_check.py does)."""
+"""Launch configurations of span_attention: plain data, first guesses (tests/bench/routing_check.py has timed others)."""
 
 from __future__ import annotations
 

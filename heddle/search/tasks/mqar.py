@@ -16,6 +16,7 @@ from heddle.search.tasks.task import Score, Task, digest_of, seed_of
 # Raised with every change of the generator or of the held-out set, so that old scores are not taken for new
 # ones.
 REVISION = 2
+# Zoology's: most queries follow the context closely. At 1 all slots are equally likely.
 GAP_POWER = 0.01
 HELD_OUT = 512
 CHANCE_DRAWS = 20_000
@@ -31,8 +32,8 @@ class Mqar(Task):
 
         k1 v1 k2 v2 … kn vn | (T-2n)/2 slots of two tokens
 
-    n of the slots are drawn without replacement with p(g) ∝ (g+1)^(0.01-1), so most queries follow the
-    context closely; the i-th slot drawn holds key i, at its first token, and there the target is the key's
+    n of the slots are drawn without replacement with p(g) ∝ (g+1)^(gap_power - 1), so by default (0.01) most
+    queries follow the context closely; the i-th slot drawn holds key i, at its first token, and there the target is the key's
     value. The answer itself is never written. Every other token of the query region is random, or 0 with
     `random_non_queries=False`.
 
@@ -54,13 +55,22 @@ class Mqar(Task):
     higher_is_better = True
     best = 1.0
 
-    def __init__(self, *, vocab_size: int, pairs: int, length: int, random_non_queries: bool = True) -> None:
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        pairs: int,
+        length: int,
+        random_non_queries: bool = True,
+        gap_power: float = GAP_POWER,
+    ) -> None:
         _check(vocab_size, pairs, length)
         self.vocab_size, self.pairs, self.sequence_length = vocab_size, pairs, length
-        self._form = Form(vocab_size, pairs, length, random_non_queries)
+        self._form = Form(vocab_size, pairs, length, random_non_queries, gap_power)
         self._easier = tuple(self._form.divided(by) for by in DIVISORS)
         self.chance = self._form.chance()
-        self.digest = digest_of("mqar", REVISION, vocab_size, pairs, length, random_non_queries, HELD_OUT)
+        parts = ["mqar", REVISION, vocab_size, pairs, length, random_non_queries, HELD_OUT]
+        self.digest = digest_of(*parts, *([gap_power] if gap_power != GAP_POWER else []))
 
     def sample(self, batch: int, *, seed: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
         return self._form.draw(batch, generator_for("mqar", "sample", seed, device))
@@ -68,6 +78,22 @@ class Mqar(Task):
     def training_batch(self, tokens: int, *, seed: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
         form = self._easier[seed_of("mqar", "form", seed) % len(self._easier)]
         return form.draw(max(1, tokens // form.length), generator_for("mqar", "sample", seed, device))
+
+    def segments(
+        self, batch: int, count: int, *, seed: int, device: torch.device | str
+    ) -> tuple[Tensor, Tensor]:
+        """Rows of `count` short sequences side by side, no key twice: easier, with as many answers. [batch, length] each."""
+        form, n = self._form.divided(count), self.pairs // count
+        if n * count != self.pairs or form.length * count != self.sequence_length:
+            raise HeddleError(
+                "bad-argument",
+                f"mqar: {self.pairs} pairs in {self.sequence_length} tokens are not {count} equal segments",
+                hint="a number that divides both",
+            )
+        generator = generator_for("mqar", "segments", seed, device)
+        keys = 1 + distinct(batch, self.vocab_size // 2 - 1, self.pairs, generator)
+        inputs, targets = form.fill(keys.view(batch * count, n), generator)
+        return inputs.view(batch, -1), targets.view(batch, -1)
 
     def held_out(self, device: torch.device | str) -> tuple[Tensor, Tensor]:
         # Drawn on the CPU, whose generator gives the same everywhere.
@@ -108,6 +134,7 @@ class Form:
     pairs: int
     length: int
     random_non_queries: bool
+    gap_power: float
 
     @property
     def slots(self) -> int:
@@ -121,9 +148,12 @@ class Form:
 
     def draw(self, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Inputs and targets, int64 [B, length]."""
-        device, n, half = generator.device, self.pairs, self.vocab_size // 2
+        return self.fill(1 + distinct(batch, self.vocab_size // 2 - 1, self.pairs, generator), generator)
+
+    def fill(self, keys: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Inputs and targets, int64 [B, length], of sequences with such keys [B, pairs]."""
+        batch, device, n, half = keys.shape[0], generator.device, self.pairs, self.vocab_size // 2
         shape = (batch, self.length)
-        keys = 1 + distinct(batch, half - 1, n, generator)
         values = half + distinct(batch, self.vocab_size - half, n, generator)
         if self.random_non_queries:
             inputs = torch.randint(self.vocab_size, shape, generator=generator, device=device)
@@ -136,8 +166,8 @@ class Form:
         return inputs.scatter_(1, places, keys), targets.scatter_(1, places, values)
 
     def layout(self, batch: int, generator: torch.Generator) -> Tensor:
-        """The slot of each key: slots drawn one by one without replacement, p(g) ∝ (g+1)^(0.01-1). [B, n]"""
-        weights = torch.arange(1, self.slots + 1, device=generator.device).pow(GAP_POWER - 1.0)
+        """The slot of each key: slots drawn one by one without replacement, p(g) ∝ (g+1)^(gap_power - 1). [B, n]"""
+        weights = torch.arange(1.0, self.slots + 1, device=generator.device).pow(self.gap_power - 1.0)
         # Exponential clocks of these rates ring in the order of such draws.
         clocks = torch.empty(batch, self.slots, device=generator.device).exponential_(generator=generator)
         return (clocks / weights).topk(self.pairs, dim=1, largest=False, sorted=True).indices

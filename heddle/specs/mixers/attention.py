@@ -355,12 +355,16 @@ class Attention(HeadedMixer):
         return 2 * self._weights(site) + self._core(site) * (mean if self.causal else 2 * mean - 1)
 
     def states(self, site: Site) -> tuple[State, ...]:
-        if not self.causal or self.keys_from is not None:
+        if not self.causal:
             return ()
         shape = (self.kv_heads or self.heads, head_dim_of(self, site))
         # The next token sees itself and what is held.
         limit = None if self.window is None else self.window - 1
-        return tuple(State(name, shape, grows=True, limit=limit) for name in ("keys", "values"))
+        names = ("keys", "values") if self.keys_from is None else ()
+        kept = tuple(State(name, shape, grows=True, limit=limit) for name in names)
+        if self.selection is None or self.selection.source is not None:
+            return kept
+        return (*kept, self.selection.means(shape))
 
     def read_bytes(self, site: Site, context: int, element: int) -> int:
         """Keys and values that the token sees, its own left out, whoever caches them; to choose blocks also their means."""

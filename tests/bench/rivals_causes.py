@@ -1,0 +1,36 @@
+"""What is known of the goals that docs/performance.md misses beside flash-linear-attention: for `rivals.py`."""
+
+from __future__ import annotations
+
+ON_H100 = "[profiled on an H100](#gated-delta-rule-beside-flash-linear-attention-on-an-h100)"
+# By op and phase of the rows: what bounds it, and what was tried.
+CAUSES = {
+    ("lightning", "fwd"): (
+        "One kernel of 256 programs on 264 places: each walks through a whole sequence, chunk by chunk. fla took 0.385 ms in one "
+        "run (`8d97eeab`) and 0.416 in the other."
+    ),
+    ("simple_gla", "fwdbwd"): (
+        "The gradient of the decays is a difference of what q's and k's gradients say, so these are rounded alike and read the "
+        "state in two parts: fixed decays (`lightning`) take 0.80."
+    ),
+    ("gated_delta_rule", "fwd"): (
+        "The triangular inverse of each chunk and a serial loop over chunks with few programs a multiprocessor, "
+        f"{ON_H100}. Tried there: segments, the inverse in float16. The inverse is that of a value head's own beta and "
+        "decays, so sharing keys saves loads alone."
+    ),
+    ("gated_delta_rule", "fwdbwd"): (
+        f"The kernel of all gradients but the state's, one program of 8 warps at 255 registers, {ON_H100}. Tried there: "
+        "128 registers (1.8 times as slow). Two kernels, as those of `kda`, are made and wait for a GPU "
+        "(`gated_delta_check.py --only split`)."
+    ),
+    ("gated_delta_rule", "decode_graph"): (
+        "512 heads of all sequences take the launch for few (16 columns, one warp); from 1,024 on that for many reaches 94% of "
+        "the floor."
+    ),
+    ("gated_delta_rule", "decode"): (
+        "Python, 57 µs a call where the device waits for it ([rows](../tests/bench/results/evidence-host-time.jsonl), at "
+        "`ab791819b151`). Launches are recorded and repeated ([decision 0014](decisions/0014-eager-calls.md)); graphs do without."
+    ),
+}
+# Which op the rows of `misses_check.py` name.
+TIMED_AS = {"lightning": "decay_attention"}
