@@ -10,7 +10,7 @@ from heddle.specs.base import Count, Schema
 
 
 class DataSpec(Schema):
-    """The text that the `text` task and `heddle train` read."""
+    """The text that the tasks `text` and `masked_bytes`, and `heddle train`, read."""
 
     source: Annotated[
         str,

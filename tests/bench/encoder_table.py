@@ -72,11 +72,11 @@ def text() -> str:
     rules = [plain(found, rule) for _, _, rule, found in columns]
     lines.append(f"| chance | {' | '.join(f'{chance} | ' for chance, _ in rules)} |")
     lines.append(f"| words counted, or the unigram | {' | '.join(f'{rule} | ' for _, rule in rules)} |")
+    steps = [sorted({row["steps"] for row in found}) for *_, found in columns]
+    told_steps = (" or ".join(f"{count:,}" for count in counts) for counts in steps)
+    lines.append(f"| steps of 4,096 tokens | {' | '.join(f'{one} | ' for one in told_steps)} |")
     commits = ", ".join(f"`{one}`" for one in dict.fromkeys(row["commit"] for row in rows))
-    tokens = ", ".join(
-        f"{steps:,}" for steps in sorted({row["steps"] for *_, found in columns for row in found})
-    )
-    told = f"On {rows[-1]['device']} at {commits}; steps of 4,096 tokens: {tokens}."
+    told = f"On {rows[-1]['device']} at {commits}."
     failed = [row for row in rows if row["score"] is None]
     told += "".join(f" `{row['kind']}` failed at {row['lr']:g}: {row['error']}." for row in failed)
     return "\n".join([told, "", *lines])

@@ -9,7 +9,7 @@
 The kinds are the options of the first choice of the space, with one layer of the last block of its placement, and the
 model whose every layer is that block; with `--pure` every layer is the option. Nothing is timed; `wall_s` only tells what a
 repetition costs. A training that fails has a row with its error in place of a score. With `--resume` what has a score of this
-kind of device in the file is not trained again; `--budget` begins no training after so many seconds.
+kind of device in the file, or in that of the results, is not trained again; `--budget` begins no training after so many seconds.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def asked() -> argparse.Namespace:
     )
     parser.add_argument("--kinds", nargs="*", help="the kinds to train; all of the spec if not given")
     parser.add_argument("--tokens", type=int, help="tokens of a training, in place of the spec's")
-    parser.add_argument("--resume", action="store_true", help="leave out what has a score in the file")
+    parser.add_argument("--resume", action="store_true", help="leave out what has a score already")
     parser.add_argument("--budget", type=float, help="seconds after which no training is begun")
     parser.add_argument("--commit", help="what the code is, where git cannot tell")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the rows")
@@ -162,8 +162,9 @@ def main() -> None:
     jobs = list(itertools.product(*choices))
     path = chosen.out / f"evidence-{chosen.topic}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    if chosen.resume and path.exists():
-        done = scored(path, device_name(device))
+    if chosen.resume:
+        kept = [file for file in {path, RESULTS / path.name} if file.exists()]
+        done = set().union(*(scored(file, device_name(device)) for file in kept))
         hashes = {name: spec_hash(model) for name, model in kinds(chosen.spec, pure=chosen.pure)}
         jobs = [
             job
