@@ -59,14 +59,15 @@ def _block_choice_mean_kernel(
     b, n, t, _, own = place_of(start_ptr, row, T, N, BLOCK)
     head, columns = tl.arange(0, HEADS), tl.arange(0, ROWS_K)
     in_k = (columns < K)[None, :]
+    c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    parts_ptr += b * stride_mb + n * stride_mh
+    at = parts_ptr + (c.to(tl.int64) * stride_mt)[:, None] + columns[None, :]
+    # On its way while the mean of the queries is made.
+    means = tl.load(at, mask=(c < parts)[:, None] & in_k, other=0.0)  # [COLUMNS, ROWS_K]
     q_ptr += b * stride_qb + n * GROUP * stride_qh + t.to(tl.int64) * stride_qt
     q_at = q_ptr + (head.to(tl.int64) * stride_qh)[:, None] + columns[None, :]
     q = tl.load(q_at, mask=(head < GROUP)[:, None] & in_k, other=0.0)  # [HEADS, ROWS_K]
     mean = tl.sum(q.to(tl.float32), axis=0) / GROUP
-    c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    parts_ptr += b * stride_mb + n * stride_mh
-    at = parts_ptr + (c.to(tl.int64) * stride_mt)[:, None] + columns[None, :]
-    means = tl.load(at, mask=(c < parts)[:, None] & in_k, other=0.0)  # [COLUMNS, ROWS_K]
     worth = tl.sum(mean[None, :] * means.to(tl.float32), axis=1)
     tl.store(worth_ptr + row * blocks + c, as_read(worth, c, own, sink, recent), mask=c < blocks)
 
