@@ -6,7 +6,6 @@ import functools
 from dataclasses import replace
 
 import torch
-import triton
 from torch import Tensor
 
 from heddle.kernels._block_choice_kernels import (
@@ -20,7 +19,7 @@ from heddle.kernels._block_choice_kernels import (
 )
 from heddle.kernels.common.layout import aligned, block, room, strides, wider
 from heddle.kernels.common.tables import table_on
-from heddle.kernels.common.tuning import tuned
+from heddle.kernels.common.tuning import is_tuned, tuned
 from heddle.kernels.configs.block_choice import INTERPRETER, Family, Plan, family
 
 
@@ -32,8 +31,15 @@ def _device(device: torch.device) -> Family:
 def plan(device: torch.device, element: int, size: int) -> Plan:
     """The launches for tensors on `device`, elements of so many bytes and this head size; overrides come first."""
     table = _device(device).plan(element, block(size))
+    if not is_tuned():
+        return table
     names = ("mean", "logit", "pool", "share")
     return replace(table, **{name: tuned(name, getattr(table, name)) for name in names})
+
+
+def _power(size: int) -> int:
+    """The least power of two that is as large. Triton's own takes the host several times as long."""
+    return 1 << max(0, size - 1).bit_length()
 
 
 def choosing_warps(width: int) -> int:
@@ -67,7 +73,7 @@ def launch(
         _by_means(q, means, worth, start, forced, block_keys=block)
     length = min(blocks, max(count, -(-dense_length // block)))
     listed = torch.empty(B, N, T, length, dtype=torch.int32, device=q.device)
-    width = triton.next_power_of_2(blocks)
+    width = _power(blocks)
     _block_choice_list_kernel[(B * N * T,)](
         worth, listed, start, T, N, blocks, count, dense_length, length,
         BLOCK=block, WIDTH=width, num_warps=tuned("choosing_warps", choosing_warps(width)),
@@ -89,9 +95,9 @@ def launch_marks(
     """The marks; arguments as those of the registered op."""
     B, N, T, parts = worth.shape
     marks = torch.empty(B, N, T, blocks, dtype=torch.uint8, device=worth.device)
-    width = triton.next_power_of_2(blocks)
+    width = _power(blocks)
     _block_choice_mark_kernel[(B * N * T,)](
-        worth.contiguous(), marks, start, T, N, parts, blocks, sink, recent, count, dense_length,
+        worth.contiguous(), marks, start.contiguous(), T, N, parts, blocks, sink, recent, count, dense_length,
         BLOCK=block, WIDTH=width, POOL=pooled, num_warps=tuned("choosing_warps", choosing_warps(width)),
     )  # fmt: skip
     return marks.view(torch.bool)
@@ -101,12 +107,12 @@ def launch_shares(
     q: Tensor, means: Tensor, start: Tensor, held: Tensor | None, scale: float, block_keys: int
 ) -> Tensor:
     """What kernels are worth to many queries; arguments as those of the registered op."""
-    (B, H, T, _), (N, parts) = q.shape, means.shape[1:3]
+    (B, H, T, _), (N, parts), start = q.shape, means.shape[1:3], start.contiguous()
     q, means = (aligned(wider(x, room(x.shape[3], x.device))) for x in (q, means))
-    K, heads = q.shape[3], triton.next_power_of_2(H // N)
+    K, heads = q.shape[3], _power(H // N)
     table = plan(q.device, q.element_size(), K).share
     rows, columns = max(16, table.chunk, heads), min(table.columns, block(max(parts, 1)))
-    tiles = triton.cdiv(T, rows // heads)
+    tiles = -(-T // (rows // heads))
     lse = torch.empty(B, N, T, heads, dtype=torch.float32, device=q.device)
     share = torch.empty(B, N, T, parts, dtype=torch.float32, device=q.device)
     if parts == 0:
@@ -121,7 +127,7 @@ def launch_shares(
     _block_choice_sum_kernel[(B * N, tiles)](
         q, means, lse, start, marks, *sides, T, N, parts, tiles, *numbers, **constants, **table.options()
     )
-    _block_choice_share_kernel[(B * N, tiles, triton.cdiv(parts, columns))](
+    _block_choice_share_kernel[(B * N, tiles, -(-parts // columns))](
         q, means, lse, share, start, marks, *sides, T, N, parts, *numbers, **constants, **table.options()
     )
     return share
@@ -134,9 +140,9 @@ def _by_means(
     (B, H, T, K), N, (blocks, sink, recent) = q.shape, means.shape[1], forced
     table = plan(q.device, q.element_size(), K).mean
     columns = min(table.columns, block(blocks))
-    _block_choice_mean_kernel[(B * N * T, triton.cdiv(blocks, columns))](
+    _block_choice_mean_kernel[(B * N * T, -(-blocks // columns))](
         q, means, worth, start, *strides(q, means), T, N, means.shape[2], blocks, sink, recent,
-        K=K, ROWS_K=block(K), HEADS=triton.next_power_of_2(H // N), GROUP=H // N, BLOCK=block_keys,
+        K=K, ROWS_K=block(K), HEADS=_power(H // N), GROUP=H // N, BLOCK=block_keys,
         COLUMNS=columns, **table.options(),
     )  # fmt: skip
 
@@ -155,7 +161,7 @@ def _pooled(
     (B, H, T, K), (N, parts), (blocks, sink, recent), (start, held) = q.shape, means.shape[1:3], forced, seen
     table, group, lines, rows = plan(q.device, q.element_size(), K), H // N, block(H // N), B * N * T
     columns = min(table.logit.columns, block(parts))
-    tiles = triton.cdiv(parts, columns)
+    tiles = -(-parts // columns)
     logits = torch.empty(rows, group, parts, dtype=torch.float32, device=q.device)
     most, total = torch.empty(2, rows, lines, tiles, dtype=torch.float32, device=q.device)
     marks = start if held is None else held.contiguous().view(torch.uint8)
@@ -168,8 +174,8 @@ def _pooled(
             **table.logit.options(),
         )  # fmt: skip
     columns = min(table.pool.columns, block(blocks))
-    _block_choice_pool_kernel[(rows, triton.cdiv(blocks, columns))](
+    _block_choice_pool_kernel[(rows, -(-blocks // columns))](
         logits, most, total, worth, start, T, N, parts, blocks, tiles, sink, recent,
         ROWS=lines, GROUP=group, BLOCK=block_keys, COLUMNS=columns,
-        TILES=triton.next_power_of_2(max(tiles, 1)), **table.pool.options(),
+        TILES=_power(tiles), **table.pool.options(),
     )  # fmt: skip

@@ -221,7 +221,7 @@ def choose_blocks(
     width = k.shape[1] * places.blocks
     if kernels:
         # Four to a block, scored head by head but in kernels.
-        sizes = {"K": q.shape[3], "G": q.shape[1] // k.shape[1], "choice": places.blocks}
+        sizes = {"K": q.shape[3], "G": q.shape[1] // k.shape[1], "choice": places.blocks, "many": 1}
         is_fused = block_choice.path(q.device, q.dtype, **sizes) == "triton"
         width *= 4 if is_fused else 4 * sizes["G"]
     count = max(QUERIES, SCORES // (q.shape[0] * width))
