@@ -292,14 +292,16 @@ def _key_gradient(
         if GATED:
             k = tl.load(k_at, mask=mask, other=0.0)  # [C, ROWS]
             written *= left[:, None]
-            if ROUTED:
-                d_route = tl.sum(tl.sum(k * written, axis=1), axis=0)
-                tl.store(d_routes_ptr + place, d_route)
-                written *= tl.load(routes_ptr + place)
             # In float64, as were the sums of log-decays: what passes through a strong decay is the rest of a difference.
             per_token = tl.sum(k * written, axis=1).to(tl.float64)
-            d_rate = tl.cumsum(d_total.to(tl.float64) - per_token, axis=0, reverse=True)
-            d_rate += tl.sum(per_token, axis=0)
+            of_all = tl.sum(per_token, axis=0)
+            if ROUTED:
+                tl.store(d_routes_ptr + place, of_all.to(tl.float32))
+                route = tl.load(routes_ptr + place)
+                written *= route
+                per_token *= route
+                of_all *= route
+            d_rate = tl.cumsum(d_total.to(tl.float64) - per_token, axis=0, reverse=True) + of_all
         dk += written
 
         weights_t = tl.zeros([C, C], tl.float32)
