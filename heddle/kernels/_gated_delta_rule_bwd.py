@@ -214,14 +214,14 @@ def _product_with_gradient(
 @triton.jit
 def _key_gradient(
     q_at, k_at, v_ptr, do_ptr, log_decay_ptr, beta_ptr, new_ptr, states_ptr, d_states_ptr, initial_ptr, last_ptr,
-    d_final_ptr, dk_ptr, dv_ptr, d_log_decay_ptr, d_beta_ptr,
+    d_final_ptr, routes_ptr, dk_ptr, dv_ptr, d_log_decay_ptr, d_beta_ptr, d_routes_ptr,
     stride_vn, stride_vt, stride_vh, stride_dn, stride_dt, stride_dh, T, scale, own_key,
     n, j, length, has_initial, has_d_final,
     row, first, chunk, head, i, rows, present, in_k, mask, HV,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    GROUP: tl.constexpr, GATED: tl.constexpr, PRECISION: tl.constexpr,
+    GROUP: tl.constexpr, GATED: tl.constexpr, ROUTED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Stores dk, dv, d_beta and d_log_decay of a chunk.
+    """Stores dk, dv, d_beta and d_log_decay of a chunk, and where it has a route that one's gradient.
 
     Each part has loops of its own over V: with the accumulators of all, registers would not do.
     """
@@ -294,8 +294,14 @@ def _key_gradient(
             written *= left[:, None]
             # In float64, as were the sums of log-decays: what passes through a strong decay is the rest of a difference.
             per_token = tl.sum(k * written, axis=1).to(tl.float64)
-            d_rate = tl.cumsum(d_total.to(tl.float64) - per_token, axis=0, reverse=True)
-            d_rate += tl.sum(per_token, axis=0)
+            of_all = tl.sum(per_token, axis=0)
+            if ROUTED:
+                tl.store(d_routes_ptr + place, of_all.to(tl.float32))
+                route = tl.load(routes_ptr + place)
+                written *= route
+                per_token *= route
+                of_all *= route
+            d_rate = tl.cumsum(d_total.to(tl.float64) - per_token, axis=0, reverse=True) + of_all
         dk += written
 
         weights_t = tl.zeros([C, C], tl.float32)
@@ -326,7 +332,7 @@ def _key_gradient(
 @triton.jit(do_not_specialize=LENGTHS)
 def _gated_delta_rule_bwd_gradient_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, log_decay_ptr, beta_ptr, new_ptr, states_ptr, d_states_ptr, initial_ptr, last_ptr, d_final_ptr,
-    dq_ptr, dk_ptr, dv_ptr, d_log_decay_ptr, d_beta_ptr, table_ptr, cu_seqlens_ptr,
+    routes_ptr, dq_ptr, dk_ptr, dv_ptr, d_log_decay_ptr, d_beta_ptr, d_routes_ptr, table_ptr, cu_seqlens_ptr,
     stride_qn, stride_qt, stride_qh,
     stride_kn, stride_kt, stride_kh,
     stride_vn, stride_vt, stride_vh,
@@ -334,11 +340,11 @@ def _gated_delta_rule_bwd_gradient_kernel(
     T, H, per_sequence, has_initial, has_d_final, scale,
     K: tl.constexpr, V: tl.constexpr,
     C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr,
-    GATED: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
+    GATED: tl.constexpr, ROUTED: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """All gradients of one chunk and key head: first dq, then the others. `dv` holds dx and gets beta dx.
 
-    Shapes:  initial, last, d_final: [N, HV, V, K]
+    Shapes:  initial, last, d_final: [N, HV, V, K];  routes, d_routes: [chunks, HV], with ROUTED
     """
     head = tl.program_id(0) % H
     chunk = tl.program_id(0) // H
@@ -369,8 +375,9 @@ def _gated_delta_rule_bwd_gradient_kernel(
     tl.debug_barrier()
     _key_gradient(
         q_at, k_at, v_ptr, do_ptr, log_decay_ptr, beta_ptr, new_ptr, states_ptr, d_states_ptr, initial_ptr, last_ptr,
-        d_final_ptr, dk_ptr, dv_ptr, d_log_decay_ptr, d_beta_ptr,
+        d_final_ptr, routes_ptr, dk_ptr, dv_ptr, d_log_decay_ptr, d_beta_ptr, d_routes_ptr,
         stride_vn, stride_vt, stride_vh, stride_dn, stride_dt, stride_dh, T, scale, own_key,
         n, j, length, has_initial, has_d_final,
-        row, first, chunk, head, i, rows, present, in_k, mask, HV, K, V, C, ROWS, COLUMNS, GROUP, GATED, PRECISION,
+        row, first, chunk, head, i, rows, present, in_k, mask, HV,
+        K, V, C, ROWS, COLUMNS, GROUP, GATED, ROUTED, PRECISION,
     )  # fmt: skip

@@ -161,20 +161,21 @@ def _against_gradient(
 @triton.jit(do_not_specialize=NUMBERS)
 def _gated_delta_rule_bwd_token_kernel(
     q_ptr, k_ptr, do_ptr, gates_ptr, dx_ptr, new_ptr, products_ptr, states_ptr, d_states_ptr, initial_ptr, last_ptr,
-    d_final_ptr, dq_ptr, dk_ptr, tile_sums_ptr, passed_ptr, table_ptr, cu_seqlens_ptr,
+    d_final_ptr, routes_ptr, dq_ptr, dk_ptr, tile_sums_ptr, passed_ptr, table_ptr, cu_seqlens_ptr,
     stride_qn, stride_qt: tl.constexpr, stride_qh,
     stride_kn, stride_kt: tl.constexpr, stride_kh,
     stride_dn, stride_dt: tl.constexpr, stride_dh,
     sums_stride, T, H: tl.constexpr, per_sequence, has_initial, has_d_final, scale,
     K: tl.constexpr, V: tl.constexpr,
     C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr,
-    GATED: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
+    GATED: tl.constexpr, ROUTED: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """ROWS channels of one chunk of one key head.
 
     Shapes:  products: [chunks, HV, 2, C, C], R and M;  gates: [chunks, HV, 3, C];  states, d_states: [chunks, HV, V, K]
              initial, last, d_final: [N, HV, V, K];  tile_sums: [tiles, 3, B, T, HV], over the channels of a tile: for beta,
-             for the sums of log-decays, of what a token leaves to the state;  passed: [chunks, HV, tiles], of a chunk
+             for the sums of log-decays, of what a token leaves to the state but for a route
+             passed: [chunks, HV, tiles], of a chunk;  routes: [chunks, HV], with ROUTED
     """
     TILES: tl.constexpr = (K + ROWS - 1) // ROWS
     HV: tl.constexpr = H * GROUP
@@ -256,6 +257,8 @@ def _gated_delta_rule_bwd_token_kernel(
         if GATED:
             found *= tl.load(gates_at + 2 * C)[:, None]
             per_token = tl.sum(k * found, axis=1)
+        if ROUTED:
+            found *= tl.load(routes_ptr + place)
         dk += found
         dk = tl.dot(solves, k, dk, input_precision=PRECISION)
         dk = tl.dot(weights, q, dk, input_precision=PRECISION)
@@ -282,13 +285,16 @@ def _gated_delta_rule_bwd_token_kernel(
 
 @triton.jit(do_not_specialize=NUMBERS)
 def _gated_delta_rule_bwd_gate_kernel(
-    pair_sums_ptr, tile_sums_ptr, passed_ptr, gates_ptr, d_log_decay_ptr, d_beta_ptr, table_ptr, cu_seqlens_ptr,
+    pair_sums_ptr, tile_sums_ptr, passed_ptr, gates_ptr, routes_ptr, d_log_decay_ptr, d_beta_ptr, d_routes_ptr,
+    table_ptr, cu_seqlens_ptr,
     sums_stride, T, per_sequence,
-    HV: tl.constexpr, HEADS: tl.constexpr, TILES: tl.constexpr, C: tl.constexpr, GATED: tl.constexpr, VARLEN: tl.constexpr,
+    HV: tl.constexpr, HEADS: tl.constexpr, TILES: tl.constexpr, C: tl.constexpr,
+    GATED: tl.constexpr, ROUTED: tl.constexpr, VARLEN: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of the log-decays and of beta, of one chunk of HEADS value heads.
+    """The gradients of the log-decays, of beta and with ROUTED of the routes, of one chunk of HEADS value heads.
 
     Shapes:  pair_sums: [2, B, T, HV];  tile_sums: [tiles, 3, B, T, HV];  passed: [chunks, HV, tiles];  gates: [chunks, HV, 3, C]
+             routes, d_routes: [chunks, HV]
     """
     BLOCKS: tl.constexpr = (HV + HEADS - 1) // HEADS
     chunk = tl.program_id(0) // BLOCKS
@@ -320,6 +326,9 @@ def _gated_delta_rule_bwd_gate_kernel(
             product += tl.load(passed_ptr + place * TILES + tile, mask=in_h, other=0.0)
     tl.store(d_beta_ptr + at, d_beta, mask=mask)
     if GATED:
+        if ROUTED:
+            tl.store(d_routes_ptr + place, tl.sum(written, axis=0).to(tl.float32), mask=in_h)
+            written *= tl.load(routes_ptr + place, mask=in_h, other=0.0)[None, :]
         over = tl.load(gates_ptr + place * (3 * C) + 2 * C - 1, mask=in_h, other=0.0)
         d_rate = tl.cumsum(d_total - written, axis=0, reverse=True) + tl.sum(written, axis=0)[None, :]
         d_rate += (over * product)[None, :]

@@ -35,15 +35,13 @@ from heddle.kernels.common.layout import (
     turned_state,
     with_room,
 )
-from heddle.kernels.common.replay import empty, start_kernel
+from heddle.kernels.common.replay import derived, empty, start_kernel
 from heddle.kernels.common.segments import cut, lay_out
 from heddle.kernels.common.tables import table_on
 from heddle.kernels.common.tuning import tuned
 from heddle.kernels.configs.gated_delta_rule import INTERPRETER, Family, Plan, family
 from heddle.kernels.configs.launch import Launch
 
-# Of a chunk's gates, the factors of what its tokens write.
-LEFT = 2
 # Columns of the state that a program carries from segment to segment.
 CARRY_COLUMNS = 32
 # Value heads whose gates a program treats.
@@ -238,7 +236,7 @@ def launch_forward(
 ) -> tuple[Tensor, Tensor, Kept]:
     """Output, final state, and with `keep` what `launch_backward` wants; arguments as those of the registered op.
 
-    `routes` [chunks of the launch, HV] are factors of what each chunk writes; gradients know nothing of them.
+    `routes` [chunks of the launch, HV], without `cu_seqlens`, are factors of what each chunk leaves to the next.
     """
     K, V = q.shape[3], v.shape[3]
     found = with_room((q, k), (v,), (initial_state,))
@@ -251,12 +249,21 @@ def launch_forward(
     layout = _Layout(q, v, cu_seqlens, gated=log_decay is not None)
     kept = kept_like(q, v, cu_seqlens, keep=keep)
     _solve(q, k, log_decay, beta, scale, kept, layout)
-    if routes is not None:
-        kept.gates[:, :, LEFT].mul_(routes[..., None])
     out = empty(v.shape, v.dtype, v.device)
     final = empty((layout.sequences, layout.HV, K, V), torch.float32, v.device)
-    _run_forward_state(q, k, v, scale, dense_state(initial_state), kept, (out, final), layout)
+    walked = _with_routes(kept, routes)
+    _run_forward_state(q, k, v, scale, dense_state(initial_state), walked, (out, final), layout)
     return out, final, kept
+
+
+def _with_routes(kept: Kept, routes: Tensor | None) -> Kept:
+    """What kernels that walk over a sequence read: routes are in the factors of what tokens write."""
+    return kept if routes is None else replace(kept, gates=derived(_routed_gates, kept.gates, routes))
+
+
+def _routed_gates(gates: Tensor, routes: Tensor) -> Tensor:
+    beta, seen, left = gates.unbind(2)
+    return torch.stack((beta, seen, left * routes[..., None]), dim=2)
 
 
 def _run_forward_state(
@@ -306,34 +313,40 @@ def launch_backward(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     kept: Kept,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, log_decay (of nothing if there is none), beta and the initial state."""
+    *,
+    routes: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, log_decay (of nothing if there is none), beta, the initial state and the routes (the same)."""
     K, V = q.shape[3], v.shape[3]
     found = with_room((q, k), (v, d_out), (d_final, initial_state))
     if found is not None:
         (q, k), (v, d_out), (after, before) = found
         given = (q, k, v, log_decay, beta, scale, before, cu_seqlens, kept)
-        dq, dk, dv, d_log_decay, d_beta, d_initial = launch_backward(d_out, after, *given)
+        dq, dk, dv, *gates, d_initial, d_routes = launch_backward(d_out, after, *given, routes=routes)
         dq, dk, dv = (x[..., :size].contiguous() for x, size in ((dq, K), (dk, K), (dv, V)))
-        return dq, dk, dv, d_log_decay, d_beta, d_initial[..., :K, :V].contiguous()
+        d_log_decay, d_beta = gates
+        return dq, dk, dv, d_log_decay, d_beta, d_initial[..., :K, :V].contiguous(), d_routes
     d_out, q, k, v = (aligned(x) for x in (d_out.to(v.dtype), q, k, v))
     layout = _Layout(q, v, cu_seqlens, gated=log_decay is not None)
-    dx, d_initial, d_states = _run_backward_state(d_out, dense_state(d_final), q, k, scale, kept, layout)
+    walked = _with_routes(kept, routes)
+    dx, d_initial, d_states = _run_backward_state(d_out, dense_state(d_final), q, k, scale, walked, layout)
     gate, beta = _gates(log_decay, beta)
-    outer = _Outer(d_out, dx, d_states, d_initial, turned_state(initial_state), turned_state(d_final))
+    before, after = turned_state(initial_state), turned_state(d_final)
+    outer = _Outer(d_out, dx, d_states, d_initial, before, after, routes)
     gradients = _gradients if layout.plan.pairs is None else _split_gradients
-    dq, dk, dv, d_gate, d_beta = gradients((q, k, v, gate, beta), kept, outer, layout, scale=scale)
-    if log_decay is None:
-        d_gate = empty((0,), d_beta.dtype, d_beta.device)
-    return dq, dk, dv, d_gate, d_beta, d_initial
+    dq, dk, dv, d_gate, d_beta, d_routes = gradients((q, k, v, gate, beta), kept, outer, layout, scale=scale)
+    nothing = empty((0,), d_beta.dtype, d_beta.device)
+    d_gate, d_routes = nothing if log_decay is None else d_gate, nothing if routes is None else d_routes
+    return dq, dk, dv, d_gate, d_beta, d_initial, d_routes
 
 
 @dataclass(frozen=True, slots=True)
 class _Outer:
     """What the kernels of gradients read beside the inputs and what was kept: gradients of the output, of x and of the
-    states, and where there are such the initial state and the gradient of the final one. `anything` stands for what is not.
+    states, and where there are such the initial state, the gradient of the final one and routes. `anything` stands for what
+    is not.
 
-    Shapes:  d_out, dx: [B, T, HV, V];  d_states: [chunks, HV, V, K];  before, after: [N, HV, V, K]
+    Shapes:  d_out, dx: [B, T, HV, V];  d_states: [chunks, HV, V, K];  before, after: [N, HV, V, K];  routes: [chunks, HV]
     """
 
     d_out: Tensor
@@ -342,6 +355,7 @@ class _Outer:
     anything: Tensor
     before: Tensor | None
     after: Tensor | None
+    routes: Tensor | None
 
     def states(self, kept: Kept) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Before and after each chunk, and in full: the first, the last and the gradient of the final one."""
@@ -351,29 +365,37 @@ class _Outer:
     def known(self) -> tuple[int, int]:
         return int(self.before is not None), int(self.after is not None)
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """The routes, and memory for their gradient."""
+        if self.routes is None:
+            return self.anything, self.anything
+        return self.routes, empty(self.routes.shape, self.routes.dtype, self.routes.device)
+
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def _gradients(
     inputs: Inputs, kept: Kept, outer: _Outer, layout: _Layout, *, scale: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, the log-decays (anything without) and beta, `inputs`, by one kernel; that of v in the place of dx."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, the log-decays (anything without) and beta, `inputs`, by one kernel, that of v in the place of dx;
+    and of the routes (anything without)."""
     q, k, v, gate, beta = inputs
     dq, dk, d_beta = (empty(x.shape, x.dtype, x.device) for x in (q, k, beta))
     d_gate = empty(gate.shape, gate.dtype, gate.device) if layout.constants["GATED"] else d_beta
+    routes, d_routes = outer.factors()
     start_kernel(
         _gated_delta_rule_bwd_gradient_kernel, (layout.chunks.count * layout.H,),
-        q, k, v, outer.d_out, gate, beta, kept.new, *outer.states(kept), dq, dk, outer.dx, d_gate, d_beta,
+        q, k, v, outer.d_out, gate, beta, kept.new, *outer.states(kept), routes, dq, dk, outer.dx, d_gate, d_beta, d_routes,
         *layout.chunk_table(beta), *strides(q, k, v, outer.d_out), *layout.numbers, *outer.known(), scale,
-        **layout.constants, **layout.tiles(layout.plan.gradient),
+        ROUTED=outer.routes is not None, **layout.constants, **layout.tiles(layout.plan.gradient),
     )  # fmt: skip
-    return dq, dk, outer.dx, d_gate, d_beta
+    return dq, dk, outer.dx, d_gate, d_beta, d_routes
 
 
 def _split_gradients(
     inputs: Inputs, kept: Kept, outer: _Outer, layout: _Layout, *, scale: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As `_gradients`, by two kernels, and a third one for what they leave of the gates."""
     q, k, v, gate, beta = inputs
     products = empty(kept.pairs.shape, kept.pairs.dtype, q.device)
@@ -383,27 +405,30 @@ def _split_gradients(
     pair_sums, sums = (empty((*many, *beta.shape), beta.dtype, beta.device) for many in ((2,), (tiles, 3)))
     passed = empty((layout.chunks.count, layout.HV, tiles), beta.dtype, beta.device)
     tables, numbers = layout.chunk_table(beta), (beta.numel(), *layout.numbers)
+    routes, d_routes = outer.factors()
+    routed = {"ROUTED": outer.routes is not None}
     start_kernel(
         _gated_delta_rule_bwd_pair_kernel, (layout.chunks.count * layout.HV,),
         q, k, v, outer.d_out, gate, beta, outer.dx, kept.new, dv, products, pair_sums, *tables,
         *strides(q, k, v, outer.d_out), *numbers, scale,
         **layout.constants, **layout.tiles(layout.plan.pairs or layout.plan.gradient),
     )  # fmt: skip
-    constants = {**layout.constants, **layout.tiles(layout.plan.gradient), "ROWS": rows}
+    constants = {**routed, **layout.constants, **layout.tiles(layout.plan.gradient), "ROWS": rows}
     start_kernel(
         _gated_delta_rule_bwd_token_kernel, (layout.chunks.count * layout.H * tiles,),
-        q, k, outer.d_out, kept.gates, outer.dx, kept.new, products, *outer.states(kept), dq, dk, sums, passed, *tables,
+        q, k, outer.d_out, kept.gates, outer.dx, kept.new, products, *outer.states(kept), routes, dq, dk, sums, passed, *tables,
         *strides(q, k, outer.d_out), *numbers, *outer.known(), scale, **constants,
     )  # fmt: skip
     d_beta = empty(beta.shape, beta.dtype, beta.device)
     d_gate = empty(gate.shape, gate.dtype, gate.device) if layout.constants["GATED"] else d_beta
     start_kernel(
         _gated_delta_rule_bwd_gate_kernel, (layout.chunks.count * triton.cdiv(layout.HV, GATE_HEADS),),
-        pair_sums, sums, passed, kept.gates, d_gate, d_beta, *tables, beta.numel(), layout.T, layout.chunks.per_sequence,
-        HV=layout.HV, HEADS=GATE_HEADS, TILES=tiles, C=layout.chunk, GATED=layout.constants["GATED"],
+        pair_sums, sums, passed, kept.gates, routes, d_gate, d_beta, d_routes, *tables,
+        beta.numel(), layout.T, layout.chunks.per_sequence,
+        HV=layout.HV, HEADS=GATE_HEADS, TILES=tiles, C=layout.chunk, GATED=layout.constants["GATED"], **routed,
         VARLEN=layout.constants["VARLEN"], num_warps=4, num_stages=1,
     )  # fmt: skip
-    return dq, dk, dv, d_gate, d_beta
+    return dq, dk, dv, d_gate, d_beta, d_routes
 
 
 def _run_backward_state(

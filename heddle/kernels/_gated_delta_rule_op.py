@@ -1,7 +1,8 @@
-"""What torch knows of the kernels of gated_delta_rule, routed_delta_rule (which have no gradients) and delta_rule: opaque ops.
+"""What torch knows of the kernels of gated_delta_rule, routed_delta_rule and delta_rule: opaque ops.
 
-No `log_decay` means no decay. Outputs after the first two are what the backward pass wants. They are empty unless `keep`; a
-backward pass that finds them empty runs the forward pass again.
+No `log_decay` means no decay; `routes` [chunks of the kernels, HV] are factors of what a chunk leaves to the next, None for 1.
+Outputs after the first two are what the backward pass wants. They are empty unless `keep`; a backward pass that finds them empty
+runs the forward pass again.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from heddle.kernels.common.replay import empty, replayed
 from heddle.kernels.op import are_plain, register
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 @replayed
@@ -32,10 +33,11 @@ def _forward(
     scale: float,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
+    routes: Tensor | None,
     keep: bool,
 ) -> Outputs:
     given = (q, k, v, log_decay, beta, scale, initial_state, cu_seqlens)
-    out, final, kept = launch_forward(*given, keep=keep)
+    out, final, kept = launch_forward(*given, keep=keep, routes=routes)
     return (out, final, *(kept.tensors() if keep else _nothing(q)))
 
 
@@ -49,10 +51,11 @@ def _forward_alone(
     scale: float,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
+    routes: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """As `_forward`, without the empty tensors that torch's library wants for what is not kept."""
     given = (q, k, v, log_decay, beta, scale, initial_state, cu_seqlens)
-    out, final, _ = launch_forward(*given, keep=False)
+    out, final, _ = launch_forward(*given, keep=False, routes=routes)
     return out, final
 
 
@@ -75,6 +78,7 @@ def _forward_fake(
     scale: float,  # noqa: ARG001
     initial_state: Tensor | None,  # noqa: ARG001
     cu_seqlens: Tensor | None,
+    routes: Tensor | None,  # noqa: ARG001
     keep: bool,
 ) -> Outputs:
     found = v.new_empty(v.shape), _state_like(q, v, cu_seqlens)
@@ -95,6 +99,7 @@ def _backward(
     scale: float,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
+    routes: Tensor | None,
     pairs: Tensor,
     gates: Tensor,
     states: Tensor,
@@ -103,10 +108,10 @@ def _backward(
     summary: Tensor,
 ) -> Gradients:
     kept = Kept(pairs, gates, states, new, last, summary)
-    if pairs.numel() == 0:
-        _, _, kept = launch_forward(q, k, v, log_decay, beta, scale, initial_state, cu_seqlens, keep=True)
     given = (q, k, v, log_decay, beta, scale, initial_state, cu_seqlens)
-    return launch_backward(d_out, d_final, *given, kept)
+    if pairs.numel() == 0:
+        _, _, kept = launch_forward(*given, keep=True, routes=routes)
+    return launch_backward(d_out, d_final, *given, kept, routes=routes)
 
 
 def _backward_fake(
@@ -120,6 +125,7 @@ def _backward_fake(
     scale: float,  # noqa: ARG001
     initial_state: Tensor | None,  # noqa: ARG001
     cu_seqlens: Tensor | None,
+    routes: Tensor | None,
     pairs: Tensor,  # noqa: ARG001
     gates: Tensor,  # noqa: ARG001
     states: Tensor,  # noqa: ARG001
@@ -130,23 +136,27 @@ def _backward_fake(
     d_beta = beta.new_empty(beta.shape)
     d_log_decay = d_beta.new_empty(0) if log_decay is None else d_beta.new_empty(beta.shape)
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-    return dq, dk, dv, d_log_decay, d_beta, _state_like(q, v, cu_seqlens)
+    d_routes = d_beta.new_empty((0,) if routes is None else routes.shape)
+    return dq, dk, dv, d_log_decay, d_beta, _state_like(q, v, cu_seqlens), d_routes
 
 
 def _setup_forward(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
-    q, k, v, log_decay, beta, scale, initial_state, cu_seqlens, _ = inputs
-    ctx.save_for_backward(q, k, v, log_decay, beta, initial_state, cu_seqlens, *output[2:])
+    q, k, v, log_decay, beta, scale, initial_state, cu_seqlens, routes, _ = inputs
+    ctx.save_for_backward(q, k, v, log_decay, beta, initial_state, cu_seqlens, routes, *output[2:])
     ctx.scale = scale
     ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx: Any, d_out: Tensor | None, d_final: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    q, k, v, log_decay, beta, initial_state, cu_seqlens, *kept = ctx.saved_tensors
+    q, k, v, log_decay, beta, initial_state, cu_seqlens, routes, *kept = ctx.saved_tensors
     d_out = torch.zeros_like(v) if d_out is None else d_out
-    given = (q, k, v, log_decay, beta, ctx.scale, initial_state, cu_seqlens)
-    dq, dk, dv, d_log_decay, d_beta, d_initial = _backward_op(d_out, d_final, *given, *kept)
-    d_log_decay = None if log_decay is None else d_log_decay
-    return dq, dk, dv, d_log_decay, d_beta, None, (None if initial_state is None else d_initial), None, None
+    given = (q, k, v, log_decay, beta, ctx.scale, initial_state, cu_seqlens, routes)
+    dq, dk, dv, d_log_decay, d_beta, d_initial, d_routes = _backward_op(d_out, d_final, *given, *kept)
+    d_log_decay, d_initial, d_routes = (
+        None if given is None else found
+        for given, found in ((log_decay, d_log_decay), (initial_state, d_initial), (routes, d_routes))
+    )
+    return dq, dk, dv, d_log_decay, d_beta, None, d_initial, None, d_routes, None
 
 
 def _step(
@@ -175,7 +185,7 @@ def _step_fake(
 
 def _setup_step(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, log_decay, beta, state, scale = inputs
-    _setup_forward(ctx, (q, k, v, log_decay, beta, scale, state, None, False), (*output, *_nothing(q)))
+    _setup_forward(ctx, (q, k, v, log_decay, beta, scale, state, None, None, False), (*output, *_nothing(q)))
 
 
 def _step_gradients(ctx: Any, d_out: Tensor | None, d_state: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -185,14 +195,14 @@ def _step_gradients(ctx: Any, d_out: Tensor | None, d_state: Tensor | None) -> t
 
 _INPUTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor beta, float scale, Tensor? initial_state, "
-    "Tensor? cu_seqlens"
+    "Tensor? cu_seqlens, Tensor? routes"
 )
-_SIX = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+_SEVEN = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 _EIGHT = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 _backward_op = register(
     "gated_delta_rule_kernels_backward",
     f"(Tensor d_out, Tensor? d_final, {_INPUTS}, Tensor pairs, Tensor gates, Tensor states, Tensor new, "
-    f"Tensor last, Tensor summary) -> {_SIX}",
+    f"Tensor last, Tensor summary) -> {_SEVEN}",
     _backward,
     fake=_backward_fake,
 )
@@ -220,7 +230,28 @@ def longest_chunk(device: torch.device, element: int, K: int) -> int:
     return plan(device, element, room(K, device)).chunk
 
 
-def _routed(
+def run_kernels(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    beta: Tensor,
+    scale: float,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    routes: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Output and final state; keeps what a backward pass wants only if there can be one."""
+    sources = (q, k, v, log_decay, beta, initial_state, routes)
+    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in sources)
+    given = (q, k, v, log_decay, beta, scale, initial_state, cu_seqlens, routes)
+    if not keep and are_plain(given):
+        return _forward_alone(*given)
+    found = forward_kernels(*given, keep)
+    return found[0], found[1]
+
+
+def run_routed(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -231,42 +262,10 @@ def _routed(
     scale: float,
     initial_state: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
+    """As `run_kernels`, for `routed_delta_rule`: each chunk alone in a tile.  Shapes:  routes: [B, T / chunk, HV]"""
     size = longest_chunk(q.device, q.element_size(), q.shape[3])
     q, k, values, log_decay, beta = (padded_chunks(x, chunk, size) for x in (q, k, v, log_decay, beta))
-    given = (q, k, values, log_decay, beta, scale, initial_state, None)
-    out, final, _ = launch_forward(*given, keep=False, routes=routes.flatten(0, 1))
+    factors = routes.flatten(0, 1).contiguous()
+    out, final = run_kernels(q, k, values, log_decay, beta, scale, initial_state, None, factors)
     out = out.view(len(v), -1, size, *v.shape[2:])[:, :, :chunk]
     return out.reshape(v.shape), final
-
-
-def _routed_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:  # noqa: ARG001
-    return v.new_empty(v.shape), _state_like(q, v, None)
-
-
-routed_kernels = register(
-    "routed_delta_rule_kernels",
-    "(Tensor q, Tensor k, Tensor v, Tensor log_decay, Tensor beta, Tensor routes, int chunk, float scale, "
-    "Tensor? initial_state) -> (Tensor, Tensor)",
-    _routed,
-    fake=_routed_fake,
-)
-
-
-def run_kernels(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    beta: Tensor,
-    scale: float,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Output and final state; keeps what a backward pass wants only if there can be one."""
-    sources = (q, k, v, log_decay, beta, initial_state)
-    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in sources)
-    given = (q, k, v, log_decay, beta, scale, initial_state, cu_seqlens)
-    if not keep and are_plain(given):
-        return _forward_alone(*given)
-    found = forward_kernels(*given, keep)
-    return found[0], found[1]

@@ -1,8 +1,8 @@
 """The gated delta rule in chunks, of which some are forgotten once they are over; and its reference.
 
-What a chunk writes is a sum, and a route of 0 leaves the sum out: the kernels are those of `gated_delta_rule`, whose factors of
-what is written are multiplied by routes. They have no gradients, so where one is wanted plain torch runs, as it does for chunks
-longer than those the kernels treat.
+What a chunk writes is a sum, and a route of 0 leaves the sum out: the kernels are those of `gated_delta_rule`, in both
+directions, whose factors of what is written are multiplied by routes. Plain torch runs for chunks longer than those the kernels
+treat.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from heddle.kernels.op import (
 )
 
 try:
-    from heddle.kernels._gated_delta_rule_op import longest_chunk, routed_kernels
+    from heddle.kernels._gated_delta_rule_op import longest_chunk, run_routed
 
     HAS_KERNELS = True
 except ImportError:
@@ -80,11 +80,14 @@ def _forward(
     initial_state: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     given = (q, k, v, log_decay, beta, routes)
-    wants_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in given)
-    shape = {"K": q.shape[-1], "V": v.shape[-1], "chunk": chunk, "gradient": int(wants_gradient)}
-    room = _room(q.device, q.dtype, q.shape[-1])
-    if routed_delta_rule.choose(q.device, q.dtype, **shape, room=room) == "triton":
-        return routed_kernels(*given, chunk, scale, initial_state)  # type: ignore[no-any-return]
+    shape = {
+        "K": q.shape[-1],
+        "V": v.shape[-1],
+        "chunk": chunk,
+        "room": _room(q.device, q.dtype, q.shape[-1]),
+    }
+    if routed_delta_rule.choose(q.device, q.dtype, **shape) == "triton":
+        return run_routed(*given, chunk, scale, initial_state)
     return routed(*given, chunk=chunk, scale=scale, initial_state=initial_state)
 
 
@@ -97,13 +100,12 @@ _op = register_composite(
 
 
 def _fits(shape: Shape) -> bool | None:
-    # A gradient is wanted now and then: no mistake of who forces Triton.
-    takes = HAS_KERNELS and fits(shape) and shape["chunk"] <= shape["room"]
-    return None if shape.get("gradient") or not takes else True
+    # What a tile holds depends on the dtype: no mistake of who forces Triton.
+    return True if HAS_KERNELS and fits(shape) and shape["chunk"] <= shape["room"] else None
 
 
 def routed_path(device: torch.device, dtype: torch.dtype, *, K: int, V: int, chunk: int) -> str:
-    """The code that runs where no gradient is wanted: "triton" or "torch"."""
+    """The code that runs: "triton" or "torch"."""
     return routed_delta_rule.path(device, dtype, K=K, V=V, chunk=chunk, room=_room(device, dtype, K))
 
 
@@ -139,7 +141,7 @@ _CASES = Traits(
     routed_delta_rule_reference,
     _CASES,
     kernel=_fits,
-    limits=f"{LIMITS}, chunks that fit a tile, and no gradient",
+    limits=f"{LIMITS}, and chunks that fit a tile",
 )
 def routed_delta_rule(
     q: Tensor,

@@ -174,7 +174,7 @@ FLOATS = (
     "lse_ptr", "delta_ptr", "most_ptr", "d_bias_ptr", "d_gates_ptr", "logits_ptr",
     "weights_ptr", "d_weights_ptr", "lse_rows_ptr", "delta_rows_ptr",
     "rates_ptr", "weight_ptr", "means_ptr", "d_rates_ptr", "d_before_ptr", "d_had_ptr", "d_means_ptr",
-    "pair_sums_ptr", "tile_sums_ptr", "passed_ptr",
+    "pair_sums_ptr", "tile_sums_ptr", "passed_ptr", "routes_ptr", "d_routes_ptr",
     "same_ptr", "mean_ptr", "right_ptr", "x_ptr", "y_ptr", "middle_ptr", "d_seen_ptr",
 )  # fmt: skip
 DOUBLES = ("sums_ptr",)
@@ -446,7 +446,8 @@ def _block_constants(case: Case, launch: Launch) -> dict[str, Any]:
     constants = {
         "K": case.K, "V": case.V, "ROWS_K": block(case.K), "ROWS_V": block(case.V), "ROWS": block(queries * group),
         "QUERIES": queries, "HEADS": group, "GROUP": group, "BLOCK": BLOCK_KEYS, "KEYS": min(launch.columns, BLOCK_KEYS),
-        "DIRECT": case.many, "GATED": gated, "SEEN": not gated, "SPLIT": case.many, "BIAS": True, "PRECISION": "tf32x3",
+        "DIRECT": case.many, "GATED": gated, "SEEN": not gated, "SPLIT": case.many, "PLACED": False, "BIAS": True,
+        "PRECISION": "tf32x3",
     }  # fmt: skip
     names = KERNELS[case.op, case.kernel].arg_names
     return {name: value for name, value in constants.items() if name in names}
@@ -466,7 +467,7 @@ def _planned_constants(case: Case, launch: Launch) -> dict[str, Any]:
     plan = delta.plan(ELEMENTS[case.dtype], _largest(case))
     constants = {
         "K": case.K, "V": case.V, "C": launch.chunk, "ROWS": block(case.K), "COLUMNS": launch.columns, "GROUP": 1,
-        "GATED": True, "VARLEN": False, "PRECISION": "tf32x3", "SOLVE": plan.inverse,
+        "GATED": True, "ROUTED": False, "VARLEN": False, "PRECISION": "tf32x3", "SOLVE": plan.inverse,
         "LEVELS": launch.chunk.bit_length() - 1,
         "KEEP": case.kernel in ("keep", "prepare") or (case.op == "gla" and case.backward),
         "SEGMENTED": False, "SUMMARY": False, "OUT": case.kernel != "keep", "BACKWARD": case.backward,

@@ -39,6 +39,26 @@ def forward(function: Any, given: dict[str, Tensor], chunk: int, dtype: torch.dt
     return {"out": out, "state": state}
 
 
+def both_directions(
+    function: Any, given: dict[str, Tensor], chunk: int, dtype: torch.dtype, device: str
+) -> Any:
+    """`forward`, with the gradients of everything given."""
+    leaves = {name: x.clone().requires_grad_() for name, x in given.items()}
+    found = forward(function, leaves, chunk, dtype, device)
+    upstream = [torch.linspace(-1, 1, x.numel()).view_as(x).to(x) for x in found.values()]
+    gradients = torch.autograd.grad(list(found.values()), list(leaves.values()), upstream)
+    named = {f"d_{name}": x for name, x in zip(leaves, gradients, strict=True)}
+    return {name: x.detach() for name, x in (found | named).items()}
+
+
+def soft(given: dict[str, Tensor]) -> dict[str, Tensor]:
+    """One route of four is 0, one 1, the others something between."""
+    hard = given["routes"].flatten()
+    between = torch.linspace(0.1, 1.3, hard.numel()).double()
+    odd = torch.arange(hard.numel()) % 2 == 1
+    return {**given, "routes": torch.where(odd, between, hard).view_as(given["routes"])}
+
+
 @over_settings
 @pytest.mark.parametrize("name", SHAPES)
 def test_results_are_those_of_the_reference(name: str, device: str, dtype: torch.dtype) -> None:
@@ -50,14 +70,28 @@ def test_results_are_those_of_the_reference(name: str, device: str, dtype: torch
     assert_held(exact, run, dtype, device, **({"segment": 64} if name == "whole" else {}))
 
 
+@over_settings
+@pytest.mark.parametrize("split", [0, 1])
+@pytest.mark.parametrize("name", SHAPES)
+def test_gradients_of_the_kernels_are_those_of_the_reference_for_routes_between_0_and_1_too(
+    name: str, split: int, device: str, dtype: torch.dtype
+) -> None:
+    shape = SHAPES[name]
+    given = soft(drawn(shape))
+    given |= {side: given[side].to(dtype).double() for side in "qkv"}
+    exact = both_directions(routed_delta_rule_reference, given, shape["chunk"], torch.float64, "cpu")
+    run = partial(both_directions, routed_delta_rule, given, shape["chunk"], dtype, device)
+    assert_held(exact, run, dtype, device, split=split, **({"segment": 64} if name == "whole" else {}))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("segment", [1024, 128])
 def test_a_layer_of_the_paper_is_right_in_segments_too(dtype: torch.dtype, segment: int) -> None:
     given = drawn({"B": 1, "T": 1024, "H": 2, "K": 128, "V": 256, "chunk": 64})
     given |= {side: given[side].to(dtype).double() for side in "qkv"}
-    exact = forward(routed_delta_rule_reference, given, 64, torch.float64, "cpu")
-    run = partial(forward, routed_delta_rule, given, 64, dtype, "cuda")
+    exact = both_directions(routed_delta_rule_reference, given, 64, torch.float64, "cpu")
+    run = partial(both_directions, routed_delta_rule, given, 64, dtype, "cuda")
     assert_held(exact, run, dtype, "cuda", segment=segment)
 
 

@@ -93,9 +93,8 @@ class NatsLModule(GatedDeltaNetModule):
         types = self._typed(types, made, layout, places)
         attended = self._attend((q, k, v), types, places, call)
         shares = torch.softmax(_split(wide(self.share_proj(q)), self.parts), dim=-1).to(x.dtype)
-        recalled = _split(recalled.flatten(2), self.parts)
-        o = shares[..., :1] * self.norm(recalled) + shares[..., 1:] * self.norm(attended)
-        o = o * _split(F.silu(self.z_proj(x)), self.parts)
+        recalled, z = (_split(one, self.parts) for one in (recalled.flatten(2), self.z_proj(x)))
+        o = shares[..., :1] * self.norm(recalled, z) + shares[..., 1:] * self.norm(attended, z)
         y: Tensor = self.o_proj(self.heads_out(call.gated(o)).flatten(2))
         return y
 
@@ -128,20 +127,55 @@ class NatsLModule(GatedDeltaNetModule):
         """
         q, k, v = (_split(side, self.heads) for side in sides)
         log_decay, beta = self._gates(x, call)
-        marks = torch.ones_like(x[..., :2], dtype=wide_dtype(x.dtype))
-        inputs = call.hide_unwritten(torch.cat((wide(x), marks[..., :1]), dim=-1))
-        inputs = layout.spread(torch.cat((inputs, marks[..., 1:]), dim=-1)).sum(2, keepdim=True)
+        one = torch.ones_like(x[..., :1])
+        summed = (call.hide_unwritten(x), call.hide_unwritten(one), one)
+        # In one pass: no inputs of all tokens stand in the wide dtype.
+        exact = wide_dtype(x.dtype)
+        inputs = torch.cat([layout.spread(of).sum(2, keepdim=True, dtype=exact) for of in summed], dim=-1)
         given = [layout.spread(one) for one in (l2_norm(q), l2_norm(k), v, log_decay, beta)]
         running = self._running(x, call)
-        told, routes = self._piece(running, [one[:, 0] for one in given], inputs[:, 0])
-        told, routes = told[:, None], routes[:, None]
-        if layout.chunks > 1:
-            more = self._whole_chunks(running, [one[:, 1:] for one in given], inputs[:, 1:, 0])
-            told, routes = (torch.cat(both, dim=1) for both in zip((told, routes), more, strict=True))
+        go_on = self._ragged if layout.offset is None or layout.chunks == 1 else self._even
+        told, routes = go_on(running, (*given, inputs), layout)
         names = ("memory", "start", "faded")
         call.keep(**{name: getattr(running, name) for name in names}, open=running.opened)
         m: Tensor = self.routes_out(routes)
         return layout.gather(told), m
+
+    def _even(self, running: Running, given: tuple[Tensor, ...], layout: Layout) -> tuple[Tensor, Tensor]:
+        """Goes on through chunks whose places are those of all rows: all at once but one that is open before or after the call.
+
+        Shapes:  given: [B, chunks, slots, H, *], and at last inputs, [B, chunks, 1, D + 2]
+                 out: [B, chunks, slots, H, V], [B, chunks, H, 2]
+        """
+        is_begun, is_left = layout.offset != 0, layout.end != 0
+        sizes = (int(is_begun), layout.chunks - is_begun - is_left, int(is_left))
+        told, routes = [], []
+        # Parted once: the gradient of a slice is a tensor of all chunks.
+        parts = zip(*(one.split(sizes, dim=1) for one in given), strict=True)
+        for size, is_whole, part in zip(sizes, (False, True, False), parts, strict=True):
+            if size and is_whole:
+                m = self._routes(part[-1][:, :, 0])
+                sides = [one.flatten(1, 2) for one in part[:-1]]
+                o, memory = routed_delta_rule(
+                    *sides, m[..., 1], chunk=self.chunk, initial_state=running.memory
+                )
+                running.memory = running.start = memory
+                told.append(o.unflatten(1, (size, self.chunk)))  # type: ignore[no-untyped-call]
+                routes.append(m)
+            elif size:
+                o, m = self._piece(running, [one[:, 0] for one in part[:-1]], part[-1][:, 0])
+                told.append(o[:, None])
+                routes.append(m[:, None])
+        return torch.cat(told, dim=1) if len(told) > 1 else told[0], torch.cat(routes, dim=1)
+
+    def _ragged(self, running: Running, given: tuple[Tensor, ...], layout: Layout) -> tuple[Tensor, Tensor]:
+        """As `_even`, of rows whose chunks begin at places of their own, or of one chunk."""
+        told, routes = self._piece(running, [one[:, 0] for one in given[:-1]], given[-1][:, 0])
+        told, routes = told[:, None], routes[:, None]
+        if layout.chunks > 1:
+            more = self._whole_chunks(running, [one[:, 1:] for one in given[:-1]], given[-1][:, 1:, 0])
+            told, routes = (torch.cat(both, dim=1) for both in zip((told, routes), more, strict=True))
+        return told, routes
 
     def _whole_chunks(self, running: Running, given: list[Tensor], inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Goes on through chunks that begin at their first slot, all at once but each row's last one, which may stay open.

@@ -42,6 +42,11 @@ class Layout:
         """The chunk of each row's first token.  Shapes:  out: [B]"""
         return self.first.clamp(min=0) // self.length
 
+    @property
+    def end(self) -> int:
+        """Tokens in the chunk that all rows leave open, where they have the same `offset`."""
+        return ((self.offset or 0) + self.real.shape[1]) % self.length
+
     def spread(self, x: Tensor) -> Tensor:
         """Shapes:  x: [B, T, ...];  out: [B, chunks, slots, ...], 0 where there is no real token"""
         if x.shape[1] == 1:
