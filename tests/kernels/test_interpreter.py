@@ -35,8 +35,9 @@ OTHERS = {
     # All gradients of one form, tall tiles, ragged heads in half precision, a list in three parts.
     "test_block_attention_kernels": "reference and gates and float32 or gated_tiles and float16 or odd and group and float16 "
     "or split and 3-listed and float32",
-    # Ragged heads and groups in half precision, marks, a dense list, both ways of scoring.
-    "test_block_choice": "reference and (odd and float16 or (marked or dense) and float32) or equal_blocks or many_queries",
+    # Ragged heads and groups in half precision, marks, a dense list, both ways of scoring; tiles of many queries.
+    "test_block_choice": "reference and (odd and float16 or (marked or dense) and float32) or equal_blocks "
+    "or many_queries and (long and float32 or odd and float16)",
     # A choice in both directions with all limits, ragged heads and blocks in half precision, a step in three parts; what only
     # kernels have: a choice part by part, and how often a gradient is rounded.
     "test_landmark_attention": "results and reference and 1-cpu and float32 or odd and group and float16 "
