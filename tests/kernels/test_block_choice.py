@@ -36,7 +36,7 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 
 # More queries than a tile holds, and more kernels.
-LONG: dict[str, Any] = {"B": 1, "T": 70, "S": 600, "G": 3, "marks": True}
+LONG: dict[str, Any] = {"B": 1, "T": 40, "S": 300, "G": 3, "marks": True}
 
 
 def drawn(
