@@ -1,7 +1,7 @@
 """Which blocks of keys a few queries read, by means of keys; and its reference.
 
 The kernels read the means once, as they are. A decode step is a call with one query. Many queries are better served by
-`block_scores`, some of them at a time.
+`mark_blocks`, some of them at a time.
 """
 
 from __future__ import annotations
