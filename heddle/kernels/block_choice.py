@@ -34,6 +34,8 @@ except ImportError:
 
 # Of the kernels: of a head, heads of a group, and blocks of which the best are looked for.
 MAX_HEAD_SIZE, MAX_GROUP, MAX_CHOICE = 256, 64, 32_767
+# Queries that torch scores by kernels at once, at least: on a GPU each part of them waits for the host.
+LEAST_SCORED = 256
 
 
 def block_choice_reference(
@@ -179,15 +181,25 @@ def _dispatch_marks(
     numbers = (block, blocks, count, sink, recent, dense_length)
     if runs and kernels:
         return _marks(_shares(q, means, start, held, scale, block), start, True, *numbers)  # type: ignore[no-any-return]
-    place = start[:, None] + torch.arange(q.shape[2], device=q.device)
-    score = block_scores(q, means, place, block=block, blocks=blocks, held=held, kernels=kernels, scale=scale)
-    if runs:
-        return _marks(score, start, False, *numbers)  # type: ignore[no-any-return]
-    own, index = (place // block)[:, None, :, None], torch.arange(blocks, device=score.device)
-    best = _in_order(score, own, sink, recent)[..., :count]
-    marks = torch.zeros_like(score, dtype=torch.bool)
-    marks = marks.scatter(-1, best, torch.ones_like(best, dtype=torch.bool))
-    return (marks | (place < dense_length)[:, None, :, None]) & (index <= own)
+    # In torch every head has scores of its own.
+    least = min(q.shape[2], LEAST_SCORED)
+    length = max(least, q.shape[2] // sizes["G"]) if kernels else q.shape[2]
+    found = []
+    for first in range(0, q.shape[2], length):
+        part, begin = q[:, :, first : first + length], start + first
+        place = begin[:, None] + torch.arange(part.shape[2], device=q.device)
+        score = block_scores(
+            part, means, place, block=block, blocks=blocks, held=held, kernels=kernels, scale=scale
+        )
+        if runs:
+            found.append(_marks(score, begin, False, *numbers))
+            continue
+        own, index = (place // block)[:, None, :, None], torch.arange(blocks, device=score.device)
+        best = _in_order(score, own, sink, recent)[..., :count]
+        marks = torch.zeros_like(score, dtype=torch.bool)
+        marks = marks.scatter(-1, best, torch.ones_like(best, dtype=torch.bool))
+        found.append((marks | (place < dense_length)[:, None, :, None]) & (index <= own))
+    return found[0] if len(found) == 1 else torch.cat(found, dim=2)
 
 
 _marks_op = register_composite(
@@ -214,8 +226,8 @@ def mark_blocks(
 ) -> Tensor:
     """Marks of the blocks that `block_choice` lists, for many queries: its arguments, and its path.
 
-    By means, scores are float32 products in torch on both paths, and `blocks` numbers for each query and key head are in memory
-    at once, by kernels four times as many, in torch for each query head.
+    By means, scores are float32 products in torch on both paths. `blocks` numbers for each query and key head are in memory at
+    once, by kernels four times as many; in torch, for a few hundred queries, as many for each query head.
 
     Shapes:  out: [B, N, T, blocks] bool
     """

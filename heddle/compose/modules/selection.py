@@ -218,12 +218,8 @@ def choose_blocks(
     means = _all_means(k, places, rule, weights) if means is None else means
     first, found = places.first(q.shape[0], q.shape[2]), []
     kernels = rule.scores == "kernels"
-    width = k.shape[1] * places.blocks
-    if kernels:
-        # Four to a block, scored head by head but in kernels.
-        sizes = {"K": q.shape[3], "G": q.shape[1] // k.shape[1], "choice": places.blocks, "many": 1}
-        is_fused = block_choice.path(q.device, q.dtype, **sizes) == "triton"
-        width *= 4 if is_fused else 4 * sizes["G"]
+    # Four kernels to a block.
+    width = k.shape[1] * places.blocks * (4 if kernels else 1)
     count = max(QUERIES, SCORES // (q.shape[0] * width))
     for start in range(0, q.shape[2], count):
         marks = mark_blocks(
