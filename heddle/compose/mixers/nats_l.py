@@ -313,7 +313,7 @@ class NatsLModule(GatedDeltaNetModule):
             call.add_loss("router_budget", (share - self.budget).square(), self.budget_factor)
 
     def kernel_path(self, device: torch.device, dtype: torch.dtype) -> str:
-        """The name of the code that does the mixing: of a whole chunk, of many of them where no gradient is wanted."""
+        """The name of the code that does the mixing: of a part of a chunk, and of whole chunks."""
         sizes = {"K": self.head_dim, "V": self.value_dim}
         names = (super().kernel_path(device, dtype), routed_path(device, dtype, **sizes, chunk=self.chunk))
         return " and ".join(dict.fromkeys(names))
