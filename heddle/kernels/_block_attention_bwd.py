@@ -68,7 +68,7 @@ def _block_attention_bwd_query_kernel(
     ds_own = p_own * (tl.sum(d_out.to(tl.float32) * v_own.to(tl.float32), axis=1) - delta)
     dq = ds_own[:, None] * k_own.to(tl.float32)  # [ROWS, ROWS_K]
 
-    begin, count = find_entries(offsets_ptr, row, 0, 0, 1, False, False)
+    begin, count = find_entries(offsets_ptr, row, 0, 0, 1, False, False, False)
     entries_ptr += begin
     i = tl.arange(0, KEYS)
     PARTS: tl.constexpr = (BLOCK + KEYS - 1) // KEYS
@@ -131,7 +131,7 @@ def _block_attention_bwd_key_kernel(
     factor = scale * LOG2_E
     head_at = (b * N + n) * GROUP * T
 
-    begin, length = find_entries(offsets_ptr, row, 0, 0, 1, False, False)
+    begin, length = find_entries(offsets_ptr, row, 0, 0, 1, False, False, False)
     entries_ptr += begin
     for index in range(0, length):
         tile, mark = read_entry(entries_ptr + index, False)

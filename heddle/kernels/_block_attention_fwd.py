@@ -13,7 +13,9 @@ Where blocks are let through by gates, all later queries read the same ones, and
 read the blocks with a gate, and each its own block.
 
 Where tiles are too few to fill the device, as in a decode step, a list is split between programs; each leaves (m, l, a), and
-the merge is exact up to rounding:  o = Σ_p 2^(m_p - m) a_p / Σ_p 2^(m_p - m) l_p.
+the merge is exact up to rounding:  o = Σ_p 2^(m_p - m) a_p / Σ_p 2^(m_p - m) l_p. The list of one query is split evenly. What
+neighbours choose differs, and the later ones must change no bit of the earlier: theirs is split by places, at blocks that
+the shapes tell, and what a query does not read leaves m, l and a as they are.
 
 Bytes of a decode step for a row and key head: L blocks of `block` keys, (K + V) elements each; of prefill the same for a tile,
 mostly from the L2 cache. FLOP: 2 G (K + V) for a query and key.
@@ -60,15 +62,21 @@ def rows_of(
 
 
 @triton.jit
-def find_entries(offsets_ptr, row, width, split, splits, DIRECT: tl.constexpr, SPLIT: tl.constexpr):
-    """Where the list of a tile begins, or the part of it that is this program's, and how many entries it has."""
+def find_entries(
+    offsets_ptr, row, width, split, splits, DIRECT: tl.constexpr, SPLIT: tl.constexpr, PLACED: tl.constexpr
+):
+    """Where the list of a tile begins, or the part of it that is this program's, and how many entries it has.
+
+    PLACED: each part has an offset of its own; else parts are even.
+    """
     if DIRECT:
         begin = row * width
         count = width
     else:
-        begin = tl.load(offsets_ptr + row).to(tl.int64)
-        count = (tl.load(offsets_ptr + row + 1).to(tl.int64) - begin).to(tl.int32)
-    if SPLIT:
+        at = offsets_ptr + (row * splits + split if PLACED else row)
+        begin = tl.load(at).to(tl.int64)
+        count = (tl.load(at + 1).to(tl.int64) - begin).to(tl.int32)
+    if SPLIT and not PLACED:
         share = tl.cdiv(count, splits)
         begin += split * share
         count = tl.minimum(share, tl.maximum(count - split * share, 0))
@@ -105,7 +113,8 @@ def _block_attention_fwd_kernel(
     T, S, N, tiles, width, splits, stride_sb, scale,
     K: tl.constexpr, V: tl.constexpr, ROWS_K: tl.constexpr, ROWS_V: tl.constexpr, ROWS: tl.constexpr,
     QUERIES: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr,
-    DIRECT: tl.constexpr, GATED: tl.constexpr, SEEN: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    DIRECT: tl.constexpr, GATED: tl.constexpr, SEEN: tl.constexpr, SPLIT: tl.constexpr, PLACED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries of one key head, and with SPLIT one part of its list.
 
@@ -144,7 +153,7 @@ def _block_attention_fwd_kernel(
     total = tl.where(has_own, 1.0, 0.0)
     sums = v_own.to(tl.float32)  # [ROWS, ROWS_V]
 
-    begin, count = find_entries(offsets_ptr, row, width, split, splits, DIRECT, SPLIT)
+    begin, count = find_entries(offsets_ptr, row, width, split, splits, DIRECT, SPLIT, PLACED)
     entries_ptr += begin
     i = tl.arange(0, KEYS)
     PARTS: tl.constexpr = (BLOCK + KEYS - 1) // KEYS

@@ -53,18 +53,29 @@ def queries_of(launch: Launch, group: int, length: int, most: int = MOST_QUERIES
     return int(min(held, most, triton.next_power_of_2(length)))
 
 
-def lists(marked: Tensor, longest: int | None, most: int | None = None) -> Lists:
+def lists(marked: Tensor, longest: int | None, most: int | None = None, parts: int = 1) -> Lists:
     """A list for each row of marks, of at most `longest` entries, and at most so many in all, if that is known.
+
+    With `parts`, which hold so many marks each, it is as many lists, one behind the other.
 
     Shapes:  marked: [..., count] uint8
     """
     marked = marked.contiguous().view(-1, marked.shape[-1])
     rows, count = marked.shape
-    offsets = pad(marked.ne(0).sum(-1).cumsum(0), (1, 0)).to(torch.int32)
+    share = -(-count // parts)
+    divided = pad(marked, (0, parts * share - count)) if parts > 1 else marked
+    offsets = pad(divided.view(-1, share).ne(0).sum(-1).cumsum(0), (1, 0)).to(torch.int32)
     length = rows * (count if longest is None else min(count, longest)) if most is None else most
     entries = torch.empty(length, dtype=torch.int32, device=marked.device)
     width = min(LIST_WIDTH, triton.next_power_of_2(count))
-    _block_attention_list_kernel[(rows,)](marked, offsets, entries, count, WIDTH=width, num_warps=4)
+    _block_attention_list_kernel[(rows,)](
+        marked,
+        offsets[::parts].contiguous() if parts > 1 else offsets,
+        entries,
+        count,
+        WIDTH=width,
+        num_warps=4,
+    )
     return Lists(entries, offsets)
 
 
@@ -122,11 +133,14 @@ class Call:
         lse = torch.empty(self.q.shape[:3], dtype=torch.float32, device=self.q.device)
         count, splits = self.B * self.N * tiling.tiles, self._splits(tiling)
         direct = tiling.queries == 1 and self.choice.listed is not None
+        # Later queries of a tile may choose what earlier ones do not; a gate is for all.
+        placed = splits > 1 and tiling.queries > 1 and not gated
         if direct and self.choice.listed is not None:
             entries = offsets = self.choice.listed.contiguous()
             width = entries.shape[-1]
         else:
-            found = lists(self._marks(tiling, gated=gated), self.choice.longest(tiling.queries))
+            marked, longest = self._marks(tiling, gated=gated), self.choice.longest(tiling.queries)
+            found = lists(marked, longest, parts=splits if placed else 1)
             entries, offsets, width = found.entries, found.offsets, 0
         parts = (splits, count, block(tiling.queries * triton.next_power_of_2(self.group)))
         shapes = ((*parts, self.V), (2, *parts)) if splits > 1 else ((0,), (0,))
@@ -137,7 +151,7 @@ class Call:
             self.q, self.k, self.v, out, lse, sums, most, self.start.to(torch.int32), offsets, entries, seen,
             *strides(self.q, self.k, self.v),
             self.T, self.S, self.N, tiling.tiles, width, splits, stride, self.scale,
-            DIRECT=direct, GATED=gated, SPLIT=splits > 1, **constants, **launch.options(),
+            DIRECT=direct, GATED=gated, SPLIT=splits > 1, PLACED=placed, **constants, **launch.options(),
         )  # fmt: skip
         if splits > 1:
             shared = ("V", "ROWS_V", "ROWS", "QUERIES", "HEADS", "GROUP")

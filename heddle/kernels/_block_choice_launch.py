@@ -15,6 +15,8 @@ from heddle.kernels._block_choice_kernels import (
     _block_choice_mark_kernel,
     _block_choice_mean_kernel,
     _block_choice_pool_kernel,
+    _block_choice_share_kernel,
+    _block_choice_sum_kernel,
 )
 from heddle.kernels.common.layout import aligned, block, room, strides, wider
 from heddle.kernels.common.tables import table_on
@@ -30,7 +32,7 @@ def _device(device: torch.device) -> Family:
 def plan(device: torch.device, element: int, size: int) -> Plan:
     """The launches for tensors on `device`, elements of so many bytes and this head size; overrides come first."""
     table = _device(device).plan(element, block(size))
-    names = ("mean", "logit", "pool")
+    names = ("mean", "logit", "pool", "share")
     return replace(table, **{name: tuned(name, getattr(table, name)) for name in names})
 
 
@@ -74,17 +76,55 @@ def launch(
 
 
 def launch_marks(
-    worth: Tensor, start: Tensor, block: int, count: int, sink: int, recent: int, dense_length: int
+    worth: Tensor,
+    start: Tensor,
+    pooled: bool,
+    block: int,
+    blocks: int,
+    count: int,
+    sink: int,
+    recent: int,
+    dense_length: int,
 ) -> Tensor:
     """The marks; arguments as those of the registered op."""
-    B, N, T, blocks = worth.shape
-    marks = torch.empty(worth.shape, dtype=torch.uint8, device=worth.device)
+    B, N, T, parts = worth.shape
+    marks = torch.empty(B, N, T, blocks, dtype=torch.uint8, device=worth.device)
     width = triton.next_power_of_2(blocks)
     _block_choice_mark_kernel[(B * N * T,)](
-        worth.contiguous(), marks, start, T, N, blocks, sink, recent, count, dense_length,
-        BLOCK=block, WIDTH=width, num_warps=tuned("choosing_warps", choosing_warps(width)),
+        worth.contiguous(), marks, start, T, N, parts, blocks, sink, recent, count, dense_length,
+        BLOCK=block, WIDTH=width, POOL=pooled, num_warps=tuned("choosing_warps", choosing_warps(width)),
     )  # fmt: skip
     return marks.view(torch.bool)
+
+
+def launch_shares(
+    q: Tensor, means: Tensor, start: Tensor, held: Tensor | None, scale: float, block_keys: int
+) -> Tensor:
+    """What kernels are worth to many queries; arguments as those of the registered op."""
+    (B, H, T, _), (N, parts) = q.shape, means.shape[1:3]
+    q, means = (aligned(wider(x, room(x.shape[3], x.device))) for x in (q, means))
+    K, heads = q.shape[3], triton.next_power_of_2(H // N)
+    table = plan(q.device, q.element_size(), K).share
+    rows, columns = max(16, table.chunk, heads), min(table.columns, block(max(parts, 1)))
+    tiles = triton.cdiv(T, rows // heads)
+    lse = torch.empty(B, N, T, heads, dtype=torch.float32, device=q.device)
+    share = torch.empty(B, N, T, parts, dtype=torch.float32, device=q.device)
+    if parts == 0:
+        return share
+    marks = start if held is None else held.contiguous().view(torch.uint8)
+    numbers = (0 if held is None or held.shape[0] == 1 else parts, scale)
+    constants = {
+        "K": K, "ROWS_K": block(K), "ROWS": rows, "HEADS": heads, "GROUP": H // N, "BLOCK": block_keys, "COLUMNS": columns,
+        "HELD": held is not None, "PRECISION": "tf32x3" if q.device.type == "cuda" else "ieee",
+    }  # fmt: skip
+    sides = strides(q, means)
+    _block_choice_sum_kernel[(B * N, tiles)](
+        q, means, lse, start, marks, *sides, T, N, parts, tiles, *numbers, **constants, **table.options()
+    )
+    _block_choice_share_kernel[(B * N, tiles, triton.cdiv(parts, columns))](
+        q, means, lse, share, start, marks, *sides, T, N, parts, *numbers, **constants, **table.options()
+    )
+    return share
 
 
 def _by_means(

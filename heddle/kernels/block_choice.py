@@ -27,6 +27,7 @@ from heddle.kernels.op import (
 try:
     from heddle.kernels._block_choice_op import kernels as _kernels
     from heddle.kernels._block_choice_op import marks as _marks
+    from heddle.kernels._block_choice_op import shares as _shares
 
     HAS_KERNELS = True
 except ImportError:
@@ -152,40 +153,76 @@ def _in_order(score: Tensor, own: Tensor, sink: int, recent: int) -> Tensor:
     return score.sort(dim=-1, descending=True, stable=True).indices
 
 
-def best_blocks(
-    score: Tensor, start: Tensor, *, block: int, count: int, sink: int, recent: int, dense_length: int = 0
-) -> Tensor:
-    """Marks of the blocks that `block_choice` would list by these worths, for many queries.
-
-    Shapes:  score: [B, N, T, blocks];  start: [B] int64;  out: as score, bool
-    """
-    return _best(score, start, block, count, sink, recent, dense_length)  # type: ignore[no-any-return]
-
-
-def _dispatch_marks(
-    score: Tensor, start: Tensor, block: int, count: int, sink: int, recent: int, dense_length: int
-) -> Tensor:
-    if block_choice.choose(score.device, score.dtype, K=1, G=1, choice=score.shape[3]) == "triton":
-        return _marks(score, start, block, count, sink, recent, dense_length)  # type: ignore[no-any-return]
-    place = start[:, None] + torch.arange(score.shape[2], device=score.device)
-    own, index = (place // block)[:, None, :, None], torch.arange(score.shape[-1], device=score.device)
-    best = _in_order(score, own, sink, recent)[..., :count]
-    marks = torch.zeros_like(score, dtype=torch.bool)
-    marks = marks.scatter(-1, best, torch.ones_like(best, dtype=torch.bool))
-    return (marks | (place < dense_length)[:, None, :, None]) & (index <= own)
-
-
-_best = register_composite(
-    "best_blocks",
-    "(Tensor score, Tensor start, int block, int count, int sink, int recent, int dense_length) -> Tensor",
-    _dispatch_marks,
-)
 _NUMBERS = "int block, int blocks, int count, int sink, int recent, int dense_length"
 _op = register_composite(
     "block_choice",
     f"(Tensor q, Tensor means, Tensor start, Tensor? held, float scale, bool kernels, {_NUMBERS}) -> Tensor",
     _dispatch,
 )
+
+
+def _dispatch_marks(
+    q: Tensor,
+    means: Tensor,
+    start: Tensor,
+    held: Tensor | None,
+    scale: float,
+    kernels: bool,
+    block: int,
+    blocks: int,
+    count: int,
+    sink: int,
+    recent: int,
+    dense_length: int,
+) -> Tensor:
+    sizes = {"K": q.shape[3], "G": q.shape[1] // means.shape[1], "choice": blocks}
+    runs = block_choice.choose(q.device, q.dtype, **sizes) == "triton"
+    numbers = (block, blocks, count, sink, recent, dense_length)
+    if runs and kernels:
+        return _marks(_shares(q, means, start, held, scale, block), start, True, *numbers)  # type: ignore[no-any-return]
+    place = start[:, None] + torch.arange(q.shape[2], device=q.device)
+    score = block_scores(q, means, place, block=block, blocks=blocks, held=held, kernels=kernels, scale=scale)
+    if runs:
+        return _marks(score, start, False, *numbers)  # type: ignore[no-any-return]
+    own, index = (place // block)[:, None, :, None], torch.arange(blocks, device=score.device)
+    best = _in_order(score, own, sink, recent)[..., :count]
+    marks = torch.zeros_like(score, dtype=torch.bool)
+    marks = marks.scatter(-1, best, torch.ones_like(best, dtype=torch.bool))
+    return (marks | (place < dense_length)[:, None, :, None]) & (index <= own)
+
+
+_marks_op = register_composite(
+    "mark_blocks",
+    f"(Tensor q, Tensor means, Tensor start, Tensor? held, float scale, bool kernels, {_NUMBERS}) -> Tensor",
+    _dispatch_marks,
+)
+
+
+def mark_blocks(
+    q: Tensor,
+    means: Tensor,
+    *,
+    start: Tensor,
+    block: int,
+    blocks: int,
+    count: int,
+    sink: int,
+    recent: int,
+    dense_length: int = 0,
+    held: Tensor | None = None,
+    kernels: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """Marks of the blocks that `block_choice` lists, for many queries: its arguments, and its path.
+
+    By means, scores are float32 products in torch on both paths, and `blocks` numbers for each query and key head are in memory
+    at once, by kernels four times as many, in torch for each query head.
+
+    Shapes:  out: [B, N, T, blocks] bool
+    """
+    factor = q.shape[3] ** -0.5 if scale is None else scale
+    numbers = (block, blocks, count, sink, recent, dense_length)
+    return _marks_op(q, means, start, held, factor, kernels, *numbers)  # type: ignore[no-any-return]
 
 
 def _draw(shape: Shape, generator: torch.Generator) -> Inputs:

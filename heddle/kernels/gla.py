@@ -214,7 +214,7 @@ def gla(
         S_t = diag(exp(log_decay_t)) S_(t-1) + k_t v_tᵀ,   o_t = scale * S_tᵀ q_t        (arXiv 2312.06635)
 
     Value head j reads key head j // (HV / H). `scale` defaults to K^-0.5. With `cu_seqlens` (B = 1) the time axis holds
-    N packed sequences, each on its own.
+    N packed sequences, each on its own. What later tokens of the same chunk say may change how an output is rounded.
 
     Shapes:  q, k, log_decay: [B, T, H, K];  v, o: [B, T, HV, V];  q, k, v of one dtype;  log_decay at most 0
              states: [B, HV, K, V] or [N, HV, K, V], float32 (float64 for float64);  cu_seqlens: [N + 1]

@@ -203,7 +203,8 @@ def kda(
                                                                                            (arXiv 2510.26692)
 
     q and k have length 1. Value head j reads key head j // (HV / H). `scale` defaults to K^-0.5. With `cu_seqlens`
-    (B = 1) the time axis holds N packed sequences, each on its own.
+    (B = 1) the time axis holds N packed sequences, each on its own. What later tokens of the same chunk say may change how an
+    output is rounded.
 
     Shapes:  q, k: [B, T, H, K];  v, o: [B, T, HV, V], of one dtype;  log_decay (at most 0): [B, T, HV, K];  beta: [B, T, HV]
              states: [B, HV, K, V] or [N, HV, K, V], float32 (float64 for float64);  cu_seqlens: [N + 1]

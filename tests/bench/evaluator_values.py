@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from truth_set import Space, examples_of, steps_of
+from truth_set import Space, of_one_shape
 
 from heddle.compose.build import build_causal_lm
 from heddle.compose.hf.model import HeddleForCausalLM
 from heddle.compose.plan import plan
-from heddle.compose.train import Recipe
+from heddle.compose.train import Batches, Recipe
 from heddle.compose.train_many import fit_many
 from heddle.errors import HeddleError
 from heddle.search.environment import device_name, pick_device
@@ -27,7 +27,7 @@ from heddle.search.evaluators import LayerScores, layer_scores, random_feature_s
 from heddle.search.evaluators.supernet import Supernet, fit_supernet
 from heddle.search.evaluators.supernet_evaluator import drawn, recipe_of
 from heddle.search.evaluators.supernet_paths import paths_of
-from heddle.search.tasks import Task
+from heddle.search.tasks import Task, batches
 from heddle.specs import load
 
 # Seeds 0 to 2 are the truth's.
@@ -67,6 +67,11 @@ class Bench:
     recipe: Recipe
     device: str
 
+    def examples(self, recipe: Recipe) -> Batches:
+        """Batches of one shape, as a graph wants them."""
+        draw, rows = batches(self.task, recipe, self.device), recipe.rows(self.task.sequence_length)
+        return lambda step: of_one_shape(draw(step), rows, self.task.sequence_length)
+
     def value(self, net: HeddleForCausalLM) -> float:
         return float(self.task.evaluate(net, device=self.device).value)
 
@@ -75,11 +80,15 @@ class Bench:
         nets = [
             build_causal_lm(self.space.model(name), seed=recipe.seed, device=self.device) for name in names
         ]
-        many, examples = len(nets), examples_of(self.task, recipe, self.device)
-        held = [examples(step) for step in range(steps_of(self.task, recipe))]
+        many, examples = len(nets), self.examples(recipe)
+        held = [examples(step) for step in range(self.steps(recipe))]
         launch: Any = "graph" if self.device == "cuda" else "eager"
         fits = fit_many(nets, [held.__getitem__] * many, [recipe] * many, launch=launch)
         return [None if isinstance(fit, HeddleError) else net for net, fit in zip(nets, fits, strict=True)]
+
+    def steps(self, recipe: Recipe) -> int:
+        length = self.task.sequence_length
+        return max(1, round(recipe.tokens / (recipe.rows(length) * length)))
 
     def sample(self) -> torch.Tensor:
         return self.task.sample(SEQUENCES, seed=OWN_SEED, device=self.device)[0]
@@ -93,8 +102,9 @@ def by_supernet(bench: Bench, job: Job) -> Told:
     recipe = replace(bench.recipe, seed=OWN_SEED)
     net = Supernet(paths.columns, seed=OWN_SEED, device=bench.device)
     longer = recipe_of(net, recipe)
-    examples = examples_of(bench.task, longer, bench.device)
-    fit_supernet(net, lambda step: drawn(net, paths, seed=OWN_SEED, step=step), examples, longer)
+    fit_supernet(
+        net, lambda step: drawn(net, paths, seed=OWN_SEED, step=step), bench.examples(longer), longer
+    )
     yield "weights", {}
     yield (
         "supernet",

@@ -110,6 +110,8 @@ KERNELS = {
     ("block_choice", "mean"): _block_choice_kernels._block_choice_mean_kernel,
     ("block_choice", "logit"): _block_choice_kernels._block_choice_logit_kernel,
     ("block_choice", "pool"): _block_choice_kernels._block_choice_pool_kernel,
+    ("block_choice", "sum"): _block_choice_kernels._block_choice_sum_kernel,
+    ("block_choice", "share"): _block_choice_kernels._block_choice_share_kernel,
     (
         "sliding_window_attention",
         "forward",
@@ -182,7 +184,8 @@ INTEGERS = (
 )  # fmt: skip
 # Where a name stands for something else than in the other ops.
 BLOCK_TYPES = {
-    "sums_ptr": "*fp32", "total_ptr": "*fp32", "worth_ptr": "*fp32", "seen_ptr": "*u8", "held_ptr": "*u8", "ends_ptr": "*i32",
+    "sums_ptr": "*fp32", "total_ptr": "*fp32", "worth_ptr": "*fp32", "share_ptr": "*fp32", "seen_ptr": "*u8",
+    "held_ptr": "*u8", "ends_ptr": "*i32",
 }  # fmt: skip
 SPAN_TYPES = {"last_ptr": "*i32"}
 # Attention that reads some keys has plans by the larger head size.
@@ -443,7 +446,8 @@ def _block_constants(case: Case, launch: Launch) -> dict[str, Any]:
     constants = {
         "K": case.K, "V": case.V, "ROWS_K": block(case.K), "ROWS_V": block(case.V), "ROWS": block(queries * group),
         "QUERIES": queries, "HEADS": group, "GROUP": group, "BLOCK": BLOCK_KEYS, "KEYS": min(launch.columns, BLOCK_KEYS),
-        "DIRECT": case.many, "GATED": gated, "SEEN": not gated, "SPLIT": case.many, "BIAS": True, "PRECISION": "tf32x3",
+        "DIRECT": case.many, "GATED": gated, "SEEN": not gated, "SPLIT": case.many, "PLACED": False, "BIAS": True,
+        "PRECISION": "tf32x3",
     }  # fmt: skip
     names = KERNELS[case.op, case.kernel].arg_names
     return {name: value for name, value in constants.items() if name in names}
@@ -451,8 +455,8 @@ def _block_constants(case: Case, launch: Launch) -> dict[str, Any]:
 
 def _choice_constants(case: Case, launch: Launch) -> dict[str, Any]:
     constants = {
-        "K": case.K, "ROWS_K": block(case.K), "ROWS": GROUP, "HEADS": GROUP, "GROUP": GROUP, "BLOCK": BLOCK_KEYS,
-        "COLUMNS": launch.columns, "TILES": 128, "HELD": case.many, "PRECISION": "tf32x3",
+        "K": case.K, "ROWS_K": block(case.K), "ROWS": max(GROUP, launch.chunk), "HEADS": GROUP, "GROUP": GROUP,
+        "BLOCK": BLOCK_KEYS, "COLUMNS": launch.columns, "TILES": 128, "HELD": case.many, "PRECISION": "tf32x3",
     }  # fmt: skip
     names = KERNELS[case.op, case.kernel].arg_names
     return {name: value for name, value in constants.items() if name in names}
@@ -560,7 +564,9 @@ def _launch(case: Case) -> Launch:
         return getattr(rat_attention.HOPPER.plan(ELEMENTS[case.dtype], block(case.K)), case.kernel)
     elif case.op in SPARSE:
         size = max(block(case.K), block(case.V))
-        return getattr(SPARSE[case.op].plan(ELEMENTS[case.dtype], size), case.kernel)
+        # Two kernels of block_choice share a launch.
+        name = "share" if case.kernel == "sum" else case.kernel
+        return getattr(SPARSE[case.op].plan(ELEMENTS[case.dtype], size), name)
     elif case.op == "ttt":
         launch = getattr(ttt.HOPPER.plan(ELEMENTS[case.dtype], block(case.K)), case.kernel)
     elif case.op in PLANS:

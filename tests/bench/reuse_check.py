@@ -4,11 +4,12 @@
     python tests/bench/reuse_check.py --out /tmp/reuse --budget 100 --commit none --tiny
 
 A model of twelve layers of softmax attention learns text and recall (MQAR, 32 pairs in 1,024 tokens, asked anywhere behind them)
-by turns, once for each seed. Its profile (`heddle.search.evaluators.layer_profile`, on held-out text and recall) tells how far
-layers choose the same blocks; the exact solver makes the policy of most overlap (`best_overlap`) with one full layer and so many
-resets (arXiv 2602.00777). Beside it stand, with as many layers that are full, choose, and take over: `even`, the first full and
-choices at an even stride, and `random`, the mean over draws. Blocks have 32 tokens and 8 of 32 are read, the first and the last
-among them, in every query of prefill. `dense` and `choose`, where every layer chooses for itself, are the ends.
+by turns, once for each seed; the first two fifths of the recall are 4 pairs in 128 tokens. Its profile
+(`heddle.search.evaluators.layer_profile`, on held-out text and recall) tells how far layers choose the same blocks; the exact
+solver makes the policy of most overlap (`best_overlap`) with one full layer and so many resets (arXiv 2602.00777). Beside it
+stand, with as many layers that are full, choose, and take over: `even`, the first full and choices at an even stride, and
+`random`, the mean over draws. Blocks have 32 tokens and 8 of 32 are read, the first and the last among them, in every query of
+prefill. `dense` and `choose`, where every layer chooses for itself, are the ends.
 
 A row for each seed, number of resets and way goes to evidence-reuse.jsonl in `--out`: recall and bits per byte of all held-out
 examples. The table has means over seeds with 95 % intervals (Student's t); a way's is of its difference from `dense`.
@@ -32,8 +33,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from learning_check import begun_easily
 from torch import Tensor
-from truth_set import examples_of
 
 from heddle.compose.build import build_causal_lm
 from heddle.compose.hf.model import HeddleForCausalLM
@@ -46,6 +47,8 @@ from heddle.search.tasks import Mqar, Task, batches, make_task
 from heddle.specs import ModelSpec, Spec, TextTask, loads
 
 ROWS = "evidence-reuse.jsonl"
+# Recall begins with so many times fewer pairs and tokens.
+EASIER = 8
 # Student's t of 95 % by the number of seeds.
 T_95 = {2: 12.71, 3: 4.303}
 
@@ -85,14 +88,18 @@ class Sizes:
     def tasks(self) -> tuple[Task, Mqar]:
         spec = self._spec()
         text = make_task(TextTask(), spec.data, vocab_size=256, tokenizer=spec.tokenizer)
-        return text, Mqar(vocab_size=256, pairs=self.pairs, length=self.length, gap_power=1.0)
+        return text, self.recall()
+
+    def recall(self, by: int = 1) -> Mqar:
+        """Recall with a share of the pairs in the same share of the length."""
+        return Mqar(vocab_size=256, pairs=self.pairs // by, length=self.length // by, gap_power=1.0)
 
     def recipe(self, seed: int) -> Recipe:
         return Recipe(self.tokens, self.batch_tokens, learning_rate=1e-3, seed=seed)
 
 
 WHOLE = Sizes(
-    12, 256, 1024, 32, Blocks(32, 8, 32, 32), (2, 3, 4), 40_000_000, 16_384, (0, 1, 2), draws=5, profiled=4
+    12, 256, 1024, 32, Blocks(32, 8, 32, 32), (2, 3, 4), 48_000_000, 16_384, (0, 1, 2), draws=5, profiled=4
 )
 TINY = Sizes(4, 32, 64, 8, Blocks(8, 3, 8, 8), (2,), 4096, 256, (0, 1), draws=2, profiled=1)
 
@@ -106,8 +113,9 @@ def trained(sizes: Sizes, seed: int, device: str) -> HeddleForCausalLM:
     text, recall = sizes.tasks()
     recipe = sizes.recipe(seed)
     net = build_causal_lm(sizes.model(), seed=seed, device=device)
-    examples = by_turns(batches(text, recipe, device), examples_of(recall, recipe, device))
-    fit(net, examples, recipe, launch="graph" if device == "cuda" else "eager")
+    easy, full = (batches(task, recipe, device) for task in (sizes.recall(EASIER), recall))
+    steps = max(1, round(recipe.tokens / recipe.batch_tokens))
+    fit(net, by_turns(batches(text, recipe, device), begun_easily(easy, full, steps)), recipe)
     net.eval()
     return net
 

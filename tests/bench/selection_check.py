@@ -49,7 +49,7 @@ from heddle.kernels.configs.launch import Launch
 
 PARTS = ("checks", "mean", "kernels", "prompts", "launches")
 SCORES = ("mean", "kernels")
-COLUMNS, WARPS, CHOOSING = (32, 64, 128), (4, 8), (8, 16)
+COLUMNS, WARPS, CHOOSING = (32, 64, 128), (4, 8), (1, 2, 8)
 # Sums of so many float32 products may be apart by this share of the largest worth.
 APART = 2e-5
 Call = Callable[[], object]

@@ -18,9 +18,9 @@ best, that is no further from it than twice the standard error of a difference o
 over all placements. More than a tenth is too many: then the next harder form is taken (`--spec`).
 
 At each task a placement is trained 9 times, 3 seeds at 3 learning rates, side by side (`heddle.compose.train_many`). Equal
-seeds see equal examples and, where the blocks agree, equal weights at the start. Recall begins with short sequences side by
-side in a row, no key twice (`Mqar.segments`), in place of the easier rows that a search mixes in: batches have one shape.
-`seconds` is the wall time of the trainings of a task while `workers` processes shared the device.
+seeds see equal examples and, where the blocks agree, equal weights at the start. Batches have one shape: those of the easier
+forms of MQAR are cut to as many rows and filled up on the right, where nothing is asked. `seconds` is the wall time of the
+trainings of a task while `workers` processes shared the device.
 
 Timed are a decode step and a prefill at the places below, in turns with the model of all `full`, alone on the device.
 """
@@ -44,24 +44,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from heddle.compose.build import build_causal_lm
-from heddle.compose.train import Batches, Recipe
+from heddle.compose.train import IGNORE, Batches, Recipe
 from heddle.compose.train_many import fit_many
 from heddle.errors import HeddleError
 from heddle.search.environment import device_name, pick_device
 from heddle.search.latency import Effort, Place, measure
-from heddle.search.tasks import Mqar, Task, batches, make_task, recipe_for
-from heddle.search.tasks.task import seed_of
+from heddle.search.tasks import Task, batches, make_task, recipe_for
 from heddle.specs import ModelSpec, SpecFile, load, spec_hash
 
 HERE = Path(__file__).parent
 SPEC, ROWS = HERE / "truth_8x2.yaml", HERE / "results" / "truth_8x2.jsonl"
 SEEDS, LEARNING_RATES = (0, 1, 2), (1e-3, 3e-3, 1e-2)
 ORDER_SEED = 8
-# Up to a share of the steps, recall is asked in so many segments of a row: with whole rows alone it was luck of the seed which
-# models left chance (docs/roadmap.md).
-SEGMENTS = ((0.15, 8), (0.3, 4), (0.5, 2))
 # Full layers of a placement at the quartiles of all.
 QUARTILES = (3, 4, 5)
 PLACES = {
@@ -70,6 +67,7 @@ PLACES = {
 }
 EFFORT = Effort(warmup=2, least=10, most=100, seconds=0.3, builds=1)
 Rows = dict[str, dict[str, Any]]
+Batch = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,30 +128,22 @@ def _task(path: str, index: int) -> tuple[Task, Recipe]:
     return _space(path).tasks()[index]
 
 
-def steps_of(task: Task, recipe: Recipe) -> int:
-    length = task.sequence_length
-    return max(1, round(recipe.tokens / (recipe.rows(length) * length)))
-
-
-def examples_of(task: Task, recipe: Recipe, device: str) -> Batches:
-    """Batches of one shape; of recall, in the first steps short sequences side by side."""
-    if not isinstance(task, Mqar):
-        return batches(task, recipe, device)
-    rows, steps = recipe.rows(task.sequence_length), steps_of(task, recipe)
-
-    def batch(step: int) -> tuple[Tensor, Tensor]:
-        count = next((count for share, count in SEGMENTS if step < share * steps), 1)
-        return task.segments(rows, count, seed=seed_of("truth", recipe.seed, step), device=device)
-
-    return batch
+def of_one_shape(drawn: Batch, rows: int, length: int) -> Batch:
+    """Inputs and targets as [rows, length]: rows cut off, and short ones filled up where nothing is asked."""
+    inputs, targets = (each[:rows] for each in drawn)
+    missing = length - inputs.shape[1]
+    return F.pad(inputs, (0, missing)), F.pad(targets, (0, missing), value=IGNORE)
 
 
 @functools.cache
 def _examples(path: str, index: int, seed: int, device: str) -> Batches:
     """All batches of a seed, drawn once: every placement is trained with them."""
     task, recipe = _task(path, index)
-    draw = examples_of(task, replace(recipe, seed=seed), device)
-    return [draw(step) for step in range(steps_of(task, recipe))].__getitem__
+    rows = recipe.rows(task.sequence_length)
+    draw = batches(task, replace(recipe, seed=seed), device)
+    steps = max(1, round(recipe.tokens / (rows * task.sequence_length)))
+    held = [of_one_shape(draw(step), rows, task.sequence_length) for step in range(steps)]
+    return held.__getitem__
 
 
 def train(path: str, name: str, index: int, device: str) -> dict[str, Any]:

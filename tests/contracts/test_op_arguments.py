@@ -20,8 +20,6 @@ from heddle.kernels.accuracy import EPSILON
 from heddle.kernels.local_linear_attention import local_linear_attention
 from heddle.kernels.op import TRITON_DTYPES, SlowPathWarning
 
-pytestmark = pytest.mark.filterwarnings("error::heddle.kernels.op.SlowPathWarning")
-
 AnyOp = Op[..., Any]
 
 
@@ -46,6 +44,9 @@ OF_THEIR_OWN = {
 HUGE = {"K": 9000, "V": 9000, "W": 99, "G": 1, "block": 64, "choice": 1, "room": 64, "chunk": 64, "blocks": 9}
 SMALL = {**HUGE, "K": 64, "V": 64, "W": 4}
 GPU = torch.device("cuda:0")
+
+# Not of the module: of two marks the wider one wins.
+not_told = pytest.mark.filterwarnings("error::heddle.kernels.op.SlowPathWarning")
 
 over_ops = pytest.mark.parametrize("op", EVERY_OP, ids=lambda op: op.name)
 over_kernels = pytest.mark.parametrize("op", WITH_KERNELS, ids=lambda op: op.name)
@@ -150,26 +151,29 @@ def test_a_step_tells_the_same(op: AnyOp) -> None:
 
 
 def _results(op: AnyOp, given: dict[str, Any], view: Callable[[Tensor], Tensor]) -> list[Tensor]:
-    """All results and gradients of a call on views of the tensors."""
+    """All results of a call on views of the tensors, alone and where gradients are wanted, and these."""
     leaves = {
         name: x.detach().requires_grad_(name in op.cases.differentiable) if isinstance(x, Tensor) else x
         for name, x in given.items()
     }
-    found = op(**{name: view(x) if isinstance(x, Tensor) else x for name, x in leaves.items()})
-    outputs = [x for x in (found if isinstance(found, tuple) else (found,)) if x is not None]
+    seen = {name: view(x) if isinstance(x, Tensor) else x for name, x in leaves.items()}
+    with torch.no_grad():
+        alone = op(**seen)
+    found = op(**seen)
+    alone, outputs = (
+        [x for x in (y if isinstance(y, tuple) else (y,)) if x is not None] for y in (alone, found)
+    )
     graded = [x for x in outputs if x.requires_grad]
     wanted = [leaves[name] for name in op.cases.differentiable if name in leaves]
     generator = torch.Generator().manual_seed(1)
     upstream = [torch.randn(x.shape, generator=generator).to(x) for x in graded]
     gradients = torch.autograd.grad(graded, wanted, upstream, allow_unused=True) if graded else ()
-    return [*outputs, *gradients]
+    return [*alone, *outputs, *gradients]
 
 
 @pytest.mark.usefixtures("kernels_on_gpu")
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("op", [op for op in WITH_KERNELS if op not in OPS], ids=lambda op: op.name)
-# Of two ops gradients are no matter of kernels.
-@pytest.mark.filterwarnings("ignore::heddle.kernels.op.SlowPathWarning")
 def test_tensors_are_read_as_they_lie(op: AnyOp, device: str) -> None:
     # Those of OPS are held to their references: test_ops.py.
     given = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in _given(op).items()}
@@ -188,6 +192,8 @@ def nothing_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @over_kernels
+@not_told
+@not_told
 @pytest.mark.usefixtures("nothing_told")
 def test_torch_on_a_gpu_is_told_once_with_its_reason_and_what_would_do(op: AnyOp) -> None:
     assert op.limits, "the op must say which shapes its kernels take"
@@ -205,6 +211,8 @@ def test_torch_on_a_gpu_is_told_once_with_its_reason_and_what_would_do(op: AnyOp
 
 
 @over_kernels
+@not_told
+@not_told
 @pytest.mark.usefixtures("nothing_told")
 def test_torch_is_not_told_where_it_is_asked_for_or_there_is_no_gpu(op: AnyOp) -> None:
     with force_path("torch"):
@@ -212,6 +220,7 @@ def test_torch_is_not_told_where_it_is_asked_for_or_there_is_no_gpu(op: AnyOp) -
     op.choose(torch.device("cpu"), torch.float64, **HUGE)
 
 
+@not_told
 @pytest.mark.usefixtures("nothing_told")
 def test_kernels_that_no_gpu_has_held_to_the_reference_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("heddle.kernels.op._triton_runs", lambda *_: True)
@@ -222,6 +231,7 @@ def test_kernels_that_no_gpu_has_held_to_the_reference_are_told(monkeypatch: pyt
         assert local_linear_attention.choose(GPU, torch.float16, K=64, V=64) == "torch"
 
 
+@not_told
 @pytest.mark.usefixtures("nothing_told")
 def test_a_slow_path_breaks_no_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     # The op sees a GPU where there is none.

@@ -159,12 +159,17 @@ def test_keys_that_repeat_are_right(op: AnyOp, device: str, dtype: torch.dtype, 
 def test_tensors_are_read_as_they_lie(
     op: AnyOp, device: str, dtype: torch.dtype, view: Callable[[Tensor], Tensor]
 ) -> None:
-    sample = draw(op, {**op.cases.test_shapes[0], "T": 20}, dtype)
+    sample = draw(op, {**op.cases.test_shapes[0], "T": 20}, dtype).to(device)
 
     def on_views(**arguments: Tensor) -> tuple[Tensor, Tensor]:
         return op(**{name: view(x) for name, x in arguments.items()})
 
-    _assert_close(op, sample, device, results(on_views, sample.to(device)))
+    found, expected = results(on_views, sample), results(op, sample)
+    # How tensors lie may change the order of a sum, and so a rounding: half a unit of either at most.
+    limit = max(EPSILON[dtype], torch.finfo(dtype).eps)
+    for name, tensor in expected.items():
+        error, worst = worst_error(found[name], tensor, timed=is_timed(name))
+        assert error <= limit, f"{name}: {error:.2e}, {worst}"
 
 
 @over_settings

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy
 import pytest
 import torch
-from held import assert_held, over_settings
+from held import assert_held, by_columns, over_settings
 from torch import Tensor
 
 from heddle.errors import HeddleError
@@ -21,7 +22,7 @@ from heddle.kernels.accuracy import EPSILON
 from heddle.kernels.block_attention import block_attention, block_attention_reference
 from heddle.kernels.common.tuning import tuning
 from heddle.kernels.configs.launch import Launch
-from heddle.kernels.op import LIBRARY
+from heddle.kernels.op import INTERPRETED, LIBRARY
 
 pytestmark = pytest.mark.usefixtures("kernels_on_gpu")
 
@@ -133,6 +134,25 @@ def test_a_decode_step_is_right_however_its_list_is_split(
     form: str, splits: int, device: str, dtype: torch.dtype
 ) -> None:
     assert_right(drawn(form, B=2, T=1, S=41), dtype, device, splits=splits)
+
+
+@over_settings
+@pytest.mark.parametrize("form", ["listed", "chosen"])
+def test_what_later_queries_of_a_tile_read_changes_no_bit_however_lists_are_split(
+    form: str, device: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if INTERPRETED:
+        monkeypatch.setattr(numpy, "matmul", by_columns)
+    given, outs = drawn(form, T=8, S=40, block=4), []
+    every = {"listed": torch.arange(10), "chosen": torch.ones(10, dtype=torch.bool)}[form]
+    none = {"listed": -1, "chosen": False}[form]
+    for later in (given[form][:, :, 5:], every, torch.full_like(every, none)):
+        read = given[form].clone()
+        read[:, :, 5:] = later
+        with tuning(splits=3):
+            outs.append(results(block_attention, {**given, form: read}, dtype, device)["out"][:, :5])
+    assert torch.equal(outs[0], outs[1])
+    assert torch.equal(outs[0], outs[2])
 
 
 @pytest.mark.gpu

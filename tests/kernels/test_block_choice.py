@@ -15,7 +15,7 @@ from torch import Tensor
 
 from heddle.errors import HeddleError
 from heddle.kernels import force_path, watch_paths
-from heddle.kernels.block_choice import best_blocks, block_choice, block_choice_reference, block_scores
+from heddle.kernels.block_choice import block_choice, block_choice_reference, mark_blocks
 from heddle.kernels.op import INTERPRETED, LIBRARY
 
 pytestmark = pytest.mark.usefixtures("kernels_on_gpu")
@@ -34,6 +34,9 @@ FORMS: dict[str, dict[str, Any]] = {
     "every": {"count": 99},
     "short": {"S": 5},
 }
+
+# More queries than a tile holds, and more kernels.
+LONG: dict[str, Any] = {"B": 1, "T": 70, "S": 600, "G": 3, "marks": True}
 
 
 def drawn(
@@ -99,21 +102,19 @@ def test_lists_are_those_of_the_reference(form: str, kernels: bool, device: str,
     assert torch.equal(found, lists(block_choice_reference, rounded, torch.float64, "cpu"))
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("form", ["few", "padded", "before", "dense", "every"])
-def test_marks_of_many_queries_are_those_of_lists(form: str, device: str) -> None:
-    given = drawn(**FORMS[form])
-    numbers = {name: given[name] for name in ("block", "count", "sink", "recent")}
-    numbers["dense_length"] = given.get("dense_length", 0)
-    there = {name: given[name].to(device) for name in ("q", "means", "start")}
-    place = there["start"][:, None] + torch.arange(given["q"].shape[2], device=device)
-    score = block_scores(
-        there["q"].float(), there["means"].float(), place, block=given["block"], blocks=given["blocks"]
-    )
-    with force_path("triton" if INTERPRETED or device == "cuda" else "torch"), watch_paths() as seen:
-        marks = best_blocks(score, there["start"], **numbers).cpu()
-    assert seen[0][1] == ("triton" if INTERPRETED or device == "cuda" else "torch")
-    listed = lists(block_choice_reference, given, torch.float32, "cpu")
+@over_settings
+@pytest.mark.parametrize("kernels", [False, True])
+@pytest.mark.parametrize("form", [*FORMS, "long"])
+def test_marks_of_many_queries_are_those_of_lists(
+    form: str, kernels: bool, device: str, dtype: torch.dtype
+) -> None:
+    given = drawn(**(LONG if form == "long" else FORMS[form]), kernels=kernels)
+    rounded = given | {name: given[name].to(dtype).double() for name in ("q", "means")}
+    path = "triton" if INTERPRETED or device == "cuda" else "torch"
+    with force_path(path), watch_paths() as seen:
+        marks = lists(mark_blocks, given, dtype, device)
+    assert seen == [("block_choice", path)]
+    listed = lists(block_choice_reference, rounded, torch.float64, "cpu")
     assert torch.equal(marks, (listed[..., None] == torch.arange(given["blocks"])).any(-2))
 
 

@@ -17,6 +17,8 @@ from heddle.kernels.accuracy import compare, draw, is_timed, oracle, results, wo
 AnyOp = Op[..., Any]
 Function = Callable[..., tuple[Tensor, Tensor]]
 SHAPE = {"B": 2, "T": 100, "H": 2, "HV": 2, "K": 64, "V": 32}
+# They go token by token in float32: each rounds the state twice, half a unit at most, once it fades and once it is added to.
+THEIRS = SHAPE["T"] * torch.finfo(torch.float32).eps
 # Where each is, under fla.ops, and what it calls our gate.
 REFERENCES = {
     simple_gla: ("simple_gla.naive", "naive_recurrent_simple_gla", "g"),
@@ -59,7 +61,7 @@ def _reference(op: AnyOp) -> Function:
 @pytest.mark.gpu
 @pytest.mark.usefixtures("kernels_on_gpu")
 @pytest.mark.parametrize("op", REFERENCES, ids=lambda op: op.name)
-def test_theirs_and_ours_are_as_near_to_our_reference(op: AnyOp) -> None:
+def test_theirs_and_ours_are_near_to_our_reference(op: AnyOp) -> None:
     sample = draw(op, SHAPE, torch.float32)
     ours, exact = compare(op, sample, "cuda"), oracle(op, sample)
     theirs = results(_reference(op), sample.to("cuda"))
@@ -67,4 +69,4 @@ def test_theirs_and_ours_are_as_near_to_our_reference(op: AnyOp) -> None:
     for one in ours:
         error, worst = worst_error(theirs[one.name], exact[one.name], timed=is_timed(one.name))
         assert one.ok, str(one)
-        assert error <= one.bound, f"{one.name}: {error:.2e}, at most {one.bound:.2e}, {worst}"
+        assert error <= one.bound + THEIRS, f"{one.name}: {error:.2e}, {one.bound:.2e} is ours, {worst}"

@@ -106,23 +106,6 @@ def test_mqar_trains_on_easier_rows_too_and_is_scored_on_full_ones_alone() -> No
     assert torch.equal((targets != IGNORE).sum(dim=1), torch.full((512,), 8))
 
 
-def test_mqar_in_segments_asks_as_much_close_by_and_no_key_twice() -> None:
-    task = Mqar(vocab_size=64, pairs=8, length=64)
-    inputs, targets = task.segments(50, 4, seed=0, device=CPU)
-    assert inputs.shape == targets.shape == (50, 64)
-    short = Mqar(vocab_size=64, pairs=2, length=16)
-    asked = targets.view(-1, 16) != IGNORE
-    assert torch.equal(asked.sum(dim=1), torch.full((200,), 2))
-    solved = short.oracle(inputs.view(-1, 16))
-    assert torch.equal(solved[asked], targets.view(-1, 16)[asked])
-    keys = inputs.view(50, 4, 16)[:, :, 0:4:2].flatten(1).sort(dim=1).values
-    assert bool((keys.diff(dim=1) > 0).all())
-    whole, _ = task.segments(50, 1, seed=0, device=CPU)
-    assert torch.equal(whole[:, :16:2].sort(dim=1).values, keys)
-    with pytest.raises(HeddleError, match="8 pairs in 64 tokens are not 3 equal segments"):
-        task.segments(1, 3, seed=0, device=CPU)
-
-
 def test_mqar_can_ask_anywhere_behind_the_context() -> None:
     task = Mqar(vocab_size=256, pairs=2, length=64, gap_power=1.0)
     _, targets = task.sample(4000, seed=0, device=CPU)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from heddle.compose.modules.precision import wide, wide_dtype
 from heddle.kernels.block_attention import block_attention
-from heddle.kernels.block_choice import best_blocks, block_choice, block_scores
+from heddle.kernels.block_choice import block_choice, mark_blocks
 
 # Scores that stand in memory at once, and queries they are of at least: on a GPU each part of them waits for the host.
 SCORES, QUERIES = 1 << 24, 256
@@ -217,34 +217,30 @@ def choose_blocks(
     """
     means = _all_means(k, places, rule, weights) if means is None else means
     first, found = places.first(q.shape[0], q.shape[2]), []
-    # Kernels are scored head by head, and four to a block.
     kernels = rule.scores == "kernels"
-    width = q.shape[1] * 4 * places.blocks if kernels else k.shape[1] * places.blocks
+    width = k.shape[1] * places.blocks
+    if kernels:
+        # Four to a block, scored head by head but in kernels.
+        sizes = {"K": q.shape[3], "G": q.shape[1] // k.shape[1], "choice": places.blocks}
+        is_fused = block_choice.path(q.device, q.dtype, **sizes) == "triton"
+        width *= 4 if is_fused else 4 * sizes["G"]
     count = max(QUERIES, SCORES // (q.shape[0] * width))
     for start in range(0, q.shape[2], count):
-        part = q[:, :, start : start + count]
-        place = first[:, None] + torch.arange(start, start + part.shape[2], device=q.device)
-        score = block_scores(
-            part,
+        marks = mark_blocks(
+            q[:, :, start : start + count],
             means.keys,
-            place,
+            start=first + start,
             block=places.block,
             blocks=places.blocks,
+            count=rule.count,
+            sink=rule.sink,
+            recent=rule.recent,
+            dense_length=rule.dense_length,
             held=means.held,
             kernels=kernels,
             scale=rule.scale,
         )
-        found.append(
-            best_blocks(
-                score,
-                first + start,
-                block=places.block,
-                count=rule.count,
-                sink=rule.sink,
-                recent=rule.recent,
-                dense_length=rule.dense_length,
-            )
-        )
+        found.append(marks)
     return found[0] if len(found) == 1 else torch.cat(found, dim=2)
 
 

@@ -32,7 +32,7 @@ class Plan:
 
 Family = BySize[Plan]
 
-# Of gradients by two kernels, which no GPU has timed yet: a plan takes them by `gradient=TOKENS, pairs=PAIRS`.
+# Of gradients by two kernels.
 PAIRS = Launch(chunk=64, columns=64, warps=4, stages=1, registers=168)
 TOKENS = Launch(chunk=64, columns=64, warps=4, stages=1)
 
@@ -42,8 +42,9 @@ HOPPER = Family(
         forward=Launch(chunk=64, columns=64, warps=4, stages=2),
         keep=Launch(chunk=64, columns=128, warps=8, stages=2),
         backward=Launch(chunk=64, columns=128, warps=8, stages=2),
-        # Its loops follow each other; loading ahead in them is a race: docs/decisions/0008-loops-in-a-row.md.
-        gradient=Launch(chunk=64, columns=64, warps=8, stages=1),
+        # Loops that follow each other: loading ahead in them is a race, docs/decisions/0008-loops-in-a-row.md.
+        gradient=TOKENS,
+        pairs=PAIRS,
         inverse="fp16",
     ),
     half_tall=Plan(

@@ -79,22 +79,6 @@ class Mqar(Task):
         form = self._easier[seed_of("mqar", "form", seed) % len(self._easier)]
         return form.draw(max(1, tokens // form.length), generator_for("mqar", "sample", seed, device))
 
-    def segments(
-        self, batch: int, count: int, *, seed: int, device: torch.device | str
-    ) -> tuple[Tensor, Tensor]:
-        """Rows of `count` short sequences side by side, no key twice: easier, with as many answers. [batch, length] each."""
-        form, n = self._form.divided(count), self.pairs // count
-        if n * count != self.pairs or form.length * count != self.sequence_length:
-            raise HeddleError(
-                "bad-argument",
-                f"mqar: {self.pairs} pairs in {self.sequence_length} tokens are not {count} equal segments",
-                hint="a number that divides both",
-            )
-        generator = generator_for("mqar", "segments", seed, device)
-        keys = 1 + distinct(batch, self.vocab_size // 2 - 1, self.pairs, generator)
-        inputs, targets = form.fill(keys.view(batch * count, n), generator)
-        return inputs.view(batch, -1), targets.view(batch, -1)
-
     def held_out(self, device: torch.device | str) -> tuple[Tensor, Tensor]:
         # Drawn on the CPU, whose generator gives the same everywhere.
         inputs, targets = self._form.draw(HELD_OUT, generator_for("mqar", "held-out", 0, "cpu"))
@@ -148,12 +132,9 @@ class Form:
 
     def draw(self, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Inputs and targets, int64 [B, length]."""
-        return self.fill(1 + distinct(batch, self.vocab_size // 2 - 1, self.pairs, generator), generator)
-
-    def fill(self, keys: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Inputs and targets, int64 [B, length], of sequences with such keys [B, pairs]."""
-        batch, device, n, half = keys.shape[0], generator.device, self.pairs, self.vocab_size // 2
+        device, n, half = generator.device, self.pairs, self.vocab_size // 2
         shape = (batch, self.length)
+        keys = 1 + distinct(batch, half - 1, n, generator)
         values = half + distinct(batch, self.vocab_size - half, n, generator)
         if self.random_non_queries:
             inputs = torch.randint(self.vocab_size, shape, generator=generator, device=device)
