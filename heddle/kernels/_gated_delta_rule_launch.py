@@ -335,8 +335,11 @@ def launch_backward(
     outer = _Outer(d_out, dx, d_states, d_initial, before, after, routes)
     gradients = _gradients if layout.plan.pairs is None else _split_gradients
     dq, dk, dv, d_gate, d_beta, d_routes = gradients((q, k, v, gate, beta), kept, outer, layout, scale=scale)
-    nothing = empty((0,), d_beta.dtype, d_beta.device)
-    d_gate, d_routes = nothing if log_decay is None else d_gate, nothing if routes is None else d_routes
+    # Results of an op are tensors of their own.
+    if log_decay is None:
+        d_gate = empty((0,), d_beta.dtype, d_beta.device)
+    if routes is None:
+        d_routes = empty((0,), d_beta.dtype, d_beta.device)
     return dq, dk, dv, d_gate, d_beta, d_initial, d_routes
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from toys import EXACT, call_at, mixer_of, noise, padded_call
+from torch.utils._python_dispatch import TorchDispatchMode
+from toys import EXACT, Largest, call_at, mixer_of, noise, padded_call
 
 from heddle.compose.mixers.nats_l import NatsLModule
 from heddle.compose.modules.norm import l2_norm
@@ -94,6 +95,20 @@ def in_pieces(
     return torch.cat(pieces, dim=1), cache.tensors()
 
 
+class Copies(TorchDispatchMode):
+    """Ops that pick numbers by their places, and of whose results one has so many at least."""
+
+    def __init__(self, least: int) -> None:
+        super().__init__()
+        self.least, self.names = least, set[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if str(func).startswith(("aten.gather", "aten.scatter", "aten.where")) and out.numel() >= self.least:
+            self.names.add(str(func))
+        return out
+
+
 def routes_of(mixer: NatsLModule, x: Tensor) -> Tensor:
     seen: list[Tensor] = []
     hook = mixer.routes_out.register_forward_hook(lambda _, __, out: seen.append(out))
@@ -111,18 +126,20 @@ def test_it_equals_its_formula_at_every_token() -> None:
     assert (m[:, :4].sum(-1) == 1).all()
     assert (m[:, 4:] == 0).all()
     assert (mixer(x, call_at(0, LENGTH)) - expected).abs().max() < EXACT
-    for ends in (list(range(1, LENGTH + 1)), [2, 3, 4, 11, 16, LENGTH]):
+    # Calls that begin and end amid a chunk or with one.
+    for ends in (list(range(1, LENGTH + 1)), [2, 3, 4, 11, 16, LENGTH], [8, LENGTH], [3, 17, LENGTH]):
         assert (in_pieces(mixer, x, ends)[0] - expected).abs().max() < EXACT
 
 
-def test_gradients_are_those_of_the_formula_and_routes_have_those_of_a_weight() -> None:
-    mixer, x, weight = ready().train(), inputs(), noise(2, LENGTH, HIDDEN, seed=4)
+@pytest.mark.parametrize("length", [LENGTH, 4 * CHUNK])
+def test_gradients_are_those_of_the_formula_and_routes_have_those_of_a_weight(length: int) -> None:
+    mixer, x, weight = ready().train(), inputs(length), noise(2, length, HIDDEN, seed=4)
     m = routes_of(mixer, x).detach()[:, :4]
     others = [one for name, one in mixer.named_parameters() if name != "router.weight"]
     leaf = m.clone().requires_grad_()
     *expected, wanted = torch.autograd.grad((by_loop(mixer, x, leaf) * weight).sum(), [*others, leaf])
     *found, router = torch.autograd.grad(
-        (mixer(x, call_at(0, LENGTH)) * weight).sum(), [*others, mixer.router.weight]
+        (mixer(x, call_at(0, length)) * weight).sum(), [*others, mixer.router.weight]
     )
     for one, other in zip(found, expected, strict=True):
         assert (one - other).abs().max() < EXACT * max(1.0, other.abs().max())
@@ -133,6 +150,18 @@ def test_gradients_are_those_of_the_formula_and_routes_have_those_of_a_weight() 
     (told,) = torch.autograd.grad((p * wanted * m).sum(), again)
     assert (told - router).abs().max() < EXACT * max(1.0, told.abs().max())
     assert told.abs().max() > 1e-3
+
+
+def test_whole_chunks_are_not_picked_out_and_memory_grows_with_tokens_alone() -> None:
+    length, chunk, width = 16_384, 64, HEADS * (2 * K + V)
+    mixer = ready(chunk=chunk).to("meta").train()
+    x = torch.empty(1, length, HIDDEN, device="meta", dtype=torch.float64, requires_grad=True)
+    with Largest() as most, Copies(length * HEADS * V) as copies:
+        y = mixer(x, call_at(0, length, rows=1))
+        torch.autograd.grad(y.sum(), [x, *mixer.parameters()])
+    # Products of two tokens of a chunk are the largest there are; a gate a token and chunk would be as many again.
+    assert most.numbers <= length * max(width, 2 * HEADS * chunk)
+    assert not copies.names
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields, replace
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from heddle.errors import HeddleError
 from heddle.kernels import force_path, gated_delta_rule
+from heddle.kernels._gated_delta_rule_op import longest_chunk
 from heddle.kernels._gated_delta_rule_torch import _unit_lower_inverse
 from heddle.kernels.accuracy import Sample, compare, draw, results
 from heddle.kernels.common.layout import LEAST_HEAD
@@ -176,24 +178,32 @@ def test_launches_of_the_table_are_legal(table: Family) -> None:
         assert {launch.warps for launch in launches} <= {1, 2, 4, 8}
 
 
-def _opaque(device: str, *, packed: bool) -> tuple[tuple[Tensor | float | None, ...], Sample]:
+def _opaque(
+    device: str, *, packed: bool = False, routed: bool = False
+) -> tuple[tuple[Tensor | float | None, ...], Sample]:
     ends = [0, 3, 3, 20] if packed else None
     sample = draw(gated_delta_rule, {**SHAPE, "T": 20}, torch.float32, cu_seqlens=ends).to(device)
     given = {name: x.requires_grad_(name in sample.wanted) for name, x in sample.arguments.items()}
     inputs = [given[name] for name in ("q", "k", "v", "log_decay", "beta")]
-    return (*inputs, 0.25, given["initial_state"], given.get("cu_seqlens")), sample
+    routes = None
+    if routed:
+        chunks = -(-20 // longest_chunk(torch.device(device), 4, SHAPE["K"]))
+        size = (SHAPE["B"] * chunks, SHAPE["HV"])
+        routes = torch.linspace(0, 1, math.prod(size), device=device).view(size).requires_grad_()
+    return (*inputs, 0.25, given["initial_state"], given.get("cu_seqlens"), routes), sample
 
 
 @pytest.mark.parametrize("device", KERNEL_DEVICES)
-@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
-def test_torch_library_knows_the_opaque_op(device: str, packed: bool) -> None:
-    inputs, _ = _opaque(device, packed=packed)
+@pytest.mark.parametrize("form", [None, "packed", "routed"])
+def test_torch_library_knows_the_opaque_op(device: str, form: str | None) -> None:
+    inputs, _ = _opaque(device, **({} if form is None else {form: True}))
     torch.library.opcheck(torch.ops.heddle.gated_delta_rule_kernels.default, (*inputs, True))
 
 
 @pytest.mark.parametrize("device", KERNEL_DEVICES)
-def test_a_backward_pass_for_which_nothing_was_kept_runs_forward_again(device: str) -> None:
-    inputs, sample = _opaque(device, packed=False)
+@pytest.mark.parametrize("routed", [False, True])
+def test_a_backward_pass_for_which_nothing_was_kept_runs_forward_again(device: str, routed: bool) -> None:
+    inputs, sample = _opaque(device, routed=routed)
     leaves = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
     found = []
     for keep in (True, False):

@@ -62,8 +62,8 @@ OTHERS = {
     "or split and 3-cpu and float32 or mixer",
     # A step with masks in full precision, a given slope and a window in half.
     "test_local_linear_attention": "kernels_are and (step and float32 or slope and float16)",
-    # Segments in full precision, ragged heads and a part of a tile in half.
-    "test_routed_delta_rule": "reference and (whole and float32 or ragged and float16)",
+    # Segments in full precision, ragged heads and a part of a tile in half, in both directions; routes of a repeated call.
+    "test_routed_delta_rule": "reference and (whole and float32 or ragged and float16) or repeated",
     # The widest window in half precision, one of a single token; packed sequences with an empty one.
     "test_causal_conv1d": "reference and (8-packed and float16 or 1-dense and float32 or 3-packed and float32)",
     # Rows that lie apart in half precision, each form once.

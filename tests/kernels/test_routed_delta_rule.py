@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,9 @@ from torch import Tensor
 
 from heddle.errors import HeddleError
 from heddle.kernels import gated_delta_rule
+from heddle.kernels._gated_delta_rule_op import _backward, _forward
+from heddle.kernels.common.tuning import tuning
+from heddle.kernels.op import INTERPRETED
 from heddle.kernels.routed_delta_rule import routed_delta_rule, routed_delta_rule_reference
 
 pytestmark = pytest.mark.usefixtures("kernels_on_gpu")
@@ -82,6 +86,24 @@ def test_gradients_of_the_kernels_are_those_of_the_reference_for_routes_between_
     exact = both_directions(routed_delta_rule_reference, given, shape["chunk"], torch.float64, "cpu")
     run = partial(both_directions, routed_delta_rule, given, shape["chunk"], dtype, device)
     assert_held(exact, run, dtype, device, split=split, **({"segment": 64} if name == "whole" else {}))
+
+
+@pytest.mark.parametrize(
+    "device", [*(["cpu"] if INTERPRETED else []), pytest.param("cuda", marks=pytest.mark.gpu)]
+)
+def test_a_repeated_launch_reads_the_routes_of_its_own_call(device: str) -> None:
+    plans = [inspect.getclosurevars(one).nonlocals["plans"] for one in (_forward, _backward)]
+    for one in plans:
+        one.clear()
+    run = partial(both_directions, routed_delta_rule, chunk=16, dtype=torch.float32, device=device)
+    calls = [soft(drawn(SHAPES["whole"], seed)) for seed in range(3)]
+    calls[2]["routes"] = 1.0 - calls[2]["routes"]
+    repeated = [run(given) for given in calls]
+    assert [plan is not None for one in plans for plan in one.values()] == [True, True]
+    for given, found in zip(calls, repeated, strict=True):
+        with tuning(split=0):
+            anew = run(given)
+        assert all(torch.equal(found[name], anew[name]) for name in anew)
 
 
 @pytest.mark.gpu

@@ -151,13 +151,13 @@ class NatsLModule(GatedDeltaNetModule):
         sizes = (int(is_begun), layout.chunks - is_begun - is_left, int(is_left))
         told, routes = [], []
         # Parted once: the gradient of a slice is a tensor of all chunks.
-        parts = zip(*(one.split(sizes, dim=1) for one in given), strict=True)
+        parts = zip(*(one.split_with_sizes(sizes, dim=1) for one in given), strict=True)
         for size, is_whole, part in zip(sizes, (False, True, False), parts, strict=True):
             if size and is_whole:
                 m = self._routes(part[-1][:, :, 0])
-                sides = [one.flatten(1, 2) for one in part[:-1]]
+                q, k, v, log_decay, beta = (one.flatten(1, 2) for one in part[:-1])
                 o, memory = routed_delta_rule(
-                    *sides, m[..., 1], chunk=self.chunk, initial_state=running.memory
+                    q, k, v, log_decay, beta, m[..., 1], chunk=self.chunk, initial_state=running.memory
                 )
                 running.memory = running.start = memory
                 told.append(o.unflatten(1, (size, self.chunk)))  # type: ignore[no-untyped-call]
@@ -313,7 +313,7 @@ class NatsLModule(GatedDeltaNetModule):
             call.add_loss("router_budget", (share - self.budget).square(), self.budget_factor)
 
     def kernel_path(self, device: torch.device, dtype: torch.dtype) -> str:
-        """The name of the code that does the mixing: of a whole chunk, of many of them where no gradient is wanted."""
+        """The name of the code that does the mixing: of a part of a chunk, and of whole chunks."""
         sizes = {"K": self.head_dim, "V": self.value_dim}
         names = (super().kernel_path(device, dtype), routed_path(device, dtype, **sizes, chunk=self.chunk))
         return " and ".join(dict.fromkeys(names))
