@@ -222,3 +222,18 @@ def test_equal_computations_have_one_hash() -> None:
     one, other = (plan(model_with(mixer, HIDDEN)) for mixer in (base, written))
     assert one.runtime() == other.runtime()
     assert isinstance(one.model, ModelSpec)
+
+
+def test_keys_are_held_once_for_the_gradient() -> None:
+    length, heads, sizes = 8, 4, {"qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
+    mixer = mixer_of(20, "mla", heads=heads, kv_lora_rank=5, rope={"theta": 100.0}, **sizes)
+    held: set[int] = set()
+
+    def weigh(one: Tensor) -> Tensor:
+        held.add(one.untyped_storage().nbytes() // one.element_size())
+        return one
+
+    with torch.autograd.graph.saved_tensors_hooks(weigh, lambda one: one):
+        mixer(noise(1, length, 20).requires_grad_(), call_at(0, length, rows=1))
+    assert length * heads * (8 + 4) in held
+    assert length * heads * (8 + 8) not in held, "keys and values in one, of which the values would be a view"

@@ -15,7 +15,11 @@ from heddle.compose.modules.canvas import Canvas
 from heddle.compose.modules.precision import wide, wide_dtype
 from heddle.compose.modules.running_means import affinities
 from heddle.compose.modules.site import Site
+from heddle.compose.modules.stretches import in_stretches
 from heddle.errors import HeddleError
+
+# Means, and the last values.
+States = tuple[Tensor, Tensor]
 
 
 class ContMixModule(Initialised):
@@ -27,7 +31,7 @@ class ContMixModule(Initialised):
     With `grid`, in the paper's form, the means are those of k over summaries² regions of the image, the sum goes over squares
     around the token, of `taps` and `small_taps` for the two halves of a head's channels with a softmax each, and v is 0 beyond
     the edges; its state is empty. Padding and what is not written is in no mean and in no other token's sum. Weights and means
-    are float32.
+    are float32. Training works the sums of long sequences out again.
 
     Shapes:  x, y: [B, T, D];  P: [taps, summaries];  r: [H, taps];  u: [H, d, static_taps];  `heads_out` sees [B, T, H, d]
              states: means: [B, H, summaries, query_dim];  values: [B, most taps - 1, H d]
@@ -68,26 +72,44 @@ class ContMixModule(Initialised):
     def forward(self, x: Tensor, call: Call) -> Tensor:
         x = call.hide_padding(x)
         q, k, v = (
-            wide(proj(x)).view(*x.shape[:2], self.heads, -1)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
+            proj(x).view(*x.shape[:2], self.heads, -1) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        o = (self._around(q, k, v, call) if self.grid else self._behind(q, k, v, call)).to(x.dtype)
+        o = self._around(wide(q), wide(k), wide(v), call) if self.grid else self._behind(q, k, v, call)
+        o = o.to(x.dtype)
         o = o * F.silu(self.g_proj(x)).view_as(o)
         y: Tensor = self.o_proj(self.heads_out(call.gated(o)).flatten(2))
         return y
 
     def _behind(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
-        """Shapes:  q, k: [B, T, H, query_dim];  v, out: [B, T, H, d]"""
-        means = call.state("means")
+        """Shapes:  q, k: [B, T, H, query_dim];  v, out: [B, T, H, d], out wide"""
+        means, past = call.state("means"), call.state("values")
         if means is None:
-            means = q.new_zeros(len(q), self.heads, self.summaries, self.query_dim)
-        a, means = affinities(q * self.query_dim**-0.5, call.hide_unwritten(k), means)
-        call.keep(means=means)
+            shape = (len(q), self.heads, self.summaries, self.query_dim)
+            means = q.new_zeros(shape, dtype=wide_dtype(q.dtype))
+        if past is None:
+            past = v.new_zeros(len(v), self.reach, self.heads * self.head_dim)
+        past = wide(past).view(len(v), -1, *v.shape[2:])
+        marks = () if call.written is None else (call.written,)
+        o, (means, past) = in_stretches(self._stretch, (means, past), (q, k, v, *marks))
+        call.keep(means=means, values=past.flatten(2).to(self.v_proj.weight.dtype))
+        return o
+
+    def _stretch(
+        self, state: States, q: Tensor, k: Tensor, v: Tensor, written: Tensor | None = None
+    ) -> tuple[Tensor, States]:
+        """The sums of a stretch of tokens; the means, and the last values, before it and after it."""
+        (means, past), (q, k, v) = state, (wide(side) for side in (q, k, v))
+        heard = v
+        if written is not None:
+            k, heard = (side * written[..., None, None].to(side.dtype) for side in (k, v))
+        a, means = affinities(q * self.query_dim**-0.5, k, means)
         w = torch.softmax(F.linear(a, wide(self.tap_weight)) + wide(self.tap_bias), dim=-1)
-        return self._mixed(v, w, call)
+        held = torch.cat((past, heard), dim=1)
+        # A view would keep all of a long prefill in memory.
+        return self._mixed(v, held, w), (means, held[:, held.shape[1] - self.reach :].clone())
 
     def _around(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
-        """Shapes:  as those of `_behind`"""
+        """Shapes:  q, k: [B, T, H, query_dim];  v, out: [B, T, H, d];  all wide"""
         if call.cache is not None and call.cache.get_seq_length() > 0:
             raise HeddleError("bad-argument", "kernels that see later tokens cannot go on from a cache")
         canvas = Canvas.of(call, v.shape[1], self.grid["width"])
@@ -109,18 +131,8 @@ class ContMixModule(Initialised):
             out = out + _over_square(image, weight, wide(self.static), self.static_taps)
         return canvas.taken(out.flatten(3)).unflatten(-1, (self.heads, -1))  # type: ignore[no-any-return, no-untyped-call]
 
-    def _mixed(self, v: Tensor, w: Tensor, call: Call) -> Tensor:
-        """Shapes:  v, out: [B, T, H, d];  w: [B, T, H, taps]"""
-        past, written = call.state("values"), call.hide_unwritten(v)
-        past = (
-            v.new_zeros(len(v), self.reach, *v.shape[2:])
-            if past is None
-            else past.view(len(v), -1, *v.shape[2:])
-        )
-        held = torch.cat((past.to(v.dtype), written), dim=1)
-        # A view would keep all of a long prefill in memory.
-        kept = held[:, held.shape[1] - self.reach :].flatten(2).to(self.v_proj.weight.dtype)
-        call.keep(values=kept.clone())
+    def _mixed(self, v: Tensor, held: Tensor, w: Tensor) -> Tensor:
+        """Shapes:  v, out: [B, T, H, d];  held: [B, reach + T, H, d], what is heard of v;  w: [B, T, H, taps];  all wide"""
         o = torch.zeros_like(v)
         for tap in range(self.reach + 1):
             # A token hears itself, whether later ones will or not.

@@ -24,7 +24,9 @@ from heddle.compose.modules.norm import RMSNorm
 from heddle.compose.modules.precision import wide
 from heddle.compose.modules.rope import rotary_key, rotate
 from heddle.compose.modules.site import Site
+from heddle.compose.modules.sliding import attend_sliding, has_kernels, slides
 from heddle.compose.modules.softmax import softmax_attention
+from heddle.compose.modules.stretches import in_stretches
 from heddle.kernels.gla import gla, gla_step
 
 # The gate is the sixteenth root of a sigmoid (arXiv 2503.01496, as arXiv 2312.06635 has it).
@@ -39,7 +41,8 @@ class LigerModule(nn.Module):
         y = W_o (share · r + (1 - share) · softmax attention of the turned q over the last `window` turned k and v)
 
     The softmaxes of the recurrence are over a head's dimensions. Its keys, gates and values are repeated for the query heads of
-    a group. Projections and norms bear the names of `AttentionModule`. Gates and state are float32.
+    a group. Projections and norms bear the names of `AttentionModule`. Gates and state are float32. Training works the recurrence
+    of long sequences out again.
 
     Shapes:  x, y: [B, T, D];  state: [B, H, d, d], and the window's keys and values;  `heads_out` sees [B, T, H, d]
     """
@@ -84,11 +87,25 @@ class LigerModule(nn.Module):
         """Shapes:  q, out: [B, T, H, d];  k, v: [B, T, KV heads, d];  q and k wide, out as v"""
         # What is padding or not written adds nothing; the memory decays all the same.
         v = call.hide_padding(call.hide_unwritten(v).flatten(2)).view_as(v)
+        return remember(self._recalled, self._recalled_step, q, k, v, call=call)
+
+    def _recalled(
+        self, q: Tensor, k: Tensor, v: Tensor, *, initial_state: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        def part(state: Tensor | None, *sides: Tensor) -> tuple[Tensor, Tensor]:
+            return gla(*self._sides(*sides), scale=1.0, initial_state=state)
+
+        return in_stretches(part, initial_state, (q, k, v))
+
+    def _recalled_step(self, q: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        return gla_step(*self._sides(q, k, v), state, scale=1.0)
+
+    def _sides(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Queries, keys, values and log-decays of all query heads."""
         sides = (torch.softmax(k, dim=-1).to(v.dtype), v, F.logsigmoid(k) / ROOT)
         group = self.heads // self.kv_heads
-        key, v, log_decay = (side.repeat_interleave(group, dim=2) for side in sides)
-        query = torch.softmax(q, dim=-1).to(v.dtype)
-        return remember(gla, gla_step, query, key, v, log_decay, call=call, scale=1.0)
+        key, value, log_decay = (side.repeat_interleave(group, dim=2) for side in sides)
+        return torch.softmax(q, dim=-1).to(v.dtype), key, value, log_decay
 
     def _window(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         """Shapes:  as those of `_recurrence`"""
@@ -97,6 +114,8 @@ class LigerModule(nn.Module):
             q, k = rotate(q, tables), rotate(k, tables)
         q, k, v = (side.to(v.dtype).transpose(1, 2) for side in (q, k, v))
         held = keys_so_far(k, v, call.part(WINDOW))
+        if slides(q, held, self.view):
+            return attend_sliding(q, held, call, self.view).transpose(1, 2)
         return attend_in_view(q, held, call, self.view, softmax_attention).transpose(1, 2)
 
     def new_cache(self) -> StateLayer:
@@ -124,4 +143,9 @@ class LigerModule(nn.Module):
     def kernel_path(self, device: torch.device, dtype: torch.dtype) -> str:
         """The names of the code that does the mixing, each once."""
         path = gla.path(device, dtype, K=self.head_dim, V=self.head_dim)
-        return path if self.share == 1.0 else f"{path} and sdpa"
+        if self.share == 1.0:
+            return path
+        has_own = self.view.window is not None and has_kernels(
+            device, dtype, self.head_dim, self.heads // self.kv_heads
+        )
+        return " and ".join(dict.fromkeys((path, "triton" if has_own else "sdpa")))

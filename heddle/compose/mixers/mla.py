@@ -79,18 +79,19 @@ class MlaModule(nn.Module):
     def forward(self, x: Tensor, call: Call) -> Tensor:
         q = x if self.q_down is None or self.q_norm is None else self.q_norm(self.q_down(x))
         q, turning = self.q_proj(q).unflatten(-1, (self.heads, -1)).split((self.plain, self.shared), dim=-1)
-        q, turning = q.transpose(1, 2), self._turned(turning, call).transpose(1, 2)
+        turning = self._turned(turning, call)
         c, r = self.kv_down(x).split((self.rank, self.shared), dim=-1)
         r = self._turned(r[:, :, None], call).transpose(1, 2)
         held = keys_so_far(self.kv_norm(c)[:, None], r, call)
-        if self._absorbs(q.shape[2], held[0].shape[2]):
+        if self._absorbs(q.shape[1], held[0].shape[2]):
             weight = self.kv_up.weight.view(self.heads, -1, self.rank)
             keys, values = torch.split(weight, [self.plain, self.value], dim=1)
             c, r, written = held
+            q, turning = q.transpose(1, 2), turning.transpose(1, 2)
             o = self._attend((torch.cat((q @ keys, turning), -1), torch.cat((c, r), -1), c, written), call)
             o = o @ values.mT
         else:
-            o = self._attend(self._expanded(torch.cat((q, turning), -1), *held), call)
+            o = self._attend(self._expanded(torch.cat((q, turning), -1).transpose(1, 2), *held), call)
         if self.head_mix.share is not None:
             own = self.kv_up(held[0][:, 0, -x.shape[1] :]).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             o = self.head_mix(o, own[..., self.plain :])
@@ -108,9 +109,11 @@ class MlaModule(nn.Module):
 
     def _expanded(self, q: Tensor, c: Tensor, r: Tensor, written: Tensor | None) -> Sides:
         """The keys and values of each head.  Shapes:  c: [B, 1, S, kv_lora_rank];  r: [B, 1, S, qk_rope_head_dim]"""
-        both = self.kv_up(c[:, 0]).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        both = self.kv_up(c[:, 0]).unflatten(-1, (self.heads, -1))
         keys, values = both.split((self.plain, self.value), dim=-1)
-        return q, torch.cat((keys, r.expand(-1, self.heads, -1, -1)), dim=-1), values, written
+        keys = torch.cat((keys, r.transpose(1, 2).expand(-1, -1, self.heads, -1)), dim=-1)
+        # A view would keep the keys a second time.
+        return q, keys.transpose(1, 2), values.contiguous().transpose(1, 2), written
 
     def _attend(self, sides: Sides, call: Call) -> Tensor:
         """Shapes:  q: [B, H, T, d];  k: [B, H or 1, S, d];  v: [B, H or 1, S, V];  out: [B, H, T, V]"""

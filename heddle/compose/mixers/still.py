@@ -89,7 +89,7 @@ class StillModule(nn.Module):
         far = self._far((keys, values, marks), index, near, call)
         sides = Sides(
             slots,
-            layout.spread(torch.sigmoid(wide(self.g_proj(x))).view(*x.shape[:2], self.heads, -1)),
+            layout.spread(self.g_proj(x).view(*x.shape[:2], self.heads, -1)),
             keys,
             values,
             marks,
@@ -103,9 +103,9 @@ class StillModule(nn.Module):
         if memory is None:
             shape = (len(x), self.stores, 2 * self.features, self.head_dim + 1)
             memory = torch.zeros(shape, dtype=wide_dtype(x.dtype), device=x.device)
-        o, memory = attend_salient(sides, memory, near, self.form)
+        o, memory = attend_salient(sides, memory, near, self.form, x.dtype)
         call.keep(memory=memory)
-        o = layout.gather(o.to(x.dtype))
+        o = layout.gather(o)
         y: Tensor = self.o_proj(self.heads_out(call.gated(o)).flatten(2))
         return y
 
@@ -125,7 +125,7 @@ class StillModule(nn.Module):
         first = torch.full((len(x),), earlier, device=x.device)
         real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
         if call.key_padding is None:
-            return Layout.of(size, first, real, earlier % size)
+            return Layout.regular(size, first, real, earlier % size)
         first = first - (call.key_padding > 0).to(torch.int64).argmax(dim=-1)
         return Layout.of(size, first, real if call.padding is None else call.padding > 0, None)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -50,6 +50,12 @@ class Near:
 
     def rows(self, x: Tensor) -> Tensor:
         """Shapes:  x: [B, N, S, d];  out: [B, N, C + 1, l, d], 0 in slots without a key"""
+        tokens, offset = self.layout.real.shape[1], self.layout.offset
+        if offset is not None and tokens > 1:
+            # The first new token stands behind as many slots in all rows; of a gather gradients would keep all keys again.
+            ahead = self.layout.length + offset - (x.shape[2] - tokens)
+            found = F.pad(x, (0, 0, ahead, self.index.shape[1] - ahead - x.shape[2]))
+            return found.unflatten(2, (-1, self.layout.length))  # type: ignore[no-any-return, no-untyped-call]
         found = x.gather(2, self.index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
         found = found * self.inside[:, None, :, None].to(x.dtype)
         return found.unflatten(2, (-1, self.layout.length))  # type: ignore[no-any-return, no-untyped-call]
@@ -74,7 +80,7 @@ class Sides:
 
     `chosen` are the slots of near keys that stay keys, `leaves` the chunks that have left the two in sight when the call ends.
     `most` bounds the number of the first chunk in every row. Marks are 1 for keys to be seen, and have the gradient of a bias.
-    `maps` are φ of queries and of keys.
+    `maps` are φ of queries and of keys. The gate comes before its sigmoid.
 
     Shapes:  q, gate: [B, C, L, H, d];  k, v: [B, N, C + 1, l, d];  seen: [B, C + 1, l];  chosen: [B, N, C + 1, l] bool;
              leaves: [B, C + 1] bool;  far_k, far_v: [B, N, M, d];  far_seen: [B, N, M]
@@ -92,6 +98,8 @@ class Sides:
     far_seen: Tensor
     most: int
     maps: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
+    # The chunk with which q, gate, k and v begin.
+    begin: int = 0
 
 
 @torch.no_grad()
@@ -119,39 +127,46 @@ def choose(scores: Tensor, keep: int) -> Tensor:
 
 
 def attend_salient(
-    sides: Sides,
-    memory: Tensor,
-    near: Near,
-    form: Form,
+    sides: Sides, memory: Tensor, near: Near, form: Form, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """What each query reads, and the state of the tokens that are no keys any more.        (arXiv 2602.02180)
 
         o = (sum_E e^(s_j - m) v_j + gate * φ(q) S) / (sum_E e^(s_j - m) + φ(q) z),   [S, z] = sum_F φ(k_j)ᵀ [v_j, 1]
 
-    E holds the query's own key, so its sum is at least 1. A chunk after the other, all wide; in training the weights of
-    a few chunks stand in memory at once.
+    E holds the query's own key, so its sum is at least 1. A chunk after the other, all wide, the outputs given in `dtype`; in
+    training the weights of a few chunks stand in memory at once.
 
     Shapes:  memory: [B, N, 2 f, d + 1], wide;  out: [B, C, L, H, d], and as memory
     """
+    chunks = sides.q.shape[1]
+    if not torch.is_grad_enabled() or chunks <= CHUNKS:
+        return _chunks(sides, memory, near, form, dtype)
 
-    def part(first: int, last: int, memory: Tensor) -> tuple[Tensor, Tensor]:
-        told = []
-        for i in range(first, last):
-            o, memory = _chunk(i, sides, memory, near, form)
-            told.append(o)
-        return torch.stack(told, dim=1), memory
+    def part(begin: int, memory: Tensor, q: Tensor, gate: Tensor, *keys: Tensor) -> tuple[Tensor, Tensor]:
+        k, v = torch.cat(keys[:2], dim=2), torch.cat(keys[2:], dim=2)
+        return _chunks(replace(sides, q=q, gate=gate, k=k, v=v, begin=begin), memory, near, form, dtype)
 
-    chunks, told = sides.q.shape[1], []
-    is_split = torch.is_grad_enabled() and chunks > CHUNKS
-    for first in range(0, chunks, CHUNKS):
-        where = (first, min(first + CHUNKS, chunks), memory)
-        o, memory = (
-            checkpoint(part, *where, use_reentrant=False, preserve_rng_state=False)
-            if is_split
-            else part(*where)
-        )
+    # Of slices each gradient would be as long as the whole.
+    parts = [side.split(CHUNKS, dim=1) for side in (sides.q, sides.gate)]
+    parts += [side[:, :, 1:].split(CHUNKS, dim=2) for side in (sides.k, sides.v)]
+    last_k, last_v, told = sides.k[:, :, :1], sides.v[:, :, :1], []
+    for begin, q, gate, k, v in zip(range(0, chunks, CHUNKS), *parts, strict=True):
+        where = (begin, memory, q, gate, last_k, k, last_v, v)
+        o, memory = checkpoint(part, *where, use_reentrant=False, preserve_rng_state=False)
+        last_k, last_v = k[:, :, -1:], v[:, :, -1:]
         told.append(o)
     return torch.cat(told, dim=1), memory
+
+
+def _chunks(
+    sides: Sides, memory: Tensor, near: Near, form: Form, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """`attend_salient` for the chunks of `sides`."""
+    told = []
+    for i in range(sides.begin, sides.begin + sides.q.shape[1]):
+        o, memory = _chunk(i, sides, memory, near, form)
+        told.append(o.to(dtype))
+    return torch.stack(told, dim=1), memory
 
 
 def _chunk(
@@ -163,8 +178,8 @@ def _chunk(
 ) -> tuple[Tensor, Tensor]:
     """Shapes:  out: [B, L, H, d], and as memory"""
     with without_autocast(sides.q):
-        heads, stores = sides.q.shape[3], sides.k.shape[1]
-        q = wide(sides.q[:, i]).transpose(1, 2)
+        heads, stores, at = sides.q.shape[3], sides.k.shape[1], i - sides.begin
+        q = wide(sides.q[:, at]).transpose(1, 2)
         logits, values = _exact(i, q, sides, near, form)
         # The largest logit has a gradient: the state's part is not divided by its exponential.
         weights = torch.exp(logits - logits.amax(dim=-1, keepdim=True))
@@ -175,11 +190,11 @@ def _chunk(
             one.unflatten(2, (heads // stores, -1)).flatten(1, 2).transpose(1, 2) for one in (told, recalled)
         )
         total = told[..., -1:] + recalled[..., -1:]
-        o = (told[..., :-1] + wide(sides.gate[:, i]) * recalled[..., :-1]) / total
+        o = (told[..., :-1] + torch.sigmoid(wide(sides.gate[:, at])) * recalled[..., :-1]) / total
         weight = (sides.seen[:, i] * sides.leaves[:, i, None].to(sides.seen.dtype))[:, None]
         weight = weight.masked_fill(sides.chosen[:, :, i], 0.0)
-        keys = sides.maps[1](sides.k[:, :, i]) * weight[..., None]
-        return o, memory + keys.mT @ _counted(sides.v[:, :, i])
+        keys = sides.maps[1](sides.k[:, :, at]) * weight[..., None]
+        return o, memory + keys.mT @ _counted(sides.v[:, :, at])
 
 
 def _exact(i: int, q: Tensor, sides: Sides, near: Near, form: Form) -> tuple[Tensor, Tensor]:
@@ -188,7 +203,8 @@ def _exact(i: int, q: Tensor, sides: Sides, near: Near, form: Form) -> tuple[Ten
     Shapes:  q: [B, H, L, d];  out: [B, N, G, L, keys], [B, N, keys, d + 1]
     """
     q, own, chunk = q.unflatten(1, (sides.k.shape[1], -1)), near.own(), near.layout.base + i  # type: ignore[no-untyped-call]
-    keys, values = (wide(side[:, :, i : i + 2].flatten(2, 3)) for side in (sides.k, sides.v))
+    at = i - sides.begin
+    keys, values = (wide(side[:, :, at : at + 2].flatten(2, 3)) for side in (sides.k, sides.v))
     slot = torch.arange(2 * form.chunk, device=q.device)
     seen, is_own = sides.seen[:, i : i + 2].flatten(1)[:, None], slot == own
     is_seen = (((slot < own) & (seen > 0.5)) | is_own)[:, None]

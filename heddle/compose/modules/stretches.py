@@ -1,0 +1,35 @@
+"""Long sequences a stretch after the other, so that training keeps what goes into a stretch instead of what comes up in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+# Tokens of a stretch.
+STRETCH = 8192
+
+State = TypeVar("State")
+
+
+def in_stretches(
+    part: Callable[..., tuple[Tensor, State]], state: State, sides: Sequence[Tensor]
+) -> tuple[Tensor, State]:
+    """What `part(state, *sides)` gives: an output and the state after the last token.
+
+    Where gradients are wanted of more than `STRETCH` tokens, `part` is called for one stretch after the other, and again in the
+    backward pass (arXiv 1604.06174); else once.
+
+    Shapes:  sides, out: [B, T, ...] each
+    """
+    if not torch.is_grad_enabled() or sides[0].shape[1] <= STRETCH:
+        return part(state, *sides)
+    told = []
+    # Of slices each gradient would be as long as the whole.
+    for given in zip(*(torch.split(side, STRETCH, dim=1) for side in sides), strict=True):
+        o, state = checkpoint(part, state, *given, use_reentrant=False, preserve_rng_state=False)
+        told.append(o)
+    return torch.cat(told, dim=1), state

@@ -1,0 +1,87 @@
+"""What long sequences hold in training: stretches of them are worked out again, and no mask of all tokens by all is made."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from toys import EXACT, Largest, call_at, mixer_of, noise, padded_call
+
+from heddle.compose.modules import in_view, stretches
+from heddle.compose.modules.in_view import attend_in_view
+from heddle.compose.modules.masks import View
+from heddle.compose.modules.softmax import softmax_attention
+from heddle.search.peak import peak_bytes
+
+HIDDEN, LENGTH, STRETCH = 32, 300, 64
+MIXERS: dict[str, dict[str, Any]] = {
+    "liger": {"heads": 4, "kv_heads": 2, "window": 8},
+    "contmix": {"heads": 4},
+}
+
+
+def both_directions(mixer: Any, x: Tensor) -> tuple[Tensor, ...]:
+    y = mixer(x, call_at(0, x.shape[1], rows=len(x)))
+    return (y, *torch.autograd.grad(y.sin().sum(), [x, *mixer.parameters()]))
+
+
+@pytest.mark.parametrize("kind", MIXERS)
+def test_a_mixer_in_stretches_is_the_mixer(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    mixer, x = mixer_of(HIDDEN, kind, **MIXERS[kind]), noise(2, LENGTH, HIDDEN).requires_grad_()
+    expected = both_directions(mixer, x)
+    monkeypatch.setattr(stretches, "STRETCH", STRETCH)
+    for found, wanted in zip(both_directions(mixer, x), expected, strict=True):
+        assert (found - wanted).abs().max() < EXACT * wanted.abs().max().clamp(min=1.0)
+
+
+@pytest.mark.parametrize("kind", MIXERS)
+def test_a_mixer_in_stretches_holds_less(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    mixer, x = mixer_of(HIDDEN, kind, **MIXERS[kind]).float(), noise(1, 2048, HIDDEN).float().requires_grad_()
+    call = partial(both_directions, mixer, x)
+    whole = peak_bytes(call, (), "cpu")
+    monkeypatch.setattr(stretches, "STRETCH", 128)
+    assert peak_bytes(call, (), "cpu") < whole / 2
+
+
+def masked(causal: bool, keys: int, is_written: bool) -> tuple[list[Tensor], Any]:
+    """Queries, keys, values and perhaps marks, behind padding; and both directions of attention to them."""
+    real = torch.ones(2, keys, dtype=torch.bool)
+    real[0, :9], real[1, -2:] = False, False
+    sides = [noise(2, heads, count, 6, seed=heads) for heads, count in ((4, 70), (2, keys), (1, keys))]
+    q, k, v = sides[0], sides[1], sides[2].expand(-1, 2, -1, -1)
+    marks = [(noise(2, keys, seed=7) > 0.0).double()] if is_written else []
+    leaves = [one.detach().clone().requires_grad_() for one in (q, k, v, *marks)]
+
+    def call() -> tuple[Tensor, ...]:
+        given = (leaves[1], leaves[2], leaves[3] if is_written else None)
+        o = attend_in_view(leaves[0], given, padded_call(real), View(causal=causal), softmax_attention)
+        return (o, *torch.autograd.grad(o.sin().sum(), leaves))
+
+    return leaves, call
+
+
+@pytest.mark.parametrize("is_written", [False, True])
+@pytest.mark.parametrize("keys", [70, 90])
+@pytest.mark.parametrize("causal", [True, False])
+def test_masks_of_some_queries_do_what_one_of_all_does(
+    causal: bool, keys: int, is_written: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, call = masked(causal, keys, is_written)
+    expected = call()
+    monkeypatch.setattr(in_view, "MOST", 1000)
+    monkeypatch.setattr(in_view, "QUERIES", 32)
+    for found, wanted in zip(call(), expected, strict=True):
+        assert (found - wanted).abs().max() < EXACT
+
+
+def test_no_mask_of_all_queries_by_all_keys_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, call = masked(True, 70, True)
+    monkeypatch.setattr(in_view, "MOST", 1000)
+    monkeypatch.setattr(in_view, "QUERIES", 16)
+    with Largest() as seen:
+        call()
+    # Marks have gradients, so 4 queries at once; the math path has logits of 2 rows of 4 heads.
+    assert seen.numbers <= 2 * 4 * 70 * 6, "queries and their outputs are the largest"
