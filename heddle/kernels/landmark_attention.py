@@ -82,12 +82,11 @@ def landmark_attention_reference(
             found.append(v.new_zeros(v.shape[-1], dtype=torch.float64))
             if own is None:
                 continue
-            logits = torch.stack([*s[own].unbind(), *(mark[c] for c in read)])
-            gate = torch.softmax(logits, dim=0).split((len(logits) - len(read), len(read)))
-            inner = [torch.softmax(s[mates[c]], dim=0) @ vs[keys[mates[c]]] for c in read]
-            found[-1] = gate[0] @ vs[keys[own]]
-            for share, one in zip(gate[1], inner, strict=True):
-                found[-1] = found[-1] + share * one
+            logits = torch.cat((s[own], *(mark[c][None] for c in read)))
+            gate, count = torch.softmax(logits, dim=0), len(logits) - len(read)
+            found[-1] = gate[:count] @ vs[keys[own]]
+            for share, c in zip(gate[count:], read, strict=True):
+                found[-1] = found[-1] + share * (torch.softmax(s[mates[c]], dim=0) @ vs[keys[mates[c]]])
     return torch.stack(found).view(*q.shape[:3], -1)
 
 
