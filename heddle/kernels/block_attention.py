@@ -58,26 +58,34 @@ def block_attention_reference(
     """`block_attention` in float64, query by query; shares nothing with it."""
     group, size = q.shape[1] // k.shape[1], q.shape[-1]
     factor = size**-0.5 if scale is None else scale
-    rows = [[one[b].double() for one in (q, k, v)] for b in range(q.shape[0])]
     out = q.new_zeros(*q.shape[:3], v.shape[-1], dtype=torch.float64)
-    for b, h, t in (
-        (b, h, t) for b in range(q.shape[0]) for h in range(q.shape[1]) for t in range(q.shape[2])
-    ):
-        here, (qs, ks, vs), n = int(start[b]) + t, rows[b], h // group
-        seen = [j for j in range(here + 1) if j == here or _is_seen(j, b, real, written)]
-        bias = [0.0 if written is None or j == here else written[b, j] - written[b, j].detach() for j in seen]
-        s = {j: factor * (qs[h, t] @ ks[n, j]) + extra for j, extra in zip(seen, bias, strict=True)}
-        read = [j for j in seen if chosen is None or j == here or chosen[b, n, t, j // block]]
-        if listed is not None:
-            read = [j for j in seen if j == here or bool((listed[b, n, t] == j // block).any())]
-        if gates is not None:
-            own, gate = here // block, gates[b, n].detach().tolist()
-            read = [j for j in seen if j // block == own or gate[j // block] > 0.5]
-            far = [j for j in read if j // block < own]
-            s |= {j: s[j] + gates[b, n, j // block] - gate[j // block] for j in far}
-        if read:
-            p = torch.softmax(torch.stack([s[j] for j in read]), dim=0)
-            out[b, h, t] += sum(weight * vs[n, j] for weight, j in zip(p, read, strict=True))
+    for b, h in ((b, h) for b in range(q.shape[0]) for h in range(q.shape[1])):
+        n = h // group
+        queries, ks, vs = q[b, h].double().unbind(), k[b, n].double(), v[b, n].double()
+        visible = [_is_seen(j, b, real, written) for j in range(k.shape[2])]
+        for t, query in enumerate(queries):
+            here = int(start[b]) + t
+            own, read = here // block, [j for j in range(here + 1) if j == here or visible[j]]
+            if chosen is not None:
+                marks = chosen[b, n, t].tolist()
+                read = [j for j in read if j == here or marks[j // block]]
+            if listed is not None:
+                those = listed[b, n, t].tolist()
+                read = [j for j in read if j == here or j // block in those]
+            if gates is not None:
+                gate = gates[b, n].detach().tolist()
+                read = [j for j in read if j // block == own or gate[j // block] > 0.5]
+            if not read:
+                continue
+            keys = torch.tensor(read, device=k.device)
+            s = factor * (ks[keys] @ query)
+            if written is not None:
+                bias = written[b, keys] - written[b, keys].detach()
+                s = s + bias.masked_fill(keys == here, 0.0)
+            if gates is not None:
+                bias = gates[b, n, keys // block] - gates[b, n, keys // block].detach()
+                s = s + bias.masked_fill(keys // block == own, 0.0)
+            out[b, h, t] = torch.softmax(s, dim=0) @ vs[keys]
     return out
 
 

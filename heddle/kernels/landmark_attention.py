@@ -59,32 +59,34 @@ def landmark_attention_reference(
     """`landmark_attention` in float64, query by query, by the groups of the paper; shares nothing with it."""
     group, size = q.shape[1] // k.shape[1], q.shape[-1]
     factor = size**-0.5 if scale is None else scale
-    rows = [[one[b].double() for one in (q, k, v, landmarks)] for b in range(q.shape[0])]
     # Sums in place would be one chain of all queries for autograd, at whose end torch's own stack does not suffice.
     found: list[Tensor] = []
-    for b, h, t in (
-        (b, h, t) for b in range(q.shape[0]) for h in range(q.shape[1]) for t in range(q.shape[2])
-    ):
-        here, (qs, ks, vs, marks), n = int(start[b]) + t, rows[b], h // group
-        seen = [j for j in range(here + 1) if j == here or _is_seen(j, b, real, written)]
-        bias = [0.0 if written is None or j == here else written[b, j] - written[b, j].detach() for j in seen]
-        s = {j: factor * (qs[h, t] @ ks[n, j]) + extra for j, extra in zip(seen, bias, strict=True)}
-        mates = {c: [j for j in seen if j // block == c] for c in {j // block for j in seen}}
-        own = mates.pop(here // block, [])
-        mark = {c: factor * (qs[h, t] @ marks[n, c]) for c in mates}
-        worth = {c: (-float(mark[c].detach()), c) for c in mates}
-        read = sorted(mates, key=worth.__getitem__)[:top]
-        found.append(v.new_zeros(v.shape[-1], dtype=torch.float64))
-        if not own:
-            continue
-        gates = torch.softmax(torch.stack([s[j] for j in own] + [mark[c] for c in read]), dim=0)
-        for gate, j in zip(gates, own, strict=False):
-            found[-1] = found[-1] + gate * vs[n, j]
-        for gate, c in zip(gates[len(own) :], read, strict=True):
-            inner = torch.softmax(torch.stack([s[j] for j in mates[c]]), dim=0)
-            found[-1] = found[-1] + gate * sum(
-                weight * vs[n, j] for weight, j in zip(inner, mates[c], strict=True)
-            )
+    for b, h in ((b, h) for b in range(q.shape[0]) for h in range(q.shape[1])):
+        n = h // group
+        queries = q[b, h].double().unbind()
+        ks, vs, marks = (one[b, n].double() for one in (k, v, landmarks))
+        visible = [_is_seen(j, b, real, written) for j in range(k.shape[2])]
+        for t, query in enumerate(queries):
+            here = int(start[b]) + t
+            seen = [j for j in range(here + 1) if j == here or visible[j]]
+            keys = torch.tensor(seen, dtype=torch.int64, device=k.device)
+            s = factor * (ks[keys] @ query)
+            if written is not None:
+                bias = written[b, keys] - written[b, keys].detach()
+                s = s + bias.masked_fill(keys == here, 0.0)
+            mates = {c: keys // block == c for c in {j // block for j in seen}}
+            own = mates.pop(here // block, None)
+            mark = {c: factor * (query @ marks[c]) for c in mates}
+            worth = {c: (-float(mark[c].detach()), c) for c in mates}
+            read = sorted(mates, key=worth.__getitem__)[:top]
+            found.append(v.new_zeros(v.shape[-1], dtype=torch.float64))
+            if own is None:
+                continue
+            logits = torch.cat((s[own], *(mark[c][None] for c in read)))
+            gate, count = torch.softmax(logits, dim=0), len(logits) - len(read)
+            found[-1] = gate[:count] @ vs[keys[own]]
+            for share, c in zip(gate[count:], read, strict=True):
+                found[-1] = found[-1] + share * (torch.softmax(s[mates[c]], dim=0) @ vs[keys[mates[c]]])
     return torch.stack(found).view(*q.shape[:3], -1)
 
 

@@ -55,17 +55,21 @@ def rat_attention_reference(
     (B, T, H, d), G = key.shape, q.shape[2]
     factor = d**-0.5 if scale is None else scale
     bounds: list[int] = [0, T] if cu_seqlens is None else cu_seqlens.tolist()
-    out = torch.zeros(B, T, H, d, dtype=torch.float64, device=q.device)
-    for b, (begin, end) in ((b, one) for b in range(B) for one in pairwise(bounds)):
-        # Row t // chunk holds what ended with token t of a packed sequence.
-        first = -(-begin // chunk)
-        for t in range(begin, end):
-            rows = slice(first, first + (start + t - begin) // chunk)
-            for h in range(H):
-                ks = torch.cat((keys[b, h, rows], key[b, t, h][None])).double()
-                vs = torch.cat((values[b, h, rows], value[b, t, h][None])).double()
-                out[b, t, h] = torch.softmax(factor * (ks @ q[b, t, h % G].double()), dim=0) @ vs
-    return out
+    found: list[Tensor] = []
+    for b, h in ((b, h) for b in range(B) for h in range(H)):
+        queries, own_keys, own_values = (
+            x[b, :, i].double().unbind() for x, i in ((q, h % G), (key, h), (value, h))
+        )
+        sum_keys, sum_values = keys[b, h].double(), values[b, h].double()
+        for begin, end in pairwise(bounds):
+            # Row t // chunk holds what ended with token t of a packed sequence.
+            first = -(-begin // chunk)
+            for t in range(begin, end):
+                rows = slice(first, first + (start + t - begin) // chunk)
+                ks = torch.cat((sum_keys[rows], own_keys[t][None]))
+                vs = torch.cat((sum_values[rows], own_values[t][None]))
+                found.append(torch.softmax(factor * (ks @ queries[t]), dim=0) @ vs)
+    return torch.stack(found).view(B, H, T, d).transpose(1, 2)
 
 
 def _dispatch(
