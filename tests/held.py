@@ -30,6 +30,12 @@ def settings() -> list[Any]:
 over_settings = pytest.mark.parametrize(("device", "dtype"), settings())
 
 
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """All ops are called by one code object, which has been compiled for others: their sizes must not be taken for any size."""
+    torch.compiler.reset()
+    return torch.compile(function, fullgraph=True, backend="aot_eager")
+
+
 def by_columns(a: Any, b: Any, dtype: Any) -> Any:
     """A product whose rows do not depend on where they stand, as on a GPU; those of numpy's library do."""
     out = numpy.zeros((a.shape[0], b.shape[1]), dtype)

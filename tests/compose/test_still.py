@@ -10,6 +10,7 @@ from torch import Tensor
 from toys import EXACT, call_at, mixer_of, noise, padded_call
 
 from heddle.compose.mixers.still import StillModule
+from heddle.search.peak import peak_bytes
 from heddle.specs import Site as SpecSite
 from heddle.specs.mixers.still import Still
 
@@ -222,6 +223,18 @@ def test_no_table_of_all_tokens_by_all_tokens_is_held_for_the_gradient() -> None
         y = mixer(x, call_at(0, length, rows=1))
     y.sum().backward()
     assert held[0] < length * length / 32
+
+
+def test_training_holds_few_copies_of_its_input() -> None:
+    mixer = mixer_of(64, "still", heads=2, chunk=16, keep=1, features=4).float()
+    x = noise(1, 1024, 64).float().requires_grad_()
+
+    def both_directions() -> None:
+        y = mixer(x, call_at(0, 1024, rows=1))
+        torch.autograd.grad(y.sum(), [x, *mixer.parameters()])
+
+    # 19.8 where each chunk's gradients were as long as all keys, the gate was kept in float32 and keys were gathered.
+    assert peak_bytes(both_directions, (), "cpu") < 15 * x.nbytes
 
 
 def test_it_costs_what_its_parts_do() -> None:

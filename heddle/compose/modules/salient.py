@@ -147,8 +147,8 @@ def attend_salient(
         return _chunks(replace(sides, q=q, gate=gate, k=k, v=v, begin=begin), memory, near, form, dtype)
 
     # Of slices each gradient would be as long as the whole.
-    parts = [side.split(CHUNKS, dim=1) for side in (sides.q, sides.gate)]
-    parts += [side[:, :, 1:].split(CHUNKS, dim=2) for side in (sides.k, sides.v)]
+    parts = [torch.split(side, CHUNKS, dim=1) for side in (sides.q, sides.gate)]
+    parts += [torch.split(side[:, :, 1:], CHUNKS, dim=2) for side in (sides.k, sides.v)]
     last_k, last_v, told = sides.k[:, :, :1], sides.v[:, :, :1], []
     for begin, q, gate, k, v in zip(range(0, chunks, CHUNKS), *parts, strict=True):
         where = (begin, memory, q, gate, last_k, k, last_v, v)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,12 +12,10 @@ from torch.utils.checkpoint import checkpoint
 # Tokens of a stretch.
 STRETCH = 8192
 
-State = TypeVar("State")
-
 
 def in_stretches(
-    part: Callable[..., tuple[Tensor, State]], state: State, sides: Sequence[Tensor]
-) -> tuple[Tensor, State]:
+    part: Callable[..., tuple[Tensor, Any]], state: Any, sides: Sequence[Tensor]
+) -> tuple[Tensor, Any]:
     """What `part(state, *sides)` gives: an output and the state after the last token.
 
     Where gradients are wanted of more than `STRETCH` tokens, `part` is called for one stretch after the other, and again in the
