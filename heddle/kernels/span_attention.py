@@ -131,14 +131,10 @@ def _fits(shape: Shape) -> bool:
     return HAS_KERNELS and max(shape["K"], shape["V"]) <= MAX_HEAD_SIZE
 
 
-# Until tests/bench/routing_check.py has found nothing wrong on a GPU.
-_UNPROVEN = (torch.bfloat16, torch.float16, torch.float32)
-
-
 _LIMITS = f"K and V up to {MAX_HEAD_SIZE}"
 
 
-@op(span_attention_reference, _CASES, kernel=_fits, unproven=_UNPROVEN, limits=_LIMITS)
+@op(span_attention_reference, _CASES, kernel=_fits, limits=_LIMITS)
 def span_attention(
     q: Tensor,
     k: Tensor,

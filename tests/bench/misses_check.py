@@ -175,7 +175,8 @@ def sweep(log: Log, report: Callable[[dict[str, Any]], None], late: Callable[[],
                 with tuning(**overrides):
                     if not log.check(f"{miss.op.name} {text or 'as set'}", miss.check(), _path()):
                         continue
-                    report({**about, "tried": text or "as set", **measured(miss, call or (lambda: None))})
+                    named = {"impl": ", ".join(filter(None, ("heddle", text))), "tried": text or "as set"}
+                    report({**about, **named, **measured(miss, call or (lambda: None))})
             except Exception as error:
                 log(f"none  {miss.op.name} {text}: {' '.join(str(error).split())[-200:]}")
 
@@ -211,7 +212,7 @@ def main() -> int:
         told_ms = " ".join(f"{name.strip('_')} {ms:.4f}" for name, ms in row["kernels_ms"].items())
         lines.append(f"{row['op']} {row['phase']} {row['tried']}: {row['ms'] or 0:.4f} ms  {told_ms}")
         with (chosen.out / "evidence-misses.jsonl").open("a") as file:
-            more = {"commit": chosen.commit, "impl": "heddle", "dtype": str(HALF).removeprefix("torch.")}
+            more = {"commit": chosen.commit, "dtype": str(HALF).removeprefix("torch.")}
             file.write(json.dumps({**header, **more, **row}) + "\n")
 
     sweep(log, report, lambda: time.monotonic() - begin > chosen.budget)

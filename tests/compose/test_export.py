@@ -186,6 +186,7 @@ def test_only_the_kinds_in_use_travel(softmax: Any) -> None:
     # Every norm of rows has kernels too.
     ops |= {"_block_attention_lists", "rms_norm", "_rms_norm_op", "_rms_norm_kernels"}
     ops |= {f"_span_attention_{part}" for part in ("op", "launch", "fwd", "bwd")}
+    ops |= {"block_choice", "_block_choice_op", "_block_choice_launch", "_block_choice_kernels"}
     assert kernels - shared == {f"kernels_{op}.py" for op in ops}
     assert "kernels_configs_block_attention.py" in shared
     assert not [name for name in names if "delta" in name or "swiglu" in name]

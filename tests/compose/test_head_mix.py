@@ -15,7 +15,7 @@ HIDDEN, HEADS, LENGTH = 24, 4, 13
 FORMS: list[dict[str, Any]] = [
     {"kind": "attention", "kv_heads": 2, "qk_norm": True, "gate": True},
     {"kind": "attention", "window": 4, "sinks": True, "softcap": 5.0},
-    {"kind": "attention", "kv_heads": 1, "selection": {"block": 3, "count": 2}},
+    {"kind": "attention", "kv_heads": 1, "selection": {"block": 3, "count": 3}},
     {"kind": "mla", "kv_lora_rank": 9, "qk_nope_head_dim": 5, "v_head_dim": 4, "qk_rope_head_dim": 4},
 ]
 SHARES = torch.tensor([0.0, 0.25, 0.7, 1.0], dtype=torch.float64)
