@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,9 @@ from heddle.compose.hf.export import _kinds as kinds_of
 from heddle.compose.hf.export import export
 from heddle.compose.hf.flatten import flatten
 from heddle.compose.modules.layer import HeddleLayer
-from heddle.specs import CHANNELS, MIXERS
+from heddle.compose.train import fit
+from heddle.search.tasks import batches, recipe_for, task_of
+from heddle.specs import CHANNELS, MIXERS, TextTask, load
 
 DECODERS = [name for name in EXAMPLES if small_example(name).kind == "causal_lm"]
 every_example = pytest.mark.parametrize("name", EXAMPLES)
@@ -64,6 +67,19 @@ def loss_of(model: Any, ids: Tensor) -> Tensor:
 def _fresh_compiler() -> Iterator[None]:
     yield
     torch.compiler.reset()
+
+
+@pytest.mark.long
+@every_decoder
+def test_an_example_takes_its_first_steps_at_its_own_length(name: str) -> None:
+    spec = load(EXAMPLES[name]).spec
+    tokens_of_step = spec.data.sequence_length
+    recipe = replace(
+        recipe_for(TextTask(), spec.train), tokens=4 * tokens_of_step, batch_tokens=tokens_of_step
+    )
+    # A loss or a gradient that is not finite ends it.
+    fitted = fit(build(spec.model, seed=0), batches(task_of(TextTask(), spec), recipe, "cpu"), recipe)
+    assert fitted.losses[-1] < fitted.losses[0]
 
 
 @every_example
