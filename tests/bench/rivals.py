@@ -211,7 +211,7 @@ def first_calls() -> list[str]:
             for row in next(pairs(op, phase), ())
         ]
         if cells:
-            lines.append(row_of(op, *cells))
+            lines.append(row_of(op, *cells, *[""] * (4 - len(cells))))
     return lines
 
 

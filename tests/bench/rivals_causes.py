@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 ON_H100 = "[profiled on an H100](#gated-delta-rule-beside-flash-linear-attention-on-an-h100)"
+STRONG = (
+    "An untrained layer forgets half in a token, so every chunk fades by more than 2^40 on either side of its middle, and each takes "
+    "the longer way, pair by pair of its parts ([below](#beside-flash-linear-attention-on-an-h200)); fla has one way for all decays. "
+    "With the decays of trained gates (`hgrn2`) one product does."
+)
 # By op and phase of the rows: what bounds it, and what was tried.
 CAUSES = {
     ("lightning", "fwd"): (
         "One kernel of 256 programs on 264 places: each walks through a whole sequence, chunk by chunk. fla took 0.385 ms in one "
         "run (`8d97eeab`) and 0.416 in the other."
     ),
+    ("hgrn2_first_layer", "fwd"): STRONG,
+    ("hgrn2_first_layer", "fwdbwd"): STRONG,
     ("simple_gla", "fwdbwd"): (
         "The gradient of the decays is a difference of what q's and k's gradients say, so these are rounded alike and read the "
         "state in two parts: fixed decays (`lightning`) take 0.80."
@@ -17,11 +24,6 @@ CAUSES = {
         "The triangular inverse of each chunk and a serial loop over chunks with few programs a multiprocessor, "
         f"{ON_H100}. Tried there: segments, the inverse in float16. The inverse is that of a value head's own beta and "
         "decays, so sharing keys saves loads alone."
-    ),
-    ("gated_delta_rule", "fwdbwd"): (
-        f"The kernel of all gradients but the state's, one program of 8 warps at 255 registers, {ON_H100}. Tried there: "
-        "128 registers (1.8 times as slow). Two kernels, as those of `kda`, are made and wait for a GPU "
-        "(`gated_delta_check.py --only split`)."
     ),
     ("gated_delta_rule", "decode_graph"): (
         "512 heads of all sequences take the launch for few (16 columns, one warp); from 1,024 on that for many reaches 94% of "
