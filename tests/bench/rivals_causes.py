@@ -4,9 +4,9 @@ from __future__ import annotations
 
 ON_H100 = "[profiled on an H100](#gated-delta-rule-beside-flash-linear-attention-on-an-h100)"
 STRONG = (
-    "An untrained layer forgets half in a token, so every chunk fades by more than 2^40 on either side of its middle, and each takes "
-    "the longer way, pair by pair of its parts ([below](#beside-flash-linear-attention-on-an-h200)); fla has one way for all decays. "
-    "With the decays of trained gates (`hgrn2`) one product does."
+    "An untrained layer forgets half in a token, so every chunk fades by more than 2^40 on either side of its middle, and each "
+    "takes the longer way, pair by pair of its parts ([below](#beside-flash-linear-attention-on-an-h200)); fla has one way for "
+    "all decays. With the decays of trained gates (`hgrn2`) one product does."
 )
 # By op and phase of the rows: what bounds it, and what was tried.
 CAUSES = {
