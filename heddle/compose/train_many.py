@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
@@ -51,8 +52,8 @@ def fit_many(
 
     The models differ in nothing but their weights, and add no loss of their own; batches have one shape at a step. The head
     computes all positions, also those where nothing is asked. Results are those of `fit` but for rounding: products of
-    stacked weights are summed in another order. `launch="graph"` (CUDA only) replays a step of all as one graph; batches
-    may then not change their shape from step to step. `compiled` has torch.compile make one function of each kind of
+    stacked weights are summed in another order. `launch="graph"` (CUDA only) replays a step of all as one graph, one for
+    each shape of batches. `compiled` has torch.compile make one function of each kind of
     layer, once in a process however many models have such layers; it is for models whose layers take nothing from each other.
 
     A training whose loss is no number any more ends with its error ("loss-not-finite") in place of a `Fit`; the others go on.
@@ -115,7 +116,9 @@ class _Many:
         self.losses, self.norms = (torch.zeros(steps, len(models), device=device) for _ in range(2))
         self.errors: dict[int, HeddleError] = {}
         self.every, self.checked = READ_EVERY if device.type == "cuda" else 1, 0
-        self.captured: _Captured | None = None
+        # A graph for each shape of batches, and how many steps of each shape there were.
+        self.captured: dict[torch.Size, _Captured] = {}
+        self.met: Counter[torch.Size] = Counter()
         self.started = time.perf_counter()
 
     def step(self, step: int, inputs: Tensor, targets: Tensor, *, graph: bool) -> None:
@@ -124,11 +127,13 @@ class _Many:
         labels = targets.flatten(1)
         if not graph:
             told = self.update(inputs, labels)
-        elif step < GRAPH_WARMUP:
+        elif self.met[inputs.shape] < GRAPH_WARMUP:
             told = on_side_stream(lambda: self.update(inputs, labels))
+            self.met[inputs.shape] += 1
         else:
-            self.captured = self.captured or _Captured(self, inputs, labels)
-            told = self.captured.replay(inputs, labels)
+            if inputs.shape not in self.captured:
+                self.captured[inputs.shape] = _Captured(self, inputs, labels)
+            told = self.captured[inputs.shape].replay(inputs, labels)
         self.losses[step], self.norms[step] = told
         if (step + 1) % self.every == 0 or step + 1 == self.steps:
             self._check(step + 1)

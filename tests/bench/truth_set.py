@@ -18,8 +18,9 @@ best, that is no further from it than twice the standard error of a difference o
 over all placements. More than a tenth is too many: then the next harder form is taken (`--spec`).
 
 At each task a placement is trained 9 times, 3 seeds at 3 learning rates, side by side (`heddle.compose.train_many`). Equal
-seeds see equal examples and, where the blocks agree, equal weights at the start. Batches have one shape: those of the easier
-forms of MQAR are cut to as many rows and filled up on the right, where nothing is asked. `seconds` is the wall time of the
+seeds see equal examples and, where the blocks agree, equal weights at the start. Batches have one shape, and another in the steps
+that `easy_first` makes easy: those of the easier forms of MQAR that are mixed in are cut to as many rows and filled up on the
+right, where nothing is asked. `seconds` is the wall time of the
 trainings of a task while `workers` processes shared the device.
 
 Timed are a decode step and a prefill at the places below, in turns with the model of all `full`, alone on the device.
@@ -61,6 +62,8 @@ SEEDS, LEARNING_RATES = (0, 1, 2), (1e-3, 3e-3, 1e-2)
 ORDER_SEED = 8
 # Full layers of a placement at the quartiles of all.
 QUARTILES = (3, 4, 5)
+# Rows of MQAR that are mixed in have a quarter of the length at least.
+FILLED_UP = 4
 PLACES = {
     "cuda": (Place("decode", 16, 65_536), Place("prefill", 1, 32_768)),
     "cpu": (Place("decode", 1, 1024), Place("prefill", 1, 256)),
@@ -129,7 +132,12 @@ def _task(path: str, index: int) -> tuple[Task, Recipe]:
 
 
 def of_one_shape(drawn: Batch, rows: int, length: int) -> Batch:
-    """Inputs and targets as [rows, length]: rows cut off, and short ones filled up where nothing is asked."""
+    """Inputs and targets as [rows, length]: rows cut off, and short ones filled up where nothing is asked.
+
+    The shortest, which all trainings begin with at the same steps (`easy_first`), stay as they are.
+    """
+    if drawn[0].shape[1] * FILLED_UP < length:
+        return drawn
     inputs, targets = (each[:rows] for each in drawn)
     missing = length - inputs.shape[1]
     return F.pad(inputs, (0, missing)), F.pad(targets, (0, missing), value=IGNORE)

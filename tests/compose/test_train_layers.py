@@ -77,3 +77,20 @@ def test_layers_that_take_from_each_other_are_refused() -> None:
     )
     with pytest.raises(AssertionError, match="not alone"):
         fit_many([build_causal_lm(loads(text).spec.model)], [drawn], [RECIPE], compiled=True)
+
+
+def halved_first(step: int) -> tuple[Tensor, Tensor]:
+    inputs, targets = drawn(step)
+    return (
+        (inputs.reshape(-1, LENGTH // 2), targets.reshape(-1, LENGTH // 2)) if step < 2 else (inputs, targets)
+    )
+
+
+def test_batches_may_change_their_shape() -> None:
+    usual, compiled = (
+        fit_many(models(False), [halved_first] * 2, [RECIPE] * 2, compiled=way) for way in (False, True)
+    )
+    for one, other in zip(usual, compiled, strict=True):
+        assert isinstance(one, Fit)
+        assert isinstance(other, Fit)
+        torch.testing.assert_close(one.losses, other.losses)

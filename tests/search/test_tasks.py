@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from heddle.compose.train import IGNORE
+from heddle.compose.train import IGNORE, Recipe
 from heddle.errors import HeddleError
 from heddle.search.tasks.corpus import Corpus
 from heddle.search.tasks.mqar import Mqar
 from heddle.search.tasks.scoring import judge, ratio_with_error
+from heddle.search.tasks.task import batches
 from heddle.search.tasks.text import GRAM, Text, previous_gram
 from heddle.search.tasks.tokens import Tokens, tokens_of
 
@@ -113,6 +114,23 @@ def test_mqar_can_ask_anywhere_behind_the_context() -> None:
     assert torch.allclose(asked, torch.full((30,), 2 / 30), atol=4 * math.sqrt(0.0625 / 4000))
     assert task.chance == pytest.approx(0.5, abs=0.03)
     assert task.digest != Mqar(vocab_size=256, pairs=2, length=64).digest
+
+
+def test_a_training_that_begins_easily_has_eighths_alone_for_its_first_share() -> None:
+    task, plain = (
+        Mqar(vocab_size=64, pairs=8, length=64, easy_first=0.4),
+        Mqar(vocab_size=64, pairs=8, length=64),
+    )
+    recipe = Recipe(tokens=5120, batch_tokens=512, seed=3)
+    drawn = [batches(task, recipe, CPU)(step) for step in range(10)]
+    shapes = [tuple(inputs.shape) for inputs, _ in drawn]
+    assert shapes[:4] == [(64, 8)] * 4
+    assert all(length >= 16 for _, length in shapes[4:])
+    assert int((drawn[0][1] != IGNORE).sum()) == 64
+    for step in range(4, 10):
+        assert torch.equal(drawn[step][0], batches(plain, recipe, CPU)(step)[0])
+    assert torch.equal(task.held_out(CPU)[0], plain.held_out(CPU)[0])
+    assert task.digest != plain.digest
 
 
 def test_mqar_of_one_pair_has_no_easier_form() -> None:

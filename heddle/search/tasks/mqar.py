@@ -22,6 +22,8 @@ HELD_OUT = 512
 CHANCE_DRAWS = 20_000
 # By what pairs and length of a training batch are divided; each entry is equally likely.
 DIVISORS = (1, 1, 2, 4)
+# And those of the rows that a training with `easy_first` begins with.
+EASIEST = 8
 
 
 class Mqar(Task):
@@ -39,8 +41,9 @@ class Mqar(Task):
 
     Training mixes in easier rows, as Zoology's state trade-off does: half of the batches are as above, a
     quarter has half the pairs in half the length, a quarter a fourth in a fourth. With full rows alone small
-    models sit on a plateau and leave it by luck of the seed (docs/decisions/0004-quickstart-tasks.md). The
-    held-out rows are all full.
+    models sit on a plateau and leave it by luck of the seed (docs/decisions/0004-quickstart-tasks.md). With
+    `easy_first` the first share of a training's steps has an eighth of the pairs in an eighth of the length
+    alone. The held-out rows are all full.
 
     Chance: the score of the best guesser who knows the format, so answers with one of the n values written,
     and knows where in the sequence it stands, but not which key it reads. Slots near the context more often
@@ -63,21 +66,32 @@ class Mqar(Task):
         length: int,
         random_non_queries: bool = True,
         gap_power: float = GAP_POWER,
+        easy_first: float = 0.0,
     ) -> None:
         _check(vocab_size, pairs, length)
+        self.easy_first = easy_first
         self.vocab_size, self.pairs, self.sequence_length = vocab_size, pairs, length
         self._form = Form(vocab_size, pairs, length, random_non_queries, gap_power)
         self._easier = tuple(self._form.divided(by) for by in DIVISORS)
         self.chance = self._form.chance()
         parts = ["mqar", REVISION, vocab_size, pairs, length, random_non_queries, HELD_OUT]
-        self.digest = digest_of(*parts, *([gap_power] if gap_power != GAP_POWER else []))
+        parts += [gap_power] if gap_power != GAP_POWER else []
+        self.digest = digest_of(*parts, *(["easy first", easy_first] if easy_first else []))
 
     def sample(self, batch: int, *, seed: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
         return self._form.draw(batch, generator_for("mqar", "sample", seed, device))
 
     def training_batch(self, tokens: int, *, seed: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
-        form = self._easier[seed_of("mqar", "form", seed) % len(self._easier)]
-        return form.draw(max(1, tokens // form.length), generator_for("mqar", "sample", seed, device))
+        return self._rows(
+            self._easier[seed_of("mqar", "form", seed) % len(self._easier)], tokens, seed, device
+        )
+
+    def batch_at(
+        self, done: float, tokens: int, *, seed: int, device: torch.device | str
+    ) -> tuple[Tensor, Tensor]:
+        if done < self.easy_first:
+            return self._rows(self._form.divided(EASIEST), tokens, seed, device)
+        return self.training_batch(tokens, seed=seed, device=device)
 
     def held_out(self, device: torch.device | str) -> tuple[Tensor, Tensor]:
         # Drawn on the CPU, whose generator gives the same everywhere.
@@ -94,6 +108,10 @@ class Mqar(Task):
 
     def reach(self, inputs: Tensor) -> Tensor:
         return torch.tensor([self._lags(row) for row in inputs.tolist()])
+
+    @staticmethod
+    def _rows(form: Form, tokens: int, seed: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
+        return form.draw(max(1, tokens // form.length), generator_for("mqar", "sample", seed, device))
 
     def _solve(self, row: list[int]) -> list[int]:
         context = 2 * self.pairs

@@ -54,6 +54,17 @@ class Task(ABC):
         """A batch of about `tokens` tokens to learn from: `sample`, unless the task has an easier way in."""
         return self.sample(max(1, tokens // self.sequence_length), seed=seed, device=device)
 
+    def batch_at(
+        self,
+        done: float,  # noqa: ARG002 - for tasks that begin otherwise
+        tokens: int,
+        *,
+        seed: int,
+        device: torch.device | str,
+    ) -> tuple[Tensor, Tensor]:
+        """The batch of a training of which the share `done`, 0 to 1, lies behind; most tasks are alike all along."""
+        return self.training_batch(tokens, seed=seed, device=device)
+
     @abstractmethod
     def held_out(self, device: torch.device | str) -> tuple[Tensor, Tensor]:
         """The fixed examples that `evaluate` scores: the same on every machine, never given by `sample`."""
@@ -80,8 +91,11 @@ class Task(ABC):
 
 def batches(task: Task, recipe: Recipe, device: torch.device | str) -> Batches:
     """Step → batch for `heddle.compose.train.fit`; equal seeds of a recipe see equal examples."""
-    return lambda step: task.training_batch(
-        recipe.batch_tokens, seed=seed_of("train", recipe.seed, step), device=device
+    return lambda step: task.batch_at(
+        step * recipe.batch_tokens / recipe.tokens,
+        recipe.batch_tokens,
+        seed=seed_of("train", recipe.seed, step),
+        device=device,
     )
 
 

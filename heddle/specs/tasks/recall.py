@@ -20,6 +20,17 @@ class MqarTask(TaskSchema):
     length: Annotated[int, Field(ge=4, le=10**6, description="Tokens of a sequence, at least 4 × pairs.")] = (
         64
     )
+    easy_first: Annotated[
+        float,
+        Field(
+            ge=0,
+            lt=1,
+            description=(
+                "The share of a training's steps that come first and have an eighth of the pairs in an eighth of the length: "
+                "most small models leave the plateau of full rows by luck alone."
+            ),
+        ),
+    ] = 0.0
     tokens: Tokens = None
     learning_rate: Rate = None
     learning_rates: Rates = None
