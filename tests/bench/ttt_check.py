@@ -358,10 +358,16 @@ def main() -> int:
     )
     parser.add_argument("--out", type=Path, default=Path("."), help="folder for the log and the rows")
     parser.add_argument("--commit", help="what the code is")
+    parser.add_argument("--times", action="store_true", help="times alone, nothing is held to the reference")
+    parser.add_argument(
+        "--shapes", nargs="*", choices=list(FULL.shapes), help="shapes timed; all if not given"
+    )
     parser.add_argument("--tiny", action="store_true", help="on a CPU, in Triton's interpreter")
     parser.add_argument("--warm", type=int, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     setting = TINY if chosen.tiny else FULL
+    if chosen.shapes:
+        setting = replace(setting, shapes={name: FULL.shapes[name] for name in chosen.shapes})
     if chosen.warm is not None:
         warm(chosen.warm, setting)
         return 0
@@ -369,10 +375,10 @@ def main() -> int:
     late = lambda: time.monotonic() - begin > chosen.budget  # noqa: E731
     chosen.out.mkdir(parents=True, exist_ok=True)
     log = Log(chosen.out / "ttt_check.log")
-    if not chosen.tiny:
+    if not chosen.tiny and not chosen.times:
         compiled(log, begin)
     good = set()
-    for what, form, overrides, sample in every_sample(setting):
+    for what, form, overrides, sample in () if chosen.times else every_sample(setting):
         try:
             good |= {what} if judge(log, what, form, overrides, sample, setting.device) else set()
         except Exception as error:
