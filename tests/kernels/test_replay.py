@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -17,7 +18,9 @@ from heddle.kernels import decay_attention, simple_gla
 from heddle.kernels._decay_attention_fwd import launch_forward
 from heddle.kernels._simple_gla_bwd import _sweep_back
 from heddle.kernels.accuracy import draw, results
+from heddle.kernels.common import ahead
 from heddle.kernels.common.decay_step import launch_step
+from heddle.kernels.common.replay import start_kernel
 from heddle.kernels.common.tuning import tuning
 from heddle.kernels.op import INTERPRETED
 
@@ -90,6 +93,55 @@ def test_a_launcher_that_copies_or_is_tuned_runs_each_time(device: str) -> None:
     for _ in range(2):
         launch_forward(q, k, v, decay, 0.5, None, ends)
     assert list(_plans(launch_forward).values()) == [None]
+
+
+@pytest.mark.gpu
+def test_kernels_of_a_launcher_are_compiled_before_any_of_them_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+
+    class Mode(triton.AsyncCompileMode):  # type: ignore[misc]
+        def submit(self, key: Any, compile_fn: Any, finalize_fn: Any) -> Any:
+            order.append("compiled")
+            return super().submit(key, compile_fn, finalize_fn)
+
+        def __exit__(self, *told: Any) -> None:
+            super().__exit__(*told)
+            order.append("all")
+
+    monkeypatch.setattr(triton, "AsyncCompileMode", Mode)
+    # A dtype and sizes that no other test asks for.
+    sample = draw(
+        simple_gla, {"B": 1, "T": 70, "H": 1, "HV": 1, "K": 48, "V": 80}, torch.float16, device="cuda"
+    )
+    found = results(simple_gla, sample)
+    assert order.count("compiled") > 2
+    assert order[0] == "compiled"
+    assert order[-1] == "all"
+    again = results(simple_gla, sample)
+    assert all(torch.equal(found[name], again[name]) for name in found)
+
+
+def test_a_launch_that_only_compiles_starts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Any] = []
+
+    class Kernel:
+        def warmup(self, *arguments: Any, grid: Any, **constants: Any) -> None:
+            told.append((arguments, grid, constants))
+
+    class Mode:
+        def __init__(self, *_: Any, ignore_errors: bool) -> None:
+            assert ignore_errors
+
+        def __enter__(self) -> None: ...
+
+        def __exit__(self, *told: object) -> None: ...
+
+    monkeypatch.setattr(ahead, "INTERPRETED", False)
+    monkeypatch.setattr(triton, "AsyncCompileMode", Mode)
+    x = torch.ones(2)
+    ahead.compile_side_by_side(lambda x: start_kernel(Kernel(), (3,), x, SIZE=4), (x,))
+    assert told == [((x,), (3,), {"SIZE": 4})]
+    assert not ahead.compiles_only()
 
 
 class _Seen(TorchDispatchMode):

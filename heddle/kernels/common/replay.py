@@ -2,8 +2,9 @@
 """What a launcher works out in Python, worked out once for calls that look the same, and repeated.
 
 Which memory a launcher makes, which kernels it starts and what it tells them depends on the sizes, strides, dtypes and
-alignment of what it is given, and on numbers: not on the values of tensors. So the first call is recorded, as a list of launches
-whose pointers are left open, and later ones fill in the pointers. A launcher can be repeated if each of its tensors is an
+alignment of what it is given, and on numbers: not on the values of tensors. So its kernels are compiled before it runs, side
+by side (`ahead.py`), and the first call is recorded, as a list of launches whose pointers are left open; later ones fill in the
+pointers. A launcher can be repeated if each of its tensors is an
 argument, or comes from `empty` or `derived`, or is part of such a one, and goes to `start_kernel` or is returned. One that makes
 tensors otherwise (a table of packed sequences) is noticed, and runs each time. What is not noticed is a change of memory by
 anything but a kernel: there must be none.
@@ -22,6 +23,7 @@ import torch
 import triton
 from torch import Tensor
 
+from heddle.kernels.common.ahead import alike, compile_side_by_side, compiles_only
 from heddle.kernels.common.tuning import is_tuned
 from heddle.kernels.op import INTERPRETED
 
@@ -206,6 +208,9 @@ def derived(function: Callable[..., Tensor], *sources: Tensor) -> Tensor:
 
 def start_kernel(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
     """Starts a kernel of Triton whose first arguments are its tensors."""
+    if compiles_only():
+        kernel.warmup(*arguments, grid=grid, **constants)
+        return
     compiled = kernel[grid](*arguments, **constants)
     recorder = getattr(_active, "recorder", None)
     if recorder is None:
@@ -229,10 +234,11 @@ def _runner(kernel: Any, compiled: Any, grid: tuple[int, ...]) -> Callable[..., 
 def replayed(run: Callable[P, Outputs]) -> Callable[P, Outputs]:
     """Lets a launcher be recorded and repeated; it takes tensors, numbers and None, by place, and returns tensors."""
     plans: dict[tuple[Any, ...], _Plan | None] = {}
+    compiled: set[tuple[Any, ...]] = set()
 
     @functools.wraps(run)
     def call(*args: Any) -> Any:
-        if is_tuned():
+        if is_tuned() or compiles_only():
             return run(*args)  # type: ignore[call-arg]
         device = stream = 0
         if not INTERPRETED:
@@ -259,6 +265,9 @@ def replayed(run: Callable[P, Outputs]) -> Callable[P, Outputs]:
             return found.replay(tensors, pointers, stream)
         if len(plans) >= MOST_PLANS:
             plans.clear()
+        if (kind := alike(args)) not in compiled:
+            compile_side_by_side(run, args)
+            compiled.add(kind)
         outputs, plans[signature] = _record(run, args, tensors)
         return outputs
 
