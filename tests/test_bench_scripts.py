@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -19,10 +20,11 @@ SCRIPTS = {
     "learning_check": ("--workers", "1", "--kinds", "dense", "nats_l", "--rows", "none.jsonl"),
     "glue_check": (),
     "misses_check": (),
+    "truth_step": (),
     "peak_memory": ("--only", "head_sparse_attention", "layer, landmark"),
     "example_models": ("--workers", "1", "--kinds", "layer_router", "--rows", "none.jsonl"),
 }
-LONG = {"example_models"}
+LONG = {"example_models", "truth_step"}
 
 
 @pytest.mark.parametrize(
@@ -50,6 +52,26 @@ def test_rows_of_the_truth_set_are_joined_and_tell_how_hard_it_is(tmp_path: Path
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "50% of 3 placements with at most 3 full layers are within noise of the best" in done.stdout
     assert len((tmp_path / "none.jsonl").read_text().splitlines()) == 3
+
+
+def test_evaluators_value_each_placement_of_a_spec(tmp_path: Path) -> None:
+    none, spec = str(tmp_path / "none.jsonl"), str(BENCH / "truth_tiny.yaml")
+    command = [
+        sys.executable,
+        str(BENCH / "evaluators_judge.py"),
+        "--only",
+        "short",
+        "counting",
+        "--spec",
+        spec,
+    ]
+    command += ["--workers", "1", "--out", str(tmp_path), "--truth", none, "--values", none, "--dry"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "failed" not in done.stdout
+    lines = (tmp_path / "evaluators_8x2.jsonl").read_text().splitlines()
+    short = [row for row in map(json.loads, lines) if row["kind"] == "short"]
+    assert {(row["task"], row["share"]) for row in short} == set(product(("mqar", "text"), (0.1, 0.25)))
+    assert all(len(row["values"]) == 8 and None not in row["values"].values() for row in short)
 
 
 @pytest.mark.parametrize(

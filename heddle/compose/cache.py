@@ -369,11 +369,12 @@ class Call:
 
         A compiler joins equal computations by itself, and lets a layer that will be run again write nothing outside of it.
         """
-        if torch.compiler.is_compiling():
-            return make()
-        if key not in self.memo:
-            self.memo[key] = make()
-        return cast(T, self.memo[key])
+        if key in self.memo:
+            return cast(T, self.memo[key])
+        made = make()
+        if not torch.compiler.is_compiling():
+            self.memo[key] = made
+        return made
 
 
 def adopt(cache: Cache, layers: Sequence[StateLayer]) -> None:

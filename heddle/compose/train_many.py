@@ -15,12 +15,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
-from torch.nn import functional as F
 
 from heddle.compose.memory import memory_told
 from heddle.compose.train import (
     GRAPH_WARMUP,
-    IGNORE,
     MEMORY_HINT,
     READ_EVERY,
     Batches,
@@ -32,7 +30,7 @@ from heddle.compose.train import (
     on_side_stream,
     parameter_groups,
 )
-from heddle.compose.train_layers import CompiledLayers
+from heddle.compose.train_layers import CompiledLayers, compiled_pointwise, mean_losses
 from heddle.errors import HeddleError
 
 EPS = 1e-8
@@ -54,7 +52,8 @@ def fit_many(
     computes all positions, also those where nothing is asked. Results are those of `fit` but for rounding: products of
     stacked weights are summed in another order. `launch="graph"` (CUDA only) replays a step of all as one graph, one for
     each shape of batches. `compiled` has torch.compile make one function of each kind of
-    layer, once in a process however many models have such layers; it is for models whose layers take nothing from each other.
+    layer and of what comes before and after the layers, once in a process however many models have such layers; it is for models
+    whose layers take nothing from each other.
 
     A training whose loss is no number any more ends with its error ("loss-not-finite") in place of a `Fit`; the others go on.
     `wall_s` is that of all.
@@ -100,7 +99,8 @@ class _Many:
         alike = {replace(each, learning_rate=0.0, seed=0) for each in recipes}
         assert len(alike) == 1, "the recipes differ in nothing but their learning rates and seeds"
         self.stacked = _Stacked(models)
-        self.layers = CompiledLayers(models[0]) if compiled else None
+        self.layers = CompiledLayers(models[0], self.stacked.shapes) if compiled else None
+        self.adamw = compiled_pointwise(_adamw) if compiled else _adamw
         self.weights = self.stacked.weights
         self.mean, self.square = torch.zeros_like(self.weights), torch.zeros_like(self.weights)
         self.decay = self.stacked.decay(self.recipe.weight_decay)
@@ -141,29 +141,19 @@ class _Many:
     def update(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """One forward, backward and optimizer step of all; their losses, and the norms of their gradients."""
         with autocast(self.device, self.recipe.precision):
-            logits = self._logits(inputs)
-        each = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none")
-        losses = each.view(labels.shape).sum(dim=1) / (labels != IGNORE).sum(dim=1)
+            losses = self._losses(inputs, labels)
         (gradient,) = torch.autograd.grad(losses.sum(), self.weights)
-        return losses.detach(), self._adamw(gradient)
-
-    def _logits(self, inputs: Tensor) -> Tensor:
-        if self.layers is None:
-            return self.stacked.logits(inputs)
-        return self.layers.logits(self.stacked.pieces() | self.stacked.fixed, inputs)
-
-    @torch.no_grad()
-    def _adamw(self, gradient: Tensor) -> Tensor:
-        """The update of torch.optim.AdamW after clipping, of each row at its own rate."""
         norms: Tensor = torch.linalg.vector_norm(gradient, dim=1)
-        gradient *= (self.recipe.grad_clip / (norms + CLIP_EPS)).clamp(max=1.0)[:, None]
-        first, second = self.recipe.betas
-        self.mean.lerp_(gradient, 1.0 - first)
-        self.square.mul_(second).addcmul_(gradient, gradient, value=1.0 - second)
-        root = (self.square.sqrt() / self.bias[1]).add_(EPS)
-        self.weights.mul_(1.0 - self.rate * self.decay)
-        self.weights.sub_(self.mean / root * (self.rate / self.bias[0]))
-        return norms
+        with torch.no_grad():
+            state = (self.weights.detach(), self.mean, self.square)
+            clip = (self.recipe.grad_clip / (norms + CLIP_EPS)).clamp(max=1.0)[:, None]
+            self.adamw(state, gradient, (clip, self.rate, self.bias), self.decay, self.recipe.betas)
+        return losses.detach(), norms
+
+    def _losses(self, inputs: Tensor, labels: Tensor) -> Tensor:
+        if self.layers is None:
+            return mean_losses(self.stacked.logits(inputs), labels)
+        return self.layers.losses(self.weights, self.stacked.fixed, inputs, labels)
 
     def _check(self, done: int) -> None:
         told = zip(
@@ -188,6 +178,27 @@ class _Many:
             self.errors.get(index) or Fit(self.steps, tokens, tuple(losses), wall, launch)
             for index, losses in enumerate(self.losses.T.tolist())
         ]
+
+
+def _adamw(
+    state: tuple[Tensor, Tensor, Tensor],
+    gradient: Tensor,
+    factors: tuple[Tensor, Tensor, Tensor],
+    decay: Tensor,
+    betas: tuple[float, float],
+) -> None:
+    """The update of torch.optim.AdamW, in place, of each row at its own rate, after clipping.
+
+    Shapes:  state (weights and moments), gradient: [models, parameters];  decay: [parameters]
+             factors: of the gradient [models, 1], the rate [models, 1], and what takes the bias of the moments away [2]
+    """
+    (weights, mean, square), (clip, rate, unbiased), (first, second) = state, factors, betas
+    gradient = gradient * clip
+    mean.lerp_(gradient, 1.0 - first)
+    square.mul_(second).addcmul_(gradient, gradient, value=1.0 - second)
+    root = (square.sqrt() / unbiased[1]).add_(EPS)
+    weights.mul_(1.0 - rate * decay)
+    weights.sub_(mean / root * (rate / unbiased[0]))
 
 
 class _Stacked:

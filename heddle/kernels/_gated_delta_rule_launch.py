@@ -27,6 +27,7 @@ from heddle.kernels._gated_delta_rule_fwd import (
 )
 from heddle.kernels.common.layout import (
     ALIGNMENT,
+    LEAST_HEAD,
     aligned,
     block,
     dense_state,
@@ -55,9 +56,15 @@ def _family(device: torch.device) -> Family:
     return table_on(device, "gated_delta_rule", INTERPRETER, family)[0]
 
 
-def plan(device: torch.device, element: int, rows: int) -> Plan:
-    """The launches for tensors on `device` with elements of so many bytes and K = `rows`; overrides come first."""
-    table = _family(device).plan(element, block(rows))
+def plan(device: torch.device, element: int, rows: int, columns: int | None = None) -> Plan:
+    """The launches for tensors on `device` with elements of so many bytes, K = `rows` and V = `columns`; overrides come first.
+
+    Without `columns` those of tiles that hold as many tokens for any V, as routes of chunks want it.
+    """
+    found = _family(device)
+    table = found.plan(element, block(rows))
+    if columns is not None:
+        table = found.of_heads(element, block(rows), block(columns))
     names = ("solve", "forward", "keep", "backward", "gradient")
     pairs = None
     if tuned("split", int(table.pairs is not None)):
@@ -89,17 +96,26 @@ class Kept:
         return self.pairs, self.gates, self.states, self.new, self.last, self.summary
 
 
-def kept_like(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, *, keep: bool) -> Kept:
+def plan_of(q: Tensor, v: Tensor, *, routed: bool) -> Plan:
+    """The launches for these inputs, with routes or without."""
+    return plan(q.device, q.element_size(), q.shape[3], None if routed else v.shape[3])
+
+
+def _least(launches: Plan) -> int:
+    return ALIGNMENT if launches.narrow else LEAST_HEAD
+
+
+def kept_like(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, *, keep: bool, routed: bool = False) -> Kept:
     """Memory for what is kept; without `keep` none for `states` and `new`."""
     (B, T, _, K), (HV, V) = q.shape, v.shape[2:]
-    K, V = room(K, q.device), room(V, q.device)
+    launches = plan_of(q, v, routed=routed)
+    K, V = (room(size, q.device, _least(launches)) for size in (K, V))
     sequences = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    size = segment_size(q.device, q.element_size(), (T, sequences, HV, K, V))
+    chunk = launches.chunk
+    size = segment_size(q.device, launches, (T, sequences, HV, V))
     chunks, segments = (
-        count(T, sequences, tokens, packed=cu_seqlens is not None)
-        for tokens in (plan(q.device, q.element_size(), K).chunk, size)
+        count(T, sequences, tokens, packed=cu_seqlens is not None) for tokens in (chunk, size)
     )
-    chunk = plan(q.device, q.element_size(), K).chunk
     # Room for packed sequences is not filled to its end.
     make = empty if cu_seqlens is None else _zeros
 
@@ -133,15 +149,14 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def segment_size(device: torch.device, element: int, shape: tuple[int, int, int, int, int]) -> int:
+def segment_size(device: torch.device, launches: Plan, shape: tuple[int, int, int, int]) -> int:
     """Tokens in a segment, whole chunks: all of a sequence where programs are many, else fewer.
 
     Segments cost a pass more than they save where they are few.
 
-    Shapes:  shape: (T, sequences, HV, K, V)
+    Shapes:  shape: (T, sequences, HV, V)
     """
-    length, sequences, heads, K, V = shape
-    launches = plan(device, element, K)
+    length, sequences, heads, V = shape
     programs = heads * triton.cdiv(V, min(launches.forward.columns, block(V)))
     size = cut(length, sequences, programs, _processors(device) * RESIDENT, LEAST_SEGMENT)
     size = tuned("segment", size if triton.cdiv(length, size) >= FEWEST_SEGMENTS else length)
@@ -151,16 +166,17 @@ def segment_size(device: torch.device, element: int, shape: tuple[int, int, int,
 class _Layout:
     """What all launches over the same inputs are told.  K and V are multiples of ALIGNMENT."""
 
-    def __init__(self, q: Tensor, v: Tensor, cu_seqlens: Tensor | None, *, gated: bool) -> None:
+    def __init__(
+        self, q: Tensor, v: Tensor, cu_seqlens: Tensor | None, *, gated: bool, routed: bool = False
+    ) -> None:
         self.B, self.T, self.H, self.K = q.shape
         self.HV, self.V = v.shape[2:]
-        self.plan = plan(q.device, q.element_size(), self.K)
+        self.plan = plan_of(q, v, routed=routed)
         self.chunk = self.plan.chunk
         self.sequences = self.B if cu_seqlens is None else cu_seqlens.shape[0] - 1
         self.cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(torch.int32)
         self.chunks = lay_out(self.T, self.sequences, self.chunk, self.cu_seqlens)
-        shape = (self.T, self.sequences, self.HV, self.K, self.V)
-        size = segment_size(q.device, q.element_size(), shape)
+        size = segment_size(q.device, self.plan, (self.T, self.sequences, self.HV, self.V))
         self.segments = lay_out(self.T, self.sequences, size, self.cu_seqlens)
         self.constants = {
             "K": self.K, "C": self.chunk, "ROWS": block(self.K), "GROUP": self.HV // self.H,
@@ -238,16 +254,16 @@ def launch_forward(
 
     `routes` [chunks of the launch, HV], without `cu_seqlens`, are factors of what each chunk leaves to the next.
     """
-    K, V = q.shape[3], v.shape[3]
-    found = with_room((q, k), (v,), (initial_state,))
+    K, V, routed = q.shape[3], v.shape[3], routes is not None
+    found = with_room((q, k), (v,), (initial_state,), least=_least(plan_of(q, v, routed=routed)))
     if found is not None:
         (q, k), (v,), (before,) = found
         given = (q, k, v, log_decay, beta, scale, before, cu_seqlens)
         out, final, kept = launch_forward(*given, keep=keep, routes=routes)
         return out[..., :V].contiguous(), final[..., :K, :V].contiguous(), kept
     q, k, v = (aligned(x) for x in (q, k, v))
-    layout = _Layout(q, v, cu_seqlens, gated=log_decay is not None)
-    kept = kept_like(q, v, cu_seqlens, keep=keep)
+    layout = _Layout(q, v, cu_seqlens, gated=log_decay is not None, routed=routed)
+    kept = kept_like(q, v, cu_seqlens, keep=keep, routed=routed)
     _solve(q, k, log_decay, beta, scale, kept, layout)
     out = empty(v.shape, v.dtype, v.device)
     final = empty((layout.sequences, layout.HV, K, V), torch.float32, v.device)
@@ -317,8 +333,10 @@ def launch_backward(
     routes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, log_decay (of nothing if there is none), beta, the initial state and the routes (the same)."""
-    K, V = q.shape[3], v.shape[3]
-    found = with_room((q, k), (v, d_out), (d_final, initial_state))
+    K, V, routed = q.shape[3], v.shape[3], routes is not None
+    found = with_room(
+        (q, k), (v, d_out), (d_final, initial_state), least=_least(plan_of(q, v, routed=routed))
+    )
     if found is not None:
         (q, k), (v, d_out), (after, before) = found
         given = (q, k, v, log_decay, beta, scale, before, cu_seqlens, kept)
@@ -327,7 +345,7 @@ def launch_backward(
         d_log_decay, d_beta = gates
         return dq, dk, dv, d_log_decay, d_beta, d_initial[..., :K, :V].contiguous(), d_routes
     d_out, q, k, v = (aligned(x) for x in (d_out.to(v.dtype), q, k, v))
-    layout = _Layout(q, v, cu_seqlens, gated=log_decay is not None)
+    layout = _Layout(q, v, cu_seqlens, gated=log_decay is not None, routed=routed)
     walked = _with_routes(kept, routes)
     dx, d_initial, d_states = _run_backward_state(d_out, dense_state(d_final), q, k, scale, walked, layout)
     gate, beta = _gates(log_decay, beta)

@@ -78,13 +78,14 @@ def _forward_fake(
     scale: float,  # noqa: ARG001
     initial_state: Tensor | None,  # noqa: ARG001
     cu_seqlens: Tensor | None,
-    routes: Tensor | None,  # noqa: ARG001
+    routes: Tensor | None,
     keep: bool,
 ) -> Outputs:
     found = v.new_empty(v.shape), _state_like(q, v, cu_seqlens)
     if not keep:
         return (*found, *_nothing(q))
-    return (*found, *kept_like(q, v, cu_seqlens, keep=True).tensors())
+    kept = kept_like(q, v, cu_seqlens, keep=True, routed=routes is not None)
+    return (*found, *kept.tensors())
 
 
 @replayed

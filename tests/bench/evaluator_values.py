@@ -33,7 +33,7 @@ from heddle.specs import load
 # Seeds 0 to 2 are the truth's.
 OWN_SEED = 3
 SHARES = (0.1, 0.25)
-# Placements of one job: of short trainings, which are one graph, and of probes.
+# Placements of one job: of short trainings, which share their examples, and of probes.
 TOGETHER, PROBED = 16, 32
 # Sequences that the scores of layers are taken on.
 SEQUENCES = 64
@@ -76,15 +76,16 @@ class Bench:
         return float(self.task.evaluate(net, device=self.device).value)
 
     def trained(self, names: Sequence[str], recipe: Recipe) -> list[HeddleForCausalLM | None]:
-        """Models trained side by side; None where a training failed."""
-        nets = [
-            build_causal_lm(self.space.model(name), seed=recipe.seed, device=self.device) for name in names
-        ]
-        many, examples = len(nets), self.examples(recipe)
+        """Models trained one after the other, on equal examples; None where a training failed."""
+        examples, on_cuda = self.examples(recipe), self.device == "cuda"
         held = [examples(step) for step in range(self.steps(recipe))]
-        launch: Any = "graph" if self.device == "cuda" else "eager"
-        fits = fit_many(nets, [held.__getitem__] * many, [recipe] * many, launch=launch)
-        return [None if isinstance(fit, HeddleError) else net for net, fit in zip(nets, fits, strict=True)]
+        launch: Any = "graph" if on_cuda else "eager"
+        found = []
+        for name in names:
+            net = build_causal_lm(self.space.model(name), seed=recipe.seed, device=self.device)
+            (fit,) = fit_many([net], [held.__getitem__], [recipe], launch=launch, compiled=on_cuda)
+            found.append(None if isinstance(fit, HeddleError) else net)
+        return found
 
     def steps(self, recipe: Recipe) -> int:
         length = self.task.sequence_length

@@ -45,7 +45,8 @@ from typing import Any
 import numpy as np
 from evaluator_values import KINDS, SPENT, read_lines, value_all
 from truth_judge import TASKS, made_up
-from truth_set import HERE, SPEC, Space, best_rate, read_rows
+from truth_set import HERE, SPEC, Space, read_rows
+from truth_told import best_rate
 
 from heddle.search.rank_correlation import RESAMPLES, SEED, _taus, interval, tau_b
 from heddle.specs import load

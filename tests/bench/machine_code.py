@@ -261,7 +261,13 @@ def cases(*, quick: bool) -> Iterator[Case]:
 
 
 def planned_cases(*, quick: bool) -> Iterator[Case]:
-    """The kernels of the delta rules, of gla and of kda, which take no head sizes below LEAST_HEAD."""
+    """The kernels of the delta rules, of gla and of kda, which take no head sizes below LEAST_HEAD, but for narrow heads."""
+    for (K, V), kernel in itertools.product(
+        [(16, 32), gated_delta_rule.NARROW], ("solve", "forward", "keep", "backward", "gradient")
+    ):
+        yield Case(
+            "gated_delta_rule", kernel, "bf16", K, V, aligned=True, many=False, backward=kernel == "backward"
+        )
     sizes = [size for size in SIZES if size >= LEAST_HEAD]
     for K, V in [(128, LEAST_HEAD)] if quick else itertools.product(sizes, sizes):
         for op, kernel in ((op, kernel) for op, kernel in KERNELS if op in PLANS):
@@ -271,9 +277,17 @@ def planned_cases(*, quick: bool) -> Iterator[Case]:
                 yield replace(case, halved=True)
 
 
+def _plan(case: Case) -> Any:
+    """The launches of a case of the ops whose launches share a chunk."""
+    element, sizes = ELEMENTS[case.dtype], (block(case.K), block(case.V))
+    if case.op == "gated_delta_rule":
+        return gated_delta_rule.HOPPER.of_heads(element, *sizes)
+    return PLANS[case.op].plan(element, max(sizes))
+
+
 def _largest(case: Case) -> int:
     """The head size that a plan is chosen by."""
-    return block(case.K) if case.op == "gated_delta_rule" else max(block(case.K), block(case.V))
+    return max(block(case.K), block(case.V))
 
 
 def block_cases(*, quick: bool) -> Iterator[Case]:
@@ -463,11 +477,10 @@ def _choice_constants(case: Case, launch: Launch) -> dict[str, Any]:
 
 
 def _planned_constants(case: Case, launch: Launch) -> dict[str, Any]:
-    delta = kda.HOPPER if case.op == "kda" else gated_delta_rule.HOPPER
-    plan = delta.plan(ELEMENTS[case.dtype], _largest(case))
+    plan = _plan(case)
     constants = {
         "K": case.K, "V": case.V, "C": launch.chunk, "ROWS": block(case.K), "COLUMNS": launch.columns, "GROUP": 1,
-        "GATED": True, "ROUTED": False, "VARLEN": False, "PRECISION": "tf32x3", "SOLVE": plan.inverse,
+        "GATED": True, "ROUTED": False, "VARLEN": False, "PRECISION": "tf32x3", "SOLVE": getattr(plan, "inverse", None),
         "LEVELS": launch.chunk.bit_length() - 1,
         "KEEP": case.kernel in ("keep", "prepare") or (case.op == "gla" and case.backward),
         "SEGMENTED": False, "SUMMARY": False, "OUT": case.kernel != "keep", "BACKWARD": case.backward,
@@ -570,7 +583,7 @@ def _launch(case: Case) -> Launch:
     elif case.op == "ttt":
         launch = getattr(ttt.HOPPER.plan(ELEMENTS[case.dtype], block(case.K)), case.kernel)
     elif case.op in PLANS:
-        plan = PLANS[case.op].plan(ELEMENTS[case.dtype], _largest(case))
+        plan = _plan(case)
         # Where one kernel makes the gradients, the launches of the two are those of a trial.
         launch = getattr(plan, case.kernel, None) or plan.gradient
     else:

@@ -11,7 +11,8 @@ can not win. What it found is the placement of the best score it was told; its g
     (best - found) / (best - median)
 
 in the means over seeds, among placements within the budget. A repeat draws which seed is told, and the way's own draws.
-`gpu_s` is what the trainings asked for took: a ninth of a placement's for each learning rate and seed.
+`gpu_s` is what the trainings asked for took: a ninth of a placement's for each learning rate and seed, over the workers that
+shared the device. Placements without a score at the task or without a latency are left out.
 
 `--shuffled` gives the scores to other placements, a control: no way may then be ahead of random. `--synthetic` makes rows up,
 of single layers, neighbours and noise: settings are looked at there, never at the truth. There each repeat has its own landscape,
@@ -54,7 +55,7 @@ class Truth:
 
     def __init__(self, scores: dict[Layers, list[float]], ms: dict[Layers, float], seconds: float) -> None:
         self.scores, self.ms, self.seconds = scores, ms, seconds
-        self.length = len(next(iter(scores)))
+        self.length = len(next(iter(scores), ()))
 
     def within(self, budget: float) -> list[Layers]:
         return [layers for layers in self.scores if self.ms[layers] <= budget]
@@ -208,7 +209,7 @@ WAYS: dict[str, Way] = {
 
 
 def read_truth(path: Path, task: str) -> Truth:
-    """The rows that hold the task's scores and a decode latency."""
+    """The rows that hold the task's scores and a decode latency; the seconds are those of a training alone at each rate."""
     scores, ms, seconds = {}, {}, []
     for row in map(json.loads, path.read_text().splitlines()):
         label = next((key for key in row if key.startswith("decode_ms@")), None)
@@ -219,8 +220,10 @@ def read_truth(path: Path, task: str) -> Truth:
         layers = tuple(int(letter == "F") for letter in row["placement"])
         scores[layers] = max(([TASKS[task] * one for one in seeds] for seeds in whole), key=mean)
         ms[layers] = row[label]["median_ms"]
-        seconds.append(row[task]["seconds"] / len(rates))
-    return Truth(scores, ms, mean(seconds))
+        # Workers that share a device share its time.
+        trainings = sum(len(seeds) for seeds in rates) * row[task].get("workers", 1)
+        seconds.append(len(rates) * row[task]["seconds"] / trainings)
+    return Truth(scores, ms, mean(seconds or [0.0]))
 
 
 def made_up(seed: int, length: int = 8, boundary: float = 0.002) -> Truth:
@@ -294,6 +297,9 @@ def rows(chosen: argparse.Namespace) -> Iterator[dict[str, Any]]:
             if chosen.synthetic
             else [read_truth(chosen.rows, task)]
         )
+        if len(truths[0].scores) < 2:
+            print(f"no truth of {task} in {chosen.rows} yet")
+            continue
         made_of = {"seeds": [seeds.start, seeds.stop], "boundary": chosen.boundary}
         if chosen.shuffled:
             # One order for all made-up landscapes would be one draw of what a way may find by luck.

@@ -7,15 +7,17 @@
 
 A piece of work goes on where the rows (tests/bench/results/truth_8x2.jsonl, one for each placement) end: placements come in
 an order drawn once, so that those done at any time are a random sample, and the whole file is written again to DIR after each.
-Copy it back over the rows before the next piece. `--only 48 --tasks mqar` does the first 48 of the order at one task, to see
-how hard it is; each form of a task needs a spec and a file of `--rows` of its own, since rows do not tell forms apart. On a
-machine of several GPUs a process each (CUDA_VISIBLE_DEVICES) takes `--share 0/4`, `--share 1/4` and so on of the order, with
-folders of their own; `join` puts their rows into one file.
+Copy it back over the rows before the next piece, or name it as `--rows`. `--until 590` begins no training that would end later
+than that, by what the last ones took: a piece that is cut off loses what was running, and nothing else. `--only 48 --tasks mqar`
+does the first 48 of the order at one task, to see how hard it is; each form of a task needs a spec and a file of `--rows` of its
+own, since rows do not tell forms apart. On a machine of several GPUs `--gpus 4` has processes on each. Several machines take
+`--share 0/4`, `--share 1/4` and so on of the order, with folders of their own; `join` puts their rows into one file.
 
 `show` tells for each number of full layers what placements scored, and how hard a task is: of the placements with at most 3, 4
 and 5 full layers (the quartiles of latency, which grows with them), the share of the others that lies within seed noise of the
 best, that is no further from it than twice the standard error of a difference of two means over seeds, the deviation pooled
-over all placements. More than a tenth is too many: then the next harder form is taken (`--spec`).
+over all placements. More than a tenth is too many: then the next harder form is taken (`--spec`). It also tells at which rates
+trainings learn the task at all, and whether seeds agree on it.
 
 At each task a placement is trained 9 times, 3 seeds at 3 learning rates, side by side (`heddle.compose.train_many`). Equal
 seeds see equal examples and, where the blocks agree, equal weights at the start. Batches have one shape, and another in the steps
@@ -31,21 +33,22 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import math
+import os
 import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import mean, variance
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from truth_told import Rows, hardness, table
 
 from heddle.compose.build import build_causal_lm
 from heddle.compose.train import IGNORE, Batches, Recipe
@@ -60,16 +63,15 @@ HERE = Path(__file__).parent
 SPEC, ROWS = HERE / "truth_8x2.yaml", HERE / "results" / "truth_8x2.jsonl"
 SEEDS, LEARNING_RATES = (0, 1, 2), (1e-3, 3e-3, 1e-2)
 ORDER_SEED = 8
-# Full layers of a placement at the quartiles of all.
-QUARTILES = (3, 4, 5)
 # Rows of MQAR that are mixed in have a quarter of the length at least.
 FILLED_UP = 4
+# Trainings of a task by whose slowest the next is expected to take.
+RECENT = 4
 PLACES = {
     "cuda": (Place("decode", 16, 65_536), Place("prefill", 1, 32_768)),
     "cpu": (Place("decode", 1, 1024), Place("prefill", 1, 256)),
 }
 EFFORT = Effort(warmup=2, least=10, most=100, seconds=0.3, builds=1)
-Rows = dict[str, dict[str, Any]]
 Batch = tuple[Tensor, Tensor]
 
 
@@ -177,33 +179,103 @@ def train(path: str, name: str, index: int, device: str) -> dict[str, Any]:
     return {"scores": by_rate, "tokens": recipe.tokens, "chance": task.chance, "seconds": round(seconds, 2)}
 
 
+Job = tuple[str, int]
+Trained = Future[dict[str, Any]]
+
+
+@dataclass
+class Pools:
+    """Processes that train, so many on each GPU; which GPU, they find in their environment when they start."""
+
+    gpus: Sequence[str | None]
+    pools: Sequence[ProcessPoolExecutor]
+    workers: int
+    running: dict[Trained, tuple[int, Job, float]] = field(default_factory=dict)
+
+    def is_full(self) -> bool:
+        return len(self.running) >= self.workers * len(self.pools)
+
+    def begin(self, path: str, job: Job, device: str) -> None:
+        """On the GPU that has the least to do. A pool starts all its processes when it is first asked."""
+        busy = [sum(at == each for each, _, _ in self.running.values()) for at in range(len(self.pools))]
+        at = busy.index(min(busy))
+        if (gpu := self.gpus[at]) is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+        self.running[self.pools[at].submit(train, path, *job, device)] = (at, job, time.monotonic())
+
+    def ended(self) -> Iterator[tuple[Trained, Job, float]]:
+        """What has ended, at least one, with the seconds that it took."""
+        for done in wait(self.running, return_when=FIRST_COMPLETED).done:
+            _, job, begun = self.running.pop(done)
+            yield done, job, time.monotonic() - begun
+
+
+class Pace:
+    """What a training takes, by those of its task that ended last, or those of another with as many tokens."""
+
+    def __init__(self, tokens: Sequence[int]) -> None:
+        self.tokens = tokens
+        self.took: dict[int, list[float]] = {}
+
+    def tell(self, task: int, seconds: float) -> None:
+        self.took.setdefault(task, []).append(seconds / self.tokens[task])
+
+    def expected(self, task: int) -> float:
+        """Seconds; 0 where nothing has ended yet."""
+        recent = [max(took[-RECENT:]) for took in (self.took.get(task),) if took]
+        recent = recent or [max(took[-RECENT:]) for took in self.took.values()]
+        return self.tokens[task] * max(recent, default=0.0)
+
+
 def train_all(space: Space, rows: Rows, chosen: argparse.Namespace, out: Path) -> None:
-    device, path = pick_device(), str(chosen.spec)
+    device, path, started = pick_device(), str(chosen.spec), time.monotonic()
+    tasks, recipes = zip(*space.tasks(), strict=True)
+    left, pace = jobs(space, rows, chosen), Pace([recipe.tokens for recipe in recipes])
+    header = {"commit": chosen.commit, "device": device_name(device), "workers": chosen.workers}
+    with ExitStack() as stack:
+        gpus = [None] if chosen.gpus == 1 else visible(chosen.gpus)
+        many = [ProcessPoolExecutor(chosen.workers, get_context("spawn")) for _ in gpus]
+        pools = Pools(gpus, [stack.enter_context(one) for one in many], chosen.workers)
+        while True:
+            while left and not pools.is_full():
+                now = time.monotonic() - started
+                if now > chosen.seconds or now + pace.expected(left[0][1]) > chosen.until:
+                    print(f"{len(left)} trainings are left for the next piece", flush=True)
+                    left.clear()
+                else:
+                    pools.begin(path, left.pop(0), device)
+            if not pools.running:
+                return
+            for done, (name, index), seconds in pools.ended():
+                if (error := done.exception()) is not None:
+                    print(f"{name} {tasks[index].name} failed: {error!r}", flush=True)
+                    if isinstance(error, BrokenExecutor):
+                        left.clear()
+                    continue
+                pace.tell(index, seconds)
+                row = rows.setdefault(name, new_row(space, name))
+                row[tasks[index].name] = {**done.result(), **header}
+                write_rows(rows, out)
+                print(
+                    name, tasks[index].name, f"{seconds:.1f} s", row[tasks[index].name]["scores"], flush=True
+                )
+
+
+def jobs(space: Space, rows: Rows, chosen: argparse.Namespace) -> list[Job]:
+    """What is to be trained and not in the rows: all placements at one task before the next, so that what is cut off is a sample
+    of placements, not of tasks."""
     tasks = [task.name for task, _ in space.tasks()]
     wanted = [index for index, task in enumerate(tasks) if chosen.tasks is None or task in chosen.tasks]
-    # All placements at one task before the next: what is cut off is a sample of placements, not of tasks.
-    left = iter(
-        [
-            (name, index)
-            for index, name in product(wanted, shared(space.names()[: chosen.only], chosen.share))
-            if tasks[index] not in rows.get(name, {})
-        ]
-    )
-    until = time.monotonic() + chosen.seconds
-    header = {"commit": chosen.commit, "device": device_name(device), "workers": chosen.workers}
-    with ProcessPoolExecutor(chosen.workers, get_context("spawn")) as pool:
-        running: dict[Future[dict[str, Any]], tuple[str, int]] = {}
-        while True:
-            while len(running) < chosen.workers and time.monotonic() < until and (job := next(left, None)):
-                running[pool.submit(train, path, *job, device)] = job
-            if not running:
-                return
-            for done in wait(running, return_when=FIRST_COMPLETED).done:
-                name, index = running.pop(done)
-                row = rows.setdefault(name, new_row(space, name))
-                row[tasks[index]] = {**done.result(), **header}
-                write_rows(rows, out)
-                print(name, tasks[index], row[tasks[index]]["scores"], flush=True)
+    names = shared(space.names()[: chosen.only], chosen.share)
+    return [(name, index) for index, name in product(wanted, names) if tasks[index] not in rows.get(name, {})]
+
+
+def visible(gpus: int) -> list[str | None]:
+    """The first GPUs of those that CUDA_VISIBLE_DEVICES names, or of all."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = named.split(",") if named else [str(index) for index in range(gpus)]
+    assert len(names) >= gpus, f"CUDA_VISIBLE_DEVICES={named} names fewer than {gpus} GPUs"
+    return list(names[:gpus])
 
 
 def shared(names: Sequence[str], share: str) -> list[str]:
@@ -253,56 +325,6 @@ def time_all(space: Space, rows: Rows, chosen: argparse.Namespace, out: Path) ->
         print(name, place.label, figures["median_ms"], f"ratio {figures['ratio']:.4f}", flush=True)
 
 
-# What the rows tell.
-
-
-def best_rate(scores: Mapping[str, Sequence[float | None]], *, higher: bool) -> list[float]:
-    """The scores of the seeds at the learning rate whose mean is best; failed trainings make a rate the worst."""
-    whole = [[one for one in seeds if one is not None] for seeds in scores.values() if None not in seeds]
-    if not whole:
-        return []
-    return (max if higher else min)(whole, key=mean)
-
-
-def table(rows: Rows) -> Iterator[str]:
-    """For each number of full layers: placements done, and the best, median and worst mean score."""
-    for task, higher in (("mqar", True), ("text", False)):
-        found: dict[int, list[float]] = {}
-        for row in rows.values():
-            seeds = best_rate(row[task]["scores"], higher=higher) if task in row else []
-            if seeds:
-                found.setdefault(row["full"], []).append(mean(seeds))
-        for full, scores in sorted(found.items()):
-            order = sorted(scores, reverse=higher)
-            middle = order[len(order) // 2]
-            yield f"{task}: {full} full, {len(order):3} placements: {order[0]:.4f} {middle:.4f} {order[-1]:.4f}"
-
-
-def near_best(scores: Mapping[str, Sequence[float]], *, higher: bool) -> float:
-    """The share of the other placements within seed noise of the best; `scores`: of each seed, by placement."""
-    noise = mean(variance(seeds) for seeds in scores.values())
-    means = [mean(seeds) for seeds in scores.values()]
-    best, count = (max if higher else min)(means), len(next(iter(scores.values())))
-    reach = 2.0 * math.sqrt(2.0 * noise / count)
-    return (sum(abs(one - best) <= reach for one in means) - 1) / (len(means) - 1)
-
-
-def hardness(rows: Rows) -> Iterator[str]:
-    """How many placements a task cannot tell from the best, for the budgets of a quarter, half and three quarters."""
-    for task, higher in (("mqar", True), ("text", False)):
-        told = {
-            name: best_rate(row[task]["scores"], higher=higher) for name, row in rows.items() if task in row
-        }
-        for most in QUARTILES:
-            within = {
-                name: seeds for name, seeds in told.items() if len(seeds) > 1 and name.count("F") <= most
-            }
-            if len(within) > 1:
-                share = near_best(within, higher=higher)
-                among = f"{len(within)} placements with at most {most} full layers"
-                yield f"{task}: {share:.0%} of {among} are within noise of the best"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -317,7 +339,11 @@ def main() -> None:
     parser.add_argument("--rows", type=Path, default=ROWS)
     parser.add_argument("--out", type=Path, help="folder that the rows are written to; theirs if not given")
     parser.add_argument("--seconds", type=float, default=540.0, help="nothing is begun after so many")
-    parser.add_argument("--workers", type=int, default=3)
+    parser.add_argument(
+        "--until", type=float, default=float("inf"), help="no training is begun that would end after so many"
+    )
+    parser.add_argument("--workers", type=int, default=3, help="processes that share a GPU")
+    parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--only", type=int, help="so many placements of the order")
     parser.add_argument("--commit")
     chosen = parser.parse_args()

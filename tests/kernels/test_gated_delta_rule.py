@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from heddle.errors import HeddleError
-from heddle.kernels import force_path, gated_delta_rule
+from heddle.kernels import _gated_delta_rule_launch, force_path, gated_delta_rule
 from heddle.kernels._gated_delta_rule_op import longest_chunk
 from heddle.kernels._gated_delta_rule_torch import _unit_lower_inverse
 from heddle.kernels.accuracy import Sample, compare, draw, results
 from heddle.kernels.common.layout import LEAST_HEAD
 from heddle.kernels.common.tuning import tuning
-from heddle.kernels.configs.gated_delta_rule import HOPPER, OTHER, PAIRS, TOKENS, Family
+from heddle.kernels.configs.gated_delta_rule import HOPPER, OTHER, PAIRS, TOKENS, Family, Plan
 from heddle.kernels.configs.launch import Launch
 from heddle.kernels.op import INTERPRETED
 
@@ -99,6 +99,32 @@ def test_gradients_by_two_kernels_are_right(dtype: torch.dtype, device: str) -> 
     with tuning(split=1, tile=tile, segment=64):
         _assert_right(packed, device)
         _assert_right(_changed(whole, log_decay=choices[picked]), device)
+
+
+@pytest.mark.parametrize("device", KERNEL_DEVICES)
+@pytest.mark.parametrize("sizes", [(16, 32), (24, 64)])
+def test_launches_of_narrow_heads_are_right(
+    sizes: tuple[int, int], device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if device == "cpu":
+        monkeypatch.setattr(_gated_delta_rule_launch, "_family", lambda _: HOPPER)
+    K, V = sizes
+    shape = {"B": 2, "H": 1, "HV": 2, "K": K, "V": V}
+    sample = draw(gated_delta_rule, {**shape, "T": 90}, torch.float16)
+    _assert_right(sample, device)
+    with tuning(segment=32):
+        _assert_right(sample, device)
+
+
+def test_narrow_heads_have_launches_of_their_own() -> None:
+    narrow = HOPPER.half_narrow
+    assert HOPPER.of_heads(2, 32, 64) is narrow
+    wider = [HOPPER.of_heads(2, 64, 64), HOPPER.of_heads(2, 32, 128), HOPPER.of_heads(4, 32, 64)]
+    assert not any(each is narrow for each in wider)
+    assert OTHER.of_heads(2, 32, 64) is OTHER.half
+    # Products of a warpgroup begin at four warps.
+    launches = (getattr(narrow, each.name) for each in fields(Plan))
+    assert all(each.warps < 4 for each in launches if isinstance(each, Launch))
 
 
 @pytest.mark.gpu

@@ -74,9 +74,9 @@ def strides(*tensors: Tensor) -> list[int]:
     return [stride for x in tensors for stride in x.stride()[:3]]
 
 
-def room(size: int, device: torch.device) -> int:
-    """A head size as kernels with tiles of keys and of values take it: a multiple of ALIGNMENT, on a GPU at least LEAST_HEAD."""
-    return max(size + -size % ALIGNMENT, LEAST_HEAD if device.type == "cuda" else 0)
+def room(size: int, device: torch.device, least: int = LEAST_HEAD) -> int:
+    """A head size as kernels with tiles of keys and of values take it: a multiple of ALIGNMENT, on a GPU at least `least`."""
+    return max(size + -size % ALIGNMENT, least if device.type == "cuda" else 0)
 
 
 def wider(x: Tensor, size: int) -> Tensor:
@@ -90,14 +90,18 @@ def narrower(x: Tensor, size: int) -> Tensor:
 
 
 def with_room(
-    keys: Sequence[Tensor], values: Sequence[Tensor], states: Sequence[Tensor | None]
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    states: Sequence[Tensor | None],
+    *,
+    least: int = LEAST_HEAD,
 ) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor | None]] | None:
-    """Inputs with zeros after K and V, which change nothing; None if there is room already.
+    """Inputs with zeros after K and V, which change nothing, as `room` says; None if there is room already.
 
     Shapes:  keys: [B, T, *, K];  values: [B, T, *, V];  states: [N, *, K, V]
     """
     K, V = keys[0].shape[3], values[0].shape[3]
-    more_k, more_v = room(K, keys[0].device) - K, room(V, keys[0].device) - V
+    more_k, more_v = (room(size, keys[0].device, least) - size for size in (K, V))
     if not more_k and not more_v:
         return None
     wider = [None if x is None else pad(x, (0, more_v, 0, more_k)) for x in states]

@@ -13,7 +13,7 @@ class Plan:
 
     `keep` is `forward` where a backward pass will want the states. `inverse`: how products of the triangular inverse are
     computed. `pairs`: where two kernels make the gradients, that of the first; `gradient` is that of the second, which takes
-    `tile` channels of keys at a time
+    `tile` channels of keys at a time. `narrow`: heads need not be LEAST_HEAD wide
     """
 
     solve: Launch
@@ -24,17 +24,43 @@ class Plan:
     inverse: str = "tf32x3"
     pairs: Launch | None = None
     tile: int = 64
+    narrow: bool = False
 
     @property
     def chunk(self) -> int:
         return self.solve.chunk
 
 
-Family = BySize[Plan]
+# Channels of keys and of values that heads have at most which are narrow.
+NARROW = (32, 64)
+
+
+@dataclass(frozen=True)
+class Family(BySize[Plan]):
+    """As `BySize`, and what runs for two-byte elements and narrow heads."""
+
+    half_narrow: Plan
+
+    def of_heads(self, element: int, K: int, V: int) -> Plan:
+        """The launches for elements of so many bytes and heads of these sizes."""
+        is_narrow = element == 2 and NARROW[0] >= K and NARROW[1] >= V
+        return self.half_narrow if is_narrow else self.plan(element, K)
+
 
 # Of gradients by two kernels.
 PAIRS = Launch(chunk=64, columns=64, warps=4, stages=1, registers=168)
 TOKENS = Launch(chunk=64, columns=64, warps=4, stages=1)
+# Fewer than four warps know no products of a warpgroup, with which ptxas 12.8 gets narrow heads wrong:
+# docs/decisions/0005-ragged-heads.md.
+_NARROW = Plan(
+    solve=Launch(chunk=32, columns=32, warps=2, stages=1),
+    forward=Launch(chunk=32, columns=32, warps=2, stages=1),
+    keep=Launch(chunk=32, columns=32, warps=2, stages=1),
+    backward=Launch(chunk=32, columns=32, warps=2, stages=1),
+    gradient=Launch(chunk=32, columns=32, warps=2, stages=1),
+    inverse="fp16",
+    narrow=True,
+)
 
 HOPPER = Family(
     half=Plan(
@@ -70,6 +96,7 @@ HOPPER = Family(
         backward=Launch(chunk=16, columns=16, warps=4, stages=1),
         gradient=Launch(chunk=16, columns=16, warps=8, stages=1),
     ),
+    half_narrow=_NARROW,
 )
 # Fits the 99 KiB of shared memory that every device since Ampere has.
 _SMALL = Plan(
@@ -79,12 +106,24 @@ _SMALL = Plan(
     backward=Launch(chunk=32, columns=32, warps=4, stages=1),
     gradient=Launch(chunk=32, columns=32, warps=4, stages=1),
 )
-OTHER = Family(half=_SMALL, half_tall=HOPPER.wide_tall, wide=HOPPER.wide_tall, wide_tall=HOPPER.wide_tall)
+OTHER = Family(
+    half=_SMALL,
+    half_tall=HOPPER.wide_tall,
+    wide=HOPPER.wide_tall,
+    wide_tall=HOPPER.wide_tall,
+    half_narrow=_SMALL,
+)
 
 # The interpreter pays by the operation, whatever the size of the tiles.
 _LARGE = Launch(chunk=64, columns=256, warps=4, stages=1)
 _INTERPRETED = Plan(solve=_LARGE, forward=_LARGE, keep=_LARGE, backward=_LARGE, gradient=_LARGE)
-INTERPRETER = Family(half=_INTERPRETED, half_tall=_INTERPRETED, wide=_INTERPRETED, wide_tall=_INTERPRETED)
+INTERPRETER = Family(
+    half=_INTERPRETED,
+    half_tall=_INTERPRETED,
+    wide=_INTERPRETED,
+    wide_tall=_INTERPRETED,
+    half_narrow=_INTERPRETED,
+)
 
 # One token: the narrow choice spreads few heads over more multiprocessors.
 STEP = Launch(chunk=1, columns=64, warps=4, stages=1)
