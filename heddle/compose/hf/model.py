@@ -18,13 +18,16 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from heddle.compose.cache import Call, StateLayer, adopt
+from heddle.compose.cache import Call, StateLayer
 from heddle.compose.constant_stream import ConstantCache, ConstantStream, RowsLayer, readers_of
+from heddle.compose.hf.adopt import adopt
 from heddle.compose.hf.config import HeddleConfig
+from heddle.compose.hf.packed import labels_within, packing_of
 from heddle.compose.init import fill, initialise
 from heddle.compose.modules.layer import STREAM, Again, HeddleLayer
 from heddle.compose.modules.lower_bounds import hand_bounds
 from heddle.compose.modules.norm import norm_module
+from heddle.compose.modules.packing import Packing
 from heddle.compose.modules.qk_source import position_rows
 from heddle.compose.modules.site import Site
 from heddle.errors import HeddleError
@@ -33,10 +36,11 @@ from heddle.errors import HeddleError
 @dataclass
 class HeddleModelOutput(BaseModelOutputWithPast):  # type: ignore[misc]
     """`aux_loss` is what the layers add to the loss in training, each times its factor; `aux_losses` the mean of each
-    kind over the layers, as it is. None where there is none."""
+    kind over the layers, as it is; `packing` where packed documents lie. None where there is none."""
 
     aux_loss: Tensor | None = None
     aux_losses: dict[str, Tensor] | None = None
+    packing: Packing | None = None
 
 
 class HeddlePreTrainedModel(PreTrainedModel):  # type: ignore[misc]
@@ -112,19 +116,32 @@ class HeddleModel(HeddlePreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
-        **kwargs: Any,  # noqa: ARG002 - transformers passes more than a model reads
+        cu_seqlens: Tensor | None = None,
+        **kwargs: Any,
     ) -> HeddleModelOutput:
         """The hidden states after the last norm.
 
         `attention_mask` [B, earlier tokens + T] is 0 at padding, which may stand on the left and, where no cache is used, on
-        the right. Positions count real tokens from 0 unless `position_ids` [B, T] are given.
+        the right. Positions count real tokens from 0 unless `position_ids` [B, T] are given. With `cu_seqlens` [N + 1], 0 … T,
+        the only row holds N documents, each of which is as if alone; see `packing_of` for what else says so.
 
         Raises:
             HeddleError: "bad-argument".
         """
         x = self._scaled(self.embedded(input_ids, inputs_embeds))
-        cache = self._cache(past_key_values, use_cache)
-        call = self._call(x, attention_mask, position_ids, 0 if cache is None else cache.get_seq_length())
+        is_cached = past_key_values is not None or bool(use_cache)
+        packing = packing_of(
+            x,
+            cu_seqlens,
+            kwargs,
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            is_cached=is_cached,
+        )
+        cache = self._cache(past_key_values, use_cache if packing is None else False)
+        call = self._call(
+            x, attention_mask, position_ids, 0 if cache is None else cache.get_seq_length(), packing
+        )
         constant = self._constant(x, position_ids, cache) if self.constant_readers else None
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         seen: list[Tensor] = []
@@ -147,6 +164,7 @@ class HeddleModel(HeddlePreTrainedModel):
             last_hidden_state=x,
             past_key_values=cache,
             hidden_states=(*seen, x) if wanted else None,
+            packing=packing,
             **_told([*call.losses, *_missed(call.targets)] if self.training else []),
         )
 
@@ -225,17 +243,27 @@ class HeddleModel(HeddlePreTrainedModel):
         adopt(given, self.new_cache_layers())
         return given
 
-    def _call(self, x: Tensor, mask: Tensor | None, positions: Tensor | None, past: int) -> Call:
+    def _call(
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        positions: Tensor | None,
+        past: int,
+        packing: Packing | None = None,
+    ) -> Call:
         length = x.shape[1]
         real = None if mask is None else real_tokens(mask, past + length)
-        if positions is None and real is not None:
+        if positions is None and packing is not None:
+            positions = packing.places()
+        elif positions is None and real is not None:
             positions = (real.long().cumsum(dim=-1) - 1).clamp(min=0)[:, past:]
         elif positions is None:
             positions = torch.arange(past, past + length, device=x.device)[None].expand(x.shape[0], length)
         else:
             # One row may stand for all.
             positions = positions.expand(x.shape[0], -1)
-        call = Call(positions, None if real is None else real[:, past:], real, wanted=self.wanted)
+        padding = None if real is None else real[:, past:]
+        call = Call(positions, padding, real, packing=packing, wanted=self.wanted)
         if -1 in self.handed_on or (STREAM, -1) in self.wanted:
             call.handed[STREAM, -1] = x
         if self.lower_bounds is not None:
@@ -324,7 +352,8 @@ class HeddleForCausalLM(HeddleWithHead, GenerationMixin):  # type: ignore[misc]
         """Logits [B, T, vocab].
 
         `logits_to_keep` asks for those of the last so many tokens (0: all), or of the tokens at its indices.
-        With `labels` [B, T] (-100 is ignored) also the mean next-token loss.
+        With `labels` [B, T] (-100 is ignored) also the mean next-token loss; between packed documents (`cu_seqlens`, see
+        `HeddleModel`) nothing is predicted.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -339,6 +368,7 @@ class HeddleForCausalLM(HeddleWithHead, GenerationMixin):  # type: ignore[misc]
         logits = self.logits(outputs.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
+            labels = labels if outputs.packing is None else labels_within(labels, outputs.packing)
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
             )

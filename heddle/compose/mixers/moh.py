@@ -61,6 +61,10 @@ class MohModule(CompositeMixer):
         self.shared_proj = projection(shared_heads, shared_heads > 1)
         self.gates_out = nn.Identity()
 
+    @property
+    def takes_packed(self) -> bool:
+        return bool(getattr(self.mixer, "takes_packed", False))
+
     def forward(self, x: Tensor, call: Call) -> Tensor:
         if self.by_norms:
             y: Tensor = self.mixer(x, call.part("mixer"), route=partial(self.norm_gates, call=call))
