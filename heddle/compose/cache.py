@@ -1,7 +1,7 @@
 """What a layer remembers between calls, and what a mixer is told about the call it is in.
 
 transformers builds caches from a list of layer kinds that knows neither per-layer windows nor all-linear models. So the model
-replaces the layers of any empty cache it is handed by its own (`adopt`), and reads nothing else of it.
+replaces the layers of any empty cache it is handed by its own (`hf.adopt`), and reads nothing else of it.
 """
 
 from __future__ import annotations

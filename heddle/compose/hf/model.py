@@ -129,20 +129,20 @@ class HeddleModel(HeddlePreTrainedModel):
             HeddleError: "bad-argument".
         """
         x = self._scaled(self.embedded(input_ids, inputs_embeds))
-        is_cached = past_key_values is not None or bool(use_cache)
         packing = packing_of(
             x,
             cu_seqlens,
             kwargs,
             position_ids=position_ids,
             attention_mask=attention_mask,
-            is_cached=is_cached,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
         )
         cache = self._cache(past_key_values, use_cache if packing is None else False)
         call = self._call(
             x, attention_mask, position_ids, 0 if cache is None else cache.get_seq_length(), packing
         )
-        constant = self._constant(x, position_ids, cache) if self.constant_readers else None
+        constant = self._constant(x, position_ids, cache, packing) if self.constant_readers else None
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         seen: list[Tensor] = []
         for index in range(len(self.layers)):
@@ -209,10 +209,12 @@ class HeddleModel(HeddlePreTrainedModel):
     def _scaled(self, x: Tensor) -> Tensor:
         return x if self.config.embedding_multiplier == 1.0 else x * self.config.embedding_multiplier
 
-    def _constant(self, x: Tensor, given: Tensor | None, cache: Cache | None) -> ConstantStream:
+    def _constant(
+        self, x: Tensor, given: Tensor | None, cache: Cache | None, packing: Packing | None
+    ) -> ConstantStream:
         """The constant stream of a forward of `x`, before the first layer."""
         past = 0 if cache is None else cache.get_seq_length()
-        whole = past + x.shape[1]
+        whole = past + (x.shape[1] if packing is None else packing.longest)
         # Asking a GPU would wait for it, and a look beyond the end fails there by itself.
         if given is not None and given.device.type == "cpu" and not torch.compiler.is_compiling():
             furthest = int(given.max()) if given.numel() else 0

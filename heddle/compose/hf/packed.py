@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache
 
 from heddle.compose.modules.packing import Packing
 from heddle.errors import HeddleError
 
 # What transformers' `DataCollatorWithFlattening` and its flash attention call it.
 QUERIES, KEYS = "cu_seq_lens_q", "cu_seq_lens_k"
+PACKED = ("cu_seqlens", QUERIES, KEYS)
 # What the loss leaves out.
 IGNORED = -100
 
@@ -24,39 +26,37 @@ def packing_of(
     *,
     position_ids: Tensor | None,
     attention_mask: Tensor | None,
-    is_cached: bool,
+    past_key_values: Cache | None,
+    use_cache: bool | None,
 ) -> Packing | None:
     """Where the documents lie that are packed into `x` [B, T, D]; None if each row is one.
 
     `given` are further arguments of the forward: `cu_seq_lens_q` and `cu_seq_lens_k`, which must be equal, stand for
-    `cu_seqlens`. So do `position_ids` of one row that begin again at 0, if there is no mask and no cache.
+    `cu_seqlens`. So do `position_ids` of one row that begin again at 0, if there is no mask and no cache to go on from, for which the host waits.
 
     Raises:
         HeddleError: "bad-argument" also beside a mask or a cache.
     """
     cu_seqlens = _told(cu_seqlens, given)
-    if cu_seqlens is None and attention_mask is None and not is_cached:
+    if cu_seqlens is None and attention_mask is None and past_key_values is None:
         cu_seqlens = _begun_again(position_ids)
     if cu_seqlens is None:
         return None
     if attention_mask is not None:
         what = "packed documents (cu_seqlens) take no attention_mask: there is no padding among them"
         raise HeddleError("bad-argument", what, hint="leave one of the two out")
-    if is_cached:
+    if past_key_values is not None or use_cache:
         what = "packed documents (cu_seqlens) take no cache: it would be of which of them?"
         raise HeddleError("bad-argument", what, hint="use_cache=False, without past_key_values")
     return Packing.of(cu_seqlens, x.shape[0], x.shape[1], x.device)
 
 
 def _told(cu_seqlens: Tensor | None, given: Mapping[str, Any]) -> Tensor | None:
-    queries, keys = given.get(QUERIES), given.get(KEYS)
-    if (queries is None) != (keys is None) and cu_seqlens is None and queries is None:
-        raise HeddleError("bad-argument", f"{KEYS} is given without {QUERIES}")
-    told = [one for one in (cu_seqlens, queries, keys) if one is not None]
+    told = [one for one in (cu_seqlens, *(given.get(name) for name in PACKED[1:])) if one is not None]
     for one in told[1:]:
         if one is not told[0] and not torch.equal(one.to(told[0].device, told[0].dtype), told[0]):
-            names = f"cu_seqlens, {QUERIES} and {KEYS}"
-            raise HeddleError("bad-argument", f"{names} differ: queries and keys are of the same documents")
+            what = f"{', '.join(PACKED)} differ: queries and keys are of the same documents"
+            raise HeddleError("bad-argument", what)
     return told[0] if told else None
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from heddle.compose.cache import Call
 from heddle.compose.modules.composite import CompositeMixer
+from heddle.compose.modules.documents import takes_packed
 from heddle.compose.modules.precision import wide, wide_dtype
 from heddle.compose.modules.site import Site
 
@@ -63,7 +64,7 @@ class MohModule(CompositeMixer):
 
     @property
     def takes_packed(self) -> bool:
-        return bool(getattr(self.mixer, "takes_packed", False))
+        return takes_packed(self.mixer)
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
         if self.by_norms:

@@ -25,7 +25,7 @@ def mixed(mixer: nn.Module, x: Tensor, call: Call) -> Tensor:
 
     Shapes:  x, out: [B, T, D]
     """
-    if call.packing is None or getattr(mixer, "takes_packed", False):
+    if call.packing is None or takes_packed(mixer):
         y: Tensor = mixer(x, call)
         return y
     tell_one_by_one(type(mixer).__name__, x.device)
@@ -33,6 +33,11 @@ def mixed(mixer: nn.Module, x: Tensor, call: Call) -> Tensor:
     outputs = [mixer(own, one) for own, one in zip(call.packing.each(x, 1), calls, strict=True)]
     _gather(call, calls)
     return torch.cat(outputs, dim=1)
+
+
+def takes_packed(mixer: nn.Module) -> bool:
+    """Whether packed documents go through it together: its own class must say so, for a subclass may mix otherwise."""
+    return "takes_packed" in vars(type(mixer)) and bool(mixer.takes_packed)
 
 
 def tell_one_by_one(mixer: str, device: torch.device) -> None:

@@ -114,7 +114,8 @@ class HeddleLayer(GradientCheckpointingLayer):  # type: ignore[misc]
         call.hand(constant=normed)
         if (ENDS, call.layer) in call.wanted:
             # No more of it is wanted, and what came in is no output: FSDP2 gives it as a view.
-            return call.given[CONSTANT]
+            end: Tensor = call.given[CONSTANT]
+            return end
         x = joined(x, normed, mixed(self.mixer, normed, call), self.mixer_post_norm, self.residual)
         if self.channel_kind == "none":
             return x

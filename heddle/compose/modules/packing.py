@@ -67,4 +67,5 @@ class Packing:
     def each(self, x: Tensor, dim: int) -> Sequence[Tensor]:
         """`x`, whose axis `dim` are the tokens, of each document."""
         # Of slices each gradient would be as long as the whole.
-        return x.split([end - begin for begin, end in self.bounds], dim)
+        parts: Sequence[Tensor] = x.split_with_sizes([end - begin for begin, end in self.bounds], dim)
+        return parts
