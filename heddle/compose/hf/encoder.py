@@ -52,7 +52,7 @@ class HeddleForMaskedLM(HeddleWithHead):
             inputs_embeds=inputs_embeds,
             use_cache=False,
             output_hidden_states=output_hidden_states,
-            **kwargs,
+            **{name: kwargs.get(name) for name in (*PACKED, "position_ids")},
         )
         logits = self.logits(outputs.last_hidden_state)
         loss = None if labels is None else _loss(logits.flatten(0, 1), labels.flatten(), outputs.aux_loss)

@@ -32,7 +32,8 @@ def packing_of(
     """Where the documents lie that are packed into `x` [B, T, D]; None if each row is one.
 
     `given` are further arguments of the forward: `cu_seq_lens_q` and `cu_seq_lens_k`, which must be equal, stand for
-    `cu_seqlens`. So do `position_ids` of one row that begin again at 0, if there is no mask and no cache to go on from, for which the host waits.
+    `cu_seqlens`. So do `position_ids` of one row that begin again at 0, if there is no mask and no cache to go on from. The host
+    looks at all of these, so on a GPU it waits.
 
     Raises:
         HeddleError: "bad-argument" also beside a mask or a cache.
