@@ -211,4 +211,5 @@ def test_what_does_not_fit_is_told() -> None:
     assert "k is float64, expected float32 as q" in refused(q=torch.ones(B, H, T, D))
     assert "ridge 0 and window None must be positive" in refused(ridge=0)
     assert "ridge 10.0 and window 0 must be positive" in refused(window=0)
+    assert "as many queries as keys" in refused(cu_seqlens=torch.tensor([0, S]))
     assert "real has shape [3, 13], expected [2, 13]" in refused(real=torch.ones(3, S, dtype=torch.bool))

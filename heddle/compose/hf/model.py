@@ -214,7 +214,7 @@ class HeddleModel(HeddlePreTrainedModel):
     ) -> ConstantStream:
         """The constant stream of a forward of `x`, before the first layer."""
         past = 0 if cache is None else cache.get_seq_length()
-        whole = past + (x.shape[1] if packing is None else packing.longest)
+        whole = past + (x.shape[1] if packing is None else max(packing.lengths))
         # Asking a GPU would wait for it, and a look beyond the end fails there by itself.
         if given is not None and given.device.type == "cpu" and not torch.compiler.is_compiling():
             furthest = int(given.max()) if given.numel() else 0

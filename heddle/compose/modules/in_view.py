@@ -79,6 +79,8 @@ def _by_documents(
     """As `attend_in_view`, one packed document after the other.  Shapes:  q, out: [1, H, T, d]"""
     assert call.packing is not None
     k, v, written = keys
+    if written is None and (view.window is None or view.window >= max(call.packing.lengths)):
+        return attend(q, k, v, None, is_causal=view.causal, packing=call.packing)
     calls = each_document(call)
     marks = [None] * len(calls) if written is None else call.packing.each(written, 1)
     sides = zip(*(call.packing.each(side, 2) for side in (q, k, v)), marks, calls, strict=True)

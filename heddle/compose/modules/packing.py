@@ -53,19 +53,18 @@ class Packing:
         return cls(ends.to(device, non_blocking=True), bounds, tuple({} for _ in bounds))
 
     @property
-    def longest(self) -> int:
-        """The tokens of the longest document."""
-        return max(end - begin for begin, end in self.bounds)
+    def lengths(self) -> list[int]:
+        """The tokens of each document."""
+        return [end - begin for begin, end in self.bounds]
 
     def places(self) -> Tensor:
         """How many tokens of its own document are before each.  Shapes:  out: [1, T] int64"""
         begins = torch.tensor([begin for begin, _ in self.bounds])
-        lengths = torch.tensor([end - begin for begin, end in self.bounds])
-        places = torch.arange(self.bounds[-1][1]) - begins.repeat_interleave(lengths)
+        places = torch.arange(self.bounds[-1][1]) - begins.repeat_interleave(torch.tensor(self.lengths))
         return places[None].to(self.cu_seqlens.device, non_blocking=True)
 
     def each(self, x: Tensor, dim: int) -> Sequence[Tensor]:
         """`x`, whose axis `dim` are the tokens, of each document."""
         # Of slices each gradient would be as long as the whole.
-        parts: Sequence[Tensor] = x.split_with_sizes([end - begin for begin, end in self.bounds], dim)
+        parts: Sequence[Tensor] = x.split_with_sizes(self.lengths, dim)
         return parts
