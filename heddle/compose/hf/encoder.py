@@ -18,7 +18,7 @@ from heddle.compose.hf.model import (
     real_tokens,
     scaled_logits,
 )
-from heddle.compose.hf.packed import PACKED
+from heddle.compose.hf.packed import KEYS, PACKED, QUERIES
 from heddle.compose.modules.precision import wide
 from heddle.compose.modules.readout import readout_module
 from heddle.errors import HeddleError
@@ -35,6 +35,7 @@ class HeddleForMaskedLM(HeddleWithHead):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         output_hidden_states: bool | None = None,
+        cu_seqlens: Tensor | None = None,
         **kwargs: Any,
     ) -> MaskedLMOutput:
         """Logits [B, T, vocab].
@@ -52,7 +53,8 @@ class HeddleForMaskedLM(HeddleWithHead):
             inputs_embeds=inputs_embeds,
             use_cache=False,
             output_hidden_states=output_hidden_states,
-            **{name: kwargs.get(name) for name in (*PACKED, "position_ids")},
+            cu_seqlens=cu_seqlens,
+            **{name: kwargs.get(name) for name in (QUERIES, KEYS, "position_ids")},
         )
         logits = self.logits(outputs.last_hidden_state)
         loss = None if labels is None else _loss(logits.flatten(0, 1), labels.flatten(), outputs.aux_loss)

@@ -7,7 +7,6 @@ training need not compute the rest.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -21,6 +20,7 @@ from transformers.utils.generic import can_return_tuple
 from heddle.compose.cache import Call, StateLayer
 from heddle.compose.constant_stream import ConstantCache, ConstantStream, RowsLayer, readers_of
 from heddle.compose.hf.adopt import adopt
+from heddle.compose.hf.aux_losses import missed, told
 from heddle.compose.hf.config import HeddleConfig
 from heddle.compose.hf.packed import labels_within, packing_of
 from heddle.compose.init import fill, initialise
@@ -165,7 +165,7 @@ class HeddleModel(HeddlePreTrainedModel):
             past_key_values=cache,
             hidden_states=(*seen, x) if wanted else None,
             packing=packing,
-            **_told([*call.losses, *_missed(call.targets)] if self.training else []),
+            **told([*call.losses, *missed(call.targets)] if self.training else []),
         )
 
     def _run(self, index: int, x: Tensor, call: Call, cache: StateLayer | None) -> Any:
@@ -290,29 +290,6 @@ def real_tokens(mask: Tensor, length: int) -> Tensor | None:
     return None if not torch.compiler.is_compiling() and bool(real.all()) else real
 
 
-def _missed(targets: Sequence[tuple[str, Tensor, float, float]]) -> list[tuple[str, Tensor, float]]:
-    """The losses of targets that hold for all layers together, one for each of equal name, target and factor."""
-    shares: dict[tuple[str, float, float], list[Tensor]] = {}
-    for name, share, target, factor in targets:
-        shares.setdefault((name, target, factor), []).append(share)
-    return [
-        (name, (torch.stack(found).mean() - target).square(), factor)
-        for (name, target, factor), found in shares.items()
-    ]
-
-
-def _told(losses: Sequence[tuple[str, Tensor, float]]) -> dict[str, Any]:
-    """The auxiliary losses of a forward, as the fields of its output."""
-    if not losses:
-        return {}
-    kinds = dict.fromkeys(name for name, _, _ in losses)
-    by_kind = {
-        kind: torch.stack([value for name, value, _ in losses if name == kind]).mean() for kind in kinds
-    }
-    total = torch.stack([factor * value for _, value, factor in losses]).sum()
-    return {"aux_loss": total, "aux_losses": {name: value.detach() for name, value in by_kind.items()}}
-
-
 def scaled_logits(config: HeddleConfig, logits: Tensor) -> Tensor:
     """y = factor · logits, and then cap · tanh(y / cap) where the configuration has a soft cap."""
     y = logits if config.logit_multiplier == 1.0 else logits * config.logit_multiplier
@@ -349,13 +326,14 @@ class HeddleForCausalLM(HeddleWithHead, GenerationMixin):  # type: ignore[misc]
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        cu_seqlens: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits [B, T, vocab].
 
         `logits_to_keep` asks for those of the last so many tokens (0: all), or of the tokens at its indices.
-        With `labels` [B, T] (-100 is ignored) also the mean next-token loss; between packed documents (`cu_seqlens`, see
-        `HeddleModel`) nothing is predicted.
+        With `labels` [B, T] (-100 is ignored) also the mean next-token loss; from one packed document (`cu_seqlens`, as
+        `HeddleModel` takes it) to the next nothing is predicted.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -364,6 +342,7 @@ class HeddleForCausalLM(HeddleWithHead, GenerationMixin):  # type: ignore[misc]
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            cu_seqlens=cu_seqlens,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

@@ -32,8 +32,8 @@ def packing_of(
     """Where the documents lie that are packed into `x` [B, T, D]; None if each row is one.
 
     `given` are further arguments of the forward: `cu_seq_lens_q` and `cu_seq_lens_k`, which must be equal, stand for
-    `cu_seqlens`. So do `position_ids` of one row that begin again at 0, if there is no mask and no cache to go on from. The host
-    looks at all of these, so on a GPU it waits.
+    `cu_seqlens`. So do `position_ids` of one row that begin again, as transformers reads them: if they do not rise, and
+    there is no mask and no cache to go on from. The host looks at all of these, so on a GPU it waits.
 
     Raises:
         HeddleError: "bad-argument" also beside a mask or a cache.
@@ -62,16 +62,14 @@ def _told(cu_seqlens: Tensor | None, given: Mapping[str, Any]) -> Tensor | None:
 
 
 def _begun_again(positions: Tensor | None) -> Tensor | None:
-    """The `cu_seqlens` of positions that begin again at 0; None if they do not."""
+    """The `cu_seqlens` of positions that begin again; None if they only rise."""
     if positions is None or positions.dim() != 2 or positions.is_meta or torch.compiler.is_compiling():
         return None
-    begins = positions[:, 1:] == 0
+    begins = positions[:, 1:] <= positions[:, :-1]
     if not bool(begins.any()):
         return None
     if positions.shape[0] != 1:
-        what = (
-            f"position_ids begin again at 0 within {positions.shape[0]} rows: packed documents lie in one row"
-        )
+        what = f"position_ids begin again within {positions.shape[0]} rows: packed documents lie in one row"
         raise HeddleError("bad-argument", what, hint="pack them into one row, or give an attention_mask")
     found = begins[0].nonzero().flatten() + 1
     ends = found.new_tensor([positions.shape[1]])
