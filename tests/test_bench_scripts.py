@@ -21,6 +21,7 @@ SCRIPTS = {
     "glue_check": (),
     "misses_check": (),
     "truth_step": (),
+    "packed_check": (),
     "peak_memory": ("--only", "head_sparse_attention", "layer, landmark"),
     "example_models": ("--workers", "1", "--kinds", "layer_router", "--rows", "none.jsonl"),
 }

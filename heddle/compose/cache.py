@@ -1,21 +1,21 @@
 """What a layer remembers between calls, and what a mixer is told about the call it is in.
 
 transformers builds caches from a list of layer kinds that knows neither per-layer windows nor all-linear models. So the model
-replaces the layers of any empty cache it is handed by its own (`adopt`), and reads nothing else of it.
+replaces the layers of any empty cache it is handed by its own (`hf.adopt`), and reads nothing else of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin
 
+from heddle.compose.modules.packing import Packing
 from heddle.compose.modules.rope import Scaling, Tables, rotary_tables
-from heddle.errors import HeddleError
 
 T = TypeVar("T")
 
@@ -286,6 +286,8 @@ class Call:
     padding: Tensor | None = None
     key_padding: Tensor | None = None
     cache: StateLayer | None = None
+    # Where the documents of a packed row lie; there is no padding then, and no cache.
+    packing: Packing | None = None
     # Tables that layers of one forward share: rotations by (size, theta, scaling), masks by (keys, view).
     memo: dict[Any, Any] = field(default_factory=dict)
     # What layers hand on to later ones, by (what, layer): the streams, keys, values and indices of this forward.
@@ -304,11 +306,16 @@ class Call:
     # The layer that is called, what later ones will ask for of it and others (keys of `handed`), and what it has given so far.
     layer: int = 0
     wanted: frozenset[tuple[str, int]] = frozenset()
-    given: dict[str, Tensor] = field(default_factory=dict)
+    given: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def cu_seqlens(self) -> Tensor | None:
+        """Where packed documents begin and the last one ends, as ops take it."""
+        return None if self.packing is None else self.packing.cu_seqlens
 
     def at(self, cache: StateLayer | None, layer: int | None = None) -> Call:
         """The same call at another layer; None: at the same."""
-        made = Call(self.positions, self.padding, self.key_padding, cache)
+        made = Call(self.positions, self.padding, self.key_padding, cache, self.packing)
         made.losses, made.targets, made.loads, made.given = self.losses, self.targets, self.loads, self.given
         made.memo, made.handed, made.wanted, made.members = self.memo, self.handed, self.wanted, self.members
         made.layer = self.layer if layer is None else layer
@@ -375,25 +382,6 @@ class Call:
         if not torch.compiler.is_compiling():
             self.memo[key] = made
         return made
-
-
-def adopt(cache: Cache, layers: Sequence[StateLayer]) -> None:
-    """Makes an empty cache hold `layers`; one that holds such layers already is left as it is.
-
-    Raises:
-        HeddleError: "bad-argument" for a cache that other layers have filled, or that offloads or quantizes.
-    """
-    held = cache.layers
-    if held and all(isinstance(layer, StateLayer) for layer in held):
-        return
-    if any(getattr(layer, "is_initialized", False) for layer in held) or getattr(cache, "offloading", False):
-        raise HeddleError(
-            "bad-argument",
-            f"this model cannot go on from a {type(cache).__name__} that it has not filled itself",
-            hint="pass past_key_values=None, an empty DynamicCache(), or what an earlier call returned",
-        )
-    cache.layers = list(layers)
-    cache.layer_class_to_replicate = None
 
 
 def cache_bytes(layers: Iterable[StateLayer]) -> int:

@@ -121,7 +121,7 @@ def constant_rows(call: Call, size: int) -> Tensor:
 
     Shapes:  out: [B, T, size]
     """
-    own = call.given.get(CONSTANT)
+    own: Tensor | None = call.given.get(CONSTANT)
     if own is not None:
         return own
     positions = call.positions

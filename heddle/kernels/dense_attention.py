@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, nullcontext
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend
 
 from heddle.errors import HeddleError
+from heddle.kernels.common.varlen import check_packing
 from heddle.kernels.configs.dense_attention import Backend, Rule, rules
 from heddle.kernels.op import (
     Inputs,
@@ -24,6 +26,13 @@ from heddle.kernels.op import (
     op,
     register_composite,
 )
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+
+    _VARLEN = frozenset(inspect.signature(varlen_attn).parameters)
+except ImportError:
+    _VARLEN = frozenset()
 
 # What torch itself goes by; another order is somebody's wish.
 _OWN_ORDER = torch._C._get_sdp_priority_order()
@@ -43,6 +52,8 @@ def dense_attention_reference(
     *,
     is_causal: bool = False,
     scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    lengths: Sequence[int] | None = None,  # noqa: ARG001 - what cu_seqlens says
 ) -> Tensor:
     """`dense_attention` in float64, all logits at once; shares nothing with it."""
     group = q.shape[1] // k.shape[1]
@@ -51,6 +62,9 @@ def dense_attention_reference(
     if is_causal:
         later = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).triu(1)
         logits = logits.masked_fill(later, -torch.inf)
+    if cu_seqlens is not None:
+        sequence = (torch.arange(q.shape[2], device=q.device)[:, None] >= cu_seqlens).sum(-1)
+        logits = logits.masked_fill(sequence[:, None] != sequence, -torch.inf)
     if mask is not None and mask.dtype == torch.bool:
         logits = logits.masked_fill(~mask, -torch.inf)
     elif mask is not None:
@@ -150,6 +164,45 @@ _op = register_composite(
 )
 
 
+def _packed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    lengths: Sequence[int],
+    *,
+    is_causal: bool,
+    scale: float | None,
+) -> Tensor:
+    """Every packed sequence alone, by flash attention in one go where it takes them."""
+    if _takes_packed(q, k, v):
+        ends, longest = cu_seqlens.to(torch.int32), max(lengths)
+        options: dict[str, Any] = {"scale": scale, "window_size": (-1, 0 if is_causal else -1)}
+        options |= {} if q.shape[1] == k.shape[1] else {"enable_gqa": True}
+        q, k, v = (side[0].transpose(0, 1) for side in (q, k, v))
+        o = cast(Tensor, varlen_attn(q, k, v, ends, ends, longest, longest, **options))
+        return o.transpose(0, 1)[None]
+    # Of slices each gradient would be as long as the whole.
+    sides = zip(*(torch.split_with_sizes(side, list(lengths), 2) for side in (q, k, v)), strict=True)
+    # cuDNN would make a plan for every length. Compilers cannot look into the order.
+    order = nullcontext() if torch.compiler.is_compiling() else in_order(("flash", "efficient", "math"))
+    with order:
+        call = functools.partial(F.scaled_dot_product_attention, is_causal=is_causal, scale=scale)
+        parts = [
+            call(*one, enable_gqa=bool(q.shape[1] != k.shape[1])) for one in sides if one[0].shape[2] > 0
+        ]
+    return torch.cat(parts, dim=2)
+
+
+def _takes_packed(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether torch has flash attention for packed sequences of these."""
+    wanted = {"scale", "window_size"} | (set() if q.shape[1] == k.shape[1] else {"enable_gqa"})
+    size = q.shape[3]
+    is_half = q.dtype in (torch.bfloat16, torch.float16) and q.dtype == k.dtype == v.dtype
+    fits = size == v.shape[3] and size % 8 == 0 and size <= 256
+    return q.device.type == "cuda" and is_half and fits and wanted <= _VARLEN
+
+
 def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
     name, device = "dense_attention", q.device.type
     if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
@@ -167,6 +220,15 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
     check_tensors(name, alike, floats=floats, masks={"mask": mask})
 
 
+def _check_packed(q: Tensor, k: Tensor, mask: Tensor | None, cu_seqlens: Tensor) -> None:
+    name = "dense_attention"
+    check_tensors(name, {"q": q}, integers={"cu_seqlens": cu_seqlens})
+    if q.shape[2] != k.shape[2] or mask is not None:
+        what = "packed sequences have as many queries as keys, and no mask"
+        raise HeddleError("bad-argument", f"{name}: {what}")
+    check_packing(name, q.shape[0], q.shape[2], cu_seqlens)
+
+
 @op(dense_attention_reference, _CASES)
 def dense_attention(
     q: Tensor,
@@ -176,6 +238,8 @@ def dense_attention(
     *,
     is_causal: bool = False,
     scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    lengths: Sequence[int] | None = None,
 ) -> Tensor:
     """Softmax attention over all keys.
 
@@ -185,12 +249,21 @@ def dense_attention(
     head size, number of queries, mask, and whether gradients are wanted; on a CPU torch chooses. `mask` is bool, or a bias of
     the logits in the dtype of q. Query head h reads key head h // (H / N). `scale` defaults to d^-0.5.
 
-    Shapes:  q: [B, H, T, d];  k: [B, N, S, d];  v: [B, N, S, V];  out: [B, H, T, V];  mask: [1 or B, 1 or H, T, S]
+    With `cu_seqlens` (B = 1, no mask) S = T tokens hold several sequences one behind the other: on a GPU in half precision all
+    in one call of torch's flash attention where it has one for them (torch.nn.attention.varlen), else one by one. Their
+    `lengths` spare the host waiting for the device.
+
+    Shapes:  q: [B, H, T, d];  k: [B, N, S, d];  v: [B, N, S, V];  out: [B, H, T, V];  mask: [1 or B, 1 or H, T, S];
+             cu_seqlens: [sequences + 1] integers
 
     Raises:
         HeddleError: "bad-argument" for shapes or dtypes that do not fit; under autocast torch brings q, k and v to one dtype.
     """
     _check(q, k, v, mask)
+    if cu_seqlens is not None:
+        _check_packed(q, k, mask, cu_seqlens)
+        known: Sequence[int] = cu_seqlens.diff().tolist() if lengths is None else lengths
+        return _packed(q, k, v, cu_seqlens, known, is_causal=is_causal, scale=scale)
     # Compilers cannot look into the order that torch goes by; behind an op it is in force when they choose a backend.
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return _op(q, k, v, mask, is_causal, scale)  # type: ignore[no-any-return]

@@ -8,6 +8,7 @@ solve by Cholesky, 10 d + 6 d a step (10 d in half precision) with the other, 8 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from heddle.errors import HeddleError
 from heddle.kernels._local_linear_torch import Form, Given, backward, forward
+from heddle.kernels.common.varlen import check_packing
 from heddle.kernels.op import (
     TRITON_DTYPES,
     Inputs,
@@ -46,6 +48,7 @@ def local_linear_attention_reference(
     window: int | None = None,
     real: Tensor | None = None,
     written: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """`local_linear_attention` in float64 in the paper's uncentred form, with all weights at once; shares nothing with it."""
     group, (T, S), size = q.shape[1] // k.shape[1], (q.shape[2], k.shape[2]), q.shape[-1]
@@ -54,6 +57,9 @@ def local_linear_attention_reference(
     seen = (place >= 0) & (place < (window or S))
     for limit in (real, written):
         seen = seen if limit is None else seen & (limit[:, None, None] > 0.5)
+    if cu_seqlens is not None:
+        sequence = (torch.arange(S)[:, None] >= cu_seqlens).sum(-1)
+        seen = seen & (sequence[:, None] == sequence)
     logits = torch.einsum("bhtd,bhsd->bhts", q, k) * (size**-0.5 if scale is None else scale)
     if written is not None:
         # A bias of nothing, whose slope is that of a weight.
@@ -189,6 +195,18 @@ _forward_op = register(
 )
 
 
+def _packed(tensors: Sequence[Tensor | None], numbers: Sequence[Any], cu_seqlens: Tensor) -> Tensor:
+    """Every packed sequence alone. The host must know where they end, so a GPU is waited for."""
+    lengths: list[int] = cu_seqlens.diff().tolist()
+    parts: list[Sequence[Tensor | None]] = [
+        # Of slices each gradient would be as long as the whole.
+        [None] * len(lengths) if x is None else torch.split_with_sizes(x, lengths, 2 if x.dim() == 4 else 1)
+        for x in tensors
+    ]
+    outputs = [_forward_op(*one, *numbers) for *one, n in zip(*parts, lengths, strict=True) if n > 0]
+    return torch.cat(outputs, dim=2)
+
+
 def _draw(shape: Shape, generator: torch.Generator) -> Inputs:
     """T queries at the last places of S keys."""
     B, H, N, T, S, K, V = (shape[name] for name in ("B", "H", "N", "T", "S", "K", "V"))
@@ -233,6 +251,7 @@ def local_linear_attention(
     window: int | None = None,
     real: Tensor | None = None,
     written: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """The value at the query of the line through the values, least squares weighted by softmax.        (arXiv 2510.01450)
 
@@ -247,10 +266,11 @@ def local_linear_attention(
 
     The T queries stand at the last of the S keys and see those up to their own, `window` of them (None: all), that are `real`
     and `written`; their own always. `scale` defaults to d^-0.5. Query head h reads key head h // (H / N). `written` has the
-    gradient of a bias of the logits. Gradients have none of their own.
+    gradient of a bias of the logits. Gradients have none of their own. With `cu_seqlens`, S = T tokens hold several sequences
+    one behind the other; they are worked on one by one, for which the host waits for the device, and cannot be compiled.
 
     Shapes:  q, slope: [B, H, T, d];  k: [B, N, S, d];  v: [B, N, S, V];  out: [B, H, T, V];  of one dtype
-             real: [1 or B, S] bool;  written: [B, S] of 0 and 1
+             real: [1 or B, S] bool;  written: [B, S] of 0 and 1;  cu_seqlens: [sequences + 1] integers, B = 1
 
     Raises:
         HeddleError: "bad-argument" for shapes, dtypes or numbers that do not fit.
@@ -259,15 +279,20 @@ def local_linear_attention(
     if q.dim() != 4 or k.dim() != 4 or v.dim() != 4 or not 1 <= q.shape[2] <= k.shape[2]:
         what = "q, k, v must be [B, heads, tokens, *], with at least one query and no more than keys"
         raise HeddleError("bad-argument", f"{name}: {what}")
-    (B, H, _, d), (N, S) = q.shape, k.shape[1:3]
+    (B, H, T, d), (N, S) = q.shape, k.shape[1:3]
     if H % N:
         raise HeddleError("bad-argument", f"{name}: {N} key heads do not divide {H} query heads")
     if ridge <= 0 or (window is not None and window < 1):
         raise HeddleError("bad-argument", f"{name}: ridge {ridge} and window {window} must be positive")
     sides = {"q": q, "k": k, "v": v, "slope": slope}
-    check_tensors(name, sides, masks={"real": real, "written": written})
+    check_tensors(name, sides, integers={"cu_seqlens": cu_seqlens}, masks={"real": real, "written": written})
+    if cu_seqlens is not None and T != S:
+        raise HeddleError("bad-argument", f"{name}: packed sequences have as many queries as keys")
+    check_packing(name, B, T, cu_seqlens)
     rows = B if real is None else real.shape[0] if real.shape[0] == 1 else B
     expected = {"k": (k, (B, N, S, d)), "v": (v, (B, N, S, v.shape[-1])), "slope": (slope, q.shape)}
     check_shapes(name, {**expected, "real": (real, (rows, S)), "written": (written, (B, S))})
     scale = d**-0.5 if scale is None else scale
+    if cu_seqlens is not None:
+        return _packed((q, k, v, slope, real, written), (scale, ridge, window), cu_seqlens)
     return _forward_op(q, k, v, slope, real, written, scale, ridge, window)  # type: ignore[no-any-return]

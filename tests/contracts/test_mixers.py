@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from heddle.specs.layer import Site as SpecSite
 from heddle.specs.plugins import OPTIONAL
 
 HIDDEN, LENGTH = 48, 150
+# A token, more of them, none, more than a chunk of kernels.
+DOCUMENTS = [1, 40, 0, 65]
 
 # Fields that make each kind take another road. A kind that is not here says so itself, in the `cases` of its schema.
 VARIANTS: dict[str, list[dict[str, Any]]] = {
@@ -410,6 +413,28 @@ def test_left_padding_equals_none(fields: dict[str, Any]) -> None:
     y = mixer(padded, Call(positions, real, real))
     assert y.isfinite().all()
     assert (y[:, pad:] - whole).abs().max() < EXACT
+
+
+@every_mixer
+def test_packed_documents_are_each_alone(fields: dict[str, Any]) -> None:
+    model = model_of(fields)
+    lengths, ends = DOCUMENTS, [0, *accumulate(DOCUMENTS)]
+    ids = torch.randint(50, (1, ends[-1]), generator=torch.Generator().manual_seed(1))
+    weights = noise(1, ends[-1], 50, seed=2).split(lengths, dim=1)
+
+    def told(logits: list[Tensor]) -> dict[str, Tensor]:
+        torch.stack(
+            [(one * weight).sum() for one, weight in zip(logits, weights, strict=True)]
+        ).sum().backward()
+        found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad(set_to_none=True)
+        return found | {"logits": torch.cat(logits, dim=1)}
+
+    packed = told(list(model(ids, cu_seqlens=torch.tensor(ends)).logits.split(lengths, dim=1)))
+    alone = told([model(own).logits if own.shape[1] else weights[2] for own in ids.split(lengths, dim=1)])
+    assert packed.keys() == alone.keys()
+    for name, expected in alone.items():
+        assert (packed[name] - expected).abs().max() < EXACT * (1.0 + expected.abs().max()), name
 
 
 @every_mixer

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends, sdpa_kernel
 
+from heddle.errors import HeddleError
 from heddle.kernels.accuracy import EPSILON
 from heddle.kernels.configs.dense_attention import HOPPER, rules
 from heddle.kernels.dense_attention import dense_attention, dense_attention_reference, in_order
@@ -67,6 +69,62 @@ def test_results_and_gradients_are_those_of_the_reference_plainly_and_compiled(
     for function in (dense_attention, compiled) if kind in ("causal", "bias") else (dense_attention,):
         for found, wanted in zip(results(function), exact, strict=True):
             assert (found - wanted).abs().max() < EPSILON[torch.float64]
+
+
+PACKED = [0, 1, 1, 41, 106]
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_packed_sequences_are_each_alone(is_causal: bool) -> None:
+    leaves = {name: x.requires_grad_() for name, x in packed_leaves(torch.float64).items()}
+    rest = {"is_causal": is_causal, "scale": 0.3, "cu_seqlens": torch.tensor(PACKED)}
+    told = []
+    for function in (dense_attention, dense_attention_reference):
+        out = function(**leaves, **rest)
+        told.append([out, *torch.autograd.grad(out.sin().sum(), list(leaves.values()))])
+    for found, wanted in zip(*told, strict=True):
+        assert (found - wanted).abs().max() < EPSILON[torch.float64]
+    rest["lengths"] = [end - begin for begin, end in pairwise(PACKED)]
+    assert torch.equal(dense_attention(**leaves, **rest), told[0][0])
+
+
+def packed_leaves(dtype: torch.dtype, device: str = "cpu") -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"q": (4, 16), "k": (2, 16), "v": (2, 16)}
+    return {
+        name: torch.randn(1, heads, PACKED[-1], size, generator=generator, dtype=torch.float64).to(
+            device, dtype
+        )
+        for name, (heads, size) in shapes.items()
+    }
+
+
+def test_packed_sequences_take_no_mask_and_no_keys_of_their_own() -> None:
+    leaves, ends = packed_leaves(torch.float32), torch.tensor(PACKED)
+    with pytest.raises(HeddleError, match="no mask"):
+        dense_attention(**leaves, mask=torch.ones(1, 1, 106, 106, dtype=torch.bool), cu_seqlens=ends)
+    with pytest.raises(HeddleError, match="as many queries as keys"):
+        dense_attention(leaves["q"][:, :, :1], leaves["k"], leaves["v"], cu_seqlens=ends)
+    with pytest.raises(HeddleError, match="must rise from 0 to 106"):
+        dense_attention(**leaves, cu_seqlens=ends - 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_packed_sequences_go_through_flash_attention_in_one_call(dtype: torch.dtype, is_causal: bool) -> None:
+    leaves = {name: x.requires_grad_() for name, x in packed_leaves(dtype, "cuda").items()}
+    rest = {"is_causal": is_causal, "cu_seqlens": torch.tensor(PACKED, device="cuda")}
+    with torch.profiler.profile(acc_events=True) as seen:
+        out = dense_attention(**leaves, **rest)
+    assert sum(event.name == "aten::_flash_attention_forward" for event in seen.events()) == 1
+    found = [out, *torch.autograd.grad(out.float().sin().sum(), list(leaves.values()))]
+    exact = {name: x.detach().double().requires_grad_() for name, x in leaves.items()}
+    wanted = dense_attention_reference(**exact, **rest)
+    for one, other in zip(
+        found, [wanted, *torch.autograd.grad(wanted.sin().sum(), list(exact.values()))], strict=True
+    ):
+        assert (one - other).norm() <= 2 * torch.finfo(dtype).eps * other.norm()
 
 
 @pytest.mark.gpu

@@ -188,10 +188,28 @@ def refused(**change: Any) -> str:
     return str(error.value)
 
 
+@pytest.mark.parametrize("is_sloped", [False, True])
+def test_packed_sequences_are_each_alone(is_sloped: bool) -> None:
+    ends = [0, 1, 1, 9, 13]
+    given = {name: x[:1] for name, x in (drawn(queries=13) | masks(queries=13)).items()}
+    if is_sloped:
+        given["slope"] = torch.randn_like(given["q"])
+    rest = {"ridge": 0.5, "window": 4}
+    found = graded(local_linear_attention, given, **rest, cu_seqlens=torch.tensor(ends))
+    expected = graded(local_linear_attention_reference, given, **rest, cu_seqlens=torch.tensor(ends))
+    for name, x in expected.items():
+        assert worst_error(found[name], x, timed=False)[0] < FLOAT64, name
+    for begin, end in ((0, 1), (1, 9), (9, 13)):
+        own = {name: x[:, :, begin:end] if x.dim() == 4 else x[:, begin:end] for name, x in given.items()}
+        alone = local_linear_attention(**own, **rest)
+        assert torch.equal(found["out"][:, :, begin:end], alone)
+
+
 def test_what_does_not_fit_is_told() -> None:
     assert "no more than keys" in refused(q=torch.ones(B, H, S + 1, D))
     assert "2 key heads do not divide 3 query heads" in refused(q=torch.ones(B, 3, T, D))
     assert "k is float64, expected float32 as q" in refused(q=torch.ones(B, H, T, D))
     assert "ridge 0 and window None must be positive" in refused(ridge=0)
     assert "ridge 10.0 and window 0 must be positive" in refused(window=0)
+    assert "as many queries as keys" in refused(cu_seqlens=torch.tensor([0, S]))
     assert "real has shape [3, 13], expected [2, 13]" in refused(real=torch.ones(3, S, dtype=torch.bool))

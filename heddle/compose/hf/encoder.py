@@ -18,6 +18,7 @@ from heddle.compose.hf.model import (
     real_tokens,
     scaled_logits,
 )
+from heddle.compose.hf.packed import KEYS, PACKED, QUERIES
 from heddle.compose.modules.precision import wide
 from heddle.compose.modules.readout import readout_module
 from heddle.errors import HeddleError
@@ -34,11 +35,13 @@ class HeddleForMaskedLM(HeddleWithHead):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         output_hidden_states: bool | None = None,
-        **kwargs: Any,  # noqa: ARG002 - transformers passes more than a model reads
+        cu_seqlens: Tensor | None = None,
+        **kwargs: Any,
     ) -> MaskedLMOutput:
         """Logits [B, T, vocab].
 
-        `attention_mask` [B, T] is 0 at padding, on the left or on the right. With `labels` [B, T] also the mean loss of the
+        `attention_mask` [B, T] is 0 at padding, on the left or on the right; `cu_seqlens` and `position_ids` are those of
+        `HeddleModel`. With `labels` [B, T] also the mean loss of the
         tokens at their own places; -100 is ignored, as is usual where nothing was masked.
 
         Raises:
@@ -50,6 +53,8 @@ class HeddleForMaskedLM(HeddleWithHead):
             inputs_embeds=inputs_embeds,
             use_cache=False,
             output_hidden_states=output_hidden_states,
+            cu_seqlens=cu_seqlens,
+            **{name: kwargs.get(name) for name in (QUERIES, KEYS, "position_ids")},
         )
         logits = self.logits(outputs.last_hidden_state)
         loss = None if labels is None else _loss(logits.flatten(0, 1), labels.flatten(), outputs.aux_loss)
@@ -78,7 +83,7 @@ class HeddleForSequenceClassification(HeddlePreTrainedModel):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         output_hidden_states: bool | None = None,
-        **kwargs: Any,  # noqa: ARG002 - transformers passes more than a model reads
+        **kwargs: Any,
     ) -> SequenceClassifierOutput:
         """Logits [B, classes]; with `labels` [B] also the mean cross-entropy.
 
@@ -88,6 +93,9 @@ class HeddleForSequenceClassification(HeddlePreTrainedModel):
         Raises:
             HeddleError: "bad-argument".
         """
+        if any(kwargs.get(name) is not None for name in PACKED):
+            what = "a readout is of a whole row, so there are no packed documents (cu_seqlens)"
+            raise HeddleError("bad-argument", what, hint="one sequence a row, with an attention_mask")
         logits, outputs = self.classified(input_ids, attention_mask, inputs_embeds, output_hidden_states)
         loss = None if labels is None else _loss(logits, labels, outputs.aux_loss)
         return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)

@@ -7,7 +7,6 @@ training need not compute the rest.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -18,13 +17,17 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from heddle.compose.cache import Call, StateLayer, adopt
+from heddle.compose.cache import Call, StateLayer
 from heddle.compose.constant_stream import ConstantCache, ConstantStream, RowsLayer, readers_of
+from heddle.compose.hf.adopt import adopt
+from heddle.compose.hf.aux_losses import missed, told
 from heddle.compose.hf.config import HeddleConfig
+from heddle.compose.hf.packed import labels_within, packing_of
 from heddle.compose.init import fill, initialise
 from heddle.compose.modules.layer import STREAM, Again, HeddleLayer
 from heddle.compose.modules.lower_bounds import hand_bounds
 from heddle.compose.modules.norm import norm_module
+from heddle.compose.modules.packing import Packing
 from heddle.compose.modules.qk_source import position_rows
 from heddle.compose.modules.site import Site
 from heddle.errors import HeddleError
@@ -33,10 +36,11 @@ from heddle.errors import HeddleError
 @dataclass
 class HeddleModelOutput(BaseModelOutputWithPast):  # type: ignore[misc]
     """`aux_loss` is what the layers add to the loss in training, each times its factor; `aux_losses` the mean of each
-    kind over the layers, as it is. None where there is none."""
+    kind over the layers, as it is; `packing` where packed documents lie. None where there is none."""
 
     aux_loss: Tensor | None = None
     aux_losses: dict[str, Tensor] | None = None
+    packing: Packing | None = None
 
 
 class HeddlePreTrainedModel(PreTrainedModel):  # type: ignore[misc]
@@ -112,20 +116,33 @@ class HeddleModel(HeddlePreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
-        **kwargs: Any,  # noqa: ARG002 - transformers passes more than a model reads
+        cu_seqlens: Tensor | None = None,
+        **kwargs: Any,
     ) -> HeddleModelOutput:
         """The hidden states after the last norm.
 
         `attention_mask` [B, earlier tokens + T] is 0 at padding, which may stand on the left and, where no cache is used, on
-        the right. Positions count real tokens from 0 unless `position_ids` [B, T] are given.
+        the right. Positions count real tokens from 0 unless `position_ids` [B, T] are given. With `cu_seqlens` [N + 1], 0 … T,
+        the only row holds N documents, each of which is as if alone; see `packing_of` for what else says so.
 
         Raises:
             HeddleError: "bad-argument".
         """
         x = self._scaled(self.embedded(input_ids, inputs_embeds))
-        cache = self._cache(past_key_values, use_cache)
-        call = self._call(x, attention_mask, position_ids, 0 if cache is None else cache.get_seq_length())
-        constant = self._constant(x, position_ids, cache) if self.constant_readers else None
+        packing = packing_of(
+            x,
+            cu_seqlens,
+            kwargs,
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+        )
+        cache = self._cache(past_key_values, use_cache if packing is None else False)
+        call = self._call(
+            x, attention_mask, position_ids, 0 if cache is None else cache.get_seq_length(), packing
+        )
+        constant = self._constant(x, position_ids, cache, packing) if self.constant_readers else None
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         seen: list[Tensor] = []
         for index in range(len(self.layers)):
@@ -147,7 +164,8 @@ class HeddleModel(HeddlePreTrainedModel):
             last_hidden_state=x,
             past_key_values=cache,
             hidden_states=(*seen, x) if wanted else None,
-            **_told([*call.losses, *_missed(call.targets)] if self.training else []),
+            packing=packing,
+            **told([*call.losses, *missed(call.targets)] if self.training else []),
         )
 
     def _run(self, index: int, x: Tensor, call: Call, cache: StateLayer | None) -> Any:
@@ -191,10 +209,12 @@ class HeddleModel(HeddlePreTrainedModel):
     def _scaled(self, x: Tensor) -> Tensor:
         return x if self.config.embedding_multiplier == 1.0 else x * self.config.embedding_multiplier
 
-    def _constant(self, x: Tensor, given: Tensor | None, cache: Cache | None) -> ConstantStream:
+    def _constant(
+        self, x: Tensor, given: Tensor | None, cache: Cache | None, packing: Packing | None
+    ) -> ConstantStream:
         """The constant stream of a forward of `x`, before the first layer."""
         past = 0 if cache is None else cache.get_seq_length()
-        whole = past + x.shape[1]
+        whole = past + (x.shape[1] if packing is None else max(packing.lengths))
         # Asking a GPU would wait for it, and a look beyond the end fails there by itself.
         if given is not None and given.device.type == "cpu" and not torch.compiler.is_compiling():
             furthest = int(given.max()) if given.numel() else 0
@@ -225,17 +245,27 @@ class HeddleModel(HeddlePreTrainedModel):
         adopt(given, self.new_cache_layers())
         return given
 
-    def _call(self, x: Tensor, mask: Tensor | None, positions: Tensor | None, past: int) -> Call:
+    def _call(
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        positions: Tensor | None,
+        past: int,
+        packing: Packing | None = None,
+    ) -> Call:
         length = x.shape[1]
         real = None if mask is None else real_tokens(mask, past + length)
-        if positions is None and real is not None:
+        if positions is None and packing is not None:
+            positions = packing.places()
+        elif positions is None and real is not None:
             positions = (real.long().cumsum(dim=-1) - 1).clamp(min=0)[:, past:]
         elif positions is None:
             positions = torch.arange(past, past + length, device=x.device)[None].expand(x.shape[0], length)
         else:
             # One row may stand for all.
             positions = positions.expand(x.shape[0], -1)
-        call = Call(positions, None if real is None else real[:, past:], real, wanted=self.wanted)
+        padding = None if real is None else real[:, past:]
+        call = Call(positions, padding, real, packing=packing, wanted=self.wanted)
         if -1 in self.handed_on or (STREAM, -1) in self.wanted:
             call.handed[STREAM, -1] = x
         if self.lower_bounds is not None:
@@ -258,29 +288,6 @@ def real_tokens(mask: Tensor, length: int) -> Tensor | None:
     real = mask.bool()
     # Asking waits for the device, and a traced graph cannot ask; the masked path gives the same numbers.
     return None if not torch.compiler.is_compiling() and bool(real.all()) else real
-
-
-def _missed(targets: Sequence[tuple[str, Tensor, float, float]]) -> list[tuple[str, Tensor, float]]:
-    """The losses of targets that hold for all layers together, one for each of equal name, target and factor."""
-    shares: dict[tuple[str, float, float], list[Tensor]] = {}
-    for name, share, target, factor in targets:
-        shares.setdefault((name, target, factor), []).append(share)
-    return [
-        (name, (torch.stack(found).mean() - target).square(), factor)
-        for (name, target, factor), found in shares.items()
-    ]
-
-
-def _told(losses: Sequence[tuple[str, Tensor, float]]) -> dict[str, Any]:
-    """The auxiliary losses of a forward, as the fields of its output."""
-    if not losses:
-        return {}
-    kinds = dict.fromkeys(name for name, _, _ in losses)
-    by_kind = {
-        kind: torch.stack([value for name, value, _ in losses if name == kind]).mean() for kind in kinds
-    }
-    total = torch.stack([factor * value for _, value, factor in losses]).sum()
-    return {"aux_loss": total, "aux_losses": {name: value.detach() for name, value in by_kind.items()}}
 
 
 def scaled_logits(config: HeddleConfig, logits: Tensor) -> Tensor:
@@ -319,12 +326,14 @@ class HeddleForCausalLM(HeddleWithHead, GenerationMixin):  # type: ignore[misc]
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        cu_seqlens: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits [B, T, vocab].
 
         `logits_to_keep` asks for those of the last so many tokens (0: all), or of the tokens at its indices.
-        With `labels` [B, T] (-100 is ignored) also the mean next-token loss.
+        With `labels` [B, T] (-100 is ignored) also the mean next-token loss; from one packed document (`cu_seqlens`, as
+        `HeddleModel` takes it) to the next nothing is predicted.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -333,12 +342,14 @@ class HeddleForCausalLM(HeddleWithHead, GenerationMixin):  # type: ignore[misc]
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            cu_seqlens=cu_seqlens,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.logits(outputs.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
+            labels = labels if outputs.packing is None else labels_within(labels, outputs.packing)
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
             )

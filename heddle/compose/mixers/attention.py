@@ -139,6 +139,12 @@ class AttentionModule(Initialised):
         if self.value_share is not None:
             fill(self.value_share, torch.tensor([0.5]))
 
+    @property
+    def takes_packed(self) -> bool:
+        """Whether packed documents go through it together: not where blocks are chosen or places are those of a grid or ends."""
+        own = self.selection or self.grid or self.boundary != "clip" or self.rows_out.queries is not None
+        return not own
+
     def forward(self, x: Tensor, call: Call, route: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """`route` makes the factors of heads [B, T, H] of the queries [B, T, H, d] before their norm and rotation."""
         source = qk_input(self.qk_source, x, call)

@@ -26,6 +26,8 @@ class DeltaNetModule(nn.Module):
     Shapes:  x, y: [B, T, D];  state: [B, H, K, V];  `heads_out` sees [B, T, H, V]
     """
 
+    takes_packed = True
+
     def __init__(
         self,
         site: Site,

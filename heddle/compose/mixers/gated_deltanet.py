@@ -37,6 +37,7 @@ class GatedDeltaNetModule(Initialised, Float32Kept):
     Shapes:  x, y: [B, T, D];  state: [B, HV, K, V];  `heads_out` sees [B, T, HV, V]
     """
 
+    takes_packed = True
     KEPT: ClassVar[tuple[str, ...]] = ("A_log", "dt_bias")
 
     def __init__(

@@ -29,6 +29,8 @@ class GlaModule(nn.Module):
     Shapes:  x, y: [B, T, D];  state: [B, H, K, V];  `heads_out` sees [B, T, H, V]
     """
 
+    takes_packed = True
+
     def __init__(
         self,
         site: Site,

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from heddle.compose.cache import Call
 from heddle.compose.modules.composite import CompositeMixer
+from heddle.compose.modules.documents import mixed
 from heddle.compose.modules.site import Site
 
 
@@ -19,11 +20,13 @@ class HeadSplitModule(CompositeMixer):
     Shapes:  x, y: [B, T, D]
     """
 
+    takes_packed = True
+
     def __init__(self, site: Site, *, mixers: Sequence[nn.Module]) -> None:  # noqa: ARG002 - as every mixer
         super().__init__()
         self.mixers = nn.ModuleList(mixers)
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
-        first, second = (mixer(x, call.part(path)) for path, mixer in self.parts().items())
+        first, second = (mixed(mixer, x, call.part(path)) for path, mixer in self.parts().items())
         y: Tensor = first + second
         return y

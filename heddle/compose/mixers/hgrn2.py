@@ -27,6 +27,8 @@ class Hgrn2Module(nn.Module):
     Shapes:  x, y: [B, T, D];  state: [B, H, K, V];  `heads_out` sees [B, T, H, V]
     """
 
+    takes_packed = True
+
     def __init__(
         self, site: Site, *, heads: int, head_dim: int, value_dim: int, short_conv: int | None
     ) -> None:

@@ -69,6 +69,10 @@ class InlineModule(nn.Module):
         self.heads_out = nn.Identity()
         self.o_proj = nn.Linear(width, site.hidden_size)
 
+    @property
+    def takes_packed(self) -> bool:
+        return self.causal
+
     def forward(self, x: Tensor, call: Call) -> Tensor:
         x = call.hide_padding(x)
         q, k, v = wide(self.qkv_proj(x)).view(*x.shape[:2], 3, self.heads, -1).unbind(2)
@@ -100,11 +104,11 @@ class InlineModule(nn.Module):
         # A 1 beside the keys: its row of the memory is the sum of values.
         k = torch.cat((k, torch.ones_like(k[..., :1])), dim=-1) * weight[..., None]
         one = torch.ones_like(k[..., :1])
-        sums, kept = _swept(one, one, k, log_decay, call.state("sums"))
+        sums, kept = _swept((one, one, k, log_decay), call, "sums")
         n = _count(sums[..., -1:])
         slope = q / n
         rest = (1.0 - (slope * sums[..., :-1]).sum(dim=-1, keepdim=True)) / n
-        o, memory = _swept(torch.cat((slope, rest), dim=-1), k, v, log_decay, call.state("memory"))
+        o, memory = _swept((torch.cat((slope, rest), dim=-1), k, v, log_decay), call, "memory")
         call.keep(sums=kept, memory=memory)
         return o
 
@@ -130,8 +134,12 @@ class InlineModule(nn.Module):
         held = torch.cat((past.to(v.dtype), v), dim=1)
         # A view would keep all of a long prefill in memory.
         call.keep(local=held[:, held.shape[1] - reach :].flatten(2).to(x.dtype).clone())
-        places = [slice(reach - tap, reach - tap + v.shape[1]) for tap in range(reach + 1)]
-        return torch.stack([kernel[..., tap] * held[:, place] for tap, place in enumerate(places)]).sum(dim=0)
+        behind = [held[:, reach - tap : reach - tap + v.shape[1]] for tap in range(reach + 1)]
+        if call.packing is not None:
+            # What is further back than the own document begins is of another.
+            place = call.packing.places()[..., None, None]
+            behind = [one * (place >= tap).to(one.dtype) for tap, one in enumerate(behind)]
+        return torch.stack([kernel[..., tap] * one for tap, one in enumerate(behind)]).sum(dim=0)
 
     def _around(self, x: Tensor, v: Tensor, weight: Tensor) -> Tensor:
         """One kernel for a sequence, over the tokens on both sides.  Shapes:  as those of `_of_all`"""
@@ -168,8 +176,9 @@ def _count(n: Tensor) -> Tensor:
     return torch.where(n > 0, n, 1.0)
 
 
-def _swept(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Shapes:  q, k: [B, T, H, K];  v, out: [B, T, H, V];  log_decay: [B, T, H];  states: [B, H, K, V]"""
-    if past is not None and q.shape[1] == 1:
-        return simple_gla_step(q, k, v, log_decay, past, scale=1.0)
-    return simple_gla(q, k, v, log_decay, scale=1.0, initial_state=past)
+def _swept(sides: tuple[Tensor, Tensor, Tensor, Tensor], call: Call, state: str) -> tuple[Tensor, Tensor]:
+    """Shapes:  sides: q, k [B, T, H, K], v [B, T, H, V], log_decay [B, T, H];  out: [B, T, H, V];  states: [B, H, K, V]"""
+    past = call.state(state)
+    if past is not None and sides[0].shape[1] == 1:
+        return simple_gla_step(*sides, past, scale=1.0)
+    return simple_gla(*sides, scale=1.0, initial_state=past, cu_seqlens=call.cu_seqlens)

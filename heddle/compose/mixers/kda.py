@@ -36,6 +36,7 @@ class KdaModule(Initialised, Float32Kept):
     Shapes:  x, y: [B, T, D];  state: [B, H, K, V];  `heads_out` sees [B, T, H, V]
     """
 
+    takes_packed = True
     KEPT: ClassVar[tuple[str, ...]] = ("A_log", "dt_bias")
     # Another formula of it is set where an export is compared with a class that has that one.
     softplus: Callable[[Tensor], Tensor] = staticmethod(F.softplus)

@@ -42,10 +42,12 @@ class LigerModule(nn.Module):
 
     The softmaxes of the recurrence are over a head's dimensions. Its keys, gates and values are repeated for the query heads of
     a group. Projections and norms bear the names of `AttentionModule`. Gates and state are float32. Training works the recurrence
-    of long sequences out again.
+    of long sequences out again, not that of packed documents.
 
     Shapes:  x, y: [B, T, D];  state: [B, H, d, d], and the window's keys and values;  `heads_out` sees [B, T, H, d]
     """
+
+    takes_packed = True
 
     def __init__(
         self,
@@ -90,11 +92,14 @@ class LigerModule(nn.Module):
         return remember(self._recalled, self._recalled_step, q, k, v, call=call)
 
     def _recalled(
-        self, q: Tensor, k: Tensor, v: Tensor, *, initial_state: Tensor | None
+        self, q: Tensor, k: Tensor, v: Tensor, *, initial_state: Tensor | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         def part(state: Tensor | None, *sides: Tensor) -> tuple[Tensor, Tensor]:
-            return gla(*self._sides(*sides), scale=1.0, initial_state=state)
+            return gla(*self._sides(*sides), scale=1.0, initial_state=state, cu_seqlens=cu_seqlens)
 
+        # Stretches would cut documents in two.
+        if cu_seqlens is not None:
+            return part(None, q, k, v)
         return in_stretches(part, initial_state, (q, k, v))
 
     def _recalled_step(self, q: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:

@@ -35,6 +35,7 @@ class LightningModule(Initialised, Float32Kept):
     Shapes:  x, y: [B, T, D];  state: [B, H, K, K], float32;  `heads_out` sees [B, T, H, K]
     """
 
+    takes_packed = True
     KEPT: ClassVar[tuple[str, ...]] = ("log_decay",)
 
     def __init__(

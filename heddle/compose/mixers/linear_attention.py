@@ -30,6 +30,8 @@ class LinearAttentionModule(nn.Module):
     Shapes:  x, y: [B, T, D];  state: [B, H, F, V + 1] of F features;  `heads_out` sees [B, T, H, V]
     """
 
+    takes_packed = True
+
     def __init__(
         self,
         site: Site,

@@ -32,6 +32,8 @@ class LocalLinearAttentionModule(Initialised):
     Shapes:  u, y: [B, T, D];  `slope_weight`: [H d, D];  cached keys, values: [B, KV heads, S, d];  `heads_out` sees [B, T, H, d]
     """
 
+    takes_packed = True
+
     def __init__(
         self,
         site: Site,
@@ -68,7 +70,15 @@ class LocalLinearAttentionModule(Initialised):
         k, v, written = keys_so_far(k, v, call)
         real = None if call.key_padding is None else call.key_padding[:, -k.shape[2] :] > 0
         o = local_linear_attention(
-            q, k, v, slope=slope, ridge=self.ridge, window=self.window, real=real, written=written
+            q,
+            k,
+            v,
+            slope=slope,
+            ridge=self.ridge,
+            window=self.window,
+            real=real,
+            written=written,
+            cu_seqlens=call.cu_seqlens,
         )
         y: Tensor = self.o_proj(self.heads_out(call.gated(o.transpose(1, 2))).flatten(2))
         return y

@@ -37,6 +37,7 @@ class Mamba2Module(Initialised, Float32Kept):
              `heads_out` sees [B, T, HV, V]
     """
 
+    takes_packed = True
     KEPT: ClassVar[tuple[str, ...]] = ("A_log", "dt_bias")
 
     def __init__(

@@ -76,6 +76,10 @@ class MlaModule(nn.Module):
         self.heads_out, self.rows_out, self.head_mix = nn.Identity(), RowsOut(), HeadMix()
         self.o_proj = nn.Linear(heads * v_head_dim, site.hidden_size, bias=False)
 
+    @property
+    def takes_packed(self) -> bool:
+        return self.rows_out.queries is None
+
     def forward(self, x: Tensor, call: Call) -> Tensor:
         q = x if self.q_down is None or self.q_norm is None else self.q_norm(self.q_down(x))
         q, turning = self.q_proj(q).unflatten(-1, (self.heads, -1)).split((self.plain, self.shared), dim=-1)

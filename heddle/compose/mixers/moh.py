@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from heddle.compose.cache import Call
 from heddle.compose.modules.composite import CompositeMixer
+from heddle.compose.modules.documents import takes_packed
 from heddle.compose.modules.precision import wide, wide_dtype
 from heddle.compose.modules.site import Site
 
@@ -60,6 +61,10 @@ class MohModule(CompositeMixer):
         self.split_proj = projection(2, routed_heads > 0)
         self.shared_proj = projection(shared_heads, shared_heads > 1)
         self.gates_out = nn.Identity()
+
+    @property
+    def takes_packed(self) -> bool:
+        return takes_packed(self.mixer)
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
         if self.by_norms:

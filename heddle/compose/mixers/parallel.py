@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from heddle.compose.cache import Call
+from heddle.compose.modules.documents import mixed
 from heddle.compose.modules.merge import MergingMixer
 
 
@@ -14,5 +15,7 @@ class ParallelModule(MergingMixer):
     Shapes:  x, y: [B, T, D]
     """
 
+    takes_packed = True
+
     def forward(self, x: Tensor, call: Call) -> Tensor:
-        return self.merged(x, [mixer(x, call.part(path)) for path, mixer in self.parts().items()])
+        return self.merged(x, [mixed(mixer, x, call.part(path)) for path, mixer in self.parts().items()])

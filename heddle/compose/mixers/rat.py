@@ -37,6 +37,7 @@ class RatModule(Initialised, Float32Kept):
              token, float32;  `heads_out` sees [B, T, H, d]
     """
 
+    takes_packed = True
     KEPT: ClassVar[tuple[str, ...]] = ("gate_bias",)
 
     def __init__(
@@ -82,12 +83,15 @@ class RatModule(Initialised, Float32Kept):
             q, k, x, g, gate_bias=self.gate_bias.view(self.heads, -1), chunk=self.chunk, start=start,
             rotation=None if tables is None else (tables[0][0, :, 0], tables[1][0, :, 0]),
             past=None if running is None else running.view(*running.shape[:-1], self.heads, -1),
+            cu_seqlens=call.cu_seqlens,
         )  # fmt: skip
         keys, values = (
             _after(call.state(name), earlier, new) for name, new in (("keys", keys), ("values", values))
         )
         call.keep(keys=keys, values=values, running=running.flatten(2))
-        return rat_attention(q, key, value, keys=keys, values=values, chunk=self.chunk, start=start)
+        return rat_attention(
+            q, key, value, keys=keys, values=values, chunk=self.chunk, start=start, cu_seqlens=call.cu_seqlens
+        )
 
     def _by_chunks(self, x: Tensor, g: Tensor, q: Tensor, k: Tensor, *, call: Call) -> Tensor:
         """The same with padding, by which chunks lie elsewhere in each row: in plain torch.  Shapes:  as there"""

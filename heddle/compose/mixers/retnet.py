@@ -31,6 +31,7 @@ class RetNetModule(Initialised, Float32Kept):
     Shapes:  x, y: [B, T, D];  state: [B, H, K, V], float32;  `heads_out` sees [B, T, H, V]
     """
 
+    takes_packed = True
     KEPT: ClassVar[tuple[str, ...]] = ("log_decay",)
 
     def __init__(

@@ -64,6 +64,10 @@ class RfAttentionModule(Initialised):
         if self.temperature is not None:
             fill(self.temperature, torch.ones(self.heads))
 
+    @property
+    def takes_packed(self) -> bool:
+        return self.score == "softmax"
+
     def forward(self, x: Tensor, call: Call) -> Tensor:
         source = x.detach() if self.detached else x
         q, k = (self._turned(proj(source), call) for proj in (self.q_proj, self.k_proj))

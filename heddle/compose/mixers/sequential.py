@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from heddle.compose.cache import Call
 from heddle.compose.modules.composite import CompositeMixer
+from heddle.compose.modules.documents import mixed
 from heddle.compose.modules.norm import RMSNorm
 from heddle.compose.modules.site import Site
 
@@ -23,6 +24,8 @@ class SequentialModule(CompositeMixer):
     Shapes:  x, y, each u_i: [B, T, D]
     """
 
+    takes_packed = True
+
     def __init__(self, site: Site, *, mixers: Sequence[nn.Module], residual: bool) -> None:
         super().__init__()
         self.mixers, self.residual = nn.ModuleList(mixers), residual
@@ -33,7 +36,7 @@ class SequentialModule(CompositeMixer):
         outputs: list[Tensor] = []
         for path, mixer in self.parts().items():
             seen = self.norms[len(outputs) - 1](u) if outputs else u
-            outputs.append(mixer(seen, call.part(path)))
+            outputs.append(mixed(mixer, seen, call.part(path)))
             u = u + outputs[-1] if self.residual else outputs[-1]
         if not self.residual:
             return u

@@ -18,6 +18,8 @@ class TokenMlpModule(nn.Module):
     Shapes:  x, y: [B, T, D];  W_gate, W_up: [width, D];  `heads_out` sees [B, T, 1, width]
     """
 
+    takes_packed = True
+
     def __init__(self, site: Site, *, width: int) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(site.hidden_size, width, bias=False)

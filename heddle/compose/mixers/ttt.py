@@ -31,6 +31,8 @@ class TttModule(Initialised):
     Shapes:  x, y: [B, T, D];  `weight`: [H, N, M, d];  state: [B, H, F], as in `ttt`;  `heads_out` sees [B, T, H, d]
     """
 
+    takes_packed = True
+
     def __init__(
         self,
         site: Site,
@@ -82,6 +84,7 @@ class TttModule(Initialised):
             loss=self.loss,
             normalise=self.normalise,
             initial_state=call.state("memory"),
+            cu_seqlens=call.cu_seqlens,
             real=call.padding,
         )
         call.keep(memory=memory)

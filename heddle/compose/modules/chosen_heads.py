@@ -43,4 +43,4 @@ def attend_chosen(
     assert call.head_gates is not None
     k, v, _ = keys
     real = None if call.key_padding is None else call.key_padding[:, -k.shape[2] :] > 0
-    return head_sparse_attention(q, k, v, call.head_gates, real=real, scale=scale)
+    return head_sparse_attention(q, k, v, call.head_gates, real=real, cu_seqlens=call.cu_seqlens, scale=scale)

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from heddle.compose.cache import Call, KVLayer
 from heddle.compose.modules.band import banded_attention, block_length
+from heddle.compose.modules.documents import each_document
 from heddle.compose.modules.masks import View, attention_mask, distances, key_mask, real_keys
 
 # Entries of a mask that may stand in memory at once for each row of a batch; of a larger one queries that are worked on together.
@@ -53,6 +54,8 @@ def attend_in_view(
 
     Shapes:  q, out: [B, H, T, d]
     """
+    if call.packing is not None:
+        return _by_documents(q, keys, call, view, attend)
     (k, v, written), queries = keys, q.shape[2]
     real = None if call.key_padding is None else call.key_padding[:, -k.shape[2] :]
     if view.window is not None and queries > 2 * block_length(view.window):
@@ -64,6 +67,25 @@ def attend_in_view(
         return attend(q, k, v, mask, is_causal=view.causal and queries > 1)
     distance, marks = distances(queries, k.shape[2], q.device), written[:, None, None]
     return attend(q, k, v, key_mask(distance, view, real_keys(call, k.shape[2]), written=marks))
+
+
+def _by_documents(
+    q: Tensor,
+    keys: tuple[Tensor, Tensor, Tensor | None],
+    call: Call,
+    view: View,
+    attend: Callable[..., Tensor],
+) -> Tensor:
+    """As `attend_in_view`, one packed document after the other.  Shapes:  q, out: [1, H, T, d]"""
+    assert call.packing is not None
+    k, v, written = keys
+    if written is None and (view.window is None or view.window >= max(call.packing.lengths)):
+        return attend(q, k, v, None, is_causal=view.causal, packing=call.packing)
+    calls = each_document(call)
+    marks = [None] * len(calls) if written is None else call.packing.each(written, 1)
+    sides = zip(*(call.packing.each(side, 2) for side in (q, k, v)), marks, calls, strict=True)
+    told = [attend_in_view(q, (k, v, own), one, view, attend) for q, k, v, own, one in sides]
+    return torch.cat(told, dim=2)
 
 
 def _by_queries(

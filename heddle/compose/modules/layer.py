@@ -13,6 +13,7 @@ from heddle.compose.blocks import channel_module, mixer_module
 from heddle.compose.cache import Call
 from heddle.compose.constant_stream import CONSTANT, ENDS
 from heddle.compose.init import Initialised, fill
+from heddle.compose.modules.documents import mixed
 from heddle.compose.modules.norm import norm_module
 from heddle.compose.modules.site import Site
 
@@ -113,8 +114,9 @@ class HeddleLayer(GradientCheckpointingLayer):  # type: ignore[misc]
         call.hand(constant=normed)
         if (ENDS, call.layer) in call.wanted:
             # No more of it is wanted, and what came in is no output: FSDP2 gives it as a view.
-            return call.given[CONSTANT]
-        x = joined(x, normed, self.mixer(normed, call), self.mixer_post_norm, self.residual)
+            end: Tensor = call.given[CONSTANT]
+            return end
+        x = joined(x, normed, mixed(self.mixer, normed, call), self.mixer_post_norm, self.residual)
         if self.channel_kind == "none":
             return x
         normed = x if self.channel_norm is None else self.channel_norm(x)

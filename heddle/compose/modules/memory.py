@@ -29,7 +29,7 @@ def remember(
     if past is not None and sides[0].shape[1] == 1:
         o, state = step(*sides, past, **options)
     else:
-        o, state = op(*sides, initial_state=past, **options)
+        o, state = op(*sides, initial_state=past, cu_seqlens=call.cu_seqlens, **options)
     call.keep(memory=state)
     return o
 

@@ -31,7 +31,9 @@ class ShortConv(Initialised):
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
         past, inside = call.state("conv"), self.activation if self.bias is None else None
-        y, state = causal_conv1d(x, self.weight.to(x.dtype), initial_state=past, activation=inside)
+        y, state = causal_conv1d(
+            x, self.weight.to(x.dtype), initial_state=past, activation=inside, cu_seqlens=call.cu_seqlens
+        )
         call.keep(conv=state)
         if self.bias is None:
             return y

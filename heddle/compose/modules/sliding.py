@@ -44,4 +44,6 @@ def attend_sliding(
     assert view.window is not None
     k, v, _ = keys
     real = None if call.key_padding is None else call.key_padding[:, -k.shape[2] :] > 0
-    return sliding_window_attention(q, k, v, window=view.window, real=real, scale=scale)
+    return sliding_window_attention(
+        q, k, v, window=view.window, real=real, cu_seqlens=call.cu_seqlens, scale=scale
+    )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from heddle.compose.modules.masks import View, distances
+from heddle.compose.modules.packing import Packing
 from heddle.compose.modules.precision import wide
 from heddle.kernels.dense_attention import dense_attention
 
@@ -20,15 +23,19 @@ def softmax_attention(
     scale: float | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    packing: Packing | None = None,
 ) -> Tensor:
     """o_i = sum_j p_ij v_j,   p_ij = e^l_ij / (sum_j e^l_ij + e^sink),   l_ij = cap · tanh(scale · q_i · k_j / cap)
 
     Without a cap l = scale · q_i · k_j (arXiv 2408.00118); without sinks there is no such term (GPT-OSS). `scale` None is
     1 / sqrt(d). `mask` is bool, or a bias of the logits; None lets all through, or with `is_causal` (S = T) all before. A cap
-    or sinks take the explicit path, whose logits [B, H, T, S] stand in memory in at least float32.
+    or sinks take the explicit path, whose logits [B, H, T, S] stand in memory in at least float32. With `packing` (S = T, no
+    mask) documents are each on their own.
 
     Shapes:  q, out: [B, H, T, d];  k, v: [B, KV heads, S, d];  mask: [1 or B, 1 or KV heads, T, S];  sinks: [H]
     """
+    if packing is not None:
+        return _packed(q, k, v, packing, is_causal=is_causal, scale=scale, softcap=softcap, sinks=sinks)
     if softcap is not None or sinks is not None:
         if mask is None and is_causal:
             mask = View().of(distances(q.shape[2], k.shape[2], q.device))[None, None]
@@ -41,6 +48,25 @@ def softmax_attention(
         mask = mask if mask.dtype == torch.bool else mask.to(q.dtype)
         mask = mask if mask.shape[1] == 1 else mask.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     return dense_attention(q, k, v, mask, scale=scale)
+
+
+def _packed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    packing: Packing,
+    *,
+    is_causal: bool,
+    scale: float | None,
+    **rest: Any,
+) -> Tensor:
+    """Shapes:  as those of `softmax_attention`, of one row"""
+    if all(one is None for one in rest.values()):
+        ends, lengths = packing.cu_seqlens, packing.lengths
+        return dense_attention(q, k, v, is_causal=is_causal, scale=scale, cu_seqlens=ends, lengths=lengths)
+    sides = zip(*(packing.each(side, 2) for side in (q, k, v)), strict=True)
+    told = [softmax_attention(q, k, v, None, is_causal=is_causal, scale=scale, **rest) for q, k, v in sides]
+    return torch.cat(told, dim=2)
 
 
 def softmax_weights(
