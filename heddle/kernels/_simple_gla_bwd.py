@@ -40,18 +40,18 @@ class ApartSweep(Sweep):
         q, k, v, d_out = self.inputs
         # a, b, c as in the table of `_simple_gla_sweep`, and what the output is multiplied with; role 2 has no use for that.
         operands = ((d_out, v, k, q), (v, d_out, q, k), (k, q, d_out, d_out))[role]
-        start = (given.initial, given.d_final_t, given.d_final)[role]
+        outside = (given.initial, given.d_final_t, given.d_final)[role]
         end = self.gates if given.d_final_t is None else given.d_final_t
         strides = [stride for x in operands for stride in x.stride()[:3]]
         start_kernel(
             _simple_gla_bwd_role_kernel, (segments.count * self.H * triton.cdiv(roles.V, columns),),
             *operands, self.gates, written.outputs[role], written.final, *written.rows,
-            states, self.gates if start is None else start, end, *self._packed(segments), *strides,
+            states, self.gates if outside is None else outside, end, *self._packed(segments), *strides,
             self.T, self.H, self.group, self.gates.shape[2],
             segments.count, segments.per_sequence, segments.size, self.scale, self.sequences,
             K=roles.K, V=roles.V, C=self.chunk, ROWS=block(roles.K), COLUMNS=columns, ROLE=role,
             DROPPED=DROPPED[q.dtype], VARLEN=self.cu_seqlens is not None, SEGMENTED=segments.several,
-            HAS_START=start is not None, HAS_D_FINAL=given.d_final is not None, **launch.options(),
+            HAS_OUTSIDE=outside is not None, HAS_D_FINAL=given.d_final is not None, **launch.options(),
         )  # fmt: skip
 
 

@@ -30,7 +30,7 @@ def _shortened(x, DROPPED: tl.constexpr, NEAREST: tl.constexpr):
 @triton.jit(do_not_specialize=LENGTHS)
 def _simple_gla_bwd_role_kernel(
     a_ptr, b_ptr, c_ptr, e_ptr, gates_ptr, out_ptr, final_ptr, rows_ptr, ends_ptr,
-    states_ptr, start_ptr, d_final_t_ptr, table_ptr, cu_seqlens_ptr,
+    states_ptr, outside_ptr, d_final_t_ptr, table_ptr, cu_seqlens_ptr,
     stride_an, stride_at: tl.constexpr, stride_ah,
     stride_bn, stride_bt: tl.constexpr, stride_bh,
     stride_cn, stride_ct: tl.constexpr, stride_ch,
@@ -38,12 +38,12 @@ def _simple_gla_bwd_role_kernel(
     T, H: tl.constexpr, group, slots, segments, per_sequence, segment_size, scale, sequences,
     K: tl.constexpr, V: tl.constexpr,
     C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ROLE: tl.constexpr, DROPPED: tl.constexpr,
-    VARLEN: tl.constexpr, SEGMENTED: tl.constexpr, HAS_START: tl.constexpr, HAS_D_FINAL: tl.constexpr,
+    VARLEN: tl.constexpr, SEGMENTED: tl.constexpr, HAS_OUTSIDE: tl.constexpr, HAS_D_FINAL: tl.constexpr,
 ):  # fmt: skip
     """The outputs of one segment, and role 2's final state where a sequence begins. K and V are those of a, b and of c.
 
-    e is what the output is multiplied with for rows[role, tile, head, slot, C] of roles 0 and 1; start is the state that comes
-    from outside; role 0 writes ends[tile, sequence, head]: the final state times its gradient.
+    e is what the output is multiplied with for rows[role, tile, head, slot, C] of roles 0 and 1; outside is a state that comes
+    from there; role 0 writes ends[tile, sequence, head]: the final state times its gradient.
     """
     TILES: tl.constexpr = (V + COLUMNS - 1) // COLUMNS
     MIRRORED: tl.constexpr = ROLE != 0
@@ -81,8 +81,8 @@ def _simple_gla_bwd_role_kernel(
     if SEGMENTED:
         place = segment.to(tl.int64) * H + head
         state += tl.load(states_ptr + place * (K * V) + state_offsets, mask=state_mask, other=0.0)
-    elif HAS_START:
-        state += tl.load(start_ptr + own_state, mask=state_mask, other=0.0)
+    elif HAS_OUTSIDE:
+        state += tl.load(outside_ptr + own_state, mask=state_mask, other=0.0)
 
     a_offsets = (i * stride_at)[:, None] + rows[None, :]
     b_offsets = (i * stride_bt)[:, None] + rows[None, :]

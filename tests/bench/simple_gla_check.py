@@ -270,7 +270,9 @@ ROLES: dict[str, Overrides] = {
     "apart, chunks of 32": {**APART, "backward": Launch(32, 64, 4, 2)},
 }
 HALF = (torch.bfloat16, torch.float16)
-HARD = {"mixed": (0.0, -1e-6, -1e-3, -1.0, -20.0), "weak": (-1e-6,), "strong": (-20.0,)}
+HARD = {"mixed": (0.0, -1e-6, -1e-3, -1.0, -20.0), "weak": (-1e-6,), "strong": (-20.0, -10.0, 0.0)}
+# Cases whose gradient of decays, of some 1e-9, is less than what float32 rounds off its parts, however the roles are launched.
+ALIKE = "alike"
 PAIR = {"B": 1, "H": 1, "HV": 2}
 # Times that two runs are compared to the bit.
 REPEATED = 5
@@ -303,6 +305,7 @@ def sized(dtype: torch.dtype, K: int, V: int) -> Iterator[tuple[str, Overrides, 
                     {**APART, "segment": segment},
                     lambda choices=choices: hard(make({**shape, "T": 300}), choices),
                 )
+    yield f"{name} decays of -20 {ALIKE}", APART, lambda: hard(make({**shape, "T": 300}), (-20.0,))
     if K == 128:
         yield f"{name} T=3000 whole", {**APART, "segment": 3008}, partial(make, {**shape, "HV": 1, "T": 3000})
 
@@ -317,16 +320,20 @@ def held(name: str, overrides: Overrides, make: Callable[[], Sample], device: to
         for _ in range(REPEATED if device.type == "cuda" else 1):
             again = results(simple_gla, there)
             differ += not all(torch.equal(again[each], first[each]) for each in first)
+    told: dict[str, Any] = {}
+    if name.endswith(ALIKE):
+        with tuning(**{**overrides, **ONE}), force_path(path):
+            before = next(each for each in compare(simple_gla, sample, device) if each.name == "d_log_decay")
+        # Held to twice the error of one launch instead, and told.
+        found = next(each for each in measured if each.name == "d_log_decay")
+        measured.remove(found)
+        measured.append(replace(found, bound=max(found.bound, 2 * before.error)))
+        told = {"d_log_decay": {"apart": found.error, "one launch": before.error, "bound": found.bound}}
     worst = max(measured, key=lambda one: one.error / one.bound)
     wrong = [str(one) for one in measured if not one.ok or one.path != path]
     wrong += [f"{differ} runs differ from the first"] if differ else []
-    return {
-        "case": name,
-        "held": not wrong,
-        "wrong": wrong,
-        "worst": worst.name,
-        "share": worst.error / worst.bound,
-    }
+    share = worst.error / worst.bound
+    return {"case": name, "held": not wrong, "wrong": wrong, "worst": worst.name, "share": share, **told}
 
 
 def gate_groups() -> Iterator[list[tuple[str, Overrides, Callable[[], Sample]]]]:
@@ -383,7 +390,7 @@ def gate_held(log: Log, *, tiny: bool) -> Iterator[dict[str, Any]]:
             log(line[:300])
             continue
         found = json.loads(line.removeprefix("held "))
-        told = f"worst {found.get('worst')} at {found.get('share', 0.0):.2f} of its bound"
+        told = f"worst {found.get('worst')} at {found.get('share', 0.0):.2f} of its bound {found.get('d_log_decay', '')}"
         log(f"{'ok   ' if found['held'] else 'WRONG'} {found['case']}: {told}")
         log.wrong += [f"{found['case']}: {one}" for one in found["wrong"]]
         yield found

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from heddle.errors import HeddleError
-from heddle.kernels import decay_attention, simple_gla, simple_gla_step
+from heddle.kernels import _simple_gla_bwd, decay_attention, simple_gla, simple_gla_step
 from heddle.kernels.accuracy import Sample, compare, draw, results
 from heddle.kernels.common.tuning import tuning
 from heddle.kernels.configs.launch import Launch
@@ -82,6 +82,46 @@ def test_segments_change_nothing(device: str, segment: int) -> None:
     _assert_right(draw(simple_gla, {**SMALL, "B": 2, "T": 150}, torch.float32), device, segment=segment)
     packed = draw(simple_gla, {**SMALL, "T": 150}, torch.float32, cu_seqlens=[0, 1, 1, 90, 150])
     _assert_right(packed, device, segment=segment)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("segment", [64, 1000])
+@pytest.mark.parametrize("sizes", [(16, 16), (40, 24)])
+def test_roles_launched_apart_are_right(device: str, sizes: tuple[int, int], segment: int) -> None:
+    shape = {**SMALL, "HV": 4, "K": sizes[0], "V": sizes[1], "T": 150}
+    for packed in (None, [0, 1, 1, 90, 150]):
+        sample = draw(simple_gla, shape, torch.float16, cu_seqlens=packed)
+        _assert_right(sample, device, apart=1, segment=segment)
+    mixed = _with_decays(draw(simple_gla, shape, torch.float16), 0.0, -1e-6, -1e-3, -1.0, -20.0)
+    _assert_right(mixed, device, apart=1, segment=segment)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_only_half_precision_is_launched_apart(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[int] = []
+    kind, start = _simple_gla_bwd.ApartSweep, _simple_gla_bwd.ApartSweep._start_role
+
+    def noted(self: Any, roles: Any, *others: Any) -> None:
+        started.append(roles.first)
+        start(self, roles, *others)
+
+    monkeypatch.setattr(kind, "_start_role", noted)
+    for dtype in (torch.float32, torch.float16):
+        with tuning(apart=1):
+            results(simple_gla, draw(simple_gla, {**SMALL, "T": 5}, dtype, device=device))
+        has_kernels = device == "cuda" or INTERPRETED
+        assert started == ([0, 1, 2] if dtype == torch.float16 and has_kernels else [])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("sizes", [(128, 128), (64, 64), (100, 72), (128, 256), (256, 256)])
+def test_roles_launched_apart_are_right_at_the_sizes_of_models(
+    dtype: torch.dtype, sizes: tuple[int, int]
+) -> None:
+    shape = {"B": 1, "H": 1, "HV": 2, "K": sizes[0], "V": sizes[1], "T": 300}
+    for segment in (128, 1000):
+        _assert_right(draw(simple_gla, shape, dtype), "cuda", apart=1, segment=segment)
 
 
 @pytest.mark.parametrize("device", DEVICES)
