@@ -150,7 +150,7 @@ class Sweep:
 
     def tiles(self, roles: list[Roles]) -> int:
         """Programs of one role for one segment and head."""
-        return max(triton.cdiv(each.V, self.columns(each)) for each in roles)
+        return max(-(-each.V // self.columns(each)) for each in roles)
 
     def run(
         self,

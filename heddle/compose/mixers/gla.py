@@ -74,7 +74,7 @@ class GlaModule(nn.Module):
         if self.of_heads:
             return F.logsigmoid(wide(self.decay_proj(x))) / ROOT
         gates = wide(self.decay_up(self.decay_down(x)))
-        return F.logsigmoid(gates).unflatten(-1, (self.heads, -1)) / ROOT
+        return F.logsigmoid(gates).view(*x.shape[:2], self.heads, self.head_dim) / ROOT
 
     def new_cache(self) -> StateLayer:
         return RecurrentLayer()
