@@ -20,7 +20,7 @@ DROPPED = {torch.bfloat16: 16, torch.float16: 13}
 
 
 class ApartSweep(Sweep):
-    """A backward sweep whose roles are launched one after the other, each compiled on its own; for half precision."""
+    """A backward sweep whose roles are launched one after the other, each compiled on its own."""
 
     def room(self, roles: list[Roles]) -> tuple[int, int]:
         return self.tiles(roles) * self.H, self.processors * self.table.apart_places
@@ -50,7 +50,8 @@ class ApartSweep(Sweep):
             self.T, self.H, self.group, self.gates.shape[2],
             segments.count, segments.per_sequence, segments.size, self.scale, self.sequences,
             K=roles.K, V=roles.V, C=self.chunk, ROWS=block(roles.K), COLUMNS=columns, ROLE=role,
-            DROPPED=DROPPED[q.dtype], VARLEN=self.cu_seqlens is not None, SEGMENTED=segments.several,
+            DROPPED=DROPPED.get(q.dtype, 0), PRECISE=self.precise, PRECISION=self.precision,
+            VARLEN=self.cu_seqlens is not None, SEGMENTED=segments.several,
             HAS_OUTSIDE=outside is not None, HAS_D_FINAL=given.d_final is not None, **launch.options(),
         )  # fmt: skip
 
@@ -100,8 +101,7 @@ def _sweep_back(
     """As `launch_backward`, with gradients of q and k for each value head, and that of log_decay in float32."""
     (B, T, heads, V), K = v.shape, q.shape[3]
     table, _ = family_of(q.device)
-    apart = q.dtype in DROPPED and tuned("apart", int(table.apart))
-    kind = ApartSweep if apart else Sweep
+    kind = ApartSweep if tuned("apart", int(table.apart)) else Sweep
     sweep = kind(q, k, v, d_out.to(q.dtype), log_decay=log_decay, scale=scale, cu_seqlens=cu_seqlens)
     dq, dk = (empty((B, T, heads, K), q.dtype, q.device) for _ in range(2))
     dv = empty(v.shape, v.dtype, v.device)

@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-"""The backward roles of simple_gla in half precision, each compiled on its own: what `_simple_gla_sweep` does in one launch.
+"""The backward roles of simple_gla, each compiled on its own: what `_simple_gla_sweep` does in one launch.
 
 A role that knows which it is looks nothing up, and the one of v leaves out what only the gradient of the log-decays needs. Where
 the others split numbers into two of half precision, they cut bits off instead of rounding: a rounded number that is used in
@@ -39,6 +39,7 @@ def _simple_gla_bwd_role_kernel(
     K: tl.constexpr, V: tl.constexpr,
     C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ROLE: tl.constexpr, DROPPED: tl.constexpr,
     VARLEN: tl.constexpr, SEGMENTED: tl.constexpr, HAS_OUTSIDE: tl.constexpr, HAS_D_FINAL: tl.constexpr,
+    PRECISE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The outputs of one segment, and role 2's final state where a sequence begins. K and V are those of a, b and of c.
 
@@ -66,6 +67,7 @@ def _simple_gla_bwd_role_kernel(
     c_ptr += row * stride_cn + begin * stride_ct + second_head * stride_ch
     e_ptr += row * stride_en + begin * stride_et + second_head * stride_eh
     out_ptr += (row * T + begin) * (H * V) + own * V
+    plane = slots.to(tl.int64) * H * C
     slot = _first_slot(n, begin, T, C, VARLEN)
     gates_at = (own * slots + slot) * C
     rows_at = ((ROLE * TILES + tile).to(tl.int64) * H + head) * slots * C + slot * C
@@ -104,31 +106,37 @@ def _simple_gla_bwd_role_kernel(
             e = tl.load(e_ptr + moved * stride_et + e_offsets, mask=kept, other=0.0)  # [C, COLUMNS]
         since = tl.load(gates_ptr + gates_at + t + i)  # [C]
         end = tl.load(gates_ptr + gates_at + t + (C - 1))
-        if MIRRORED:
-            age = since[None, :] - since[:, None]
-            seen, left = tl.exp2(end - since), tl.exp2(since) * scale
-        else:
-            age = since[:, None] - since[None, :]
-            seen, left = tl.exp2(since) * scale, tl.exp2(end - since)
-        if GATED:
+        age = since[None, :] - since[:, None] if MIRRORED else since[:, None] - since[None, :]
+        rest = end - since
+        if PRECISE:
+            # What float32 loses of a sum is as large as a weak decay beside strong ones.
+            low = tl.load(gates_ptr + plane + gates_at + t + i)
+            age += low[None, :] - low[:, None] if MIRRORED else low[:, None] - low[None, :]
+            rest += tl.load(gates_ptr + plane + gates_at + t + (C - 1)) - low
+        seen = tl.exp2(rest) if MIRRORED else tl.exp2(since) * scale  # [C]
+        left = tl.exp2(since) * scale if MIRRORED else tl.exp2(rest)  # [C]
+        if GATED and not PRECISE:
             near = _shortened(state, DROPPED, False)
             read = tl.dot(a, near.to(a.dtype))  # [C, COLUMNS]
             read = tl.dot(a, (state - near).to(a.dtype), read)
-            aged = e * seen[:, None]
-            # The other role has rounded this product on its way into the state.
-            sums = tl.sum((_shortened(aged, DROPPED, True) - aged) * read, axis=1)  # [C]
         else:
-            read = tl.dot(a, state.to(a.dtype))
+            read = tl.dot(a, state.to(a.dtype), input_precision=PRECISION)
+        if GATED:
+            sums = tl.zeros([C], tl.float32)
+            if not PRECISE:
+                aged = e * seen[:, None]
+                # The other role has rounded this product on its way into the state.
+                sums += tl.sum((_shortened(aged, DROPPED, True) - aged) * read, axis=1)
         # Only now: registers are short. What a mask leaves out is 0 by its power.
-        within = tl.exp2(tl.where(causal, age, float("-inf"))) * scale
-        scores = tl.dot(a, tl.trans(b)) * within
-        out = tl.dot(scores.to(c.dtype), c, read * seen[:, None])
+        scores = tl.dot(a, tl.trans(b), input_precision=PRECISION)
+        scores *= tl.exp2(tl.where(causal, age, float("-inf"))) * scale
+        out = tl.dot(scores.to(c.dtype), c, read * seen[:, None], input_precision=PRECISION)
         tl.store(out_ptr + moved * (H * V) + out_offsets, out.to(c.dtype), mask=kept)
         if GATED:
             sums += tl.sum(e * out, axis=1)
             tl.store(rows_ptr + rows_at + t + i, sums)
         weighted = (c * left[:, None]).to(c.dtype)
-        state = tl.dot(tl.trans(b), weighted, state * tl.exp2(end))
+        state = tl.dot(tl.trans(b), weighted, state * tl.exp2(end), input_precision=PRECISION)
 
     if ROLE == 2:
         tl.store(final_ptr + own_state, state, mask=state_mask & (j == 0))

@@ -110,6 +110,7 @@ class Sweep:
         self.output = "backward" if self.backward else "output"
         self.chunk = self._launch(self.output).chunk
         self.precise = self.inputs[0].element_size() > 2
+        self.precision = "tf32x3" if q.device.type == "cuda" else "ieee"
         self.gates = self._sum_up(log_decay)
 
     def _sum_up(self, log_decay: Tensor) -> Tensor:
@@ -245,7 +246,7 @@ class Sweep:
         return {
             "K": roles.K, "V": roles.V, "ROWS": block(roles.K), "ROLES": roles.count, "C": self.chunk,
             "BACKWARD": self.backward, "VARLEN": self.cu_seqlens is not None, "PRECISE": self.precise,
-            "PRECISION": "tf32x3" if self.gates.device.type == "cuda" else "ieee",
+            "PRECISION": self.precision,
         }  # fmt: skip
 
     def columns(self, roles: Roles) -> int:

@@ -259,7 +259,8 @@ def cases(*, quick: bool) -> Iterator[Case]:
             yield replace(first, kernel="state", backward=True)
             apart = [replace(both[1], kernel=name) for name in APART]
             yield from apart
-            yield from (replace(case, dtype="fp16") for case in apart if K == V and not quick)
+            for case in apart if K == V and not quick else ():
+                yield from (replace(case, dtype=dtype) for dtype in ("fp16", "fp32"))
         if quick:
             continue
         yield from (replace(case, many=not case.many) for case in both)
@@ -562,8 +563,9 @@ def _apart_constants(case: Case, launch: Launch) -> dict[str, Any]:
     """What a backward role of simple_gla that is launched apart is told."""
     return {
         "K": case.K, "V": case.V, "C": launch.chunk, "ROWS": block(case.K), "COLUMNS": launch.columns,
-        "ROLE": APART.index(case.kernel), "DROPPED": 16 if case.dtype == "bf16" else 13, "VARLEN": False,
-        "SEGMENTED": False, "HAS_OUTSIDE": True, "HAS_D_FINAL": True,
+        "ROLE": APART.index(case.kernel), "DROPPED": {"bf16": 16, "fp16": 13, "fp32": 0}[case.dtype],
+        "PRECISE": case.dtype == "fp32", "PRECISION": "tf32x3",
+        "VARLEN": False, "SEGMENTED": False, "HAS_OUTSIDE": True, "HAS_D_FINAL": True,
     }  # fmt: skip
 
 

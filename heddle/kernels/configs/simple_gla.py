@@ -16,7 +16,7 @@ class Family:
     All kernels of a call share their chunks, so the launches of one row do. A sequence is cut into segments of at least
     `segment` tokens when there are fewer programs than `forward_places` or `backward_places` a multiprocessor: forward as
     many as it holds, backward more, since a last round that is half empty costs less after several full ones. Roles of the
-    backward pass that are launched `apart` (half precision alone) fill `apart_places` each.
+    backward pass that are launched `apart` fill `apart_places` each.
     """
 
     output: Launch
