@@ -36,7 +36,7 @@ PRECISE_SEGMENT = 64
 
 
 @functools.cache
-def _device(device: torch.device) -> tuple[Family, int]:
+def family_of(device: torch.device) -> tuple[Family, int]:
     """Configurations and multiprocessors."""
     return table_on(device, "simple_gla", INTERPRETER, family)
 
@@ -71,6 +71,15 @@ class Given:
         return {"HAS_INITIAL": self.initial is not None, "HAS_D_FINAL": self.d_final is not None}
 
 
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What is filled: the outputs of the roles, the final state, and rows and ends, of which the gradient of gates is made."""
+
+    outputs: tuple[Tensor, Tensor, Tensor]
+    final: Tensor
+    rows: tuple[Tensor, Tensor]
+
+
 class Sweep:
     """One forward (`d_out` None) or backward sweep over given tensors; K and V are multiples of ALIGNMENT.
 
@@ -94,11 +103,14 @@ class Sweep:
         self.B, self.T, self.K = q.shape[0], q.shape[1], q.shape[3]
         self.H, self.V = v.shape[2:]
         self.group = self.H // q.shape[2]
-        self.table, self.processors = _device(q.device)
+        self.table, self.processors = family_of(q.device)
         self.cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(torch.int32)
         self.sequences = self.B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        self.chunk = self._launch("backward" if self.backward else "output").chunk
+        # The launch of what fills the outputs.
+        self.output = "backward" if self.backward else "output"
+        self.chunk = self._launch(self.output).chunk
         self.precise = self.inputs[0].element_size() > 2
+        self.precision = "tf32x3" if q.device.type == "cuda" else "ieee"
         self.gates = self._sum_up(log_decay)
 
     def _sum_up(self, log_decay: Tensor) -> Tensor:
@@ -132,6 +144,15 @@ class Sweep:
             return [Roles(0, 3, K, V)]
         return [Roles(0, 1, V, K), Roles(1, 1, V, K), Roles(2, 1, K, V)]
 
+    def room(self, roles: list[Roles]) -> tuple[int, int]:
+        """Programs that run side by side for one segment, and how many are enough for the device."""
+        places = self.table.backward_places if self.backward else self.table.forward_places
+        return self.tiles(roles) * self.H * sum(each.count for each in roles), self.processors * places
+
+    def tiles(self, roles: list[Roles]) -> int:
+        """Programs of one role for one segment and head."""
+        return max(-(-each.V // self.columns(each)) for each in roles)
+
     def run(
         self,
         outputs: tuple[Tensor, Tensor, Tensor],
@@ -142,19 +163,18 @@ class Sweep:
         """Fills the outputs (of the three roles backward, thrice the same forward), the final state and d_gate."""
         roles = self.roles()
         # What one role leaves another needs: all launches share their segments.
-        tiles = max(triton.cdiv(each.V, self._columns(each)) for each in roles)
-        programs = tiles * self.H * sum(each.count for each in roles)
-        places = self.processors * (
-            self.table.backward_places if self.backward else self.table.forward_places
-        )
-        size = cut(self.T, self.sequences, programs, places, self.table.segment)
+        size = cut(self.T, self.sequences, *self.room(roles), self.table.segment)
         if self.backward and self.precise:
             size = min(size, PRECISE_SEGMENT)
         size = triton.cdiv(tuned("segment", size), self.chunk) * self.chunk
         segments = lay_out(self.T, self.sequences, size, self.cu_seqlens)
-        tiles = triton.cdiv(roles[0].V, self._columns(roles[0]))
+        tiles = triton.cdiv(roles[0].V, self.columns(roles[0]))
         rows, ends = self._rows(tiles)
-        scratch = [self._run_roles(each, segments, outputs, final, given, (rows, ends)) for each in roles]
+        written = Written(outputs, final, (rows, ends))
+        scratch = []
+        for each in roles:
+            scratch.append(self._start_states(each, segments, given) if segments.several else self.gates)
+            self.start_output(each, segments, scratch[-1], written, given)
         if d_gate is None:
             return
         # The states before each segment that roles 0 and 1 started from.
@@ -180,57 +200,58 @@ class Sweep:
         table = self.gates if segments.table is None else segments.table
         return table, self.gates if self.cu_seqlens is None else self.cu_seqlens
 
-    def _run_roles(
-        self,
-        roles: Roles,
-        segments: Segments,
-        outputs: tuple[Tensor, Tensor, Tensor],
-        final: Tensor,
-        given: Given,
-        rows: tuple[Tensor, Tensor],
-    ) -> Tensor:
-        """One launch of each kernel; the states that the segments started from."""
-        common: dict[str, Any] = {"BACKWARD": self.backward, "VARLEN": self.cu_seqlens is not None}
-        shapes: dict[str, Any] = {"K": roles.K, "V": roles.V, "ROWS": block(roles.K), "ROLES": roles.count}
-        shapes |= {"C": self.chunk, "PRECISE": self.precise}
-        shapes["PRECISION"] = "tf32x3" if self.gates.device.type == "cuda" else "ieee"
-        scratch, (table, packed) = self.gates, self._packed(segments)
-        strides = [stride for x in self.inputs for stride in x.stride()[:3]]
-        sizes = (segments.count, segments.per_sequence, segments.size, roles.first)
-        numbers = (self.T, self.H, self.group, self.gates.shape[2], *sizes, self.scale)
-        if segments.several:
-            state = self._launch("state")
-            columns = min(state.columns, block(roles.V))
-            outer = (roles.count, segments.count, self.H)
-            scratch = empty((*outer, roles.K, roles.V), torch.float32, self.gates.device)
-            logs = empty(outer, torch.float32, self.gates.device)
-            grid = (segments.count * self.H * roles.count * triton.cdiv(roles.V, columns),)
-            start_kernel(
-                _simple_gla_state_kernel, grid,
-                *self.inputs, self.gates, scratch, logs, table, packed, *strides, *numbers,
-                COLUMNS=columns, **shapes, **common, **state.options(),
-            )  # fmt: skip
-            offsets = self.gates if segments.offsets is None else segments.offsets
-            blocks = triton.cdiv(roles.K * roles.V, CARRY_BLOCK)
-            start_kernel(
-                _simple_gla_carry_kernel, (self.sequences * self.H, blocks, roles.count),
-                scratch, logs, *given.tensors(self.gates), offsets,
-                self.H, segments.count, segments.per_sequence, roles.first,
-                SIZE=roles.K * roles.V, BLOCK=CARRY_BLOCK, **common, **given.flags(), num_warps=4,
-            )  # fmt: skip
-        output = self._launch("backward" if self.backward else "output")
-        tiles = triton.cdiv(roles.V, self._columns(roles))
+    def _start_states(self, roles: Roles, segments: Segments, given: Given) -> Tensor:
+        """The states that the segments start from: states[role, segment, head]."""
+        state, (table, packed) = self._launch("state"), self._packed(segments)
+        columns = min(state.columns, block(roles.V))
+        outer = (roles.count, segments.count, self.H)
+        scratch = empty((*outer, roles.K, roles.V), torch.float32, self.gates.device)
+        logs = empty(outer, torch.float32, self.gates.device)
         start_kernel(
-            _simple_gla_output_kernel, (segments.count * self.H * roles.count * tiles,),
-            *self.inputs, self.gates, *outputs, final, *rows, scratch, *given.tensors(self.gates), table, packed,
-            *strides, *numbers, self.sequences,
-            COLUMNS=self._columns(roles), SEGMENTED=segments.several, **shapes, **common, **given.flags(),
-            **output.options(),
+            _simple_gla_state_kernel, (segments.count * self.H * roles.count * triton.cdiv(roles.V, columns),),
+            *self.inputs, self.gates, scratch, logs, table, packed, *self._numbers(roles, segments),
+            COLUMNS=columns, **self._constants(roles), **state.options(),
+        )  # fmt: skip
+        offsets = self.gates if segments.offsets is None else segments.offsets
+        blocks = triton.cdiv(roles.K * roles.V, CARRY_BLOCK)
+        start_kernel(
+            _simple_gla_carry_kernel, (self.sequences * self.H, blocks, roles.count),
+            scratch, logs, *given.tensors(self.gates), offsets,
+            self.H, segments.count, segments.per_sequence, roles.first,
+            SIZE=roles.K * roles.V, BLOCK=CARRY_BLOCK,
+            BACKWARD=self.backward, VARLEN=self.cu_seqlens is not None, **given.flags(), num_warps=4,
         )  # fmt: skip
         return scratch
 
-    def _columns(self, roles: Roles) -> int:
-        return min(self._launch("backward" if self.backward else "output").columns, block(roles.V))
+    def start_output(
+        self, roles: Roles, segments: Segments, scratch: Tensor, written: Written, given: Given
+    ) -> None:
+        """Starts what fills the outputs, from the states that the segments start from."""
+        output, columns = self._launch(self.output), self.columns(roles)
+        tiles = triton.cdiv(roles.V, columns)
+        start_kernel(
+            _simple_gla_output_kernel, (segments.count * self.H * roles.count * tiles,),
+            *self.inputs, self.gates, *written.outputs, written.final, *written.rows, scratch,
+            *given.tensors(self.gates), *self._packed(segments), *self._numbers(roles, segments), self.sequences,
+            COLUMNS=columns, SEGMENTED=segments.several, **self._constants(roles), **given.flags(), **output.options(),
+        )  # fmt: skip
+
+    def _numbers(self, roles: Roles, segments: Segments) -> list[Any]:
+        """Strides, sizes and the scale, as both kernels that read the inputs take them."""
+        strides = [stride for x in self.inputs for stride in x.stride()[:3]]
+        sizes = (segments.count, segments.per_sequence, segments.size, roles.first)
+        return [*strides, self.T, self.H, self.group, self.gates.shape[2], *sizes, self.scale]
+
+    def _constants(self, roles: Roles) -> dict[str, Any]:
+        return {
+            "K": roles.K, "V": roles.V, "ROWS": block(roles.K), "ROLES": roles.count, "C": self.chunk,
+            "BACKWARD": self.backward, "VARLEN": self.cu_seqlens is not None, "PRECISE": self.precise,
+            "PRECISION": self.precision,
+        }  # fmt: skip
+
+    def columns(self, roles: Roles) -> int:
+        """Columns of the state that a program holds."""
+        return min(self._launch(self.output).columns, block(roles.V))
 
     def _launch(self, kernel: str) -> Launch:
         size = max(block(self.K), block(self.V))

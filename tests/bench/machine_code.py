@@ -52,6 +52,7 @@ from heddle.kernels import (
     _rat_attention_fwd,
     _rat_scan_bwd,
     _rat_scan_fwd,
+    _simple_gla_bwd_role,
     _simple_gla_sweep,
     _sliding_window_attention_bwd,
     _sliding_window_attention_fwd,
@@ -91,6 +92,9 @@ KERNELS = {
     ("decay_attention", "state"): _decay_attention_sweep._decay_attention_sweep_state_kernel,
     ("simple_gla", "output"): _simple_gla_sweep._simple_gla_output_kernel,
     ("simple_gla", "state"): _simple_gla_sweep._simple_gla_state_kernel,
+    ("simple_gla", "queries"): _simple_gla_bwd_role._simple_gla_bwd_role_kernel,
+    ("simple_gla", "keys"): _simple_gla_bwd_role._simple_gla_bwd_role_kernel,
+    ("simple_gla", "values"): _simple_gla_bwd_role._simple_gla_bwd_role_kernel,
     ("gated_delta_rule", "solve"): _gated_delta_rule_fwd._gated_delta_rule_fwd_solve_kernel,
     ("gated_delta_rule", "forward"): _gated_delta_rule_fwd._gated_delta_rule_fwd_state_kernel,
     ("gated_delta_rule", "keep"): _gated_delta_rule_fwd._gated_delta_rule_fwd_state_kernel,
@@ -166,10 +170,12 @@ KERNELS = {
 }
 # Their launches share a chunk, and their kernels what they are told.
 PLANS = {"gated_delta_rule": gated_delta_rule.HOPPER, "gla": gla.HOPPER, "kda": kda.HOPPER}
+# The backward roles of simple_gla that are launched apart, by whose gradient they make.
+APART = ("queries", "keys", "values")
 ELEMENTS = {"bf16": 2, "fp16": 2, "fp32": 4}
 FLOATS = (
     "log_decay_ptr", "final_ptr", "states_ptr", "initial_ptr", "d_final_ptr", "d_final_t_ptr",
-    "gates_ptr", "logs_ptr", "rows_ptr", "ends_ptr", "beta_ptr", "last_ptr", "summary_ptr", "starts_ptr",
+    "gates_ptr", "logs_ptr", "rows_ptr", "ends_ptr", "beta_ptr", "last_ptr", "summary_ptr", "starts_ptr", "outside_ptr",
     "d_initial_ptr", "d_log_decay_ptr", "d_beta_ptr", "totals_ptr", "reach_ptr",
     "lse_ptr", "delta_ptr", "most_ptr", "d_bias_ptr", "d_gates_ptr", "logits_ptr",
     "weights_ptr", "d_weights_ptr", "lse_rows_ptr", "delta_rows_ptr",
@@ -251,6 +257,10 @@ def cases(*, quick: bool) -> Iterator[Case]:
         yield replace(first, kernel="state")
         if op == "simple_gla":
             yield replace(first, kernel="state", backward=True)
+            apart = [replace(both[1], kernel=name) for name in APART]
+            yield from apart
+            for case in apart if K == V and not quick else ():
+                yield from (replace(case, dtype=dtype) for dtype in ("fp16", "fp32"))
         if quick:
             continue
         yield from (replace(case, many=not case.many) for case in both)
@@ -535,7 +545,9 @@ def ptx(case: Case) -> tuple[str, dict[str, int | None]]:
         constants |= {"PRECISE": case.dtype == "fp32", "H": 16 if case.many else 2}
         # As many heads as many models have, or heads that lie apart.
         between = constants["H"] * max(case.K, case.V) if case.aligned else 1000
-        constants |= {f"stride_{name}t": between for name in "qkvd"}
+        if case.kernel in APART:
+            constants = _apart_constants(case, launch) | {"H": constants["H"]}
+        constants |= {f"stride_{name}t": between for name in ("abce" if case.kernel in APART else "qkvd")}
     signature, hints = {}, {}
     for index, name in enumerate(kernel.arg_names):
         signature[name] = _type(name, case.dtype, constants)
@@ -558,6 +570,16 @@ def ptx(case: Case) -> tuple[str, dict[str, int | None]]:
     source = ASTSource(kernel, signature, fixed, hints)
     compiled = triton.compile(source, target=TARGET, options=launch.options())
     return compiled.asm["ptx"], {"rows": rows, **asdict(launch)}
+
+
+def _apart_constants(case: Case, launch: Launch) -> dict[str, Any]:
+    """What a backward role of simple_gla that is launched apart is told."""
+    return {
+        "K": case.K, "V": case.V, "C": launch.chunk, "ROWS": block(case.K), "COLUMNS": launch.columns,
+        "ROLE": APART.index(case.kernel), "DROPPED": {"bf16": 16, "fp16": 13, "fp32": 0}[case.dtype],
+        "PRECISE": case.dtype == "fp32", "PRECISION": "tf32x3",
+        "VARLEN": False, "SEGMENTED": False, "HAS_OUTSIDE": True, "HAS_D_FINAL": True,
+    }  # fmt: skip
 
 
 def without_machine_code(*given: Any) -> tuple[str, str] | None:
@@ -587,7 +609,7 @@ def _launch(case: Case) -> Launch:
         # Where one kernel makes the gradients, the launches of the two are those of a trial.
         launch = getattr(plan, case.kernel, None) or plan.gradient
     else:
-        kernel = "backward" if case.backward and case.kernel == "output" else case.kernel
+        kernel = "backward" if case.backward and case.kernel != "state" else case.kernel
         size = max(block(case.K), block(case.V))
         launch = simple_gla.HOPPER.launch(kernel, ELEMENTS[case.dtype], size)
         # All kernels of a call walk in the same chunks.

@@ -1,10 +1,14 @@
 """One call on a GPU machine: is simple_gla right, which launch configurations are best, how fast is it beside its rival.
 
     python tests/bench/simple_gla_check.py --budget 200 --out "$OUT"
+    python tests/bench/simple_gla_check.py --only gate --budget 100 --out "$OUT" --commit "$(git rev-parse --short=12 HEAD)"
+    TRITON_INTERPRET=1 python tests/bench/simple_gla_check.py --only gate --tiny --out /tmp/simple_gla
 
 Compiles side by side first, then checks every dtype and shape against the float64 reference, checks and times every
 launch configuration, and at last runs the benchmark with the best of them, Lightning attention too. Writes
-simple_gla_check.log and rows.jsonl; the short table comes last.
+simple_gla_check.log and rows.jsonl; the short table comes last. `gate` holds the backward roles that are launched apart to the
+reference and to themselves, side by side, and times them beside those of one launch; with `--tiny` a few are checked, on a CPU.
+It writes evidence-simple-gla-kernels.jsonl.
 Exits with 1 if anything was wrong.
 """
 
@@ -20,20 +24,23 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 from gpu_check import Log
 
 from heddle.kernels import decay_attention, force_path, simple_gla
 from heddle.kernels._simple_gla_bwd import launch_backward
 from heddle.kernels._simple_gla_fwd import launch_forward
-from heddle.kernels.accuracy import Measured, Sample, _measure, draw, oracle, results
+from heddle.kernels.accuracy import Measured, Sample, _measure, compare, draw, oracle, results
 from heddle.kernels.bench import Row, _call, _rival, bench_ops, table
 from heddle.kernels.common.tuning import tuning
 from heddle.kernels.configs.launch import Launch
-from heddle.kernels.op import Phase
+from heddle.kernels.op import INTERPRETED, Phase
 
 DEVICE = torch.device("cuda")
 WORKERS = 13
@@ -249,6 +256,188 @@ def rows(path: Path, overrides: Overrides, log: Log, late: Callable[[], bool]) -
                 bench_ops(names, impls=("heddle", "torch", "fla"), report=report)
 
 
+ONE: Overrides = {"apart": 0}
+APART: Overrides = {"apart": 1}
+# The first is what the others are compared with.
+ROLES: dict[str, Overrides] = {
+    "one launch": ONE,
+    "apart": APART,
+    "apart, 1 stage": {**APART, "backward": Launch(64, 64, 4, 1)},
+    "apart, 3 stages": {**APART, "backward": Launch(64, 64, 4, 3)},
+    "apart, 32 columns": {**APART, "backward": Launch(64, 32, 4, 2)},
+    "apart, 128 columns, 8 warps": {**APART, "backward": Launch(64, 128, 8, 2)},
+    "apart, chunks of 128, 8 warps": {**APART, "backward": Launch(128, 64, 8, 1)},
+    "apart, chunks of 32": {**APART, "backward": Launch(32, 64, 4, 2)},
+}
+HALF = (torch.bfloat16, torch.float16)
+HARD = {"mixed": (0.0, -1e-6, -1e-3, -1.0, -20.0), "weak": (-1e-6,), "strong": (*(-20.0,) * 7, -1e-3)}
+PAIR = {"B": 1, "H": 1, "HV": 2}
+# Times that two runs are compared to the bit.
+REPEATED = 5
+TINY = ((16, 16), (40, 24))
+
+
+def hard(sample: Sample, choices: tuple[float, ...]) -> Sample:
+    """The same with log-decays drawn from a few."""
+    log_decay = sample.arguments["log_decay"]
+    picked = torch.randint(len(choices), log_decay.shape, generator=torch.Generator().manual_seed(1))
+    changed = torch.tensor(choices, dtype=log_decay.dtype)[picked]
+    return replace(sample, arguments={**sample.arguments, "log_decay": changed})
+
+
+def sized(dtype: torch.dtype, K: int, V: int) -> Iterator[tuple[str, Overrides, Callable[[], Sample]]]:
+    """What roles launched apart are held to at one dtype and size: dense, packed, with hard gates, in segments and not."""
+    name, shape = f"{str(dtype).removeprefix('torch.')} K={K} V={V}", {**PAIR, "K": K, "V": V}
+    make = partial(draw, simple_gla, dtype=dtype)
+    for T in (1, 63, 65, 300, 1000) if K == 128 else (150,) if K < 64 else (65, 300):
+        yield f"{name} T={T}", APART, partial(make, {**shape, "T": T})
+    packed = partial(make, {**shape, "T": PACKED[-1]}, cu_seqlens=PACKED)
+    yield f"{name} packed", {**APART, "segment": 64}, packed
+    if K not in (16, 128):
+        return
+    for kind, choices in HARD.items():
+        # The launcher never makes longer segments in float32.
+        for segment in (64, 512) if dtype in HALF else (64,):
+            yield (
+                f"{name} {kind} decays, segments of {segment}",
+                {**APART, "segment": segment},
+                lambda choices=choices: hard(make({**shape, "T": 300}), choices),
+            )
+    if K == 128 and dtype in HALF:
+        yield f"{name} T=3000 whole", {**APART, "segment": 3008}, partial(make, {**shape, "HV": 1, "T": 3000})
+
+
+def held(name: str, overrides: Overrides, make: Callable[[], Sample], device: torch.device) -> dict[str, Any]:
+    """Whether all results are within bounds, and the same to the bit each time; the worst of them."""
+    sample, path = make(), "triton" if device.type == "cuda" or INTERPRETED else "torch"
+    with tuning(**overrides), force_path(path):
+        measured = compare(simple_gla, sample, device)
+        there = sample.to(device)
+        first, differ = results(simple_gla, there), 0
+        for _ in range(REPEATED if device.type == "cuda" else 1):
+            again = results(simple_gla, there)
+            differ += not all(torch.equal(again[each], first[each]) for each in first)
+    worst = max(measured, key=lambda one: one.error / one.bound)
+    wrong = [str(one) for one in measured if not one.ok or one.path != path]
+    wrong += [f"{differ} runs differ from the first"] if differ else []
+    share = worst.error / worst.bound
+    return {"case": name, "held": not wrong, "wrong": wrong, "worst": worst.name, "share": share}
+
+
+def gate_groups() -> Iterator[list[tuple[str, Overrides, Callable[[], Sample]]]]:
+    """All that is held, what shares kernels together."""
+    for (K, V), dtype in itertools.product(SIZES, DTYPES):
+        yield list(sized(dtype, K, V))
+    timed = partial(draw, simple_gla, {**PAIR, "K": 128, "V": 128, "T": 300}, torch.bfloat16)
+    for name, tried in ROLES.items():
+        yield [(f"variant {name}", tried, timed)]
+
+
+def gate_share(index: int) -> None:
+    """A share of the checks of `gate`; each line tells one."""
+    for case in itertools.chain(*itertools.islice(gate_groups(), index, None, WORKERS)):
+        try:
+            found = held(*case, DEVICE)
+        except Exception as error:
+            found = {"case": case[0], "held": False, "wrong": [" ".join(str(error).split())[-300:]]}
+        print("held " + json.dumps(found), flush=True)
+    # What is timed has other strides and flags.
+    for name, tried in list(ROLES.items())[index::WORKERS]:
+        with contextlib.suppress(Exception), tuning(**tried):
+            for B, T in ((8, 128), (1, 1024)):
+                one_phase("bwd", B, T)()
+                one_phase("fwd", B, T)()
+            torch.cuda.synchronize()
+            print(f"compiled {name}", flush=True)
+
+
+def gate_held(log: Log, *, tiny: bool) -> Iterator[dict[str, Any]]:
+    """What was found of each case; logged too."""
+    if tiny:
+        lines = []
+        for K, V in TINY:
+            for case in itertools.chain(sized(torch.float16, K, V), sized(torch.float32, K, V)):
+                lines.append("held " + json.dumps(held(*case, torch.device("cpu"))))
+    else:
+        command = [sys.executable, __file__, "--only", "gate", "--warm"]
+        start = partial(
+            subprocess.Popen,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        workers = [start([*command, str(index)]) for index in range(WORKERS)]
+        lines = [line for worker in workers for line in worker.communicate()[0].splitlines()[-80:]]
+        log.wrong += [f"a worker ended with {worker.returncode}" for worker in workers if worker.returncode]
+    for line in lines:
+        if not line.startswith("held "):
+            log(line[:300])
+            continue
+        found = json.loads(line.removeprefix("held "))
+        told = f"worst {found.get('worst')} at {found.get('share', 0.0):.2f} of its bound"
+        log(f"{'ok   ' if found['held'] else 'WRONG'} {found['case']}: {told}")
+        log.wrong += [f"{found['case']}: {one}" for one in found["wrong"]]
+        yield found
+
+
+def gate_times(name: str, tried: Overrides) -> dict[str, Any]:
+    """Milliseconds of the kernels of a backward pass, and of both directions."""
+    from torch.profiler import ProfilerActivity, profile
+    from triton.testing import do_bench
+
+    B, T = SHAPES[name]
+    with tuning(**tried):
+        forward, backward = one_phase("fwd", B, T), one_phase("bwd", B, T)
+        both = float(do_bench(lambda: (forward(), backward()), warmup=10, rep=60, quantiles=[0.5]))
+        with profile(activities=[ProfilerActivity.CUDA]) as seen:
+            for _ in range(5):
+                backward()
+            torch.cuda.synchronize()
+    times = {event.key: event.device_time_total / 5e3 for event in seen.key_averages()}
+    kernels = {key: ms for key, ms in times.items() if key.startswith("_simple_gla")}
+    return {"kernels_ms": kernels, "backward_ms": sum(kernels.values()), "both_ms": both}
+
+
+def gate(log: Log, rows: Path, chosen: argparse.Namespace, late: Callable[[], bool]) -> list[str]:
+    """Holds roles launched apart, then times each launch that was found right; gives the table."""
+    header = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "commit": chosen.commit,
+              "device": "cpu" if chosen.tiny else torch.cuda.get_device_name(),
+              "torch": torch.__version__, "triton": triton.__version__, "op": "simple_gla"}  # fmt: skip
+
+    def write(row: dict[str, Any]) -> None:
+        with rows.open("a") as file:
+            file.write(json.dumps({**header, **row}) + "\n")
+
+    right = set()
+    for found in gate_held(log, tiny=chosen.tiny):
+        write(found)
+        right |= {found["case"]} if found["held"] else set()
+    if chosen.tiny:
+        return []
+    lines = {name: f"{name:32s}" for name in ROLES}
+    for shape in ("8x4096", "1x32768"):
+        for name, tried in ROLES.items():
+            if late():
+                return [*lines.values(), "gate: out of time"]
+            if f"variant {name}" not in right:
+                lines[name] += f"{'not right':>22s}"
+                continue
+            try:
+                found = gate_times(shape, tried)
+            except Exception as error:
+                log(f"none  {shape} {name}: {' '.join(str(error).split())[-200:]}")
+                continue
+            told = "  ".join(f"{kernel[12:-7]} {ms:.3f}" for kernel, ms in found["kernels_ms"].items())
+            log(f"{shape} {name}: {told}; both {found['both_ms']:.3f}")
+            lines[name] += f"{found['backward_ms']:12.3f}{found['both_ms']:10.3f}"
+            write({"case": shape, "tried": name, **found})
+    return [
+        f"ms of backward kernels, and of both directions\n{'':32s}{'8x4096':>22s}{'1x32768':>22s}",
+        *lines.values(),
+    ]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -258,10 +447,14 @@ def main() -> int:
     )
     parser.add_argument("--out", type=Path, default=Path("."), help="folder for the log")
     parser.add_argument("--skip", nargs="*", default=[], choices=["correctness", "sweep", "rival"])
+    parser.add_argument("--only", choices=["gate"], help="this part and no other")
+    parser.add_argument("--commit", help="what the code is, for the rows of `gate`")
+    parser.add_argument("--tiny", action="store_true", help="only whether `gate` is right, on a CPU")
     parser.add_argument("--warm", type=int, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.warm is not None:
-        warm(chosen.warm)
+        torch.set_num_threads(1)
+        (gate_share if chosen.only == "gate" else warm)(chosen.warm)
         return 0
     begin = time.monotonic()
     for folder in (chosen.out, FOLDER):
@@ -271,6 +464,11 @@ def main() -> int:
     def late(share: float) -> Callable[[], bool]:
         return lambda: time.monotonic() - begin > share * chosen.budget
 
+    if chosen.only == "gate":
+        lines = gate(log, chosen.out / "evidence-simple-gla-kernels.jsonl", chosen, late(1.0))
+        for line in (*lines, *log.wrong, f"{len(log.wrong)} wrong, {time.monotonic() - begin:.0f} s"):
+            log(line)
+        return 1 if log.wrong else 0
     command = [sys.executable, __file__, "--warm"]
     extra = 0 if "rival" in chosen.skip else 2
     wanted = 0 if {"correctness", "sweep"} <= set(chosen.skip) else WORKERS

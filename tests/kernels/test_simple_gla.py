@@ -85,6 +85,30 @@ def test_segments_change_nothing(device: str, segment: int) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("segment", [64, 1000])
+@pytest.mark.parametrize("sizes", [(16, 16), (40, 24)])
+def test_roles_launched_apart_are_right(device: str, sizes: tuple[int, int], segment: int) -> None:
+    shape = {**SMALL, "K": sizes[0], "V": sizes[1], "T": 150}
+    half = torch.float16 if INTERPRETED or device == "cuda" else torch.float32
+    packed = draw(simple_gla, {**shape, "HV": 4}, half, cu_seqlens=[0, 1, 1, 90, 150])
+    _assert_right(packed, device, apart=1, segment=segment)
+    for dtype in (half, torch.float32):
+        mixed = _with_decays(draw(simple_gla, shape, dtype), 0.0, -1e-6, -1e-3, -1.0, -20.0)
+        _assert_right(mixed, device, apart=1, segment=segment)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("sizes", [(128, 128), (64, 64), (100, 72), (128, 256), (256, 256)])
+def test_roles_launched_apart_are_right_at_the_sizes_of_models(
+    dtype: torch.dtype, sizes: tuple[int, int]
+) -> None:
+    shape = {"B": 1, "H": 1, "HV": 2, "K": sizes[0], "V": sizes[1], "T": 300}
+    for segment in (128, 1000):
+        _assert_right(draw(simple_gla, shape, dtype), "cuda", apart=1, segment=segment)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_tiles_of_a_state_add_up(device: str) -> None:
     narrow = Launch(chunk=32, columns=16, warps=4, stages=1)
     sample = draw(simple_gla, {**SMALL, "HV": 4, "K": 32, "V": 48, "T": 70}, torch.float32)

@@ -1,4 +1,4 @@
-"""Gated linear attention: a matrix memory of which each key channel fades by a gate of its own."""
+"""Gated linear attention: a matrix memory of which each key channel, or the whole of each head, fades by a gate of its own."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from heddle.compose.modules.precision import wide
 from heddle.compose.modules.short_conv import ShortConv
 from heddle.compose.modules.site import Site
 from heddle.kernels.gla import gla, gla_step
+from heddle.kernels.simple_gla import simple_gla, simple_gla_step
 
 # The gate is the sixteenth root of a sigmoid, so that it begins near 1 (arXiv 2312.06635).
 ROOT = 16.0
 
 
 class GlaModule(nn.Module):
-    """Linear attention with a low-rank decay gate for each key channel and a gated norm.        (arXiv 2312.06635)
+    """Linear attention with a decay gate for each key channel, of low rank, or for each head, and a gated norm.
 
-        q, k, v = W x, or silu(conv(W x));   log_decay = log sigmoid(W_2 W_1 x + b) / 16
-        S = diag(exp(log_decay)) S + k vᵀ,   o = Sᵀ q / sqrt(K);   y = W_o (rms(o) * silu(z))
+        q, k, v = W x, or silu(conv(W x));   log_decay = log sigmoid(W_2 W_1 x + b) / 16,  of heads log sigmoid(W x + b) / 16
+        S = diag(exp(log_decay)) S + k vᵀ,   o = Sᵀ q / sqrt(K);   y = W_o (rms(o) * silu(z))        (arXiv 2312.06635)
 
     Rows of `qkv_proj` and channels of the convolution stand in the order q, k, v. log_decay and state are float32.
 
@@ -38,16 +39,21 @@ class GlaModule(nn.Module):
         heads: int,
         head_dim: int,
         value_dim: int,
-        gate_rank: int,
         short_conv: int | None,
+        gate: str = "channel",
+        gate_rank: int = 16,
     ) -> None:
         super().__init__()
         self.heads, self.head_dim, self.value_dim = heads, head_dim, value_dim
         self.sizes = (heads * head_dim, heads * head_dim, heads * value_dim)
         self.qkv_proj = nn.Linear(site.hidden_size, sum(self.sizes), bias=False)
         self.z_proj = nn.Linear(site.hidden_size, heads * value_dim, bias=False)
-        self.decay_down = nn.Linear(site.hidden_size, gate_rank, bias=False)
-        self.decay_up = nn.Linear(gate_rank, heads * head_dim)
+        self.of_heads = gate == "head"
+        if self.of_heads:
+            self.decay_proj = nn.Linear(site.hidden_size, heads)
+        else:
+            self.decay_down = nn.Linear(site.hidden_size, gate_rank, bias=False)
+            self.decay_up = nn.Linear(gate_rank, heads * head_dim)
         self.conv = None if short_conv is None else ShortConv(sum(self.sizes), short_conv)
         self.norm = RMSNorm(value_dim, site.norm_eps)
         self.heads_out = nn.Identity()
@@ -58,12 +64,19 @@ class GlaModule(nn.Module):
         qkv = self.qkv_proj(x)
         qkv = qkv if self.conv is None else self.conv(qkv, call)
         q, k, v = (side.unflatten(-1, (self.heads, -1)) for side in qkv.split(self.sizes, dim=-1))
-        log_decay = F.logsigmoid(wide(self.decay_up(self.decay_down(x)))).view(q.shape) / ROOT
+        op, step = (simple_gla, simple_gla_step) if self.of_heads else (gla, gla_step)
         # A token that is not written adds nothing; the memory decays all the same.
-        o = remember(gla, gla_step, q, k, call.hide_unwritten(v), log_decay, call=call)
+        o = remember(op, step, q, k, call.hide_unwritten(v), self._log_decay(x), call=call)
         o = self.norm(o, self.z_proj(x).view_as(o))
         y: Tensor = self.o_proj(self.heads_out(call.gated(o)).flatten(2))
         return y
+
+    def _log_decay(self, x: Tensor) -> Tensor:
+        """Shapes:  x: [B, T, D];  out: [B, T, H, K], or [B, T, H] of heads"""
+        if self.of_heads:
+            return F.logsigmoid(wide(self.decay_proj(x))) / ROOT
+        gates = wide(self.decay_up(self.decay_down(x)))
+        return F.logsigmoid(gates).view(*x.shape[:2], self.heads, self.head_dim) / ROOT
 
     def new_cache(self) -> StateLayer:
         return RecurrentLayer()
@@ -75,4 +88,5 @@ class GlaModule(nn.Module):
 
     def kernel_path(self, device: torch.device, dtype: torch.dtype) -> str:
         """The name of the code that does the mixing."""
-        return gla.path(device, dtype, K=self.head_dim, V=self.value_dim)
+        op = simple_gla if self.of_heads else gla
+        return op.path(device, dtype, K=self.head_dim, V=self.value_dim)

@@ -15,7 +15,8 @@ class Family:
 
     All kernels of a call share their chunks, so the launches of one row do. A sequence is cut into segments of at least
     `segment` tokens when there are fewer programs than `forward_places` or `backward_places` a multiprocessor: forward as
-    many as it holds, backward more, since a last round that is half empty costs less after several full ones.
+    many as it holds, backward more, since a last round that is half empty costs less after several full ones. Roles of the
+    backward pass that are launched `apart` fill `apart_places` each.
     """
 
     output: Launch
@@ -26,7 +27,10 @@ class Family:
     wide_tall: Launch
     forward_places: int = 2
     backward_places: int = 8
+    apart_places: int = 2
     segment: int = 256
+    # Not yet held by a GPU: tests/bench/simple_gla_check.py --only gate.
+    apart: bool = False
 
     def launch(self, kernel: str, element: int, size: int) -> Launch:
         """The configuration of kernel "output", "backward" or "state" for an element size and the larger head size."""
