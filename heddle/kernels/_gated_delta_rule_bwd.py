@@ -121,7 +121,7 @@ def _gated_delta_rule_bwd_state_kernel(
         else:
             read = (do * scale).to(k.dtype)
         d_new = tl.dot(do, attention, d_new, input_precision=PRECISION)
-        dx = tl.dot(d_new.to(k.dtype), solved, input_precision=PRECISION)  # [COLUMNS, C]
+        dx = tl.dot(d_new.to(k.dtype), solved, d_new, input_precision=PRECISION)  # [COLUMNS, C]
         if not SUMMARY:
             tl.store(dx_ptr + dx_offsets, dx.to(k.dtype), mask=kept)
         d_state = tl.dot(read, q, d_state, input_precision=PRECISION)
