@@ -121,7 +121,7 @@ def _gated_delta_rule_bwd_state_kernel(
         else:
             read = (do * scale).to(k.dtype)
         d_new = tl.dot(do, attention, d_new, input_precision=PRECISION)
-        dx = tl.dot(d_new.to(k.dtype), solved, input_precision=PRECISION)  # [COLUMNS, C]
+        dx = tl.dot(d_new.to(k.dtype), solved, d_new, input_precision=PRECISION)  # [COLUMNS, C]
         if not SUMMARY:
             tl.store(dx_ptr + dx_offsets, dx.to(k.dtype), mask=kept)
         d_state = tl.dot(read, q, d_state, input_precision=PRECISION)
@@ -212,6 +212,29 @@ def _product_with_gradient(
 
 
 @triton.jit
+def _rest_of_final(
+    k, x_at, d_final_at, stride, i, rows, present, in_k,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What the log-decays of the last chunk get of what rounding takes from the gradient of the final state, with kxᵀ.
+
+    Shapes:  k: [C, ROWS];  x: [C, V];  d_final: [V, K], float32;  out: [C]
+    """
+    found = tl.zeros([C, ROWS], tl.float32)
+    for tile in range(0, V, COLUMNS):
+        columns = tile + tl.arange(0, COLUMNS)
+        in_v = columns < V
+        offsets = columns[:, None] * K + rows[None, :]
+        x = tl.load(
+            x_at + (i * stride)[:, None] + columns[None, :], mask=present[:, None] & in_v[None, :], other=0.0
+        )
+        whole = tl.load(d_final_at + offsets, mask=in_v[:, None] & in_k, other=0.0)  # [COLUMNS, ROWS]
+        rest = (whole - whole.to(x.dtype)).to(x.dtype)
+        found = tl.dot(x, rest, found, input_precision=PRECISION)
+    return tl.sum(k * found, axis=1)
+
+
+@triton.jit
 def _key_gradient(
     q_at, k_at, v_ptr, do_ptr, log_decay_ptr, beta_ptr, new_ptr, states_ptr, d_states_ptr, initial_ptr, last_ptr,
     d_final_ptr, routes_ptr, dk_ptr, dv_ptr, d_log_decay_ptr, d_beta_ptr, d_routes_ptr,
@@ -225,6 +248,7 @@ def _key_gradient(
 
     Each part has loops of its own over V: with the accumulators of all, registers would not do.
     """
+    HALF: tl.constexpr = new_ptr.dtype.element_ty != tl.float32
     lower = i[:, None] >= i[None, :]
     upper = i[:, None] <= i[None, :]
     ends = (j + 1) * C >= length
@@ -290,10 +314,18 @@ def _key_gradient(
             d_state = tl.load(state_at, mask=(columns < V)[:, None] & in_k, other=0.0)  # [COLUMNS, ROWS]
             written = tl.dot(new, d_state, written, input_precision=PRECISION)
         if GATED:
+            given = (n.to(tl.int64) * HV + own) * (K * V)
             k = tl.load(k_at, mask=mask, other=0.0)  # [C, ROWS]
             written *= left[:, None]
+            per_token = tl.sum(k * written, axis=1)
+            if HALF:
+                if ends & (has_d_final != 0):
+                    new_at = new_ptr + (row * T + first).to(tl.int64) * (HV * V) + own * V
+                    per_token += left * _rest_of_final(
+                        k, new_at, d_final_ptr + given, HV * V, i, rows, present, in_k, K, V, C, ROWS, COLUMNS, PRECISION
+                    )  # fmt: skip
             # In float64, as were the sums of log-decays: what passes through a strong decay is the rest of a difference.
-            per_token = tl.sum(k * written, axis=1).to(tl.float64)
+            per_token = per_token.to(tl.float64)
             of_all = tl.sum(per_token, axis=0)
             if ROUTED:
                 tl.store(d_routes_ptr + place, of_all.to(tl.float32))
@@ -319,7 +351,6 @@ def _key_gradient(
         dk = tl.dot(weights_t.to(q.dtype), q, dk, input_precision=PRECISION)
 
         if GATED:
-            given = (n.to(tl.int64) * HV + own) * (K * V)
             product = _product_with_gradient(
                 states_ptr, d_states_ptr, initial_ptr, last_ptr, d_final_ptr, place, given, j, ends, has_initial,
                 has_d_final, rows, in_k, K, V, ROWS, COLUMNS,

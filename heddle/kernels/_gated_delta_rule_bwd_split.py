@@ -19,7 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from heddle.kernels._gated_delta_rule_bwd import _product_with_gradient
+from heddle.kernels._gated_delta_rule_bwd import _product_with_gradient, _rest_of_final
 from heddle.kernels._gated_delta_rule_fwd import LENGTHS, decays
 from heddle.kernels.common.jit import find_sequence
 
@@ -179,6 +179,7 @@ def _gated_delta_rule_bwd_token_kernel(
     """
     TILES: tl.constexpr = (K + ROWS - 1) // ROWS
     HV: tl.constexpr = H * GROUP
+    HALF: tl.constexpr = new_ptr.dtype.element_ty != tl.float32
     tile = tl.program_id(0) % TILES
     head = (tl.program_id(0) // TILES) % H
     chunk = tl.program_id(0) // (TILES * H)
@@ -269,10 +270,19 @@ def _gated_delta_rule_bwd_token_kernel(
         tl.store(sums_at, d_beta, mask=present)
         if GATED:
             tl.store(sums_at + sums_stride, d_total + d_beta * beta, mask=present)
+            given = (n.to(tl.int64) * HV + own) * (K * V)
+            if HALF:
+                if ends & (has_d_final != 0):
+                    tl.debug_barrier()
+                    k = tl.load(k_at, mask=mask, other=0.0)  # [C, ROWS]
+                    left = tl.load(gates_at + 2 * C)
+                    per_token += left * _rest_of_final(
+                        k, new_ptr + tokens * V, d_final_ptr + given, HV * V, i, rows, present, in_k,
+                        K, V, C, ROWS, COLUMNS, PRECISION,
+                    )  # fmt: skip
             tl.store(sums_at + 2 * sums_stride, per_token, mask=present)
             if (j == 0) | ends:
                 # Known in full.
-                given = (n.to(tl.int64) * HV + own) * (K * V)
                 product = _product_with_gradient(
                     states_ptr, d_states_ptr, initial_ptr, last_ptr, d_final_ptr, place, given, j, ends, has_initial,
                     has_d_final, rows, in_k, K, V, ROWS, COLUMNS,

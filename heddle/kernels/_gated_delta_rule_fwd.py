@@ -95,7 +95,7 @@ def _gated_delta_rule_fwd_solve_kernel(
     K: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr,
     GATED: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr, SOLVE: tl.constexpr,
 ):  # fmt: skip
-    """T and P of one chunk, for each value head of a key head; and its gates as the other kernels want them.
+    """T - I and P of one chunk, for each value head of a key head; and its gates as the other kernels want them.
 
     Shapes:  pairs: [chunks, HV, 2, C, C];  gates: [chunks, HV, 3, C] (beta, seen, left), float32
     """
@@ -137,8 +137,10 @@ def _gated_delta_rule_fwd_solve_kernel(
         strict = tl.where(i[:, None] > i[None, :], beta[:, None] * keys * within, 0.0)
         solved = unit_lower_inverse(strict, C, LEVELS, SOLVE)
         pairs_at = pairs_ptr + place * (2 * C * C) + square
-        tl.store(pairs_at, solved.to(k.dtype))
         tl.store(pairs_at + C * C, (scores * within).to(k.dtype))
+        # Without the diagonal: what goes through it need not be rounded.
+        solved = tl.where(i[:, None] == i[None, :], 0.0, solved)
+        tl.store(pairs_at, solved.to(k.dtype))
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -151,10 +153,13 @@ def _gated_delta_rule_fwd_state_kernel(
     T, H, per_sequence, segments_per_sequence, segment_size, has_initial, scale,
     K: tl.constexpr, V: tl.constexpr,
     C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr,
-    GATED: tl.constexpr, VARLEN: tl.constexpr, KEEP: tl.constexpr,
+    GATED: tl.constexpr, VARLEN: tl.constexpr, KEEP: tl.constexpr, PARTS: tl.constexpr,
     SEGMENTED: tl.constexpr, SUMMARY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Outputs of one segment, and the final state where a sequence ends; with KEEP also what the backward pass wants.
+
+    With PARTS a state gets what is written in two parts, of which the second holds what rounding takes from the first: the
+    gradient of a log-decay is a product of states, and this rounding weighed most in it.
 
     With SUMMARY only what the segment does to a state: the state it leaves when begun with zeros, and, without values, what
     it makes of each unit vector.
@@ -239,10 +244,13 @@ def _gated_delta_rule_fwd_state_kernel(
         elif not SUMMARY:
             out *= scale
         wrong = (v - wrong) * tl.load(gates_at)[None, :]
-        new = tl.dot(wrong.to(k.dtype), tl.trans(solved), input_precision=PRECISION)  # [COLUMNS, C]
+        new = tl.dot(wrong.to(k.dtype), tl.trans(solved), wrong, input_precision=PRECISION)  # [COLUMNS, C]
         if GATED:
-            written = (new * tl.load(gates_at + 2 * C)[None, :]).to(k.dtype)
-            state = tl.dot(written, k, state * over, input_precision=PRECISION)
+            written = new * tl.load(gates_at + 2 * C)[None, :]
+            rounded = written.to(k.dtype)
+            state = tl.dot(rounded, k, state * over, input_precision=PRECISION)
+            if PARTS:
+                state = tl.dot((written - rounded).to(k.dtype), k, state, input_precision=PRECISION)
             ahead = gates_ptr + (place + HV) * (3 * C) + 2 * C - 1
             over = tl.load(ahead, mask=t + C < length, other=1.0)
             new = new.to(k.dtype)

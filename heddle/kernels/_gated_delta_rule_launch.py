@@ -296,6 +296,7 @@ def _run_forward_state(
     out, final = results
     keep = kept.new.numel() > 0
     several, programs = layout.segments.several, layout.segments.count * layout.HV
+    parts = keep and layout.constants["GATED"] and q.dtype != torch.float32
 
     def run(starts: Tensor, launch: Launch, **constants: bool) -> None:
         options = layout.tiles(launch)
@@ -306,7 +307,7 @@ def _run_forward_state(
             q, k, v, kept.pairs, kept.gates, final if before is None else before, out, final,
             kept.states if keep else out, kept.new if keep else out, kept.last, kept.summary, starts,
             *layout.segment_table(final), *strides(q, k, v), *layout.along, int(before is not None), scale,
-            **constants, **layout.constants, **options,
+            PARTS=parts, **constants, **layout.constants, **options,
         )  # fmt: skip
 
     starts = final

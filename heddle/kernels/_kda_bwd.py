@@ -111,7 +111,7 @@ def _kda_backward_kernel(
             tl.store(d_states_ptr + place * (K * V) + state_offsets, half, mask=state_mask)
         d_new = tl.dot(half, tl.trans(left), input_precision=PRECISION)  # [COLUMNS, C]
         d_new = tl.dot(do, attention, d_new, input_precision=PRECISION)
-        dx = tl.dot(d_new.to(left.dtype), solved, input_precision=PRECISION)  # [COLUMNS, C]
+        dx = tl.dot(d_new.to(left.dtype), solved, d_new, input_precision=PRECISION)  # [COLUMNS, C]
         if not SUMMARY:
             tl.store(dx_ptr + dx_offsets, dx.to(left.dtype), mask=kept)
         d_state = tl.dot(do, seen, d_state * tl.exp2(end)[None, :], input_precision=PRECISION)

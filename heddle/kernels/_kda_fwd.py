@@ -68,7 +68,7 @@ def _kda_prepare_kernel(
     """One chunk of one value head, ROWS channels at a time; HALVED: where one product does not do for all pairs.
 
     Shapes:  seen, read, left: [B, T, HV, K];  totals: the same, room for what threads tell each other, kept with SUMS
-             pairs: [chunks, HV, 2, C, C], T and P;  keys (with KEEP): [chunks, HV, C, C], N
+             pairs: [chunks, HV, 2, C, C], T - I and P;  keys (with KEEP): [chunks, HV, C, C], N
              ends: [chunks, HV, K], log2 of what is left;  reach: [chunks, HV], where HALVED is to look
     """
     head = tl.program_id(0) % HV
@@ -159,6 +159,8 @@ def _kda_prepare_kernel(
     scores = (scores + tl.where(i[:, None] == i[None, :], same[:, None], 0.0)) * scale
     beta = tl.load(beta_ptr + (row * T + first + i) * HV + own, mask=i < count, other=0.0)
     solved = unit_lower_inverse(beta[:, None] * keys, C, LEVELS, SOLVE)
+    # Without the diagonal: what goes through it need not be rounded.
+    solved = tl.where(lower, solved, 0.0)
     square = i[:, None] * C + i[None, :]
     pairs_at = pairs_ptr + place * (2 * C * C) + square
     tl.store(pairs_at, solved.to(k_ptr.dtype.element_ty))
@@ -248,7 +250,7 @@ def _kda_sweep_kernel(
             tl.store(states_ptr + place * (K * V) + state_offsets, half, mask=state_mask)
         wrong = tl.dot(half, tl.trans(read), input_precision=PRECISION)  # [COLUMNS, C]
         wrong = (v - wrong) * beta[None, :]
-        new = tl.dot(wrong.to(read.dtype), tl.trans(solved), input_precision=PRECISION)  # [COLUMNS, C]
+        new = tl.dot(wrong.to(read.dtype), tl.trans(solved), wrong, input_precision=PRECISION)  # [COLUMNS, C]
         new = new.to(read.dtype)
         state = tl.dot(new, left, state * tl.exp2(end)[None, :], input_precision=PRECISION)
         if OUT:

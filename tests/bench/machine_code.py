@@ -494,6 +494,7 @@ def _planned_constants(case: Case, launch: Launch) -> dict[str, Any]:
         "LEVELS": launch.chunk.bit_length() - 1,
         "KEEP": case.kernel in ("keep", "prepare") or (case.op == "gla" and case.backward),
         "SEGMENTED": False, "SUMMARY": False, "OUT": case.kernel != "keep", "BACKWARD": case.backward,
+        "PARTS": case.kernel == "keep" and case.dtype != "fp32",
         "PRECISE": case.dtype == "fp32", "HALVED": case.dtype == "fp16" or case.halved,
     }  # fmt: skip
     if case.op in ("gla", "kda") and case.kernel in ("prepare", "gradient", "near", "far"):
