@@ -167,8 +167,12 @@ def _sliding_window_attention_bwd_key_kernel(
     dv = tl.zeros([KEYS, ROWS_V], tl.float32)
     rows = tl.arange(0, ROWS)
     for index in range(0, GROUP * count):
-        head = (index // count).to(tl.int64)
-        from_row = from_query + index % count * ROWS
+        # A head alone has nothing to divide by.
+        head = tl.zeros((), tl.int64)
+        from_row = from_query + index * ROWS
+        if GROUP > 1:
+            head = (index // count).to(tl.int64)
+            from_row = from_query + index % count * ROWS
         present = from_row + rows < queries
         t = (from_row + rows).to(tl.int64)
         q = load_tile(
