@@ -446,7 +446,7 @@ def _block_constants(case: Case, launch: Launch) -> dict[str, Any]:
     constants = {
         "K": case.K, "V": case.V, "ROWS_K": block(case.K), "ROWS_V": block(case.V), "ROWS": block(queries * group),
         "QUERIES": queries, "HEADS": group, "GROUP": group, "BLOCK": BLOCK_KEYS, "KEYS": min(launch.columns, BLOCK_KEYS),
-        "DIRECT": case.many, "GATED": gated, "SEEN": not gated, "SPLIT": case.many, "PLACED": False, "BIAS": True,
+        "DIRECT": case.many, "GATED": gated, "SEEN": not gated, "SPLIT": case.many, "PLACED": False, "BIAS": True, "TILES": gated,
         "PRECISION": "tf32x3",
     }  # fmt: skip
     names = KERNELS[case.op, case.kernel].arg_names
