@@ -167,12 +167,8 @@ def _block_attention_fwd_kernel(
         part = index % PARTS
         first = c * BLOCK + part * KEYS
         inside, key = seen_keys(seen_ptr, first, part, S, BLOCK, KEYS, SEEN)
-        k = load_tile(
-            k_ptr, k_tiles, b, n, first, 0, stride_kt, inside, columns_k, in_k, KEYS, ROWS_K, TILES
-        )
-        v = load_tile(
-            v_ptr, v_tiles, b, n, first, 0, stride_vt, inside, columns_v, in_v, KEYS, ROWS_V, TILES
-        )
+        k = load_tile(k_ptr, k_tiles, b, n, first, 0, stride_kt, inside, columns_k, in_k, KEYS, ROWS_K, TILES)
+        v = load_tile(v_ptr, v_tiles, b, n, first, 0, stride_vt, inside, columns_v, in_v, KEYS, ROWS_V, TILES)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * early  # [ROWS, KEYS]
         # Queries that do not read this block see as far as none.
         if GATED:

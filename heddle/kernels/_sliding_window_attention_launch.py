@@ -36,9 +36,9 @@ def _device(device: torch.device) -> tuple[Family, int]:
     return table_on(device, "sliding_window_attention", INTERPRETER, family)
 
 
-def plan(device: torch.device, element: int, size: int) -> Plan:
-    """The launches for tensors on `device`, elements of so many bytes and the larger head size; overrides come first."""
-    table = _device(device)[0].plan(element, block(size))
+def plan(device: torch.device, element: int, size: int, window: int) -> Plan:
+    """The launches for tensors on `device`, elements of so many bytes, the larger head size and a window; overrides come first."""
+    table = _device(device)[0].within(window, element, block(size))
     names = ("forward", "step", "queries", "keys")
     return replace(table, **{name: tuned(name, getattr(table, name)) for name in names})
 
@@ -87,7 +87,7 @@ class Call:
         real, self.cu_seqlens = limits
         self.in_tiles = bool(tuned("descriptors", _device(self.q.device)[0].descriptors))
         self.seen = None if real is None else real.contiguous().view(torch.uint8)
-        self.plan = plan(self.q.device, self.q.element_size(), max(self.K, self.V))
+        self.plan = plan(self.q.device, self.q.element_size(), max(self.K, self.V), self.window)
 
     def tiles(self, length: int, size: int) -> Segments:
         """The time axis in tiles of which none holds two sequences."""
