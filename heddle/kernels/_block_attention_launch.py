@@ -203,10 +203,9 @@ class Call:
         return marks(self.choice, tiling)
 
     def _in_tiles(self, keys: int) -> bool:
-        """Whether blocks with a gate are loaded by descriptors. A part that a block has no more keys for would read the next one."""
-        return self.block % keys == 0 and bool(
-            tuned("gate_descriptors", _device(self.q.device)[0].gate_descriptors)
-        )
+        """Whether blocks with a gate are loaded by descriptors; the last part of a block must be one of `keys` as well."""
+        wanted = tuned("gate_descriptors", _device(self.q.device)[0].gate_descriptors)
+        return self.block % keys == 0 and bool(wanted)
 
     def _splits(self, tiling: Tiling) -> int:
         """Into how many parts lists are split: into one where tiles alone fill the device."""

@@ -37,7 +37,7 @@ def _device(device: torch.device) -> tuple[Family, int]:
 
 
 def plan(device: torch.device, element: int, size: int, window: int) -> Plan:
-    """The launches for tensors on `device`, elements of so many bytes, the larger head size and a window; overrides come first."""
+    """The launches for tensors on `device`, elements of so many bytes, the larger head size and a window; overrides first."""
     table = _device(device)[0].within(window, element, block(size))
     names = ("forward", "step", "queries", "keys")
     return replace(table, **{name: tuned(name, getattr(table, name)) for name in names})
