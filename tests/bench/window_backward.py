@@ -1,7 +1,7 @@
 """Launches of sliding_window_attention for each window, kernel by kernel, and what they gain: a part of window_check.py.
 
 Each launch is held to float64 and to a second run, then timed at windows of 512, 128 and 4,096 with all else as the table
-says, tiles by descriptors; the best of each window together beside the table and compiled FlexAttention, at both lengths.
+says, tiles and sums of rows by descriptors; the best of each window together beside the table and compiled FlexAttention, at both lengths.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ LENGTHS = ((8, 4096), (1, 131072))
 SIDES = {"H": 16, "N": 16, "K": 128, "V": 128, "sinks": 0}
 SMALL = {"H": 2, "N": 2, "T": 150, "S": 150, "K": 32, "V": 32}
 BLAMED = {"out": "forward", "q": "queries", "k": "keys", "v": "keys"}
+ALL = {"descriptors": 1, "sums": 1}
 Best = dict[int, dict[str, Launch]]
 
 
@@ -104,7 +105,7 @@ def held(log: Log, late: Callable[[], bool]) -> list[tuple[str, Launch]]:
             log("launches: out of time")
             break
         try:
-            if hold(log, f"{name} {launch}", sides, dtype, **{name: launch, "descriptors": 1}):
+            if hold(log, f"{name} {launch}", sides, dtype, **{name: launch, **ALL}):
                 found.append((name, launch))
         except Exception as error:
             log(f"none  {name} {launch}: {' '.join(str(error).split())[-160:]}")
@@ -131,7 +132,7 @@ def sweep(log: Log, report: Callable[..., None], late: Callable[[], bool]) -> Be
                 log("sweep: out of time")
                 break
             phase = "fwd" if name == "forward" else "bwd"
-            with tuning(**{name: launch, "descriptors": 1}):
+            with tuning(**{name: launch, **ALL}):
                 told = {"ms": None} if TINY else timed(calls[phase], DEVICE)
             report(f"heddle, {name} {launch}", phase, shape, told)
             times.setdefault(name, []).append((told["ms"] or 0.0, launch))
@@ -150,7 +151,7 @@ def beside(log: Log, row: Report, best: Best, late: Callable[[], bool]) -> list[
         given = drawn(shape)
         rivals = {
             "heddle": (ours, {}),
-            "heddle, best launches": (ours, {"descriptors": 1, **launches}),
+            "heddle, best launches": (ours, {**ALL, **launches}),
             "flex": (flex, {}),
         }
         for (impl, (function, overrides)), phase in itertools.product(rivals.items(), ("fwd", "fwdbwd")):
@@ -183,7 +184,7 @@ def launches_by_window(
             dtype = torch.float32 if TINY else dtype
             given = drawn(shape, dtype, **limits)
             sides = (given, results(exact_of, given, torch.float64), _plain(given, dtype))
-            hold(log, f"best of {window}: {name} {dtype}", sides, dtype, descriptors=1, **best[window])
+            hold(log, f"best of {window}: {name} {dtype}", sides, dtype, **ALL, **best[window])
     return beside(log, row, best, late(1.0))
 
 
@@ -196,7 +197,7 @@ def warm(index: int, workers: int) -> None:
     for name, launch in tried()[index::workers]:
         for shape in (short, {**PLAIN, "window": 200}):
             try:
-                with tuning(**{name: launch, "descriptors": 1}), force_path("triton"):
+                with tuning(**{name: launch, **ALL}), force_path("triton"):
                     results(sliding_window_attention, drawn(shape), HALF)
             except Exception as error:
                 print(f"{name} {launch}: {str(error).splitlines()[0]}", flush=True)

@@ -100,7 +100,7 @@ def test_results_and_gradients_are_those_of_the_reference(form: str, device: str
 def test_tiles_are_the_same_by_pointers_and_by_descriptors(
     form: str, descriptors: int, device: str, dtype: torch.dtype
 ) -> None:
-    assert_right(FORMS[form](), dtype, device, descriptors=descriptors)
+    assert_right(FORMS[form](), dtype, device, descriptors=descriptors, sums=descriptors)
 
 
 @over_settings
