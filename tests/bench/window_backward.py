@@ -1,7 +1,8 @@
 """Launches of sliding_window_attention for each window, kernel by kernel, and what they gain: a part of window_check.py.
 
 Each launch is held to float64 and to a second run, then timed at windows of 512, 128 and 4,096 with all else as the table
-says, tiles and sums of rows by descriptors; the best of each window together beside the table and compiled FlexAttention, at both lengths.
+says, tiles and sums of rows by descriptors; then the best of each window together, at both lengths, beside the table, the
+best with sums by pointers, and compiled FlexAttention.
 """
 
 from __future__ import annotations
@@ -152,6 +153,7 @@ def beside(log: Log, row: Report, best: Best, late: Callable[[], bool]) -> list[
         rivals = {
             "heddle": (ours, {}),
             "heddle, best launches": (ours, {**ALL, **launches}),
+            "heddle, best launches, sums by pointers": (ours, {**ALL, **launches, "sums": 0}),
             "flex": (flex, {}),
         }
         for (impl, (function, overrides)), phase in itertools.product(rivals.items(), ("fwd", "fwdbwd")):
@@ -159,7 +161,7 @@ def beside(log: Log, row: Report, best: Best, late: Callable[[], bool]) -> list[
                 call = phases(function, given)[phase]
                 times[impl, phase] = attempt(log, row, (OP, impl, phase), shape, call)
         told = "  ".join(
-            f"{phase} {times['heddle', phase]:.3f} {times['heddle, best launches', phase]:.3f} "
+            f"{phase} {' '.join(f'{times[impl, phase]:.3f}' for impl in rivals if impl != 'flex')} "
             f"flex {times['flex', phase]:.3f} = {times['flex', phase] / times['heddle, best launches', phase]:.2f}"
             for phase in ("fwd", "fwdbwd")
         )
