@@ -589,7 +589,7 @@ def _descriptor(name: str, dtype: str, constants: dict[str, Any]) -> str:
     """Of tiles that are walked over: of keys and values, or of queries and gradients of outputs."""
     rows = constants["KEYS" if name in ("k_tiles", "v_tiles", "keys_tiles", "values_tiles") else "ROWS"]
     of_values = name in ("v_tiles", "d_out_tiles", "g_tiles")
-    if name == "sums_tiles":
+    if name in ("sums_tiles", "lse_tiles", "delta_tiles"):
         return f"tensordesc<fp32[1, 1, {constants['ROWS']}]>"
     columns = constants.get("ROWS_D") or constants["ROWS_V" if of_values else "ROWS_K"]
     return f"tensordesc<{dtype}[1, 1, {rows}, {columns}]>"
