@@ -26,7 +26,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from heddle.kernels.common.jit import LOG2_E
+from heddle.kernels.common.jit import LOG2_E, load_tile
 
 # A new length must not mean a new compilation.
 LENGTHS = ("T", "S", "N", "tiles", "width", "count", "splits", "stride_sb")
@@ -106,7 +106,8 @@ def seen_keys(seen_ptr, first, part, S, BLOCK: tl.constexpr, KEYS: tl.constexpr,
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _block_attention_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, sums_ptr, most_ptr, start_ptr, offsets_ptr, entries_ptr, seen_ptr,
+    q_ptr, k_ptr, v_ptr, k_tiles, v_tiles, out_ptr, lse_ptr, sums_ptr, most_ptr,
+    start_ptr, offsets_ptr, entries_ptr, seen_ptr,
     stride_qb, stride_qh, stride_qt,
     stride_kb, stride_kh, stride_kt,
     stride_vb, stride_vh, stride_vt,
@@ -114,11 +115,12 @@ def _block_attention_fwd_kernel(
     K: tl.constexpr, V: tl.constexpr, ROWS_K: tl.constexpr, ROWS_V: tl.constexpr, ROWS: tl.constexpr,
     QUERIES: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr,
     DIRECT: tl.constexpr, GATED: tl.constexpr, SEEN: tl.constexpr, SPLIT: tl.constexpr, PLACED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    TILES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries of one key head, and with SPLIT one part of its list.
 
     GATED: marks are 1 for a block with a gate and 2 for a block that is some query's own, and tiles with the longest lists begin.
+    TILES: keys and values are loaded by descriptors, and logits are scaled where weights are made of them.
 
     Shapes:  out: [B, H, T, V];  lse: [B, H, T], base 2, inf where nothing is seen
              sums: [splits, B N tiles, ROWS, V], most: [2, splits, B N tiles, ROWS]: what is merged
@@ -144,6 +146,10 @@ def _block_attention_fwd_kernel(
     q = tl.load(q_at, mask=present[:, None] & in_k, other=0.0)  # [ROWS, ROWS_K]
 
     factor = scale * LOG2_E
+    # Of each logit at once, or of the largest and in the exponent.
+    early, late = factor, 1.0
+    if TILES:
+        early, late = 1.0, factor
     has_own = (place >= 0) & (place < S) & (split == 0)
     own = place.to(tl.int64)[:, None]
     k_own = tl.load(k_ptr + own * stride_kt + columns_k[None, :], mask=has_own[:, None] & in_k, other=0.0)
@@ -155,18 +161,15 @@ def _block_attention_fwd_kernel(
 
     begin, count = find_entries(offsets_ptr, row, width, split, splits, DIRECT, SPLIT, PLACED)
     entries_ptr += begin
-    i = tl.arange(0, KEYS)
     PARTS: tl.constexpr = (BLOCK + KEYS - 1) // KEYS
     for index in range(0, count * PARTS):
         c, mark = read_entry(entries_ptr + index // PARTS, DIRECT)
         part = index % PARTS
         first = c * BLOCK + part * KEYS
         inside, key = seen_keys(seen_ptr, first, part, S, BLOCK, KEYS, SEEN)
-        k_at = k_ptr + first.to(tl.int64) * stride_kt + (i * stride_kt)[:, None] + columns_k[None, :]
-        v_at = v_ptr + first.to(tl.int64) * stride_vt + (i * stride_vt)[:, None] + columns_v[None, :]
-        k = tl.load(k_at, mask=inside[:, None] & in_k, other=0.0)  # [KEYS, ROWS_K]
-        v = tl.load(v_at, mask=inside[:, None] & in_v, other=0.0)  # [KEYS, ROWS_V]
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor  # [ROWS, KEYS]
+        k = load_tile(k_ptr, k_tiles, b, n, first, 0, stride_kt, inside, columns_k, in_k, KEYS, ROWS_K, TILES)
+        v = load_tile(v_ptr, v_tiles, b, n, first, 0, stride_vt, inside, columns_v, in_v, KEYS, ROWS_V, TILES)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * early  # [ROWS, KEYS]
         # Queries that do not read this block see as far as none.
         if GATED:
             is_whole = ((mark & 1) != 0) & (first + KEYS <= start + tile * QUERIES) & (KEYS == BLOCK)
@@ -178,9 +181,9 @@ def _block_attention_fwd_kernel(
         else:
             reach = tl.where((mark >> query) & 1 != 0, place, -1)
             s = tl.where(key[None, :] < reach[:, None], s, float("-inf"))
-        higher = tl.maximum(most, tl.max(s, axis=1))
+        higher = tl.maximum(most, tl.max(s, axis=1) * late)
         base = tl.where(higher == float("-inf"), 0.0, higher)
-        p = tl.exp2(s - base[:, None])
+        p = tl.exp2(s * late - base[:, None])
         faded = tl.exp2(most - base)
         total = total * faded + tl.sum(p, axis=1)
         sums = tl.dot(p.to(v.dtype), v, sums * faded[:, None], input_precision=PRECISION)

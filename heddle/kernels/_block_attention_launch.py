@@ -10,6 +10,7 @@ import torch
 import triton
 from torch import Tensor
 from torch.nn.functional import pad
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from heddle.kernels._block_attention_bwd import (
     _block_attention_bwd_key_kernel,
@@ -147,11 +148,13 @@ class Call:
         sums, most = (torch.empty(shape, dtype=torch.float32, device=lse.device) for shape in shapes)
         seen, stride = self.marks_seen()
         constants = self.constants(launch, tiling)
+        in_tiles = gated and self._in_tiles(constants["KEYS"])
+        walked = [_tiles(x, constants["KEYS"]) if in_tiles else x for x in (self.k, self.v)]
         _block_attention_fwd_kernel[(count, splits)](
-            self.q, self.k, self.v, out, lse, sums, most, self.start.to(torch.int32), offsets, entries, seen,
+            self.q, self.k, self.v, *walked, out, lse, sums, most, self.start.to(torch.int32), offsets, entries, seen,
             *strides(self.q, self.k, self.v),
             self.T, self.S, self.N, tiling.tiles, width, splits, stride, self.scale,
-            DIRECT=direct, GATED=gated, SPLIT=splits > 1, PLACED=placed, **constants, **launch.options(),
+            DIRECT=direct, GATED=gated, SPLIT=splits > 1, PLACED=placed, TILES=in_tiles, **constants, **launch.options(),
         )  # fmt: skip
         if splits > 1:
             shared = ("V", "ROWS_V", "ROWS", "QUERIES", "HEADS", "GROUP")
@@ -199,6 +202,11 @@ class Call:
             return gate_marks(self.choice.gates, tiling)
         return marks(self.choice, tiling)
 
+    def _in_tiles(self, keys: int) -> bool:
+        """Whether blocks with a gate are loaded by descriptors; the last part of a block must be one of `keys` as well."""
+        wanted = tuned("gate_descriptors", _device(self.q.device)[0].gate_descriptors)
+        return self.block % keys == 0 and bool(wanted)
+
     def _splits(self, tiling: Tiling) -> int:
         """Into how many parts lists are split: into one where tiles alone fill the device."""
         table, processors = _device(self.q.device)
@@ -206,6 +214,11 @@ class Call:
         most = self.blocks if longest is None else min(self.blocks, longest)
         wanted = table.places * processors // (self.B * self.N * tiling.tiles)
         return tuned("splits", max(1, min(wanted, most, MOST_SPLITS)))
+
+
+def _tiles(x: Tensor, rows: int) -> TensorDescriptor:
+    """Keys or values, so many of a head at a time."""
+    return TensorDescriptor.from_tensor(x, [1, 1, rows, block(x.shape[3])])
 
 
 def _seen(real: Tensor | None, written: Tensor | None) -> Tensor | None:

@@ -104,8 +104,8 @@ def _head_sparse_attention_bwd_query_kernel(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _head_sparse_attention_bwd_key_kernel(
-    q_rows_ptr, g_rows_ptr, k_ptr, v_ptr, q_tiles, g_tiles, entries_ptr, before_ptr, lse_rows_ptr, delta_rows_ptr,
-    dk_ptr, dv_ptr, begins_ptr, ends_ptr, seen_ptr,
+    q_rows_ptr, g_rows_ptr, k_ptr, v_ptr, q_tiles, g_tiles, lse_tiles, delta_tiles, entries_ptr, before_ptr,
+    lse_rows_ptr, delta_rows_ptr, dk_ptr, dv_ptr, begins_ptr, ends_ptr, seen_ptr,
     stride_kb, stride_kh, stride_kt,
     stride_vb, stride_vh, stride_vt,
     stride_dkb, stride_dkh, stride_dkt,
@@ -113,9 +113,11 @@ def _head_sparse_attention_bwd_key_kernel(
     T, S, tiles, stride_sb, H, scale,
     K: tl.constexpr, V: tl.constexpr, ROWS_K: tl.constexpr, ROWS_V: tl.constexpr, ROWS: tl.constexpr,
     GROUP: tl.constexpr, KEYS: tl.constexpr,
-    SEEN: tl.constexpr, VARLEN: tl.constexpr, TILES: tl.constexpr, PRECISION: tl.constexpr,
+    SEEN: tl.constexpr, VARLEN: tl.constexpr, TILES: tl.constexpr, SUMS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys of one key head; ROWS queries of a list at a time, head after head.
+
+    SUMS: lse and delta are loaded by descriptors as well, as in sliding_window_attention.
 
     Shapes:  as those of the other kernel;  dk: [B, N, S, K];  dv: [B, N, S, V];  ends: [T], of each token's sequence
     """
@@ -157,6 +159,9 @@ def _head_sparse_attention_bwd_key_kernel(
         to_slot = tl.load(before_ptr + row * (T + 1) + to_query)
         whole_slot = tl.load(before_ptr + row * (T + 1) + whole_query)
         whole_slot = tl.where(has_whole, whole_slot, to_slot)
+        if SUMS:
+            # Descriptors begin at a multiple of 4. Queries before see none of these keys.
+            from_slot = from_slot // 4 * 4
         for index in range(0, tl.cdiv(to_slot - from_slot, ROWS)):
             slot = from_slot + index * ROWS
             present = slot + rows < to_slot
@@ -166,11 +171,17 @@ def _head_sparse_attention_bwd_key_kernel(
             g = load_tile(
                 g_rows_ptr + row * T * V, g_tiles, b, h, slot, 0, V, present, columns_v, in_v, ROWS, ROWS_V, TILES
             )  # fmt: skip
-            lse = tl.load(lse_rows_ptr + row * T + slot + rows, mask=present, other=float("inf"))
-            delta = tl.load(delta_rows_ptr + row * T + slot + rows, mask=present, other=0.0)
+            is_partial = slot < whole_slot
+            if SUMS:
+                is_partial = is_partial | (slot + ROWS > to_slot)
+                lse = lse_tiles.load([b.to(tl.int32), h.to(tl.int32), slot]).reshape([ROWS])
+                delta = delta_tiles.load([b.to(tl.int32), h.to(tl.int32), slot]).reshape([ROWS])
+            else:
+                lse = tl.load(lse_rows_ptr + row * T + slot + rows, mask=present, other=float("inf"))
+                delta = tl.load(delta_rows_ptr + row * T + slot + rows, mask=present, other=0.0)
             s = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [KEYS, ROWS]
             # A query that is not there has the weight 2^-inf.
-            if slot < whole_slot:
+            if is_partial:
                 token = tl.load(entries_ptr + row * T + slot + rows, mask=present, other=0)
                 begin = tl.zeros_like(token)
                 if VARLEN:

@@ -220,13 +220,16 @@ class Call:
         launch, (entries, before, rows), (q_rows, g_rows, lse, delta) = self.plan.keys, lists, kept
         constants = self.constants(launch, rows)
         dk, dv = self.empty(self.k, self.K), self.empty(self.v, self.V)
+        # A row of a descriptor begins at 16 bytes.
+        by_tiles = self.T % 4 == 0 and bool(tuned("sums", _device(self.q.device)[0].sums))
         tiles, (seen, stride) = triton.cdiv(self.S, constants["KEYS"]), self.seen_by_all()
         _head_sparse_attention_bwd_key_kernel[(self.B * self.N * tiles,)](
-            q_rows, g_rows, self.k, self.v, *self.walked(rows, q_rows, g_rows), entries, before, lse, delta,
-            dk, dv, *self.sequences(), seen,
+            q_rows, g_rows, self.k, self.v, *self.walked(rows, q_rows, g_rows),
+            *(TensorDescriptor.from_tensor(x, [1, 1, rows]) if by_tiles else x for x in (lse, delta)),
+            entries, before, lse, delta, dk, dv, *self.sequences(), seen,
             *strides(self.k, self.v, dk, dv),
             self.T, self.S, tiles, stride, self.H, self.scale,
-            **constants, **launch.options(),
+            SUMS=by_tiles, **constants, **launch.options(),
         )  # fmt: skip
         return dk, dv
 

@@ -29,7 +29,7 @@ from heddle.kernels.common.jit import LOG2_E, find_sequence, load_tile
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _sliding_window_attention_bwd_query_kernel(
-    q_ptr, k_ptr, v_ptr, k_tiles, v_tiles, out_ptr, d_out_ptr, lse_ptr, delta_ptr, dq_ptr,
+    q_ptr, k_ptr, v_ptr, k_tiles, v_tiles, out_ptr, d_out_ptr, lse_ptr, sums_ptr, dq_ptr,
     table_ptr, cu_seqlens_ptr, seen_ptr,
     stride_qb, stride_qh, stride_qt,
     stride_kb, stride_kh, stride_kt,
@@ -37,14 +37,14 @@ def _sliding_window_attention_bwd_query_kernel(
     stride_ob, stride_oh, stride_ot,
     stride_gb, stride_gh, stride_gt,
     stride_dqb, stride_dqh, stride_dqt,
-    T, S, tiles, window, sinks, stride_sb, scale,
+    T, S, tiles, room, window, sinks, stride_sb, scale,
     K: tl.constexpr, V: tl.constexpr, ROWS_K: tl.constexpr, ROWS_V: tl.constexpr, ROWS: tl.constexpr,
     GROUP: tl.constexpr, KEYS: tl.constexpr,
     SINKS: tl.constexpr, SEEN: tl.constexpr, VARLEN: tl.constexpr, TILES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of queries of one head; leaves δ for the other kernel.
+    """One tile of queries of one head; leaves log-sum-exp and δ for the other kernel.
 
-    Shapes:  out, d_out (strides g): [B, H, T, V];  lse, delta: [B, H, T];  dq: [B, H, T, K]
+    Shapes:  out, d_out (strides g): [B, H, T, V];  lse: [B, H, T];  dq: [B, H, T, K];  sums: [B H, 2, room]
     """
     h = tl.program_id(1).to(tl.int64)
     b, tile, begin, length = find_sequence(tl.program_id(0), table_ptr, cu_seqlens_ptr, T, tiles, VARLEN)
@@ -68,10 +68,12 @@ def _sliding_window_attention_bwd_query_kernel(
     q = tl.load(q_at, mask=here & in_k, other=0.0)  # [ROWS, ROWS_K]
     d_out = tl.load(d_out_at, mask=here & in_v, other=0.0)  # [ROWS, ROWS_V]
     out = tl.load(out_at, mask=here & in_v, other=0.0)
-    at = (b * tl.num_programs(1) + h) * T + token
-    lse = tl.load(lse_ptr + at, mask=present, other=float("inf"))
+    row = b * tl.num_programs(1) + h
+    lse = tl.load(lse_ptr + row * T + token, mask=present, other=float("inf"))
     delta = tl.sum(out.to(tl.float32) * d_out.to(tl.float32), axis=1)
-    tl.store(delta_ptr + at, delta, mask=present)
+    sums_at = sums_ptr + row * 2 * room + token
+    tl.store(sums_at, lse, mask=present)
+    tl.store(sums_at + room, delta, mask=present)
 
     factor = scale * LOG2_E
     dq = tl.zeros([ROWS, ROWS_K], tl.float32)
@@ -107,7 +109,7 @@ def _sliding_window_attention_bwd_query_kernel(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _sliding_window_attention_bwd_key_kernel(
-    q_ptr, k_ptr, v_ptr, q_tiles, d_out_tiles, d_out_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
+    q_ptr, k_ptr, v_ptr, q_tiles, d_out_tiles, sums_tiles, d_out_ptr, sums_ptr, dk_ptr, dv_ptr,
     table_ptr, cu_seqlens_ptr, seen_ptr,
     stride_qb, stride_qh, stride_qt,
     stride_kb, stride_kh, stride_kt,
@@ -115,14 +117,18 @@ def _sliding_window_attention_bwd_key_kernel(
     stride_gb, stride_gh, stride_gt,
     stride_dkb, stride_dkh, stride_dkt,
     stride_dvb, stride_dvh, stride_dvt,
-    T, S, tiles, window, sinks, stride_sb, scale,
+    T, S, tiles, room, window, sinks, stride_sb, scale,
     K: tl.constexpr, V: tl.constexpr, ROWS_K: tl.constexpr, ROWS_V: tl.constexpr, ROWS: tl.constexpr,
     GROUP: tl.constexpr, KEYS: tl.constexpr,
-    SINKS: tl.constexpr, SEEN: tl.constexpr, VARLEN: tl.constexpr, TILES: tl.constexpr, PRECISION: tl.constexpr,
+    SINKS: tl.constexpr, SEEN: tl.constexpr, VARLEN: tl.constexpr, TILES: tl.constexpr, SUMS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys of one key head; ROWS queries at a time.
 
-    Shapes:  d_out (strides g): [B, H, T, V];  lse, delta: [B, H, T];  dk: [B, N, S, K];  dv: [B, N, S, V]
+    SUMS: log-sum-exp and δ are loaded by a descriptor as well. By pointers, Triton 3.6 has each thread copy each of the two
+    numbers for each of its columns.
+
+    Shapes:  d_out (strides g): [B, H, T, V];  sums: [B H, 2, room], room at least T;  dk: [B, N, S, K];  dv: [B, N, S, V]
     """
     n = tl.program_id(1).to(tl.int64)
     b, tile, begin, length = find_sequence(tl.program_id(0), table_ptr, cu_seqlens_ptr, S, tiles, VARLEN)
@@ -147,7 +153,8 @@ def _sliding_window_attention_bwd_key_kernel(
         seen = tl.load(seen_ptr + b * stride_sb + begin + first + i, mask=inside, other=0) != 0
     q_ptr += b * stride_qb + n * GROUP * stride_qh + begin * stride_qt
     d_out_ptr += b * stride_gb + n * GROUP * stride_gh + begin * stride_gt
-    at_head = (b * tl.num_programs(1) + n) * GROUP * T + begin
+    first_row = (b * tl.num_programs(1) + n) * GROUP
+    sums_ptr += first_row * 2 * room + begin
 
     key = tl.where(inside, first + i, FAR)
     reach = tl.zeros([KEYS], tl.int32) + window
@@ -167,8 +174,12 @@ def _sliding_window_attention_bwd_key_kernel(
     dv = tl.zeros([KEYS, ROWS_V], tl.float32)
     rows = tl.arange(0, ROWS)
     for index in range(0, GROUP * count):
-        head = (index // count).to(tl.int64)
-        from_row = from_query + index % count * ROWS
+        # A head alone has nothing to divide by.
+        head = tl.zeros((), tl.int64)
+        from_row = from_query + index * ROWS
+        if GROUP > 1:
+            head = (index // count).to(tl.int64)
+            from_row = from_query + index % count * ROWS
         present = from_row + rows < queries
         t = (from_row + rows).to(tl.int64)
         q = load_tile(
@@ -179,8 +190,14 @@ def _sliding_window_attention_bwd_key_kernel(
             d_out_ptr + head * stride_gh, d_out_tiles, b, n * GROUP + head, from_row, begin, stride_gt,
             present, columns_v, in_v, ROWS, ROWS_V, TILES,
         )  # fmt: skip
-        lse = tl.load(lse_ptr + at_head + head * T + t, mask=present, other=float("inf"))
-        delta = tl.load(delta_ptr + at_head + head * T + t, mask=present, other=0.0)
+        if SUMS:
+            row, place = (first_row + head).to(tl.int32), (begin + from_row).to(tl.int32)
+            lse = sums_tiles.load([row, 0, place]).reshape([ROWS])
+            delta = sums_tiles.load([row, 1, place]).reshape([ROWS])
+        else:
+            sums_at = sums_ptr + head * 2 * room + t
+            lse = tl.load(sums_at, mask=present, other=float("inf"))
+            delta = tl.load(sums_at + room, mask=present, other=0.0)
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [KEYS, ROWS]
         first_place = shift + from_row
         is_whole = (
@@ -190,9 +207,14 @@ def _sliding_window_attention_bwd_key_kernel(
         )
         if SEEN:
             is_whole = False
+        places = first_place + rows
+        if SUMS:
+            # Sums of a query that is not there are zeros, or another's.
+            is_whole = is_whole & (from_row + ROWS <= queries)
+            places = tl.where(present, places, -1)
         if not is_whole:
             # A query that is not there has the weight 2^-inf.
-            s = hide(s, (first_place + rows)[None, :] - key[:, None], reach[:, None], seen[:, None], SEEN)
+            s = hide(s, places[None, :] - key[:, None], reach[:, None], seen[:, None], SEEN)
         p = tl.exp2(s * factor - lse[None, :])
         dv = tl.dot(p.to(d_out.dtype), d_out, dv, input_precision=PRECISION)
         ds = p * (tl.dot(v, tl.trans(d_out), input_precision=PRECISION) - delta[None, :])

@@ -26,7 +26,7 @@ import triton.language as tl
 from heddle.kernels.common.jit import LOG2_E, find_sequence, load_tile
 
 # A new length must not mean a new compilation.
-LENGTHS = ("T", "S", "tiles", "splits", "window", "sinks", "stride_sb")
+LENGTHS = ("T", "S", "tiles", "splits", "room", "window", "sinks", "stride_sb")
 # A limit that no distance reaches, and a key that is behind every query.
 FAR = tl.constexpr(1 << 30)
 

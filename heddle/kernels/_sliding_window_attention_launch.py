@@ -36,9 +36,9 @@ def _device(device: torch.device) -> tuple[Family, int]:
     return table_on(device, "sliding_window_attention", INTERPRETER, family)
 
 
-def plan(device: torch.device, element: int, size: int) -> Plan:
-    """The launches for tensors on `device`, elements of so many bytes and the larger head size; overrides come first."""
-    table = _device(device)[0].plan(element, block(size))
+def plan(device: torch.device, element: int, size: int, window: int) -> Plan:
+    """The launches for tensors on `device`, elements of so many bytes, the larger head size and a window; overrides first."""
+    table = _device(device)[0].within(window, element, block(size))
     names = ("forward", "step", "queries", "keys")
     return replace(table, **{name: tuned(name, getattr(table, name)) for name in names})
 
@@ -87,7 +87,7 @@ class Call:
         real, self.cu_seqlens = limits
         self.in_tiles = bool(tuned("descriptors", _device(self.q.device)[0].descriptors))
         self.seen = None if real is None else real.contiguous().view(torch.uint8)
-        self.plan = plan(self.q.device, self.q.element_size(), max(self.K, self.V))
+        self.plan = plan(self.q.device, self.q.element_size(), max(self.K, self.V), self.window)
 
     def tiles(self, length: int, size: int) -> Segments:
         """The time axis in tiles of which none holds two sequences."""
@@ -157,7 +157,13 @@ class Call:
 
     def backward(self, d_out: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of q, k and v."""
-        d_out, delta = aligned(d_out), torch.empty_like(lse)
+        d_out = aligned(d_out)
+        # A row of a descriptor begins at 16 bytes.
+        room = -(-self.T // 4) * 4
+        sums = torch.empty(self.B * self.H, 2, room, dtype=torch.float32, device=lse.device)
+        # So does what it loads: at a place that is a multiple of 4.
+        is_even = self.cu_seqlens is None and (self.S - self.T) % 4 == 0
+        by_tiles = is_even and bool(tuned("sums", _device(self.q.device)[0].sums))
         dq, dk, dv = self.empty(self.q, self.K), self.empty(self.k, self.K), self.empty(self.v, self.V)
         seen, stride = self.seen_by_all()
         numbers = (self.window, self.sinks, stride, self.scale)
@@ -166,21 +172,23 @@ class Call:
         tiles = self.tiles(self.T, rows)
         constants = self.constants(launch, rows)
         _sliding_window_attention_bwd_query_kernel[(tiles.count, self.H)](
-            self.q, self.k, self.v, *self.walked(constants["KEYS"], self.k, self.v), out, d_out, lse, delta, dq,
+            self.q, self.k, self.v, *self.walked(constants["KEYS"], self.k, self.v), out, d_out, lse, sums, dq,
             *self.table(tiles), seen,
             *strides(self.q, self.k, self.v, out, d_out, dq),
-            self.T, self.S, tiles.per_sequence, *numbers,
+            self.T, self.S, tiles.per_sequence, room, *numbers,
             **constants, **launch.options(),
         )  # fmt: skip
         launch = self.plan.keys
         constants = self.constants(launch, min(launch.chunk, block(self.T)))
         tiles = self.tiles(self.S, constants["KEYS"])
         _sliding_window_attention_bwd_key_kernel[(tiles.count, self.N)](
-            self.q, self.k, self.v, *self.walked(constants["ROWS"], self.q, d_out), d_out, lse, delta, dk, dv,
+            self.q, self.k, self.v, *self.walked(constants["ROWS"], self.q, d_out),
+            TensorDescriptor.from_tensor(sums[..., : self.T], [1, 1, constants["ROWS"]]) if by_tiles else sums,
+            d_out, sums, dk, dv,
             *self.table(tiles), seen,
             *strides(self.q, self.k, self.v, d_out, dk, dv),
-            self.T, self.S, tiles.per_sequence, *numbers,
-            **constants, **launch.options(),
+            self.T, self.S, tiles.per_sequence, room, *numbers,
+            SUMS=by_tiles, **constants, **launch.options(),
         )  # fmt: skip
         return dq, dk, dv
 

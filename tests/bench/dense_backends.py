@@ -17,7 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from heddle.kernels.dense_attention import dense_attention
 from heddle.kernels.sliding_window_attention import sliding_window_attention
 
-DEVICE = torch.device("cuda")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HALF = torch.bfloat16
 WANTED = ("q", "k", "v")
 BACKENDS = {

@@ -1,11 +1,13 @@
 """One call on a GPU machine: head_sparse_attention against float64, its launches, and its time beside dense attention by cuDNN.
 
     python tests/bench/head_sparse_check.py --out "$OUT" --budget 500 --commit "$(git rev-parse --short=12 HEAD)"
+    python tests/bench/head_sparse_check.py --only sums --out "$OUT" --budget 90 --commit "$(git rev-parse --short=12 HEAD)"
     TRITON_INTERPRET=1 python tests/bench/head_sparse_check.py --out /tmp/tiny --budget 60 --commit none --tiny
 
 Compiles side by side first, then checks every dtype and form against masked softmax in float64, twice, the second time with fresh
 memory full of NaN, and each launch before its time. Times the op with lists and all, the lists alone, and a whole moh layer,
 with the launches of the table and with the best ones, beside dense attention and its layer. Of 16 heads 8 are chosen at random.
+`sums`: gradients of keys that load sums of queries by descriptors, held and timed, and nothing else.
 Writes head_sparse_check.log and rows to evidence-head-sparse-attention.jsonl; exits with 1 if anything was wrong. `--tiny` tries
 the script itself on a CPU, with interpreted kernels.
 """
@@ -76,9 +78,14 @@ TRIED = {
 }  # fmt: skip
 
 
+BY_SUMS: tuple[dict[str, Any], ...] = (
+    {}, {"sums": 1}, {"sums": 1, "keys": Launch(32, 64, 4, 4)}, {"sums": 1, "keys": Launch(32, 64, 4, 3)},
+)  # fmt: skip
+
+
 def tiny() -> None:
     """Sizes that a CPU interprets in seconds."""
-    global LENGTHS, SHAPES, SIZES, STEPS, TRIED
+    global BY_SUMS, LENGTHS, SHAPES, SIZES, STEPS, TRIED
     for shape in (GROUPED, PLAIN, STEP):
         shape.update(
             {"B": 1, "H": 4, "N": 2, "K": 16, "V": 16, "active": 2, "S": 40, "T": min(shape["T"], 40)}
@@ -86,6 +93,7 @@ def tiny() -> None:
     GROUPED["T"], LENGTHS, SIZES = 33, (1, 63), ((16, 24),)
     SHAPES, STEPS = ({**PLAIN, "N": 4},), (dict(STEP),)
     TRIED = {name: (Launch(16, 16, 4, 1), Launch(32, 16, 4, 1)) for name in TRIED}
+    BY_SUMS = ({"sums": 1},)
 
 
 def drawn(shape: dict[str, int], dtype: torch.dtype | None = None, **rest: Any) -> Given:
@@ -332,6 +340,33 @@ def sweep(bench: Bench, late: Late) -> dict[str, Any]:
     return best
 
 
+def sums(bench: Bench, late: Late) -> None:
+    """Log-sum-exp and delta by descriptors, with a few launches of the kernel of keys: whether it is right, and its time."""
+    forms = [one for one in samples() if one[1]["q"].shape[2] % 4 == 0 and not one[2]]
+    held = [(what, given, results(exact_of, given, torch.float64)) for what, given, _ in forms]
+    for overrides in BY_SUMS:
+        named, right = f"sums {overrides}", True
+        for what, given, exact in held:
+            if late():
+                bench.log("sums: out of time")
+                return
+            # Launches are those of two bytes and heads of up to 128.
+            is_large = given["q"].dtype == torch.float32 or given["q"].shape[3] > 128
+            if "keys" in overrides and is_large and ON_GPU:
+                continue
+            try:
+                right = judge(bench.log, f"{named}, {what}", given, exact, **overrides) and right
+            except Exception as error:
+                right = False
+                bench.log.wrong.append(f"{named}, {what}: {' '.join(str(error).split())[-200:]}")
+        for shape in SHAPES if right else ():
+            call = phases(ours, drawn(shape), *WANTED)["fwdbwd"]
+            with tuning(**overrides):
+                bench(f"heddle, {named}" if overrides else "heddle", "fwdbwd", shape, call)
+    for shape in SHAPES:
+        bench("cudnn", "fwdbwd", shape, phases(cudnn, drawn(shape), *WANTED[:3])["fwdbwd"])
+
+
 def layers(bench: Bench, late: Late, best: dict[str, Any]) -> None:
     """A whole moh layer, 4 heads shared and 4 of 12 active, beside the same with all heads computed and a dense layer."""
     for shape in SHAPES:
@@ -395,12 +430,16 @@ def told(bench: Bench) -> Iterator[str]:
         yield line
 
 
-def warm(index: int) -> None:
+def warm(index: int, only: str | None) -> None:
     """Compiles every `WORKERS`th thing that will run, into Triton's cache on disk."""
     small = drawn(PLAIN)
     things = [*samples()]
     things += [("", small, {name: one}) for name, launches in TRIED.items() for one in launches]
     things += [("", small, {"forward": one, "apart": 1}) for one in TRIED["forward"]]
+    if only == "sums":
+        things = [
+            (what, given, overrides) for overrides in BY_SUMS for what, given, more in samples() if not more
+        ]
     for _, given, overrides in things[index::WORKERS]:
         try:
             with tuning(**overrides), force_path("triton"):
@@ -419,12 +458,13 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("."), help="folder for the log and the rows")
     parser.add_argument("--commit", help="what the code is")
     parser.add_argument("--tiny", action="store_true", help="try the script itself")
+    parser.add_argument("--only", choices=["sums"], help="sums of queries by descriptors, and nothing else")
     parser.add_argument("--warm", type=int, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.tiny:
         tiny()
     if chosen.warm is not None:
-        warm(chosen.warm)
+        warm(chosen.warm, chosen.only)
         return 0
     chosen.out.mkdir(parents=True, exist_ok=True)
     begin, log = time.monotonic(), Log(chosen.out / "head_sparse_check.log")
@@ -438,19 +478,23 @@ def main() -> int:
         log(f"{what} done after {time.monotonic() - begin:.0f} s")
 
     if ON_GPU:
-        command = [sys.executable, __file__, "--warm"]
+        command = [sys.executable, __file__, *(["--only", chosen.only] if chosen.only else []), "--warm"]
         for process in [subprocess.Popen([*command, str(index)]) for index in range(WORKERS)]:
             process.wait()
     done("warm")
     bench.gbps, bench.tflops = (float(row["gbps"] or row["tflops"]) for row in ceilings(DEVICE))
-    correctness(log, late(0.65))
-    done("correctness")
-    speed(bench, late(0.75), "heddle", {})
-    done("speed")
-    best = sweep(bench, late(0.9))
-    done("sweep")
-    speed(bench, late(0.97), "heddle, best launches", best)
-    layers(bench, late(1.0), best)
+    best = dict[str, Any]()
+    if chosen.only == "sums":
+        sums(bench, late(1.0))
+    else:
+        correctness(log, late(0.65))
+        done("correctness")
+        speed(bench, late(0.75), "heddle", {})
+        done("speed")
+        best = sweep(bench, late(0.9))
+        done("sweep")
+        speed(bench, late(0.97), "heddle, best launches", best)
+        layers(bench, late(1.0), best)
     log(f"ceilings: {bench.tflops:.0f} TFLOP/s, {bench.gbps:.0f} GB/s")
     for line in (*told(bench), f"best launches: {best}", *log.wrong):
         log(line)

@@ -447,7 +447,7 @@ def _window_constants(case: Case, launch: Launch) -> dict[str, Any]:
         "ROWS": block(GROUP) if is_step else launch.chunk, "QUERIES": 1 if is_step else launch.chunk,
         "HEADS": GROUP if is_step else 1, "PACKED": GROUP if is_step else 1, "GROUP": GROUP if is_step else 4,
         "KEYS": launch.columns, "SINKS": case.many, "SEEN": case.many, "VARLEN": case.many, "SPLIT": is_step,
-        "TILES": True, "PRECISION": "tf32x3", "LISTED": not is_step, "APART": case.many, "WALKED": launch.chunk,
+        "TILES": True, "SUMS": True, "PRECISION": "tf32x3", "LISTED": not is_step, "APART": case.many, "WALKED": launch.chunk,
     }  # fmt: skip
     names = KERNELS[case.op, case.kernel].arg_names
     return {name: value for name, value in constants.items() if name in names}
@@ -470,7 +470,7 @@ def _block_constants(case: Case, launch: Launch) -> dict[str, Any]:
     constants = {
         "K": case.K, "V": case.V, "ROWS_K": block(case.K), "ROWS_V": block(case.V), "ROWS": block(queries * group),
         "QUERIES": queries, "HEADS": group, "GROUP": group, "BLOCK": BLOCK_KEYS, "KEYS": min(launch.columns, BLOCK_KEYS),
-        "DIRECT": case.many, "GATED": gated, "SEEN": not gated, "SPLIT": case.many, "PLACED": False, "BIAS": True,
+        "DIRECT": case.many, "GATED": gated, "SEEN": not gated, "SPLIT": case.many, "PLACED": False, "BIAS": True, "TILES": gated,
         "PRECISION": "tf32x3",
     }  # fmt: skip
     names = KERNELS[case.op, case.kernel].arg_names
@@ -625,6 +625,8 @@ def _descriptor(name: str, dtype: str, constants: dict[str, Any]) -> str:
     """Of tiles that are walked over: of keys and values, or of queries and gradients of outputs."""
     rows = constants["KEYS" if name in ("k_tiles", "v_tiles", "keys_tiles", "values_tiles") else "ROWS"]
     of_values = name in ("v_tiles", "d_out_tiles", "g_tiles")
+    if name in ("sums_tiles", "lse_tiles", "delta_tiles"):
+        return f"tensordesc<fp32[1, 1, {constants['ROWS']}]>"
     columns = constants.get("ROWS_D") or constants["ROWS_V" if of_values else "ROWS_K"]
     return f"tensordesc<{dtype}[1, 1, {rows}, {columns}]>"
 

@@ -1,10 +1,13 @@
 """One call on a GPU machine: sliding_window_attention against float64, its launches, its rivals, and torch's dense backends.
 
     python tests/bench/window_check.py --budget 240 --out "$OUT"
+    python tests/bench/window_check.py --only backward --budget 150 --out "$OUT" --commit "$(git rev-parse --short=12 HEAD)"
+    TRITON_INTERPRET=1 python tests/bench/window_check.py --only backward --tiny --out /tmp/window
 
 Compiles side by side first, then checks every dtype and form against masked softmax in float64, and each launch before its time.
 Times windows beside compiled FlexAttention and dense attention, then the backends of dense attention: causal, masked, in groups,
-a decode step, and the first call of a length, for which cuDNN makes a plan. Writes window_check.log and rows to
+a decode step, and the first call of a length, for which cuDNN makes a plan. `backward`, alone: launches of each kernel for
+each window (window_backward.py); with `--tiny` they are only held, on a CPU. Writes window_check.log and rows to
 evidence-window-attention.jsonl; exits with 1 if anything was wrong.
 """
 
@@ -238,6 +241,34 @@ def every_launch() -> Iterator[tuple[str, Launch, int]]:
         yield from ((name, launch, tiles) for name, launches in TRIED.items() for launch in launches)
 
 
+def backward(log: Log, rows: Path, header: Row, budget: float, *, tiny: bool) -> list[str]:
+    """The launches of each kernel for each window; gives the table."""
+    from window_backward import launches_by_window
+
+    begin = time.monotonic()
+
+    def report(impl: str, phase: str, shape: dict[str, int], times: Row) -> None:
+        about: Row = {"op": "sliding_window_attention", "impl": impl, "phase": phase, "shape": shape}
+        with rows.open("a") as file:
+            file.write(json.dumps({**header, **about, "dtype": "bfloat16", **times}) + "\n")
+        log(f"{phase:8} window {shape['window']:4} {times['ms'] or 0.0:9.4f} ms  {impl}")
+
+    def row(op: str, impl: str, phase: str, shape: dict[str, int], call: Callable[[], object]) -> float:  # noqa: ARG001
+        call()
+        times = timed(call, DEVICE)
+        report(impl, phase, shape, times)
+        return float(times["ms"])
+
+    if not tiny:
+        command = [sys.executable, __file__, "--only", "backward", "--warm"]
+        for process in [subprocess.Popen([*command, str(index)]) for index in range(WORKERS)]:
+            process.wait()
+        log(f"compiled after {time.monotonic() - begin:.0f} s")
+    return launches_by_window(
+        log, row, report, lambda share: lambda: time.monotonic() - begin > share * budget
+    )
+
+
 def warm(index: int) -> None:
     """Compiles every `WORKERS`th thing that will run, into Triton's cache on disk."""
     things = [*samples()]
@@ -259,19 +290,26 @@ def main() -> int:
     )
     parser.add_argument("--out", type=Path, default=Path("."), help="folder for the log")
     parser.add_argument("--skip", nargs="*", default=[])
+    parser.add_argument("--only", choices=["backward"], help="the launches by windows, and nothing else")
+    parser.add_argument("--commit", help="the code that runs")
+    parser.add_argument("--tiny", action="store_true", help="small, on a CPU")
     parser.add_argument("--warm", type=int, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.warm is not None:
-        warm(chosen.warm)
-        return 0
+        return warm_up_to(chosen.warm, chosen.only)
     chosen.out.mkdir(parents=True, exist_ok=True)
     begin, log, header = time.monotonic(), Log(chosen.out / "window_check.log"), machine(DEVICE)
+    header |= {"commit": chosen.commit or header["commit"]}
+    rows = chosen.out / "evidence-window-attention.jsonl"
+    if chosen.only:
+        lines = backward(log, rows, header, chosen.budget, tiny=chosen.tiny)
+        return told(log, lines, begin)
 
     def row(op: str, impl: str, phase: str, shape: dict[str, int], call: Callable[[], object]) -> float:
         call()
         times = timed_in_graph(call) if phase == "decode_graph" else timed(call, DEVICE)
         about: Row = {"op": op, "impl": impl, "phase": phase, "shape": shape, "dtype": "bfloat16"}
-        with (chosen.out / "evidence-window-attention.jsonl").open("a") as file:
+        with rows.open("a") as file:
             file.write(json.dumps({**header, **about, **times}) + "\n")
         sizes = " ".join(f"{name}={size}" for name, size in shape.items() if name not in ("H", "V", "S"))
         log(f"{phase:12} {sizes:44} {times['ms']:9.4f} ms  {op}: {impl}")
@@ -301,7 +339,23 @@ def main() -> int:
         if name not in chosen.skip:
             run()
             log(f"{name} done after {time.monotonic() - begin:.0f} s")
-    for line in (*log.wrong, f"{len(log.wrong)} wrong, {time.monotonic() - begin:.0f} s"):
+    return told(log, [], begin)
+
+
+def warm_up_to(index: int, only: str | None) -> int:
+    """What a process that compiles does."""
+    if only is None:
+        warm(index)
+    else:
+        from window_backward import warm as warm_backward
+
+        warm_backward(index, WORKERS)
+    return 0
+
+
+def told(log: Log, lines: list[str], begin: float) -> int:
+    """Tells what was found and what was wrong, at last; gives the exit status."""
+    for line in (*lines, *log.wrong, f"{len(log.wrong)} wrong, {time.monotonic() - begin:.0f} s"):
         log(line)
     return 1 if log.wrong else 0
 

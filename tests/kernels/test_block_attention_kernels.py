@@ -119,6 +119,14 @@ def test_gated_tiles_that_see_a_block_whole_are_right(
 
 
 @over_settings
+@pytest.mark.parametrize("block", [16, 32])
+def test_gated_tiles_are_the_same_by_descriptors(block: int, device: str, dtype: torch.dtype) -> None:
+    given = drawn("gates", B=2, T=41, S=75, G=1, V=24, block=block)
+    launch = Launch(chunk=32, columns=16, warps=4, stages=1)
+    assert_right(given, dtype, device, gated=launch, gate_descriptors=1)
+
+
+@over_settings
 def test_a_query_that_reads_one_key_has_no_gradient_but_rounding(device: str, dtype: torch.dtype) -> None:
     given = rounded(drawn("listed", T=1, S=3), dtype)
     assert not results(block_attention_reference, given, torch.float64, "cpu")["k"].any()

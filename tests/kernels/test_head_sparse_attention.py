@@ -114,12 +114,13 @@ def test_results_and_gradients_are_those_of_the_reference(form: str, device: str
 
 @over_settings
 @pytest.mark.parametrize(
-    ("form", "apart", "descriptors"), [("ragged", 0, 0), ("ragged", 1, 1), ("packed", 1, 1), ("packed", 0, 0)]
+    ("form", "apart", "descriptors"),
+    [("ragged", 0, 0), ("ragged", 1, 1), ("packed", 1, 1), ("packed", 0, 0), ("64", 0, 1)],
 )
 def test_tiles_are_the_same_by_pointers_and_by_descriptors_and_in_two_loops(
     form: str, apart: int, descriptors: int, device: str, dtype: torch.dtype
 ) -> None:
-    assert_right(FORMS[form](), dtype, device, descriptors=descriptors, apart=apart)
+    assert_right(FORMS[form](), dtype, device, descriptors=descriptors, apart=apart, sums=descriptors)
 
 
 @over_settings

@@ -7,6 +7,7 @@ the real ones.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,6 +19,8 @@ from heddle.errors import HeddleError
 from heddle.kernels import force_path
 from heddle.kernels.accuracy import EPSILON
 from heddle.kernels.common.tuning import tuning
+from heddle.kernels.configs.launch import Launch
+from heddle.kernels.configs.sliding_window_attention import HOPPER
 from heddle.kernels.op import LIBRARY
 from heddle.kernels.sliding_window_attention import (
     sliding_window_attention,
@@ -97,7 +100,7 @@ def test_results_and_gradients_are_those_of_the_reference(form: str, device: str
 def test_tiles_are_the_same_by_pointers_and_by_descriptors(
     form: str, descriptors: int, device: str, dtype: torch.dtype
 ) -> None:
-    assert_right(FORMS[form](), dtype, device, descriptors=descriptors)
+    assert_right(FORMS[form](), dtype, device, descriptors=descriptors, sums=descriptors)
 
 
 @over_settings
@@ -117,6 +120,15 @@ def test_steps_give_what_the_whole_gives() -> None:
         step = {"q": given["q"][:, :, t : t + 1], **sides, "real": given["real"][:, : t + 1]}
         found = sliding_window_attention(**{**given, **step})
         assert (found - whole[:, :, t : t + 1]).abs().max() < EPSILON[torch.float64]
+
+
+def test_narrow_windows_have_launches_of_their_own_where_a_table_has_any() -> None:
+    few, some = (replace(HOPPER.half, keys=Launch(rows, 64, 4, 2)) for rows in (16, 48))
+    table = replace(HOPPER, narrow=((128, few), (1024, some)))
+    assert [table.within(window, 2, 128) for window in (1, 128, 129, 1024)] == [few, few, some, some]
+    assert table.within(1025, 2, 128) is table.half
+    assert table.within(128, 2, 256) is table.half_tall
+    assert table.within(128, 4, 128) is table.wide
 
 
 @pytest.mark.gpu

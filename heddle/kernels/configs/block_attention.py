@@ -23,9 +23,13 @@ class Plan:
 
 @dataclass(frozen=True)
 class Family(BySize[Plan]):
-    """A list is split where there are fewer programs than `places` a multiprocessor."""
+    """A list is split where there are fewer programs than `places` a multiprocessor.
+
+    `gate_descriptors`: 1 where blocks with a gate are loaded by tensor descriptors, 0 where by pointers
+    """
 
     places: int = 2
+    gate_descriptors: int = 0
 
 
 def _even(launch: Launch) -> Plan:

@@ -26,11 +26,13 @@ class Family(BySize[Plan]):
     """The keys of a tile are split where there are fewer programs than `places` a multiprocessor.
 
     `descriptors`: 1 where tiles that are walked over are loaded by tensor descriptors, 0 where by pointers
+    `sums`: 1 where log-sum-exp and δ of queries are loaded by descriptors for the gradients of keys, 0 where by pointers
     `apart`: 1 where keys that need a mask have a loop of their own in the forward kernel
     """
 
     places: int = 2
     descriptors: int = 0
+    sums: int = 0
     apart: int = 0
 
 

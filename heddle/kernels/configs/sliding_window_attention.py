@@ -26,10 +26,21 @@ class Family(BySize[Plan]):
     """The keys of a step are split where there are fewer programs than `places` a multiprocessor.
 
     `descriptors`: 1 where tiles that are walked over are loaded by tensor descriptors, 0 where by pointers
+    `sums`: 1 where log-sum-exp and δ of queries are loaded by descriptors for the gradients of keys, 0 where by pointers
+    `narrow`: launches in the place of `half` for windows up to so many keys, the narrowest first
     """
 
     places: int = 2
     descriptors: int = 0
+    sums: int = 0
+    narrow: tuple[tuple[int, Plan], ...] = ()
+
+    def within(self, window: int, element: int, size: int) -> Plan:
+        """The launches for a window of so many keys, elements of so many bytes and the larger head size."""
+        whole = self.plan(element, size)
+        if whole is not self.half:
+            return whole
+        return next((plan for most, plan in self.narrow if window <= most), whole)
 
 
 def _even(launch: Launch) -> Plan:
