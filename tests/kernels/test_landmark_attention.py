@@ -6,6 +6,7 @@ the real ones.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -83,6 +84,19 @@ def results(
     return {name: x.transpose(1, 2) if x.dim() == 4 else x for name, x in named.items()}
 
 
+def outputs(
+    function: Callable[..., Tensor], given: Given, dtype: torch.dtype, device: str
+) -> dict[str, Tensor]:
+    """Output alone, with heads behind time."""
+    there = {
+        name: x.to(device=device, dtype=dtype if x.is_floating_point() else None)
+        if isinstance(x, Tensor)
+        else x
+        for name, x in given.items()
+    }
+    return {"out": function(**there).transpose(1, 2)}
+
+
 def rounded(given: Given, dtype: torch.dtype) -> Given:
     return {
         name: x.to(dtype).double() if isinstance(x, Tensor) and x.is_floating_point() else x
@@ -128,6 +142,29 @@ def test_a_decode_step_is_right_however_its_blocks_are_split(
 ) -> None:
     assert_right(drawn(B=2, T=1, S=43, top=top), dtype, device, splits=splits)
     assert_right(drawn(T=2, S=22, G=3, block=4, top=top, limited=False), dtype, device, splits=splits)
+
+
+FUSED = {
+    "limited": {"B": 2, "T": 1, "S": 43},
+    "group": {"T": 2, "S": 22, "G": 3, "block": 4, "limited": False},
+    "ragged": {"B": 2, "T": 1, "S": 29, "d": 5, "V": 40, "block": 3},
+}
+
+
+@over_settings
+@pytest.mark.parametrize("top", [None, 2])
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("form", FUSED)
+def test_a_step_of_two_launches_is_right(
+    form: str, splits: int, top: int | None, device: str, dtype: torch.dtype
+) -> None:
+    given = rounded(drawn(**FUSED[form], top=top), dtype)
+    exact, found = (
+        functools.partial(outputs, one, given) for one in (landmark_attention_reference, landmark_attention)
+    )
+    assert_held(
+        exact(torch.float64, "cpu"), lambda: found(dtype, device), dtype, device, splits=splits, fused=True
+    )
 
 
 @pytest.mark.gpu
@@ -198,12 +235,12 @@ def test_large_logits_leave_everything_finite(T: int, device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("T", [1, 12])
+@pytest.mark.parametrize(("T", "fused"), [(1, False), (1, True), (12, False)])
 def test_two_runs_are_equal_to_the_bit_whatever_is_in_fresh_memory(
-    T: int, device: str, monkeypatch: pytest.MonkeyPatch
+    T: int, fused: bool, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = drawn(T=T, S=30, top=1)
-    with tuning(splits=2):
+    with tuning(splits=2, fused=fused):
         before = results(landmark_attention, given, torch.float32, device)
 
     def poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -216,7 +253,7 @@ def test_two_runs_are_equal_to_the_bit_whatever_is_in_fresh_memory(
     for name in ("empty", "empty_like"):
         monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
     assert torch.empty(3).isnan().all()
-    with tuning(splits=2):
+    with tuning(splits=2, fused=fused):
         after = results(landmark_attention, given, torch.float32, device)
     assert all(torch.equal(before[name], after[name]) for name in before)
 
