@@ -210,7 +210,7 @@ def _landmark_attention_read_kernel(
     held = own
     if SELECT:
         logits = tl.load(logits_ptr + index, mask=index < C, other=float("-inf"))
-        chosen, rank = best_of(logits, top)
+        chosen, rank = best_of(logits, top, NEAR=True)
         rank = tl.where(chosen, rank - 1, -1)
         held = tl.sum(chosen.to(tl.int32), axis=0)
         count = tl.minimum(own, top)
