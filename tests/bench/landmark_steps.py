@@ -25,9 +25,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from heddle.compose.cache import Call as LayerCall
 from heddle.compose.host_cache import HostKVLayer
+from heddle.compose.mixers.landmark import LandmarkModule
 from heddle.compose.modules.host_blocks import attend_fetched
 from heddle.compose.modules.selection import Places
+from heddle.compose.modules.site import Site
 from heddle.kernels import force_path
 from heddle.kernels._landmark_attention_launch import Call
 from heddle.kernels.accuracy import EPSILON, worst_error
@@ -56,6 +59,8 @@ OTHERS: tuple[tuple[dict[str, int], torch.dtype], ...] = (
 )  # fmt: skip
 # Caches that a step goes through in turn, where one would stay in L2.
 CACHES = 4
+# Features of the layer around the op.
+WIDTH = 1024
 # Milliseconds of a graph.
 REPEAT = 40
 Given = dict[str, Any]
@@ -341,6 +346,7 @@ def decode(report: Report, late: Callable[[], bool]) -> None:
         right = held(report, caches[0], forms_of(shape["B"]))
         times_of(report, shape, caches, right)
         del caches
+        layer(report, shape)
         torch.cuda.empty_cache()
     shape = dict(landmark_attention.cases.decode_shapes[0])
     for change, dtype in OTHERS:
@@ -365,6 +371,34 @@ def fetched(report: Report, shape: dict[str, int], given: Given) -> None:
     is_right(report, "from host memory", fetch().transpose(1, 2), exact_and_bound(report, given))
     ms = report.row("blocks in host memory, eager", "decode", shape, fetch)
     report.table.append(f"decode B={shape['B']:3} 128 K, blocks in host memory, eager: {ms * 1e3:.0f} us")
+
+
+def layer(report: Report, shape: dict[str, int]) -> None:
+    """A step of the mixer around the op, of a small width, so that its weights are little of what is read; one cache, some in L2."""
+    H, N, d = shape["H"], shape["N"], shape["K"]
+    sizes: dict[str, Any] = {
+        "heads": H,
+        "kv_heads": N,
+        "head_dim": d,
+        "block": shape["block"],
+        "top": shape["top"],
+    }
+    rope = {"fraction": 1.0, "theta": 1e4}
+    mixer = LandmarkModule(Site(WIDTH, 0, 1), rope=rope, qk_norm=True, **sizes).eval()
+    mixer = mixer.to(report.device, HALF)
+    x = torch.randn(shape["B"], 1, WIDTH, device=report.device, dtype=HALF)
+    cache = mixer.filled_cache(shape["B"], shape["S"] - 1, x)
+    positions = torch.full((shape["B"], 1), shape["S"] - 1, device=report.device)
+    for name, form in FORMS.items():
+
+        def run(form: dict[str, Any] = form) -> Tensor:
+            with tuning(**form), force_path("triton"), torch.no_grad():
+                return mixer(x, LayerCall(positions, cache=cache))  # type: ignore[no-any-return]
+
+        ms = report.row(f"layer, {name}", "decode_graph", shape, run)
+        report.table.append(
+            f"decode B={shape['B']:3} 128 K: layer of width {WIDTH}, {name}: {ms * 1e3:.1f} us"
+        )
 
 
 def tiny(report: Report) -> None:
