@@ -17,6 +17,7 @@ from heddle.kernels._landmark_attention_bwd import (
 )
 from heddle.kernels._landmark_attention_fwd import _landmark_attention_fwd_kernel
 from heddle.kernels._landmark_attention_step import (
+    _landmark_attention_list_kernel,
     _landmark_attention_merge_kernel,
     _landmark_attention_read_kernel,
     _landmark_attention_score_kernel,
@@ -50,7 +51,7 @@ def _device(device: torch.device) -> tuple[Family, int]:
 def plan(device: torch.device, element: int, size: int) -> Plan:
     """The launches for tensors on `device`, elements of so many bytes and the larger head size; overrides come first."""
     table = _device(device)[0].plan(element, block(size))
-    names = ("forward", "queries", "keys", "score", "step", "read", "fused", "ahead")
+    names = ("forward", "queries", "keys", "score", "step", "read", "fused", "listed", "ahead")
     return replace(table, **{name: tuned(name, getattr(table, name)) for name in names})
 
 
@@ -198,14 +199,31 @@ class Call:
         )
         arrived = torch.empty(rows, dtype=torch.int32, device=out.device)
         logits = self.logits(0, self.T, arrived)
-        early = {"launch_pdl": True} if self.is_ahead else {}
+        is_listed = self.top is not None and self.plan.listed
         _landmark_attention_read_kernel[(rows, splits)](
-            self.q, self.k, self.v, out, lse, sums, most, arrived, logits, self.start, seen,
+            self.q, self.k, self.v, out, lse, sums, most, arrived,
+            logits, self._listed(logits) if is_listed else arrived, self.start, seen,
             *strides(self.q, self.k, self.v),
             self.T, self.S, self.C, self.N, splits, 0 if self.top is None else self.top, stride, self.scale,
-            **{**constants, "ROWS": ROWS}, WIDTH=1 if self.top is None else triton.next_power_of_2(self.C),
-            SPLITS=triton.next_power_of_2(splits), AHEAD=self.is_ahead, **launch.options(), **early,
+            **{**constants, "ROWS": ROWS}, LISTED=is_listed,
+            WIDTH=1 if self.top is None or is_listed else triton.next_power_of_2(self.C),
+            SPLITS=triton.next_power_of_2(splits), AHEAD=self.is_ahead, **launch.options(), **self._early(),
         )  # fmt: skip
+
+    def _listed(self, logits: Tensor) -> Tensor:
+        """The blocks that each query of a step reads, -1 behind the last.  Shapes:  out: [B H T, top] int32"""
+        assert self.top is not None
+        width = max(triton.next_power_of_2(self.top), triton.next_power_of_2(self.C))
+        found = torch.empty(logits.numel() // self.C, self.top, dtype=torch.int32, device=logits.device)
+        _landmark_attention_list_kernel[(len(found),)](
+            logits, found, self.C, self.top, WIDTH=width, AHEAD=self.is_ahead,
+            num_warps=tuned("listing_warps", min(16, max(1, width // 128))), **self._early(),
+        )  # fmt: skip
+        return found
+
+    def _early(self) -> dict[str, bool]:
+        """What a launch is told that may begin before the one before has ended."""
+        return {"launch_pdl": True} if self.is_ahead else {}
 
     @property
     def is_ahead(self) -> bool:

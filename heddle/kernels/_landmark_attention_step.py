@@ -8,7 +8,8 @@ third merges the parts:  o = Σ_p 2^(m_p - m) a_p / Σ_p 2^(m_p - m) L_p.
 
 Fused, a step is two launches: the last of a query's programs to end merges what the others left. Keys and values of later blocks
 are on their way into shared memory while one is worked on, and the products are the tensor cores', with the query as one of
-ROWS rows; registers alone let a program have a few rows of a block on their way at a time.
+ROWS rows; registers alone let a program have a few rows of a block on their way at a time. With a list, a launch between the two
+chooses once for each query.
 
 Bytes of a step for a row and head: (top + 1) `block` keys, (K + V) elements each, and for a row and key head C landmarks of K.
 FLOP: 2 (K + V) for a key that is read.
@@ -83,6 +84,21 @@ def _landmark_attention_select_kernel(logits_ptr, bits_ptr, C, words, top, WIDTH
     bits = tl.reshape(chosen.to(tl.int32) << (c % 32), [WIDTH // 32, 32])
     word = tl.arange(0, WIDTH // 32)
     tl.store(bits_ptr + row * words + word, tl.sum(bits, axis=1), mask=word < words)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def _landmark_attention_list_kernel(logits_ptr, listed_ptr, C, top, WIDTH: tl.constexpr, AHEAD: tl.constexpr):
+    """The best landmarks of one query in order, -1 behind them.  Shapes:  logits: [rows, C];  listed: [rows, top] int32"""
+    row = tl.program_id(0).to(tl.int64)
+    c = tl.arange(0, WIDTH)
+    if AHEAD:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    logits = tl.load(logits_ptr + row * C + c, mask=c < C, other=float("-inf"))
+    chosen, rank = best_of(logits, top, NEAR=True)
+    listed_ptr += row * top
+    tl.store(listed_ptr + rank - 1, c, mask=chosen)
+    tl.store(listed_ptr + c, c * 0 - 1, mask=(c >= tl.sum(chosen.to(tl.int32), axis=0)) & (c < top))
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -173,18 +189,19 @@ def _landmark_attention_step_kernel(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _landmark_attention_read_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, sums_ptr, most_ptr, arrived_ptr, logits_ptr, start_ptr, seen_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, sums_ptr, most_ptr, arrived_ptr, logits_ptr, listed_ptr, start_ptr, seen_ptr,
     stride_qb, stride_qh, stride_qt,
     stride_kb, stride_kh, stride_kt,
     stride_vb, stride_vh, stride_vt,
     T, S, C, N, splits, top, stride_sb, scale,
     K: tl.constexpr, V: tl.constexpr, ROWS_K: tl.constexpr, ROWS_V: tl.constexpr, ROWS: tl.constexpr,
     GROUP: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr,
-    SELECT: tl.constexpr, SEEN: tl.constexpr, SPLITS: tl.constexpr, AHEAD: tl.constexpr, PRECISION: tl.constexpr,
+    SELECT: tl.constexpr, LISTED: tl.constexpr, SEEN: tl.constexpr, SPLITS: tl.constexpr, AHEAD: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What `_landmark_attention_step_kernel` and the merge do, with the query as the first of ROWS rows.
 
-    Shapes:  those of that kernel;  arrived: [B H T], how many parts of a query are there
+    Shapes:  those of that kernel;  arrived: [B H T], how many parts of a query are there;  listed: [B H T, top], with LISTED
     """
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
@@ -209,11 +226,12 @@ def _landmark_attention_read_kernel(
     count = own
     held = own
     if SELECT:
+        count = tl.minimum(own, top)
+    if SELECT and not LISTED:
         logits = tl.load(logits_ptr + index, mask=index < C, other=float("-inf"))
         chosen, rank = best_of(logits, top, NEAR=True)
         rank = tl.where(chosen, rank - 1, -1)
         held = tl.sum(chosen.to(tl.int32), axis=0)
-        count = tl.minimum(own, top)
     share = tl.cdiv(count + 1, splits)
     first = split * share
     last = tl.minimum(first + share, count + 1)
@@ -224,7 +242,12 @@ def _landmark_attention_read_kernel(
     for r in range(first, last):
         is_own = r == count
         c = r
-        if SELECT:
+        kept = r < held
+        if LISTED:
+            c = tl.load(listed_ptr + row * top + r, mask=r < count, other=0)
+            kept = c >= 0
+            c = tl.maximum(c, 0)
+        elif SELECT:
             c = tl.sum(tl.where(rank == r, index, 0), axis=0)
         c = tl.where(is_own, own, c)
         inside, key, seen = keys_of_block(seen_ptr, c, S, BLOCK, KEYS, SEEN)
@@ -236,7 +259,7 @@ def _landmark_attention_read_kernel(
         distance = place - key
         s = tl.where(((distance >= 0) & (seen | (distance == 0)))[None, :], s, float("-inf"))
         weight, inverse, lse = softmax_of_block(s, 1)
-        gate = gate_of(mark, lse, is_own, r < held)
+        gate = gate_of(mark, lse, is_own, kept)
         higher = tl.maximum(most, gate)
         base = tl.where(higher == float("-inf"), 0.0, higher)
         faded, part = tl.exp2(most - base), tl.exp2(gate - base)

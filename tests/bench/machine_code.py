@@ -182,7 +182,7 @@ FLOATS = (
 DOUBLES = ("sums_ptr",)
 INTEGERS = (
     "table_ptr", "offsets_ptr", "cu_seqlens_ptr", "start_ptr", "entries_ptr", "before_ptr", "begins_ptr", "bits_ptr",
-    "lines_ptr", "order_ptr", "queries_ptr", "first_ptr", "from_ptr", "to_ptr", "arrived_ptr",
+    "lines_ptr", "order_ptr", "queries_ptr", "first_ptr", "from_ptr", "to_ptr", "arrived_ptr", "listed_ptr",
 )  # fmt: skip
 # Where a name stands for something else than in the other ops.
 BLOCK_TYPES = {
@@ -401,6 +401,7 @@ def _landmark_constants(case: Case, launch: Launch) -> dict[str, Any]:
         "QUERIES": launch.chunk // heads, "HEADS": heads, "GROUP": heads, "BLOCK": keys, "KEYS": BLOCK_KEYS,
         "COLUMNS": launch.columns, "WIDTH": LANDMARKS, "SELECT": case.many or case.kernel in ("step", "read"),
         "SEEN": case.many, "SPLIT": True, "SPLITS": 16, "BIAS": case.many, "PRECISION": "tf32x3", "FUSED": True, "AHEAD": False,
+        "LISTED": False,
     }  # fmt: skip
     if case.kernel == "read":
         constants["ROWS"] = ROWS

@@ -154,17 +154,17 @@ FUSED = {
 @over_settings
 @pytest.mark.parametrize("top", [None, 2])
 @pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("listed", [False, True], ids=["chosen", "listed"])
 @pytest.mark.parametrize("form", FUSED)
-def test_a_step_of_two_launches_is_right(
-    form: str, splits: int, top: int | None, device: str, dtype: torch.dtype
+def test_a_step_that_merges_as_it_reads_is_right(
+    form: str, listed: bool, splits: int, top: int | None, device: str, dtype: torch.dtype
 ) -> None:
     given = rounded(drawn(**FUSED[form], top=top), dtype)
     exact, found = (
         functools.partial(outputs, one, given) for one in (landmark_attention_reference, landmark_attention)
     )
-    assert_held(
-        exact(torch.float64, "cpu"), lambda: found(dtype, device), dtype, device, splits=splits, fused=True
-    )
+    overrides = {"splits": splits, "fused": True, "listed": listed}
+    assert_held(exact(torch.float64, "cpu"), lambda: found(dtype, device), dtype, device, **overrides)
 
 
 @pytest.mark.gpu

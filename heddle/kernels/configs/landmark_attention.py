@@ -15,8 +15,8 @@ _READ = Launch(chunk=1, columns=1, warps=4, stages=3)
 class Plan:
     """The launches of one call. `chunk`: queries of a tile, times the heads of a group in `score`;  `columns`: landmarks that
     `score` treats at a time. The others take a block as a whole, and `step` one query.  `products`: how `keys` multiplies float32
-    `fused`: whether a step is two launches, `score` and `read`, in place of `score`, `step` and a merge;  `ahead`: whether the
-    second of them is begun before the first has ended
+    `fused`: whether a step is two launches, `score` and `read`, in place of `score`, `step` and a merge;  `listed`: whether one
+    between them chooses;  `ahead`: whether each of them is begun before the one before has ended
     """
 
     forward: Launch
@@ -27,6 +27,7 @@ class Plan:
     products: str = "tf32x3"
     read: Launch = _READ
     fused: bool = False
+    listed: bool = False
     ahead: bool = False
 
 
