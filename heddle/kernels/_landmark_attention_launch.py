@@ -82,9 +82,12 @@ class Call:
         self.top = None if self.top is None or self.top >= self.C - 1 else self.top
         self.seen, self.biased = _seen(*limits), limits[1] is not None
         self.plan = plan(self.q.device, self.q.element_size(), max(self.K, self.V))
-        self.is_fused = self.plan.fused and self.T <= STEP_QUERIES
-        # A step's kernels take places as they are: to turn them is one more launch.
-        self.start = start.contiguous() if self.is_fused else start.to(torch.int32)
+        self.first = start.contiguous()
+
+    @functools.cached_property
+    def start(self) -> Tensor:
+        """The places as most kernels take them; those of a fused step take them as they are, which is a launch less."""
+        return self.first.to(torch.int32)
 
     def constants(self, launch: Launch) -> dict[str, Any]:
         """What kernels that walk over blocks are compiled for."""
@@ -123,11 +126,11 @@ class Call:
         queries = max(1, min(launch.chunk // heads, triton.next_power_of_2(length)))
         tiles = triton.cdiv(length, queries)
         columns = min(launch.columns, block(self.C))
+        begin = self.first if arrived is not None else self.start + first if first else self.start
         found = torch.empty(self.B, self.H, length, self.C, dtype=torch.float32, device=q.device)
         held, stride = self.blocks_seen()
         _landmark_attention_score_kernel[(self.B * self.N * tiles, triton.cdiv(self.C, columns))](
-            q, self.marks, found, self.start + first if first else self.start, held,
-            self.start if arrived is None else arrived, *strides(q, self.marks),
+            q, self.marks, found, begin, held, begin if arrived is None else arrived, *strides(q, self.marks),
             length, self.C, self.N, tiles, stride, self.scale,
             K=self.K, ROWS_K=block(self.K), ROWS=block(queries * heads), QUERIES=queries, HEADS=heads,
             GROUP=self.group, BLOCK=self.block, COLUMNS=columns, SEEN=self.seen is not None,
@@ -157,7 +160,7 @@ class Call:
         out = torch.empty(*self.q.shape[:3], self.V, dtype=self.v.dtype, device=self.q.device)
         lse = torch.empty(self.q.shape[:3], dtype=torch.float32, device=self.q.device)
         if self.T <= STEP_QUERIES:
-            (self._fused_step if self.is_fused else self._step)(out, lse)
+            (self._fused_step if self.plan.fused else self._step)(out, lse)
             return out, lse
         constants, (seen, stride) = self.constants(self.plan.forward), self.keys_seen()
         tiles = triton.cdiv(self.T, constants["ROWS"])
@@ -202,7 +205,7 @@ class Call:
         is_listed = self.top is not None and self.plan.listed
         _landmark_attention_read_kernel[(rows, splits)](
             self.q, self.k, self.v, out, lse, sums, most, arrived,
-            logits, self._listed(logits) if is_listed else arrived, self.start, seen,
+            logits, self._listed(logits) if is_listed else arrived, self.first, seen,
             *strides(self.q, self.k, self.v),
             self.T, self.S, self.C, self.N, splits, 0 if self.top is None else self.top, stride, self.scale,
             **{**constants, "ROWS": ROWS}, LISTED=is_listed,

@@ -153,11 +153,10 @@ FUSED = {
 
 @over_settings
 @pytest.mark.parametrize("top", [None, 2])
-@pytest.mark.parametrize("splits", [1, 3])
-@pytest.mark.parametrize("listed", [False, True], ids=["chosen", "listed"])
+@pytest.mark.parametrize(("splits", "listed"), [(1, False), (3, False), (3, True)])
 @pytest.mark.parametrize("form", FUSED)
 def test_a_step_that_merges_as_it_reads_is_right(
-    form: str, listed: bool, splits: int, top: int | None, device: str, dtype: torch.dtype
+    form: str, splits: int, listed: bool, top: int | None, device: str, dtype: torch.dtype
 ) -> None:
     given = rounded(drawn(**FUSED[form], top=top), dtype)
     exact, found = (
@@ -206,8 +205,15 @@ def test_landmarks_that_weigh_their_blocks_make_softmax_attention() -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("T", [1, 11])
-def test_weights_sum_to_one_and_of_equal_landmarks_the_earlier_is_read(T: int, device: str) -> None:
+@pytest.mark.parametrize(("T", "listed"), [(1, None), (1, False), (1, True), (11, None)])
+def test_weights_sum_to_one_and_of_equal_landmarks_the_earlier_is_read(
+    T: int, listed: bool | None, device: str
+) -> None:
+    with tuning(**({} if listed is None else {"fused": True, "listed": listed})):
+        assert_sums_and_ties(T, device)
+
+
+def assert_sums_and_ties(T: int, device: str) -> None:
     bound = EPSILON[torch.float32]
     given = {name: x for name, x in drawn(T=T, S=32, limited=False).items() if name != "top"}
     given = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in given.items()}
