@@ -17,20 +17,24 @@ from heddle.kernels._landmark_attention_bwd import (
 )
 from heddle.kernels._landmark_attention_fwd import _landmark_attention_fwd_kernel
 from heddle.kernels._landmark_attention_step import (
+    _landmark_attention_list_kernel,
     _landmark_attention_merge_kernel,
+    _landmark_attention_read_kernel,
     _landmark_attention_score_kernel,
     _landmark_attention_select_kernel,
     _landmark_attention_step_kernel,
 )
 from heddle.kernels.common.layout import aligned, block, room, strides
 from heddle.kernels.common.tuning import tuned
-from heddle.kernels.configs.landmark_attention import INTERPRETER, Family, Plan, family
+from heddle.kernels.configs.landmark_attention import INTERPRETER, Family, Plan, Spread, family
 from heddle.kernels.configs.launch import Launch
 
 # Into how many parts the blocks of a step's query are split at most.
 MOST_SPLITS = 64
 # So many queries are a step: each reads its blocks by itself.
 STEP_QUERIES = 8
+# The least rows of a product, of which a step's query is one.
+ROWS = 16
 # Logits of landmarks that stand in memory at once where many queries choose.
 MOST_LOGITS = 1 << 24
 
@@ -47,7 +51,7 @@ def _device(device: torch.device) -> tuple[Family, int]:
 def plan(device: torch.device, element: int, size: int) -> Plan:
     """The launches for tensors on `device`, elements of so many bytes and the larger head size; overrides come first."""
     table = _device(device)[0].plan(element, block(size))
-    names = ("forward", "queries", "keys", "score", "step")
+    names = ("forward", "queries", "keys", "score", "step", "read", "fused", "listed", "ahead")
     return replace(table, **{name: tuned(name, getattr(table, name)) for name in names})
 
 
@@ -71,7 +75,6 @@ class Call:
         numbers: tuple[float, int, int | None],
     ) -> None:
         self.q, self.k, self.v, self.marks = (aligned(side) for side in sides)
-        self.start = start.to(torch.int32)
         self.scale, self.block, self.top = numbers
         (self.B, self.H, self.T, self.K), (self.N, self.S) = self.q.shape, self.k.shape[1:3]
         self.V, self.C, self.group = self.v.shape[3], self.marks.shape[2], self.H // self.N
@@ -79,6 +82,12 @@ class Call:
         self.top = None if self.top is None or self.top >= self.C - 1 else self.top
         self.seen, self.biased = _seen(*limits), limits[1] is not None
         self.plan = plan(self.q.device, self.q.element_size(), max(self.K, self.V))
+        self.first = start.contiguous()
+
+    @functools.cached_property
+    def start(self) -> Tensor:
+        """The places as most kernels take them; those of a fused step take them as they are, which is a launch less."""
+        return self.first.to(torch.int32)
 
     def constants(self, launch: Launch) -> dict[str, Any]:
         """What kernels that walk over blocks are compiled for."""
@@ -107,24 +116,26 @@ class Call:
         held = pad(self.seen, (0, tail)).view(-1, self.C, self.block).amax(-1).contiguous()
         return held, self.C if held.shape[0] > 1 else 0
 
-    def logits(self, first: int, last: int) -> Tensor:
+    def logits(self, first: int, last: int, arrived: Tensor | None = None) -> Tensor:
         """Logits of all landmarks to base 2, -inf but for earlier blocks, for the queries from `first` to before `last`.
 
-        Shapes:  out: [B, H, last - first, C] float32
+        Shapes:  out: [B, H, last - first, C] float32;  arrived, if given: as large as B H (last - first), set to 0
         """
         q, length, heads = self.q[:, :, first:last], last - first, triton.next_power_of_2(self.group)
         launch = self.plan.score
         queries = max(1, min(launch.chunk // heads, triton.next_power_of_2(length)))
         tiles = triton.cdiv(length, queries)
         columns = min(launch.columns, block(self.C))
+        begin = self.first if arrived is not None else self.start + first if first else self.start
         found = torch.empty(self.B, self.H, length, self.C, dtype=torch.float32, device=q.device)
         held, stride = self.blocks_seen()
         _landmark_attention_score_kernel[(self.B * self.N * tiles, triton.cdiv(self.C, columns))](
-            q, self.marks, found, self.start + first if first else self.start, held, *strides(q, self.marks),
+            q, self.marks, found, begin, held, begin if arrived is None else arrived, *strides(q, self.marks),
             length, self.C, self.N, tiles, stride, self.scale,
             K=self.K, ROWS_K=block(self.K), ROWS=block(queries * heads), QUERIES=queries, HEADS=heads,
             GROUP=self.group, BLOCK=self.block, COLUMNS=columns, SEEN=self.seen is not None,
-            PRECISION=self.precision, **launch.options(),
+            PRECISION=self.precision, FUSED=arrived is not None, AHEAD=arrived is not None and self.is_ahead,
+            **launch.options(),
         )  # fmt: skip
         return found
 
@@ -149,7 +160,7 @@ class Call:
         out = torch.empty(*self.q.shape[:3], self.V, dtype=self.v.dtype, device=self.q.device)
         lse = torch.empty(self.q.shape[:3], dtype=torch.float32, device=self.q.device)
         if self.T <= STEP_QUERIES:
-            self._step(out, lse)
+            (self._fused_step if self.plan.fused else self._step)(out, lse)
             return out, lse
         constants, (seen, stride) = self.constants(self.plan.forward), self.keys_seen()
         tiles = triton.cdiv(self.T, constants["ROWS"])
@@ -162,7 +173,8 @@ class Call:
         return out, lse
 
     def _step(self, out: Tensor, lse: Tensor) -> None:
-        rows, splits, launch = self.B * self.H * self.T, self._splits(), self.plan.step
+        rows, launch = self.B * self.H * self.T, self.plan.step
+        splits = self._splits(_device(out.device)[0].spread)
         (seen, stride), constants = self.keys_seen(), self.constants(launch)
         shapes = ((splits, rows, self.V), (2, splits, rows)) if splits > 1 else ((0,), (0,))
         sums, most = (torch.empty(shape, dtype=torch.float32, device=out.device) for shape in shapes)
@@ -180,12 +192,52 @@ class Call:
                 V=self.V, ROWS_V=block(self.V), SPLITS=triton.next_power_of_2(splits), num_warps=4,
             )  # fmt: skip
 
-    def _splits(self) -> int:
+    def _fused_step(self, out: Tensor, lse: Tensor) -> None:
+        rows, launch = self.B * self.H * self.T, self.plan.read
+        splits = self._splits(_device(out.device)[0].fused_spread)
+        (seen, stride), constants = self.keys_seen(), self.constants(launch)
+        sums, most = (
+            torch.empty(shape, dtype=torch.float32, device=out.device)
+            for shape in ((splits, rows, self.V), (2, splits, rows))
+        )
+        arrived = torch.empty(rows, dtype=torch.int32, device=out.device)
+        logits = self.logits(0, self.T, arrived)
+        is_listed = self.top is not None and self.plan.listed
+        _landmark_attention_read_kernel[(rows, splits)](
+            self.q, self.k, self.v, out, lse, sums, most, arrived,
+            logits, self._listed(logits) if is_listed else arrived, self.first, seen,
+            *strides(self.q, self.k, self.v),
+            self.T, self.S, self.C, self.N, splits, 0 if self.top is None else self.top, stride, self.scale,
+            **{**constants, "ROWS": ROWS}, LISTED=is_listed,
+            WIDTH=1 if self.top is None or is_listed else triton.next_power_of_2(self.C),
+            SPLITS=triton.next_power_of_2(splits), AHEAD=self.is_ahead, **launch.options(), **self._early(),
+        )  # fmt: skip
+
+    def _listed(self, logits: Tensor) -> Tensor:
+        """The blocks that each query of a step reads, -1 behind the last.  Shapes:  out: [B H T, top] int32"""
+        assert self.top is not None
+        width = max(triton.next_power_of_2(self.top), triton.next_power_of_2(self.C))
+        found = torch.empty(logits.numel() // self.C, self.top, dtype=torch.int32, device=logits.device)
+        _landmark_attention_list_kernel[(len(found),)](
+            logits, found, self.C, self.top, WIDTH=width, AHEAD=self.is_ahead,
+            num_warps=tuned("listing_warps", min(16, max(1, width // 128))), **self._early(),
+        )  # fmt: skip
+        return found
+
+    def _early(self) -> dict[str, bool]:
+        """What a launch is told that may begin before the one before has ended."""
+        return {"launch_pdl": True} if self.is_ahead else {}
+
+    @property
+    def is_ahead(self) -> bool:
+        """Whether the second launch of a step begins before the first has ended, which is Hopper's."""
+        return self.plan.ahead and self.q.device.type == "cuda"
+
+    def _splits(self, spread: Spread) -> int:
         """Into how many parts the blocks of a step's query are split: enough to fill the device, and none with too many."""
-        table, processors = _device(self.q.device)
         most = self.C if self.top is None else self.top + 1
-        wanted = max(1, table.places * processors // (self.B * self.H * self.T))
-        share = min(table.share, -(-most // wanted))
+        wanted = max(1, spread.places * _device(self.q.device)[1] // (self.B * self.H * self.T))
+        share = min(spread.share, -(-most // wanted))
         return min(tuned("splits", -(-most // share)), MOST_SPLITS)
 
     def backward(

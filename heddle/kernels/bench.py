@@ -173,13 +173,13 @@ def milliseconds(op: Op[..., Any], sample: Sample, phase: Phase) -> float:
     return float(timed(call, upstream.device)["ms"])
 
 
-def timed_in_graph(call: Call) -> Row:
+def timed_in_graph(call: Call, milliseconds: int = REPEAT) -> Row:
     """The same in a CUDA graph of many calls: no launches, and caches as the call before left them."""
     from triton.testing import do_bench_cudagraph
 
     # It calls on a stream of its own, which waits for no other: what still makes the inputs would be overtaken.
     torch.cuda.synchronize()
-    median, low, high = do_bench_cudagraph(call, rep=REPEAT, quantiles=[0.5, 0.1, 0.9])
+    median, low, high = do_bench_cudagraph(call, rep=milliseconds, quantiles=[0.5, 0.1, 0.9])
     return {"ms": median, "ms_p10": low, "ms_p90": high}
 
 

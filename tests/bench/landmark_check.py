@@ -1,49 +1,44 @@
 """One call on a GPU machine: landmark_attention against float64, its launches, and its times beside dense attention.
 
     python tests/bench/landmark_check.py --budget 500 --commit "$(git rev-parse --short=12 HEAD)" --out "$OUT"
+    python tests/bench/landmark_check.py --budget 75 --only decode --commit "$(git rev-parse --short=12 HEAD)" --out "$OUT"
     TRITON_INTERPRET=1 python tests/bench/landmark_check.py --tiny --out /tmp/landmark
 
 Compiles side by side first. Checks every dtype, head size and length, short ones against the reference, long ones against plain
-torch in float64, twice for equal bits and once more with NaN in fresh memory; each launch before it is timed. Then times a decode
-step at 128 K beside dense attention by each of torch's backends, in CUDA graphs over several caches so that L2 holds none, and
-the training form beside causal dense attention. The floor of a step is a copy that moves the bytes it must read, that of
-training the products alone at the rate of one large product. Writes landmark_check.log and rows to evidence-landmark.jsonl;
-the table comes last; exits with 1 if anything was wrong. `--tiny` is the first part on a CPU, and one time.
+torch in float64, twice for equal bits and once more with NaN in fresh memory; each launch before it is timed. Then holds and
+times decode steps at 128 K, as landmark_steps.py says, and times the training form beside causal dense attention. The floor of a
+step is a copy that moves the bytes it must read, that of training the products alone at the rate of one large product. Writes
+landmark_check.log and rows to evidence-landmark.jsonl; the table comes last; exits with 1 if anything was wrong. `--tiny` is what
+is held, less of it, on a CPU, and one time.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import landmark_steps
 import torch
-from gpu_check import Log
+from landmark_steps import BACKENDS, HALF, WANTED, Given, Report, decode, dense, drawn, ours, poisoned
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from heddle.kernels import force_path
 from heddle.kernels.accuracy import EPSILON, worst_error
-from heddle.kernels.bench import machine, timed, timed_in_graph
+from heddle.kernels.bench import timed
 from heddle.kernels.common.tuning import tuning
 from heddle.kernels.configs.launch import Launch
 from heddle.kernels.landmark_attention import landmark_attention, landmark_attention_reference
 
-HALF = torch.bfloat16
-WANTED = ("q", "k", "v", "landmarks")
 WORKERS = 8
-BACKENDS = {
-    name: getattr(SDPBackend, f"{name.upper()}_ATTENTION") for name in ("flash", "cudnn", "efficient")
-}
 SHORT = {"B": 2, "H": 4, "N": 2, "T": 37, "S": 50, "K": 16, "V": 24, "block": 8}
 MODEL = {"B": 1, "H": 8, "N": 2, "S": 1500, "K": 128, "V": 128, "block": 64}
 # A step as it is timed, of one key head: what is compiled for it is the same.
@@ -61,55 +56,7 @@ TRIED = {
         Launch(64, 1, 8, 2), Launch(64, 1, 4, 2), Launch(64, 1, 8, 1), Launch(64, 1, 8, 3), Launch(128, 1, 8, 2),
         Launch(32, 1, 4, 2), Launch(32, 1, 8, 3),
     ),
-    "step": (Launch(1, 1, 4, 1, 128), Launch(1, 1, 4, 1), Launch(1, 1, 8, 1), Launch(1, 1, 4, 1, 96)),
-    "score": (Launch(64, 64, 4, 1), Launch(64, 128, 4, 1), Launch(64, 32, 4, 1), Launch(64, 32, 2, 1)),
 }  # fmt: skip
-SPLITS = (1, 2, 3, 5, 7, 11, 17, 33)
-# Caches that a step goes through in turn, where one would stay in L2.
-CACHES = 4
-Given = dict[str, Any]
-
-
-class Report:
-    """Logs, and writes and keeps rows."""
-
-    def __init__(self, folder: Path, device: torch.device, commit: str | None) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.log = Log(folder / "landmark_check.log")
-        self.file, self.device = folder / "evidence-landmark.jsonl", device
-        self.header = machine(device) | ({} if commit is None else {"commit": commit})
-        self.table: list[str] = []
-
-    def row(
-        self, impl: str, phase: str, shape: dict[str, int], call: Callable[[], object], calls: int = 1
-    ) -> float:
-        """Milliseconds of one of the `calls` that `call` makes; infinity where it does not run."""
-        try:
-            call()
-            times = timed_in_graph(call) if phase == "decode_graph" else timed(call, self.device)
-        except Exception as error:
-            self.log(f"none  {impl} {phase} {shape}: {' '.join(str(error).split())[-200:]}")
-            return float("inf")
-        times = {name: value / calls for name, value in times.items()}
-        about = {
-            "op": "landmark_attention",
-            "impl": impl,
-            "phase": phase,
-            "shape": shape,
-            "dtype": "bfloat16",
-        }
-        with self.file.open("a") as file:
-            file.write(json.dumps({**self.header, **about, **times}) + "\n")
-        sizes = " ".join(f"{name}={shape[name]}" for name in ("B", "T", "S"))
-        self.log(f"{phase:12} {sizes:24} {times['ms']:9.4f} ms  {impl}")
-        return float(times["ms"])
-
-
-def drawn(shape: dict[str, int], dtype: torch.dtype, device: torch.device, seed: int = 0) -> Given:
-    """Arguments by name, rounded to `dtype`."""
-    inputs = landmark_attention.cases.inputs(shape, torch.Generator(device).manual_seed(seed))
-    given: Given = {name: x.to(dtype) if name in WANTED else x for name, x in inputs.items()}
-    return {**given, "block": shape["block"], "top": shape.get("top")}
 
 
 def results(
@@ -124,27 +71,6 @@ def results(
     found = torch.autograd.grad(out, [there[name] for name in WANTED], upstream)
     named = {"out": out.detach(), **dict(zip(WANTED, found, strict=True))}
     return {name: x.transpose(1, 2) for name, x in named.items()}
-
-
-@contextmanager
-def poisoned() -> Iterator[None]:
-    """Fresh memory is full of NaN inside."""
-    kept = {name: getattr(torch, name) for name in ("empty", "empty_like")}
-
-    def wrapped(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def made(*args: Any, **kwargs: Any) -> Tensor:
-            x = make(*args, **kwargs)
-            return x.fill_(float("nan") if x.is_floating_point() else 1 << 30)
-
-        return made
-
-    for name, make in kept.items():
-        setattr(torch, name, wrapped(make))
-    try:
-        yield
-    finally:
-        for name, make in kept.items():
-            setattr(torch, name, make)
 
 
 def judge(report: Report, what: str, given: Given, exact: dict[str, Tensor], **overrides: Any) -> bool:
@@ -221,20 +147,6 @@ def correctness(report: Report, late: Callable[[], bool], *, tiny: bool) -> None
             report.log.wrong.append(f"{what}: {' '.join(str(error).split())[-300:]}")
 
 
-def ours(**given: Any) -> Tensor:
-    with force_path("triton"):
-        return landmark_attention(**given)
-
-
-def dense(name: str, *, q: Tensor, k: Tensor, v: Tensor, together: bool = False, **_: Any) -> Tensor:
-    """Causal attention, or one query's; `together`: the heads of a group as queries of one head, so that keys are read once."""
-    with sdpa_kernel(BACKENDS[name]):
-        if together:
-            q = q.view(q.shape[0], k.shape[1], -1, q.shape[3])
-            return scaled_dot_product_attention(q, k, v)
-        return scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, enable_gqa=True)
-
-
 def expanded(name: str, *, q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
     """The same with keys and values copied for each query head, since not every backend takes groups in both directions."""
     k, v = (side.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for side in (k, v))
@@ -259,63 +171,11 @@ def phases(
     return {"fwd": forward, "fwdbwd": both}
 
 
-def each(function: Callable[..., Tensor], caches: list[Given]) -> Callable[[], object]:
-    def run() -> object:
-        with torch.no_grad():
-            return [function(**given) for given in caches]
-
-    return run
-
-
-def step_bytes(shape: dict[str, int]) -> int:
-    """What a step reads: landmarks of each key head, and for each query head `top` blocks and half of the own one."""
-    B, H, N, K, V, block = (shape[name] for name in ("B", "H", "N", "K", "V", "block"))
-    keys = shape["top"] * block + block // 2
-    return 2 * B * (N * shape["S"] // block * K + H * keys * (K + V))
-
-
-def decode(report: Report, late: Callable[[], bool]) -> None:
-    for shape in map(dict, landmark_attention.cases.decode_shapes):
-        if late():
-            report.log("decode: out of time")
-            return
-        count = CACHES if shape["B"] == 1 else 1
-        caches = [drawn(shape, HALF, report.device, seed) for seed in range(count)]
-        read = step_bytes(shape)
-        source = [torch.empty(read // 2, dtype=torch.uint8, device=report.device) for _ in range(2 * count)]
-
-        def copy(pairs: list[Tensor] = source) -> None:
-            for to, of in zip(pairs[::2], pairs[1::2], strict=True):
-                to.copy_(of)
-
-        floor = report.row("copy of the bytes", "decode_graph", shape, copy, count)
-        rivals = {
-            f"{name}{', groups together' if together else ''}": report.row(
-                f"{name}{', groups together' if together else ''}",
-                "decode_graph", shape, each(partial(dense, name, together=together), caches), count,
-            )
-            for name, together in itertools.product(BACKENDS, (False, True))
-        }  # fmt: skip
-        for splits in SPLITS:
-            with tuning(splits=splits):
-                report.row(f"heddle, splits {splits}", "decode_graph", shape, each(ours, caches), count)
-        for name, launch in ((kernel, one) for kernel in ("step", "score") for one in TRIED[kernel]):
-            with tuning(**{name: launch}):
-                report.row(f"heddle, {name} {launch}", "decode_graph", shape, each(ours, caches), count)
-        mine = report.row("heddle", "decode_graph", shape, each(ours, caches), count)
-        report.row("heddle, eager", "decode", shape, each(ours, caches), count)
-        best = min(rivals, key=rivals.__getitem__)
-        report.table.append(
-            f"decode B={shape['B']:3} 128 K: {mine * 1e3:8.1f} us, dense {rivals[best] * 1e3:8.1f} ({best}): "
-            f"{rivals[best] / mine:.2f} x (goal 8); floor {floor * 1e3:.1f} us, share {floor / mine:.2f}"
-        )
-
-
 def product_rate(report: Report) -> float:
     """FLOP a second of one large product in bfloat16."""
     size = 8192
     a, b = (torch.randn(size, size, device=report.device, dtype=HALF) for _ in range(2))
-    return 2.0 * size**3 / (timed(lambda: a @ b, report.device)["ms"] * 1e-3)
+    return 2.0 * size**3 / (float(timed(lambda: a @ b, report.device)["ms"]) * 1e-3)
 
 
 def training(report: Report, late: Callable[[], bool]) -> None:
@@ -376,26 +236,22 @@ def sweep(report: Report, late: Callable[[], bool]) -> None:
             report.log(f"none  {name} {launch}: {' '.join(str(error).split())[-200:]}")
 
 
-def warm(index: int) -> None:
+def warm(index: int, only: list[str]) -> None:
     """Compiles every `WORKERS`th thing that will run, into Triton's cache on disk."""
     device = torch.device("cuda")
-    model, step = (drawn(shape, HALF, device) for shape in ({**MODEL, "T": 1000}, STEP))
+    landmark_steps.warm(slice(index, None, WORKERS))
+    if only == ["decode"]:
+        return
+    model = drawn({**MODEL, "T": 1000}, HALF, device)
     both = partial(results, landmark_attention)
     things: list[tuple[Given, dict[str, Any]]] = [
         (given, overrides) for _, given, _, overrides in samples(device, tiny=False)
     ]
-    things += [
-        (step if name in ("step", "score") else model, {name: launch})
-        for name, launches in TRIED.items()
-        for launch in launches
-    ]
+    things += [(model, {name: launch}) for name, launches in TRIED.items() for launch in launches]
     for given, overrides in things[index::WORKERS]:
         try:
             with tuning(**overrides), force_path("triton"):
-                if given is step:
-                    landmark_attention(**given)
-                else:
-                    both(given, given["q"].dtype, device)
+                both(given, given["q"].dtype, device)
         except Exception as error:
             print(f"{overrides}: {str(error).splitlines()[0]}", flush=True)
 
@@ -411,16 +267,15 @@ def main() -> int:
     parser.add_argument("--commit", help="what the code is")
     parser.add_argument("--tiny", action="store_true", help="a few short samples on a CPU, interpreted")
     parser.add_argument("--warm", type=int, help=argparse.SUPPRESS)
-    parser.add_argument(
-        "--skip",
-        nargs="*",
-        default=[],
-        choices=["warm", "correctness", "decode", "training", "torch", "sweep"],
-    )
+    parts = ["warm", "correctness", "decode", "training", "torch", "sweep"]
+    parser.add_argument("--skip", nargs="*", default=[], choices=parts)
+    parser.add_argument("--only", nargs="*", default=[], choices=parts[1:], help="these parts, and `warm`")
     chosen = parser.parse_args()
     if chosen.warm is not None:
-        warm(chosen.warm)
+        warm(chosen.warm, chosen.only)
         return 0
+    if chosen.only:
+        chosen.skip += [part for part in parts[1:] if part not in chosen.only]
     report = Report(chosen.out, torch.device("cpu" if chosen.tiny else "cuda"), chosen.commit)
     begin, log = time.monotonic(), report.log
 
@@ -428,7 +283,8 @@ def main() -> int:
         return lambda: time.monotonic() - begin > share * chosen.budget
 
     def warm_up() -> None:
-        command = [sys.executable, __file__, "--warm"]
+        only = ["--only", *chosen.only] if chosen.only else []
+        command = [sys.executable, __file__, *only, "--warm"]
         for process in [subprocess.Popen([*command, str(index)]) for index in range(WORKERS)]:
             process.wait()
 
@@ -439,13 +295,17 @@ def main() -> int:
     steps: dict[str, Callable[[], None]] = {
         "warm": warm_up,
         "correctness": lambda: correctness(report, late(0.5), tiny=chosen.tiny),
-        "decode": lambda: decode(report, late(0.7)),
+        "decode": lambda: decode(report, late(1.0 if chosen.only else 0.7)),
         "training": lambda: training(report, late(0.8)),
         "torch": lambda: beside_torch(report),
         "sweep": lambda: sweep(report, late(1.0)),
     }
     if chosen.tiny:
-        steps = {"correctness": steps["correctness"], "training": one_time}
+        steps = {
+            "correctness": steps["correctness"],
+            "decode": lambda: landmark_steps.tiny(report),
+            "training": one_time,
+        }
     for name, run in steps.items():
         if name not in chosen.skip:
             run()

@@ -64,6 +64,7 @@ from heddle.kernels import (
 from heddle.kernels._block_attention_launch import queries_of
 from heddle.kernels._block_attention_lists import MOST_QUERIES
 from heddle.kernels._gla_launch import KEY_TILE
+from heddle.kernels._landmark_attention_launch import ROWS
 from heddle.kernels._ttt_launch import ROW_TILE
 from heddle.kernels.common.layout import ALIGNMENT, LEAST_HEAD, block
 from heddle.kernels.configs import (
@@ -134,6 +135,7 @@ KERNELS = {
     ("landmark_attention", "keys"): _landmark_attention_bwd._landmark_attention_bwd_key_kernel,
     ("landmark_attention", "score"): _landmark_attention_step._landmark_attention_score_kernel,
     ("landmark_attention", "step"): _landmark_attention_step._landmark_attention_step_kernel,
+    ("landmark_attention", "read"): _landmark_attention_step._landmark_attention_read_kernel,
     ("head_sparse_attention", "forward"): _head_sparse_attention_fwd._head_sparse_attention_fwd_kernel,
     ("head_sparse_attention", "step"): _head_sparse_attention_fwd._head_sparse_attention_fwd_kernel,
     ("head_sparse_attention", "queries"): _head_sparse_attention_bwd._head_sparse_attention_bwd_query_kernel,
@@ -186,7 +188,7 @@ FLOATS = (
 DOUBLES = ("sums_ptr",)
 INTEGERS = (
     "table_ptr", "offsets_ptr", "cu_seqlens_ptr", "start_ptr", "entries_ptr", "before_ptr", "begins_ptr", "bits_ptr",
-    "lines_ptr", "order_ptr", "queries_ptr", "first_ptr", "from_ptr", "to_ptr",
+    "lines_ptr", "order_ptr", "queries_ptr", "first_ptr", "from_ptr", "to_ptr", "arrived_ptr", "listed_ptr",
 )  # fmt: skip
 # Where a name stands for something else than in the other ops.
 BLOCK_TYPES = {
@@ -421,9 +423,12 @@ def _landmark_constants(case: Case, launch: Launch) -> dict[str, Any]:
     constants = {
         "K": case.K, "V": case.V, "ROWS_K": block(case.K), "ROWS_V": block(case.V), "ROWS": launch.chunk,
         "QUERIES": launch.chunk // heads, "HEADS": heads, "GROUP": heads, "BLOCK": keys, "KEYS": BLOCK_KEYS,
-        "COLUMNS": launch.columns, "WIDTH": LANDMARKS, "SELECT": case.many or case.kernel == "step", "SEEN": case.many,
-        "SPLIT": True, "BIAS": case.many, "PRECISION": "tf32x3",
+        "COLUMNS": launch.columns, "WIDTH": LANDMARKS, "SELECT": case.many or case.kernel in ("step", "read"),
+        "SEEN": case.many, "SPLIT": True, "SPLITS": 16, "BIAS": case.many, "PRECISION": "tf32x3", "FUSED": True, "AHEAD": False,
+        "LISTED": False,
     }  # fmt: skip
+    if case.kernel == "read":
+        constants["ROWS"] = ROWS
     if case.kernel == "keys":
         constants["PRECISION"] = landmark_attention.HOPPER.plan(ELEMENTS[case.dtype], _largest(case)).products
     names = KERNELS[case.op, case.kernel].arg_names

@@ -38,10 +38,12 @@ OTHERS = {
     # Ragged heads and groups in half precision, marks, a dense list, both ways of scoring; tiles of many queries.
     "test_block_choice": "reference and (odd and float16 or (marked or dense) and float32) or equal_blocks "
     "or many_queries and (long and float32 or odd and float16)",
-    # A choice in both directions with all limits, ragged heads and blocks in half precision, a step in three parts; what only
-    # kernels have: a choice part by part, and how often a gradient is rounded.
+    # A choice in both directions with all limits, ragged heads and blocks in half precision, a step in three parts, merged as it
+    # is read, by a list, of equal landmarks; what only kernels have: a choice part by part, and how often a gradient is rounded.
     "test_landmark_attention": "results and reference and 1-cpu and float32 or odd and group and float16 "
-    "or split and 3-2-cpu and float32 or 1-cpu and fresh or part_by_part or rounded_once",
+    "or split and 3-2-cpu and float32 or fresh and 1-True or part_by_part or rounded_once "
+    "or merges and 2-cpu and (limited-3-False and float32 or ragged-3-True and float16 or group-1 and float32) "
+    "or equal and True-cpu",
     # Each option once in full precision, one form in half, tiles, and a mixer's decode steps.
     "test_gated_delta_layer": "odd and float32 or plain and float16 or tiles or window_moves or mixer and float32",
     # Ragged heads in half precision, packed sequences by descriptors in two loops, keys of a step in three parts, lists, a mixer.

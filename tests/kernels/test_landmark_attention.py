@@ -6,6 +6,7 @@ the real ones.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -83,6 +84,19 @@ def results(
     return {name: x.transpose(1, 2) if x.dim() == 4 else x for name, x in named.items()}
 
 
+def outputs(
+    function: Callable[..., Tensor], given: Given, dtype: torch.dtype, device: str
+) -> dict[str, Tensor]:
+    """Output alone, with heads behind time."""
+    there = {
+        name: x.to(device=device, dtype=dtype if x.is_floating_point() else None)
+        if isinstance(x, Tensor)
+        else x
+        for name, x in given.items()
+    }
+    return {"out": function(**there).transpose(1, 2)}
+
+
 def rounded(given: Given, dtype: torch.dtype) -> Given:
     return {
         name: x.to(dtype).double() if isinstance(x, Tensor) and x.is_floating_point() else x
@@ -130,13 +144,38 @@ def test_a_decode_step_is_right_however_its_blocks_are_split(
     assert_right(drawn(T=2, S=22, G=3, block=4, top=top, limited=False), dtype, device, splits=splits)
 
 
+FUSED = {
+    "limited": {"B": 2, "T": 1, "S": 43},
+    "group": {"T": 2, "S": 22, "G": 3, "block": 4, "limited": False},
+    "ragged": {"B": 2, "T": 1, "S": 29, "d": 5, "V": 40, "block": 3},
+}
+
+
+@over_settings
+@pytest.mark.parametrize("top", [None, 2])
+@pytest.mark.parametrize(("splits", "listed"), [(1, False), (3, False), (3, True)])
+@pytest.mark.parametrize("form", FUSED)
+def test_a_step_that_merges_as_it_reads_is_right(
+    form: str, splits: int, listed: bool, top: int | None, device: str, dtype: torch.dtype
+) -> None:
+    given = rounded(drawn(**FUSED[form], top=top), dtype)
+    exact, found = (
+        functools.partial(outputs, one, given) for one in (landmark_attention_reference, landmark_attention)
+    )
+    overrides = {"splits": splits, "fused": True, "listed": listed}
+    assert_held(exact(torch.float64, "cpu"), lambda: found(dtype, device), dtype, device, **overrides)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("sizes", [(128, 128), (64, 64), (192, 128), (256, 256)], ids=str)
 def test_heads_as_models_have_them_are_right(sizes: tuple[int, int], dtype: torch.dtype) -> None:
     d, V = sizes
     assert_right(drawn(T=130, S=200, G=4, d=d, V=V, block=64, limited=False), dtype, "cuda")
-    assert_right(drawn(B=3, T=1, S=700, G=4, d=d, V=V, block=64, top=4), dtype, "cuda")
+    step = drawn(B=3, T=1, S=700, G=4, d=d, V=V, block=64, top=4)
+    assert_right(step, dtype, "cuda")
+    if dtype != torch.float32 and max(sizes) <= 128:
+        assert_right(step, dtype, "cuda", fused=True)
 
 
 @pytest.mark.parametrize("top", [None, 1])
@@ -166,8 +205,15 @@ def test_landmarks_that_weigh_their_blocks_make_softmax_attention() -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("T", [1, 11])
-def test_weights_sum_to_one_and_of_equal_landmarks_the_earlier_is_read(T: int, device: str) -> None:
+@pytest.mark.parametrize(("T", "listed"), [(1, None), (1, False), (1, True), (11, None)])
+def test_weights_sum_to_one_and_of_equal_landmarks_the_earlier_is_read(
+    T: int, listed: bool | None, device: str
+) -> None:
+    with tuning(**({} if listed is None else {"fused": True, "listed": listed})):
+        assert_sums_and_ties(T, device)
+
+
+def assert_sums_and_ties(T: int, device: str) -> None:
     bound = EPSILON[torch.float32]
     given = {name: x for name, x in drawn(T=T, S=32, limited=False).items() if name != "top"}
     given = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in given.items()}
@@ -198,12 +244,12 @@ def test_large_logits_leave_everything_finite(T: int, device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("T", [1, 12])
+@pytest.mark.parametrize(("T", "fused"), [(1, False), (1, True), (12, False)])
 def test_two_runs_are_equal_to_the_bit_whatever_is_in_fresh_memory(
-    T: int, device: str, monkeypatch: pytest.MonkeyPatch
+    T: int, fused: bool, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = drawn(T=T, S=30, top=1)
-    with tuning(splits=2):
+    with tuning(splits=2, fused=fused):
         before = results(landmark_attention, given, torch.float32, device)
 
     def poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -216,7 +262,7 @@ def test_two_runs_are_equal_to_the_bit_whatever_is_in_fresh_memory(
     for name in ("empty", "empty_like"):
         monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
     assert torch.empty(3).isnan().all()
-    with tuning(splits=2):
+    with tuning(splits=2, fused=fused):
         after = results(landmark_attention, given, torch.float32, device)
     assert all(torch.equal(before[name], after[name]) for name in before)
 

@@ -79,3 +79,12 @@ def test_a_step_of_landmarks_loads_sixteen_bytes_at_a_time() -> None:
     assert text.count("ld.global.v4.b32") >= 16
     # But for the query.
     assert text.count("ld.global.b16") <= 2
+
+
+@pytest.mark.slow
+def test_a_fused_step_of_landmarks_asks_for_blocks_ahead() -> None:
+    # Keys and values of two blocks before the loop, and of one in it: docs/decisions/0020-landmark-kernels.md.
+    script = _script()
+    read = [case for case in script.landmark_cases(quick=True) if case.kernel == "read"]
+    text, _ = script.ptx(read[0])
+    assert text.count("cp.async.cg.shared.global") == 3 * 16

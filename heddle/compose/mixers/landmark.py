@@ -125,40 +125,46 @@ class LandmarkModule(nn.Module):
         Shapes:  x: [B, T, D];  out: [B, KV heads, blocks, d]
         """
         rows = self.landmark_proj(x).unflatten(-1, (self.kv_heads, -1))
-        first = places.first(*x.shape[:2])
-        index = places.of_keys()[:, -x.shape[1] :].clamp(min=0).expand(x.shape[:2])
+        first, count = places.first(*x.shape[:2]), x.shape[1]
         begun = (first.clamp(min=0) // self.block)[:, None]
-        sums = self._sums(rows, call, index, begun)
-        opened = sums.gather(2, _spread((first + x.shape[1])[:, None] // self.block, sums))[:, :, 0]
-        ends = call.positions.new_zeros(len(x), places.blocks)
+        # Blocks are counted from the one that was open: others do not change.
+        index = (first[:, None] + torch.arange(count, device=x.device)) // self.block
+        index = (index - begun).clamp(min=0)
+        sums = self._sums(rows, call, index)
+        opened = sums.gather(2, _spread((first + count)[:, None] // self.block - begun, sums))[:, :, 0]
+        ends = call.positions.new_zeros(len(x), sums.shape[2])
         ends = ends.scatter_reduce(1, index, call.positions, reduce="amax")
-        means = sums[:, :, :-1, :-1] / sums[:, :, :-1, -1:].clamp(min=1.0)
+        means = sums[..., :-1] / sums[..., -1:].clamp(min=1.0)
         tables = None if self.rotary is None else rotary_tables(ends, *self.rotary)
         made = _placed(means.transpose(1, 2), self.k_norm, tables).transpose(1, 2).to(rows.dtype)
-        held = call.state("landmarks")
-        if held is not None and held.shape[2] > 0:
-            held = F.pad(held, (0, 0, 0, places.blocks))[:, :, : places.blocks]
-            is_past = torch.arange(places.blocks, device=x.device) < begun
-            made = torch.where(is_past[:, None, :, None], held, made)
-        # A view would keep what is not complete, and all of a long prefill's sums.
-        call.keep(landmarks=made[:, :, : places.keys // self.block].clone(), open=opened)
+        held, complete = call.state("landmarks"), places.keys // self.block
+        if held is None or held.shape[2] == 0:
+            made = made[:, :, : places.blocks]
+            # A view would keep what is not complete, and all of a long prefill's sums.
+            call.keep(landmarks=made[:, :, :complete].clone(), open=opened)
+            return made
+        spare = places.blocks + 2 - held.shape[2]
+        new = begun + torch.arange(made.shape[2], device=x.device)
+        made = F.pad(held, (0, 0, 0, spare)).scatter_(2, _spread(new, made), made)[:, :, : places.blocks]
+        call.keep(landmarks=made[:, :, :complete], open=opened)
         return made
 
-    def _sums(self, rows: Tensor, call: Call, index: Tensor, begun: Tensor) -> Tensor:
-        """The sums of blocks over this call's tokens, on top of what the open block `begun` had come to.
+    def _sums(self, rows: Tensor, call: Call, index: Tensor) -> Tensor:
+        """The sums of this call's blocks over its tokens, on top of what the open one, the first, had come to.
 
-        Shapes:  rows: [B, T, KV heads, d];  index: [B, T];  begun: [B, 1];  out: [B, KV heads, blocks + 1, d + 1]
+        Shapes:  rows: [B, T, KV heads, d];  index: [B, T];  out: [B, KV heads, as many as T tokens may reach, d + 1]
         """
         # The number of a block's tokens is summed beside them.
         rows = F.pad(wide(rows), (0, 1), value=1.0).flatten(2)
         rows = call.hide_padding(call.hide_unwritten(rows))
         rows = rows.view(*rows.shape[:2], self.kv_heads, -1).transpose(1, 2)
-        held = 0 if call.cache is None else call.cache.get_seq_length()
-        blocks = -(-(held + rows.shape[2]) // self.block)
-        sums = rows.new_zeros(*rows.shape[:2], blocks + 1, rows.shape[-1])
-        past = call.state("open")
+        # The one of the token that follows is among them.
+        sums, past = (
+            rows.new_zeros(*rows.shape[:2], rows.shape[2] // self.block + 2, rows.shape[-1]),
+            call.state("open"),
+        )
         if past is not None:
-            sums = sums.scatter(2, _spread(begun, sums), past.to(rows.dtype)[:, :, None])
+            sums = F.pad(past.to(rows.dtype)[:, :, None], (0, 0, 0, sums.shape[2] - 1))
         return sums.scatter_add(2, _spread(index, rows), rows)
 
     def new_cache(self) -> StateLayer:

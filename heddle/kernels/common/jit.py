@@ -47,10 +47,11 @@ def load_tile(
 
 
 @triton.jit
-def best_of(logits, top):
+def best_of(logits, top, NEAR: tl.constexpr = False):
     """Which are the `top` largest, the earlier ones of equals, but never -inf; and how many of them there are up to each.
 
-    The least of them is found from its highest bit down, by counting how many are as large.
+    The least of them is found from its highest bit down, by counting how many are as large. With NEAR it is looked for first
+    within two powers of two of the largest, where it mostly is: seven counts fewer.
     """
     raw = tl.where(logits == 0.0, 0.0, logits).to(tl.int32, bitcast=True)
     # Whole numbers in the order of the logits.
@@ -59,6 +60,12 @@ def best_of(logits, top):
     least = tl.where(held >= top, 0, -2147483648)
     held = tl.where(held >= top, held, 2147483647)
     step = held * 0 + 1073741824
+    if NEAR:
+        near = tl.maximum(tl.max(order, axis=0), 16777216 - 2147483647) - 16777215
+        count = tl.sum((order >= near).to(tl.int32), axis=0)
+        held = tl.where(count >= top, count, held)
+        least = tl.where(count >= top, near, least)
+        step = tl.where(count >= top, 8388608, step)
     while (step > 0) & (held != top):
         count = tl.sum((order >= least + step).to(tl.int32), axis=0)
         held = tl.where(count >= top, count, held)

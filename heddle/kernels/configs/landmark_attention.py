@@ -7,11 +7,16 @@ from dataclasses import dataclass, replace
 
 from heddle.kernels.configs.launch import BySize, Launch
 
+# Two blocks of heads of 128 in half precision are on their way, and three programs fit beside each other.
+_READ = Launch(chunk=1, columns=1, warps=4, stages=3)
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """The launches of one call. `chunk`: queries of a tile, times the heads of a group in `score`;  `columns`: landmarks that
     `score` treats at a time. The others take a block as a whole, and `step` one query.  `products`: how `keys` multiplies float32
+    `fused`: whether a step is two launches, `score` and `read`, in place of `score`, `step` and a merge;  `listed`: whether one
+    between them chooses;  `ahead`: whether each of them is begun before the one before has ended
     """
 
     forward: Launch
@@ -20,15 +25,27 @@ class Plan:
     score: Launch
     step: Launch
     products: str = "tf32x3"
+    read: Launch = _READ
+    fused: bool = False
+    listed: bool = False
+    ahead: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """The blocks of a step's query are split where there are fewer programs than `places` a multiprocessor, and so that no
+    program reads more than `share` of them."""
+
+    places: int
+    share: int
 
 
 @dataclass(frozen=True)
 class Family(BySize[Plan]):
-    """The blocks of a step's query are split where there are fewer programs than `places` a multiprocessor, and so that no
-    program reads more than `share` of them."""
+    """`fused_spread`: that of fused steps."""
 
-    places: int = 4
-    share: int = 33
+    spread: Spread = Spread(places=4, share=33)
+    fused_spread: Spread = Spread(places=3, share=33)
 
 
 _SCORE = Launch(chunk=64, columns=64, warps=4, stages=1)
