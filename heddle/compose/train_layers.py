@@ -61,9 +61,9 @@ class CompiledLayers:
             which: tuple((name.removeprefix(which), shape) for name, shape in group)
             for which, group in groups
         }
-        sizes = (net.config.hidden_size, len(net.layers), net.config.norm_eps, net.config.context_length)
+        about = (net.config.hidden_size, len(net.layers), net.config.norm_eps, net.config.context_length)
         self.layers = [
-            _layer(json.dumps(layer, sort_keys=True), parts[_layer_name(index)], *sizes)
+            _layer(json.dumps(layer, sort_keys=True), parts[_layer_name(index)], about)
             for index, layer in enumerate(net.config.layers)
         ]
         self.rotations = [_rotations(layer) for layer in net.layers]
@@ -134,7 +134,11 @@ def compiled_pointwise(function: Callable[..., None]) -> Callable[..., None]:
 
 def _compiled(function: Callable[..., Any], *, dynamic: bool = False) -> Callable[..., Any]:
     # Kinds of layers share their code, by which torch counts how often it compiles before it gives up, and without a word.
-    return torch.compile(function, fullgraph=True, dynamic=dynamic, backend=_backend, isolate_recompiles=True)
+    compiler: Any = torch.compile
+    made: Callable[..., Any] = compiler(
+        function, fullgraph=True, dynamic=dynamic, backend=_backend, isolate_recompiles=True
+    )
+    return made
 
 
 def _backend(module: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
@@ -145,17 +149,19 @@ def _backend(module: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[...
 
 
 @cache
-def _layer(
-    data: str, parts: Parts, width: int, layers: int, eps: float, context: int
-) -> Callable[..., Tensor]:
+def _layer(data: str, parts: Parts, about: tuple[int, int, float, int]) -> Callable[..., Tensor]:
     """The compiled function of a kind of layer: (its rows of weights [models, parameters]; what is not trained by name, stacked;
-    x [models, B, T, D]; positions [B, T]; tables of rotations) to x."""
+    x [models, B, T, D]; positions [B, T]; tables of rotations) to x.
+
+    `about`: width and number of layers of the model, the eps of its norms, and its context.
+    """
+    width, layers, eps, context = about
     with torch.device("meta"):
         module = HeddleLayer(Site(width, 0, layers, eps, context), json.loads(data))
     sizes = [shape.numel() for _, shape in parts]
 
     def one(row: Tensor, fixed: Weights, x: Tensor, positions: Tensor, tables: dict[Any, Any]) -> Tensor:
-        pieces = row.split(sizes)
+        pieces = torch.split(row, sizes)
         weights = {name: piece.view(shape) for (name, shape), piece in zip(parts, pieces, strict=True)}
         call = Call(positions, None, None, memo=dict(tables))
         out = functional_call(module, {**weights, **fixed}, (x, call))
