@@ -376,9 +376,7 @@ class Call:
 
         A compiler joins equal computations by itself, and lets a layer that will be run again write nothing outside of it.
         """
-        if key in self.memo:
-            return cast(T, self.memo[key])
-        made = make()
+        made = cast(T, self.memo[key]) if key in self.memo else make()
         if not torch.compiler.is_compiling():
             self.memo[key] = made
         return made

@@ -61,7 +61,7 @@ def products(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
         y = torch.bmm(x.reshape(parts, -1, width), weight.mT.expand(parts, -1, -1)).reshape(*outer, -1)
     else:
         y = torch.nn.functional.linear(x, weight)
-    return tuple(y.split([*sizes, spare] if spare else sizes, dim=-1)[: len(weights)])
+    return torch.split(y, [*sizes, spare] if spare else sizes, dim=-1)[: len(weights)]
 
 
 def _is_plain_product(node: Node) -> bool:

@@ -7,7 +7,7 @@ one of the embedding, and one of what comes after the layers.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from functools import cache
 from itertools import groupby
 from typing import Any
@@ -61,14 +61,12 @@ class CompiledLayers:
             which: tuple((name.removeprefix(which), shape) for name, shape in group)
             for which, group in groups
         }
-        sizes = (net.config.hidden_size, len(net.layers), net.config.norm_eps, net.config.context_length)
+        about = (net.config.hidden_size, len(net.layers), net.config.norm_eps, net.config.context_length)
         self.layers = [
-            _layer(json.dumps(layer, sort_keys=True), parts[_layer_name(index)], *sizes)
+            _layer(json.dumps(layer, sort_keys=True), parts[_layer_name(index)], about)
             for index, layer in enumerate(net.config.layers)
         ]
-        self.rotations = {
-            module.rotary for module in net.modules() if isinstance(getattr(module, "rotary", None), tuple)
-        }
+        self.rotations = [_rotations(layer) for layer in net.layers]
         self.tables: dict[Any, tuple[Tensor, Tensor]] = {}
 
     def losses(self, weights: Tensor, fixed: Weights, inputs: Tensor, labels: Tensor) -> Tensor:
@@ -78,31 +76,40 @@ class CompiledLayers:
 
         Shapes:  weights: [models, parameters];  inputs: [models, B, T];  labels: [models, B T];  out: [models], float32
         """
-        # Rows of one stride whatever the model: compiled once.
-        parts = (part.contiguous() for part in torch.split(weights, self.sizes, dim=1))
+        # Rows of one stride whatever the model, also where there is one alone: compiled once.
+        parts = (
+            part.clone(memory_format=torch.contiguous_format)
+            for part in torch.split(weights, self.sizes, dim=1)
+        )
         held = dict(zip(self.places, parts, strict=True))
         table = held["model.embed_tokens.weight"].view(len(inputs), -1, self.config.hidden_size)
         x = _embedding()(inputs, table, self.config.embedding_multiplier)
         positions = torch.arange(inputs.shape[2], device=inputs.device).expand(inputs.shape[1:])
-        tables = self._rotary_tables(positions)
-        for index, layer in enumerate(self.layers):
+        for index, (layer, rotations) in enumerate(zip(self.layers, self.rotations, strict=True)):
             name = _layer_name(index)
+            tables = self._rotary_tables(positions, rotations)
             x = layer(held[name], _below(name, fixed), x, positions, tables)
         head = table if self.tied else held["lm_head.weight"].view(table.shape)
         given = (self.config.norm_eps, self.config.logit_multiplier, self.config.logit_softcap)
         found: Tensor = _ending(self.config.hidden_size, *given)(held["model.norm.weight"], head, x, labels)
         return found
 
-    def _rotary_tables(self, positions: Tensor) -> dict[Any, tuple[Tensor, Tensor]]:
+    def _rotary_tables(self, positions: Tensor, keys: Set[Any]) -> dict[Any, tuple[Tensor, Tensor]]:
         """As layers find them in the memo of a call: in their graphs each element would be worked out on its own."""
         rows, tokens = positions.shape
         made = {}
-        for key in self.rotations:
+        for key in keys:
             if (tokens, key) not in self.tables:
                 self.tables[tokens, key] = rotary_tables(positions[:1], *key)
             cos, sin = self.tables[tokens, key]
             made["rotary", *key] = (cos.expand(rows, *cos.shape[1:]), sin.expand(rows, *sin.shape[1:]))
         return made
+
+
+def _rotations(layer: nn.Module) -> frozenset[Any]:
+    """The arguments of `Call.rotary_tables` that parts of a layer ask for."""
+    found = (getattr(module, "rotary", None) for module in layer.modules())
+    return frozenset(each for each in found if isinstance(each, tuple))
 
 
 def _layer_name(index: int) -> str:
@@ -122,11 +129,16 @@ def _below(prefix: str, weights: Weights) -> Weights:
 @cache
 def compiled_pointwise(function: Callable[..., None]) -> Callable[..., None]:
     """The compiled form of a function that works element by element, of tensors of any size."""
-    return torch.compile(function, dynamic=True, backend=_backend)
+    return _compiled(function, dynamic=True)
 
 
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, dynamic=False, backend=_backend)
+def _compiled(function: Callable[..., Any], *, dynamic: bool = False) -> Callable[..., Any]:
+    # Kinds of layers share their code, by which torch counts how often it compiles before it gives up, and without a word.
+    compiler: Any = torch.compile
+    made: Callable[..., Any] = compiler(
+        function, fullgraph=True, dynamic=dynamic, backend=_backend, isolate_recompiles=True
+    )
+    return made
 
 
 def _backend(module: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
@@ -137,17 +149,19 @@ def _backend(module: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[...
 
 
 @cache
-def _layer(
-    data: str, parts: Parts, width: int, layers: int, eps: float, context: int
-) -> Callable[..., Tensor]:
+def _layer(data: str, parts: Parts, about: tuple[int, int, float, int]) -> Callable[..., Tensor]:
     """The compiled function of a kind of layer: (its rows of weights [models, parameters]; what is not trained by name, stacked;
-    x [models, B, T, D]; positions [B, T]; tables of rotations) to x."""
+    x [models, B, T, D]; positions [B, T]; tables of rotations) to x.
+
+    `about`: width and number of layers of the model, the eps of its norms, and its context.
+    """
+    width, layers, eps, context = about
     with torch.device("meta"):
         module = HeddleLayer(Site(width, 0, layers, eps, context), json.loads(data))
     sizes = [shape.numel() for _, shape in parts]
 
     def one(row: Tensor, fixed: Weights, x: Tensor, positions: Tensor, tables: dict[Any, Any]) -> Tensor:
-        pieces = row.split(sizes)
+        pieces = torch.split(row, sizes)
         weights = {name: piece.view(shape) for (name, shape), piece in zip(parts, pieces, strict=True)}
         call = Call(positions, None, None, memo=dict(tables))
         out = functional_call(module, {**weights, **fixed}, (x, call))

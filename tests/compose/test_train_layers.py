@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 
 from heddle.compose import train_layers
 from heddle.compose.build import build_causal_lm
@@ -65,10 +66,22 @@ def test_compiled_layers_train_as_the_models_do(tied: bool) -> None:
         assert one.losses == pytest.approx(other.losses, rel=1e-5)
 
 
-def test_a_kind_of_layer_is_compiled_once() -> None:
-    for _ in range(2):
-        fit_many(models(tied=True), [drawn] * 2, [RECIPE] * 2, compiled=True)
+def test_a_kind_of_layer_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs = []
+
+    def counted(module: GraphModule, inputs: list[Tensor]) -> GraphModule:  # noqa: ARG001
+        graphs.append(module)
+        return module
+
+    monkeypatch.setattr(train_layers, "BACKEND", counted)
+    for cached in (train_layers._embedding, train_layers._ending, train_layers.compiled_pointwise):
+        cached.cache_clear()
+    for layers in ("[linear, full, linear]", "[linear, linear, linear]", "[full, full, linear]"):
+        text = SPEC.format(tied="true").replace("[linear, full, linear]", layers)
+        fit_many([build_causal_lm(loads(text).spec.model)], [drawn], [RECIPE], compiled=True)
     assert train_layers._layer.cache_info().misses == 2
+    # Two kinds of layers, the embedding, the losses and the optimizer.
+    assert len(graphs) == 5
 
 
 def test_layers_that_take_from_each_other_are_refused() -> None:
