@@ -381,6 +381,18 @@ def gate_held(log: Log, *, tiny: bool) -> Iterator[dict[str, Any]]:
         yield found
 
 
+def limits() -> Iterator[dict[str, Any]]:
+    """How far the gradient of decays is off where all of them are strong, on a CPU: known, so told and not wrong."""
+    for dtype, decay in itertools.product((torch.float32, torch.float16), (-5.0, -20.0)):
+        sample, told = hard(draw(simple_gla, {**PAIR, "K": 16, "V": 16, "T": 130}, dtype), (decay,)), {}
+        for name in ("one launch", "apart"):
+            with tuning(**ROLES[name], segment=64):
+                measured = compare(simple_gla, sample, "cpu")
+            found = next(each for each in measured if each.name == "d_log_decay")
+            told |= {name: found.error, "bound": found.bound}
+        yield {"case": f"all decays {decay:g}, {str(dtype).removeprefix('torch.')}", "d_log_decay": told}
+
+
 def gate_times(name: str, tried: Overrides) -> dict[str, Any]:
     """Milliseconds of the kernels of a backward pass, and of both directions."""
     from torch.profiler import ProfilerActivity, profile
@@ -414,6 +426,9 @@ def gate(log: Log, rows: Path, chosen: argparse.Namespace, late: Callable[[], bo
         write(found)
         right |= {found["case"]} if found["held"] else set()
     if chosen.tiny:
+        for found in limits():
+            log(f"known {found['case']}: d_log_decay {found['d_log_decay']}")
+            write(found)
         return []
     lines = {name: f"{name:32s}" for name in ROLES}
     for shape in ("8x4096", "1x32768"):
