@@ -34,7 +34,7 @@ Family = BySize[Plan]
 
 # Of gradients by two kernels.
 PAIRS = Launch(chunk=64, columns=64, warps=4, stages=1, registers=168)
-TOKENS = Launch(chunk=64, columns=64, warps=4, stages=1)
+TOKENS = Launch(chunk=64, columns=64, warps=4, stages=1, registers=168)
 
 HOPPER = Family(
     half=Plan(
