@@ -49,7 +49,7 @@ class Family(BySize[Plan]):
 
 # Of gradients by two kernels.
 PAIRS = Launch(chunk=64, columns=64, warps=4, stages=1, registers=168)
-TOKENS = Launch(chunk=64, columns=64, warps=4, stages=1)
+TOKENS = Launch(chunk=64, columns=64, warps=4, stages=1, registers=168)
 # Fewer than four warps know no products of a warpgroup, with which ptxas 12.8 gets narrow heads wrong:
 # docs/decisions/0005-ragged-heads.md.
 _NARROW = Plan(
