@@ -30,6 +30,15 @@ from heddle.kernels._local_linear_fwd import (
 from heddle.kernels.common.jit import LOG2_E
 
 
+@triton.jit
+def dot_turned(k, x, SPLIT: tl.constexpr):
+    """k xᵀ; in full precision to the bit what the kernels of queries have.  Shapes:  k: [KEYS, K];  x: [ROWS, K]"""
+    left = k if SPLIT else x
+    right = x if SPLIT else k
+    found = tl.dot(left, tl.trans(right), input_precision="ieee")
+    return found if SPLIT else tl.trans(found)
+
+
 @triton.jit(do_not_specialize=LENGTHS)
 def _local_linear_bwd_right_kernel(
     q_ptr, k_ptr, v_ptr, d_out_ptr, norm_ptr, mean_ptr, right_ptr, middle_ptr, common_ptr, seen_ptr,
@@ -197,11 +206,11 @@ def _local_linear_bwd_key_kernel(
         total = tl.load(middle_ptr + (heads + along) * T + t, mask=present, other=0.0)
         distance = (S - T + t)[None, :] - key[:, None]
         visible = (distance >= 0) & (distance < window) & present[None, :] & (seen[:, None] | (distance == 0))
-        s = tl.dot(k, tl.trans(q), input_precision="ieee")  # [KEYS, ROWS]
+        s = dot_turned(k, q, SPLIT)  # [KEYS, ROWS]
         s = (s - largest[None, :]) * (scale * LOG2_E) - norm[None, :]
         p = tl.exp2(tl.where(visible, s, float("-inf")))
         c = tl.dot(v, tl.trans(g), input_precision="ieee")
-        a = tl.dot(centred, tl.trans(x), input_precision="ieee")
+        a = dot_turned(centred, x, SPLIT)
         if PARTS > 1:
             x_low = load_rows(x_ptr + heads * T * K + rows, t, K, T, columns, K)
             a = tl.dot(centred, tl.trans(x_low), a, input_precision="ieee")
@@ -209,7 +218,7 @@ def _local_linear_bwd_key_kernel(
         share = p * (1.0 + a)
         if SOLVED:
             y = load_rows(y_ptr + rows, t, K, T, columns, K)
-            b = tl.dot(centred, tl.trans(y), input_precision="ieee")
+            b = dot_turned(centred, y, SPLIT)
             if PARTS > 1:
                 y_low = load_rows(y_ptr + heads * T * K + rows, t, K, T, columns, K)
                 b = tl.dot(centred, tl.trans(y_low), b, input_precision="ieee")
