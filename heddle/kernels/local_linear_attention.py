@@ -121,7 +121,7 @@ def _like(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     out = v.new_empty(*q.shape[:3], v.shape[-1])
-    if not keep:
+    if not keep or local_linear_attention.path(q.device, q.dtype, K=q.shape[3], V=v.shape[3]) == "torch":
         return out, q.new_empty(0), q.new_empty(0)
     parts = q.new_empty(2 if q.element_size() < 4 else 1, *q.shape[:3], room(q.shape[3], q.device))
     return out, parts, q.new_empty(q.shape[:3], dtype=torch.float32)
@@ -285,9 +285,8 @@ def local_linear_attention(
     expected = {"k": (k, (B, N, S, d)), "v": (v, (B, N, S, v.shape[-1])), "slope": (slope, q.shape)}
     check_shapes(name, {**expected, "real": (real, (rows, S)), "written": (written, (B, S))})
     scale = d**-0.5 if scale is None else scale
-    # What was solved is kept where a backward pass would solve it anew.
-    runs = local_linear_attention.path(q.device, q.dtype, K=d, V=v.shape[-1]) == "triton"
     graded = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, written))
-    keep = runs and graded and slope is None
+    # What kernels have solved is kept where a backward pass would solve it anew.
+    keep = graded and slope is None
     out: Tensor = _forward_op(q, k, v, slope, real, written, scale, ridge, window, keep)[0]
     return out
