@@ -9,7 +9,7 @@ By implicit differentiation of the solve, as in `_local_linear_torch`: with g th
 
 The weights are made again in each, from the largest product and the logarithm of the sum. Of keys a program has a tile of one key head, and walks
 over all queries that see it. In half precision x and y are two numbers where they meet a key, and one, as all that they are summed with, in gradients
-of keys and values. Products for a query and key: 3 d + V, 7 d + V, 8 d + 2 V (4 d + 2 V and 4 d + 2 V for a given x).
+of keys and values. Products for a query and key: 3 d + V, 7 d + V, 8 d + 2 V (the last two 4 d + V and 4 d + 2 V for a given x).
 """  # noqa: E501 - an equation a line
 
 from __future__ import annotations

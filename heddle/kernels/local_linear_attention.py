@@ -142,9 +142,9 @@ def _backward(
     of_mean: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if local_linear_attention.choose(q.device, q.dtype, K=q.shape[3], V=v.shape[3]) == "triton":
-        given = ((q, k, v), slope, _seen(real, written), (scale, ridge, window))
+        call = ((q, k, v), slope, _seen(real, written), (scale, ridge, window))
         kept = Slopes(parts, of_mean) if parts.numel() else None
-        dq, dk, dv, d_slope, d_seen = launch_backward(d_out, *given, kept)
+        dq, dk, dv, d_slope, d_seen = launch_backward(d_out, *call, kept)
         d_slope = q.new_empty(0) if d_slope is None else d_slope.to(q.dtype)
         return dq, dk, dv, d_slope, q.new_empty(0) if written is None else d_seen.to(written.dtype)
     given = Given.of(q, k, v, slope, real, written)
