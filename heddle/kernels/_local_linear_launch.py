@@ -19,6 +19,7 @@ from heddle.kernels._local_linear_bwd import (
 from heddle.kernels._local_linear_fwd import (
     _local_linear_fwd_mean_kernel,
     _local_linear_fwd_output_kernel,
+    _local_linear_middle_kernel,
     _local_linear_solve_kernel,
 )
 from heddle.kernels.common.layout import aligned, block, room, strides
@@ -29,7 +30,7 @@ from heddle.kernels.configs.local_linear_attention import INTERPRETER, Family, P
 # The most channels of a head.
 WIDEST = 256
 # Of what a residual was at first: where a row stops. Twice as many steps as channels are the most.
-TOLERANCE = {torch.float32: 1e-7, torch.float16: 5e-5, torch.bfloat16: 3e-4}
+TOLERANCE = {torch.float32: 1e-7, torch.float16: 2e-5, torch.bfloat16: 1e-4}
 STEPS_PER_CHANNEL = 2
 
 
@@ -47,10 +48,26 @@ def plan(device: torch.device, element: int, size: int) -> Plan:
 
 @dataclass(frozen=True, slots=True)
 class Means:
-    """What is known of each query's weights.  Shapes:  lse: [B, H, T], base 2;  mean: [B, H, T, K], of keys, float32"""
+    """What is known of each query's weights.
 
-    lse: Tensor
+    Shapes:  norm: [2, B, H, T], the largest product and the logarithm of the sum to base 2;  mean: [B, H, T, K], of keys less
+             what is common to them;  of_slope: [B, H, T], its product with a given x, or nothing known;  all float32
+    """
+
+    norm: Tensor
     mean: Tensor
+    of_slope: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Slopes:
+    """x (or y) of each query, and its product with the mean key.
+
+    Shapes:  parts: [P, B, H, T, K], whose sum it is;  of_mean: [B, H, T], float32
+    """
+
+    parts: Tensor
+    of_mean: Tensor
 
 
 class Call:
@@ -67,8 +84,7 @@ class Call:
     ) -> None:
         q, k, v = (_with_room(side) for side in sides)
         # What all keys have in common changes no covariance and would only be rounded. Half precision cannot hold the rest.
-        self.common = k[:, :, :1] if k.dtype == torch.float32 else None
-        k = k if self.common is None else k - self.common
+        self.common = k[:, :, 0].contiguous() if k.dtype == torch.float32 else k
         self.q, self.k, self.v = aligned(q), aligned(k), aligned(v)
         self.scale, self.ridge, window = numbers
         (self.B, self.H, self.T, self.K), (self.N, self.S) = self.q.shape, self.k.shape[1:3]
@@ -86,79 +102,87 @@ class Call:
         self.plan = plan(self.q.device, self.q.element_size(), max(self.K, self.V))
         self.constants = {
             "K": self.K, "ROWS_K": block(self.K), "GROUP": self.H // self.N, "SEEN": seen is not None,
-            "SPLIT": self.q.element_size() < 4, "PRECISION": "tf32x3" if self.q.device.type == "cuda" else "ieee",
+            "SPLIT": self.q.element_size() < 4,
         }  # fmt: skip
 
-    def means(self) -> Means:
-        """The log-sum-exp of the logits and the mean of the keys."""
-        lse, mean = self._empty(self.T), self._empty(self.T, self.K)
+    def means(self, x: Tensor | None = None) -> Means:
+        """Of the keys that each query sees; `x`, [1, B, H, T, K], if it is given."""
+        norm, mean = self._empty(2, self.B, self.H, self.T), self._empty(self.B, self.H, self.T, self.K)
+        of_slope = self._empty(self.B, self.H, self.T)
         grid, options = self._tiles(self.plan.mean)
         _local_linear_fwd_mean_kernel[grid](
-            self.q, self.k, lse, mean, self.seen, *strides(self.q, self.k), *self.along, self.scale,
-            **self.constants, **options,
+            self.q, self.k, norm, mean, self.q if x is None else x, of_slope, self.common, self.seen,
+            *strides(self.q, self.k), *self.along, self.scale, GIVEN=x is not None, **self.constants, **options,
         )  # fmt: skip
-        return Means(lse, mean)
+        return Means(norm, mean, of_slope)
 
-    def solve(self, means: Means, right: Tensor | None = None) -> Tensor:
+    def solve(self, means: Means, right: Tensor | None = None) -> Slopes:
         """x with (Cov_p(k) + ridge I) x = right, which is q less the mean key if not given."""
-        if right is None and self.common is not None:
-            group = self.H // self.N
-            right = (self.q - self.common.repeat_interleave(group, dim=1) - means.mean).contiguous()
-        x = self._empty(self.T, self.K)
+        parts = self.q.new_empty(2 if self.constants["SPLIT"] else 1, self.B, self.H, self.T, self.K)
+        of_mean = self._empty(self.B, self.H, self.T)
         grid, options = self._tiles(self.plan.solve)
         steps = tuned("steps", STEPS_PER_CHANNEL * self.K)
         _local_linear_solve_kernel[grid](
-            self.q, self.k, means.lse, means.mean, x if right is None else right, x, self.seen,
-            *strides(self.q, self.k), *self.along, steps, self.scale, self.ridge, TOLERANCE[self.q.dtype],
-            GIVEN=right is not None, **self.constants, **options,
+            self.q, self.k, means.norm, means.mean, means.mean if right is None else right, parts, of_mean,
+            self.common, self.seen, *strides(self.q, self.k), *self.along, steps, self.scale, self.ridge,
+            TOLERANCE[self.q.dtype], GIVEN=right is not None, **self.constants, **options,
         )  # fmt: skip
-        return x
+        if not self.constants["SPLIT"]:
+            grid, options = self._tiles(self.plan.mean)
+            told = {name: value for name, value in self.constants.items() if name != "SPLIT"}
+            _local_linear_middle_kernel[grid](
+                self.q, self.k, means.norm, parts, of_mean, self.common, self.seen,
+                *strides(self.q, self.k), *self.along, self.scale, **told, **options,
+            )  # fmt: skip
+        return Slopes(parts, of_mean)
 
-    def slopes(self, means: Means, slope: Tensor | None) -> Tensor:
-        """x of every query: solved, or what is given, with its sign turned."""
-        return self.solve(means) if slope is None else -_with_room(slope).float().contiguous()
-
-    def output(self, means: Means, x: Tensor) -> Tensor:
+    def output(self, means: Means, x: Slopes) -> Tensor:
         out = torch.empty(self.B, self.H, self.T, self.V, dtype=self.v.dtype, device=self.v.device)
         grid, options = self._tiles(self.plan.output)
         _local_linear_fwd_output_kernel[grid](
-            self.q, self.k, self.v, means.lse, means.mean, x, out, self.seen,
+            self.q, self.k, self.v, means.norm, x.parts, x.of_mean, out, self.common, self.seen,
             *strides(self.q, self.k, self.v), *self.along, self.scale,
-            V=self.V, ROWS_V=block(self.V), **self.constants, **options,
+            V=self.V, ROWS_V=block(self.V), PARTS=len(x.parts), **self.constants, **options,
         )  # fmt: skip
         return out
 
     def right(self, means: Means, d_out: Tensor) -> tuple[Tensor, Tensor]:
         """The right side of the adjoint solve, and room for two numbers of each query, of which the first are there."""
-        right, middle = self._empty(self.T, self.K), self._empty(self.T)
-        middle = torch.cat((middle, middle))
+        right, middle = self._empty(self.B, self.H, self.T, self.K), self._empty(2, self.B, self.H, self.T)
         grid, options = self._tiles(self.plan.right)
         _local_linear_bwd_right_kernel[grid](
-            self.q, self.k, self.v, d_out, means.lse, means.mean, right, middle, self.seen,
+            self.q, self.k, self.v, d_out, means.norm, means.mean, right, middle, self.common, self.seen,
             *strides(self.q, self.k, self.v, d_out), *self.along, self.scale,
             V=self.V, ROWS_V=block(self.V), **self.constants, **options,
         )  # fmt: skip
         return right, middle
 
     def gradients(
-        self, means: Means, d_out: Tensor, slopes: tuple[Tensor, Tensor | None], middle: Tensor
+        self, means: Means, d_out: Tensor, slopes: tuple[Slopes, Slopes | None], middle: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Gradients of q, k and v, and of a bias of the logits, [B, N, S]; `slopes` are x, and y if x was solved."""
-        x, y = slopes
-        dq, dk, dv = (x.new_empty(x.shape) for x in (self.q, self.k, self.v))
-        d_seen = torch.empty(self.B, self.N, self.S, dtype=torch.float32, device=x.device)
-        tensors = (self.q, self.k, self.v, d_out, means.lse, means.mean, x, x if y is None else y, middle)
-        told = (*strides(self.q, self.k, self.v, d_out), *self.along, self.scale)
-        constants = {**self.constants, "V": self.V, "ROWS_V": block(self.V), "SOLVED": y is not None}
+        x, y = slopes[0], slopes[1] or slopes[0]
+        dq, dk, dv = (
+            torch.empty_like(one, memory_format=torch.contiguous_format) for one in (self.q, self.k, self.v)
+        )
+        d_seen = self._empty(self.B, self.N, self.S)
+        sides, lines = (self.q, self.k, self.v, d_out), (x.parts, x.of_mean, y.parts, y.of_mean, middle)
+        told = (self.common, self.seen, *strides(*sides), *self.along, self.scale)
+        constants = {**self.constants, "V": self.V, "ROWS_V": block(self.V), "PARTS": len(x.parts)}
+        constants["SOLVED"] = slopes[1] is not None
         grid, options = self._tiles(self.plan.queries)
-        _local_linear_bwd_query_kernel[grid](*tensors, dq, self.seen, *told, **constants, **options)
+        _local_linear_bwd_query_kernel[grid](
+            *sides, means.norm, means.mean, *lines, dq, *told, **constants, **options
+        )
         _, options = self._tiles(self.plan.keys)
         grid = (triton.cdiv(self.S, options["KEYS"]), self.B * self.N)
-        _local_linear_bwd_key_kernel[grid](*tensors, dk, dv, d_seen, self.seen, *told, **constants, **options)
+        _local_linear_bwd_key_kernel[grid](
+            *sides, means.norm, *lines, dk, dv, d_seen, *told, **constants, **options
+        )
         return dq, dk, dv, d_seen
 
     def _empty(self, *shape: int) -> Tensor:
-        return torch.empty(self.B, self.H, *shape, dtype=torch.float32, device=self.q.device)
+        return torch.empty(shape, dtype=torch.float32, device=self.q.device)
 
     def _tiles(self, launch: Launch) -> tuple[tuple[int, int], dict[str, Any]]:
         """The grid, and what kernels are told of tiles."""
@@ -179,30 +203,41 @@ def launch_forward(
     slope: Tensor | None,
     seen: Tensor | None,
     numbers: tuple[float, float, int | None],
-) -> Tensor:
-    """The output; `numbers` are the factor of the logits, the ridge and the window."""
+) -> tuple[Tensor, Slopes]:
+    """The output, and the slopes; `numbers` are the factor of the logits, the ridge and the window."""
     call = Call((q, k, v), seen, numbers)
-    means = call.means()
-    return call.output(means, call.slopes(means, slope))[..., : v.shape[3]]
+    means, x = _begin(call, slope)
+    return call.output(means, x)[..., : v.shape[3]], x
 
 
 def launch_backward(
     d_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    sides: tuple[Tensor, Tensor, Tensor],
     slope: Tensor | None,
     seen: Tensor | None,
     numbers: tuple[float, float, int | None],
+    kept: Slopes | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
-    """Gradients of q, k, v and the slope, if given, and of a bias of the logits of each key but a query's own, [B, S]."""
-    call = Call((q, k, v), seen, numbers)
-    d_out = aligned(_with_room(d_out.to(v.dtype)))
-    means = call.means()
-    x = call.slopes(means, slope)
+    """Gradients of q, k, v and the slope, if given, and of a bias of the logits of each key but a query's own, [B, S].
+
+    `kept` is what the forward pass has solved, if that is there.
+    """
+    call = Call(sides, seen, numbers)
+    size, values = sides[0].shape[3], sides[2].shape[3]
+    d_out = aligned(_with_room(d_out.to(sides[2].dtype)))
+    means, x = _begin(call, slope, kept)
     right, middle = call.right(means, d_out)
     y = call.solve(means, right) if slope is None else None
     dq, dk, dv, d_seen = call.gradients(means, d_out, (x, y), middle)
-    size = q.shape[3]
     d_slope = None if slope is None else -right[..., :size]
-    return dq[..., :size], dk[..., :size], dv[..., : v.shape[3]], d_slope, d_seen.sum(1)
+    return dq[..., :size], dk[..., :size], dv[..., :values], d_slope, d_seen.sum(1)
+
+
+def _begin(call: Call, slope: Tensor | None, kept: Slopes | None = None) -> tuple[Means, Slopes]:
+    """Means, and x of every query: solved, kept from before, or what is given, with its sign turned."""
+    if slope is None:
+        means = call.means()
+        return means, kept or call.solve(means)
+    x = -_with_room(slope).contiguous()[None]
+    means = call.means(x)
+    return means, Slopes(x, means.of_slope)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from heddle.errors import HeddleError
 from heddle.kernels._local_linear_torch import Form, Given, backward, forward
+from heddle.kernels.common.layout import room
 from heddle.kernels.common.varlen import check_packing
 from heddle.kernels.op import (
     TRITON_DTYPES,
@@ -30,7 +31,7 @@ from heddle.kernels.op import (
 )
 
 try:
-    from heddle.kernels._local_linear_launch import WIDEST, launch_backward, launch_forward
+    from heddle.kernels._local_linear_launch import WIDEST, Slopes, launch_backward, launch_forward
 
     HAS_KERNELS = True
 except ImportError:
@@ -96,11 +97,14 @@ def _forward(
     scale: float,
     ridge: float,
     window: int | None,
-) -> Tensor:
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     if local_linear_attention.choose(q.device, q.dtype, K=q.shape[3], V=v.shape[3]) == "triton":
-        return launch_forward(q, k, v, slope, _seen(real, written), (scale, ridge, window))
+        out, x = launch_forward(q, k, v, slope, _seen(real, written), (scale, ridge, window))
+        return (out, x.parts, x.of_mean) if keep else (out, q.new_empty(0), q.new_empty(0))
     given = Given.of(q, k, v, slope, real, written)
-    return forward(given, Form(scale, ridge, window)).flatten(1, 2).to(v.dtype)
+    out = forward(given, Form(scale, ridge, window)).flatten(1, 2).to(v.dtype)
+    return out, q.new_empty(0), q.new_empty(0)
 
 
 def _seen(real: Tensor | None, written: Tensor | None) -> Tensor | None:
@@ -120,8 +124,13 @@ def _like(
     scale: float,  # noqa: ARG001
     ridge: float,  # noqa: ARG001
     window: int | None,  # noqa: ARG001
-) -> Tensor:
-    return v.new_empty(*q.shape[:3], v.shape[-1])
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    out = v.new_empty(*q.shape[:3], v.shape[-1])
+    if not keep or local_linear_attention.path(q.device, q.dtype, K=q.shape[3], V=v.shape[3]) == "torch":
+        return out, q.new_empty(0), q.new_empty(0)
+    parts = q.new_empty(2 if q.element_size() < 4 else 1, *q.shape[:3], room(q.shape[3], q.device))
+    return out, parts, q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 def _backward(
@@ -135,10 +144,13 @@ def _backward(
     scale: float,
     ridge: float,
     window: int | None,
+    parts: Tensor,
+    of_mean: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if local_linear_attention.choose(q.device, q.dtype, K=q.shape[3], V=v.shape[3]) == "triton":
-        numbers = (scale, ridge, window)
-        dq, dk, dv, d_slope, d_seen = launch_backward(d_out, q, k, v, slope, _seen(real, written), numbers)
+        call = ((q, k, v), slope, _seen(real, written), (scale, ridge, window))
+        kept = Slopes(parts, of_mean) if parts.numel() else None
+        dq, dk, dv, d_slope, d_seen = launch_backward(d_out, *call, kept)
         d_slope = q.new_empty(0) if d_slope is None else d_slope.to(q.dtype)
         return dq, dk, dv, d_slope, q.new_empty(0) if written is None else d_seen.to(written.dtype)
     given = Given.of(q, k, v, slope, real, written)
@@ -160,38 +172,41 @@ def _gradients_like(
     scale: float,  # noqa: ARG001
     ridge: float,  # noqa: ARG001
     window: int | None,  # noqa: ARG001
+    parts: Tensor,  # noqa: ARG001
+    of_mean: Tensor,  # noqa: ARG001
 ) -> tuple[Tensor, ...]:
     given = (q, k, v, slope, written)
     return tuple(q.new_empty(0) if x is None else x.new_empty(x.shape) for x in given)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
-    *tensors, scale, ridge, window = inputs
-    ctx.save_for_backward(*tensors)
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *tensors, scale, ridge, window, _ = inputs
+    ctx.save_for_backward(*tensors, *output[1:])
     ctx.numbers = (scale, ridge, window)
 
 
-def _gradients(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-    q, k, v, slope, real, written = ctx.saved_tensors
-    given = (q, k, v, slope, real, written, *ctx.numbers)
+def _gradients(ctx: Any, d_out: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    q, k, v, slope, real, written, *kept = ctx.saved_tensors
+    given = (q, k, v, slope, real, written, *ctx.numbers, *kept)
     dq, dk, dv, d_slope, d_written = _backward_op(d_out.contiguous(), *given)
-    kept = (None if slope is None else d_slope, None, None if written is None else d_written)
-    return dq, dk, dv, *kept, None, None, None
+    found = (None if slope is None else d_slope, None, None if written is None else d_written)
+    return dq, dk, dv, *found, None, None, None, None
 
 
 _backward_op = register(
     "local_linear_attention_backward",
-    f"(Tensor d_out, {_INPUTS}) -> ({', '.join(['Tensor'] * 5)})",
+    f"(Tensor d_out, {_INPUTS}, Tensor parts, Tensor of_mean) -> ({', '.join(['Tensor'] * 5)})",
     _backward,
     fake=_gradients_like,
 )
 _forward_op = register(
     "local_linear_attention",
-    f"({_INPUTS}) -> Tensor",
+    f"({_INPUTS}, bool keep) -> (Tensor, Tensor, Tensor)",
     _forward,
     fake=_like,
     setup_context=_keep,
     backward=_gradients,
+    results=1,
 )
 
 
@@ -203,7 +218,7 @@ def _packed(tensors: Sequence[Tensor | None], numbers: Sequence[Any], cu_seqlens
         [None] * len(lengths) if x is None else torch.split_with_sizes(x, lengths, 2 if x.dim() == 4 else 1)
         for x in tensors
     ]
-    outputs = [_forward_op(*one, *numbers) for *one, n in zip(*parts, lengths, strict=True) if n > 0]
+    outputs = [_forward_op(*one, *numbers)[0] for *one, n in zip(*parts, lengths, strict=True) if n > 0]
     return torch.cat(outputs, dim=2)
 
 
@@ -293,6 +308,10 @@ def local_linear_attention(
     expected = {"k": (k, (B, N, S, d)), "v": (v, (B, N, S, v.shape[-1])), "slope": (slope, q.shape)}
     check_shapes(name, {**expected, "real": (real, (rows, S)), "written": (written, (B, S))})
     scale = d**-0.5 if scale is None else scale
+    graded = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, written))
+    # What kernels have solved is kept where a backward pass would solve it anew.
+    keep = graded and slope is None
     if cu_seqlens is not None:
-        return _packed((q, k, v, slope, real, written), (scale, ridge, window), cu_seqlens)
-    return _forward_op(q, k, v, slope, real, written, scale, ridge, window)  # type: ignore[no-any-return]
+        return _packed((q, k, v, slope, real, written), (scale, ridge, window, keep), cu_seqlens)
+    out: Tensor = _forward_op(q, k, v, slope, real, written, scale, ridge, window, keep)[0]
+    return out

@@ -32,14 +32,14 @@ def _even(launch: Launch) -> Plan:
 
 
 HOPPER = Family(
-    # With larger tiles ptxas spills.
+    # 64 rows of products for each four warps: with fewer, two groups of warps do the same loads. With larger tiles ptxas spills.
     half=Plan(
         mean=Launch(chunk=64, columns=64, warps=4, stages=2),
         solve=Launch(chunk=64, columns=32, warps=4, stages=2),
         output=Launch(chunk=64, columns=64, warps=4, stages=2),
-        right=Launch(chunk=64, columns=64, warps=8, stages=1),
-        queries=Launch(chunk=64, columns=64, warps=8, stages=1),
-        keys=Launch(chunk=32, columns=64, warps=8, stages=2),
+        right=Launch(chunk=64, columns=64, warps=4, stages=2),
+        queries=Launch(chunk=128, columns=32, warps=8, stages=2),
+        keys=Launch(chunk=32, columns=128, warps=8, stages=2),
     ),
     half_tall=_even(Launch(chunk=64, columns=32, warps=8, stages=1)),
     wide=_even(Launch(chunk=16, columns=16, warps=8, stages=1)),
