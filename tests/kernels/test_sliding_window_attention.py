@@ -6,6 +6,7 @@ the real ones.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -13,10 +14,12 @@ import pytest
 import torch
 from held import assert_held, compiled, over_settings
 from torch import Tensor
+from toys import mixer_of, noise, padded_call
 
+from heddle.compose.cache import Call
 from heddle.errors import HeddleError
 from heddle.kernels import force_path
-from heddle.kernels.accuracy import EPSILON
+from heddle.kernels.accuracy import EPSILON, worst_error
 from heddle.kernels.common.tuning import tuning
 from heddle.kernels.op import LIBRARY
 from heddle.kernels.sliding_window_attention import (
@@ -117,6 +120,30 @@ def test_steps_give_what_the_whole_gives() -> None:
         step = {"q": given["q"][:, :, t : t + 1], **sides, "real": given["real"][:, : t + 1]}
         found = sliding_window_attention(**{**given, **step})
         assert (found - whole[:, :, t : t + 1]).abs().max() < EPSILON[torch.float64]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_mixer_with_sink_tokens_gives_behind_padding_and_in_pieces_what_it_gives_in_float64(
+    device: str,
+) -> None:
+    mixer = mixer_of(24, "attention", heads=4, kv_heads=2, window=7, sink_tokens=5)
+    real = torch.arange(50) >= torch.tensor([9, 0, 30])[:, None]
+    x, exact, mixer = noise(3, 50, 24), copy.deepcopy(mixer), mixer.float().to(device)
+    leaves = [x.clone().requires_grad_(), x.float().to(device).requires_grad_()]
+    both = []
+    for module, leaf in zip((exact, mixer), leaves, strict=True):
+        o = module(leaf, padded_call(real.to(leaf.device))).double().cpu() * real[..., None]
+        both.append((o, torch.autograd.grad(o.sin().sum(), leaf)[0].double().cpu()))
+    for found, wanted in zip(both[1], both[0], strict=True):
+        assert worst_error(found, wanted, timed=True)[0] <= 5 * EPSILON[torch.float32]
+    cache, pieces, start, row = mixer.new_cache(), [], 0, leaves[1].detach()[1:2]
+    for end in (20, 40, 41, 50):
+        positions = torch.arange(start, end, device=device)[None]
+        pieces.append(mixer(row[:, start:end], Call(positions, cache=cache)))
+        cache.advance(end - start)
+        start = end
+    whole = both[0][0][1:2]
+    assert worst_error(torch.cat(pieces, dim=1), whole, timed=True)[0] <= 5 * EPSILON[torch.float32]
 
 
 @pytest.mark.gpu
