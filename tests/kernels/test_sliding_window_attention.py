@@ -17,8 +17,10 @@ from torch import Tensor
 from toys import mixer_of, noise, padded_call
 
 from heddle.compose.cache import Call
+from heddle.compose.modules import in_view
+from heddle.compose.modules.sliding import has_kernels
 from heddle.errors import HeddleError
-from heddle.kernels import force_path
+from heddle.kernels import force_path, watch_paths
 from heddle.kernels.accuracy import EPSILON, worst_error
 from heddle.kernels.common.tuning import tuning
 from heddle.kernels.op import LIBRARY
@@ -144,6 +146,30 @@ def test_a_mixer_with_sink_tokens_gives_behind_padding_and_in_pieces_what_it_giv
         start = end
     whole = both[0][0][1:2]
     assert worst_error(torch.cat(pieces, dim=1), whole, timed=True)[0] <= 5 * EPSILON[torch.float32]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@torch.no_grad()
+def test_a_mixer_spares_large_masks_and_gives_what_it_gives_in_float64(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(in_view, "MOST", 100)
+    mixer, x = mixer_of(24, "attention", heads=4, kv_heads=2), noise(2, 50, 24)
+    real = torch.arange(50) >= torch.tensor([9, 0])[:, None]
+    with force_path("torch"):
+        wanted = mixer(x, padded_call(real)) * real[..., None]
+    mixer, x = mixer.float().to(device), x.float().to(device)
+    with watch_paths() as seen:
+        found = mixer(x, padded_call(real.to(device))).double().cpu() * real[..., None]
+        cache, later = mixer.new_cache(), []
+        for start, end in ((0, 20), (20, 50)):
+            call = Call(torch.arange(start, end, device=device)[None], cache=cache)
+            later.append(mixer(x[1:, start:end], call))
+            cache.advance(end - start)
+    assert worst_error(found, wanted, timed=True)[0] <= 5 * EPSILON[torch.float32]
+    assert worst_error(torch.cat(later, dim=1), wanted[1:], timed=True)[0] <= 5 * EPSILON[torch.float32]
+    runs = has_kernels(x.device, x.dtype, 6, 2)
+    assert [name for name, _ in seen].count("sliding_window_attention") == (2 if runs else 0)
 
 
 @pytest.mark.gpu

@@ -206,8 +206,7 @@ class AttentionModule(Initialised):
         if self.grid:
             return listed_attention(q, k, v, self._grid_keys(keys, call), self.scale)
         if not self._selects(queries):
-            padded, capped = call.key_padding is not None, self.softcap is not None or self.sinks is not None
-            if not capped and slides(q, (k, v, written), self.view, padded=padded):
+            if self.softcap is None and self.sinks is None and slides(q, (k, v, written), self.view, call):
                 return attend_sliding(q, (k, v, written), call, self.view, self.scale)
             return attend_in_view(q, (k, v, written), call, self.view, attend)
         places, blocks = self._choice(q, k, written, call)

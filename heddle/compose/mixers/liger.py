@@ -115,7 +115,7 @@ class LigerModule(nn.Module):
             q, k = rotate(q, tables), rotate(k, tables)
         q, k, v = (side.to(v.dtype).transpose(1, 2) for side in (q, k, v))
         held = keys_so_far(k, v, call.part(WINDOW))
-        if slides(q, held, self.view, padded=call.key_padding is not None):
+        if slides(q, held, self.view, call):
             return attend_sliding(q, held, call, self.view).transpose(1, 2)
         return attend_in_view(q, held, call, self.view, softmax_attention).transpose(1, 2)
 

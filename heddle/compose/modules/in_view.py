@@ -70,7 +70,7 @@ def attend_in_view(
         flat = None if real is None else real[:, 0, 0]
         first = sink_columns(call, held, view.sinks) if view.sinks else None
         return banded_attention(q, k, v, view=view, real=flat, written=written, attend=attend, sinks=first)
-    if (call.key_padding is not None or written is not None) and queries * held > MOST:
+    if makes_large_mask(call, queries, held, is_written=written is not None):
         return _by_queries(q, keys, call, view, attend)
     if written is None:
         mask = attention_mask(call, queries, held, view)
@@ -78,6 +78,12 @@ def attend_in_view(
     real, sinks = real_keys(call, held, view.sinks), sink_keys(call, held, view.sinks)
     distance, marks = distances(queries, held, q.device), written[:, None, None]
     return attend(q, k, v, key_mask(distance, view, real, sinks=sinks, written=marks))
+
+
+def makes_large_mask(call: Call, queries: int, keys: int, *, is_written: bool = False) -> bool:
+    """Whether one mask of all queries would be larger than may stand in memory: behind padding, or after earlier tokens."""
+    is_masked = call.key_padding is not None or is_written or 1 < queries < keys
+    return is_masked and queries * keys > MOST
 
 
 def _by_queries(
@@ -99,7 +105,8 @@ def _by_queries(
         real, sinks = (None if side is None else side[..., : k.shape[2]] for side in marked)
         marks = None if written is None else written[:, None, None]
         distance = place[:, None] - torch.arange(k.shape[2], device=q.device)
-        return attend(q, k, v, key_mask(distance, view, real, sinks=sinks, written=marks))
+        mask = key_mask(distance, view, real, sinks=sinks, written=marks)
+        return attend(q, k, v, mask if mask.dim() == 4 else mask[None, None])
 
     # The gradient of a mask is one of each head.
     size = QUERIES if written is None or not written.requires_grad else QUERIES // 4
