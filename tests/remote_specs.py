@@ -42,7 +42,7 @@ FEW: dict[str, tuple[Any, ...]] = {
     "window": (None, 3, 7, 30), "short_conv": (None, 2, 4), "scale": (None, 0.2), "softcap": (None, 5.0),
     "value_heads": (None, 4), "groups": (1, 2), "chunk": (1, 5, 16), "block": (4, 7), "top": (None, 1, 2), "keep": (1, 2),
     "norm_eps": (None, 1e-5), "static_taps": (None, 0, 2), "key_multiplier": (1.0, 0.4), "gate_rank": (4, 8), "branching": (2, 3),
-    "clusters": (2, 3), "members": (2, 9),
+    "clusters": (2, 3), "members": (2, 9), "sink_tokens": (0, 2, 5),
 }  # fmt: skip
 TRIES = 1000
 

@@ -96,7 +96,7 @@ def layer_weights(sights: Sequence[Sight], length: int) -> Matrix:
     for one in certain:
         allowed = lag >= 0 if one.is_causal else np.full((length, length), True)
         if one.window is not None:
-            allowed &= np.abs(lag) < one.window
+            allowed &= (np.abs(lag) < one.window) | (np.arange(length) < one.sinks)
         head = np.where(allowed, np.exp(one.log_decay * np.abs(lag)), 0.0)
         total += head / head.sum(1, keepdims=True)
     return total / len(certain)

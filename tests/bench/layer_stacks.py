@@ -44,19 +44,22 @@ class Sizes:
     block: int
     count: int
     window: int
+    sinks: int
     checked: int
     rounds: tuple[int, int]
 
     def small(self) -> Sizes:
         """Those of a stack that float64 can follow: heads and blocks as they are."""
         heads = (2 * self.heads[0] // self.heads[1], 2) if ON_GPU else self.heads
-        return replace(self, narrow=min(self.narrow, 256), wide=min(self.wide, 256), heads=heads, window=100)
+        return replace(
+            self, narrow=min(self.narrow, 256), wide=min(self.wide, 256), heads=heads, window=100, sinks=20
+        )
 
 
 def made(*, tiny: bool) -> Sizes:
     if tiny:
-        return Sizes(32, 32, (4, 2), 8, 256, (2, 96), 8, 5, 24, 150, (2, 2))
-    return Sizes(1024, 4096, (32, 8), 128, 131072, (8, 65536), 128, 64, 2176, 700, (5, 200))
+        return Sizes(32, 32, (4, 2), 8, 256, (2, 96), 8, 5, 24, 4, 150, (2, 2))
+    return Sizes(1024, 4096, (32, 8), 128, 131072, (8, 65536), 128, 64, 2048, 128, 700, (5, 200))
 
 
 @dataclass
@@ -201,7 +204,8 @@ def flux(sizes: Sizes, seed: int) -> dict[str, Stack]:
         "kv_heads": kv_heads,
         "head_dim": sizes.head_dim,
     }
-    routed = {"kind": "layer_router", "mixers": [full, {**full, "window": sizes.window}], "single": True}
+    cheap = {**full, "window": sizes.window, "sink_tokens": sizes.sinks}
+    routed = {"kind": "layer_router", "mixers": [full, cheap], "single": True}
     made = stack_of(sizes.wide, {"it": routed}, ["it"] * 4, seed)
     made.picks = (0, 1, 0, 1)
     with torch.no_grad():

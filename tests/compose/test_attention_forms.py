@@ -496,6 +496,14 @@ MODELS: dict[str, ModelSpec] = {
     "window in window": model_with(
         {"a": {"window": 9}, "b": {"window": 5, "keys_from": "a", "gate": True}}, ["a", "b", "a", "b", "b"]
     ),
+    "sink tokens of a source": model_with(
+        {
+            "a": {"window": 9, "sink_tokens": 3},
+            "b": {"window": 5, "sink_tokens": 3, "keys_from": "a"},
+            "c": {"window": 5, "keys_from": "a"},
+        },
+        ["a", "b", "c", "b"],
+    ),
     "shared source": model_with({"a": {"shared": True}, "b": {"keys_from": "a"}}, ["a", "b", "a", "b"]),
     "shared reader": model_with({"a": {}, "b": {"shared": True, "keys_from": "a"}}, ["a", "b", "b"]),
     "values of values": model_with(

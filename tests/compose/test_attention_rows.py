@@ -41,6 +41,7 @@ FORMS: list[dict[str, Any]] = [
     {},
     {"kv_heads": 2, "qk_norm": True, "scale": 0.3, "key_multiplier": 1.5},
     {"window": 5, "kv_heads": 2},
+    {"window": 5, "kv_heads": 2, "sink_tokens": 4},
     {"causal": False, "window": 4},
     {"softcap": 0.8, "sinks": True},
     {"kv_heads": 2, "selection": {"block": 4, "count": 2}},

@@ -37,7 +37,7 @@ def test_it_is_for_causal_windows_that_leave_keys_out_where_the_kernels_run() ->
         (View(4), (k, k, torch.ones(2, 30))),
         (View(4), (k, k, None)),
     ):
-        assert not slides(q, given, view)
+        assert not slides(q, given, view, call_at(25, 5))
 
 
 def test_a_mixer_with_a_window_compiles_whole_and_tells_its_code() -> None:

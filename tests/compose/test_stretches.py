@@ -77,6 +77,22 @@ def test_masks_of_some_queries_do_what_one_of_all_does(
         assert (found - wanted).abs().max() < EXACT
 
 
+@torch.no_grad()
+def test_a_later_piece_of_a_prompt_makes_masks_of_some_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = (noise(2, heads, count, 6, seed=heads) for heads, count in ((4, 70), (2, 90), (2, 90)))
+    call = call_at(20, 70)
+
+    def attended() -> Tensor:
+        return attend_in_view(q, (k, v, None), call, View(), softmax_attention)
+
+    expected = attended()
+    call.memo.clear()
+    monkeypatch.setattr(in_view, "MOST", 1000)
+    monkeypatch.setattr(in_view, "QUERIES", 16)
+    assert (attended() - expected).abs().max() < EXACT
+    assert not call.memo
+
+
 def test_no_mask_of_all_queries_by_all_keys_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     _, call = masked(True, 70, True)
     monkeypatch.setattr(in_view, "MOST", 1000)

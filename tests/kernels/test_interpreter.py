@@ -52,9 +52,9 @@ OTHERS = {
     # Ragged heads and few keys in half precision, a step and keys of before, a window, tiles, later tokens; a mixer.
     "test_span_attention": "reference and ((ragged or few) and float16 or (step or past or window) and float32) "
     "or tiles and 16-64 and float32 or no_bit and float32 or mixer",
-    # Sinks in half precision, packed sequences by descriptors, keys of a step in three parts.
+    # Sinks in half precision, packed sequences by descriptors, keys of a step in three parts, a mixer.
     "test_sliding_window_attention": "reference and many and float16 or descriptors and packed-1-cpu and float32 "
-    "or split and 3-cpu and float32",
+    "or split and 3-cpu and float32 or mixer",
     # A chunk that goes on in half precision, packed sequences.
     "test_rat_scan": "reference and (goes and float16 or packed and float32)",
     # Of chosen blocks, which each query has its own of.

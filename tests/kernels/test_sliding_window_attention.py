@@ -6,6 +6,7 @@ the real ones.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -14,10 +15,14 @@ import pytest
 import torch
 from held import assert_held, compiled, over_settings
 from torch import Tensor
+from toys import mixer_of, noise, padded_call
 
+from heddle.compose.cache import Call
+from heddle.compose.modules import in_view
+from heddle.compose.modules.sliding import has_kernels
 from heddle.errors import HeddleError
-from heddle.kernels import force_path
-from heddle.kernels.accuracy import EPSILON
+from heddle.kernels import force_path, watch_paths
+from heddle.kernels.accuracy import EPSILON, worst_error
 from heddle.kernels.common.tuning import tuning
 from heddle.kernels.configs.launch import Launch
 from heddle.kernels.configs.sliding_window_attention import HOPPER
@@ -129,6 +134,52 @@ def test_narrow_windows_have_launches_of_their_own_where_a_table_has_any() -> No
     assert table.within(1025, 2, 128) is table.half
     assert table.within(128, 2, 256) is table.half_tall
     assert table.within(128, 4, 128) is table.wide
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_mixer_with_sink_tokens_gives_behind_padding_and_in_pieces_what_it_gives_in_float64(
+    device: str,
+) -> None:
+    mixer = mixer_of(24, "attention", heads=4, kv_heads=2, window=7, sink_tokens=5)
+    real = torch.arange(50) >= torch.tensor([9, 0, 30])[:, None]
+    x, exact, mixer = noise(3, 50, 24), copy.deepcopy(mixer), mixer.float().to(device)
+    leaves = [x.clone().requires_grad_(), x.float().to(device).requires_grad_()]
+    both = []
+    for module, leaf in zip((exact, mixer), leaves, strict=True):
+        o = module(leaf, padded_call(real.to(leaf.device))).double().cpu() * real[..., None]
+        both.append((o, torch.autograd.grad(o.sin().sum(), leaf)[0].double().cpu()))
+    for found, wanted in zip(both[1], both[0], strict=True):
+        assert worst_error(found, wanted, timed=True)[0] <= 5 * EPSILON[torch.float32]
+    cache, pieces, start, row = mixer.new_cache(), [], 0, leaves[1].detach()[1:2]
+    for end in (20, 40, 41, 50):
+        positions = torch.arange(start, end, device=device)[None]
+        pieces.append(mixer(row[:, start:end], Call(positions, cache=cache)))
+        cache.advance(end - start)
+        start = end
+    whole = both[0][0][1:2]
+    assert worst_error(torch.cat(pieces, dim=1), whole, timed=True)[0] <= 5 * EPSILON[torch.float32]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@torch.no_grad()
+def test_a_mixer_spares_large_masks_and_gives_what_it_gives_in_float64(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(in_view, "MOST", 100)
+    mixer, x = mixer_of(24, "attention", heads=4, kv_heads=2), noise(2, 50, 24)
+    real = torch.arange(50) >= torch.tensor([9, 0])[:, None]
+    with force_path("torch"):
+        wanted = mixer(x, padded_call(real)) * real[..., None]
+    mixer, x = mixer.float().to(device), x.float().to(device)
+    with watch_paths() as seen:
+        found = mixer(x, padded_call(real.to(device))).double().cpu() * real[..., None]
+        cache, later = mixer.new_cache(), []
+        for start, end in ((0, 20), (20, 50)):
+            call = Call(torch.arange(start, end, device=device)[None], cache=cache)
+            later.append(mixer(x[1:, start:end], call))
+            cache.advance(end - start)
+    assert worst_error(found, wanted, timed=True)[0] <= 5 * EPSILON[torch.float32]
+    assert worst_error(torch.cat(later, dim=1), wanted[1:], timed=True)[0] <= 5 * EPSILON[torch.float32]
+    runs = has_kernels(x.device, x.dtype, 6, 2)
+    assert [name for name, _ in seen].count("sliding_window_attention") == (2 if runs else 0)
 
 
 @pytest.mark.gpu

@@ -72,6 +72,13 @@ def test_a_window_scores_best_from_the_size_that_its_task_needs() -> None:
     assert reach_score(model(window(17)), task).value == 1.0
 
 
+@pytest.mark.parametrize(("first", "share"), [(1, 1 / 16), (8, 0.5), (16, 1.0)])
+def test_first_tokens_that_stay_in_sight_are_heard(first: int, share: float) -> None:
+    task = drawn("copying", data_tokens=16)
+    beside = f"{{kind: attention, heads: 2, window: 1, sink_tokens: {first}}}"
+    assert task.normalised(reach_score(model(beside), task)) == pytest.approx(share)
+
+
 @pytest.mark.parametrize("score", [reach_score, random_feature_score])
 def test_rung_zero_asks_for_a_task_of_accuracy(score: object) -> None:
     task = drawn("in_context_regression", examples=8)

@@ -280,6 +280,7 @@ CHANGES: list[tuple[str, Any]] = [
     ("blocks.a.mixer.qk_norm", True),
     ("blocks.a.mixer.gate", True),
     ("blocks.a.mixer.window", 8),
+    ("blocks.a.mixer.sink_tokens", 3),
     ("blocks.a.mixer.qk_norm", "full"),
     ("blocks.a.mixer.causal", False),
     ("blocks.a.mixer.boundary", "inward"),

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from heddle.compose.cache import (
     Call,
     CompositeLayer,
-    KVLayer,
     PreallocatedKVLayer,
     PreallocatedRecurrentLayer,
     StateLayer,
@@ -26,7 +25,7 @@ from heddle.compose.modules.grid_window import grid_keys
 from heddle.compose.modules.head_mix import HeadMix
 from heddle.compose.modules.in_view import attend_in_view, keys_so_far
 from heddle.compose.modules.inward import inward_attention, inward_range, listed_attention
-from heddle.compose.modules.masks import View, distances, key_mask, real_keys
+from heddle.compose.modules.masks import View, distances, key_mask, real_keys, sink_keys
 from heddle.compose.modules.norm import RMSNorm
 from heddle.compose.modules.precision import wide
 from heddle.compose.modules.qk_source import EMBEDDED, qk_input
@@ -36,6 +35,7 @@ from heddle.compose.modules.selection import Places, Rule, attend_blocks, choose
 from heddle.compose.modules.site import Site
 from heddle.compose.modules.sliding import attend_sliding, has_kernels, slides
 from heddle.compose.modules.softmax import softmax_attention, softmax_weights
+from heddle.compose.sink_cache import kept_tokens, new_layer
 from heddle.errors import HeddleError
 
 # The parts of a cache of one that chooses blocks.
@@ -45,13 +45,14 @@ TOKENS, MEANS = "tokens", "means"
 class AttentionModule(Initialised):
     """Softmax attention.        (GQA: arXiv 2305.13245; RoPE: 2104.09864; output gate: 2505.06708)
 
-        o_i = sum_j softmax_j(scale · q_i · k_j) v_j,  j <= i,  i - j < window
+        o_i = sum_j softmax_j(scale · q_i · k_j) v_j,  j <= i,  i - j < window or j < sink_tokens
         y   = W_o (o * sigmoid(gate))
 
     `qk_norm` norms each head of q and k before the rotation, "full" all heads together. `rope` is `{"theta", "fraction"}` and
     perhaps "scaling", or None for no positions. With `gate`, each head of `q_proj` holds d query rows, then d gate rows. A
-    window counts the current token. Without `causal` a query also sees later tokens, those less than a window ahead; there
-    is nothing to decode then, and no cache. `softcap` and `sinks` are those of `softmax_attention`.
+    window counts the current token; beside it each query sees the first `sink_tokens` tokens of its row. Without `causal` a
+    query also sees later tokens, those less than a window ahead; there is nothing to decode then, and no cache. `softcap` and
+    `sinks` are those of `softmax_attention`.
 
     With `boundary` "inward" such a window slides inward at the ends, and every query sees as many keys (arXiv 2511.14712). With
     `grid` tokens are those of an image or a video, and windows are along its axes; see `grid_keys`.
@@ -81,6 +82,7 @@ class AttentionModule(Initialised):
         qk_norm: bool | str,
         gate: bool,
         window: int | None,
+        sink_tokens: int = 0,
         causal: bool = True,
         boundary: str = "clip",
         grid: Mapping[str, int | None] | None = None,
@@ -97,7 +99,7 @@ class AttentionModule(Initialised):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim, self.gate = heads, kv_heads, head_dim, gate
         self.view, self.scale, self.key_multiplier, self.softcap = (
-            View(window, causal),
+            View(window, causal, sink_tokens),
             scale,
             key_multiplier,
             softcap,
@@ -210,7 +212,7 @@ class AttentionModule(Initialised):
         if self.grid:
             return listed_attention(q, k, v, self._grid_keys(keys, call), self.scale)
         if not self._selects(queries):
-            if self.softcap is None and self.sinks is None and slides(q, (k, v, written), self.view):
+            if self.softcap is None and self.sinks is None and slides(q, (k, v, written), self.view, call):
                 return attend_sliding(q, (k, v, written), call, self.view, self.scale)
             return attend_in_view(q, (k, v, written), call, self.view, attend)
         places, blocks = self._choice(q, k, written, call)
@@ -246,7 +248,8 @@ class AttentionModule(Initialised):
             chosen = torch.zeros(*index.shape[:2], keys + 1, dtype=torch.bool, device=q.device)
             # What is none falls on the place behind the last.
             chosen = chosen.scatter(-1, index % (keys + 1), True)[:, None, :, :keys]
-        mask = key_mask(distance, view, real_keys(call, keys), chosen, written=marks)
+        real, sinks = real_keys(call, keys, view.sinks), sink_keys(call, keys, view.sinks)
+        mask = key_mask(distance, view, real, chosen, sinks=sinks, written=marks)
         mask = mask if mask.dim() == 4 else mask[None, None]
         p = softmax_weights(q[:, :, rows], k, mask, scale=self.scale, softcap=self.softcap, sinks=self.sinks)
         return p.flatten(1, 2)
@@ -287,7 +290,7 @@ class AttentionModule(Initialised):
             kept.extend(k, self._places(k, call, new), weights=written, new=new)
 
     def new_cache(self) -> StateLayer:
-        kept = KVLayer(self.view.window) if self._keeps_keys() else TokenCount()
+        kept = new_layer(self.view) if self._keeps_keys() else TokenCount()
         if self.rule is None:
             return kept
         return CompositeLayer({TOKENS: kept, MEANS: MeansLayer(self.rule.parts(self.selection["block"]))})
@@ -306,11 +309,9 @@ class AttentionModule(Initialised):
     def _filled_tokens(self, batch: int, context: int, like: Tensor) -> StateLayer:
         if not self._keeps_keys():
             return PreallocatedRecurrentLayer({}, context=context)
-        window = self.view.window
-        held = context if window is None else min(context, window - 1)
-        shape = (batch, self.kv_heads, held + 1, self.head_dim)
+        shape = (batch, self.kv_heads, kept_tokens(self.view, context) + 1, self.head_dim)
         keys, values = like.new_empty(shape).normal_(), like.new_empty(shape).normal_()
-        return PreallocatedKVLayer(keys, values, context=context, window=window)
+        return PreallocatedKVLayer(keys, values, context=context, window=self.view.window)
 
     def _keeps_keys(self) -> bool:
         return self.view.causal and self.keys_from is None

@@ -12,7 +12,6 @@ from torch.nn import functional as F
 from heddle.compose.cache import (
     Call,
     CompositeLayer,
-    KVLayer,
     PreallocatedKVLayer,
     RecurrentLayer,
     StateLayer,
@@ -27,6 +26,7 @@ from heddle.compose.modules.site import Site
 from heddle.compose.modules.sliding import attend_sliding, has_kernels, slides
 from heddle.compose.modules.softmax import softmax_attention
 from heddle.compose.modules.stretches import in_stretches
+from heddle.compose.sink_cache import kept_tokens, new_layer
 from heddle.kernels.gla import gla, gla_step
 
 # The gate is the sixteenth root of a sigmoid (arXiv 2503.01496, as arXiv 2312.06635 has it).
@@ -40,9 +40,10 @@ class LigerModule(nn.Module):
         S = diag(a) S + softmax(k) vᵀ,   r = Sᵀ softmax(q),   log a = log sigmoid(k) / 16
         y = W_o (share · r + (1 - share) · softmax attention of the turned q over the last `window` turned k and v)
 
-    The softmaxes of the recurrence are over a head's dimensions. Its keys, gates and values are repeated for the query heads of
-    a group. Projections and norms bear the names of `AttentionModule`. Gates and state are float32. Training works the recurrence
-    of long sequences out again, not that of packed documents.
+    In view are the last `window` tokens and the first `sink_tokens`. The softmaxes of the recurrence are over a head's
+    dimensions. Its keys, gates and values are repeated for the query heads of a group. Projections and norms bear the names of
+    `AttentionModule`. Gates and state are float32. Training works the recurrence of long sequences out again,
+    not that of packed documents.
 
     Shapes:  x, y: [B, T, D];  state: [B, H, d, d], and the window's keys and values;  `heads_out` sees [B, T, H, d]
     """
@@ -61,10 +62,11 @@ class LigerModule(nn.Module):
         bias: str,
         window: int | None,
         share: float,
+        sink_tokens: int = 0,
     ) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head_dim, self.share = heads, kv_heads, head_dim, share
-        self.view, self.rotary = View(window), rotary_key(rope, head_dim)
+        self.view, self.rotary = View(window, sinks=sink_tokens), rotary_key(rope, head_dim)
         self.q_proj, self.k_proj, self.v_proj = (
             nn.Linear(site.hidden_size, count * head_dim, bias=bias != "none")
             for count in (heads, kv_heads, kv_heads)
@@ -119,14 +121,14 @@ class LigerModule(nn.Module):
             q, k = rotate(q, tables), rotate(k, tables)
         q, k, v = (side.to(v.dtype).transpose(1, 2) for side in (q, k, v))
         held = keys_so_far(k, v, call.part(WINDOW))
-        if slides(q, held, self.view):
+        if slides(q, held, self.view, call):
             return attend_sliding(q, held, call, self.view).transpose(1, 2)
         return attend_in_view(q, held, call, self.view, softmax_attention).transpose(1, 2)
 
     def new_cache(self) -> StateLayer:
         if self.share == 1.0:
             return RecurrentLayer()
-        made = CompositeLayer({WINDOW: KVLayer(self.view.window)})
+        made = CompositeLayer({WINDOW: new_layer(self.view)})
         # The memory cannot be taken back.
         made.is_croppable = False
         return made
@@ -136,11 +138,9 @@ class LigerModule(nn.Module):
         own = filled_memory((batch, self.heads, self.head_dim, self.head_dim), context, like)
         if self.share == 1.0:
             return own
-        window = self.view.window
-        held = context if window is None else min(context, window - 1)
-        shape = (batch, self.kv_heads, held + 1, self.head_dim)
+        shape = (batch, self.kv_heads, kept_tokens(self.view, context) + 1, self.head_dim)
         keys, values = like.new_empty(shape).normal_(), like.new_empty(shape).normal_()
-        part = PreallocatedKVLayer(keys, values, context=context, window=window)
+        part = PreallocatedKVLayer(keys, values, context=context, window=self.view.window)
         made = CompositeLayer({WINDOW: part}, own)
         made.tokens, made.is_initialized = context, True
         return made

@@ -28,9 +28,7 @@ def skips(q: Tensor, keys: tuple[Tensor, Tensor, Tensor | None], view: View) -> 
     Where memory is written in parts masks have gradients, which the kernels do not make.
     """
     k, _, written = keys
-    if not view.causal or written is not None:
-        return False
-    if view.window is not None and k.shape[2] > view.window:
+    if not view.causal or written is not None or not view.sees_all(k.shape[2]):
         return False
     found: bool = _runs_kernels(q.device, q.dtype, q.shape[3], q.shape[1] // k.shape[1])
     return found

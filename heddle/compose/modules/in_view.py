@@ -11,7 +11,16 @@ from torch.utils.checkpoint import checkpoint
 from heddle.compose.cache import Call, KVLayer
 from heddle.compose.modules.band import banded_attention, block_length
 from heddle.compose.modules.documents import each_document
-from heddle.compose.modules.masks import View, attention_mask, distances, key_mask, real_keys
+from heddle.compose.modules.masks import (
+    View,
+    attention_mask,
+    distances,
+    key_mask,
+    real_keys,
+    sink_columns,
+    sink_keys,
+)
+from heddle.compose.sink_cache import SinkKVLayer
 
 # Entries of a mask that may stand in memory at once for each row of a batch; of a larger one queries that are worked on together.
 MOST, QUERIES = 4096 * 4096, 512
@@ -25,6 +34,8 @@ def keys_so_far(k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor, Tenso
     written = call.written
     if isinstance(call.cache, KVLayer):
         new = k.shape[2]
+        if isinstance(call.cache, SinkKVLayer):
+            call.cache.find_first(call, new)
         k, v = call.cache.update(k, v)
         written = marks_so_far(call.cache, call, k, k.shape[2] - new)
     return k, v, written
@@ -56,17 +67,26 @@ def attend_in_view(
     """
     if call.packing is not None:
         return _by_documents(q, keys, call, view, attend)
-    (k, v, written), queries = keys, q.shape[2]
-    real = None if call.key_padding is None else call.key_padding[:, -k.shape[2] :]
-    if view.window is not None and queries > 2 * block_length(view.window):
-        return banded_attention(q, k, v, view=view, real=real, written=written, attend=attend)
-    if (real is not None or written is not None) and queries * k.shape[2] > MOST:
-        return _by_queries(q, keys, real, view, attend)
+    (k, v, written), queries, held = keys, q.shape[2], keys[0].shape[2]
+    if view.window is not None and queries > 2 * block_length(view.window) and not view.sees_all(held):
+        real = real_keys(call, held, view.sinks)
+        flat = None if real is None else real[:, 0, 0]
+        first = sink_columns(call, held, view.sinks) if view.sinks else None
+        return banded_attention(q, k, v, view=view, real=flat, written=written, attend=attend, sinks=first)
+    if makes_large_mask(call, queries, held, is_written=written is not None):
+        return _by_queries(q, keys, call, view, attend)
     if written is None:
-        mask = attention_mask(call, queries, k.shape[2], view)
+        mask = attention_mask(call, queries, held, view)
         return attend(q, k, v, mask, is_causal=view.causal and queries > 1)
-    distance, marks = distances(queries, k.shape[2], q.device), written[:, None, None]
-    return attend(q, k, v, key_mask(distance, view, real_keys(call, k.shape[2]), written=marks))
+    real, sinks = real_keys(call, held, view.sinks), sink_keys(call, held, view.sinks)
+    distance, marks = distances(queries, held, q.device), written[:, None, None]
+    return attend(q, k, v, key_mask(distance, view, real, sinks=sinks, written=marks))
+
+
+def makes_large_mask(call: Call, queries: int, keys: int, *, is_written: bool = False) -> bool:
+    """Whether one mask of all queries would be larger than may stand in memory: behind padding, or after earlier tokens."""
+    is_masked = call.key_padding is not None or is_written or 1 < queries < keys
+    return is_masked and queries * keys > MOST
 
 
 def _by_documents(
@@ -91,22 +111,24 @@ def _by_documents(
 def _by_queries(
     q: Tensor,
     keys: tuple[Tensor, Tensor, Tensor | None],
-    real: Tensor | None,
+    call: Call,
     view: View,
     attend: Callable[..., Tensor],
 ) -> Tensor:
     """As `attend_in_view`, some queries after the others; training makes their masks and weights a second time.
 
-    Shapes:  q, out: [B, H, T, d];  real: [B, S] or None
+    Shapes:  q, out: [B, H, T, d]
     """
     (k, v, written), told = keys, []
+    marked = (real_keys(call, k.shape[2], view.sinks), sink_keys(call, k.shape[2], view.sinks))
 
     def part(first: int, q: Tensor, k: Tensor, v: Tensor, written: Tensor | None) -> Tensor:
         place = torch.arange(first, first + q.shape[2], device=q.device)
-        limit = None if real is None else real[:, None, None, : k.shape[2]]
+        real, sinks = (None if side is None else side[..., : k.shape[2]] for side in marked)
         marks = None if written is None else written[:, None, None]
         distance = place[:, None] - torch.arange(k.shape[2], device=q.device)
-        return attend(q, k, v, key_mask(distance, view, limit, written=marks))
+        mask = key_mask(distance, view, real, sinks=sinks, written=marks)
+        return attend(q, k, v, mask if mask.dim() == 4 else mask[None, None])
 
     # The gradient of a mask is one of each head.
     size = QUERIES if written is None or not written.requires_grad else QUERIES // 4

@@ -16,7 +16,8 @@ class RowsOut(nn.Module):
     `queries` are tokens of the call, from its end where negative. None (so it begins): nothing is computed and no hook is
     called. A row holds the weights that the values got, so it sums to 1, and to less where a sink took a share.
 
-    Shapes:  rows: [B, H, queries, S], over the keys that the layer holds, the last of them that of the last token
+    Shapes:  rows: [B, H, queries, S], over the keys that the layer holds, the last of them that of the last token; a cache that
+             has dropped some begins with those of the sink tokens, if there are any
     """
 
     queries: tuple[int, ...] | None = None

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
+from heddle.specs.attention_rules import conflicts
 from heddle.specs.cost import State
 from heddle.specs.grid import Grid
 from heddle.specs.kinds import (
@@ -29,6 +30,7 @@ from heddle.specs.sight import Sight
 
 # Fields of the language that came later: at their defaults they are left out of the data, as if they did not exist.
 LATER = (
+    "sink_tokens",
     "causal",
     "boundary",
     "grid",
@@ -56,11 +58,11 @@ def _no_number(value: Any) -> Any:
 class Attention(HeadedMixer):
     """Softmax attention.
 
-        o_i = sum_j softmax_j(scale · q_i · k_j) v_j,   j <= i,   i - j < window
+        o_i = sum_j softmax_j(scale · q_i · k_j) v_j,   j <= i,   i - j < window or j < sink_tokens
 
     Grouped heads: arXiv 2305.13245; output gate: 2505.06708; norm of q and k over all heads: OLMo 2, 2501.00656; soft-cap:
     Gemma 2, 2408.00118; keys and values of an earlier layer: CLA, 2405.12981, and YOCO, 2405.05254; value residual: 2410.17897;
-    other sources of q and k: 2510.11602.
+    other sources of q and k: 2510.11602; sink tokens: 2309.17453.
     """
 
     kind: Literal["attention"] = "attention"
@@ -86,6 +88,10 @@ class Attention(HeadedMixer):
         int | None,
         Field(ge=1, le=10**8, description="Tokens a query sees (on each side), its own included; null: all."),
     ] = None
+    sink_tokens: Annotated[
+        int,
+        Field(ge=0, le=10**6, description="First tokens that every query sees beside its window (a count)."),
+    ] = 0
     causal: Annotated[
         bool, Field(description="false: queries see later tokens, too; for encoders, without a cache.")
     ] = True
@@ -219,6 +225,9 @@ class Attention(HeadedMixer):
         if source.window is not None and (self.window is None or self.window > source.window):
             wanted = "all tokens" if self.window is None else f"{self.window}"
             return f"{reference.name} keeps a window of {source.window}, and {wanted} are to be seen"
+        if source.window is not None and self.sink_tokens not in (0, source.sink_tokens):
+            kept = f"{reference.name} keeps {source.sink_tokens} first tokens beside its window"
+            return f"{kept}, and {self.sink_tokens} are to be seen; 0 or as many do"
         return None
 
     def resolved(self, site: Site) -> Attention:
@@ -233,7 +242,7 @@ class Attention(HeadedMixer):
             return (Sight(1, is_causal=False), Sight(widest, is_causal=False, is_certain=False))
         if self.selection is None:
             widest = self.window if self.boundary == "clip" or self.window is None else 2 * self.window - 1
-            return (Sight(widest, is_causal=self.causal),)
+            return (Sight(widest, is_causal=self.causal, sinks=self.sink_tokens),)
         # A source's choice is not known here, but that its own block is in it.
         if self.selection.decode_only:
             return (Sight(),)
@@ -274,32 +283,7 @@ class Attention(HeadedMixer):
         if self.grid is not None:
             capped = self.softcap is not None or self.sinks
             found += self.grid.problems(causal=self.causal, window=self.window, capped=capped)
-        return found + self._conflicts()
-
-    def _conflicts(self) -> list[Problem]:
-        """Fields that ask for what another one rules out."""
-        takes, selects, one = self.keys_from is not None, self.selection, "leave one of them out"
-        slides, both = self.boundary == "inward", "a window to both sides alone slides inward"
-        bare, blind = "with keys_from there are no own keys", "blocks are selected among those before a query"
-        no_values, dropped = (
-            "with keys_from there are no own values to mix",
-            "a window drops keys that could be selected",
-        )
-        sided = slides and (self.causal or (self.window is None and self.grid is None))
-        rules = [
-            (takes and self.values_from is not None, "values_from", no_values, one),
-            (takes and self.qk_source != "hidden", "qk_source", bare, one),
-            (takes and self.key_multiplier != 1, "key_multiplier", bare, "use scale"),
-            (sided, "boundary", both, "causal: false and a window, or boundary: clip"),
-            (slides and self.softcap, "boundary", "no logits of an inward window are capped", one),
-            (slides and self.sinks, "boundary", "an inward window has no sinks", one),
-            (selects and self.window, "selection", dropped, one),
-            (selects and not self.causal, "selection", blind, "causal: true"),
-        ]
-        found = [
-            Problem(field, what, hint, "conflicting-fields") for wrong, field, what, hint in rules if wrong
-        ]
-        return found if selects is None else found + selects.problems()
+        return found + conflicts(self)
 
     def _rope_problems(self, rope: Rope, site: Site) -> list[Problem]:
         wrong = rope.problem()
@@ -350,7 +334,7 @@ class Attention(HeadedMixer):
         seen = self._visible(length)
         if self.boundary == "inward":
             return 2 * self._weights(site) + self._core(site) * min(length, 2 * seen - 1)
-        # The sum of min(t, window) over t = 1 … length, over length; from both sides, a token's own counted once.
+        # The sum of min(t, what is in view) over t = 1 … length, over length; from both sides, a token's own counted once.
         mean = (seen * (seen + 1) / 2 + (length - seen) * seen) / max(length, 1)
         return 2 * self._weights(site) + self._core(site) * (mean if self.causal else 2 * mean - 1)
 
@@ -359,7 +343,7 @@ class Attention(HeadedMixer):
             return ()
         shape = (self.kv_heads or self.heads, head_dim_of(self, site))
         # The next token sees itself and what is held.
-        limit = None if self.window is None else self.window - 1
+        limit = None if self.window is None else self.sink_tokens + self.window - 1
         names = ("keys", "values") if self.keys_from is None else ()
         kept = tuple(State(name, shape, grows=True, limit=limit) for name in names)
         if self.selection is None or self.selection.source is not None:
@@ -397,4 +381,4 @@ class Attention(HeadedMixer):
         return 2 * heads * head_dim_of(self, site)
 
     def _visible(self, tokens: int) -> int:
-        return tokens if self.window is None else min(tokens, self.window)
+        return tokens if self.window is None else min(tokens, self.sink_tokens + self.window)

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from heddle.specs.attention_mixer import AttentionMixer
 from heddle.specs.cost import CHUNK, FLOAT32_BYTES, State
-from heddle.specs.kinds import head_dim_of
+from heddle.specs.kinds import Problem, head_dim_of
 from heddle.specs.layer import Site
 from heddle.specs.rope import Rope
 from heddle.specs.sight import Sight
@@ -23,7 +23,7 @@ class Liger(AttentionMixer):
     """Liger attention (arXiv 2503.01496): gates are made from keys, so it has the weights of softmax attention and no others.
 
         S_t = diag(a_t) S_{t-1} + softmax(k_t) v_tᵀ,   r_t = S_tᵀ softmax(q_t),   a_t = sigmoid(k_t)^(1/16)
-        w_t = softmax attention of q_t over the last `window` tokens, q and k turned by RoPE
+        w_t = softmax attention of q_t over the last `window` tokens and the first `sink_tokens`, q and k turned by RoPE
         y = W_o (share · r + (1 - share) · w)
 
     Both softmaxes of the recurrence are over a head's dimensions, and nothing turns there. Each query head has a state.
@@ -41,8 +41,9 @@ class Liger(AttentionMixer):
             "window": 7,
             "share": 0.4,
         },
+        {"heads": 2, "kv_heads": 1, "window": 5, "sink_tokens": 3},
     )
-    of_attention: ClassVar[tuple[str, ...]] = (*AttentionMixer.of_attention, "bias", "window")
+    of_attention: ClassVar[tuple[str, ...]] = (*AttentionMixer.of_attention, "bias", "window", "sink_tokens")
     kind: Literal["liger"] = "liger"
     heads: Annotated[int, Field(ge=1, le=4096, description="Query heads (a count).")]
     kv_heads: Annotated[
@@ -67,6 +68,10 @@ class Liger(AttentionMixer):
         int | None,
         Field(ge=1, le=10**8, description="Tokens that the softmax sees, the own one included; null: all."),
     ] = 64
+    sink_tokens: Annotated[
+        int,
+        Field(ge=0, le=10**6, description="First tokens that the softmax sees beside its window (a count)."),
+    ] = 0
     share: Annotated[
         float,
         Field(
@@ -80,6 +85,22 @@ class Liger(AttentionMixer):
         data = super().canonical(site)
         # Without a window nothing turns.
         return data if self._has_window else {**data, "rope": None, "window": None}
+
+    def problems(self, site: Site) -> list[Problem]:
+        found = super().problems(site)
+        if self.sink_tokens and not self._has_window:
+            hint = "a share below 1, or sink_tokens: 0"
+            found.append(
+                Problem("sink_tokens", "with share 1 there is no softmax", hint, "conflicting-fields")
+            )
+        return found
+
+    def runtime(self, site: Site) -> dict[str, Any]:
+        data = super().runtime(site)
+        # A later field of the language: at its default it is left out, as if it did not exist.
+        return (
+            data if self.sink_tokens else {name: one for name, one in data.items() if name != "sink_tokens"}
+        )
 
     def params(self, site: Site) -> int:
         return self._attention().params(site)
@@ -96,7 +117,7 @@ class Liger(AttentionMixer):
 
     def sights(self, site: Site) -> tuple[Sight, ...]:  # noqa: ARG002
         gated = Sight(log_decay=-GATE)
-        return (gated, Sight(self.window)) if self._has_window else (gated,)
+        return (gated, Sight(self.window, sinks=self.sink_tokens)) if self._has_window else (gated,)
 
     def states(self, site: Site) -> tuple[State, ...]:
         dim = head_dim_of(self, site)

@@ -64,4 +64,6 @@ def _through(parts: Sequence[tuple[Sight, ...]]) -> Sight:
         window=None if endless else 1 + sum((one.window or 1) - 1 for one in widest),
         log_decay=max(one.log_decay for one in endless or widest),
         is_causal=all(one.is_causal for part in parts for one in part),
+        # What one mixer hears of a first token the others carry on by their windows.
+        sinks=max((one.sinks for part in parts for one in part if one.is_certain), default=0),
     )
