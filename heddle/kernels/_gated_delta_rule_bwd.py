@@ -318,7 +318,7 @@ def _key_gradient(
             k = tl.load(k_at, mask=mask, other=0.0)  # [C, ROWS]
             written *= left[:, None]
             per_token = tl.sum(k * written, axis=1)
-            if HALF:
+            if HALF:  # noqa: SIM102 - HALF is known when it is compiled, the other is not
                 if ends & (has_d_final != 0):
                     new_at = new_ptr + (row * T + first).to(tl.int64) * (HV * V) + own * V
                     per_token += left * _rest_of_final(

@@ -271,7 +271,7 @@ def _gated_delta_rule_bwd_token_kernel(
         if GATED:
             tl.store(sums_at + sums_stride, d_total + d_beta * beta, mask=present)
             given = (n.to(tl.int64) * HV + own) * (K * V)
-            if HALF:
+            if HALF:  # noqa: SIM102 - HALF is known when it is compiled, the other is not
                 if ends & (has_d_final != 0):
                     tl.debug_barrier()
                     k = tl.load(k_at, mask=mask, other=0.0)  # [C, ROWS]

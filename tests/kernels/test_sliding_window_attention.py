@@ -134,6 +134,8 @@ def test_narrow_windows_have_launches_of_their_own_where_a_table_has_any() -> No
     assert table.within(1025, 2, 128) is table.half
     assert table.within(128, 2, 256) is table.half_tall
     assert table.within(128, 4, 128) is table.wide
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_a_mixer_with_sink_tokens_gives_behind_padding_and_in_pieces_what_it_gives_in_float64(
     device: str,
