@@ -11,7 +11,8 @@ from heddle.kernels.configs.launch import BySize, Launch
 @dataclass(frozen=True, slots=True)
 class Plan:
     """The launches of one call. `chunk`: queries of a tile, times the heads of a group in `score`;  `columns`: landmarks that
-    `score` treats at a time. The others take a block as a whole, and `step` one query.  `products`: how gradients multiply float32
+    `score` treats at a time. The others take a block as a whole, and `step` one query.  `products`: how gradients multiply
+    float32
     """
 
     forward: Launch
