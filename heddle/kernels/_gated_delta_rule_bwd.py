@@ -318,12 +318,11 @@ def _key_gradient(
             k = tl.load(k_at, mask=mask, other=0.0)  # [C, ROWS]
             written *= left[:, None]
             per_token = tl.sum(k * written, axis=1)
-            if HALF:  # noqa: SIM102 - HALF is known when it is compiled, the other is not
-                if ends & (has_d_final != 0):
-                    new_at = new_ptr + (row * T + first).to(tl.int64) * (HV * V) + own * V
-                    per_token += left * _rest_of_final(
-                        k, new_at, d_final_ptr + given, HV * V, i, rows, present, in_k, K, V, C, ROWS, COLUMNS, PRECISION
-                    )  # fmt: skip
+            if HALF & ends & (has_d_final != 0):
+                new_at = new_ptr + (row * T + first).to(tl.int64) * (HV * V) + own * V
+                per_token += left * _rest_of_final(
+                    k, new_at, d_final_ptr + given, HV * V, i, rows, present, in_k, K, V, C, ROWS, COLUMNS, PRECISION
+                )  # fmt: skip
             # In float64, as were the sums of log-decays: what passes through a strong decay is the rest of a difference.
             per_token = per_token.to(tl.float64)
             of_all = tl.sum(per_token, axis=0)

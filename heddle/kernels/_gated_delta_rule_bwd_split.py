@@ -271,15 +271,13 @@ def _gated_delta_rule_bwd_token_kernel(
         if GATED:
             tl.store(sums_at + sums_stride, d_total + d_beta * beta, mask=present)
             given = (n.to(tl.int64) * HV + own) * (K * V)
-            if HALF:  # noqa: SIM102 - HALF is known when it is compiled, the other is not
-                if ends & (has_d_final != 0):
-                    tl.debug_barrier()
-                    k = tl.load(k_at, mask=mask, other=0.0)  # [C, ROWS]
-                    left = tl.load(gates_at + 2 * C)
-                    per_token += left * _rest_of_final(
-                        k, new_ptr + tokens * V, d_final_ptr + given, HV * V, i, rows, present, in_k,
-                        K, V, C, ROWS, COLUMNS, PRECISION,
-                    )  # fmt: skip
+            if HALF & ends & (has_d_final != 0):
+                k = tl.load(k_at, mask=mask, other=0.0)  # [C, ROWS]
+                left = tl.load(gates_at + 2 * C)
+                per_token += left * _rest_of_final(
+                    k, new_ptr + tokens * V, d_final_ptr + given, HV * V, i, rows, present, in_k,
+                    K, V, C, ROWS, COLUMNS, PRECISION,
+                )  # fmt: skip
             tl.store(sums_at + 2 * sums_stride, per_token, mask=present)
             if (j == 0) | ends:
                 # Known in full.

@@ -254,7 +254,7 @@ class Call:
         tiles = triton.cdiv(self.T, constants["ROWS"])
         of_keys = self.constants(self.plan.keys)
         if self.q.device.type == "cuda":
-            of_keys["PRECISION"] = self.plan.products
+            constants["PRECISION"] = of_keys["PRECISION"] = self.plan.products
         _landmark_attention_bwd_query_kernel[(self.B * self.H, tiles)](
             self.q, self.k, self.v, self.marks, out, d_out, lse, delta, dq, self.start, bits, seen, *sides,
             self.T, self.S, self.C, self.N, tiles, words, stride, self.scale,

@@ -2,6 +2,7 @@
 
     python tests/bench/gated_delta_check.py --budget 240 --out "$OUT"
     python tests/bench/gated_delta_check.py --only split --budget 150 --out "$OUT" --commit "$(git rev-parse --short=12 HEAD)"
+    python tests/bench/gated_delta_check.py --only bounds --budget 60 --out "$OUT" --commit "$(git rev-parse --short=12 HEAD)"
     TRITON_INTERPRET=1 python tests/bench/gated_delta_check.py --only split --tiny --out /tmp/gated
 
 Compiles side by side first, then checks dtypes, head sizes and configurations against the float64 reference, and times each
@@ -40,7 +41,7 @@ from heddle.kernels.configs.launch import Launch
 
 DEVICE = torch.device("cuda")
 WORKERS = 15
-PARTS = ("correctness", "sweep", "steps", "split")
+PARTS = ("correctness", "sweep", "steps", "split", "bounds")
 OPS: tuple[Op[..., Any], ...] = (gated_delta_rule, delta_rule)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SIZES = ((128, 128), (24, 40), (100, 72), (256, 256))
@@ -220,6 +221,30 @@ def sized_samples(dtype: torch.dtype, K: int, V: int) -> Iterator[Sampled]:
             yield f"{name} {kind}", op, tried, hard(dtype, choices)
         for T in (1, 63, 65):
             yield f"{name} T={T}", op, tried, draw(op, {**shape, "T": T}, dtype)
+
+
+def bounds(log: Log, rows: Path, commit: str | None) -> list[str]:
+    """What was out of bounds once: error and bound of each gradient of a log-decay, by two kernels and by one; and the times."""
+    found = [(TWO, f"{dtype} {K} {V}", draw(gated_delta_rule, {**CHECKED, "K": K, "V": V, "T": 200}, dtype))
+             for dtype, K, V in ((torch.bfloat16, 128, 256), (torch.float16, 64, 64), (torch.float16, 128, 256))]  # fmt: skip
+    found += [(TWO, f"{dtype} weak", hard(dtype, HARD["weak"])) for dtype in (torch.float16, torch.bfloat16)]
+    found += [({"split": 0}, name, sample) for _, name, sample in found]
+    row: dict[str, Any] = {"op": "gated_delta_rule", "case": "bounds", "commit": commit}
+    row |= {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "device": torch.cuda.get_device_name(),
+    }
+    for tried, name, sample in found:
+        told = f"{name}, {'one kernel' if tried == {'split': 0} else 'two kernels'}"
+        measured = judged(gated_delta_rule, tried, sample, DEVICE)
+        log.check(told, measured)
+        row[told] = {one.name: [one.error, one.bound] for one in measured}
+    row["ms"] = split_times({}, Inputs(SHAPES[0], True))
+    with rows.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    errors = [f"{name}: {row[name]['d_log_decay'][0]:.2e} of {row[name]['d_log_decay'][1]:.2e}"
+              for name in row if isinstance(row[name], dict) and name != "ms"]  # fmt: skip
+    return [*errors, f"8x4096: {row['ms']}"]
 
 
 def variant_samples(variant: str) -> Iterator[Sampled]:
@@ -455,7 +480,8 @@ def main() -> int:
         for name, op, tried, sample in tiny_samples():
             log.check(name, judged(op, tried, sample, torch.device("cpu")))
     else:
-        prepared(log, parts)
+        if parts != ["bounds"]:
+            prepared(log, [part for part in parts if part != "bounds"])
         log(f"compiled in {time.monotonic() - begin:.0f} s")
         if "steps" in parts:
             steps(log)
@@ -464,8 +490,10 @@ def main() -> int:
         log(f"swept after {time.monotonic() - begin:.0f} s")
         if "correctness" in parts:
             correctness(log, late(1.0))
+        rows = chosen.out / "evidence-gated-delta-kernels.jsonl"
+        if "bounds" in parts:
+            lines += bounds(log, rows, chosen.commit)
         if "split" in parts:
-            rows = chosen.out / "evidence-gated-delta-kernels.jsonl"
             lines += split(log, rows, chosen.commit, late(1.0))
     for line in (*lines, *log.wrong, f"{len(log.wrong)} wrong, {time.monotonic() - begin:.0f} s"):
         log(line)

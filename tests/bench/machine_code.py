@@ -434,7 +434,7 @@ def _landmark_constants(case: Case, launch: Launch) -> dict[str, Any]:
     }  # fmt: skip
     if case.kernel == "read":
         constants["ROWS"] = ROWS
-    if case.kernel == "keys":
+    if case.kernel in ("queries", "keys"):
         constants["PRECISION"] = landmark_attention.HOPPER.plan(ELEMENTS[case.dtype], _largest(case)).products
     names = KERNELS[case.op, case.kernel].arg_names
     return {name: value for name, value in constants.items() if name in names}

@@ -14,7 +14,7 @@ _READ = Launch(chunk=1, columns=1, warps=4, stages=3)
 @dataclass(frozen=True, slots=True)
 class Plan:
     """The launches of one call. `chunk`: queries of a tile, times the heads of a group in `score`;  `columns`: landmarks that
-    `score` treats at a time. The others take a block as a whole, and `step` one query.  `products`: how `keys` multiplies float32
+    `score` treats at a time. The others take a block as a whole, and `step` one query.  `products`: how gradients multiply float32;
     `fused`: whether a step is two launches, `score` and `read`, in place of `score`, `step` and a merge;  `listed`: whether one
     between them chooses;  `ahead`: whether each of them is begun before the one before has ended
     """
@@ -60,7 +60,8 @@ def _even(chunk: int, stages: int) -> Plan:
 
 _WIDE = _even(32, 1)
 # A block of such heads and what tensor cores want of it do not fit into shared memory together.
-_WIDE_TALL = replace(_even(16, 1), keys=Launch(chunk=16, columns=1, warps=8, stages=1), products="ieee")
+_TALL = Launch(chunk=16, columns=1, warps=8, stages=1)
+_WIDE_TALL = replace(_even(16, 1), queries=_TALL, keys=_TALL, products="ieee")
 HOPPER = Family(
     half=Plan(
         # Three stages were faster, but held to the reference in one form alone.
