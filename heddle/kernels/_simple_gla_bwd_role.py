@@ -2,8 +2,8 @@
 """The backward roles of simple_gla, each compiled on its own: what `_simple_gla_sweep` does in one launch.
 
 A role that knows which it is looks nothing up, and the one of v leaves out what only the gradient of the log-decays needs. Where
-the others split numbers into two of half precision, they cut bits off instead of rounding: a rounded number that is used in
-float32 too passes a unit with an eighth of the throughput.
+the others split numbers into two of half precision, they cut bits off: numbers that are rounded and go on in float32 would be
+converted one by one, where others are two at a time.
 """
 
 from __future__ import annotations

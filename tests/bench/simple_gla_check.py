@@ -272,6 +272,8 @@ ROLES: dict[str, Overrides] = {
 HALF = (torch.bfloat16, torch.float16)
 HARD = {"mixed": (0.0, -1e-6, -1e-3, -1.0, -20.0), "weak": (-1e-6,), "strong": (*(-20.0,) * 7, -1e-3)}
 PAIR = {"B": 1, "H": 1, "HV": 2}
+# One process for each group of what is held.
+GATE_WORKERS = 20
 # Times that two runs are compared to the bit.
 REPEATED = 5
 TINY = ((16, 16), (40, 24))
@@ -335,14 +337,14 @@ def gate_groups() -> Iterator[list[tuple[str, Overrides, Callable[[], Sample]]]]
 
 def gate_share(index: int) -> None:
     """A share of the checks of `gate`; each line tells one."""
-    for case in itertools.chain(*itertools.islice(gate_groups(), index, None, WORKERS)):
+    for case in itertools.chain(*itertools.islice(gate_groups(), index, None, GATE_WORKERS)):
         try:
             found = held(*case, DEVICE)
         except Exception as error:
             found = {"case": case[0], "held": False, "wrong": [" ".join(str(error).split())[-300:]]}
         print("held " + json.dumps(found), flush=True)
     # What is timed has other strides and flags.
-    for name, tried in list(ROLES.items())[index::WORKERS]:
+    for name, tried in list(ROLES.items())[index::GATE_WORKERS]:
         with contextlib.suppress(Exception), tuning(**tried):
             for B, T in ((8, 128), (1, 1024)):
                 one_phase("bwd", B, T)()
@@ -367,7 +369,7 @@ def gate_held(log: Log, *, tiny: bool) -> Iterator[dict[str, Any]]:
             stderr=subprocess.STDOUT,
             text=True,
         )
-        workers = [start([*command, str(index)]) for index in range(WORKERS)]
+        workers = [start([*command, str(index)]) for index in range(GATE_WORKERS)]
         lines = [line for worker in workers for line in worker.communicate()[0].splitlines()[-80:]]
         log.wrong += [f"a worker ended with {worker.returncode}" for worker in workers if worker.returncode]
     for line in lines:
