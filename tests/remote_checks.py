@@ -107,6 +107,20 @@ def left_padded_batches_generate_what_each_row_does_alone(task: SimpleNamespace)
 
 
 @check
+def packed_documents_are_each_what_they_are_alone(task: SimpleNamespace) -> None:
+    import torch
+    from transformers import DataCollatorWithFlattening
+
+    model = load(task.causal).double()
+    rows, _, _ = padded((5, 17, 1, 11))
+    alone = torch.cat([model(row[None]).logits for row in rows], dim=1)
+    for told in ({}, {"return_position_ids": False, "return_flash_attn_kwargs": True}):
+        packed = model(**DataCollatorWithFlattening(**told)([{"input_ids": row.tolist()} for row in rows]))
+        # Tables of positions and gates stay in float32.
+        assert (packed.logits - alone).abs().max() <= 1e-5, told
+
+
+@check
 def chunked_prefill_and_a_static_cache_generate_the_same(task: SimpleNamespace) -> None:
     import torch
 
