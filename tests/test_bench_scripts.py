@@ -19,6 +19,7 @@ SCRIPTS = {
     "learning_check": ("--workers", "1", "--kinds", "dense", "nats_l", "--rows", "none.jsonl"),
     "glue_check": (),
     "misses_check": (),
+    "padded_check": (),
     "peak_memory": ("--only", "head_sparse_attention", "layer, landmark"),
     "example_models": ("--workers", "1", "--kinds", "layer_router", "--rows", "none.jsonl"),
 }
