@@ -22,6 +22,7 @@ SCRIPTS = {
     "misses_check": (),
     "truth_step": (),
     "packed_check": (),
+    "padded_check": (),
     "peak_memory": ("--only", "head_sparse_attention", "layer, landmark"),
     "example_models": ("--workers", "1", "--kinds", "layer_router", "--rows", "none.jsonl"),
 }
