@@ -14,9 +14,9 @@ _READ = Launch(chunk=1, columns=1, warps=4, stages=3)
 @dataclass(frozen=True, slots=True)
 class Plan:
     """The launches of one call. `chunk`: queries of a tile, times the heads of a group in `score`;  `columns`: landmarks that
-    `score` treats at a time. The others take a block as a whole, and `step` one query.  `products`: how gradients multiply float32;
-    `fused`: whether a step is two launches, `score` and `read`, in place of `score`, `step` and a merge;  `listed`: whether one
-    between them chooses;  `ahead`: whether each of them is begun before the one before has ended
+    `score` treats at a time. The others take a block as a whole, and `step` one query.  `products`: how gradients multiply
+    float32;  `fused`: whether a step is two launches, `score` and `read`, in place of `score`, `step` and a merge;
+    `listed`: whether one between them chooses;  `ahead`: whether each of them is begun before the one before has ended
     """
 
     forward: Launch
