@@ -204,7 +204,7 @@ class Call:
 
     def _in_tiles(self, keys: int) -> bool:
         """Whether blocks with a gate are loaded by descriptors; the last part of a block must be one of `keys` as well."""
-        wanted = tuned("gate_descriptors", _device(self.q.device)[0].gate_descriptors)
+        wanted = tuned("gate_descriptors", self.plan.gate_descriptors)
         return self.block % keys == 0 and bool(wanted)
 
     def _splits(self, tiling: Tiling) -> int:

@@ -35,6 +35,8 @@ MOST_SPLITS = 64
 STEP_QUERIES = 8
 # The least rows of a product, of which a step's query is one.
 ROWS = 16
+# Bytes of blocks that a fused step may hold at once: as many were held to the reference.
+MOST_AHEAD = 1 << 17
 # Logits of landmarks that stand in memory at once where many queries choose.
 MOST_LOGITS = 1 << 24
 
@@ -160,7 +162,7 @@ class Call:
         out = torch.empty(*self.q.shape[:3], self.V, dtype=self.v.dtype, device=self.q.device)
         lse = torch.empty(self.q.shape[:3], dtype=torch.float32, device=self.q.device)
         if self.T <= STEP_QUERIES:
-            (self._fused_step if self.plan.fused else self._step)(out, lse)
+            (self._fused_step if self.is_fused else self._step)(out, lse)
             return out, lse
         constants, (seen, stride) = self.constants(self.plan.forward), self.keys_seen()
         tiles = triton.cdiv(self.T, constants["ROWS"])
@@ -171,6 +173,12 @@ class Call:
             **constants, **self.plan.forward.options(),
         )  # fmt: skip
         return out, lse
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether a step loads blocks ahead, which must fit into shared memory together."""
+        sizes = (block(self.K) + block(self.V)) * block(self.block) * self.q.element_size()
+        return self.plan.fused and sizes * self.plan.read.stages <= MOST_AHEAD
 
     def _step(self, out: Tensor, lse: Tensor) -> None:
         rows, launch = self.B * self.H * self.T, self.plan.step

@@ -101,7 +101,8 @@ def _sweep_back(
     """As `launch_backward`, with gradients of q and k for each value head, and that of log_decay in float32."""
     (B, T, heads, V), K = v.shape, q.shape[3]
     table, _ = family_of(q.device)
-    kind = ApartSweep if tuned("apart", int(table.apart)) else Sweep
+    is_apart = table.is_apart(q.element_size(), K, V)
+    kind = ApartSweep if tuned("apart", int(is_apart)) else Sweep
     sweep = kind(q, k, v, d_out.to(q.dtype), log_decay=log_decay, scale=scale, cu_seqlens=cu_seqlens)
     dq, dk = (empty((B, T, heads, K), q.dtype, q.device) for _ in range(2))
     dv = empty(v.shape, v.dtype, v.device)

@@ -40,7 +40,7 @@ MAX_HEAD_SIZE, MAX_BLOCK, MAX_GROUP, MAX_CHOICE = 256, 128, 64, 32_767
 # Bytes of a block that have room on Hopper beside what tensor cores want of it.
 MOST_BYTES = 1 << 16
 # Blocks among which a GPU's choice was held to float64.
-HELD_CHOICE = 32
+HELD_CHOICE = 2048
 
 
 def landmark_attention_reference(

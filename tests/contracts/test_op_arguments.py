@@ -18,7 +18,7 @@ from heddle.errors import HeddleError
 from heddle.kernels import OPS, Op, force_path, gla
 from heddle.kernels.accuracy import EPSILON
 from heddle.kernels.local_linear_attention import local_linear_attention
-from heddle.kernels.op import TRITON_DTYPES, SlowPathWarning
+from heddle.kernels.op import SlowPathWarning
 
 AnyOp = Op[..., Any]
 
@@ -225,10 +225,11 @@ def test_torch_is_not_told_where_it_is_asked_for_or_there_is_no_gpu(op: AnyOp) -
 def test_kernels_that_no_gpu_has_held_to_the_reference_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("heddle.kernels.op._triton_runs", lambda *_: True)
     monkeypatch.setattr("heddle.kernels.op.INTERPRETED", False)
-    assert local_linear_attention.unproven == TRITON_DTYPES
-    told = r"no GPU has held .* in float16 with K=64, V=64 .*\n  hint: .*force_path\(.triton.\)"
+    assert local_linear_attention.unproven == (torch.float32,)
+    told = r"no GPU has held .* in float32 with K=64, V=64 .*\n  hint: .*force_path\(.triton.\)"
     with pytest.warns(SlowPathWarning, match=told):
-        assert local_linear_attention.choose(GPU, torch.float16, K=64, V=64) == "torch"
+        assert local_linear_attention.choose(GPU, torch.float32, K=64, V=64) == "torch"
+    assert local_linear_attention.choose(GPU, torch.float16, K=64, V=64) == "triton"
 
 
 @not_told

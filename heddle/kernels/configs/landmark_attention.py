@@ -70,6 +70,7 @@ HOPPER = Family(
         keys=Launch(chunk=32, columns=1, warps=4, stages=2),
         score=_SCORE,
         step=_STEP,
+        fused=True,
     ),
     half_tall=Plan(
         forward=Launch(chunk=64, columns=1, warps=8, stages=2),

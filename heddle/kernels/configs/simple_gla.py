@@ -15,8 +15,9 @@ class Family:
 
     All kernels of a call share their chunks, so the launches of one row do. A sequence is cut into segments of at least
     `segment` tokens when there are fewer programs than `forward_places` or `backward_places` a multiprocessor: forward as
-    many as it holds, backward more, since a last round that is half empty costs less after several full ones. Roles of the
-    backward pass that are launched `apart` fill `apart_places` each.
+    many as it holds, backward more, since a last round that is half empty costs less after several full ones. The roles of the
+    backward pass of two-byte elements are launched apart where heads are from the first of `apart` to the last of it wide, and
+    fill `apart_places` each then.
     """
 
     output: Launch
@@ -29,8 +30,11 @@ class Family:
     backward_places: int = 8
     apart_places: int = 2
     segment: int = 256
-    # Not yet held by a GPU: tests/bench/simple_gla_check.py --only gate.
-    apart: bool = False
+    apart: tuple[int, int] = (0, 0)
+
+    def is_apart(self, element: int, K: int, V: int) -> bool:
+        """Whether the roles of a backward pass are launched apart."""
+        return element == 2 and self.apart[0] <= min(K, V) and max(K, V) <= self.apart[1]
 
     def launch(self, kernel: str, element: int, size: int) -> Launch:
         """The configuration of kernel "output", "backward" or "state" for an element size and the larger head size."""
@@ -48,6 +52,7 @@ HOPPER = Family(
     tall=Launch(chunk=64, columns=32, warps=4, stages=2),
     wide=Launch(chunk=16, columns=32, warps=8, stages=2),
     wide_tall=Launch(chunk=16, columns=32, warps=8, stages=1),
+    apart=(64, 128),
 )
 # Fits the 99 KiB of shared memory that every device since Ampere has.
 OTHER = Family(
