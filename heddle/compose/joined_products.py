@@ -29,8 +29,9 @@ def join_products(module: GraphModule) -> GraphModule:
     for node in graph.nodes:
         if _is_plain_product(node):
             of_input[node.args[0]].append(node)
-    for source, nodes in of_input.items():
-        first = nodes[0]
+    for nodes in of_input.values():
+        # The input may have been such a product itself, and be another node since.
+        first, source = nodes[0], nodes[0].args[0]
         joined = [node for node in nodes if place[node.args[1]] < place[first]]
         with graph.inserting_before(first):
             made = graph.call_function(products, (source, *(node.args[1] for node in joined)))

@@ -6,6 +6,7 @@ one of the embedding, and one of what comes after the layers.
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable, Mapping, Set
 from functools import cache
@@ -31,6 +32,9 @@ Shapes = Mapping[str, torch.Size]
 # Names and shapes of the parameters in a row of weights, in order.
 Parts = tuple[tuple[str, torch.Size], ...]
 BACKEND = "inductor"
+# Torch before 2.12 counts compilations of a function for all that share its code.
+_ISOLATES = "isolate_recompiles" in inspect.signature(torch.compile).parameters
+RECOMPILES = 256
 
 
 class CompiledLayers:
@@ -135,10 +139,9 @@ def compiled_pointwise(function: Callable[..., None]) -> Callable[..., None]:
 def _compiled(function: Callable[..., Any], *, dynamic: bool = False) -> Callable[..., Any]:
     # Kinds of layers share their code, by which torch counts how often it compiles before it gives up, and without a word.
     compiler: Any = torch.compile
-    made: Callable[..., Any] = compiler(
-        function, fullgraph=True, dynamic=dynamic, backend=_backend, isolate_recompiles=True
-    )
-    return made
+    alone = {"isolate_recompiles": True} if _ISOLATES else {}
+    made: Callable[..., Any] = compiler(function, fullgraph=True, dynamic=dynamic, backend=_backend, **alone)
+    return made if _ISOLATES else torch._dynamo.config.patch(recompile_limit=RECOMPILES)(made)
 
 
 def _backend(module: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:

@@ -26,13 +26,11 @@ from heddle.kernels._landmark_attention_step import (
 )
 from heddle.kernels.common.layout import aligned, block, room, strides
 from heddle.kernels.common.tuning import tuned
-from heddle.kernels.configs.landmark_attention import INTERPRETER, Family, Plan, Spread, family
+from heddle.kernels.configs.landmark_attention import INTERPRETER, STEP_QUERIES, Family, Plan, Spread, family
 from heddle.kernels.configs.launch import Launch
 
 # Into how many parts the blocks of a step's query are split at most.
 MOST_SPLITS = 64
-# So many queries are a step: each reads its blocks by itself.
-STEP_QUERIES = 8
 # The least rows of a product, of which a step's query is one.
 ROWS = 16
 # Bytes of blocks that a fused step may hold at once: as many were held to the reference.

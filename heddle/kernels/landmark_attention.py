@@ -15,6 +15,7 @@ from torch import Tensor
 
 from heddle.errors import HeddleError
 from heddle.kernels._block_attention_torch import Form, Given, backward, forward
+from heddle.kernels.configs.landmark_attention import STEP_QUERIES
 from heddle.kernels.op import (
     Inputs,
     Shape,
@@ -39,8 +40,8 @@ except ImportError:
 MAX_HEAD_SIZE, MAX_BLOCK, MAX_GROUP, MAX_CHOICE = 256, 128, 64, 32_767
 # Bytes of a block that have room on Hopper beside what tensor cores want of it.
 MOST_BYTES = 1 << 16
-# Blocks among which a GPU's choice was held to float64.
-HELD_CHOICE = 2048
+# Blocks among which a GPU's choice was held to float64, and those of a step in half precision.
+HELD_CHOICE, HELD_STEP_CHOICE = 32, 2048
 
 
 def landmark_attention_reference(
@@ -197,6 +198,7 @@ def _dispatch(
 ) -> Tensor:
     sizes = {"K": q.shape[3], "V": v.shape[3], "G": q.shape[1] // k.shape[1], "block": block}
     sizes["choice"] = 0 if top is None else landmarks.shape[2]
+    sizes["half_step"] = int(q.element_size() == 2 and q.shape[2] <= STEP_QUERIES)
     sizes["room"] = int(_has_room(q.device, q.element_size(), max(sizes["K"], sizes["V"]), block))
     if landmark_attention.choose(q.device, q.dtype, **sizes) == "triton":
         return kernels(q, k, v, landmarks, start, real, written, scale, block, top)[0]  # type: ignore[no-any-return]
@@ -257,7 +259,7 @@ def _fits(shape: Shape) -> bool:
 
 def _is_unproven(shape: Shape) -> bool:
     """A choice among more blocks than were held."""
-    return shape["choice"] > HELD_CHOICE
+    return shape["choice"] > (HELD_STEP_CHOICE if shape.get("half_step", 0) else HELD_CHOICE)
 
 
 _LIMITS = (

@@ -42,7 +42,7 @@ def of_either(parts: Sequence[Sequence[Sight]]) -> tuple[Sight, ...]:
         replace(
             one,
             is_certain=one.is_certain and width(one) <= narrowest,
-            sinks=one.sinks if one.sinks <= first else 0,
+            sinks=int(min(one.sinks, first)),
         )
         for part in parts
         for one in part

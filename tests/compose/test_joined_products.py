@@ -50,3 +50,14 @@ def test_a_graph_has_one_product_for_each_input() -> None:
     calls = [node for node in module.graph.nodes if node.op == "call_function"]
     assert [len(node.args) for node in calls if node.target is products] == [3, 2]
     assert sum(node.target is F.linear for node in calls) == 2
+
+
+def test_products_of_products_are_joined_as_well() -> None:
+    def layer(x: Tensor, first: Tensor, second: Tensor, third: Tensor) -> Tensor:
+        narrow = F.linear(x, first)
+        return F.linear(narrow, second) + F.linear(narrow, third)
+
+    given = tuple(drawn(*shape) for shape in ((ROWS, WIDTH), (4, WIDTH), (WIDTH, 4), (WIDTH, 4)))
+    module = join_products(symbolic_trace(layer))
+    torch.testing.assert_close(module(*given), layer(*given))
+    assert sum(node.target is products for node in module.graph.nodes) == 2

@@ -298,11 +298,12 @@ def test_the_gradient_of_landmarks_is_rounded_once() -> None:
 
 def test_what_no_gpu_has_held_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("heddle.kernels.op._triton_runs", lambda *_: True)
-    sizes = {"K": 128, "V": 128, "G": 4, "block": 64, "choice": 2048}
+    sizes = {"K": 128, "V": 128, "G": 4, "block": 64, "choice": 2048, "half_step": 1}
     waits = "triton" if INTERPRETED else "torch"
     assert landmark_attention.path("cuda", torch.bfloat16, **sizes) == "triton"
     many = sizes | {"choice": 2049}
-    assert landmark_attention.path("cuda", torch.bfloat16, **many) == waits
+    for shape in (many, sizes | {"choice": 33, "half_step": 0}):
+        assert landmark_attention.path("cuda", torch.bfloat16, **shape) == waits
     with force_path("triton"):
         assert landmark_attention.path("cuda", torch.bfloat16, **many) == "triton"
 

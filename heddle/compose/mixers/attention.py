@@ -164,7 +164,7 @@ class AttentionModule(Initialised):
             self.rows_out(self._rows(q, k, written, call))
         is_routed = self._is_routed(call, straight=route is not None) and skips(q, (k, v, written), self.view)
         if is_routed:
-            o = attend_chosen(q, (k, v, written), call, self.scale)
+            o = attend_chosen(q, (k, v, written), call, self.view, self.scale)
         else:
             o = self.head_mix(self._attend(q, k, v, written, call), v)
         o = o.transpose(1, 2)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from heddle.compose.cache import Call
-from heddle.compose.modules.masks import View
+from heddle.compose.modules.masks import View, real_keys
 from heddle.kernels.head_sparse_attention import head_sparse_attention
 
 
@@ -35,10 +35,11 @@ def skips(q: Tensor, keys: tuple[Tensor, Tensor, Tensor | None], view: View) -> 
 
 
 def attend_chosen(
-    q: Tensor, keys: tuple[Tensor, Tensor, Tensor | None], call: Call, scale: float | None = None
+    q: Tensor, keys: tuple[Tensor, Tensor, Tensor | None], call: Call, view: View, scale: float | None = None
 ) -> Tensor:
     """What `attend_in_view` gives with softmax attention, times the factors of heads.  Shapes:  as there"""
     assert call.head_gates is not None
     k, v, _ = keys
-    real = None if call.key_padding is None else call.key_padding[:, -k.shape[2] :] > 0
+    known = real_keys(call, k.shape[2], view.sinks)
+    real = None if known is None else known[:, 0, 0] > 0
     return head_sparse_attention(q, k, v, call.head_gates, real=real, cu_seqlens=call.cu_seqlens, scale=scale)

@@ -6,6 +6,7 @@ is memory that nobody has written to, and is freed again.
 
 from __future__ import annotations
 
+import contextvars
 import os
 import threading
 from collections.abc import Callable
@@ -35,10 +36,15 @@ def compile_side_by_side(run: Callable[..., object], args: tuple[Any, ...]) -> N
     mode = getattr(triton, "AsyncCompileMode", None)
     if INTERPRETED or mode is None:
         return
-    _active.compiles_only = True
-    try:
+
+    def compile_all() -> None:
         with ThreadPoolExecutor(THREADS) as pool, mode(pool, ignore_errors=True):
             run(*args)
+
+    _active.compiles_only = True
+    try:
+        # Who is interrupted while it waits would leave the mode on.
+        contextvars.copy_context().run(compile_all)
     finally:
         _active.compiles_only = False
 

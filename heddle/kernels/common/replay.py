@@ -212,6 +212,9 @@ def start_kernel(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constant
         kernel.warmup(*arguments, grid=grid, **constants)
         return
     compiled = kernel[grid](*arguments, **constants)
+    if hasattr(compiled, "result"):
+        # Another thread compiled it meanwhile.
+        compiled = compiled.result()
     recorder = getattr(_active, "recorder", None)
     if recorder is None:
         return
@@ -265,6 +268,7 @@ def replayed(run: Callable[P, Outputs]) -> Callable[P, Outputs]:
             return found.replay(tensors, pointers, stream)
         if len(plans) >= MOST_PLANS:
             plans.clear()
+            compiled.clear()
         if (kind := alike(args)) not in compiled:
             compile_side_by_side(run, args)
             compiled.add(kind)

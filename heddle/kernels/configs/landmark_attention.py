@@ -11,6 +11,10 @@ from heddle.kernels.configs.launch import BySize, Launch
 _READ = Launch(chunk=1, columns=1, warps=4, stages=3)
 
 
+# So many queries are a step: each reads its blocks by itself.
+STEP_QUERIES = 8
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """The launches of one call. `chunk`: queries of a tile, times the heads of a group in `score`;  `columns`: landmarks that
