@@ -276,7 +276,7 @@ def local_linear_attention(
     matrix is solved by Cholesky, in float32 with a ridge of no less than rounding needs (4 d eps E_p|k - k_first|²). Gradients
     are those of the exact solution, worked out again block by block: nothing of T x S stands in memory, but d² numbers for
     each of 64 queries. The kernels hold no d² numbers: they go along conjugate gradients until the residual is small, at most
-    2 d steps.
+    2 d steps, and keep x for the gradients.
 
     The T queries stand at the last of the S keys and see those up to their own, `window` of them (None: all), that are `real`
     and `written`; their own always. `scale` defaults to d^-0.5. Query head h reads key head h // (H / N). `written` has the

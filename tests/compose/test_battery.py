@@ -252,7 +252,7 @@ def test_padding_that_is_seen_is_found(exported: Any, monkeypatch: pytest.Monkey
 
 
 def _without_mask(usual: Any) -> Any:
-    return lambda self, x, _, positions, past: usual(self, x, None, positions, past)
+    return lambda self, x, _, *rest: usual(self, x, None, *rest)
 
 
 def test_files_that_disagree_with_the_class_are_found(exported: Any, tmp_path: Path) -> None:

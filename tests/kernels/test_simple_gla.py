@@ -94,7 +94,9 @@ def test_roles_launched_apart_are_right(device: str, sizes: tuple[int, int], seg
     _assert_right(packed, device, apart=1, segment=segment)
     for dtype in (half, torch.float32):
         mixed = _with_decays(draw(simple_gla, shape, dtype), 0.0, -1e-6, -1e-3, -1.0, -20.0)
-        _assert_right(mixed, device, apart=1, segment=segment)
+        # In float32 its launcher makes segments of 64 on a GPU, whose products are less exact than the interpreter's.
+        longest = 64 if device == "cuda" and dtype == torch.float32 else segment
+        _assert_right(mixed, device, apart=1, segment=longest)
 
 
 @pytest.mark.gpu
