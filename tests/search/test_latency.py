@@ -76,6 +76,7 @@ def test_drift_that_hits_both_models_cancels_in_the_ratio() -> None:
     assert 1.9 < low <= 2.0 <= high < 2.1
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("phase", ["decode", "prefill", "train"])
 def test_more_layers_take_longer(workers: Workers, phase: str) -> None:
     both = {"reference": model(2), "reference_name": "two", "effort": QUICK}
