@@ -14,18 +14,22 @@ from heddle.search.tasks.mqar import DIVISORS, EASIEST
 from heddle.search.tasks.task import seed_of
 from heddle.specs.tasks import MultiHopRecallTask
 
+END = 0
+
 
 class MultiHopRecall(Generated[MultiHopRecallTask]):
     """Facts (a, f(a)) of a permutation f in random order, then questions: a key k whose targets are f(k), f(f(k)), … .
 
-    Ids: the marks of hops 2 … H, then symbols. Layout of a sequence with n facts and q questions of H hops:
+    Ids: END, the marks of hops 2 … H, then symbols. Layout of a sequence with n facts and q questions of H hops:
 
-        a1 f(a1) a2 f(a2) … an f(an) | k1 mark2 … markH | … | kq mark2 … markH
+        a1 f(a1) END a2 f(a2) END … an f(an) END | k1 mark2 … markH | … | kq mark2 … markH
+
+    END tells apart where a symbol is asked about and where it is the answer, which no relative position does.
 
     f is one cycle through n random symbols, so no chain comes back within its hops, and the keys of a sequence differ. The
     target of a key is f of it, that of mark h is f applied h times. Answers are never written: what hop h looks up must have
-    been found by a layer below, so each hop asks for one more layer that can look up. (k-fold composition of functions, as in
-    arXiv 2402.08164 and 2412.02975, or pointer chasing; the k-hop induction heads of arXiv 2402.09268 are its kin.)
+    been found by a layer below, so each hop asks for one more layer that can look up. (Sequential composition of functions, as
+    in arXiv 2402.08164 and 2412.02975, or pointer chasing; the k-hop induction heads of arXiv 2402.09268 are its kin.)
 
     Training mixes in easier rows as `mqar` does: half of the batches are as above, a quarter has half the facts and
     questions, a quarter a fourth. With `easy_first` the first share of a training's steps has an eighth alone. All of them have
@@ -64,11 +68,11 @@ class MultiHopRecall(Generated[MultiHopRecallTask]):
         ]
 
     def guess(self, inputs: Tensor, generator: torch.Generator) -> Tensor:
-        written = inputs[:, 0 : 2 * self.spec.facts : 2].tolist()
+        written = inputs[:, 0 : 3 * self.spec.facts : 3].tolist()
         return picked(written, inputs.shape[1], generator)
 
     def parts(self, hits: Tensor) -> Mapping[str, float]:
-        right = hits[:, 2 * self.spec.facts :].reshape(-1, self.spec.hops).double().mean(dim=0)
+        right = hits[:, 3 * self.spec.facts :].reshape(-1, self.spec.hops).double().mean(dim=0)
         return {f"hop_{hop}_accuracy": share for hop, share in enumerate(right.tolist(), 1)}
 
     def _rows(self, by: int, tokens: int, seed: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
@@ -78,30 +82,24 @@ class MultiHopRecall(Generated[MultiHopRecallTask]):
 
     @staticmethod
     def _drawn(form: MultiHopRecallTask, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        device, facts, marks = generator.device, form.facts, form.hops - 1
-        cycle = marks + distinct(batch, form.symbols, facts, generator)
+        device, facts, hops = generator.device, form.facts, form.hops
+        cycle = hops + distinct(batch, form.symbols, facts, generator)
         order = distinct(batch, facts, facts, generator)
-        told = torch.stack([cycle.gather(1, order), cycle.gather(1, (order + 1) % facts)], dim=2)
+        pair = [cycle.gather(1, order), cycle.gather(1, (order + 1) % facts)]
+        told = torch.stack([*pair, torch.full_like(order, END)], dim=2).flatten(1)
         # Where in the cycle each question begins, and where its hops end.
         start = distinct(batch, facts, form.questions, generator)[..., None]
-        ends = (start + torch.arange(1, form.hops + 1, device=device)) % facts
-        asked = torch.cat(
-            [
-                cycle.gather(1, start[..., 0])[..., None],
-                torch.arange(marks, device=device).expand(batch, form.questions, -1),
-            ],
-            dim=2,
-        )
+        ends = (start + torch.arange(1, hops + 1, device=device)) % facts
+        keys = cycle.gather(1, start[..., 0])[..., None]
+        marks = torch.arange(1, hops, device=device).expand(batch, form.questions, -1)
+        asked = torch.cat([keys, marks], dim=2).flatten(1)
         answers = cycle.gather(1, ends.flatten(1))
-        inputs = torch.cat([told.flatten(1), asked.flatten(1)], dim=1)
-        return inputs, torch.cat([torch.full_like(told.flatten(1), IGNORE), answers], dim=1)
+        return torch.cat([told, asked], dim=1), torch.cat([torch.full_like(told, IGNORE), answers], dim=1)
 
     def _chains(self, row: list[int]) -> list[tuple[int | None, int]]:
         """For each token the answer, None where there is none, and where the first fact stands that it rests on."""
-        context = 2 * self.spec.facts
-        facts = dict(
-            zip(row[0:context:2], zip(row[1:context:2], range(0, context, 2), strict=True), strict=True)
-        )
+        context = 3 * self.spec.facts
+        facts = {row[place]: (row[place + 1], place) for place in range(0, context, 3)}
         found: list[tuple[int | None, int]] = [(None, 0)] * context
         for question in range(context, len(row), self.spec.hops):
             at: int | None = row[question]

@@ -247,12 +247,12 @@ class MultiHopRecallTask(TaskSchema):
 
     @property
     def ids(self) -> int:
-        return self.hops - 1 + self.symbols
+        return self.hops + self.symbols
 
     @property
     def length(self) -> int:
         """Tokens of a sequence."""
-        return 2 * self.facts + self.questions * self.hops
+        return 3 * self.facts + self.questions * self.hops
 
     @property
     def back(self) -> int:
