@@ -21,8 +21,8 @@ trainings learn the task at all, and whether seeds agree on it.
 
 At each task a placement is trained 9 times, 3 seeds at 3 learning rates, side by side (`heddle.compose.train_many`). Equal
 seeds see equal examples and, where the blocks agree, equal weights at the start. Batches have one shape, and another in the steps
-that `easy_first` makes easy: those of the easier forms of MQAR that are mixed in are cut to as many rows and filled up on the
-right, where nothing is asked. `seconds` is the wall time of the
+that `easy_first` makes easy: those of the easier forms of recall that are mixed in are cut to as many rows and filled up on the
+right, where nothing is asked. `extras` is what a task tells beside its scores, in their order. `seconds` is the wall time of the
 trainings of a task while `workers` processes shared the device.
 
 Timed are a decode step and a prefill at the places below, in turns with the model of all `full`, alone on the device.
@@ -56,14 +56,14 @@ from heddle.compose.train_many import fit_many
 from heddle.errors import HeddleError
 from heddle.search.environment import device_name, pick_device
 from heddle.search.latency import Effort, Place, measure
-from heddle.search.tasks import Task, batches, make_task, recipe_for
+from heddle.search.tasks import Score, Task, batches, make_task, recipe_for
 from heddle.specs import ModelSpec, SpecFile, load, spec_hash
 
 HERE = Path(__file__).parent
 SPEC, ROWS = HERE / "truth_8x2.yaml", HERE / "results" / "truth_8x2.jsonl"
 SEEDS, LEARNING_RATES = (0, 1, 2), (1e-3, 3e-3, 1e-2)
 ORDER_SEED = 8
-# Rows of MQAR that are mixed in have a quarter of the length at least.
+# Rows of recall that are mixed in have a quarter of the length at least.
 FILLED_UP = 4
 # Trainings of a task by whose slowest the next is expected to take.
 RECENT = 4
@@ -169,14 +169,26 @@ def train(path: str, name: str, index: int, device: str) -> dict[str, Any]:
     )
     seconds = time.perf_counter() - started
     scores = [
-        None if isinstance(fit, HeddleError) else task.evaluate(net, device=device).value
+        None if isinstance(fit, HeddleError) else task.evaluate(net, device=device)
         for net, fit in zip(nets, fits, strict=True)
     ]
     by_rate = {
         f"{rate:g}": [score for (one, _), score in zip(kinds, scores, strict=True) if one == rate]
         for rate in LEARNING_RATES
     }
-    return {"scores": by_rate, "tokens": recipe.tokens, "chance": task.chance, "seconds": round(seconds, 2)}
+    return {
+        "scores": {rate: [score and score.value for score in seeds] for rate, seeds in by_rate.items()},
+        "extras": {rate: extras_of(seeds) for rate, seeds in by_rate.items()},
+        "tokens": recipe.tokens,
+        "chance": task.chance,
+        "seconds": round(seconds, 2),
+    }
+
+
+def extras_of(seeds: Sequence[Score | None]) -> dict[str, list[float | None]]:
+    """What the scores of seeds hold beside their values, by name; null where a training failed."""
+    names = {name: None for score in seeds if score is not None for name in score.extras}
+    return {name: [score and round(score.extras[name], 4) for score in seeds] for name in names}
 
 
 Job = tuple[str, int]
