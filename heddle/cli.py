@@ -81,7 +81,9 @@ def init(
     from heddle import api, terminal
 
     written = api.init(path, of=of, force=force)
-    terminal.next_steps(f"wrote {written}", [f"heddle check {written}", f"heddle search {written}"])
+    # What is in the zoo is one model, with nothing to search.
+    then = "search" if of is None else "show"
+    terminal.next_steps(f"wrote {written}", [f"heddle check {written}", f"heddle {then} {written}"])
 
 
 @app.command(epilog=example("heddle doctor", "heddle doctor --json"))
