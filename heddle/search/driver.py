@@ -220,8 +220,8 @@ class Driver:
             self._tell_optuna(trial)
         # A spec takes tens of kilobytes, and nothing is asked about it any more.
         self.asking.ended(number)
-        self.tick()
         self.progress.trial_finished(trial)
+        self.tick()
 
     def _outcome(
         self, number: int, timed: Mapping[str, Entry], scored: Mapping[str, rates.Found]
