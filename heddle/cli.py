@@ -219,7 +219,7 @@ def train(
     seed: Annotated[int | None, typer.Option(help="Seed; the spec's if not given.")] = None,
     json: Json = False,
 ) -> None:
-    """Train the one model a spec describes, on its data, and keep the weights."""
+    """Train the one model a spec describes, on its data, and keep the weights; open values count at their defaults."""
     from heddle import api, live, terminal
 
     with live.training(quiet=json) as on_step:
