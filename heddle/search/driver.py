@@ -158,8 +158,8 @@ class Driver:
     def _tell_of_time(self) -> None:
         """Why there are fewer trials than asked for, where it was the time."""
         if self._is_late() and self.told < self.setting.trials:
-            after = f"after {self.told} of {self.setting.trials} trials"
-            self.tell(f"the time ({self.setting.seconds:g} s) was up {after}", "info")
+            up = f"the time ({self.setting.seconds:g} s) was up after {self.told} of {self.setting.trials} trials"
+            self.tell(f"{up}; --resume with a longer --time goes on", "info")
 
     def _is_late(self) -> bool:
         """No further trial is to be asked for: the time is up."""

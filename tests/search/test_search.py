@@ -413,7 +413,8 @@ def test_no_round_is_begun_after_the_time(tiny_text: str, tmp_path: Path) -> Non
     assert 2 <= len(run.trials) < 6
     assert run.status == "finished"
     told = [event["text"] for event in run.events if event["event"] == "message"]
-    assert f"the time (1 s) was up after {len(run.trials)} of 6 trials" in told
+    up = f"the time (1 s) was up after {len(run.trials)} of 6 trials"
+    assert told == [f"{up}; --resume with a longer --time goes on"]
 
 
 class InterruptedAtTrial(Silent):
