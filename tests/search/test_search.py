@@ -414,7 +414,7 @@ def test_no_round_is_begun_after_the_time(tiny_text: str, tmp_path: Path) -> Non
     assert run.status == "finished"
     told = [event["text"] for event in run.events if event["event"] == "message"]
     up = f"the time (1 s) was up after {len(run.trials)} of 6 trials"
-    assert told == [f"{up}; --resume with a longer --time goes on"]
+    assert f"{up}; --resume with a longer --time goes on" in told
 
 
 class InterruptedAtTrial(Silent):
