@@ -3,8 +3,8 @@
     python tests/bench/encoder_table.py
 
 The rows are those of evidence-encoders.jsonl (tests/bench/evidence.py with encoders.yaml and encoders_masked.yaml) of the device
-that has most; what it did not train is told from other devices, marked, where the training was as long. Of the trainings of a kind
-at a task the best learning rate is told. `--check` writes nothing and exits with 1 if the page says something else.
+that has most; what it did not train is told from other devices, marked, where the training was as long. Of the trainings of a
+kind at a task the best learning rate is told. `--check` writes nothing and exits with 1 if the page says something else.
 """
 
 from __future__ import annotations
