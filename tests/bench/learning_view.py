@@ -3,8 +3,9 @@
     python tests/bench/learning_view.py --out tests/bench/results --commit "$(git rev-parse --short=12 HEAD)"
     python tests/bench/learning_view.py --out /tmp/view --commit none --tiny
 
-An answer is in view where the block of its pair is read by a head of its query, blocks drawn as those of the control are, or where the
-pair is in the window that `liger` has there. Nothing is trained; a row of each goes to evidence-selecting.jsonl in `--out`.
+An answer is in view where the block of its pair is read by a head of its query, blocks drawn as those of the control are, or
+where the pair is in the window that `liger` has there. Nothing is trained; a row of each goes to evidence-selecting.jsonl in
+`--out`.
 """
 
 from __future__ import annotations
