@@ -78,7 +78,7 @@ class Traits:
     gradient; the output is shaped like the argument `output_like`. `initial_state(shape, generator)` draws a state, which
     is float32 unless `rounded_state`. `work(shape, phase, element size)` counts what must be done. `variants`
     are timed under names of their own, with inputs and shapes of their own. `timed_inputs`, if given, are drawn for
-    benchmarks in place of `inputs`.
+    benchmarks in place of `inputs`. `numbers(shape)` are the arguments without a default that are no tensors.
     """
 
     inputs: Callable[[Shape, torch.Generator], Inputs]
@@ -96,6 +96,7 @@ class Traits:
         default_factory=dict
     )
     timed_inputs: Callable[[Shape, torch.Generator], Inputs] | None = None
+    numbers: Callable[[Shape], dict[str, Any]] = lambda _: {}
 
 
 @dataclass(frozen=True, eq=False)
