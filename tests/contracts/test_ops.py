@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from held import fill_fresh_memory_with_nan
 from torch import Tensor
 from views import VIEWS
 
@@ -229,16 +230,7 @@ def test_scratch_memory_full_of_nan_does_not_show(
     packed = draw(op, {**op.cases.test_shapes[-1], "B": 1, "T": 105}, dtype, cu_seqlens=ends).to(device)
     clean = [results(op, sample) for sample in (dense, packed)]
 
-    def poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def made(*args: Any, **kwargs: Any) -> Tensor:
-            tensor = make(*args, **kwargs)
-            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
-
-        return made
-
-    for holder, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
-        monkeypatch.setattr(holder, name, poisoned(getattr(holder, name)))
-    assert torch.empty(3).isnan().all()
+    fill_fresh_memory_with_nan(monkeypatch)
     for before, sample in zip(clean, (dense, packed), strict=True):
         after = results(op, sample)
         assert all(torch.equal(before[name], after[name]) for name in before)
