@@ -80,7 +80,7 @@ def ratio_curve(rows: Rows) -> Iterator[str]:
 def spread(values: Sequence[float]) -> str:
     if not values:
         return ""
-    return f"{median(values):.3f} ({min(values):.3f} – {max(values):.3f})"
+    return f"{median(values):.4f} ({min(values):.4f} – {max(values):.4f})"
 
 
 def spent(rows: Rows) -> Iterator[str]:
