@@ -52,6 +52,8 @@ RUNS = Path("runs")
 def init(path: Path | str = "spec.yaml", *, of: str | None = None, force: bool = False) -> Path:
     """Write a commented starter spec to `path`, or the spec of the zoo that is called `of`.
 
+    Either names the schema where `heddle schema --out heddle.schema.json` puts it, beside the spec.
+
     Raises:
         HeddleError: "file-exists" unless `force`; "bad-argument" for a name that the zoo has not.
     """
@@ -62,7 +64,8 @@ def init(path: Path | str = "spec.yaml", *, of: str | None = None, force: bool =
     if target.exists() and not force:
         raise HeddleError("file-exists", f"{target} is there already", hint="--force overwrites it")
     starter = resources.files("heddle").joinpath("starter.yaml")
-    write_whole(target, starter.read_bytes() if of is None else zoo_text(of).encode())
+    text = starter.read_text(encoding="utf-8") if of is None else zoo_text(of)
+    write_whole(target, text.replace("$schema=../../../docs/", "$schema=", 1).encode())
     return target
 
 

@@ -81,7 +81,9 @@ def init(
     from heddle import api, terminal
 
     written = api.init(path, of=of, force=force)
-    terminal.next_steps(f"wrote {written}", [f"heddle check {written}", f"heddle search {written}"])
+    # What is in the zoo is one model, with nothing to search.
+    then = "search" if of is None else "show"
+    terminal.next_steps(f"wrote {written}", [f"heddle check {written}", f"heddle {then} {written}"])
 
 
 @app.command(epilog=example("heddle doctor", "heddle doctor --json"))
@@ -217,7 +219,7 @@ def train(
     seed: Annotated[int | None, typer.Option(help="Seed; the spec's if not given.")] = None,
     json: Json = False,
 ) -> None:
-    """Train the one model a spec describes, on its data, and keep the weights."""
+    """Train the one model a spec describes, on its data, and keep the weights; open values count at their defaults."""
     from heddle import api, live, terminal
 
     with live.training(quiet=json) as on_step:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from heddle.compose.hf.export import ExportResult
     from heddle.search.import_model import ImportResult
 
+# So many files of code, and no more, are told by name: an export with code of its own has some ninety.
+FEW_FILES = 4
 _WORDS = {True: "yes", False: "no", None: "?"}
 
 
@@ -63,7 +65,10 @@ def show_imported(result: ImportResult) -> None:
     if result.note:
         console().print(result.note, soft_wrap=True)
     if result.left:
-        console().print(f"left behind: {', '.join(result.left)}", soft_wrap=True)
+        code = [name for name in result.left if name.endswith(".py")]
+        rest = [name for name in result.left if name not in code]
+        names = [*rest, f"{len(code)} files of code"] if len(code) > FEW_FILES else result.left
+        console().print(f"left behind: {', '.join(names)}", soft_wrap=True)
     console().print("its weights go to export; train and search begin with random ones", soft_wrap=True)
     path = result.path
     next_steps(

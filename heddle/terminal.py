@@ -292,7 +292,8 @@ def show_trained(run: TrainRun) -> None:
     name, score, metric = run.record["task"]["name"], run.score, run.record["task"]["metric"]
     loss = f"training loss {run.losses[-1]:.4f} nats at the end"
     screen = console()
-    screen.print(f"{name} {words.value_text(metric, score.value)} (standard error {score.se:.2g}); {loss}")
+    told = f"{name}, {words.unit_text(metric)}: {words.value_text(metric, score.value)}"
+    screen.print(f"{told} (standard error {score.se:.2g}); {loss}")
     for warning in run.warnings:
         screen.print(f"warning: {warning}", style="yellow", soft_wrap=True)
     next_steps(f"wrote {run.path}", [f"heddle export {run.path} --out {run.path.name}-hf"])

@@ -55,10 +55,16 @@ def rate_text(trial: Trial, stage: str) -> str:
     return f" at learning rate {rate:g}" + ("" if end is None else f" (the {end} of its list)")
 
 
+def unit_text(metric: str) -> str:
+    """What a score counts."""
+    return {"bits_per_byte": "bits per byte"}.get(metric, metric)
+
+
 def metric_text(task: TaskInfo) -> str:
     """The task's name, its unit and which way is better."""
-    unit = {"accuracy": "accuracy", "bits_per_byte": "bits per byte"}.get(task.metric, task.metric)
-    return f"{task.name}, {unit} ({'higher' if task.higher_is_better else 'lower'} is better)"
+    return (
+        f"{task.name}, {unit_text(task.metric)} ({'higher' if task.higher_is_better else 'lower'} is better)"
+    )
 
 
 def duration_text(seconds: float) -> str:
@@ -285,11 +291,27 @@ def confirmation(run: Run) -> list[str]:
     if confirm.same:
         return [
             "The winner is itself the uniform placement of its layers: the search found nothing better than "
-            "spreading them evenly, and there is no second model to compare with."
+            "spreading them evenly, and there is no second model to compare with.",
+            *_fresh_scores(run, confirm),
         ]
     lines = [f"One retraining failed: {failure}" for failure in confirm.failures]
     lines += [difference_text(difference) for difference in confirm.differences]
     return lines or ["No pair of retrainings finished, so the comparison says nothing."]
+
+
+def _fresh_scores(run: Run, confirm: Confirm) -> list[str]:
+    """What the winner scored where it was trained again, from the worst to the best seed."""
+    ranges = []
+    for task in run.tasks:
+        scores = sorted(confirm.scores.get(task.name, ()), reverse=not task.higher_is_better)
+        if scores:
+            low, high = (value_text(task.metric, score) for score in (scores[0], scores[-1]))
+            ranges.append(f"{task.name} {low} to {high}")
+    return (
+        [f"Trained again with {len(confirm.seeds)} fresh seeds it scores {', '.join(ranges)}."]
+        if ranges
+        else []
+    )
 
 
 def shared_rates_text(confirm: Confirm) -> str:

@@ -146,6 +146,7 @@ class Driver:
             self.enter("ask")
             numbers = [*self.asking.next_round(self._is_late), *self.asking.baseline()]
             if not numbers:
+                self._tell_of_time()
                 return
             self._time(numbers)
             self._train(numbers)
@@ -153,6 +154,12 @@ class Driver:
                 self._tell(number)
             self.update_front()
             self.keeper.keep()
+
+    def _tell_of_time(self) -> None:
+        """Why there are fewer trials than asked for, where it was the time."""
+        if self._is_late() and self.told < self.setting.trials:
+            up = f"the time ({self.setting.seconds:g} s) was up after {self.told} of {self.setting.trials} trials"
+            self.tell(f"{up}; --resume with a longer --time goes on", "info")
 
     def _is_late(self) -> bool:
         """No further trial is to be asked for: the time is up."""
@@ -220,8 +227,8 @@ class Driver:
             self._tell_optuna(trial)
         # A spec takes tens of kilobytes, and nothing is asked about it any more.
         self.asking.ended(number)
-        self.tick()
         self.progress.trial_finished(trial)
+        self.tick()
 
     def _outcome(
         self, number: int, timed: Mapping[str, Entry], scored: Mapping[str, rates.Found]

@@ -156,7 +156,12 @@ class _Check:
         default = self.parts.blocks.get(name)
         kind = self.parts.kind
         old = [] if default is None else block_problems(default, hidden_size, kind)
-        new = [one for one in block_problems(block, hidden_size, kind) if one not in old]
+        # What the default has as well is told there, unless the option says it again.
+        new = [
+            (part, problem)
+            for part, problem in block_problems(block, hidden_size, kind)
+            if (part, problem) not in old or self._source(part, problem, path, option, moves)[1]
+        ]
         if not new or self._can_be_built(option, name):
             return []
         return [self._told(part, problem, path, option, moves) for part, problem in new]
@@ -185,13 +190,19 @@ class _Check:
                 return True
         return False
 
+    def _source(
+        self, part: str, problem: Problem, path: Path_, option: _Option, moves: dict[Path_, Path_]
+    ) -> tuple[Path_, bool]:
+        """Where in the file the field stands, and whether that is in the option."""
+        source = self.found.places(moves).source((*path, part, *steps_of(problem.field)))
+        return source, source[: len(option.source)] == option.source
+
     def _told(
         self, part: str, problem: Problem, path: Path_, option: _Option, moves: dict[Path_, Path_]
     ) -> Finding:
         """The problem at the option that brings it, if need be away from the field that does not fit."""
-        field = (*path, part, *steps_of(problem.field))
-        source = self.found.places(moves).source(field)
-        if source[: len(option.source)] == option.source:
+        source, is_in_it = self._source(part, problem, path, option, moves)
+        if is_in_it:
             return Finding(problem.code, problem.what, source, problem.hint)
         return Finding(
             problem.code,

@@ -3,8 +3,8 @@
     python tests/bench/encoder_table.py
 
 The rows are those of evidence-encoders.jsonl (tests/bench/evidence.py with encoders.yaml and encoders_masked.yaml) of the device
-of the last row; of the trainings of a kind at a task the best learning rate is told. `--check` writes nothing and exits with 1 if
-the page says something else.
+that has most; what it did not train is told from other devices, marked, where the training was as long. Of the trainings of a
+kind at a task the best learning rate is told. `--check` writes nothing and exits with 1 if the page says something else.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,29 @@ def best(rows: list[Row]) -> Row | None:
     return min(rows, key=lambda row: sign * row["score"], default=None)
 
 
-def cells(row: Row | None) -> list[str]:
+def cells(row: Row | None, device: str) -> list[str]:
+    """The score and its learning rate; one of another device is marked."""
     if row is None:
         return ["", ""]
     digits = 3 if row["task"] == "paragraph_topic" else 2
-    return [f"{row['score']:.{digits}f} ± {row['se']:.{digits}f}", f"{row['lr']:g}"]
+    mark = "" if row["device"] == device else "†"
+    return [f"{row['score']:.{digits}f} ± {row['se']:.{digits}f}{mark}", f"{row['lr']:g}"]
+
+
+def as_long(rows: list[Row], found: list[Row]) -> list[Row]:
+    """Of the trainings on other devices those of kinds that the table lacks, with as many steps as its own."""
+    kinds, steps = {row["kind"] for row in found}, {row["steps"] for row in found}
+    return [row for row in rows if row["kind"] not in kinds and row["steps"] in steps]
+
+
+def made_on(rows: list[Row]) -> str:
+    """The devices, each with its commits."""
+    devices = dict.fromkeys(row["device"] for row in rows)
+    commits = {
+        device: ", ".join(dict.fromkeys(f"`{row['commit']}`" for row in rows if row["device"] == device))
+        for device in devices
+    }
+    return "; † on ".join(f"{device} at {told}" for device, told in commits.items())
 
 
 def plain(rows: list[Row], rule: str) -> tuple[str, str]:
@@ -59,8 +78,14 @@ def text() -> str:
     if not RESULTS.exists():
         return "There is no row yet."
     every = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
-    rows = [row for row in every if row["device"] == every[-1]["device"]]
-    columns = [(*column, of_column(rows, *column[:2])) for column in COLUMNS.values()]
+    device = Counter(row["device"] for row in every).most_common(1)[0][0]
+    rows = [row for row in every if row["device"] == device]
+    others = [row for row in every if row["device"] != device]
+    columns = []
+    for task, has_readout, rule in COLUMNS.values():
+        found = of_column(rows, task, has_readout)
+        more = as_long(of_column(others, task, has_readout), found)
+        columns.append((task, has_readout, rule, [*found, *more]))
     kinds = list(dict.fromkeys(row["kind"] for row in rows))
     lines = [
         f"| kind | {' | '.join(f'{name} | at' for name in COLUMNS)} |",
@@ -68,15 +93,14 @@ def text() -> str:
     ]
     for kind in kinds:
         of_kind = [best([row for row in found if row["kind"] == kind]) for *_, found in columns]
-        lines.append(f"| `{kind}` | {' | '.join(cell for row in of_kind for cell in cells(row))} |")
+        lines.append(f"| `{kind}` | {' | '.join(cell for row in of_kind for cell in cells(row, device))} |")
     rules = [plain(found, rule) for _, _, rule, found in columns]
     lines.append(f"| chance | {' | '.join(f'{chance} | ' for chance, _ in rules)} |")
     lines.append(f"| words counted, or the unigram | {' | '.join(f'{rule} | ' for _, rule in rules)} |")
     steps = [sorted({row["steps"] for row in found}) for *_, found in columns]
     told_steps = (" or ".join(f"{count:,}" for count in counts) for counts in steps)
     lines.append(f"| steps of 4,096 tokens | {' | '.join(f'{one} | ' for one in told_steps)} |")
-    commits = ", ".join(f"`{one}`" for one in dict.fromkeys(row["commit"] for row in rows))
-    told = f"On {rows[-1]['device']} at {commits}."
+    told = f"On {made_on(rows + [row for *_, found in columns for row in found])}."
     failed = [row for row in rows if row["score"] is None]
     told += "".join(f" `{row['kind']}` failed at {row['lr']:g}: {row['error']}." for row in failed)
     return "\n".join([told, "", *lines])

@@ -24,7 +24,9 @@ from heddle.compose.hf.checkpoint import UNUSED_CODE
 from heddle.compose.hf.tokenizer import tokenizer_for
 from heddle.compose.hf.verify import SHORT, Verification
 from heddle.errors import HeddleError
+from heddle.search.import_model import ImportResult
 from heddle.specs import load
+from heddle.target_tables import show_imported
 
 VOCABULARY = 100
 TEMPLATE = "{% for m in messages %}<{{ m.role }}> {{ m.content }} {% endfor %}"
@@ -116,6 +118,12 @@ def test_what_an_import_leaves_behind_is_told_by_name(
     out = capsys.readouterr().out
     assert f"left behind: {told}\n" in out
     assert "train and search begin with random ones" in out
+
+
+def test_many_files_of_code_are_left_behind_as_a_number(capsys: pytest.CaptureFixture[str]) -> None:
+    left = ("README.md", *(f"kernels_{index}.py" for index in range(90)))
+    show_imported(ImportResult(Path("in"), "remote", "0" * 16, 100, left))
+    assert "left behind: README.md, 90 files of code\n" in capsys.readouterr().out
 
 
 def test_fields_that_nothing_reads_in_a_generation_config_are_refused(chatty: Path, tmp_path: Path) -> None:

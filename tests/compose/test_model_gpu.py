@@ -51,6 +51,14 @@ WRITTEN: dict[str, dict[str, Any]] = {
         "head_dim": 64,
         "selection": {"block": 32, "count": 4, "scores": "kernels"},
     },
+    "capped": {
+        "kind": "attention",
+        "heads": 4,
+        "kv_heads": 2,
+        "head_dim": 64,
+        "softcap": 5.0,
+        "sinks": True,
+    },
     "moh": {
         "mixer": {"kind": "attention", "heads": 4, "kv_heads": 2, "head_dim": 64},
         "shared_heads": 1,
@@ -71,10 +79,17 @@ WRITTEN: dict[str, dict[str, Any]] = {
     "rat": {"heads": 4, "head_dim": 64, "groups": 2, "chunk": 16},
     "deltanet": {"heads": 2, "head_dim": 64},
 }
-OTHERS = {
-    name: KINDS[fields.get("kind", name)].model_validate({"kind": name, **fields}).runtime(Site(128, 0, 1))
-    for name, fields in WRITTEN.items()
-}
+# A step of it waits for the host.
+FETCHED = {"fetched": WRITTEN["landmark"] | {"kind": "landmark", "offload": True}}
+OTHERS, WAITING = (
+    {
+        name: KINDS[fields.get("kind", name)]
+        .model_validate({"kind": name, **fields})
+        .runtime(Site(128, 0, 1))
+        for name, fields in written.items()
+    }
+    for written in (WRITTEN, FETCHED)
+)
 # The kernels of these take decays of a chunk from a token in its middle (`_gla_fwd`): where that stands, later tokens say, too.
 FROM_MIDDLE, CHUNK = ("gla", "kda", "hgrn2"), 64
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -89,7 +104,11 @@ every_setting = pytest.mark.parametrize(
 def model_of(*names: str) -> HeddleForCausalLM:
     """A model in float32 on the CPU."""
     layers = [
-        {"mixer": (MIXERS | OTHERS)[name], "channel": {"kind": "swiglu", "width": 128}, "norm": "rmsnorm"}
+        {
+            "mixer": (MIXERS | OTHERS | WAITING)[name],
+            "channel": {"kind": "swiglu", "width": 128},
+            "norm": "rmsnorm",
+        }
         for name in names
         # The constant stream runs through the layers in front of the last that reads it.
         for _ in range(2 if name == "constant" else 1)
@@ -218,6 +237,32 @@ def test_a_decode_step_is_captured_as_a_graph_and_repeats(name: str) -> None:
         graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(captured, expected)
+
+
+@pytest.mark.parametrize("padding", [0, 40])
+@torch.no_grad()
+def test_blocks_that_wait_in_pinned_memory_are_read_as_those_on_the_device(padding: int) -> None:
+    ids = tokens()
+    ids[0, :padding] = 0
+    mask = (ids != 0).long()
+
+    def by_steps(name: str, device: str, dtype: torch.dtype) -> tuple[Tensor, Any]:
+        model, cache, found, begin = model_of(name).to(device, dtype).eval(), None, [], 0
+        # A prompt, some tokens that choose, and single ones; a block is done on the way.
+        for end in (280, 285, *range(286, 301)):
+            given = {"attention_mask": mask[:, :end].to(device), "past_key_values": cache}
+            out = model(ids[:, begin:end].to(device), **given)
+            cache, begin = out.past_key_values, end
+            found.append(out.logits)
+        return torch.cat(found[1:], dim=1), cache
+
+    exact, _ = by_steps("landmark", "cpu", torch.float64)
+    plain, _ = by_steps("landmark", "cuda", torch.float32)
+    fetched, cache = by_steps("fetched", "cuda", torch.float32)
+    assert error(fetched, exact) <= 2 * error(plain, exact) + EPSILON[torch.float32]
+    held = cache.layers[0].parts["tokens"]
+    assert held.moved > 0
+    assert all(room.is_pinned() for room in held.rooms)
 
 
 def test_generation_on_the_device_agrees_with_and_without_cache() -> None:

@@ -208,7 +208,9 @@ def test_the_page_of_the_zoo_has_a_true_row_for_each() -> None:
 
 def test_init_copies_a_spec_of_the_zoo(tmp_path: Path) -> None:
     made = api.init(tmp_path / "mine.yaml", of="qwen3-0.6b")
-    assert made.read_text(encoding="utf-8") == zoo_text("qwen3-0.6b")
+    first, rest = made.read_text(encoding="utf-8").split("\n", 1)
+    assert first == "# yaml-language-server: $schema=heddle.schema.json"
+    assert rest == zoo_text("qwen3-0.6b").split("\n", 1)[1]
     with pytest.raises(HeddleError) as told:
         api.init(tmp_path / "other.yaml", of="qwen3-06b")
     assert told.value.hint == "did you mean qwen3-0.6b?"

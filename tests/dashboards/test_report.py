@@ -200,6 +200,7 @@ def test_a_winner_that_lost_against_uniform_is_called_worse(make_run: MakeRun) -
 def test_a_winner_that_is_uniform_is_said_to_be(make_run: MakeRun) -> None:
     text = _Page(page(read_run(make_run(same=True)))).text
     assert "The winner is itself the uniform placement" in text
+    assert "Trained again with 3 fresh seeds it scores mqar" in text
 
 
 def test_a_folder_without_a_run_is_named(tmp_path: Path) -> None:

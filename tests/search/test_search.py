@@ -412,6 +412,9 @@ def test_no_round_is_begun_after_the_time(tiny_text: str, tmp_path: Path) -> Non
     run = quick(tiny_text, tmp_path / "run", trials=6, time="1s", evaluate=scored_in_a_second)
     assert 2 <= len(run.trials) < 6
     assert run.status == "finished"
+    told = [event["text"] for event in run.events if event["event"] == "message"]
+    up = f"the time (1 s) was up after {len(run.trials)} of 6 trials"
+    assert f"{up}; --resume with a longer --time goes on" in told
 
 
 class InterruptedAtTrial(Silent):

@@ -542,6 +542,28 @@ def test_every_option_of_a_choice_is_checked_and_told_at_its_line() -> None:
     ]
 
 
+def test_a_mistake_that_two_options_make_is_told_at_both() -> None:
+    text = GOOD.replace(
+        """\
+      mixer:
+        kind: attention
+        heads: 4
+""",
+        """\
+      mixer:
+        choice:
+          - {kind: attention, heads: 5}
+          - {kind: gated_deltanet, heads: 5}
+          - {kind: attention, heads: 4}
+""",
+    )
+    assert heads(text) == [
+        f"a.yaml:{line}:{column}: blocks.full.mixer.choice.{index}.heads: 5 does not divide hidden_size 256"
+        "   [dims-not-divisible]  | 4 or 8 do; or set head_dim"
+        for index, (line, column) in enumerate([(13, 38), (14, 43)])
+    ]
+
+
 def test_an_option_is_told_where_it_stands_when_another_field_suffers() -> None:
     text = GOOD.replace(
         "heads: 4\n", "heads: 4\n        head_dim: {choice: [64, 20]}\n        rope: {fraction: 0.25}\n"
