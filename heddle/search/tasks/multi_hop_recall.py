@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from heddle.compose.train import IGNORE
 from heddle.search.tasks.drawing import distinct, generator_for, picked
@@ -31,9 +32,12 @@ class MultiHopRecall(Generated[MultiHopRecallTask]):
     been found by a layer below, so each hop asks for one more layer that can look up. (Sequential composition of functions, as
     in arXiv 2402.08164 and 2412.02975, or pointer chasing; the k-hop induction heads of arXiv 2402.09268 are its kin.)
 
+    f is no nearer backwards than forwards, which is why there are more than twice as many facts as hops: of five facts the
+    fourth hop would be the one fact that ends with the key.
+
     Training mixes in easier rows as `mqar` does: half of the batches are as above, a quarter has half the facts and
-    questions, a quarter a fourth. With `easy_first` the first share of a training's steps has an eighth alone. All of them have
-    more facts than hops. The held-out rows are all full.
+    questions in half the length, a quarter a fourth, with fewer hops where there are too few facts for them. With `easy_first`
+    the first share of a training's steps has an eighth alone. The held-out rows are all full.
 
     Chance: 1/n, one of the symbols written. Who sees that the key itself is no answer scores 1/(n-1).
 
@@ -77,8 +81,10 @@ class MultiHopRecall(Generated[MultiHopRecallTask]):
 
     def _rows(self, by: int, tokens: int, seed: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
         form = divided(self.spec, by)
-        generator = generator_for(self.name, "sample", seed, device)
-        return self._drawn(form, max(1, tokens // form.length), generator)
+        length = max(form.length, -(-self.spec.length // by))
+        drawn = self._drawn(form, max(1, tokens // length), generator_for(self.name, "sample", seed, device))
+        fill = (0, length - form.length)
+        return F.pad(drawn[0], fill, value=END), F.pad(drawn[1], fill, value=IGNORE)
 
     @staticmethod
     def _drawn(form: MultiHopRecallTask, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -112,6 +118,7 @@ class MultiHopRecall(Generated[MultiHopRecallTask]):
 
 
 def divided(form: MultiHopRecallTask, by: int) -> MultiHopRecallTask:
-    """The form with a share of the facts, but more than its hops, and of the questions; both rounded up."""
-    facts, questions = max(-(-form.facts // by), form.hops + 1), -(-form.questions // by)
-    return form.model_copy(update={"facts": min(facts, form.facts), "questions": questions})
+    """The form with a share of the facts, at least three, and of the questions, and with as many hops as these facts bear."""
+    facts = max(-(-form.facts // by), 3)
+    hops, questions = min(form.hops, (facts - 1) // 2), -(-form.questions // by)
+    return form.model_copy(update={"facts": facts, "hops": hops, "questions": questions})

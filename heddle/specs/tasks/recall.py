@@ -227,11 +227,11 @@ class MultiHopRecallTask(TaskSchema):
 
     fewer: ClassVar[str] = "fewer symbols or hops"
     kind: Literal["multi_hop_recall"] = "multi_hop_recall"
-    facts: Annotated[int, counted(4096, "Facts of a sequence (a count), more than `hops`.", least=2)] = 16
+    facts: Annotated[int, counted(4096, "Facts of a sequence (a count), more than 2 × hops.", least=3)] = 16
     hops: Annotated[int, counted(64, "Answers to a question (a count), each one lookup deeper.")] = 3
     questions: Annotated[int, counted(4096, "Questions of a sequence (a count), at most `facts`.")] = 8
     symbols: Annotated[
-        int, counted(65_536, "Symbols that facts are made of (a count), at least `facts`.", least=2)
+        int, counted(65_536, "Symbols that facts are made of (a count), at least `facts`.", least=3)
     ] = 64
     easy_first: Annotated[
         float,
@@ -259,9 +259,9 @@ class MultiHopRecallTask(TaskSchema):
         return self.length - 1
 
     def misfits(self) -> Iterator[Misfit]:
-        if self.facts <= self.hops:
-            what = f"{self.hops} hops among {self.facts} facts come back to where they began"
-            yield "facts", what, f"facts: {self.hops + 1}"
+        if self.facts <= 2 * self.hops:
+            what = f"{self.hops} hops in a cycle of {self.facts} facts are as near backwards"
+            yield "facts", what, f"facts: {2 * self.hops + 1}, or fewer hops"
         if self.questions > self.facts:
             what = f"{self.questions} questions ask for different keys, and facts is {self.facts}"
             yield "questions", what, f"questions: {self.facts}, or facts: {self.questions}"
