@@ -362,7 +362,7 @@ def layer_step() -> str:
 
 def lla() -> str:
     """Local linear attention beside fla's softmax attention; the floor is that of softmax attention's two products."""
-    rows = [row for row in rows_of("evidence-lla") if row.get("run") == "f0bcb201"]
+    rows = [row for row in rows_of("evidence-lla") if row.get("run") == "b6e9ec2c"]
     most = max(row["tflops"] or 0.0 for row in rows if row["phase"] == "ceiling")
     lines = head("", "B × T", "forward", "of softmax's floor", "forward + backward")
     timed = {(row["impl"], row["phase"], size(row["shape"])): row for row in rows if "B" in row["shape"]}
