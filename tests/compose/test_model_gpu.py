@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -42,7 +42,8 @@ MIXERS = {
     "lightning": DECAY,
     "retnet": DECAY | {"form": "retnet", "short_conv": 4},
 }
-# Every other kind that has kernels or chooses by what tokens say, as a spec writes it, in the type in which models are trained.
+WINDOW = {"kind": "attention", "heads": 4, "kv_heads": 2, "head_dim": 32, "window": 50}
+# Every other causal kind, as a spec writes it, in the type in which models are trained.
 WRITTEN: dict[str, dict[str, Any]] = {
     "selection": {
         "kind": "attention",
@@ -78,6 +79,27 @@ WRITTEN: dict[str, dict[str, Any]] = {
     "ttt": {"heads": 2, "head_dim": 64, "chunk": 64, "rate": 0.05},
     "rat": {"heads": 4, "head_dim": 64, "groups": 2, "chunk": 16},
     "deltanet": {"heads": 2, "head_dim": 64},
+    "local_linear_attention": {"heads": 4, "kv_heads": 2, "head_dim": 64},
+    "learned_slope": {
+        "kind": "local_linear_attention",
+        "heads": 2,
+        "head_dim": 64,
+        "slope": "learned",
+        "window": 50,
+    },
+    "rf_attention": {"heads": 2, "head_dim": 64, "key_noise": 0.5, "rope": {"theta": 1e4}},
+    "linear_attention": {"heads": 4, "head_dim": 16, "value_dim": 32},
+    "liger": {"heads": 4, "kv_heads": 2, "head_dim": 64, "window": 50},
+    "gated_pool": {"heads": 2, "head_dim": 64},
+    "token_mlp": {},
+    "parallel": {
+        "mixers": [WINDOW, {"kind": "gated_deltanet", "heads": 2, "head_dim": 64}],
+        "merge": "mean",
+        "norm": True,
+    },
+    "sequential": {"mixers": [{"kind": "gated_deltanet", "heads": 2, "head_dim": 64}, WINDOW]},
+    "head_split": {"mixers": [{"kind": "gated_deltanet", "heads": 4, "head_dim": 32}, WINDOW], "share": 0.5},
+    "token_router": {"mixers": [WINDOW, {"kind": "gated_deltanet", "heads": 2, "head_dim": 64}], "chunk": 16},
 }
 # A step of it waits for the host.
 FETCHED = {"fetched": WRITTEN["landmark"] | {"kind": "landmark", "offload": True}}
@@ -91,7 +113,7 @@ OTHERS, WAITING = (
     for written in (WRITTEN, FETCHED)
 )
 # The kernels of these take decays of a chunk from a token in its middle (`_gla_fwd`): where that stands, later tokens say, too.
-FROM_MIDDLE, CHUNK = ("gla", "kda", "hgrn2"), 64
+FROM_MIDDLE, CHUNK = ("gla", "kda", "hgrn2", "liger"), 64
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 every_mixer = pytest.mark.parametrize("name", [*MIXERS, *OTHERS])
 every_setting = pytest.mark.parametrize(
@@ -196,8 +218,9 @@ def test_decay_attention_runs_in_triton_in_prefill_step_and_training() -> None:
 
 # nats_l asks which chunks no head will look at again, and forgets them.
 @pytest.mark.parametrize("name", [name for name in (*MIXERS, *OTHERS) if name != "nats_l"])
-# torch calls the mode a prototype, in a warning of its own.
+# torch calls the mode a prototype, in a warning of its own; in full precision local linear attention runs in PyTorch.
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+@pytest.mark.filterwarnings("ignore:.*local_linear_attention runs in PyTorch")
 def test_a_forward_waits_for_nothing(name: str) -> None:
     model, ids = model_of(name).cuda(), tokens().cuda()
     for _ in range(2):
@@ -300,4 +323,31 @@ def test_prefill_and_decode_step_compile_with_inductor(names: tuple[str, ...]) -
     eager = error(model(ids[:, :1], past_key_values=cache).logits, expected)
     for _ in range(3):
         assert error(step(ids[:, :1]), expected) <= 2 * eager + EPSILON[torch.bfloat16]
+    torch.compiler.reset()
+
+
+def trained(call: Callable[[Tensor], Tensor], model: HeddleForCausalLM, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits, and the gradients of all parameters one behind the other."""
+    logits = call(ids)
+    upstream = torch.randn(logits.shape, generator=torch.Generator().manual_seed(2))
+    gradients = torch.autograd.grad(logits, list(model.parameters()), upstream.to(logits), allow_unused=True)
+    return logits.detach(), torch.cat([x.flatten() for x in gradients if x is not None])
+
+
+# The compiler warns of its own imports; in full precision local linear attention runs in PyTorch, which is told.
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_compiled_model_and_its_gradients_are_those_of_a_cpu(name: str) -> None:
+    model, ids = model_of(name).eval(), tokens(length=100)
+    exact, plain = (
+        trained(lambda ids, one=one: one(ids, use_cache=False).logits, one, ids)
+        for one in (copy.deepcopy(model).double(), model)
+    )
+    model, ids = model.cuda(), ids.cuda()
+    torch.compiler.reset()
+    # As inductor takes gradients apart: `aot_eager` has a softplus whose gradient lies otherwise than torch has it lie.
+    how = {"fullgraph": True, "backend": "aot_eager_decomp_partition"}
+    whole = torch.compile(lambda ids: model(ids, use_cache=False).logits, **how)
+    for found, here, wide in zip(trained(whole, model, ids), plain, exact, strict=True):
+        assert error(found, wide) <= 2 * error(here, wide) + EPSILON[torch.float32]
     torch.compiler.reset()
