@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +54,8 @@ def bench_fit(
     """Measure a designed set of stacks of the spec's space on this machine, and fit a latency model; gives it and its file.
 
     Fitted are the places of the spec's latency budgets; with `context`, or without such budgets, `phases` at `batch` and
-    `context`. `stacks` are measured to fit on, by default three for each coefficient, and 30 held out to tell the error.
+    `context`. What routes by what tokens say reads those of the task that a search of the spec exports, where it has a `search`,
+    else random ones. `stacks` are measured to fit on, by default three for each coefficient, and 30 held out to tell the error.
     `precision` is the width of a 95 % interval over its median that a timing stops at, where `effort` does not say it all.
     Where the model is kept a search with `latency: model` finds it; it is written to `out` as well.
 
@@ -65,6 +67,7 @@ def bench_fit(
     from heddle.search.latency_model import find
     from heddle.search.latency_model.measuring import How, fit_model
     from heddle.search.model_kinds import phases_of
+    from heddle.search.objectives import asked_of
 
     file, device = _planned(path), environment.pick_device()
     if not file.space.parameters and file.space.placement is None:
@@ -75,7 +78,9 @@ def bench_fit(
     sites = [] if context is not None else _budgeted(file, device)
     sites = sites or _given(file, batch, context or file.spec.model.context_length, phases_of(file, phases))
     usual = effort or Usual()
-    how = How(device, usual if precision is None else usual.to(precision), None, on_stack)
+    # Read once, and only where something routes.
+    reads = None if file.spec.search is None else cache(lambda: asked_of(file).read)
+    how = How(device, usual if precision is None else usual.to(precision), None, on_stack, reads)
     model = fit_model(file, sites, stacks=stacks, seed=seed, how=how)
     kept = find.kept_at(file, model.environment)
     model = find.keep(model, kept)

@@ -44,6 +44,21 @@ def by_columns(a: Any, b: Any, dtype: Any) -> Any:
     return out
 
 
+def fill_fresh_memory_with_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is allocated from here on, for numbers that someone is to write, holds NaN until then."""
+
+    def poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def made(*args: Any, **kwargs: Any) -> Tensor:
+            tensor = make(*args, **kwargs)
+            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+        return made
+
+    for holder, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(holder, name, poisoned(getattr(holder, name)))
+    assert torch.empty(3).isnan().all()
+
+
 def assert_held(
     exact: Results, run: Callable[[], Results], dtype: torch.dtype, device: str, **overrides: Any
 ) -> None:

@@ -8,9 +8,10 @@ import subprocess
 import sys
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
-from bench import evidence
+from bench import evidence, truth_told
 
 BENCH = Path(__file__).parent / "bench"
 
@@ -54,6 +55,43 @@ def test_rows_of_the_truth_set_are_joined_and_tell_how_hard_it_is(tmp_path: Path
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "50% of 3 placements with at most 3 full layers are within noise of the best" in done.stdout
     assert len((tmp_path / "none.jsonl").read_text().splitlines()) == 3
+
+
+def truth_row(name: str) -> dict[str, Any]:
+    """A placement that is the better and the slower the more full layers it has, of jobs of a second on a GPU."""
+    full, told = name.count("F"), {"device": "none", "workers": 2, "job_seconds": 2.0}
+    scores = {"0.003": [0.1 * full + 0.01 * seed for seed in range(3)]}
+    recall = {"scores": scores, "chance": 0.05, "seconds": 1.0, **told}
+    ms = {"ratio": 0.5 + full, "reference_ms": 2.0, **told, "workers": 1}
+    return {"placement": name, "full": full, "multi_hop_recall": recall, "decode_ms@1x64": ms}
+
+
+def test_rows_of_the_truth_set_tell_its_ratio_curve_and_what_it_took() -> None:
+    rows = {name: truth_row(name) for name in map("".join, product("LF", repeat=3))}
+    curve = list(truth_told.ratio_curve(rows))
+    assert curve[0] == "| full layers | placements | multi_hop_recall | decode, ms |"
+    assert curve[4] == "| 2 | 3 | 0.2100 (0.2100 – 0.2100) | 5.0000 (5.0000 – 5.0000) |"
+    assert list(truth_told.spent(rows))[-1] == "in all 24 GPU seconds, 0.01 hours"
+    assert any("of 4 placements within the 25 % quantile" in line for line in truth_told.hardness(rows))
+
+
+@pytest.mark.parametrize("control", [None, "duplicate", "infeasible"])
+def test_ways_to_search_are_judged_at_the_tasks_of_the_rows(control: str | None, tmp_path: Path) -> None:
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "judged.jsonl"
+    names = map("".join, product("LF", repeat=5))
+    rows.write_text("".join(json.dumps(truth_row(name)) + "\n" for name in names))
+    command = [sys.executable, str(BENCH / "truth_judge.py"), "--rows", str(rows), "--out", str(out)]
+    command += ["--repeats", "1", *(["--control", control] if control else [])]
+    command += ["--ways", "first K", "loop", "heddle search"]
+    subprocess.run(command, capture_output=True, check=True)
+    judged = [json.loads(line) for line in out.read_text().splitlines()]
+    assert {row["task"] for row in judged} == {"multi_hop_recall"}
+    gaps = {(row["impl"], row["budget_quantile"]): row["gap"][-1] for row in judged}
+    assert len(gaps) == 9
+    if control is None:
+        # Full layers alone decide: whatever places as many as fit is right.
+        assert gaps["first K", 0.5] == gaps["loop", 0.5] == gaps["heddle search", 0.5] == 0.0
+    assert (set(gaps.values()) == {None}) == (control == "infeasible")
 
 
 def test_evaluators_value_each_placement_of_a_spec(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -30,6 +31,8 @@ READ_EVERY = 25
 # Steps run one by one before a CUDA graph is captured: kernels compile and the optimizer makes its state in
 # them.
 GRAPH_WARMUP = 3
+# Shapes of batches that get a graph each; steps of others run one by one.
+MOST_GRAPHS = 8
 MEMORY_HINT = "a smaller train.batch_tokens or data.sequence_length needs less"
 
 Batches = Callable[[int], tuple[Tensor, Tensor]]
@@ -91,8 +94,8 @@ def fit(
     The loss that is told is that of the task; what is trained is that and the `aux_loss` of the model.
 
     `on_step(done, steps, loss)` is called after each step, on CUDA after every 25th and the last; what it
-    raises stops the run. `launch="graph"` replays each step as one CUDA graph (CUDA only; the model must not
-    wait for the device in its forward).
+    raises stops the run. `launch="graph"` replays each step as one CUDA graph, one for each of the first shapes of batches
+    (CUDA only; the model must not wait for the device in its forward).
 
     Raises `loss-not-finite` and `out-of-memory`, each naming the step.
     """
@@ -253,21 +256,26 @@ class Trainer:
         acts = (getattr(module, "after_step", None) for module in model.modules())
         self.after_step: list[Callable[[], None]] = [act for act in acts if callable(act)]
         self.checked = 0
-        self.captured: _Captured | None = None
+        # A graph for each shape of batches, and how many steps of each shape there were.
+        self.captured: dict[tuple[torch.Size, int], _Captured] = {}
+        self.met: Counter[tuple[torch.Size, int]] = Counter()
 
     def step(self, step: int, inputs: Tensor, targets: Tensor, *, graph: bool) -> None:
         self.set_rate(step)
         positions = labelled_positions(targets)
         labels = _labels(targets, positions)
-        if graph and step == GRAPH_WARMUP:
-            self.captured = _Captured(self, inputs, positions, labels)
-        if self.captured is not None and self.captured.fits(inputs, positions):
-            told = self.captured.replay(inputs, positions, labels)
-        elif graph and step < GRAPH_WARMUP:
-            told = on_side_stream(lambda: self.update(inputs, positions, labels))
-        else:
-            told = self.update(inputs, positions, labels)
+        told = (self._replayed if graph else self.update)(inputs, positions, labels)
         self.keep(step, told)
+
+    def _replayed(self, inputs: Tensor, positions: Tensor | None, labels: Tensor) -> Told:
+        """A step by the graph of its shape; one by one until that is captured."""
+        shape = inputs.shape, labels.numel()
+        if shape not in self.captured:
+            if self.met[shape] < GRAPH_WARMUP or len(self.captured) == MOST_GRAPHS:
+                self.met[shape] += 1
+                return on_side_stream(lambda: self.update(inputs, positions, labels))
+            self.captured[shape] = _Captured(self, inputs, positions, labels)
+        return self.captured[shape].replay(inputs, positions, labels)
 
     def keep(self, step: int, told: Told) -> None:
         """Write down what a step has told."""
@@ -327,11 +335,6 @@ class _Captured:
         run.optimizer.zero_grad(set_to_none=True)
         with torch.cuda.graph(self.graph):
             self.told = run.update(self.inputs, self.positions, self.labels)
-
-    def fits(self, inputs: Tensor, positions: Tensor | None) -> bool:
-        if inputs.shape != self.inputs.shape or (positions is None) != (self.positions is None):
-            return False
-        return positions is None or self.positions is None or positions.shape == self.positions.shape
 
     def replay(self, inputs: Tensor, positions: Tensor | None, labels: Tensor) -> Told:
         self.inputs.copy_(inputs)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from heddle.kernels.common.products import narrowed, scaled
 from heddle.kernels.common.varlen import each_sequence, in_chunks
 from heddle.kernels.op import wide_dtype
 
@@ -91,13 +92,13 @@ def _sweep_sequence(
 
 def _product(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
     """Matrix product of operands rounded to `dtype`, summed in float32 (float64 for float64)."""
-    x, y = x.to(dtype), y.to(dtype)
+    (x, of_x), (y, of_y) = narrowed(x, dtype), narrowed(y, dtype)
     if dtype in (torch.float32, torch.float64):
         return x @ y
     if x.device.type == "cuda":
         flat = torch.bmm(x.flatten(0, -3), y.flatten(0, -3), out_dtype=torch.float32)
-        return flat.view(*x.shape[:-1], y.shape[-1])
-    return x.float() @ y.float()
+        return scaled(flat.view(*x.shape[:-1], y.shape[-1]), of_x, of_y)
+    return scaled(x.float() @ y.float(), of_x, of_y)
 
 
 def _carry(local: Tensor, over: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:

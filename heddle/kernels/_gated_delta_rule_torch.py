@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from heddle.kernels.common.products import decayed_scores, product
+from heddle.kernels.common.products import decayed_scores, product, until_end
 from heddle.kernels.common.varlen import Packing, in_chunks, pack
 from heddle.kernels.op import wide_dtype
 
@@ -125,7 +125,7 @@ def _chunked(
     # A sum of strong decays would swallow a weak one in float32, and differences of sums are what counts.
     total = log_decay.double().cumsum(-2)
     seen = torch.exp(total.to(wide))
-    left = torch.exp((total[..., -1:, :] - total).to(wide))
+    left = torch.exp(until_end(log_decay).to(wide))
     keys, attention = decayed_scores((k, q), k, total, dtype)
     strict = (beta * keys).tril(-1)
     inverse: Tensor = _UnitLowerInverse.apply(strict)  # type: ignore[no-untyped-call]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from heddle.kernels.common.products import decayed_scores, product
+from heddle.kernels.common.products import decayed_scores, product, until_end
 from heddle.kernels.common.varlen import Packing, in_chunks, pack
 from heddle.kernels.op import wide_dtype
 
@@ -73,7 +73,7 @@ def _chunked(
     # A sum of strong decays would swallow a weak one in float32, and differences of sums are what counts.
     total = log_decay.double().cumsum(-2)
     seen = torch.exp(total.to(wide))
-    left = torch.exp((total[..., -1:, :] - total).to(wide))
+    left = torch.exp(until_end(log_decay).to(wide))
     over = seen[..., -1:, :].mT
     written = product((k * left).mT, v, dtype)
     state = q.new_zeros(*q.shape[:2], q.shape[-1], v.shape[-1]) if initial_state is None else initial_state

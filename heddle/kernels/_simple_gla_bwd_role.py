@@ -11,11 +11,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from heddle.kernels._simple_gla_sweep import _first_slot
+from heddle.kernels._simple_gla_sweep import _first_slot, is_strong, strong_decays, undone
 from heddle.kernels.common.jit import find_sequence
 
 # A new length must not mean a new compilation; the number of heads may, as in the sweep.
 LENGTHS = ("T", "slots", "segments", "sequences", "per_sequence", "segment_size")
+# What is dropped of a float32 for float16, whose numbers end at 6e-8.
+NARROW = tl.constexpr(13)
 
 
 @triton.jit
@@ -25,6 +27,107 @@ def _shortened(x, DROPPED: tl.constexpr, NEAREST: tl.constexpr):
     if NEAREST:
         raw += 1 << (DROPPED - 1)
     return (raw & -(1 << DROPPED)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _walk(
+    state, owed, a_ptr, b_ptr, c_ptr, e_ptr, out_ptr, gates_ptr, rows_ptr, columns,
+    first, chunks, length, plane, scale, stride_at, stride_bt, stride_ct, stride_et,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr,
+    ROLE: tl.constexpr, DROPPED: tl.constexpr, STRONG: tl.constexpr, PRECISE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Outputs and rows of the chunks of a segment, and the state behind them; STRONG as in `is_strong`.
+
+    There, what a token reads of itself joins its output after its row, and the state that the last token of a sequence leaves
+    is without it; and no decay that a whole product has passed is part of what is rounded. So a mirrored state is yet to pass
+    that of the token that it was read by last: `owed`, as log2.
+    """
+    MIRRORED: tl.constexpr = ROLE != 0
+    GATED: tl.constexpr = ROLE < 2
+    ALONE: tl.constexpr = GATED and STRONG
+    i = tl.arange(0, C)
+    rows = tl.arange(0, ROWS)
+    same = i[:, None] == i[None, :]
+    causal = i[:, None] <= i[None, :] if MIRRORED else i[:, None] >= i[None, :]
+    apart = i[:, None] < i[None, :] if MIRRORED else i[:, None] > i[None, :]
+    a_offsets = (i * stride_at)[:, None] + rows[None, :]
+    b_offsets = (i * stride_bt)[:, None] + rows[None, :]
+    c_offsets = (i * stride_ct)[:, None] + columns[None, :]
+    e_offsets = (i * stride_et)[:, None] + columns[None, :]
+    out_offsets = (i * (H * V))[:, None] + columns[None, :]
+    closing = 0.0
+    # Where decays are strong, little is at stake, and room for two chunks would be taken from those who are not.
+    for index in tl.range(0, chunks, num_stages=1 if STRONG else None):
+        t = first + (chunks - 1 - index if MIRRORED else index) * C
+        moved = t.to(tl.int64)
+        present = (i < length - t)[:, None]
+        kept = present & (columns < V)[None, :]
+        a = tl.load(a_ptr + moved * stride_at + a_offsets, mask=present & (rows < K)[None, :], other=0.0)
+        b = tl.load(b_ptr + moved * stride_bt + b_offsets, mask=present & (rows < K)[None, :], other=0.0)
+        c = tl.load(c_ptr + moved * stride_ct + c_offsets, mask=kept, other=0.0)  # [C, COLUMNS]
+        if GATED:
+            # Asked for long before it is used: the compiler loads ahead only what is multiplied.
+            e = tl.load(e_ptr + moved * stride_et + e_offsets, mask=kept, other=0.0)  # [C, COLUMNS]
+        since = tl.load(gates_ptr + t + i)  # [C]
+        end = tl.load(gates_ptr + t + (C - 1))
+        age = since[None, :] - since[:, None] if MIRRORED else since[:, None] - since[None, :]
+        rest = end - since
+        if PRECISE:
+            # What float32 loses of a sum is as large as a weak decay beside strong ones.
+            low = tl.load(gates_ptr + plane + t + i)
+            age += low[None, :] - low[:, None] if MIRRORED else low[:, None] - low[None, :]
+            rest += tl.load(gates_ptr + plane + t + (C - 1)) - low
+        if STRONG:
+            opening, closing, nearest = strong_decays(gates_ptr + t, since, length - t, C)
+            before = owed + closing if MIRRORED else opening
+            seen = tl.exp2(rest - closing) if MIRRORED else tl.exp2(since - opening) * scale  # [C]
+            left = tl.exp2(since - opening) * scale if MIRRORED else tl.exp2(rest - closing)  # [C]
+            over = tl.exp2(end + owed - opening if MIRRORED else end - closing)
+        else:
+            seen = tl.exp2(rest) if MIRRORED else tl.exp2(since) * scale  # [C]
+            left = tl.exp2(since) * scale if MIRRORED else tl.exp2(rest)  # [C]
+            over = tl.exp2(end)
+        if GATED and not PRECISE:
+            near = _shortened(state, DROPPED, False)
+            read = tl.dot(a, near.to(a.dtype))  # [C, COLUMNS]
+            read = tl.dot(a, (state - near).to(a.dtype), read)
+        else:
+            read = tl.dot(a, state.to(a.dtype), input_precision=PRECISION)
+        if STRONG:
+            read *= tl.exp2(before)
+        if GATED:
+            sums = tl.zeros([C], tl.float32)
+            if not PRECISE:
+                aged = e * seen[:, None]
+                # The other role has rounded this product on its way into the state.
+                sums += tl.sum((_shortened(aged, DROPPED, True) - aged) * read, axis=1)
+        # Only now: registers are short. What a mask leaves out is 0 by its power.
+        scores = tl.dot(a, tl.trans(b), input_precision=PRECISION)
+        if ALONE:
+            of_itself = tl.sum(tl.where(same, scores, 0.0), axis=1) * scale
+            scores *= tl.exp2(tl.where(apart, age - nearest, float("-inf"))) * scale
+            seen *= tl.exp2(-nearest)
+        else:
+            scores *= tl.exp2(tl.where(causal, age, float("-inf"))) * scale
+        out = tl.dot(scores.to(c.dtype), c, read * seen[:, None], input_precision=PRECISION)
+        if ALONE:
+            out *= tl.exp2(nearest)
+        if GATED:
+            sums += tl.sum(e * out, axis=1)
+            if ALONE and ROLE == 1:
+                # No decay lies between the last token and the final state.
+                sums = tl.where(t + i == length - 1, 0.0, sums)
+            tl.store(rows_ptr + t + i, sums)
+        if ALONE:
+            out += of_itself[:, None] * c
+        tl.store(out_ptr + moved * (H * V) + out_offsets, out.to(c.dtype), mask=kept)
+        if ALONE and ROLE == 0:
+            left = tl.where(t + i == length - 1, 0.0, left)
+        weighted = (c * left[:, None]).to(c.dtype)
+        state = tl.dot(tl.trans(b), weighted, state * over, input_precision=PRECISION)
+        if STRONG and MIRRORED:
+            owed = opening
+    return state * tl.exp2(owed if MIRRORED else closing) if STRONG else state
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -72,10 +175,8 @@ def _simple_gla_bwd_role_kernel(
     gates_at = (own * slots + slot) * C
     rows_at = ((ROLE * TILES + tile).to(tl.int64) * H + head) * slots * C + slot * C
 
-    i = tl.arange(0, C)
     rows = tl.arange(0, ROWS)
     columns = tile * COLUMNS + tl.arange(0, COLUMNS)
-    causal = i[:, None] <= i[None, :] if MIRRORED else i[:, None] >= i[None, :]
     state_offsets = rows[:, None] * V + columns[None, :]
     state_mask = (rows < K)[:, None] & (columns < V)[None, :]
     own_state = (n.to(tl.int64) * H + head) * (K * V) + state_offsets
@@ -86,57 +187,26 @@ def _simple_gla_bwd_role_kernel(
     elif HAS_OUTSIDE:
         state += tl.load(outside_ptr + own_state, mask=state_mask, other=0.0)
 
-    a_offsets = (i * stride_at)[:, None] + rows[None, :]
-    b_offsets = (i * stride_bt)[:, None] + rows[None, :]
-    c_offsets = (i * stride_ct)[:, None] + columns[None, :]
-    e_offsets = (i * stride_et)[:, None] + columns[None, :]
-    out_offsets = (i * (H * V))[:, None] + columns[None, :]
     first = j * segment_size
     chunks = (tl.minimum(segment_size, length - first) + C - 1) // C
-    for index in range(0, chunks):
-        t = first + (chunks - 1 - index if MIRRORED else index) * C
-        moved = t.to(tl.int64)
-        present = (i < length - t)[:, None]
-        kept = present & (columns < V)[None, :]
-        a = tl.load(a_ptr + moved * stride_at + a_offsets, mask=present & (rows < K)[None, :], other=0.0)
-        b = tl.load(b_ptr + moved * stride_bt + b_offsets, mask=present & (rows < K)[None, :], other=0.0)
-        c = tl.load(c_ptr + moved * stride_ct + c_offsets, mask=kept, other=0.0)  # [C, COLUMNS]
-        if GATED:
-            # Asked for long before it is used: the compiler loads ahead only what is multiplied.
-            e = tl.load(e_ptr + moved * stride_et + e_offsets, mask=kept, other=0.0)  # [C, COLUMNS]
-        since = tl.load(gates_ptr + gates_at + t + i)  # [C]
-        end = tl.load(gates_ptr + gates_at + t + (C - 1))
-        age = since[None, :] - since[:, None] if MIRRORED else since[:, None] - since[None, :]
-        rest = end - since
-        if PRECISE:
-            # What float32 loses of a sum is as large as a weak decay beside strong ones.
-            low = tl.load(gates_ptr + plane + gates_at + t + i)
-            age += low[None, :] - low[:, None] if MIRRORED else low[:, None] - low[None, :]
-            rest += tl.load(gates_ptr + plane + gates_at + t + (C - 1)) - low
-        seen = tl.exp2(rest) if MIRRORED else tl.exp2(since) * scale  # [C]
-        left = tl.exp2(since) * scale if MIRRORED else tl.exp2(rest)  # [C]
-        if GATED and not PRECISE:
-            near = _shortened(state, DROPPED, False)
-            read = tl.dot(a, near.to(a.dtype))  # [C, COLUMNS]
-            read = tl.dot(a, (state - near).to(a.dtype), read)
-        else:
-            read = tl.dot(a, state.to(a.dtype), input_precision=PRECISION)
-        if GATED:
-            sums = tl.zeros([C], tl.float32)
-            if not PRECISE:
-                aged = e * seen[:, None]
-                # The other role has rounded this product on its way into the state.
-                sums += tl.sum((_shortened(aged, DROPPED, True) - aged) * read, axis=1)
-        # Only now: registers are short. What a mask leaves out is 0 by its power.
-        scores = tl.dot(a, tl.trans(b), input_precision=PRECISION)
-        scores *= tl.exp2(tl.where(causal, age, float("-inf"))) * scale
-        out = tl.dot(scores.to(c.dtype), c, read * seen[:, None], input_precision=PRECISION)
-        tl.store(out_ptr + moved * (H * V) + out_offsets, out.to(c.dtype), mask=kept)
-        if GATED:
-            sums += tl.sum(e * out, axis=1)
-            tl.store(rows_ptr + rows_at + t + i, sums)
-        weighted = (c * left[:, None]).to(c.dtype)
-        state = tl.dot(tl.trans(b), weighted, state * tl.exp2(end), input_precision=PRECISION)
+    strong = False
+    if GATED or DROPPED == NARROW:
+        strong = is_strong(gates_ptr, gates_at + first, chunks, length - first, C)
+    if strong:
+        owed = 0.0
+        if MIRRORED and SEGMENTED:
+            state, owed = undone(state, gates_ptr, gates_at, first + segment_size, length)
+        state = _walk(
+            state, owed, a_ptr, b_ptr, c_ptr, e_ptr, out_ptr, gates_ptr + gates_at, rows_ptr + rows_at, columns,
+            first, chunks, length, plane, scale, stride_at, stride_bt, stride_ct, stride_et,
+            H, K, V, C, ROWS, ROLE, DROPPED, True, PRECISE, PRECISION,
+        )  # fmt: skip
+    else:
+        state = _walk(
+            state, 0.0, a_ptr, b_ptr, c_ptr, e_ptr, out_ptr, gates_ptr + gates_at, rows_ptr + rows_at, columns,
+            first, chunks, length, plane, scale, stride_at, stride_bt, stride_ct, stride_et,
+            H, K, V, C, ROWS, ROLE, DROPPED, False, PRECISE, PRECISION,
+        )  # fmt: skip
 
     if ROLE == 2:
         tl.store(final_ptr + own_state, state, mask=state_mask & (j == 0))

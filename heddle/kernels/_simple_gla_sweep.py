@@ -33,6 +33,10 @@ from heddle.kernels.common.jit import LOG2_E, by_role, find_sequence
 
 # What has halved this many times counts as nothing: it is far below the precision of float32 sums.
 HALVINGS = tl.constexpr(29.0)
+# Decays that halve more often a token are strong: see `is_strong`.
+STRONG = tl.constexpr(2.0)
+# As often a float32 can be halved and doubled.
+FARTHEST = tl.constexpr(100.0)
 # Chunks looked at side by side for what is forgotten.
 WINDOW = tl.constexpr(64)
 # Tokens whose gradient of the log-decay is summed at a time.
@@ -93,6 +97,42 @@ def _remembered(gates_ptr, at, chunks, mirrored, C: tl.constexpr):
         count += tl.sum((inside & (since > -HALVINGS)).to(tl.int32), axis=0)
         log += tl.sum(ends, axis=0)
     return log, count
+
+
+@triton.jit
+def is_strong(gates_ptr, at, chunks, length, C: tl.constexpr):
+    """Whether in any chunk of a segment a token leaves less than a quarter of the one before it, on average.
+
+    What has passed no decay could be so large beside what has that in their sum nothing is left of it.
+    """
+    i = tl.arange(0, WINDOW)
+    found = 0
+    for block in range(0, chunks, WINDOW):
+        chunk = block + i
+        inside = chunk < chunks
+        ends = tl.load(gates_ptr + at + chunk * C + (C - 1), mask=inside, other=0.0)
+        fading = ends < tl.minimum(length - chunk * C, C) * -STRONG
+        found += tl.sum((inside & fading).to(tl.int32), axis=0)
+    return found > 0
+
+
+@triton.jit
+def strong_decays(gates_at, since, remaining, C: tl.constexpr):
+    """Of a chunk, as log2: the decay of its first token, that of the last of a sequence or 0, the weakest between two tokens."""
+    i = tl.arange(0, C)
+    own = since - tl.load(gates_at + i - 1, mask=i > 0, other=0.0)
+    opening = tl.load(gates_at)
+    closing = tl.maximum(tl.sum(tl.where(i == remaining - 1, own, 0.0), axis=0), -FARTHEST)
+    nearest = tl.max(tl.where((i > 0) & (i < remaining), tl.maximum(own, -FARTHEST), -FARTHEST), axis=0)
+    return opening, closing, nearest
+
+
+@triton.jit
+def undone(state, gates_ptr, at, following, length):
+    """A gradient of a state before the decay of the token that follows, and this decay, as log2: in float16 it may be nothing."""
+    owed = tl.load(gates_ptr + at + following, mask=following < length, other=0.0)
+    owed = tl.maximum(owed, -FARTHEST)
+    return state * tl.exp2(-owed), owed
 
 
 @triton.jit
@@ -190,6 +230,7 @@ def _simple_gla_state_kernel(
     state = tl.zeros([ROWS, COLUMNS], tl.float32)
     chunks = (tl.minimum(segment_size, length - first) + C - 1) // C
     log, remembered = _remembered(gates_ptr, gates_at + first, chunks, mirrored, C)
+    owed = 0.0
     for index in range(chunks - remembered, chunks):
         t = first + tl.where(mirrored, chunks - 1 - index, index) * C
         moved = t.to(tl.int64)
@@ -197,9 +238,15 @@ def _simple_gla_state_kernel(
         b = tl.load(b_ptr + moved * stride_bt + b_offsets, mask=present & (rows < K)[None, :], other=0.0)
         c = tl.load(c_ptr + moved * stride_ct + c_offsets, mask=present & (columns < V)[None, :], other=0.0)
         _age, since, rest, end = _weights(gates_ptr, gates_at + t, plane, C, PRECISE)
-        left = tl.where(mirrored, tl.exp2(since) * scale, tl.exp2(rest))  # [C]
+        # The decay of the first token of a chunk, which all have passed, is no part of what is rounded.
+        opening = tl.where(mirrored, tl.load(gates_ptr + gates_at + t), 0.0)
+        left = tl.where(mirrored, tl.exp2(since - opening) * scale, tl.exp2(rest))  # [C]
         weighted = (c * left[:, None]).to(c.dtype)
-        state = tl.dot(tl.trans(b), weighted, state * tl.exp2(end), input_precision=PRECISION)
+        state = tl.dot(
+            tl.trans(b), weighted, state * tl.exp2(end + owed - opening), input_precision=PRECISION
+        )
+        owed = opening
+    state *= tl.exp2(owed)
     place = ((role - first_role) * segments + segment).to(tl.int64) * H + head
     offsets = rows[:, None] * V + columns[None, :]
     mask = (rows < K)[:, None] & (columns < V)[None, :]
@@ -243,6 +290,93 @@ def _simple_gla_carry_kernel(
         log = tl.load(logs_ptr + place, mask=known, other=0.0)
         tl.store(states_ptr + place * SIZE + at, carried, mask=inside)
         carried = tl.exp2(log) * carried + added
+
+
+@triton.jit
+def _walk(
+    state, owed, role, a_ptr, b_ptr, c_ptr, e_ptr, out_ptr, gates_ptr, rows_ptr, columns,
+    first, chunks, length, plane, scale, stride_at, stride_bt, stride_ct, stride_et,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr,
+    BACKWARD: tl.constexpr, STRONG: tl.constexpr, PRECISE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Outputs and rows of the chunks of a segment, and the state behind them; STRONG as in `is_strong`.
+
+    There, what a token reads of itself joins its output after its row, and the state that the last token of a sequence leaves
+    is without it; and no decay that a whole product has passed is part of what is rounded. So a mirrored state is yet to pass
+    that of the token that it was read by last: `owed`, as log2.
+    """
+    mirrored = BACKWARD & (role != 0)
+    i = tl.arange(0, C)
+    rows = tl.arange(0, ROWS)
+    causal = tl.where(mirrored, i[:, None] <= i[None, :], i[:, None] >= i[None, :])
+    direction = tl.where(mirrored, -1.0, 1.0)
+    a_offsets = (i * stride_at)[:, None] + rows[None, :]
+    b_offsets = (i * stride_bt)[:, None] + rows[None, :]
+    c_offsets = (i * stride_ct)[:, None] + columns[None, :]
+    e_offsets = (i * stride_et)[:, None] + columns[None, :]
+    out_offsets = (i * (H * V))[:, None] + columns[None, :]
+    closing = 0.0
+    # Where decays are strong, little is at stake, and room for two chunks would be taken from those who are not.
+    for index in tl.range(0, chunks, num_stages=1 if STRONG else None):
+        t = first + tl.where(mirrored, chunks - 1 - index, index) * C
+        moved = t.to(tl.int64)
+        present = (i < length - t)[:, None]
+        kept = present & (columns < V)[None, :]
+        a = tl.load(a_ptr + moved * stride_at + a_offsets, mask=present & (rows < K)[None, :], other=0.0)
+        b = tl.load(b_ptr + moved * stride_bt + b_offsets, mask=present & (rows < K)[None, :], other=0.0)
+        c = tl.load(c_ptr + moved * stride_ct + c_offsets, mask=kept, other=0.0)  # [C, COLUMNS]
+        if BACKWARD:
+            # Asked for long before it is used: the compiler loads ahead only what is multiplied.
+            e = tl.load(e_ptr + moved * stride_et + e_offsets, mask=kept, other=0.0)  # [C, COLUMNS]
+        age, since, rest, end = _weights(gates_ptr, t, plane, C, PRECISE)
+        over = end
+        if STRONG:
+            opening, closing, nearest = strong_decays(gates_ptr + t, since, length - t, C)
+            since -= opening
+            rest -= closing
+            over = tl.where(mirrored, end + owed - opening, end - closing)
+            # No decay lies between it and the final state.
+            last = t + i == length - 1
+        seen = tl.where(mirrored, tl.exp2(rest), tl.exp2(since) * scale)  # [C]
+        left = tl.where(mirrored, tl.exp2(since) * scale, tl.exp2(rest))  # [C]
+        if not BACKWARD:
+            scores = _scores(a, b, age, causal, direction, scale, PRECISION)
+        near = state.to(a.dtype)
+        read = tl.dot(a, near, input_precision=PRECISION)  # [C, COLUMNS]
+        if BACKWARD and not PRECISE:
+            read = tl.dot(a, (state - near.to(tl.float32)).to(a.dtype), read, input_precision=PRECISION)
+        if STRONG:
+            read *= tl.exp2(tl.where(mirrored, owed + closing, opening))
+        if BACKWARD:
+            aged = e * (tl.where(last & mirrored, 0.0, seen) if STRONG else seen)[:, None]
+            # The other role has rounded this product on its way into the state.
+            sums = tl.sum((aged.to(c.dtype).to(tl.float32) - aged) * read, axis=1)  # [C]
+        if STRONG:
+            same = i[:, None] == i[None, :]
+            scores = tl.dot(a, tl.trans(b), input_precision=PRECISION)
+            of_itself = tl.sum(tl.where(same, scores, 0.0), axis=1) * scale
+            fading = tl.where(causal, direction * age - nearest, float("-inf"))
+            scores *= tl.where(same, 0.0, tl.exp2(fading) * scale)
+            seen *= tl.exp2(-nearest)
+        elif BACKWARD:
+            # Only now: registers are short.
+            scores = _scores(a, b, age, causal, direction, scale, PRECISION)
+        out = tl.dot(scores.to(c.dtype), c, read * seen[:, None], input_precision=PRECISION)
+        if STRONG:
+            out *= tl.exp2(nearest)
+        if BACKWARD:
+            sums += tl.sum(e * out, axis=1)
+            if STRONG:
+                sums = tl.where(last & mirrored, 0.0, sums)
+                left = tl.where(last & (role == 0), 0.0, left)
+                out += of_itself[:, None] * c
+            tl.store(rows_ptr + t + i, sums, mask=role < 2)
+        tl.store(out_ptr + moved * (H * V) + out_offsets, out.to(c.dtype), mask=kept)
+        weighted = (c * left[:, None]).to(c.dtype)
+        state = tl.dot(tl.trans(b), weighted, state * tl.exp2(over), input_precision=PRECISION)
+        if STRONG:
+            owed = tl.where(mirrored, opening, closing)
+    return state * tl.exp2(owed) if STRONG else state
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -296,11 +430,8 @@ def _simple_gla_output_kernel(
     gates_at = (own * slots + slot) * C
     rows_at = ((role * TILES + tile).to(tl.int64) * H + head) * slots * C + slot * C
 
-    i = tl.arange(0, C)
     rows = tl.arange(0, ROWS)
     columns = tile * COLUMNS + tl.arange(0, COLUMNS)
-    causal = tl.where(mirrored, i[:, None] <= i[None, :], i[:, None] >= i[None, :])
-    direction = tl.where(mirrored, -1.0, 1.0)
     state_offsets = rows[:, None] * V + columns[None, :]
     state_mask = (rows < K)[:, None] & (columns < V)[None, :]
     own_state = (n.to(tl.int64) * H + head) * (K * V) + state_offsets
@@ -315,46 +446,27 @@ def _simple_gla_output_kernel(
             given = tl.where(role == 1, d_final_t_ptr, d_final_ptr)
             state += tl.load(given + own_state, mask=state_mask & mirrored, other=0.0)
 
-    a_offsets = (i * stride_at)[:, None] + rows[None, :]
-    b_offsets = (i * stride_bt)[:, None] + rows[None, :]
-    c_offsets = (i * stride_ct)[:, None] + columns[None, :]
-    e_offsets = (i * stride_et)[:, None] + columns[None, :]
-    out_offsets = (i * (H * V))[:, None] + columns[None, :]
     first = j * segment_size
     chunks = (tl.minimum(segment_size, length - first) + C - 1) // C
-    for index in range(0, chunks):
-        t = first + tl.where(mirrored, chunks - 1 - index, index) * C
-        moved = t.to(tl.int64)
-        present = (i < length - t)[:, None]
-        kept = present & (columns < V)[None, :]
-        a = tl.load(a_ptr + moved * stride_at + a_offsets, mask=present & (rows < K)[None, :], other=0.0)
-        b = tl.load(b_ptr + moved * stride_bt + b_offsets, mask=present & (rows < K)[None, :], other=0.0)
-        c = tl.load(c_ptr + moved * stride_ct + c_offsets, mask=kept, other=0.0)  # [C, COLUMNS]
-        if BACKWARD:
-            # Asked for long before it is used: the compiler loads ahead only what is multiplied.
-            e = tl.load(e_ptr + moved * stride_et + e_offsets, mask=kept, other=0.0)  # [C, COLUMNS]
-        age, since, rest, end = _weights(gates_ptr, gates_at + t, plane, C, PRECISE)
-        seen = tl.where(mirrored, tl.exp2(rest), tl.exp2(since) * scale)  # [C]
-        left = tl.where(mirrored, tl.exp2(since) * scale, tl.exp2(rest))  # [C]
-        if not BACKWARD:
-            scores = _scores(a, b, age, causal, direction, scale, PRECISION)
-        near = state.to(a.dtype)
-        read = tl.dot(a, near, input_precision=PRECISION)  # [C, COLUMNS]
-        if BACKWARD and not PRECISE:
-            read = tl.dot(a, (state - near.to(tl.float32)).to(a.dtype), read, input_precision=PRECISION)
-        if BACKWARD:
-            aged = e * seen[:, None]
-            # The other role has rounded this product on its way into the state.
-            sums = tl.sum((aged.to(c.dtype).to(tl.float32) - aged) * read, axis=1)  # [C]
-            # Only now: registers are short.
-            scores = _scores(a, b, age, causal, direction, scale, PRECISION)
-        out = tl.dot(scores.to(c.dtype), c, read * seen[:, None], input_precision=PRECISION)
-        tl.store(out_ptr + moved * (H * V) + out_offsets, out.to(c.dtype), mask=kept)
-        if BACKWARD:
-            sums += tl.sum(e * out, axis=1)
-            tl.store(rows_ptr + rows_at + t + i, sums, mask=role < 2)
-        weighted = (c * left[:, None]).to(c.dtype)
-        state = tl.dot(tl.trans(b), weighted, state * tl.exp2(end), input_precision=PRECISION)
+    strong = False
+    if BACKWARD:
+        strong = is_strong(gates_ptr, gates_at + first, chunks, length - first, C)
+    if strong:
+        owed = 0.0
+        if SEGMENTED:
+            following = tl.where(mirrored, first + segment_size, length)
+            state, owed = undone(state, gates_ptr, gates_at, following, length)
+        state = _walk(
+            state, owed, role, a_ptr, b_ptr, c_ptr, e_ptr, out_ptr, gates_ptr + gates_at, rows_ptr + rows_at, columns,
+            first, chunks, length, plane, scale, stride_at, stride_bt, stride_ct, stride_et,
+            H, K, V, C, ROWS, BACKWARD, True, PRECISE, PRECISION,
+        )  # fmt: skip
+    else:
+        state = _walk(
+            state, 0.0, role, a_ptr, b_ptr, c_ptr, e_ptr, out_ptr, gates_ptr + gates_at, rows_ptr + rows_at, columns,
+            first, chunks, length, plane, scale, stride_at, stride_bt, stride_ct, stride_et,
+            H, K, V, C, ROWS, BACKWARD, False, PRECISE, PRECISION,
+        )  # fmt: skip
 
     if BACKWARD:
         tl.store(final_ptr + own_state, state, mask=state_mask & (role == 2) & (j == 0))

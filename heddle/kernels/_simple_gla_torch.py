@@ -10,6 +10,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from heddle.kernels._decay_attention_torch import CHUNK, CHUNKS_AT_ONCE, _product
 from heddle.kernels.common.varlen import each_sequence, in_chunks
@@ -162,10 +163,12 @@ def _backward_sequence(
     dv = _product((scores * gates.within * scale).mT, d_out, dtype) + _product(k, d_state, dtype) * gates.left
 
     later = torch.ones(size, size, device=v.device, dtype=scores.dtype).triu()
-    both = _product(later.expand_as(scores), scores * d_scores, dtype).tril(-1).sum(-1)
+    # What a token reads of itself passes no decay, and is large beside what has passed a strong one.
+    both = _product(later.expand_as(scores), (scores * d_scores).tril(-1), dtype).tril(-1).sum(-1)
     reads, writes = (q * read).sum(-1), (k * written).sum(-1)
+    earlier = F.pad(writes[..., :-1], (1, 0)).cumsum(-1)
     neither = (state * d_state).sum((-2, -1)) * gates.total.to(state.dtype).exp()
-    d_gate = both + reads.flip(-1).cumsum(-1).flip(-1) + writes.cumsum(-1) - writes + neither[..., None]
+    d_gate = both + reads.flip(-1).cumsum(-1).flip(-1) + earlier + neither[..., None]
     found = (_back(x, length) for x in (dq, dk, dv, d_gate[..., None]))
     first, second, third, fourth = found
     return first, second, third, fourth[..., 0], d_initial

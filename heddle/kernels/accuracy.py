@@ -85,7 +85,7 @@ def draw(
     out = arguments[traits.output_like]
     upstream = normal(generator, *out.shape).to(dtype)
     d_state = normal(generator, *state.shape).to(state_dtype)
-    wanted = (*traits.differentiable, *(("initial_state",) if initial_state else ()))
+    wanted = tuple(name for name in (*traits.differentiable, "initial_state") if name in arguments)
     return Sample(dtype, arguments, wanted, (upstream, d_state))
 
 

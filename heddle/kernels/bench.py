@@ -6,6 +6,7 @@ Forward and in steps a rival's row tells in `apart` how far its output and final
 
 from __future__ import annotations
 
+import functools
 import importlib
 import itertools
 import platform
@@ -24,7 +25,12 @@ from torch import Tensor
 
 from heddle.kernels import OPS
 from heddle.kernels.accuracy import Sample, draw
+from heddle.kernels.gated_delta_layer import gated_delta_layer_step
+from heddle.kernels.local_linear_attention import local_linear_attention
 from heddle.kernels.op import TRITON_VERSION, Op, Phase, Shape, force_path
+from heddle.kernels.rat_attention import rat_attention
+from heddle.kernels.rat_scan import rat_scan
+from heddle.kernels.rms_norm import rms_norm
 
 Row = dict[str, Any]
 Call = Callable[[], object]
@@ -33,8 +39,13 @@ PHASES: tuple[Phase, ...] = ("fwd", "fwdbwd", "decode", "decode_graph")
 # Milliseconds of warming up and of repeating; a CPU repeats for as long, but at least a few times.
 WARM_UP, REPEAT, FEWEST = 25, 100, 5
 # On a CPU a shape for a GPU would take minutes.
-CPU_LIMIT = {"B": 1, "T": 1024, "H": 4, "HV": 4, "C": 1024}
+CPU_LIMIT = {"B": 1, "T": 1024, "S": 1024, "H": 4, "HV": 4, "N": 4, "C": 1024}
 COPY_BYTES, MATMUL_SIZE = 1 << 32, 8192
+# Seconds of a call in PyTorch, which compiles nothing, from which on it is not made again.
+SLOW_S = 5.0
+# What is timed whole, and what besides can be called by its cases: a layer's step has no sequences to time.
+TIMED: tuple[Op[..., Any], ...] = (*OPS, local_linear_attention, rat_scan, rat_attention, rms_norm)
+CALLED = (*TIMED, gated_delta_layer_step)
 
 
 def bench_ops(
@@ -43,9 +54,10 @@ def bench_ops(
     device: torch.device | str | None = None,
     impls: Iterable[str] = ("heddle", "torch", "fla"),
     phases: Iterable[Phase] = PHASES,
+    ops: Iterable[Op[..., Any]] = OPS,
     report: Callable[[Row], None] | None = None,
 ) -> list[Row]:
-    """Rows of every op (or those named): each phase and shape, for each implementation that is there.
+    """Rows of every one of `ops` (or those named): each phase and shape, for each implementation that is there.
 
     `report` is called with each row as it comes. Out of memory leaves a row out.
     """
@@ -53,7 +65,7 @@ def bench_ops(
     header = machine(device)
     wanted = None if names is None else set(names)
     rows = []
-    chosen = [each for op in OPS for each in timed_as(op) if wanted is None or {op.name, each.name} & wanted]
+    chosen = [each for op in ops for each in timed_as(op) if wanted is None or {op.name, each.name} & wanted]
     for row in itertools.chain(ceilings(device), _rows(chosen, device, list(impls), list(phases))):
         rows.append({**header, **row})
         if report is not None:
@@ -154,23 +166,26 @@ def timing_sample(op: Op[..., Any], shape: Shape, dtype: torch.dtype, device: to
 
 
 def first_call(op: Op[..., Any], shape: Shape, *, impl: str, device: torch.device) -> Call:
-    """An op, or its rival, in both directions on its inputs: nothing of it has run yet.
+    """An op, or its rival, in both directions on its inputs, a step forward alone: nothing of it has run yet.
 
     Raises:
         LookupError: where there is no such rival.
     """
+    phase: Phase = "fwdbwd" if op.cases.bench_shapes else "fwd"
     sample = timing_sample(op, shape, torch.bfloat16, device)
-    function = _function(op, "fwdbwd", shape, impl, torch.bfloat16, device)
+    if phase == "fwd":
+        state = op.cases.initial_state(shape, torch.Generator(device).manual_seed(0))
+        sample.arguments["state"] = state.float()
+    function = _function(op, phase, shape, impl, torch.bfloat16, device)
     if function is None:
         raise LookupError(f"{impl} has no {op.name}")
-    return _call(function, sample.arguments, op.cases.differentiable, sample.upstream[0], "fwdbwd")
+    return _call_of(op, function, impl, sample, phase)
 
 
 def milliseconds(op: Op[..., Any], sample: Sample, phase: Phase) -> float:
     """The median of a call, "fwd" or "fwdbwd"."""
-    upstream = sample.upstream[0]
-    call = _call(op, sample.arguments, op.cases.differentiable, upstream, phase)
-    return float(timed(call, upstream.device)["ms"])
+    call = _call_of(op, op, "heddle", sample, phase)
+    return float(timed(call, sample.upstream[0].device)["ms"])
 
 
 def timed_in_graph(call: Call, milliseconds: int = REPEAT) -> Row:
@@ -221,7 +236,7 @@ def _row(
     function = _function(op, phase, shape, impl, dtype, device)
     if function is None:
         return None
-    call = _call(function, sample.arguments, op.cases.differentiable, sample.upstream[0], phase)
+    call = _call_of(op, function, impl, sample, phase)
     try:
         with force_path("torch") if impl == "torch" else nullcontext():
             first = time.perf_counter()
@@ -229,7 +244,10 @@ def _row(
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             first = time.perf_counter() - first
-            times = timed_in_graph(call) if phase == "decode_graph" else timed(call, device)
+            if impl == "torch" and first > SLOW_S:
+                times = dict.fromkeys(("ms", "ms_p10", "ms_p90"), first * 1e3)
+            else:
+                times = timed_in_graph(call) if phase == "decode_graph" else timed(call, device)
             peak = _peak(call, device)
     except torch.cuda.OutOfMemoryError:
         return None
@@ -270,7 +288,8 @@ def _function(
     if impl == "torch" and (op.kernel is None or op.path(device, dtype, **shape) == "torch"):
         return None
     if not _decodes(phase):
-        return op
+        numbers = op.cases.numbers(shape)
+        return functools.partial(op, **numbers) if numbers else op
     step = op.step
     assert step is not None
     return lambda *, initial_state, **rest: step(**rest, state=initial_state)
@@ -282,7 +301,8 @@ class _Peer:
 
     A name of None: it has no such argument. `token_names`: those for a token, where they differ. `given`: arguments of its own.
     `guarded`: its backward refuses to run on Hopper with the Triton of the day, since results may be wrong there. `grouped`:
-    value heads may share a key head; if not, queries and keys are copied in each call.
+    value heads may share a key head; if not, queries and keys are copied in each call. `turned`: tokens come before heads there
+    and behind them here. `stateless`: it gives its output alone.
     """
 
     module: str
@@ -293,6 +313,8 @@ class _Peer:
     token_names: Mapping[str, str | None] | None = None
     given: Mapping[str, Any] = field(default_factory=dict)
     grouped: bool = False
+    turned: bool = False
+    stateless: bool = False
 
 
 _SIMPLE_GLA = ("fla.ops.simple_gla", "chunk_simple_gla", "fused_recurrent_simple_gla")
@@ -329,7 +351,29 @@ _PEERS = {
         {"log_decay": None},
         given={"normalize": False},
     ),
+    "parallax": _Peer(
+        "fla.ops.parallax",
+        "parallel_parallax",
+        "parallel_parallax",
+        {"slope": "r"},
+        grouped=True,
+        turned=True,
+        stateless=True,
+    ),
+    # The Taylor features of linear attention: all pairs of tokens, or chunk by chunk.
+    "based": _Peer("fla.ops.based", "parallel_based", "parallel_based", {}, stateless=True),
+    "based_fused_chunk": _Peer("fla.ops.based", "fused_chunk_based", "fused_chunk_based", {}, stateless=True),
 }
+
+
+def rival(name: str, phase: Phase) -> Callable[..., Any] | None:
+    """The same function in flash-linear-attention, for arguments as `arranged` gives them; None if it is not installed."""
+    return _rival(name, phase)
+
+
+def arranged(name: str, x: Tensor) -> Tensor:
+    """One of our tensors as the rival of that name reads it, or one of the rival's as we do."""
+    return x.transpose(1, 2).contiguous() if _PEERS[name].turned else x
 
 
 def _rival(name: str, phase: Phase, *, with_state: bool = False) -> Callable[..., Any] | None:
@@ -354,7 +398,8 @@ def _rival(name: str, phase: Phase, *, with_state: bool = False) -> Callable[...
             arguments |= {side: arguments[side].repeat_interleave(groups, dim=2) for side in ("q", "k")}
         renamed = {names.get(name, name): value for name, value in arguments.items()}
         known = {name: value for name, value in renamed.items() if name is not None}
-        return run(**known, **peer.given, output_final_state=with_state or _decodes(phase))
+        state = {} if peer.stateless else {"output_final_state": with_state or _decodes(phase)}
+        return run(**known, **peer.given, **state)
 
     return rival
 
@@ -377,11 +422,22 @@ def _apart(op: Op[..., Any], phase: Phase, ours: Callable[..., Any], arguments: 
     theirs = _rival(op.name, phase, with_state=True)
     assert theirs is not None
     with torch.no_grad():
-        pairs = zip(("out", "final_state"), ours(**arguments), theirs(**arguments), strict=True)
+        found = [ours(**arguments), theirs(**{name: arranged(op.name, x) for name, x in arguments.items()})]
+        if _PEERS[op.name].stateless:
+            found = [(found[0],), (arranged(op.name, found[1]),)]
         return {
             name: float((there.float() - here.float()).norm() / here.float().norm())
-            for name, here, there in pairs
+            for name, here, there in zip(("out", "final_state"), *found, strict=False)
         }
+
+
+def _call_of(op: Op[..., Any], function: Callable[..., Any], impl: str, sample: Sample, phase: Phase) -> Call:
+    """A call of a function on an op's sample, in an implementation's layout."""
+    arguments, upstream = sample.arguments, sample.upstream[0]
+    if impl == "fla":
+        arguments = {name: arranged(op.name, x) for name, x in arguments.items()}
+        upstream = arranged(op.name, upstream)
+    return _call(function, arguments, op.cases.differentiable, upstream, phase, op.cases.read)
 
 
 def _call(
@@ -390,6 +446,7 @@ def _call(
     wanted: tuple[str, ...],
     upstream: Tensor,
     phase: Phase,
+    read: tuple[int, ...] = (0,),
 ) -> Call:
     if phase != "fwdbwd":
 
@@ -399,11 +456,13 @@ def _call(
 
         return forward
     leaves = {name: x.detach().requires_grad_(name in wanted) for name, x in arguments.items()}
+    graded = [leaves[name] for name in wanted if name in leaves]
 
     def both() -> object:
         found = function(**leaves)
-        out = found[0] if isinstance(found, tuple) else found
-        return torch.autograd.grad(out, [leaves[name] for name in wanted], upstream)
+        out = [found[index] for index in read] if isinstance(found, tuple) else [found]
+        # A result that is not read may be all that an argument is for.
+        return torch.autograd.grad(out, graded, [upstream] * len(out), allow_unused=len(read) > 1)
 
     return both
 

@@ -176,7 +176,7 @@ def _dispatch_marks(
     recent: int,
     dense_length: int,
 ) -> Tensor:
-    sizes = {"K": q.shape[3], "G": q.shape[1] // means.shape[1], "choice": blocks, "many": 1}
+    sizes = {"K": q.shape[3], "G": q.shape[1] // means.shape[1], "choice": blocks}
     runs = block_choice.choose(q.device, q.dtype, **sizes) == "triton"
     numbers = (block, blocks, count, sink, recent, dense_length)
     if runs and kernels:
@@ -271,12 +271,7 @@ def _fits(shape: Shape) -> bool:
 _LIMITS = f"K up to {MAX_HEAD_SIZE}, G up to {MAX_GROUP}, up to {MAX_CHOICE} blocks"
 
 
-def _is_unproven(shape: Shape) -> bool:
-    # No GPU has held the kernels of many queries yet.
-    return bool(shape.get("many"))
-
-
-@op(block_choice_reference, _CASES, kernel=_fits, unproven_shapes=_is_unproven, limits=_LIMITS)
+@op(block_choice_reference, _CASES, kernel=_fits, limits=_LIMITS)
 def block_choice(
     q: Tensor,
     means: Tensor,

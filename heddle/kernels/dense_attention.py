@@ -15,8 +15,9 @@ from torch.nn.attention import SDPBackend
 
 from heddle.errors import HeddleError
 from heddle.kernels.common.varlen import check_packing
-from heddle.kernels.configs.dense_attention import Backend, Rule, rules
+from heddle.kernels.configs.dense_attention import Backend, Rule, rules_on
 from heddle.kernels.op import (
+    TRITON_VERSION,
     Inputs,
     Shape,
     Traits,
@@ -98,7 +99,9 @@ _CASES = Traits(
 
 @functools.cache
 def _rules(device: torch.device) -> tuple[Rule, ...]:
-    return rules(torch.cuda.get_device_capability(device))
+    seen = torch.cuda.get_device_properties(device)
+    capability = (seen.major, seen.minor)
+    return rules_on(seen.name, capability, triton=TRITON_VERSION, library=torch.__version__)
 
 
 @contextmanager

@@ -221,6 +221,7 @@ _CASES = Traits(
         {"B": B, "T": 1, "H": 16, "HV": 16, "K": 128, "V": 128, "W": 4} for B in (1, 32, 256)
     ),
     work=_work,
+    numbers=lambda _: {"eps": 1e-6},
 )
 
 

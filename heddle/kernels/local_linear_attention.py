@@ -20,8 +20,10 @@ from heddle.kernels.common.layout import room
 from heddle.kernels.common.varlen import check_packing
 from heddle.kernels.op import (
     Inputs,
+    Phase,
     Shape,
     Traits,
+    Work,
     check_shapes,
     check_tensors,
     normal,
@@ -35,6 +37,9 @@ try:
     HAS_KERNELS = True
 except ImportError:
     HAS_KERNELS, WIDEST = False, 0
+
+# Of all rows, which stand on the second axis of grids: CUDA has no longer one.
+MOST_HEADS = 65_535
 
 
 def local_linear_attention_reference(
@@ -98,12 +103,17 @@ def _forward(
     window: int | None,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if local_linear_attention.choose(q.device, q.dtype, K=q.shape[3], V=v.shape[3]) == "triton":
+    if local_linear_attention.choose(q.device, q.dtype, **_sizes(q, v)) == "triton":
         out, x = launch_forward(q, k, v, slope, _seen(real, written), (scale, ridge, window))
         return (out, x.parts, x.of_mean) if keep else (out, q.new_empty(0), q.new_empty(0))
     given = Given.of(q, k, v, slope, real, written)
     out = forward(given, Form(scale, ridge, window)).flatten(1, 2).to(v.dtype)
     return out, q.new_empty(0), q.new_empty(0)
+
+
+def _sizes(q: Tensor, v: Tensor) -> dict[str, int]:
+    """What decides between the kernels and plain torch."""
+    return {"K": q.shape[3], "V": v.shape[3], "B": q.shape[0], "H": q.shape[1]}
 
 
 def _seen(real: Tensor | None, written: Tensor | None) -> Tensor | None:
@@ -126,7 +136,7 @@ def _like(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     out = v.new_empty(*q.shape[:3], v.shape[-1])
-    if not keep or local_linear_attention.path(q.device, q.dtype, K=q.shape[3], V=v.shape[3]) == "torch":
+    if not keep or local_linear_attention.path(q.device, q.dtype, **_sizes(q, v)) == "torch":
         return out, q.new_empty(0), q.new_empty(0)
     parts = q.new_empty(2 if q.element_size() < 4 else 1, *q.shape[:3], room(q.shape[3], q.device))
     return out, parts, q.new_empty(q.shape[:3], dtype=torch.float32)
@@ -146,7 +156,7 @@ def _backward(
     parts: Tensor,
     of_mean: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    if local_linear_attention.choose(q.device, q.dtype, K=q.shape[3], V=v.shape[3]) == "triton":
+    if local_linear_attention.choose(q.device, q.dtype, **_sizes(q, v)) == "triton":
         call = ((q, k, v), slope, _seen(real, written), (scale, ridge, window))
         kept = Slopes(parts, of_mean) if parts.numel() else None
         dq, dk, dv, d_slope, d_seen = launch_backward(d_out, *call, kept)
@@ -231,20 +241,42 @@ def _draw(shape: Shape, generator: torch.Generator) -> Inputs:
     }
 
 
+def _draw_sloped(shape: Shape, generator: torch.Generator) -> Inputs:
+    """The same with a slope in place of the solve."""
+    return {**_draw(shape, generator), "slope": normal(generator, *(shape[name] for name in "BHTK")) / 3}
+
+
+def _work(shape: Shape, phase: Phase, element: int) -> Work:
+    """Those two products of softmax attention that a call must have, and of the gradients' five that of the logits anew."""
+    B, H, N, T, S, K, V = (shape[name] for name in ("B", "H", "N", "T", "S", "K", "V"))
+    seen = T * S - T * (T - 1) // 2
+    rows = B * (H * T + N * S) * (K + V) * element
+    times, more = (3.5, 2) if phase == "fwdbwd" else (1.0, 0)
+    return Work(int(times * 2 * B * H * seen * (K + V)), rows * (1 + more))
+
+
+_SHAPES = tuple(
+    {"B": B, "H": 16, "N": 16, "T": T, "S": T, "K": 128, "V": 128} for B, T in ((8, 4096), (1, 32768))
+)
 _CASES = Traits(
     inputs=_draw,
     # It has no state.
     initial_state=lambda shape, generator: normal(generator, 0),  # noqa: ARG005
     sequence=("q", "k", "v"),
     rounded=("q", "k", "v"),
-    differentiable=("q", "k", "v"),
+    differentiable=("q", "k", "v", "slope"),
     output_like="q",
     test_shapes=({"B": 2, "H": 4, "N": 2, "T": 37, "S": 53, "K": 16, "V": 24},),
+    bench_shapes=_SHAPES,
+    work=_work,
+    # fla's name for the form with a slope.
+    variants={"parallax": (_draw_sloped, _SHAPES)},
 )
 
 
 def _fits(shape: Shape) -> bool:
-    return HAS_KERNELS and max(shape["K"], shape["V"]) <= WIDEST
+    heads = shape.get("B", 1) * shape.get("H", 1)
+    return HAS_KERNELS and max(shape["K"], shape["V"]) <= WIDEST and heads <= MOST_HEADS
 
 
 @op(
@@ -252,7 +284,7 @@ def _fits(shape: Shape) -> bool:
     _CASES,
     kernel=_fits,
     unproven=(torch.float32,),
-    limits=f"K and V up to {WIDEST}",
+    limits=f"K and V up to {WIDEST}, B times H up to {MOST_HEADS}",
 )
 def local_linear_attention(
     q: Tensor,

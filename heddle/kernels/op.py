@@ -78,7 +78,8 @@ class Traits:
     gradient; the output is shaped like the argument `output_like`. `initial_state(shape, generator)` draws a state, which
     is float32 unless `rounded_state`. `work(shape, phase, element size)` counts what must be done. `variants`
     are timed under names of their own, with inputs and shapes of their own. `timed_inputs`, if given, are drawn for
-    benchmarks in place of `inputs`.
+    benchmarks in place of `inputs`. `numbers(shape)` are the arguments without a default that are no tensors, `read` the
+    results, all shaped like the argument `output_like`, whose gradients benchmarks send back.
     """
 
     inputs: Callable[[Shape, torch.Generator], Inputs]
@@ -96,6 +97,8 @@ class Traits:
         default_factory=dict
     )
     timed_inputs: Callable[[Shape, torch.Generator], Inputs] | None = None
+    numbers: Callable[[Shape], dict[str, Any]] = lambda _: {}
+    read: tuple[int, ...] = (0,)
 
 
 @dataclass(frozen=True, eq=False)

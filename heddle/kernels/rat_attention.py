@@ -135,6 +135,7 @@ _CASES = Traits(
     bench_shapes=tuple({"B": B, "T": T, **_WIDE} for B, T in ((8, 4096), (1, 102400))),
     decode_shapes=tuple({"B": B, "T": 1, "start": 4096, **_WIDE} for B in (1, 32, 256)),
     work=_work,
+    numbers=lambda shape: {"chunk": shape["chunk"]},
 )
 
 

@@ -156,6 +156,8 @@ _CASES = Traits(
     ),
     decode_shapes=tuple({"B": B, "T": 1, "H": 16, "G": 2, "K": 128, "chunk": 16} for B in (1, 32, 256)),
     work=_work,
+    numbers=lambda shape: {"chunk": shape["chunk"]},
+    read=(1, 2),
 )
 
 

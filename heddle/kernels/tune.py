@@ -22,10 +22,15 @@ from heddle.kernels import OPS
 from heddle.kernels.accuracy import compare, draw, results
 from heddle.kernels.bench import milliseconds, timing_sample
 from heddle.kernels.common.tuning import tuning
+from heddle.kernels.configs.dense_attention import Rule, rules
 from heddle.kernels.configs.found import keep, tunable
 from heddle.kernels.configs.launch import Launch
+from heddle.kernels.dense_attention import dense_attention
 from heddle.kernels.op import TRITON_VERSION, Op, force_path
+from heddle.kernels.tune_backends import BackendTrial, best_rules
 
+# The op whose table is of backends.
+BACKENDS = dense_attention.name
 COLUMNS, WARPS, STAGES = (16, 128), (2, 8), (1, 4)
 # What is not faster by this share is noise.
 GAIN = 0.02
@@ -40,12 +45,12 @@ Trial = Callable[[Launches], float]
 @dataclass(frozen=True, slots=True)
 class Tuned:
     """What was found for an op: milliseconds as shipped and now (the geometric mean over shapes and phases), the changed
-    launches, and how many were tried."""
+    launches (of `dense_attention` the rules), and how many were tried."""
 
     op: str
     shipped_ms: float
     found_ms: float
-    launches: Launches
+    launches: Mapping[str, Launch | Rule]
     tried: int
 
 
@@ -68,11 +73,18 @@ def tune(
         )
     until, device = time.monotonic() + seconds, torch.device("cuda")
     done = []
+
+    def late() -> bool:
+        return time.monotonic() > until
+
     for op in _chosen(names):
-        shipped = tunable(_table(op.name, device))
-        done.append(
-            climb(op.name, shipped, _Trial(op, device), late=lambda: time.monotonic() > until, report=report)
-        )
+        if op.name == BACKENDS:
+            trial = BackendTrial(device, rules(torch.cuda.get_device_capability(device)))
+            found = best_rules(trial, late=late, report=report)
+            done.append(Tuned(op.name, found.shipped_ms, found.found_ms, found.rules, found.tried))
+        else:
+            table = tunable(_table(op.name, device))
+            done.append(climb(op.name, table, _Trial(op, device), late=late, report=report))
         if done[-1].launches:
             told = {"shipped_ms": done[-1].shipped_ms, "found_ms": done[-1].found_ms}
             keep(
@@ -81,13 +93,15 @@ def tune(
                 device=torch.cuda.get_device_name(),
                 triton=TRITON_VERSION,
                 told=told,
+                library=torch.__version__ if op.name == BACKENDS else None,
             )
     return done
 
 
 def tuned_ops() -> dict[str, Op[..., Any]]:
-    """The ops with a table of launches of their own, by name."""
-    return {op.name: op for op in OPS if op.kernel is not None and _module(op.name) is not None}
+    """The ops with a table of launches of their own, or of torch's backends, by name."""
+    found = {op.name: op for op in OPS if op.kernel is not None and _module(op.name) is not None}
+    return found | {BACKENDS: dense_attention}
 
 
 def _chosen(names: Iterable[str] | None) -> list[Op[..., Any]]:

@@ -37,6 +37,18 @@ class Asked:
         return found
 
     @property
+    def exported(self) -> str:
+        """The name of the task whose trained weights are kept: the first of text, else the first."""
+        names = [info.name for _, _, info in self.tasks if info.metric == "bits_per_byte"]
+        return (names or [self.tasks[0][2].name])[0]
+
+    @property
+    def read(self) -> Task:
+        """The task of that name, which models with routers read when they are timed."""
+        (found,) = (task for task, _, info in self.tasks if info.name == self.exported)
+        return found
+
+    @property
     def recorded(self) -> dict[str, Any]:
         """What run.json says of the rungs; nothing where there are none."""
         if not self.rungs:

@@ -129,7 +129,7 @@ def _open(stack: ExitStack, cut: Cut, out: Path, given: Given, *, asked: Asked, 
         # By today's language: a field that came after the run began would tell the same spec apart.
         began = _space_digest(loads(meta["spec"], file=file.file or "<string>"))
         _refuse_other(meta, new, out, is_same_space=began == new["lock"]["space"])
-    meta |= at_start.begin(file, out, given, meta, workers=workers, progress=progress)
+    meta |= at_start.begin(file, out, given, meta, reads=asked.read, workers=workers, progress=progress)
     meta |= {"trials": given.trials or meta["trials"], "seconds": given.seconds or meta["seconds"]}
     if given.frozen is not None:
         write_json(out / lock.FOLLOWED_FILE, given.frozen.lock)
@@ -278,7 +278,6 @@ def _new_meta(cut: Cut, asked: Asked, machine: Mapping[str, Any], workers: int) 
     assert search is not None
     trials = search.trials
     infos = [info for _, _, info in asked.tasks]
-    text = [info.name for info in infos if info.metric == "bits_per_byte"]
     return {
         "format": FORMAT,
         "kind": "search",
@@ -289,7 +288,7 @@ def _new_meta(cut: Cut, asked: Asked, machine: Mapping[str, Any], workers: int) 
         "spec": file.text,
         "tasks": [asdict(info) for info in infos],
         **asked.recorded,
-        "exported": (text or [infos[0].name])[0],
+        "exported": asked.exported,
         "budgets": [asdict(budget) for budget in budgets_on(file, machine["device"])],
         "latency": search.latency,
         "trials": trials,

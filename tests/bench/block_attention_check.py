@@ -237,12 +237,13 @@ def main() -> int:
     )
     parser.add_argument("--out", type=Path, default=Path("."), help="folder for the log")
     parser.add_argument("--skip", nargs="*", default=[], choices=["correctness", "decode", "speed", "sweep"])
+    parser.add_argument("--commit", help="what the code is")
     chosen = parser.parse_args()
     chosen.out.mkdir(parents=True, exist_ok=True)
     begin, log, header = (
         time.monotonic(),
         Log(chosen.out / "block_attention_check.log"),
-        machine(DEVICE),
+        machine(DEVICE) | ({"commit": chosen.commit} if chosen.commit else {}),
     )
 
     def row(impl: str, phase: str, shape: dict[str, int], call: Callable[[], object]) -> None:

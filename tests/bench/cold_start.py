@@ -4,8 +4,9 @@
     python tests/bench/cold_start.py --impl fla --ops gla --out "$OUT"
 
 A process for each op imports it, makes the CUDA context and draws the inputs of its first benchmark; then the clock starts, and
-it stops when the gradients are there. `again_s` is the same call once more: the rest of the first was compiling, or a rival's
-tuning. Rows go to evidence-cold-start.jsonl in `--out`, with how many processes ran at once. `--tiny`: small, on a CPU.
+it stops when the gradients are there, of a step when its result is. `again_s` is the same call once more: the rest of the first
+was compiling, or a rival's tuning. Rows go to evidence-cold-start.jsonl in `--out`, with how many processes ran at once.
+`--tiny`: small, on a CPU.
 """
 
 from __future__ import annotations
@@ -23,15 +24,11 @@ from typing import Any
 
 import torch
 
-from heddle.kernels import OPS
-from heddle.kernels.bench import CPU_LIMIT, first_call, machine
+from heddle.kernels.bench import CALLED, CPU_LIMIT, first_call, machine
 from heddle.kernels.op import Op
-from heddle.kernels.rms_norm import rms_norm
 
 RESULTS = Path(__file__).parent / "results"
-KNOWN: dict[str, Op[..., Any]] = {
-    op.name: op for op in (*OPS, rms_norm) if op.kernel is not None and op.cases.bench_shapes
-}
+KNOWN: dict[str, Op[..., Any]] = {op.name: op for op in CALLED if op.kernel is not None}
 GOAL_S = 15.0
 
 
@@ -42,9 +39,9 @@ def device_of(tiny: bool) -> torch.device:
 def measured(name: str, impl: str, tiny: bool) -> dict[str, object]:
     """In the process of one op: seconds of both calls."""
     op, device = KNOWN[name], device_of(tiny)
-    shape = dict(op.cases.bench_shapes[0])
+    shape = dict((op.cases.bench_shapes or op.cases.decode_shapes)[0])
     if tiny:
-        limits = {**CPU_LIMIT, "T": 65}
+        limits = {**CPU_LIMIT, "T": 65, "S": 65}
         shape = {letter: min(size, limits.get(letter, size)) for letter, size in shape.items()}
     wait = (lambda: None) if tiny else torch.cuda.synchronize
     call = first_call(op, shape, impl=impl, device=device)

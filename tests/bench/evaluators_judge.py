@@ -27,7 +27,8 @@ the jobs over the workers that shared the device. `top5_regret` is of the best o
 
 in the mean over the orders of equals; `budgets` are the same among the placements within the 25, 50 and 75 % quantiles of
 the decode latency. `tau_same_count` counts only pairs of placements with as many full layers, about which counting says
-nothing; `tau_over_parameters` is tau-b less that of parameters; each with its 95 % interval over draws of placements.
+nothing; `tau_over_parameters` is tau-b less that of counting parameters, fewer first where that goes with the truth; each with
+its 95 % interval over draws of placements.
 """
 
 from __future__ import annotations
@@ -44,9 +45,9 @@ from typing import Any
 
 import numpy as np
 from evaluator_values import KINDS, SPENT, read_lines, value_all
-from truth_judge import TASKS, made_up
-from truth_set import HERE, SPEC, Space, read_rows
-from truth_told import best_rate
+from truth_judge import made_up
+from truth_set import HERE, SPEC, Space
+from truth_told import Rows, best_rate, latencies, read_rows, sign, tasks_of
 
 from heddle.search.rank_correlation import RESAMPLES, SEED, _taus, interval, tau_b
 from heddle.specs import load
@@ -67,19 +68,17 @@ class Truth:
     seconds: float
 
 
-def read_truth(path: Path, task: str) -> Truth:
-    score, seeds, ms, seconds = {}, {}, {}, [0.0]
-    for name, row in read_rows(path).items():
-        found = best_rate(row[task]["scores"], higher=TASKS[task] > 0) if task in row else []
+def truth_of(rows: Rows, task: str) -> Truth:
+    score, seeds, seconds, timed = {}, {}, [0.0], latencies(rows)
+    for name, row in rows.items():
+        found = best_rate(row[task]["scores"], higher=sign(task) > 0) if task in row else []
         if not found:
             continue
-        seeds[name] = [TASKS[task] * one for one in found]
+        seeds[name] = [sign(task) * one for one in found]
         score[name] = mean(seeds[name])
-        label = next((key for key in row if key.startswith("decode_ms@")), None)
-        if label is not None:
-            ms[name] = row[label]["median_ms"]
         trainings = sum(len(one) for one in row[task]["scores"].values())
         seconds.append(row[task]["seconds"] / trainings / row[task].get("workers", 1))
+    ms = {name: timed[name] for name in score if name in timed}
     return Truth(score, seeds, ms, mean(seconds[1:] or seconds))
 
 
@@ -144,11 +143,14 @@ def same_count(value: Mapping[str, float], score: Mapping[str, float]) -> list[f
 
 
 def over(value: Sequence[float], counted: Sequence[float], score: Sequence[float]) -> list[float] | None:
-    """tau-b less that of parameters, with its 95 % interval over the same draws of placements."""
+    """tau-b less that of parameters in the order that serves them, with its 95 % interval over the same draws of placements."""
     rng = np.random.default_rng(SEED)
     often = rng.multinomial(len(score), np.full(len(score), 1 / len(score)), size=RESAMPLES)
     drawn = np.concatenate([np.ones((1, len(score))), often]).astype(np.float32)
-    gain = _taus(value, score, drawn) - _taus(counted, score, drawn)
+    fewer_first = (tau_b(counted, score) or 0.0) < 0.0
+    gain = _taus(value, score, drawn) - _taus(
+        [-one for one in counted] if fewer_first else counted, score, drawn
+    )
     if np.isnan(gain[0]):
         return None
     return [float(gain[0]), *map(float, np.nanquantile(gain, [0.025, 0.975]))]
@@ -161,8 +163,8 @@ def judged(rows: Sequence[Mapping[str, Any]], task: str, truth: Truth) -> Iterat
     for row in mine:
         # Scores of layers and counts are better higher at every task.
         is_score = row["evaluator"] == "supernet" or row["kind"] == "short"
-        sign = TASKS.get(task, 1.0) if is_score else 1.0
-        known = {name: sign * one for name, one in row["values"].items() if one is not None}
+        better = sign(task) if is_score else 1.0
+        known = {name: better * one for name, one in row["values"].items() if one is not None}
         # A training that failed is the worst.
         lost = dict.fromkeys(row["values"], min(known.values(), default=0.0) - 1.0)
         values.setdefault(row["evaluator"], {}).update(lost | known)
@@ -217,13 +219,16 @@ def told(
 def judge_all(rows: Sequence[Mapping[str, Any]], chosen: argparse.Namespace, out: Path) -> None:
     made = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     header = {"run": secrets.token_hex(4), "time": made, "commit": chosen.commit}
-    for task in ["synthetic"] if chosen.synthetic else TASKS:
+    known = {} if chosen.synthetic else read_rows(chosen.truth)
+    if not chosen.synthetic and not known:
+        print(f"no truth in {chosen.truth} yet")
+    for task in ["synthetic"] if chosen.synthetic else tasks_of(known):
         if chosen.synthetic:
             truth, rows = synthetic(0)
         else:
-            truth = read_truth(chosen.truth, task)
+            truth = truth_of(known, task)
         if len(truth.score) < 2:
-            print(f"no truth of {task} in {chosen.truth} yet")
+            print(f"{task}: no two placements of {chosen.truth} are trained")
             continue
         device = next((row["device"] for row in rows if "device" in row), "cpu")
         for row in judged(rows, task, truth):

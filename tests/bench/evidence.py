@@ -26,7 +26,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -38,7 +38,8 @@ from heddle.search.tasks import batches, recipe_for, task_of
 from heddle.specs import ModelSpec, load, spec_hash
 
 RESULTS = Path(__file__).parent / "results"
-Job = tuple[str, int, str, float, int, bool, int | None]
+Launch = Literal["eager", "graph"]
+Job = tuple[str, int, str, float, int, bool, int | None, Launch]
 
 
 def kinds(path: str, *, pure: bool) -> Iterator[tuple[str, ModelSpec]]:
@@ -71,9 +72,9 @@ def name_of(option: dict[str, Any], others: Sequence[dict[str, Any]]) -> str:
 
 
 def run(path: str, job: Job) -> dict[str, Any]:
-    """One row: kind, index of the task, name of the device, learning rate, seed, tokens if others than the spec's."""
+    """One row: kind, index of the task, name of the device, learning rate, seed, tokens if others than the spec's, launch."""
     torch.set_num_threads(1)
-    kind, index, device, learning_rate, seed, pure, tokens = job
+    kind, index, device, learning_rate, seed, pure, tokens, launch = job
     spec, model = load(path).spec, dict(kinds(path, pure=pure))[kind]
     assert spec.search is not None
     wanted = spec.search.tasks[index]
@@ -82,7 +83,7 @@ def run(path: str, job: Job) -> dict[str, Any]:
     recipe = recipe if tokens is None else replace(recipe, tokens=tokens)
     started = time.perf_counter()
     net = build(model, seed=seed, device=device)
-    fitted = fit(net, batches(task, recipe, device), recipe)
+    fitted = fit(net, batches(task, recipe, device), recipe, launch=launch)
     score = task.evaluate(net, device=device)
     cost = plan(model).cost(task.sequence_length, element=4)
     return {
@@ -134,6 +135,9 @@ def asked() -> argparse.Namespace:
     )
     parser.add_argument("--kinds", nargs="*", help="the kinds to train; all of the spec if not given")
     parser.add_argument("--tokens", type=int, help="tokens of a training, in place of the spec's")
+    parser.add_argument(
+        "--launch", choices=["eager", "graph"], default="eager", help="graph: each step as one CUDA graph"
+    )
     parser.add_argument("--resume", action="store_true", help="leave out what has a score already")
     parser.add_argument("--budget", type=float, help="seconds after which no training is begun")
     parser.add_argument("--commit", help="what the code is, where git cannot tell")
@@ -158,6 +162,7 @@ def main() -> None:
         range(chosen.seeds),
         [chosen.pure],
         [chosen.tokens],
+        [chosen.launch],
     )
     jobs = list(itertools.product(*choices))
     path = chosen.out / f"evidence-{chosen.topic}.jsonl"

@@ -32,7 +32,7 @@ from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -72,6 +72,7 @@ class Sizes:
     count: int
     tokens: int
     batch_tokens: int
+    launch: Literal["eager", "graph"] = "eager"
 
     def kinds(self) -> dict[str, list[dict[str, Any]]]:
         """The mixers under test of each kind, a layer each."""
@@ -215,7 +216,7 @@ def train(sizes: Sizes, job: Job, device: str) -> dict[str, Any]:
     told["parameters"] = sum(one.numel() for one in net.parameters())
     begin = time.perf_counter()
     try:
-        fitted = fit(net, examples, recipe)
+        fitted = fit(net, examples, recipe, launch=sizes.launch)
     except HeddleError as error:
         return {**told, "score": None, "error": str(error)[:300]}
     told["wall_s"] = round(time.perf_counter() - begin, 2)
@@ -346,11 +347,15 @@ def main() -> int:
     parser.add_argument("--commit", help="what the code is")
     parser.add_argument("--workers", type=int, default=9)
     parser.add_argument("--kinds", nargs="*", default=list(WHOLE.kinds()), choices=list(WHOLE.kinds()))
+    parser.add_argument(
+        "--launch", choices=["eager", "graph"], default="eager", help="graph: each step as one CUDA graph"
+    )
     parser.add_argument("--estimate", action="store_true", help="tell what all would cost, train nothing")
     parser.add_argument("--tiny", action="store_true", help="small sizes, for a CPU")
     chosen = parser.parse_args()
     chosen.out.mkdir(parents=True, exist_ok=True)
-    sizes, out = TINY if chosen.tiny else WHOLE, chosen.out / ROWS.name
+    sizes = replace(TINY if chosen.tiny else WHOLE, launch=chosen.launch)
+    out = chosen.out / ROWS.name
     if chosen.estimate:
         for line in estimate(sizes, pick_device(), chosen.workers):
             print(line, flush=True)

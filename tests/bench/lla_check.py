@@ -31,7 +31,7 @@ from torch import Tensor
 
 from heddle.kernels import force_path
 from heddle.kernels.accuracy import EPSILON, worst_error
-from heddle.kernels.bench import Row, ceilings, machine, timed
+from heddle.kernels.bench import Row, arranged, ceilings, machine, rival, timed
 from heddle.kernels.common.tuning import tuning
 from heddle.kernels.configs.launch import Launch
 from heddle.kernels.local_linear_attention import local_linear_attention, local_linear_attention_reference
@@ -203,12 +203,11 @@ def rivals(given: Given, log: Log) -> Iterator[tuple[str, dict[str, Callable[[],
     try:
         from fla.ops.attn import parallel_attn
 
-        turned = {n: x.transpose(1, 2).contiguous() for n, x in given.items() if isinstance(x, Tensor)}
+        turned = {n: arranged("parallax", x) for n, x in given.items() if isinstance(x, Tensor)}
         yield "fla, softmax", calls(parallel_attn, {n: turned[n] for n in "qkv"})
-        from fla.ops.parallax import parallel_parallax
-
-        turned["r"] = turned.pop("slope")
-        theirs = calls(parallel_parallax, turned)
+        parallax = rival("parallax", "fwd")
+        assert parallax is not None
+        theirs = calls(parallax, turned)
         found, ours = theirs["fwd"](), local_linear_attention(**given).transpose(1, 2)
         assert isinstance(found, Tensor)
         log(f"fla's parallax is apart from ours by {float((found - ours).norm() / ours.norm()):.1e}")
@@ -219,8 +218,9 @@ def rivals(given: Given, log: Log) -> Iterator[tuple[str, dict[str, Callable[[],
 
 def products(shape: dict[str, int]) -> int:
     """FLOPs of the two products of causal attention, which are all that a call must have."""
-    T, S = shape["T"], shape["S"]
-    return 2 * shape["B"] * shape["H"] * (T * S - T * (T - 1) // 2) * (shape["d"] + shape["V"])
+    work = local_linear_attention.cases.work
+    assert work is not None
+    return work({**shape, "K": shape["d"]}, "fwd", 2).flops
 
 
 def once(call: Callable[[], object], device: torch.device) -> Row:

@@ -91,6 +91,8 @@ class Sizes:
             "attention, chosen blocks": {**full, "selection": chosen},
             "attention, blocks by kernels": {**full, "selection": {**chosen, "scores": "kernels"}},
             "attention, inward window": {**both, "window": self.block},
+            "attention, sink tokens": {**full, "window": window, "sink_tokens": 2 * self.block},
+            "attention, soft-cap and sinks": {**full, "softcap": 50.0, "sinks": True},
             "landmark": {"kind": "landmark", "heads": H, "kv_heads": N, "block": self.block},
             "moh": {"kind": "moh", "mixer": {"kind": "attention", "heads": H}, "shared_heads": H // 4, "active": H // 4},
             "nats_l": {"kind": "nats_l", "heads": H, "chunk": self.block},

@@ -57,7 +57,12 @@ RATIOS = {
     "mamba2": (1.5, 1.3),
     "retention": (1.5, 1.3),
     "linear_attention": (1.5, 1.3),
+    "based": (1.5, 1.3),
+    "based_fused_chunk": (1.5, 1.3),
+    "parallax": (1.5, 1.3),
 }
+# Decays of which nothing is asked: what counts are those that checkpoints have.
+LINEAR = "lightning_linear"
 # 4 key and 16 value heads: the best figure that was published for this chip, forward.
 GROUPED = {"fwd": Goal(ms=0.50), "fwdbwd": Goal()}
 STEPS = {
@@ -244,6 +249,26 @@ def lasting() -> list[str]:
     return [*lines, ""]
 
 
+def other_decays() -> list[str]:
+    """The linear table of decays beside fla, forward, and in both directions once a run has timed these."""
+    timed = {phase: list(pairs(LINEAR, phase)) for phase in ("fwd", "fwdbwd")}
+    found = {phase: pair for phase, pair in timed.items() if pair}
+    if not found:
+        return []
+    runs = ", ".join(
+        f"{PHASES[phase]} `{pair[0][0]['run']}` at `{pair[0][0]['commit']}`" for phase, pair in found.items()
+    )
+    lines = [f"Lightning's linear table of decays, of which no goal was set; runs: {runs}.", ""]
+    lines += head("B × T", *[name for phase in found for name in (PHASES[phase], "fla", "ratio", "of floor")])
+    for shape in [ours["shape"] for ours, _ in next(iter(found.values()))]:
+        cells = [size(shape)]
+        for pair in found.values():
+            here = next(((ours, theirs) for ours, theirs in pair if ours["shape"] == shape), None)
+            cells += [*times(*here, Goal()), of_floor(here[0])] if here else [""] * 4
+        lines.append(row_of(*cells))
+    return [*lines, ""]
+
+
 def misses() -> list[str]:
     """Goals that are missed: by how much, why, and what other launches took where they were tried."""
     lines = head("missed", "by", "what bounds it, what was tried")
@@ -304,7 +329,8 @@ def rivals() -> str:
             told += [f"`{op}` {PHASES[phase]} {name}" for phase, name in names.items()]
     return "\n".join([
         f"Runs: {', '.join(told)}.", "", *table(), "", *step_table(), "", *apart(), *misses(), "",
-        *lasting(), "Seconds of a first call, fla's with its tuning; \"warm\": these kernels had run before.", "",
+        *lasting(), *other_decays(),
+        "Seconds of a first call, fla's with its tuning; \"warm\": these kernels had run before.", "",
         *first_calls(),
     ])  # fmt: skip
 
@@ -336,7 +362,7 @@ def layer_step() -> str:
 
 def lla() -> str:
     """Local linear attention beside fla's softmax attention; the floor is that of softmax attention's two products."""
-    rows = [row for row in rows_of("evidence-lla") if row.get("run") == "f0bcb201"]
+    rows = [row for row in rows_of("evidence-lla") if row.get("run") == "b6e9ec2c"]
     most = max(row["tflops"] or 0.0 for row in rows if row["phase"] == "ceiling")
     lines = head("", "B × T", "forward", "of softmax's floor", "forward + backward")
     timed = {(row["impl"], row["phase"], size(row["shape"])): row for row in rows if "B" in row["shape"]}

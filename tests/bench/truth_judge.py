@@ -11,10 +11,13 @@ can not win. What it found is the placement of the best score it was told; its g
     (best - found) / (best - median)
 
 in the means over seeds, among placements within the budget. A repeat draws which seed is told, and the way's own draws.
-`gpu_s` is what the trainings asked for took: a ninth of a placement's for each learning rate and seed, over the workers that
-shared the device. Placements without a score at the task or without a latency are left out.
+`gpu_s` is what the trainings asked for took, at each of the `evaluations` looked at: a ninth of a placement's for each learning
+rate and seed, over the workers that shared the device. `own_s` is what the way itself took of one core in the median, proposals
+and solving again included. Placements without a score at the task or without a latency are left out.
 
-`--shuffled` gives the scores to other placements, a control: no way may then be ahead of random. `--synthetic` makes rows up,
+`--control shuffled` gives the scores to other placements, and with `duplicate` both kinds are one: all placements are as fast and
+as good as each other, but for the noise of seeds. No way may then be ahead of random. With `infeasible` the budget is below the
+fastest placement, and none may be found. `--synthetic` makes rows up,
 of single layers, neighbours and noise: settings are looked at there, never at the truth. There each repeat has its own landscape,
 the first of `--first-seed` (settings were looked at from 1,000 on); `--boundary` is what a change of kind costs, in ms beside
 0.08 for a full layer, and `--timing-noise` by which share a timing is off. `timed` is how many placements `heddle search` asked
@@ -36,7 +39,9 @@ from typing import Any
 
 import numpy as np
 import optuna
+from truth_told import Rows, latencies, read_rows, sign, tasks_of
 
+from heddle.errors import HeddleError
 from heddle.search.placement import Budget, History, Question, Seen, Timed, propose
 from heddle.search.placement.loop import Effort, Loop
 from heddle.specs import uniform_layers
@@ -45,8 +50,8 @@ HERE = Path(__file__).parent
 ROWS, RESULTS = HERE / "results" / "truth_8x2.jsonl", HERE / "results" / "evidence-truth.jsonl"
 EVALUATIONS, LOOKS = 25, (5, 13, 25)
 QUANTILES = (0.25, 0.5, 0.75)
-# Which task's score is better higher.
-TASKS = {"mqar": 1.0, "text": -1.0}
+# The share of the fastest placement's latency that the budget of a control is.
+BELOW = 0.99
 Layers = tuple[int, ...]
 
 
@@ -192,7 +197,13 @@ def by_loop(ask: Judge, seed: int) -> None:
     cost = np.column_stack([np.zeros(length), fitted[1:]])
     budget = Budget("latency", cost, ask.budget, constant=float(fitted[0]), steps=256)
     effort = Effort(EVALUATIONS, batch=4, expected=2, tolerance=-1.0)
-    Loop(lambda asked: [ask(one) for one in asked], (length, 2), (budget,), effort, seed=seed).run()
+    loop = Loop(lambda asked: [ask(one) for one in asked], (length, 2), (budget,), effort, seed=seed)
+    try:
+        loop.run()
+    except HeddleError as error:
+        # It says so where nothing keeps the budget, as the control wants.
+        if error.code != "nothing-feasible":
+            raise
 
 
 WAYS: dict[str, Way] = {
@@ -208,18 +219,17 @@ WAYS: dict[str, Way] = {
 }
 
 
-def read_truth(path: Path, task: str) -> Truth:
-    """The rows that hold the task's scores and a decode latency; the seconds are those of a training alone at each rate."""
-    scores, ms, seconds = {}, {}, []
-    for row in map(json.loads, path.read_text().splitlines()):
-        label = next((key for key in row if key.startswith("decode_ms@")), None)
+def truth_of(rows: Rows, task: str) -> Truth:
+    """What rows with the task's scores and a decode latency say; the seconds are those of a training alone at each rate."""
+    scores, ms, seconds, timed = {}, {}, [], latencies(rows)
+    for name, row in rows.items():
         rates = row.get(task, {}).get("scores", {}).values()
         whole = [seeds for seeds in rates if None not in seeds]
-        if label is None or not whole:
+        if name not in timed or not whole:
             continue
-        layers = tuple(int(letter == "F") for letter in row["placement"])
-        scores[layers] = max(([TASKS[task] * one for one in seeds] for seeds in whole), key=mean)
-        ms[layers] = row[label]["median_ms"]
+        layers = tuple(int(letter == "F") for letter in name)
+        scores[layers] = max(([sign(task) * one for one in seeds] for seeds in whole), key=mean)
+        ms[layers] = timed[name]
         # Workers that share a device share its time.
         trainings = sum(len(seeds) for seeds in rates) * row[task].get("workers", 1)
         seconds.append(len(rates) * row[task]["seconds"] / trainings)
@@ -242,12 +252,30 @@ def made_up(seed: int, length: int = 8, boundary: float = 0.002) -> Truth:
     return Truth(scores, ms, 1.0)
 
 
-def shuffled(truth: Truth, seed: int = 5) -> Truth:
+def shuffled(truth: Truth, seed: int) -> Truth:
     """The same latencies, with the scores of other placements."""
     order = np.random.default_rng(seed).permutation(len(truth.scores))
     values = list(truth.scores.values())
     scores = {layers: values[index] for layers, index in zip(truth.scores, order, strict=True)}
     return Truth(scores, truth.ms, truth.seconds)
+
+
+def duplicate(truth: Truth, seed: int) -> Truth:
+    """Equal latencies, and scores that differ by noise alone: of each placement, how its seeds lie about their mean."""
+    rng, middle = np.random.default_rng(seed), float(np.median(list(truth.ms.values())))
+    # Drawn with replacement, or all means would be equal.
+    scores = {
+        layers: [float(one) for one in rng.choice(np.subtract(seeds, mean(seeds)), len(seeds))]
+        for layers, seeds in truth.scores.items()
+    }
+    return Truth(scores, dict.fromkeys(truth.ms, middle), truth.seconds)
+
+
+CONTROLS: dict[str, Callable[[Truth, int], Truth]] = {
+    "shuffled": shuffled,
+    "duplicate": duplicate,
+    "infeasible": lambda truth, seed: truth,  # noqa: ARG005
+}
 
 
 def interval(gaps: Sequence[float]) -> list[float] | None:
@@ -259,16 +287,18 @@ def interval(gaps: Sequence[float]) -> list[float] | None:
     return [float(share) for share in np.quantile(medians, [0.025, 0.975])]
 
 
-def judged(
-    truths: Sequence[Truth], way: str, quantile: float, repeats: int, timing_noise: float = 0.0
-) -> dict[str, Any]:
-    """One row: `repeats` of a way at a budget, in turns over `truths`."""
-    gaps, asked, timed, over = [], [], [], []
-    for repeat in range(repeats):
+def judged(truths: Sequence[Truth], way: str, quantile: float, chosen: argparse.Namespace) -> dict[str, Any]:
+    """One row: repeats of a way at a budget, in turns over `truths`."""
+    gaps, asked, timed, over, own = [], [], [], [], []
+    for repeat in range(chosen.repeats):
         truth = truths[repeat % len(truths)]
         budget = float(np.quantile(list(truth.ms.values()), quantile))
-        ask = Judge(truth, budget, repeat, timing_noise)
+        if chosen.control == "infeasible":
+            budget = BELOW * min(truth.ms.values())
+        ask = Judge(truth, budget, repeat, chosen.timing_noise)
+        started = time.process_time()
         WAYS[way](ask, repeat)
+        own.append(time.process_time() - started)
         gaps.append([ask.gap(look) for look in LOOKS])
         asked.append(len(ask.diary))
         timed.append(len(ask.timed))
@@ -278,38 +308,45 @@ def judged(
         "impl": way,
         "budget_quantile": quantile,
         "placements": len(truths[0].within(budget)),
-        "repeats": repeats,
+        "repeats": chosen.repeats,
         "evaluations": list(LOOKS),
         "gap": [float(np.median(one)) if np.isfinite(np.median(one)) else None for one in by_look],
         "gap_interval": [interval(one) for one in by_look],
         "gap_mean": [float(np.mean(one)) if np.isfinite(one).all() else None for one in by_look],
         **({"timed": float(np.median(timed)), "over": float(np.mean(over))} if any(timed) else {}),
         "asked": float(np.median(asked)),
-        "gpu_s": float(np.median(asked)) * truths[0].seconds,
+        "gpu_s": [float(np.median(np.minimum(asked, look))) * truths[0].seconds for look in LOOKS],
+        "own_s": float(np.median(own)),
     }
 
 
 def rows(chosen: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    for task in ("synthetic",) if chosen.synthetic else TASKS:
-        seeds = range(chosen.first_seed, chosen.first_seed + chosen.repeats)
+    known = {} if chosen.synthetic else read_rows(chosen.rows)
+    if not chosen.synthetic and not known:
+        print(f"no truth in {chosen.rows} yet")
+    seeds = range(chosen.first_seed, chosen.first_seed + chosen.repeats)
+    for task in ("synthetic",) if chosen.synthetic else tasks_of(known):
         truths = (
             [made_up(seed, boundary=chosen.boundary) for seed in seeds]
             if chosen.synthetic
-            else [read_truth(chosen.rows, task)]
+            else [truth_of(known, task)]
         )
         if len(truths[0].scores) < 2:
-            print(f"no truth of {task} in {chosen.rows} yet")
+            print(f"{task}: no placement of {chosen.rows} is trained and timed")
             continue
         made_of = {"seeds": [seeds.start, seeds.stop], "boundary": chosen.boundary}
-        if chosen.shuffled:
-            # One order for all made-up landscapes would be one draw of what a way may find by luck.
-            truths = [shuffled(truth, 5 + number) for number, truth in enumerate(truths)]
+        if chosen.control:
+            # One draw for each repeat: a single one would be what a way may find by luck.
+            truths = [
+                CONTROLS[chosen.control](truths[repeat % len(truths)], 5 + repeat)
+                for repeat in range(chosen.repeats)
+            ]
         for quantile, way in product(QUANTILES, chosen.ways):
             yield {
                 "task": task,
-                "shuffled": chosen.shuffled,
+                "control": chosen.control,
                 **({**made_of, "timing_noise": chosen.timing_noise} if chosen.synthetic else {}),
-                **judged(truths, way, quantile, chosen.repeats, chosen.timing_noise),
+                **judged(truths, way, quantile, chosen),
             }
 
 
@@ -322,7 +359,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--synthetic", action="store_true")
-    parser.add_argument("--shuffled", action="store_true")
+    parser.add_argument("--control", choices=list(CONTROLS))
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--boundary", type=float, default=0.002)
     parser.add_argument("--timing-noise", type=float, default=0.0)
@@ -338,7 +375,8 @@ def main() -> None:
         gaps = ", ".join("no" if gap is None else f"{100 * gap:.1f}" for gap in row["gap"])
         print(
             f"{row['task']:9} {row['budget_quantile']:.2f} {row['impl']:20} gap {gaps} %, {row['asked']:g} asked, "
-            f"mean {[round(100 * gap, 1) for gap in row['gap_mean'] if gap is not None]}, over {row.get('over', 0):.2f}",
+            f"mean {[round(100 * gap, 1) for gap in row['gap_mean'] if gap is not None]}, over {row.get('over', 0):.2f}, "
+            f"{row['gpu_s'][-1]:.0f} GPU s, own {row['own_s']:.2f} s",
             flush=True,
         )
 

@@ -7,23 +7,24 @@
 
 A piece of work goes on where the rows (tests/bench/results/truth_8x2.jsonl, one for each placement) end: placements come in
 an order drawn once, so that those done at any time are a random sample, and the whole file is written again to DIR after each.
-Copy it back over the rows before the next piece, or name it as `--rows`. `--until 590` begins no training that would end later
+Copy it back over the rows before the next piece, or name it as `--rows`. `--until 590` begins no job that would end later
 than that, by what the last ones took: a piece that is cut off loses what was running, and nothing else. `--only 48 --tasks mqar`
 does the first 48 of the order at one task, to see how hard it is; each form of a task needs a spec and a file of `--rows` of its
-own, since rows do not tell forms apart. On a machine of several GPUs `--gpus 4` has processes on each. Several machines take
-`--share 0/4`, `--share 1/4` and so on of the order, with folders of their own; `join` puts their rows into one file.
+own, since rows do not tell forms apart. On a machine of several GPUs `--gpus 4` has processes on each, of `time` one. Several
+machines take `--share 0/4`, `--share 1/4` and so on of the order, with folders of their own, whose rows `join` puts together.
 
-`show` tells for each number of full layers what placements scored, and how hard a task is: of the placements with at most 3, 4
-and 5 full layers (the quartiles of latency, which grows with them), the share of the others that lies within seed noise of the
-best, that is no further from it than twice the standard error of a difference of two means over seeds, the deviation pooled
-over all placements. More than a tenth is too many: then the next harder form is taken (`--spec`). It also tells at which rates
-trainings learn the task at all, and whether seeds agree on it.
+`show` tells for each number of full layers what placements scored and how fast they are, as a table in Markdown; what all of it
+took of GPUs; and how hard a task is: of the placements within the quartiles of decode latency (until all are timed, with at most
+3, 4 and 5 full layers), the share of the others that lies within seed noise of the best, that is no further from it than twice
+the standard error of a difference of two means over seeds, the deviation pooled over all placements. More than a tenth is too
+many: then the next harder form is taken (`--spec`). It also tells at which rates trainings learn the task at all, and whether
+seeds agree on it.
 
 At each task a placement is trained 9 times, 3 seeds at 3 learning rates, side by side (`heddle.compose.train_many`). Equal
 seeds see equal examples and, where the blocks agree, equal weights at the start. Batches have one shape, and another in the steps
-that `easy_first` makes easy: those of the easier forms of MQAR that are mixed in are cut to as many rows and filled up on the
-right, where nothing is asked. `seconds` is the wall time of the
-trainings of a task while `workers` processes shared the device.
+that `easy_first` makes easy: those of the easier forms of recall that are mixed in are cut to as many rows and filled up on the
+right, where nothing is asked. `extras` is what a task tells beside its scores, in their order. `seconds` is the wall time of the
+trainings of a task while `workers` processes shared the device, `job_seconds` that of all that was done for it.
 
 Timed are a decode step and a prefill at the places below, in turns with the model of all `full`, alone on the device.
 """
@@ -33,13 +34,12 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import os
 import random
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
+from collections.abc import Sequence
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
@@ -48,7 +48,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from truth_told import Rows, hardness, table
+from truth_pools import Job, Pace, Pools, Work, visible
+from truth_told import Rows, hardness, ratio_curve, read_rows, spent
 
 from heddle.compose.build import build_causal_lm
 from heddle.compose.train import IGNORE, Batches, Recipe
@@ -56,17 +57,15 @@ from heddle.compose.train_many import fit_many
 from heddle.errors import HeddleError
 from heddle.search.environment import device_name, pick_device
 from heddle.search.latency import Effort, Place, measure
-from heddle.search.tasks import Task, batches, make_task, recipe_for
+from heddle.search.tasks import Score, Task, batches, make_task, recipe_for
 from heddle.specs import ModelSpec, SpecFile, load, spec_hash
 
 HERE = Path(__file__).parent
 SPEC, ROWS = HERE / "truth_8x2.yaml", HERE / "results" / "truth_8x2.jsonl"
 SEEDS, LEARNING_RATES = (0, 1, 2), (1e-3, 3e-3, 1e-2)
 ORDER_SEED = 8
-# Rows of MQAR that are mixed in have a quarter of the length at least.
+# Rows of recall that are mixed in have a quarter of the length at least.
 FILLED_UP = 4
-# Trainings of a task by whose slowest the next is expected to take.
-RECENT = 4
 PLACES = {
     "cuda": (Place("decode", 16, 65_536), Place("prefill", 1, 32_768)),
     "cpu": (Place("decode", 1, 1024), Place("prefill", 1, 256)),
@@ -104,12 +103,6 @@ class Space:
         )
         recipes = (recipe_for(item, spec.train) for item in spec.search.tasks)
         return list(zip(made, recipes, strict=True))
-
-
-def read_rows(path: Path) -> Rows:
-    """Rows by placement; none where the file is not there yet."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    return {row["placement"]: row for row in map(json.loads, lines)}
 
 
 def write_rows(rows: Rows, path: Path) -> None:
@@ -169,113 +162,112 @@ def train(path: str, name: str, index: int, device: str) -> dict[str, Any]:
     )
     seconds = time.perf_counter() - started
     scores = [
-        None if isinstance(fit, HeddleError) else task.evaluate(net, device=device).value
+        None if isinstance(fit, HeddleError) else task.evaluate(net, device=device)
         for net, fit in zip(nets, fits, strict=True)
     ]
     by_rate = {
         f"{rate:g}": [score for (one, _), score in zip(kinds, scores, strict=True) if one == rate]
         for rate in LEARNING_RATES
     }
-    return {"scores": by_rate, "tokens": recipe.tokens, "chance": task.chance, "seconds": round(seconds, 2)}
+    return {
+        "scores": {rate: [score and score.value for score in seeds] for rate, seeds in by_rate.items()},
+        "extras": {rate: extras_of(seeds) for rate, seeds in by_rate.items()},
+        "tokens": recipe.tokens,
+        "chance": task.chance,
+        "seconds": round(seconds, 2),
+        "device": device_name(device),
+    }
 
 
-Job = tuple[str, int]
-Trained = Future[dict[str, Any]]
+def extras_of(seeds: Sequence[Score | None]) -> dict[str, list[float | None]]:
+    """What the scores of seeds hold beside their values, by name; null where a training failed."""
+    names = {name: None for score in seeds if score is not None for name in score.extras}
+    return {name: [score and round(score.extras[name], 4) for score in seeds] for name in names}
 
 
-@dataclass
-class Pools:
-    """Processes that train, so many on each GPU; which GPU, they find in their environment when they start."""
+def timed(path: str, name: str, index: int, device: str) -> dict[str, Any]:
+    """The latency of a placement at a place, in turns with that of all `full`."""
+    space, place = _space(path), PLACES[device][index]
+    reference = space.model("F" * space.length)
+    found = measure(
+        space.model(name),
+        place,
+        reference=reference,
+        reference_name="all-full",
+        device=device,
+        effort=EFFORT,
+    )
+    kept = ("median_ms", "low_ms", "high_ms", "reference_ms", "ratio", "ratio_low", "ratio_high")
+    figures = {key: round(getattr(found, key), 6) for key in kept}
+    return {**figures, "method": found.method, "device": found.device}
 
-    gpus: Sequence[str | None]
-    pools: Sequence[ProcessPoolExecutor]
+
+# What is done of every placement: in processes on each GPU, in the order of the space.
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """Work that gives rows `labels`, each of its size, in so many processes on a GPU; `told`: what is printed of each."""
+
+    work: Work
+    labels: Sequence[str]
+    sizes: Sequence[int]
+    told: str
     workers: int
-    running: dict[Trained, tuple[int, Job, float]] = field(default_factory=dict)
-
-    def is_full(self) -> bool:
-        return len(self.running) >= self.workers * len(self.pools)
-
-    def begin(self, path: str, job: Job, device: str) -> None:
-        """On the GPU that has the least to do. A pool starts all its processes when it is first asked."""
-        busy = [sum(at == each for each, _, _ in self.running.values()) for at in range(len(self.pools))]
-        at = busy.index(min(busy))
-        if (gpu := self.gpus[at]) is not None:
-            os.environ["CUDA_VISIBLE_DEVICES"] = gpu
-        self.running[self.pools[at].submit(train, path, *job, device)] = (at, job, time.monotonic())
-
-    def ended(self) -> Iterator[tuple[Trained, Job, float]]:
-        """What has ended, at least one, with the seconds that it took."""
-        for done in wait(self.running, return_when=FIRST_COMPLETED).done:
-            _, job, begun = self.running.pop(done)
-            yield done, job, time.monotonic() - begun
 
 
-class Pace:
-    """What a training takes, by those of its task that ended last, or those of another with as many tokens."""
-
-    def __init__(self, tokens: Sequence[int]) -> None:
-        self.tokens = tokens
-        self.took: dict[int, list[float]] = {}
-
-    def tell(self, task: int, seconds: float) -> None:
-        self.took.setdefault(task, []).append(seconds / self.tokens[task])
-
-    def expected(self, task: int) -> float:
-        """Seconds; 0 where nothing has ended yet."""
-        recent = [max(took[-RECENT:]) for took in (self.took.get(task),) if took]
-        recent = recent or [max(took[-RECENT:]) for took in self.took.values()]
-        return self.tokens[task] * max(recent, default=0.0)
+def kind_of(space: Space, chosen: argparse.Namespace) -> Kind:
+    if chosen.what == "time":
+        labels = [place.label for place in PLACES[pick_device()]]
+        # What is timed has its GPU for itself.
+        return Kind(timed, labels, [1] * len(labels), "median_ms", 1)
+    tasks = space.tasks()
+    labels, sizes = [task.name for task, _ in tasks], [recipe.tokens for _, recipe in tasks]
+    return Kind(train, labels, sizes, "scores", chosen.workers)
 
 
-def train_all(space: Space, rows: Rows, chosen: argparse.Namespace, out: Path) -> None:
-    device, path, started = pick_device(), str(chosen.spec), time.monotonic()
-    tasks, recipes = zip(*space.tasks(), strict=True)
-    left, pace = jobs(space, rows, chosen), Pace([recipe.tokens for recipe in recipes])
-    header = {"commit": chosen.commit, "device": device_name(device), "workers": chosen.workers}
+def jobs(space: Space, rows: Rows, kind: Kind, chosen: argparse.Namespace) -> list[Job]:
+    """What is to be done and not in the rows: all placements at one task or place before the next, so that what is cut off is a
+    sample of placements, not of tasks."""
+    wanted = [index for index, label in enumerate(kind.labels) if label in (chosen.tasks or kind.labels)]
+    names = shared(space.names()[: chosen.only], chosen.share)
+    return [
+        (name, index)
+        for index, name in product(wanted, names)
+        if kind.labels[index] not in rows.get(name, {})
+    ]
+
+
+def work_all(space: Space, rows: Rows, chosen: argparse.Namespace, out: Path) -> None:
+    device, path, started, kind = pick_device(), str(chosen.spec), time.monotonic(), kind_of(space, chosen)
+    left, pace = jobs(space, rows, kind, chosen), Pace(kind.sizes)
+    header = {"commit": chosen.commit, "workers": kind.workers}
     with ExitStack() as stack:
         gpus = [None] if chosen.gpus == 1 else visible(chosen.gpus)
-        many = [ProcessPoolExecutor(chosen.workers, get_context("spawn")) for _ in gpus]
-        pools = Pools(gpus, [stack.enter_context(one) for one in many], chosen.workers)
+        many = [ProcessPoolExecutor(kind.workers, get_context("spawn")) for _ in gpus]
+        pools = Pools(kind.work, gpus, [stack.enter_context(one) for one in many], kind.workers)
         while True:
             while left and not pools.is_full():
                 now = time.monotonic() - started
                 if now > chosen.seconds or now + pace.expected(left[0][1]) > chosen.until:
-                    print(f"{len(left)} trainings are left for the next piece", flush=True)
+                    print(f"{len(left)} jobs are left for the next piece", flush=True)
                     left.clear()
                 else:
                     pools.begin(path, left.pop(0), device)
             if not pools.running:
                 return
             for done, (name, index), seconds in pools.ended():
+                label = kind.labels[index]
                 if (error := done.exception()) is not None:
-                    print(f"{name} {tasks[index].name} failed: {error!r}", flush=True)
+                    print(f"{name} {label} failed: {error!r}", flush=True)
                     if isinstance(error, BrokenExecutor):
                         left.clear()
                     continue
                 pace.tell(index, seconds)
                 row = rows.setdefault(name, new_row(space, name))
-                row[tasks[index].name] = {**done.result(), **header}
+                row[label] = {**done.result(), **header, "job_seconds": round(seconds, 2)}
                 write_rows(rows, out)
-                print(
-                    name, tasks[index].name, f"{seconds:.1f} s", row[tasks[index].name]["scores"], flush=True
-                )
-
-
-def jobs(space: Space, rows: Rows, chosen: argparse.Namespace) -> list[Job]:
-    """What is to be trained and not in the rows: all placements at one task before the next, so that what is cut off is a sample
-    of placements, not of tasks."""
-    tasks = [task.name for task, _ in space.tasks()]
-    wanted = [index for index, task in enumerate(tasks) if chosen.tasks is None or task in chosen.tasks]
-    names = shared(space.names()[: chosen.only], chosen.share)
-    return [(name, index) for index, name in product(wanted, names) if tasks[index] not in rows.get(name, {})]
-
-
-def visible(gpus: int) -> list[str | None]:
-    """The first GPUs of those that CUDA_VISIBLE_DEVICES names, or of all."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = named.split(",") if named else [str(index) for index in range(gpus)]
-    assert len(names) >= gpus, f"CUDA_VISIBLE_DEVICES={named} names fewer than {gpus} GPUs"
-    return list(names[:gpus])
+                print(name, label, f"{seconds:.1f} s", row[label][kind.told], flush=True)
 
 
 def shared(names: Sequence[str], share: str) -> list[str]:
@@ -296,42 +288,13 @@ def new_row(space: Space, name: str) -> dict[str, Any]:
     return {"placement": name, "full": name.count("F"), "spec_hash": spec_hash(space.model(name))}
 
 
-def time_all(space: Space, rows: Rows, chosen: argparse.Namespace, out: Path) -> None:
-    device, until = pick_device(), time.monotonic() + chosen.seconds
-    reference = space.model("F" * space.length)
-    for name, place in product(shared(space.names()[: chosen.only], chosen.share), PLACES[device]):
-        row = rows.setdefault(name, new_row(space, name))
-        if place.label in row:
-            continue
-        if time.monotonic() > until:
-            return
-        found = measure(
-            space.model(name),
-            place,
-            reference=reference,
-            reference_name="all-full",
-            device=device,
-            effort=EFFORT,
-        )
-        kept = ("median_ms", "low_ms", "high_ms", "reference_ms", "ratio", "ratio_low", "ratio_high")
-        figures = {key: round(getattr(found, key), 6) for key in kept}
-        row[place.label] = {
-            **figures,
-            "method": found.method,
-            "commit": chosen.commit,
-            "device": found.device,
-        }
-        write_rows(rows, out)
-        print(name, place.label, figures["median_ms"], f"ratio {figures['ratio']:.4f}", flush=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", choices=["train", "time", "join", "show"])
     parser.add_argument("files", type=Path, nargs="*", help="rows to join")
-    parser.add_argument("--tasks", nargs="+", help="the tasks trained at; all if not given")
+    parser.add_argument("--tasks", nargs="+", help="tasks trained at or places timed; all if not given")
     parser.add_argument(
         "--share", default="0/1", help="K/N: every Nth placement of the order from the Kth on"
     )
@@ -342,20 +305,18 @@ def main() -> None:
     parser.add_argument(
         "--until", type=float, default=float("inf"), help="no training is begun that would end after so many"
     )
-    parser.add_argument("--workers", type=int, default=3, help="processes that share a GPU")
+    parser.add_argument("--workers", type=int, default=3, help="processes that train on a GPU")
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--only", type=int, help="so many placements of the order")
     parser.add_argument("--commit")
     chosen = parser.parse_args()
     space, rows = Space(load(chosen.spec)), read_rows(chosen.rows)
     out = (chosen.out or chosen.rows.parent) / chosen.rows.name
-    if chosen.what == "train":
-        train_all(space, rows, chosen, out)
-    elif chosen.what == "time":
-        time_all(space, rows, chosen, out)
+    if chosen.what in ("train", "time"):
+        work_all(space, rows, chosen, out)
     elif chosen.what == "join":
         write_rows(join(chosen.files, rows), out)
-    print("\n".join((*table(rows), *hardness(rows))))
+    print("\n".join((*ratio_curve(rows), *hardness(rows), *spent(rows))))
 
 
 if __name__ == "__main__":

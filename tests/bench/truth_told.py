@@ -1,17 +1,30 @@
-"""What rows of `truth_set.py` tell: scores by the number of full layers, and how hard a task is."""
+"""What rows of `truth_set.py` tell: scores by the number of full layers, how hard a task is, and what it all took."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from statistics import mean, median, variance
+from pathlib import Path
+from statistics import mean, median, quantiles, variance
 from typing import Any
 
 Rows = dict[str, dict[str, Any]]
-# Full layers of a placement at the quartiles of all.
+# Full layers of a placement at the quartiles of all, which stand for those of latency until it is measured.
 QUARTILES = (3, 4, 5)
 # Tasks whose score is better lower.
 LOWER = ("text",)
+
+
+def read_rows(path: Path) -> Rows:
+    """Rows by placement; none where the file is not there yet."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return {row["placement"]: row for row in map(json.loads, lines)}
+
+
+def sign(task: str) -> float:
+    """What a score is taken times to be better higher."""
+    return -1.0 if task in LOWER else 1.0
 
 
 def best_rate(scores: Mapping[str, Sequence[float | None]], *, higher: bool) -> list[float]:
@@ -28,19 +41,64 @@ def tasks_of(rows: Rows) -> list[str]:
     return sorted(task for task in found if any("scores" in row.get(task, {}) for row in rows.values()))
 
 
-def table(rows: Rows) -> Iterator[str]:
-    """For each number of full layers: placements done, and the best, median and worst mean score."""
+def latencies(rows: Rows, phase: str = "decode") -> dict[str, float]:
+    """Milliseconds of each placement that was timed: its ratio to the model of all `full`, timed in turns with it, times the
+    median of that model over all timings, so that GPUs of one kind and their clocks do not tell placements apart."""
+    labels = {key for row in rows.values() for key in row if key.startswith(f"{phase}_ms@")}
+    assert len(labels) <= 1, f"timed at several places: {sorted(labels)}"
+    timed = {name: row[label] for label in labels for name, row in rows.items() if label in row}
+    if not timed:
+        return {}
+    reference = median(one["reference_ms"] for one in timed.values())
+    return {name: one["ratio"] * reference for name, one in timed.items()}
+
+
+def ratio_curve(rows: Rows) -> Iterator[str]:
+    """A Markdown table by the number of full layers: placements, the median, worst and best of their scores and of their
+    milliseconds."""
+    told: dict[str, dict[str, float]] = {}
     for task in tasks_of(rows):
-        higher = task not in LOWER
-        found: dict[int, list[float]] = {}
-        for row in rows.values():
-            seeds = best_rate(row[task]["scores"], higher=higher) if task in row else []
-            if seeds:
-                found.setdefault(row["full"], []).append(mean(seeds))
-        for full, scores in sorted(found.items()):
-            order = sorted(scores, reverse=higher)
-            middle = order[len(order) // 2]
-            yield f"{task}: {full} full, {len(order):3} placements: {order[0]:.4f} {middle:.4f} {order[-1]:.4f}"
+        best = {
+            name: best_rate(row[task]["scores"], higher=sign(task) > 0)
+            for name, row in rows.items()
+            if task in row
+        }
+        told[task] = {name: mean(seeds) for name, seeds in best.items() if seeds}
+    for phase in ("decode", "prefill"):
+        if ms := latencies(rows, phase):
+            told[f"{phase}, ms"] = ms
+    if not told:
+        return
+    yield "| " + " | ".join(["full layers", "placements", *told]) + " |"
+    yield "|---" * (2 + len(told)) + "|"
+    for full in sorted({row["full"] for row in rows.values()}):
+        names = [name for name, row in rows.items() if row["full"] == full]
+        cells = [spread([values[name] for name in names if name in values]) for values in told.values()]
+        yield f"| {full} | {len(names)} | " + " | ".join(cells) + " |"
+
+
+def spread(values: Sequence[float]) -> str:
+    if not values:
+        return ""
+    return f"{median(values):.4f} ({min(values):.4f} – {max(values):.4f})"
+
+
+def spent(rows: Rows) -> Iterator[str]:
+    """GPU seconds of each task and place: what the jobs took, processes started and programs compiled, over the processes that
+    shared a GPU."""
+    total = 0.0
+    for label in sorted(
+        {key for row in rows.values() for key, told in row.items() if isinstance(told, dict)}
+    ):
+        done = [row[label] for row in rows.values() if label in row]
+        known = [one for one in done if "job_seconds" in one]
+        seconds = sum(one["job_seconds"] / one["workers"] for one in known)
+        devices = ", ".join(sorted({one["device"] for one in known}))
+        total += seconds
+        if known:
+            yield f"{label}: {seconds:,.0f} GPU seconds for {len(known)} of {len(done)} placements on {devices}"
+    if total:
+        yield f"in all {total:,.0f} GPU seconds, {total / 3600:.2f} hours"
 
 
 def noise(scores: Mapping[str, Sequence[float]]) -> float:
@@ -58,28 +116,37 @@ def near_best(scores: Mapping[str, Sequence[float]], *, higher: bool) -> float:
 
 
 def hardness(rows: Rows) -> Iterator[str]:
-    """How many placements a task cannot tell from the best, for the budgets of a quarter, half and three quarters and for all of
-    them; and how the trainings fared."""
+    """How many placements a task cannot tell from the best, within budgets at the quartiles of latency and in all; and how the
+    trainings fared."""
     for task in tasks_of(rows):
         higher = task not in LOWER
         told = {
             name: best_rate(row[task]["scores"], higher=higher) for name, row in rows.items() if task in row
         }
         told = {name: seeds for name, seeds in told.items() if len(seeds) > 1}
-        for most in (*QUARTILES, None):
-            within = {name: seeds for name, seeds in told.items() if most is None or name.count("F") <= most}
+        for among, names in budgets(rows, list(told)):
+            within = {name: told[name] for name in names}
             if len(within) > 1:
                 share = near_best(within, higher=higher)
-                among = f"{len(within)} placements" + (
-                    "" if most is None else f" with at most {most} full layers"
-                )
                 means = [mean(seeds) for seeds in within.values()]
                 best = (max if higher else min)(means)
                 yield (
-                    f"{task}: {share:.0%} of {among} are within noise of the best "
+                    f"{task}: {share:.0%} of {len(within)} placements{among} are within noise of the best "
                     f"(best {best:.4f}, median {median(means):.4f}, noise {noise(within):.4f})"
                 )
         yield from learned(rows, task)
+
+
+def budgets(rows: Rows, names: Sequence[str]) -> Iterator[tuple[str, Sequence[str]]]:
+    """Placements within each quartile of latency, and all; quartiles of full layers where not all were timed."""
+    ms = latencies(rows)
+    if len(names) > 1 and ms.keys() >= set(names):
+        for part, limit in enumerate(quantiles([ms[name] for name in names], n=4, method="inclusive"), 1):
+            yield f" within the {25 * part} % quantile of latency", [n for n in names if ms[n] <= limit]
+    else:
+        for most in QUARTILES:
+            yield f" with at most {most} full layers", [n for n in names if n.count("F") <= most]
+    yield "", names
 
 
 def learned(rows: Rows, task: str) -> Iterator[str]:

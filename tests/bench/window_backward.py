@@ -36,7 +36,7 @@ TRIED = {
     ),
     "keys": (
         Launch(32, 64, 4, 2), Launch(32, 64, 4, 4), Launch(32, 64, 4, 3), Launch(64, 64, 4, 2), Launch(32, 128, 8, 4),
-        Launch(32, 128, 8, 3), Launch(64, 128, 8, 2), Launch(64, 128, 8, 3), Launch(16, 64, 4, 4),
+        Launch(32, 128, 8, 3), Launch(64, 128, 8, 2), Launch(64, 128, 8, 3),
     ),
     "forward": (
         Launch(64, 64, 4, 3), Launch(128, 32, 4, 3), Launch(128, 64, 4, 2), Launch(64, 32, 4, 3), Launch(64, 64, 4, 2),

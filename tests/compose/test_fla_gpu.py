@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from triton.runtime.autotuner import Autotuner
 
 from heddle.compose.build import build, kernel_paths
 from heddle.compose.hf.flatten import flatten
@@ -32,7 +33,15 @@ LAYERS: dict[str, dict[str, Any]] = {
     "GatedLinearAttention": {"num_heads": 2, "use_short_conv": True},
     "MultiScaleRetention": {"num_heads": 2},
 }
+# That library tunes each kernel for minutes; what it makes is to be right with any launch.
+TRIED = 2
 every_layer = pytest.mark.parametrize("layer", LAYERS)
+
+
+@pytest.fixture(autouse=True)
+def few_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    prune = Autotuner.prune_configs
+    monkeypatch.setattr(Autotuner, "prune_configs", lambda self, given: prune(self, given)[:TRIED])
 
 
 def spec_of(mixer: dict[str, Any]) -> ModelSpec:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -42,7 +42,8 @@ MIXERS = {
     "lightning": DECAY,
     "retnet": DECAY | {"form": "retnet", "short_conv": 4},
 }
-# Every other kind that has kernels or chooses by what tokens say, as a spec writes it, in the type in which models are trained.
+WINDOW = {"kind": "attention", "heads": 4, "kv_heads": 2, "head_dim": 32, "window": 50}
+# Every other causal kind, as a spec writes it, in the type in which models are trained.
 WRITTEN: dict[str, dict[str, Any]] = {
     "selection": {
         "kind": "attention",
@@ -50,6 +51,14 @@ WRITTEN: dict[str, dict[str, Any]] = {
         "kv_heads": 2,
         "head_dim": 64,
         "selection": {"block": 32, "count": 4, "scores": "kernels"},
+    },
+    "capped": {
+        "kind": "attention",
+        "heads": 4,
+        "kv_heads": 2,
+        "head_dim": 64,
+        "softcap": 5.0,
+        "sinks": True,
     },
     "moh": {
         "mixer": {"kind": "attention", "heads": 4, "kv_heads": 2, "head_dim": 64},
@@ -70,13 +79,41 @@ WRITTEN: dict[str, dict[str, Any]] = {
     "ttt": {"heads": 2, "head_dim": 64, "chunk": 64, "rate": 0.05},
     "rat": {"heads": 4, "head_dim": 64, "groups": 2, "chunk": 16},
     "deltanet": {"heads": 2, "head_dim": 64},
+    "local_linear_attention": {"heads": 4, "kv_heads": 2, "head_dim": 64},
+    "learned_slope": {
+        "kind": "local_linear_attention",
+        "heads": 2,
+        "head_dim": 64,
+        "slope": "learned",
+        "window": 50,
+    },
+    "rf_attention": {"heads": 2, "head_dim": 64, "key_noise": 0.5, "rope": {"theta": 1e4}},
+    "linear_attention": {"heads": 4, "head_dim": 16, "value_dim": 32},
+    "liger": {"heads": 4, "kv_heads": 2, "head_dim": 64, "window": 50},
+    "gated_pool": {"heads": 2, "head_dim": 64},
+    "token_mlp": {},
+    "parallel": {
+        "mixers": [WINDOW, {"kind": "gated_deltanet", "heads": 2, "head_dim": 64}],
+        "merge": "mean",
+        "norm": True,
+    },
+    "sequential": {"mixers": [{"kind": "gated_deltanet", "heads": 2, "head_dim": 64}, WINDOW]},
+    "head_split": {"mixers": [{"kind": "gated_deltanet", "heads": 4, "head_dim": 32}, WINDOW], "share": 0.5},
+    "token_router": {"mixers": [WINDOW, {"kind": "gated_deltanet", "heads": 2, "head_dim": 64}], "chunk": 16},
 }
-OTHERS = {
-    name: KINDS[fields.get("kind", name)].model_validate({"kind": name, **fields}).runtime(Site(128, 0, 1))
-    for name, fields in WRITTEN.items()
-}
+# A step of it waits for the host.
+FETCHED = {"fetched": WRITTEN["landmark"] | {"kind": "landmark", "offload": True}}
+OTHERS, WAITING = (
+    {
+        name: KINDS[fields.get("kind", name)]
+        .model_validate({"kind": name, **fields})
+        .runtime(Site(128, 0, 1))
+        for name, fields in written.items()
+    }
+    for written in (WRITTEN, FETCHED)
+)
 # The kernels of these take decays of a chunk from a token in its middle (`_gla_fwd`): where that stands, later tokens say, too.
-FROM_MIDDLE, CHUNK = ("gla", "kda", "hgrn2"), 64
+FROM_MIDDLE, CHUNK = ("gla", "kda", "hgrn2", "liger"), 64
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 every_mixer = pytest.mark.parametrize("name", [*MIXERS, *OTHERS])
 every_setting = pytest.mark.parametrize(
@@ -89,7 +126,11 @@ every_setting = pytest.mark.parametrize(
 def model_of(*names: str) -> HeddleForCausalLM:
     """A model in float32 on the CPU."""
     layers = [
-        {"mixer": (MIXERS | OTHERS)[name], "channel": {"kind": "swiglu", "width": 128}, "norm": "rmsnorm"}
+        {
+            "mixer": (MIXERS | OTHERS | WAITING)[name],
+            "channel": {"kind": "swiglu", "width": 128},
+            "norm": "rmsnorm",
+        }
         for name in names
         # The constant stream runs through the layers in front of the last that reads it.
         for _ in range(2 if name == "constant" else 1)
@@ -177,8 +218,9 @@ def test_decay_attention_runs_in_triton_in_prefill_step_and_training() -> None:
 
 # nats_l asks which chunks no head will look at again, and forgets them.
 @pytest.mark.parametrize("name", [name for name in (*MIXERS, *OTHERS) if name != "nats_l"])
-# torch calls the mode a prototype, in a warning of its own.
+# torch calls the mode a prototype, in a warning of its own; in full precision local linear attention runs in PyTorch.
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+@pytest.mark.filterwarnings("ignore:.*local_linear_attention runs in PyTorch")
 def test_a_forward_waits_for_nothing(name: str) -> None:
     model, ids = model_of(name).cuda(), tokens().cuda()
     for _ in range(2):
@@ -220,6 +262,32 @@ def test_a_decode_step_is_captured_as_a_graph_and_repeats(name: str) -> None:
     assert torch.equal(captured, expected)
 
 
+@pytest.mark.parametrize("padding", [0, 40])
+@torch.no_grad()
+def test_blocks_that_wait_in_pinned_memory_are_read_as_those_on_the_device(padding: int) -> None:
+    ids = tokens()
+    ids[0, :padding] = 0
+    mask = (ids != 0).long()
+
+    def by_steps(name: str, device: str, dtype: torch.dtype) -> tuple[Tensor, Any]:
+        model, cache, found, begin = model_of(name).to(device, dtype).eval(), None, [], 0
+        # A prompt, some tokens that choose, and single ones; a block is done on the way.
+        for end in (280, 285, *range(286, 301)):
+            given = {"attention_mask": mask[:, :end].to(device), "past_key_values": cache}
+            out = model(ids[:, begin:end].to(device), **given)
+            cache, begin = out.past_key_values, end
+            found.append(out.logits)
+        return torch.cat(found[1:], dim=1), cache
+
+    exact, _ = by_steps("landmark", "cpu", torch.float64)
+    plain, _ = by_steps("landmark", "cuda", torch.float32)
+    fetched, cache = by_steps("fetched", "cuda", torch.float32)
+    assert error(fetched, exact) <= 2 * error(plain, exact) + EPSILON[torch.float32]
+    held = cache.layers[0].parts["tokens"]
+    assert held.moved > 0
+    assert all(room.is_pinned() for room in held.rooms)
+
+
 def test_generation_on_the_device_agrees_with_and_without_cache() -> None:
     model = model_of(*MIXERS).cuda().double().eval()
     options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
@@ -255,4 +323,31 @@ def test_prefill_and_decode_step_compile_with_inductor(names: tuple[str, ...]) -
     eager = error(model(ids[:, :1], past_key_values=cache).logits, expected)
     for _ in range(3):
         assert error(step(ids[:, :1]), expected) <= 2 * eager + EPSILON[torch.bfloat16]
+    torch.compiler.reset()
+
+
+def trained(call: Callable[[Tensor], Tensor], model: HeddleForCausalLM, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits, and the gradients of all parameters one behind the other."""
+    logits = call(ids)
+    upstream = torch.randn(logits.shape, generator=torch.Generator().manual_seed(2))
+    gradients = torch.autograd.grad(logits, list(model.parameters()), upstream.to(logits), allow_unused=True)
+    return logits.detach(), torch.cat([x.flatten() for x in gradients if x is not None])
+
+
+# The compiler warns of its own imports; in full precision local linear attention runs in PyTorch, which is told.
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_compiled_model_and_its_gradients_are_those_of_a_cpu(name: str) -> None:
+    model, ids = model_of(name).eval(), tokens(length=100)
+    exact, plain = (
+        trained(lambda ids, one=one: one(ids, use_cache=False).logits, one, ids)
+        for one in (copy.deepcopy(model).double(), model)
+    )
+    model, ids = model.cuda(), ids.cuda()
+    torch.compiler.reset()
+    # As inductor takes gradients apart: `aot_eager` has a softplus whose gradient lies otherwise than torch has it lie.
+    how = {"fullgraph": True, "backend": "aot_eager_decomp_partition"}
+    whole = torch.compile(lambda ids: model(ids, use_cache=False).logits, **how)
+    for found, here, wide in zip(trained(whole, model, ids), plain, exact, strict=True):
+        assert error(found, wide) <= 2 * error(here, wide) + EPSILON[torch.float32]
     torch.compiler.reset()

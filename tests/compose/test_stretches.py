@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from toys import EXACT, Largest, call_at, mixer_of, noise, padded_call
 
-from heddle.compose.modules import in_view, stretches
+from heddle.compose.modules import in_view, softmax, stretches
 from heddle.compose.modules.in_view import attend_in_view
 from heddle.compose.modules.masks import View
 from heddle.compose.modules.softmax import softmax_attention
@@ -101,3 +101,45 @@ def test_no_mask_of_all_queries_by_all_keys_is_made(monkeypatch: pytest.MonkeyPa
         call()
     # Marks have gradients, so 4 queries at once; the math path has logits of 2 rows of 4 heads.
     assert seen.numbers <= 2 * 4 * 70 * 6, "queries and their outputs are the largest"
+
+
+@pytest.mark.parametrize("given", ["causal", "all", "mask", "bias"])
+@pytest.mark.parametrize("how", ["cap", "sinks", "both"])
+def test_weights_of_some_queries_do_what_those_of_all_do(
+    given: str, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q, k, v = (noise(2, heads, 70, 6, seed=heads).requires_grad_() for heads in (4, 2, 1))
+    mask = None if given in ("causal", "all") else noise(2, 1, 70, 70, seed=5)
+    mask = (mask > -0.5) | torch.eye(70, dtype=torch.bool) if mask is not None and given == "mask" else mask
+    sinks = noise(4, seed=8).requires_grad_()
+    form: dict[str, Any] = {
+        "softcap": None if how == "sinks" else 1.5,
+        "sinks": None if how == "cap" else sinks,
+    }
+    leaves = [q, k, v, *([] if how == "cap" else [sinks])]
+    if mask is not None and given == "bias":
+        leaves.append(mask.requires_grad_())
+
+    def call() -> tuple[Tensor, ...]:
+        o = softmax_attention(q, k, v.expand(-1, 2, -1, -1), mask, is_causal=given == "causal", **form)
+        return (o, *torch.autograd.grad(o.sin().sum(), leaves))
+
+    expected = call()
+    monkeypatch.setattr(softmax, "MOST", 2 * 4 * 70 * 16)
+    with Largest() as seen:
+        found = call()
+    for one, wanted in zip(found, expected, strict=True):
+        assert (one - wanted).abs().max() < EXACT
+    # A bias has as many gradients as there are pairs.
+    assert seen.numbers <= max(2 * 70 * 70 if given == "bias" else 0, 2 * 4 * 71 * 16)
+
+
+def test_attention_with_a_soft_cap_and_sinks_makes_no_weights_of_all_pairs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    length = 1024
+    mixer, x = mixer_of(8, "attention", heads=2, softcap=5.0, sinks=True), noise(1, length, 8)
+    monkeypatch.setattr(softmax, "MOST", 1 << 15)
+    with Largest() as seen:
+        both_directions(mixer, x.requires_grad_())
+    assert seen.numbers < 2 * length * length / 32

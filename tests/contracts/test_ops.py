@@ -6,6 +6,7 @@ on a GPU the real ones.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -13,11 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+from held import fill_fresh_memory_with_nan
 from torch import Tensor
 from views import VIEWS
 
 from heddle.errors import HeddleError
-from heddle.kernels import OPS, Op
+from heddle.kernels import OPS, Op, force_path
 from heddle.kernels.accuracy import EPSILON, Sample, compare, draw, is_timed, oracle, results, worst_error
 from heddle.kernels.op import INTERPRETED, LIBRARY, watch_paths
 
@@ -28,6 +30,14 @@ LENGTHS = (1, 63, 64, 65, 1000)
 # Sizes as models have them; too large for the interpreter.
 GPU_SIZES = {"B": 1, "H": 2, "HV": 2, "K": 128, "V": 128, "C": 64, "W": 4}
 
+# Results of kernels that are out of bounds where all log-decays are the same.
+WRONG = {
+    ("decay_attention", "float16", -20.0): ("d_initial_state",),
+    ("gla", "float16", -20.0): ("d_log_decay", "d_initial_state"),
+    ("gated_delta_rule", "float16", -20.0): ("d_initial_state",),
+    ("kda", "float16", -20.0): ("d_log_decay", "d_initial_state"),
+}
+DECAYS = (-1e-6, -5.0, -20.0)
 
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
@@ -154,6 +164,64 @@ def test_keys_that_repeat_are_right(op: AnyOp, device: str, dtype: torch.dtype, 
     _check(op, shape, replace(sample, arguments={**sample.arguments, "k": k}), device)
 
 
+def _fades(op: AnyOp) -> bool:
+    return "log_decay" in inspect.signature(op.reference).parameters
+
+
+def _decays() -> Iterator[Any]:
+    """Settings of ops that fade, the log-decay of all tokens, one of the results that are wrong there or "" for the rest."""
+    for setting, log_decay in itertools.product(_settings(_fades), DECAYS):
+        op, device, dtype = setting.values
+        wrong = WRONG.get((op.name, _short(dtype), log_decay), ()) if INTERPRETED or device == "cuda" else ()
+        for name in ("", *wrong):
+            marks = [*setting.marks, pytest.mark.xfail(strict=True)] if name else setting.marks
+            told = " ".join((f"{setting.id}{log_decay:g}", name)).strip()
+            yield pytest.param(*setting.values, log_decay, name, id=told, marks=marks)
+
+
+def _with_one_decay(op: AnyOp, dtype: torch.dtype, log_decay: float | None) -> Sample:
+    """A sample whose log-decays are all the same, or as they are drawn."""
+    sample = draw(op, {"B": 1, "H": 1, "HV": 1, "K": 16, "V": 16, "T": 70}, dtype)
+    drawn = sample.arguments["log_decay"]
+    given = drawn if log_decay is None else torch.full_like(drawn, log_decay)
+    return replace(sample, arguments={**sample.arguments, "log_decay": given})
+
+
+@pytest.mark.parametrize(("op", "device", "dtype", "log_decay", "name"), list(_decays()))
+def test_one_decay_throughout_is_right(
+    op: AnyOp, device: str, dtype: torch.dtype, log_decay: float, name: str
+) -> None:
+    measured = compare(op, _with_one_decay(op, dtype, log_decay), device)
+    known = WRONG.get((op.name, _short(dtype), log_decay), ()) if measured[0].path == "triton" else ()
+    wrong = [
+        str(one) for one in measured if not one.ok and (one.name == name if name else one.name not in known)
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("log_decay", DECAYS[1:])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=_short)
+@pytest.mark.parametrize("op", list(filter(_fades, OPS)), ids=lambda op: op.name)
+def test_the_baseline_of_half_precision_knows_one_strong_decay(
+    op: AnyOp, dtype: torch.dtype, log_decay: float
+) -> None:
+    # Else what it says of an error would be no bound.
+    usual, strong = (
+        _errors_of_baseline(op, _with_one_decay(op, dtype, given)) for given in (None, log_decay)
+    )
+    wrong = {
+        name: error for name, error in strong.items() if error > 2 * max(usual.values()) + EPSILON[dtype]
+    }
+    assert not wrong, f"{wrong}, as drawn {usual}"
+
+
+def _errors_of_baseline(op: AnyOp, sample: Sample) -> dict[str, float]:
+    exact = oracle(op, sample)
+    with force_path("torch"):
+        found = results(op, sample)
+    return {name: worst_error(x, exact[name], timed=is_timed(name))[0] for name, x in found.items()}
+
+
 @over_few_settings
 @pytest.mark.parametrize("view", VIEWS)
 def test_tensors_are_read_as_they_lie(
@@ -229,16 +297,7 @@ def test_scratch_memory_full_of_nan_does_not_show(
     packed = draw(op, {**op.cases.test_shapes[-1], "B": 1, "T": 105}, dtype, cu_seqlens=ends).to(device)
     clean = [results(op, sample) for sample in (dense, packed)]
 
-    def poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def made(*args: Any, **kwargs: Any) -> Tensor:
-            tensor = make(*args, **kwargs)
-            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
-
-        return made
-
-    for holder, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
-        monkeypatch.setattr(holder, name, poisoned(getattr(holder, name)))
-    assert torch.empty(3).isnan().all()
+    fill_fresh_memory_with_nan(monkeypatch)
     for before, sample in zip(clean, (dense, packed), strict=True):
         after = results(op, sample)
         assert all(torch.equal(before[name], after[name]) for name in before)

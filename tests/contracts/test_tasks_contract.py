@@ -72,6 +72,10 @@ DRAWN: dict[str, tuple[str, dict[str, Any]]] = {
     "niah": ("niah", {"length": 40}),
     "niah-many": ("niah", {"needles": 5, "width": 2, "keys": 4, "values": 7, "length": 48}),
     "variable-tracking": ("variable_tracking", {"hops": 2, "chains": 3, "names": 12, "length": 40}),
+    "multi-hop-recall": (
+        "multi_hop_recall",
+        {"facts": 9, "hops": 3, "questions": 4, "symbols": 20, "easy_first": 0.2},
+    ),
     "common-words": ("common_words", {"symbols": 30, "words": 8, "repeats": 2, "common_repeats": 5}),
     "in-context-regression": ("in_context_regression", {"examples": 30}),
     "paragraph-topic": ("paragraph_topic", {"paragraphs": 6, "paragraph_length": 7}),

@@ -93,11 +93,12 @@ def test_results_and_gradients_are_those_of_the_reference(form: str, device: str
     assert_right(drawn(form, B=2 if form == "chosen" else 1), dtype, device)
 
 
-# A group that is no power of two, ragged heads, and blocks of more keys than are treated at a time.
+# A group that is no power of two, ragged heads, blocks of more keys than are treated at a time, and of a single key.
 ODD = {
     "group": {"G": 3, "d": 5, "V": 40, "block": 3},
     "long": {"G": 1, "T": 5, "S": 83, "block": 70},
     "token": {"T": 1, "S": 19},
+    "keys": {"T": 9, "S": 21, "block": 1},
 }
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from held import over_settings
 from torch import Tensor
 
 from heddle.errors import HeddleError
@@ -36,6 +37,16 @@ def test_one_beta_throughout_is_right(device: str, beta: float) -> None:
 def test_gradients_by_two_kernels_are_right(device: str) -> None:
     sample = draw(delta_rule, SHAPE, torch.float32)
     with tuning(split=1):
+        wrong = [str(one) for one in compare(delta_rule, sample, device) if not one.ok]
+    assert not wrong, "\n".join(wrong)
+
+
+@over_settings
+@pytest.mark.parametrize("sizes", [(100, 72), (128, 256), (256, 128), (256, 256)])
+def test_large_and_ragged_heads_are_right(sizes: tuple[int, int], device: str, dtype: torch.dtype) -> None:
+    K, V = sizes
+    sample = draw(delta_rule, {"B": 1, "H": 1, "HV": 2, "K": K, "V": V, "T": 200}, dtype)
+    with tuning(segment=128):
         wrong = [str(one) for one in compare(delta_rule, sample, device) if not one.ok]
     assert not wrong, "\n".join(wrong)
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from held import fill_fresh_memory_with_nan
 from torch import Tensor
 
 from heddle.compose.cache import Call
@@ -166,16 +167,7 @@ def test_fresh_memory_full_of_nan_does_not_show(
 ) -> None:
     given = drawn(SHAPES[1], torch.float32, device, option)
     clean = results(given)
-
-    def poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def made(*args: Any, **kwargs: Any) -> Tensor:
-            tensor = make(*args, **kwargs)
-            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
-
-        return made
-
-    for holder, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
-        monkeypatch.setattr(holder, name, poisoned(getattr(holder, name)))
+    fill_fresh_memory_with_nan(monkeypatch)
     assert all(torch.equal(one, other) for one, other in zip(clean, results(given), strict=True))
 
 

@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
+from held import over_settings
 from torch import Tensor
 
 from heddle.errors import HeddleError
@@ -136,6 +137,16 @@ def test_gradients_by_two_kernels_are_right_in_large_heads(
     K, V = sizes
     with tuning(split=1, gradient=TOKENS, pairs=PAIRS):
         _assert_right(draw(gated_delta_rule, {**SHAPE, "K": K, "V": V, "T": 300}, dtype), "cuda")
+
+
+@over_settings
+@pytest.mark.parametrize("sizes", [(100, 72), (128, 256), (256, 128), (256, 256)])
+def test_large_and_ragged_heads_are_right(sizes: tuple[int, int], device: str, dtype: torch.dtype) -> None:
+    K, V = sizes
+    with tuning(segment=128):
+        _assert_right(
+            draw(gated_delta_rule, {"B": 1, "H": 1, "HV": 2, "K": K, "V": V, "T": 200}, dtype), device
+        )
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -19,17 +19,20 @@ pytestmark = pytest.mark.slow
 
 # Kernels take long to interpret; this takes each road of them once, packed sequences in half precision. The two delta rules
 # share theirs.
-SOME = "65 or packed and not float32 or token or scratch"
+SOME = "65 or packed and not float32 or token or scratch or one_decay"
 OPS = {
     "decay_attention": f"{SOME} or lie and spread and float32",
     "simple_gla": SOME,
     "delta_rule": f"gated and ({SOME}) or delta_rule-cpu-float32 and 65 and not gated",
-    "gla and not simple": "65 or packed and not float32",
-    "kda": "kda-cpu-float32 and 65 or kda-cpu-float16 and packed_sequences",
+    "gla and not simple": "65 or packed and not float32 or one_decay",
+    "kda": "kda-cpu-float32 and 65 or kda-cpu-float16 and packed_sequences or one_decay",
     "ttt": "ttt-cpu-float32 and 65 or ttt-cpu-float16 and packed_sequences",
     "causal_conv1d": "causal_conv1d-cpu-float32 and 65 or causal_conv1d-cpu-float16 and packed_sequences",
 }
 CONTRACTS, REPLAY = "tests/contracts/test_ops.py", "tests/kernels/test_replay.py"
+# Of ops with calls of their own, what files of theirs do not run here.
+OTHER_CONTRACTS = "tests/contracts/test_other_ops.py"
+SOME_OTHERS = "local_linear_attention and (empty and float16 or 1-cpu)"
 # Attention and a layer's step, whose contract is their own, and forms of ops that contracts do not have.
 OTHERS = {
     # All gradients of one form, tall tiles, ragged heads in half precision, a list in three parts.
@@ -80,8 +83,8 @@ OTHERS = {
 def test_interpreted_kernels_keep_the_contract_and_are_repeated(full_counts: bool) -> None:
     # In one process: each imports torch anew, and collects all tests.
     chosen = [f"test_ops and {op}" + ("" if full_counts else f" and ({some})") for op, some in OPS.items()]
-    chosen.append("test_replay and cpu")
-    done = _run_interpreted([CONTRACTS, REPLAY], " or ".join(f"({one})" for one in chosen))
+    chosen += ["test_replay and cpu", "test_other_ops" + ("" if full_counts else f" and ({SOME_OTHERS})")]
+    done = _run_interpreted([CONTRACTS, OTHER_CONTRACTS, REPLAY], " or ".join(f"({one})" for one in chosen))
     for op in (
         "decay_attention",
         "simple_gla",
@@ -95,7 +98,7 @@ def test_interpreted_kernels_keep_the_contract_and_are_repeated(full_counts: boo
         assert re.search(rf"PASSED .*test_ops.py::.*[-\[]{op}-cpu", done), (
             f"no test of {op} in:\n{done[-4000:]}"
         )
-    assert f"PASSED {REPLAY}" in done
+    assert all(f"PASSED {file}" in done for file in (OTHER_CONTRACTS, REPLAY))
 
 
 def test_interpreted_kernels_of_a_contract_of_their_own_are_right() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -12,7 +13,12 @@ from torch import Tensor
 
 from heddle.kernels import OPS, Op
 from heddle.kernels.accuracy import EPSILON, draw, worst_error
+from heddle.kernels.gated_delta_layer import gated_delta_layer_step
+from heddle.kernels.local_linear_attention import local_linear_attention
 from heddle.kernels.op import watch_paths
+from heddle.kernels.rat_attention import rat_attention
+from heddle.kernels.rat_scan import rat_scan
+from heddle.kernels.rms_norm import rms_norm
 
 AnyOp = Op[..., Any]
 # 257 rows of 2²³ elements: the last one begins at element 2³¹.
@@ -20,6 +26,37 @@ SIZES = {"H": 16, "HV": 16, "K": 128, "V": 128, "C": 2048, "W": 4}
 ROWS, LENGTH = 257, 4096
 # Two chunks and a part of one.
 COMPARED = 130
+
+
+@dataclass(frozen=True, slots=True)
+class Other:
+    """An op with a call of its own: arguments that have rows, those that are others once more, results that are compared.
+
+    `time`: the axis of tokens of what has rows and such an axis, which what is `untimed` has not.
+    """
+
+    op: AnyOp
+    rows: tuple[str, ...]
+    same: Mapping[str, str]
+    compared: tuple[int, ...] = (0,)
+    time: int | None = 1
+    untimed: tuple[str, ...] = ()
+
+
+# Two groups, chunks of 16 tokens.
+MORE_SIZES = {"G": 2, "chunk": 16, "N": 16}
+# A state of 2¹⁸ elements.
+STEP_ROWS = 8193
+OTHERS = (
+    Other(rat_scan, ("q", "k", "x", "gate"), {"gate": "x"}, (1, 2)),
+    Other(
+        rat_attention, ("q", "key", "value", "keys", "values"), {"value": "key"}, untimed=("keys", "values")
+    ),
+    Other(local_linear_attention, ("q", "k", "v"), {"q": "k", "v": "k"}, time=2),
+    Other(rms_norm, ("x", "gate"), {"gate": "x"}),
+    Other(gated_delta_layer_step, ("qkv", "z", "a", "b", "state", "conv_state"), {}, (0, 1), None),
+)
+over_others = pytest.mark.parametrize("other", OTHERS, ids=lambda other: other.op.name)
 
 
 @pytest.fixture
@@ -84,3 +121,92 @@ def test_a_small_one_is_compared_alike(op: AnyOp, monkeypatch: pytest.MonkeyPatc
         monkeypatch.setitem(SIZES, name, size)
     with torch.no_grad():
         check_last_tokens(op, 3, 160, "cpu")
+
+
+def check_last_row(other: Other, rows: int, length: int, device: str) -> None:
+    """Many equal rows and a last one of its own: its first tokens; where sequences may be packed, its last ones too."""
+    op, shape = other.op, {**SIZES, **MORE_SIZES, "B": 1, "T": length, "S": length}
+    many, last = (
+        draw(op, shape, torch.bfloat16, seed=seed, initial_state=other.time is None, device=device).arguments
+        for seed in (0, 1)
+    )
+    for each in (many, last):
+        each |= {name: each[like] for name, like in other.same.items()}
+        if other.time is None:
+            each["state"] = each.pop("initial_state")
+    numbers = op.cases.numbers(shape)
+    given = {
+        name: torch.cat((many[name].expand(rows - 1, *x.shape[1:]), x))
+        if name in other.rows and name not in other.same
+        else x
+        for name, x in last.items()
+    }
+    given |= {name: given[like] for name, like in other.same.items()}
+    found = [x[-1:] if other.time is None else x[-1:, :COMPARED] for x in _results(other, given, numbers)]
+    _assert_row_right(other, found, _cut(other, last, slice(COMPARED)), numbers)
+    if op in (rat_scan, rat_attention):
+        tokens, begin = rows * length, length - COMPARED
+        packed = {name: _in_a_row(other, name, x) for name, x in given.items()}
+        ends = torch.tensor([*range(0, tokens, length), tokens - COMPARED, tokens], device=device)
+        found = [x[:, -COMPARED:] for x in _results(other, packed, {**numbers, "cu_seqlens": ends})]
+        alone = _cut(other, last, slice(begin, None))
+        first = -(-begin // MORE_SIZES["chunk"])
+        alone |= {name: alone[name][:, :, first:] for name in other.untimed}
+        _assert_row_right(other, found, alone, numbers)
+
+
+def _results(other: Other, given: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> list[Tensor]:
+    """What is compared, tokens before heads."""
+    found = other.op(**given, **numbers)
+    chosen = [found] if isinstance(found, Tensor) else [found[index] for index in other.compared]
+    return [x.transpose(1, 2) if other.time == 2 else x for x in chosen]
+
+
+def _cut(other: Other, given: Mapping[str, Tensor], which: slice) -> dict[str, Tensor]:
+    """These tokens of a row."""
+    if other.time is None:
+        return dict(given)
+    at = (slice(None),) * other.time + (which,)
+    return {
+        name: x[at] if name in other.rows and name not in other.untimed else x for name, x in given.items()
+    }
+
+
+def _in_a_row(other: Other, name: str, x: Tensor) -> Tensor:
+    if name in other.untimed:
+        return x.transpose(0, 1).flatten(1, 2)[None]
+    return x.flatten(0, 1)[None] if name in other.rows else x
+
+
+def _assert_row_right(
+    other: Other, found: list[Tensor], alone: Mapping[str, Tensor], numbers: Mapping[str, Any]
+) -> None:
+    wide = {name: x.double().cpu() for name, x in alone.items()}
+    exact = other.op.reference(**wide, **numbers)
+    exact = [exact] if isinstance(exact, Tensor) else [exact[index] for index in other.compared]
+    for here, there, truth in zip(found, _results(other, alone, numbers), exact, strict=True):
+        truth = truth.transpose(1, 2) if other.time == 2 else truth
+        is_timed = truth.shape[1] in (1, COMPARED)
+        error, worst = worst_error(here, truth, timed=is_timed)
+        allowed, _ = worst_error(there, truth, timed=is_timed)
+        assert error <= 2 * allowed + EPSILON[here.dtype], f"{error:.2e} and alone {allowed:.2e}, {worst}"
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("one_at_a_time", "kernels_on_gpu")
+@over_others
+def test_the_last_row_of_a_large_tensor_is_right(other: Other) -> None:
+    rows = STEP_ROWS if other.time is None else ROWS
+    assert (rows - 1) * SIZES["HV"] * SIZES["V"] * (SIZES["K"] if other.time is None else LENGTH) >= 2**31
+    with torch.no_grad(), watch_paths() as seen:
+        check_last_row(other, rows, LENGTH, "cuda")
+    assert {path for _, path in seen} == {"triton"}
+
+
+@over_others
+def test_a_small_row_is_compared_alike(other: Other, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, size in {"H": 2, "HV": 2, "K": 16, "V": 16}.items():
+        monkeypatch.setitem(SIZES, name, size)
+    monkeypatch.setitem(MORE_SIZES, "N", 2)
+    with torch.no_grad():
+        check_last_row(other, 3, 160, "cpu")

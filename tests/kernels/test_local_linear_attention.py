@@ -225,6 +225,12 @@ def test_packed_sequences_are_each_alone(is_sloped: bool) -> None:
         assert torch.equal(found["out"][:, :, begin:end], alone)
 
 
+def test_more_heads_of_all_rows_than_a_grid_has_places_for_run_in_plain_torch() -> None:
+    assert local_linear_attention.kernel is not None
+    for rows, takes in ((4095, True), (4096, False)):
+        assert local_linear_attention.kernel({"K": 64, "V": 64, "B": rows, "H": 16}) == takes
+
+
 def test_what_does_not_fit_is_told() -> None:
     assert "no more than keys" in refused(q=torch.ones(B, H, S + 1, D))
     assert "2 key heads do not divide 3 query heads" in refused(q=torch.ones(B, 3, T, D))

@@ -89,6 +89,35 @@ def test_gradients_of_the_kernels_are_those_of_the_reference_for_routes_between_
     assert_held(exact, run, dtype, device, split=split, **({"segment": 64} if name == "whole" else {}))
 
 
+# All of one number, or strong decays beside weak ones, which their sums hide.
+HARD = {
+    "kept": ("log_decay", (-1e-6,)),
+    "strong": ("log_decay", (-20.0,)),
+    "mixed": ("log_decay", (0.0, -1e-6, -1e-4, -1.0, -20.0)),
+    "nothing written": ("beta", (0.0,)),
+    "replaced": ("beta", (1.0,)),
+    "reflected": ("beta", (2.0,)),
+}
+
+
+@over_settings
+@pytest.mark.parametrize("hard", HARD)
+def test_strong_decays_and_betas_to_two_are_right_in_both_directions(
+    hard: str, device: str, dtype: torch.dtype
+) -> None:
+    name, choices = HARD[hard]
+    given = soft(drawn(SHAPES["whole"]))
+    picked = torch.randint(len(choices), given[name].shape, generator=torch.Generator().manual_seed(1))
+    # Gates come in float32.
+    given[name] = torch.tensor(choices).double()[picked]
+    given |= {side: given[side].to(dtype).double() for side in "qkv"}
+    exact = both_directions(routed_delta_rule_reference, given, 16, torch.float64, "cpu")
+    # The reference takes what had been there off again, and of nothing written rounding is left.
+    exact = {side: x.where(x.abs() > 1e-15, 0.0) for side, x in exact.items()}
+    run = partial(both_directions, routed_delta_rule, given, 16, dtype, device)
+    assert_held(exact, run, dtype, device)
+
+
 @pytest.mark.parametrize(
     "device", [*(["cpu"] if INTERPRETED else []), pytest.param("cuda", marks=pytest.mark.gpu)]
 )

@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from bench import based, cold_start
 
 from heddle.kernels import OPS, bench, causal_conv1d, decay_attention, decay_attention_step, simple_gla, ttt
-from heddle.kernels.accuracy import draw
+from heddle.kernels.accuracy import EPSILON, draw
 from heddle.kernels.bench import bench_ops, table
+from heddle.kernels.local_linear_attention import local_linear_attention, local_linear_attention_reference
 from heddle.kernels.selftest import check_op, self_test
 from heddle.kernels.simple_gla import simple_gla_reference
 
@@ -111,6 +113,42 @@ def test_a_rival_that_knows_no_groups_is_given_copies_of_keys(monkeypatch: pytes
     assert bench._label("fla", "simple_gla", "fwd", sample.arguments) == "fla, keys copied"
 
 
+def test_a_rival_whose_tokens_stand_before_heads_is_given_them_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def whole(q: torch.Tensor, r: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        sides = {name: x.transpose(1, 2) for name, x in {"q": q, "k": k, "v": v, "slope": r}.items()}
+        return local_linear_attention_reference(**sides).transpose(1, 2)
+
+    monkeypatch.setitem(sys.modules, "fla.ops.parallax", SimpleNamespace(parallel_parallax=whole))
+    sloped = bench.timed_as(local_linear_attention)[1]
+    shape = {"B": 1, "H": 2, "N": 1, "T": 9, "S": 9, "K": 8, "V": 8}
+    sample = draw(sloped, shape, torch.float64, initial_state=False)
+    apart = bench._apart(sloped, "fwd", local_linear_attention, sample.arguments)
+    assert apart.keys() == {"out"}
+    assert apart["out"] < 1e-6
+    theirs = bench.rival("parallax", "fwdbwd")
+    assert theirs is not None
+    ours, other = (
+        bench._call_of(sloped, function, impl, sample, "fwdbwd")()
+        for function, impl in ((local_linear_attention, "heddle"), (theirs, "fla"))
+    )
+    for one, gradient in zip(ours, other, strict=True):  # type: ignore[call-overload]
+        torch.testing.assert_close(one, gradient.transpose(1, 2))
+
+
+@pytest.mark.parametrize("op", [op for op in bench.CALLED if op not in OPS], ids=lambda op: op.name)
+def test_what_is_no_op_with_a_state_is_called_for_the_first_time_too(op: Any) -> None:
+    row = cold_start.measured(op.name, "heddle", True)
+    assert row["op"] == op.name
+    assert row["first_s"] >= 0  # type: ignore[operator]
+
+
+def test_taylor_features_are_timed_as_what_they_stand_for() -> None:
+    op = based.based
+    sample = draw(op, op.cases.test_shapes[0], torch.float64, initial_state=False)
+    error = (op(**sample.arguments) - op.reference(**sample.arguments)).abs().max()
+    assert error < EPSILON[torch.float64]
+
+
 def test_a_row_is_told_before_the_next_is_timed() -> None:
     class LeaseEndedError(Exception):
         pass
@@ -126,14 +164,14 @@ def test_a_row_is_told_before_the_next_is_timed() -> None:
     assert [row["op"] for row in seen] == ["copy", "matmul", OPS[0].name]
 
 
-def test_a_benchmark_asks_for_the_path_at_the_whole_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_benchmark_asks_for_the_path_at_the_whole_shape() -> None:
     asked: list[Mapping[str, int]] = []
 
     def takes(shape: Mapping[str, int]) -> None:
         asked.append(shape)
 
-    monkeypatch.setattr(bench, "OPS", (replace(ttt, kernel=takes),))
-    rows = bench_ops(["ttt"], device="cpu", impls=["torch"], phases=["fwd"])
+    ops = (replace(ttt, kernel=takes),)
+    rows = bench_ops(["ttt"], device="cpu", impls=["torch"], phases=["fwd"], ops=ops)
     # An MLP has no kernel, so its path in torch is timed under one name.
     assert [shape.get("M") for shape in asked] == [None, 256]
     assert {row["op"] for row in rows} == {"copy", "matmul"}

@@ -8,11 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends
 
 from heddle.errors import HeddleError
+from heddle.kernels import tune_backends
 from heddle.kernels.configs import found, gla, kda, simple_gla
+from heddle.kernels.configs.dense_attention import HOPPER, NEVER, Backend, Rule, rules_on
 from heddle.kernels.configs.launch import Launch
 from heddle.kernels.tune import climb, neighbours, tune, tuned_ops
+from heddle.kernels.tune_backends import SIZES, BackendTrial, best_rules
 
 SLOW = Launch(chunk=64, columns=64, warps=4, stages=2)
 SHIPPED = {"forward": SLOW, "gradient": Launch(chunk=64, columns=32, warps=4, stages=1)}
@@ -120,6 +126,73 @@ def test_every_kernel_of_half_precision_can_be_tuned() -> None:
     assert set(found.tunable(kda.HOPPER)) == {"prepare", "forward", "keep", "backward", "gradient", "pairs"}
     assert set(found.tunable(simple_gla.HOPPER)) == {"output", "backward", "state"}
     assert {"gla", "kda", "simple_gla", "decay_attention", "gated_delta_rule"} <= set(tuned_ops())
+
+
+def by_backend(name: Backend | None, size: int, length: int, _: str) -> float:
+    """Flash is the fastest in short trainings, cuDNN else, and `efficient` takes no wide heads."""
+    if name == "efficient" and size == 256:
+        raise RuntimeError("No available kernel")
+    if name is None:
+        return 3.0
+    return {"cudnn": 2.0, "flash": 1.0 if length == 512 else 2.5, "efficient": 4.0}[name]
+
+
+def test_backends_are_taken_from_the_length_on_at_which_they_are_the_fastest() -> None:
+    told: list[str] = []
+    best = best_rules(by_backend, report=told.append)
+    assert len(best.rules) == 2 * len(SIZES)
+    order = ("cudnn", "flash", "efficient", "math")
+    assert best.rules["fwdbwd_128"] == Rule(order, training=2048, inference=NEVER, largest=128)
+    assert best.rules["fwd_256"] == Rule(order, training=NEVER, inference=2048, largest=256)
+    # A third of the trainings stays as shipped.
+    assert best.shipped_ms == pytest.approx(3.0)
+    assert 2.0 < best.found_ms < 2.3
+    assert len(told) == best.tried + 5
+    assert sum("No available kernel" in line for line in told) == 5
+
+
+def test_backends_that_are_no_faster_leave_the_table_as_it_is() -> None:
+    assert best_rules(lambda *_: 1.0).rules == {}
+    assert best_rules(by_backend, late=lambda: True).rules == {}
+
+    def none(name: Backend | None, *_: object) -> float:
+        if name is None:
+            return 1.0
+        raise RuntimeError("No available kernel")
+
+    assert best_rules(none).rules == {}
+
+
+def test_rules_that_were_found_come_before_the_table_with_that_torch_alone() -> None:
+    best = best_rules(by_backend).rules
+    found.keep("dense_attention", best, device="A card", triton="3.6.0", told={}, library="2.11")
+    here = rules_on("A card", (9, 0), triton="3.6.0", library="2.11")
+    assert here == tuple(best.values())
+    about = {"size": 128, "masked": False}
+    assert [one.holds(queries=2048, training=True, **about) for one in here].count(True) == 2
+    assert not any(one.holds(queries=512, training=True, **about) for one in here)
+    assert rules_on("A card", (9, 0), triton="3.6.0", library="2.13") == HOPPER
+    assert rules_on("Another", (8, 0), triton="3.6.0", library="2.11") == ()
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_backend_is_held_to_the_reference_before_it_is_timed(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tune_backends, "TOKENS", 128)
+    trial = BackendTrial(torch.device(device), HOPPER)
+    assert trial(None, 64, 128, "fwdbwd") > 0.0
+    assert trial("flash", 64, 128, "fwd") > 0.0
+    assert trial.right == {("flash", 64)}
+    right = F.scaled_dot_product_attention
+
+    def wrong(*sides: Tensor, is_causal: bool) -> Tensor:
+        out = right(*sides, is_causal=is_causal)
+        return 1.1 * out if _cur_sdpa_kernel_backends() == [SDPBackend.FLASH_ATTENTION] else out
+
+    monkeypatch.setattr(tune_backends.F, "scaled_dot_product_attention", wrong)
+    with pytest.raises(ArithmeticError, match=r"out: .* at most"):
+        trial("flash", 128, 128, "fwd")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

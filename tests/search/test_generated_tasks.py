@@ -10,16 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from heddle.compose.train import IGNORE
+from heddle.compose.train import IGNORE, Recipe
 from heddle.errors import HeddleError
 from heddle.search.evaluate import Training, train_and_score
-from heddle.search.tasks import make_task, recipe_for
+from heddle.search.tasks import batches, make_task, recipe_for
 from heddle.search.tasks import regression_lines as lines
 from heddle.search.tasks.drawing import distinct, generator_for, places
 from heddle.search.tasks.fuzzy_recall import FuzzyRecall
 from heddle.search.tasks.in_context_recall import InContextRecall
 from heddle.search.tasks.in_context_regression import InContextRegression
 from heddle.search.tasks.modular_arithmetic import ModularArithmetic, likely_values
+from heddle.search.tasks.multi_hop_recall import MultiHopRecall
 from heddle.search.tasks.niah import Niah
 from heddle.search.tasks.parity import Parity
 from heddle.search.tasks.task import Score
@@ -30,6 +31,7 @@ from heddle.specs.tasks import (
     InContextRecallTask,
     InContextRegressionTask,
     ModularArithmeticTask,
+    MultiHopRecallTask,
     NiahTask,
     ParityTask,
     WordProblemTask,
@@ -142,6 +144,42 @@ def test_the_likely_values_of_short_expressions_are_counted() -> None:
         for op, also in product("+-*", repeat=2)
     )
     assert likely_values(3) == pytest.approx([values[value] / (9 * 125) for value in range(5)])
+
+
+def test_facts_are_one_cycle_so_that_no_chain_comes_back() -> None:
+    task = MultiHopRecall(MultiHopRecallTask(facts=7, hops=3, questions=3, symbols=9), vocab_size=16)
+    inputs, targets = task.sample(64, seed=0, device=CPU)
+    assert inputs.shape == (64, 3 * 7 + 3 * 3)
+    for row, answers in zip(inputs.tolist(), targets.tolist(), strict=True):
+        facts = dict(zip(row[0:21:3], row[1:21:3], strict=True))
+        assert set(row[2:21:3]) == {0}
+        assert len(facts) == len(set(facts.values())) == 7
+        assert len(set(row[21::3])) == 3
+        for start in range(21, 30, 3):
+            assert row[start + 1 : start + 3] == [1, 2]
+            chain = [row[start], *answers[start : start + 3]]
+            assert chain[1:] == [facts[symbol] for symbol in chain[:-1]]
+            assert len(set(chain)) == 4
+
+
+def test_a_training_of_several_hops_sees_easier_rows_and_is_scored_on_full_ones_alone() -> None:
+    spec = MultiHopRecallTask(facts=16, hops=2, questions=8, easy_first=0.4)
+    task = MultiHopRecall(spec, vocab_size=128)
+    drawn = [
+        batches(task, Recipe(tokens=12_800, batch_tokens=640, seed=3), CPU)(step)[0] for step in range(20)
+    ]
+    # Three facts are the least.
+    assert {inputs.shape[1] for inputs in drawn[:8]} == {3 * 3 + 1}
+    assert {inputs.shape[1] for inputs in drawn[8:]} == {64, 32, 16}
+    assert task.held_out(CPU)[0].shape == (512, 64)
+
+
+def test_several_hops_are_scored_each() -> None:
+    task = MultiHopRecall(MultiHopRecallTask(facts=5, hops=2, questions=2), vocab_size=128)
+    hits = torch.zeros(4, task.sequence_length, dtype=torch.bool)
+    hits[:, 15::2] = True
+    hits[0, 16] = True
+    assert task.parts(hits) == {"hop_1_accuracy": 1.0, "hop_2_accuracy": 0.125}
 
 
 def test_needles_fill_the_haystack_where_there_is_no_room_for_noise() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,7 @@ from heddle.search.latency_model.fit import (
 from heddle.search.latency_model.measuring import How, Site, fit_model
 from heddle.search.latency_model.model import load_model
 from heddle.search.latency_model.stacks import Stack, labels_of, stack_of
+from heddle.search.objectives import asked_of
 from heddle.specs import SpecFile, loads
 
 SPACE = """
@@ -202,3 +205,17 @@ def test_what_the_table_holds_is_not_measured_again(space: SpecFile, tmp_path: P
     assert (fitted.timings.n, fitted.timings.unchecked, fitted.timings.repeated) == (12, 12, 0)
     first.save(tmp_path / "model.json")
     assert load_model(tmp_path / "model.json") == first
+
+
+def test_stacks_that_route_read_the_tokens_of_a_task(tmp_path: Path) -> None:
+    routed = "{kind: moh, mixer: {kind: attention, heads: 2}, shared_heads: 1, active: 1}"
+    file = loads(SPACE.replace("full: {mixer: {kind: attention, heads: 2}", f"full: {{mixer: {routed}"))
+    site = Site(Place("decode", 1, 16), file.resolve(layers=["near"] * 6).model, "near alone")
+    once = Effort(warmup=0, least=1, most=1, seconds=0.1, builds=1)
+    how = How("cpu", once, tmp_path, reads=cache(lambda: asked_of(file).read))
+    fit_model(file, [site], stacks=10, unseen=2, how=how)
+    kept = [json.loads(path.read_text()) for path in tmp_path.rglob("*.json") if path.stem != "environment"]
+    told = Counter((row["row"]["inputs"], row["inputs"].get("reads")) for row in kept)
+    # A stack may be without the block that routes.
+    assert told.keys() == {("random", None), ("task", how.reads and how.reads().digest)}
+    assert told.total() == 12

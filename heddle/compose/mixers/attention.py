@@ -61,7 +61,7 @@ class AttentionModule(Initialised):
     `values_from`: v = (1 - l) v + l v', v' those of an earlier layer, l learned from 1/2 on (arXiv 2410.17897).
     `qk_source`: what q (with its gate) and k are made of in the place of x; see `qk_input` (arXiv 2510.11602).
     `selection`: blocks of keys that a query reads; see `choose_blocks`. The means by which it chooses are cached beside the keys.
-    Kernels read the chosen blocks alone, PyTorch computes all products; with a soft-cap or sinks it masks T x S weights.
+    Kernels read the chosen blocks alone, PyTorch computes all products, and masks T x S of them with a soft-cap or sinks.
 
     Shapes:  x, y: [B, T, D];  `heads_out` sees [B, T, H, d], `rows_out` [B, H, queries, S];
              handed on: keys, values: [B, KV heads, S, d];  indices: [B, KV heads, T, blocks] bool, of one token a list

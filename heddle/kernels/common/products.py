@@ -7,8 +7,33 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from heddle.kernels.op import wide_dtype
+
+# Below the largest number of float16, 65504, by more than log2 may be out.
+_NEAR_LARGEST = 14.0
+_LEAST = 2.0**-100
+
+
+def narrowed(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Matrices rounded to `dtype`, and what a product of them is to be multiplied with, if anything.
+
+    Float16 ends at 6e-8, above what a strong decay leaves of a token: there each matrix is multiplied with a power of two first.
+
+    Shapes:  x, first: [..., M, N];  second: [..., 1, 1]
+    """
+    if dtype != torch.float16:
+        return x.to(dtype), None
+    exponent = x.abs().amax((-2, -1), keepdim=True).float().clamp_min(_LEAST).log2().floor() - _NEAR_LARGEST
+    return (x * torch.exp2(-exponent)).to(dtype), torch.exp2(exponent)
+
+
+def scaled(found: Tensor, *factors: Tensor | None) -> Tensor:
+    """`found` times those factors that there are."""
+    for factor in factors:
+        found = found if factor is None else found * factor
+    return found
 
 
 class _Product(torch.autograd.Function):
@@ -16,18 +41,18 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
-        x, y = x.to(dtype), y.to(dtype)
-        ctx.save_for_backward(x, y)
+        (x, of_x), (y, of_y) = narrowed(x, dtype), narrowed(y, dtype)
+        ctx.save_for_backward(x, y, of_x, of_y)
         ctx.wide = wide_dtype(dtype)
-        return x.to(ctx.wide) @ y.to(ctx.wide)
+        return scaled(x.to(ctx.wide) @ y.to(ctx.wide), of_x, of_y)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         # Looked at once, as checkpoints demand.
-        x, y = ctx.saved_tensors
-        gradient = gradient.to(x.dtype).to(ctx.wide)
-        x, y = x.to(ctx.wide), y.to(ctx.wide)
-        return gradient @ y.mT, x.mT @ gradient, None
+        x, y, of_x, of_y = ctx.saved_tensors
+        gradient, factor = narrowed(gradient, x.dtype)
+        x, y, gradient = (side.to(ctx.wide) for side in (x, y, gradient))
+        return scaled(gradient @ y.mT, factor, of_y), scaled(x.mT @ gradient, factor, of_x), None
 
 
 def product(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
@@ -36,6 +61,14 @@ def product(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
         return x @ y
     found: Tensor = _Product.apply(x, y, dtype)  # type: ignore[no-untyped-call]
     return found
+
+
+def until_end(log_decay: Tensor) -> Tensor:
+    """The sums of the log-decays behind each token of a chunk, in float64, of no log-decay that it has not passed.
+
+    Shapes:  log_decay, out: [..., C, *]
+    """
+    return F.pad(log_decay[..., 1:, :].double(), (0, 0, 0, 1)).flip(-2).cumsum(-2).flip(-2)
 
 
 def decayed_scores(queries: Sequence[Tensor], k: Tensor, total: Tensor, dtype: torch.dtype) -> list[Tensor]:
@@ -49,8 +82,10 @@ def decayed_scores(queries: Sequence[Tensor], k: Tensor, total: Tensor, dtype: t
     size, wide = k.shape[-2], k.dtype
     if total.shape[-1] == 1:
         row = torch.arange(size, device=k.device)
-        # Masked before exp: above the diagonal the difference is positive and could overflow.
-        within = torch.exp((total - total.mT).to(wide).masked_fill(row[:, None] < row, -torch.inf))
+        # Masked before exp: above the diagonal the difference is positive and could overflow. On it there is no decay, and no
+        # gradient of one, which would be large beside that of a strong one.
+        age = (total - total.mT).to(wide).tril(-1)
+        within = torch.exp(age.masked_fill(row[:, None] < row, -torch.inf))
         return [product(q, k.mT, dtype) * within for q in queries]
     # One token each at first: nothing fades.
     narrow = k.to(dtype).to(wide)

@@ -8,10 +8,15 @@ which holds where no rule does, begins with cuDNN on Hopper.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+from heddle.kernels.configs.found import found_for
 
 Backend = Literal["cudnn", "flash", "efficient", "math"]
+# More queries than any call has.
+NEVER = 1 << 62
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,3 +46,16 @@ OTHER: tuple[Rule, ...] = ()
 def rules(capability: tuple[int, int]) -> tuple[Rule, ...]:
     """The rules for a CUDA compute capability; the first that holds is the one."""
     return HOPPER if capability[0] == 9 else OTHER
+
+
+def rules_on(
+    device: str, capability: tuple[int, int], *, triton: str | None, library: str
+) -> tuple[Rule, ...]:
+    """Those that `heddle bench --tune` found for a device of this name and this version of torch, else the shipped ones."""
+    found = found_for("dense_attention", device=device, triton=triton, library=library, made=kept_rule)
+    return tuple(found.values()) or rules(capability)
+
+
+def kept_rule(order: Sequence[Backend], *rest: Any) -> Rule:
+    """A rule as a file keeps it."""
+    return Rule(tuple(order), *rest)

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import astuple, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -54,15 +54,23 @@ def running_digest() -> str:
     return hashlib.sha256(json.dumps([kernel_digest(), entries], sort_keys=True).encode()).hexdigest()[:16]
 
 
-def keep(op: str, launches: Launches, *, device: str, triton: str, told: Mapping[str, Any]) -> Path:
+def keep(
+    op: str,
+    launches: Mapping[str, Any],
+    *,
+    device: str,
+    triton: str,
+    told: Mapping[str, Any],
+    library: str | None = None,
+) -> Path:
     """Writes the launches of an op, in the place of earlier ones for the same device, Triton and kernels; gives the file.
 
-    `told` is kept beside them: how they were found.
+    `told` is kept beside them: how they were found. `library`: the version of what else runs, if anything does.
 
     Raises:
         OSError: where the folder cannot be written to.
     """
-    key = {"op": op, "device": device, "triton": triton, "kernels": kernel_digest()}
+    key = _key(op, device, triton, library)
     rest = [entry for entry in _entries() if any(entry.get(name) != value for name, value in key.items())]
     entry = {**key, "launches": {name: astuple(launch) for name, launch in launches.items()}, **told}
     path = launches_file()
@@ -73,15 +81,29 @@ def keep(op: str, launches: Launches, *, device: str, triton: str, told: Mapping
     return path
 
 
-def found_for(op: str, *, device: str, triton: str | None) -> dict[str, Launch]:
-    """What was found for an op here, by the names of its kernels; nothing where nothing was, or the file cannot be read."""
+def found_for(
+    op: str,
+    *,
+    device: str,
+    triton: str | None,
+    library: str | None = None,
+    made: Callable[..., Any] = Launch,
+) -> dict[str, Any]:
+    """What was found for an op here, by the names of its kernels; nothing where nothing was, or the file cannot be read.
+
+    `made` makes it of the values that were kept.
+    """
     if not launches_file().exists():
         return {}
-    key = {"op": op, "device": device, "triton": triton, "kernels": kernel_digest()}
+    key = _key(op, device, triton, library)
     for entry in _entries():
         if all(entry.get(name) == value for name, value in key.items()):
-            return {name: Launch(*values) for name, values in entry["launches"].items()}
+            return {name: made(*values) for name, values in entry["launches"].items()}
     return {}
+
+
+def _key(op: str, device: str, triton: str | None, library: str | None) -> dict[str, str | None]:
+    return {"op": op, "device": device, "triton": triton, "kernels": kernel_digest(), "library": library}
 
 
 def _entries() -> list[dict[str, Any]]:

@@ -12,14 +12,24 @@ from heddle.search.latency_model import find, sentinels
 from heddle.search.latency_model.model import LatencyModel
 from heddle.search.latency_model.table import timing_environment
 from heddle.search.progress import Progress
+from heddle.search.tasks import Task
+from heddle.search.timing_subject import task_ids
 from heddle.search.workers import Workers
 from heddle.specs import SpecFile
 
 
 def begin(
-    file: SpecFile, out: Path, given: Given, meta: Mapping[str, Any], *, workers: Workers, progress: Progress
+    file: SpecFile,
+    out: Path,
+    given: Given,
+    meta: Mapping[str, Any],
+    *,
+    reads: Task,
+    workers: Workers,
+    progress: Progress,
 ) -> dict[str, Any]:
-    """Puts the model of the search of `file` into the folder `out`; gives what run.json, so far `meta`, says of it.
+    """Puts the model of the search of `file` into the folder `out`; gives what run.json, so far `meta`, says of it. Sentinels
+    with routers read the tokens of `reads`, as all specs of the search do.
 
     Raises what `find.into_run` raises.
     """
@@ -28,7 +38,7 @@ def begin(
 
     def judge(model: LatencyModel) -> list[sentinels.Verdict]:
         progress.phase("timing", "sentinels of the latency model, fitted with other software")
-        how = {"device": workers.device, "effort": given.effort}
+        how = {"device": workers.device, "effort": given.effort, "ids": task_ids(reads)}
         return sentinels.judged(file, model, meta["budgets"], sentinels.timer(workers), how)
 
     made_with = workers.call(timing_environment, workers.device)

@@ -25,7 +25,9 @@ from heddle.search.latency_model.model import LatencyModel, PlaceFit
 from heddle.search.latency_model.stacks import Stack, labels_of, stack_of
 from heddle.search.latency_model.table import Table, timing_environment
 from heddle.search.record import Latency
+from heddle.search.tasks import Task
 from heddle.search.timing_quality import quality_of
+from heddle.search.timing_subject import routes, task_ids
 from heddle.specs import ModelSpec, SpecFile
 
 # What sentinels must agree in; the ratio alone would miss what slows all models alike.
@@ -50,12 +52,15 @@ class Site:
 
 @dataclass(frozen=True, slots=True)
 class How:
-    """How stacks are timed, and who is told of each: (done, of how many, whether it was in the table)."""
+    """How stacks are timed, and who is told of each: (done, of how many, whether it was in the table). `reads` gives the task
+    whose tokens models with routers read (see `heddle.search.timing_subject`); without it they read random ones, as others do.
+    """
 
     device: str = field(default_factory=environment.pick_device)
     effort: Effort = Effort()  # noqa: RUF009 - frozen
     folder: Path | None = None
     on_stack: Callable[[int, int, bool], None] = lambda *_: None
+    reads: Callable[[], Task] | None = None
 
 
 def fit_model(
@@ -148,12 +153,21 @@ class _Site:
     def _measure(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         call = partial(measure, reference=self._site.reference, reference_name=self._site.reference_name)
         stack, how = self._stacks[inputs["spec"]], self._how
-        return asdict(call(stack.model, self._site.place, device=how.device, effort=how.effort))
+        reads = self._read_by(stack)
+        ids = None if reads is None else task_ids(reads)
+        return asdict(call(stack.model, self._site.place, device=how.device, effort=how.effort, ids=ids))
 
     def _inputs(self, stack: Stack) -> dict[str, Any]:
         """What decides a row besides the environment."""
         place, effort = asdict(self._site.place), asdict(self._how.effort)
-        return {"spec": stack.hash, "beside": self._reference.hash, "place": place, "effort": effort}
+        inputs = {"spec": stack.hash, "beside": self._reference.hash, "place": place, "effort": effort}
+        reads = self._read_by(stack)
+        return inputs if reads is None else {**inputs, "reads": reads.digest}
+
+    def _read_by(self, stack: Stack) -> Task | None:
+        """The task whose tokens are read in a timing of the stack; None where they are random."""
+        is_routed = routes(stack.model) or routes(self._site.reference)
+        return self._how.reads() if is_routed and self._how.reads is not None else None
 
     def _flops(self, stacks: Sequence[Stack]) -> Array:
         """FLOPs of one call at the place."""

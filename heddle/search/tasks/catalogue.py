@@ -19,6 +19,7 @@ from heddle.search.tasks.masked_bytes import MaskedBytes
 from heddle.search.tasks.memorization import Memorization
 from heddle.search.tasks.modular_arithmetic import ModularArithmetic
 from heddle.search.tasks.mqar import Mqar
+from heddle.search.tasks.multi_hop_recall import MultiHopRecall
 from heddle.search.tasks.niah import Niah
 from heddle.search.tasks.paragraph_topic import ParagraphTopic
 from heddle.search.tasks.parity import Parity
@@ -45,6 +46,7 @@ GENERATED: dict[str, Callable[..., Generated[Any]]] = {
         ModularArithmetic,
         Niah,
         VariableTracking,
+        MultiHopRecall,
         CommonWords,
         InContextRegression,
         ParagraphTopic,

@@ -66,6 +66,10 @@ class Generated(Task, Generic[S]):
         """What plain rules score on these examples, by name."""
         return {}
 
+    def parts(self, hits: Tensor) -> Mapping[str, float]:  # noqa: ARG002
+        """Accuracies of parts of the answers, by name. hits: bool [rows, T]"""
+        return {}
+
     def lesson(self, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """A batch to learn from: as it is scored, unless the task has more labels to show."""
         return self.draw(batch, generator)
@@ -88,7 +92,11 @@ class Generated(Task, Generic[S]):
         _, hits = judge(model, inputs, targets)
         asked = (targets >= 0).cpu()
         value, se = ratio_with_error(hits.sum(dim=1).tolist(), asked.sum(dim=1).tolist())
-        extras = {**self._by_lag(inputs, asked, hits), **self.baselines(inputs, targets)}
+        extras = {
+            **self._by_lag(inputs, asked, hits),
+            **self.parts(hits),
+            **self.baselines(inputs, targets),
+        }
         return Score(value, se, len(inputs), extras)
 
     def oracle(self, inputs: Tensor) -> Tensor:

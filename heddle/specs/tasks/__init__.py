@@ -13,6 +13,7 @@ from heddle.specs.tasks.recall import (
     FuzzyRecallTask,
     InContextRecallTask,
     MqarTask,
+    MultiHopRecallTask,
     NiahTask,
     VariableTrackingTask,
 )
@@ -31,6 +32,7 @@ Generated = (
     | ModularArithmeticTask
     | NiahTask
     | VariableTrackingTask
+    | MultiHopRecallTask
     | CommonWordsTask
     | InContextRegressionTask
     | ParagraphTopicTask
@@ -50,6 +52,7 @@ TASKS: dict[str, type[TaskSchema]] = {
     "modular_arithmetic": ModularArithmeticTask,
     "niah": NiahTask,
     "variable_tracking": VariableTrackingTask,
+    "multi_hop_recall": MultiHopRecallTask,
     "common_words": CommonWordsTask,
     "in_context_regression": InContextRegressionTask,
     "masked_bytes": MaskedBytesTask,
@@ -70,6 +73,7 @@ __all__ = [
     "MemorizationTask",
     "ModularArithmeticTask",
     "MqarTask",
+    "MultiHopRecallTask",
     "NiahTask",
     "ParagraphTopicTask",
     "ParityTask",

@@ -220,3 +220,51 @@ class VariableTrackingTask(TaskSchema):
         if self.constants < self.chains:
             what = f"{self.chains} chains end at as many constants, and constants is {self.constants}"
             yield "constants", what, f"constants: {self.chains}"
+
+
+class MultiHopRecallTask(TaskSchema):
+    """Lookups one after the other in a permutation that the sequence tells: f(k), f(f(k)), … (arXiv 2402.08164, 2412.02975)."""
+
+    fewer: ClassVar[str] = "fewer symbols or hops"
+    kind: Literal["multi_hop_recall"] = "multi_hop_recall"
+    facts: Annotated[int, counted(4096, "Facts of a sequence (a count), more than 2 × hops.", least=3)] = 16
+    hops: Annotated[int, counted(64, "Answers to a question (a count), each one lookup deeper.")] = 3
+    questions: Annotated[int, counted(4096, "Questions of a sequence (a count), at most `facts`.")] = 8
+    symbols: Annotated[
+        int, counted(65_536, "Symbols that facts are made of (a count), at least `facts`.", least=3)
+    ] = 64
+    easy_first: Annotated[
+        float,
+        Field(
+            ge=0,
+            lt=1,
+            description="The share of a training's steps that come first and have an eighth of the facts and questions.",
+        ),
+    ] = 0.0
+    tokens: Tokens = None
+    learning_rate: Rate = None
+    learning_rates: Rates = None
+
+    @property
+    def ids(self) -> int:
+        return self.hops + self.symbols
+
+    @property
+    def length(self) -> int:
+        """Tokens of a sequence."""
+        return 3 * self.facts + self.questions * self.hops
+
+    @property
+    def back(self) -> int:
+        return self.length - 1
+
+    def misfits(self) -> Iterator[Misfit]:
+        if self.facts <= 2 * self.hops:
+            what = f"{self.hops} hops in a cycle of {self.facts} facts are as near backwards"
+            yield "facts", what, f"facts: {2 * self.hops + 1}, or fewer hops"
+        if self.questions > self.facts:
+            what = f"{self.questions} questions ask for different keys, and facts is {self.facts}"
+            yield "questions", what, f"questions: {self.facts}, or facts: {self.questions}"
+        if self.symbols < self.facts:
+            what = f"{self.facts} facts name as many symbols, and symbols is {self.symbols}"
+            yield "symbols", what, f"symbols: {self.facts}"
