@@ -126,7 +126,7 @@ def test_evidence_of_an_encoder_is_a_row_that_is_not_made_again(
     spec: str, index: int, task: str, readout: str | None, tmp_path: Path
 ) -> None:
     path, kind = str(BENCH / f"{spec}.yaml"), "inline, causal false"
-    job = (kind, index, "cpu", 3e-3, 0, True, 512)
+    job = (kind, index, "cpu", 3e-3, 0, True, 512, "eager")
     row = evidence.told(path, job, math.inf)
     assert row is not None
     assert (row["task"], row.get("readout"), row.get("error")) == (task, readout, None)

@@ -19,7 +19,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from heddle.kernels._gla_fwd import LENGTHS, REACH, decay_to_middle, power_from, power_until, sum_up
+from heddle.kernels._gla_fwd import (
+    LENGTHS,
+    REACH,
+    decay_to_middle,
+    most_left,
+    power_from,
+    power_until,
+    sum_up,
+)
 from heddle.kernels.common.jit import find_sequence
 
 
@@ -72,6 +80,9 @@ def _query_gradient(
         tl.debug_barrier()
         dq *= tl.exp2(total.to(tl.float32)) * scale
         d_total = q.to(SUM) * dq
+        NARROW: tl.constexpr = q.dtype == tl.float16
+        most = most_left(totals_ptr, total, i, count, H * K, rows, in_k, NARROW)
+        over = 1.0 / most
         for level in range(LEVELS):
             fading = decay_to_middle(totals_ptr, total, i, count, H * K, rows, in_k, level)
             second = ((i >> level) & 1)[:, None] != 0
@@ -79,7 +90,8 @@ def _query_gradient(
             earlier = tl.where(second, 0.0, k * fading).to(k.dtype)
             corner = tl.where(pair & second, weights, 0.0).to(k.dtype)
             of_later = tl.dot(corner, earlier, input_precision=PRECISION)
-            d_total += (q * fading).to(q.dtype).to(SUM) * of_later
+            later = (q * (tl.where(second, fading * over, 0.0) if NARROW else fading)).to(q.dtype)
+            d_total += later.to(SUM) * (of_later * most)
             dq += of_later * fading
     tl.store(dq_ptr + offsets, (dq + same[:, None] * k).to(q.dtype), mask=mask)
     return d_total
@@ -160,15 +172,18 @@ def _key_gradient(
         dk += of_earlier * until
     else:
         dk *= tl.exp2((end[None, :] - total).to(tl.float32))
-        d_total = k.to(SUM) * dk
+        # No decay lies between the last token and the end.
+        d_total = tl.where((i < count - 1)[:, None], k.to(SUM) * dk, 0.0)
         at_end = tl.sum(d_total, axis=0)
+        most = most_left(totals_ptr, total, i, count, H * K, rows, in_k, q.dtype == tl.float16)
+        over = 1.0 / most
         for level in range(LEVELS):
             fading = decay_to_middle(totals_ptr, total, i, count, H * K, rows, in_k, level)
             second = ((i >> level) & 1)[:, None] != 0
             pair = (i >> (level + 1))[:, None] == (i >> (level + 1))[None, :]
-            later = tl.where(second, q * fading, 0.0).to(q.dtype)
+            later = tl.where(second, q * (fading * over), 0.0).to(q.dtype)
             corner = tl.where(pair & (second == 0), weights, 0.0).to(q.dtype)
-            of_earlier = tl.dot(corner, later, input_precision=PRECISION)
+            of_earlier = tl.dot(corner, later, input_precision=PRECISION) * most
             d_total += (k * fading).to(k.dtype).to(SUM) * of_earlier
             dk += of_earlier * fading
     tl.store(dk_ptr + offsets, (dk + same[:, None] * q).to(k.dtype), mask=mask)

@@ -31,6 +31,8 @@ from heddle.kernels.common.jit import LOG2_E, find_sequence
 
 # log2 of what may be left of a token in the middle of a chunk, or of the middle at its end, for one product to do.
 REACH = tl.constexpr(40.0)
+# log2 of what float16 need not hold.
+LEAST = tl.constexpr(-60.0)
 # A new length must not mean a new compilation, nor must a given state.
 LENGTHS = (
     "T", "H", "per_sequence", "segments_per_sequence", "segment_size", "has_initial", "has_given", "has_d_final",
@@ -75,6 +77,23 @@ def decay_to_middle(totals_at, total, i, count, stride, rows, in_k, level):
     known = (middle < count)[:, None] & in_k
     between = tl.load(totals_at + (middle * stride)[:, None] + rows[None, :], mask=known, other=0.0)
     return tl.exp2((-tl.abs(total - between)).to(tl.float32))
+
+
+@triton.jit
+def most_left(totals_at, total, i, count, stride, rows, in_k, NARROW: tl.constexpr):
+    """The most that is left, in each channel, of a token at the next, and so at any later one: float16 ends at 6e-8, above what
+    a strong decay leaves, so what is left is divided by it. 1 but for NARROW.  Shapes:  out: [1, ROWS]
+    """
+    if NARROW:
+        inner = (i > 0) & (i < count)
+        before = tl.load(
+            totals_at + ((i - 1) * stride)[:, None] + rows[None, :], mask=inner[:, None] & in_k, other=0.0
+        )
+        own = tl.maximum(tl.where(inner[:, None], total - before, LEAST), LEAST)
+        most = tl.exp2(tl.max(own, axis=0).to(tl.float32))[None, :]
+    else:
+        most = 1.0
+    return most
 
 
 @triton.jit(do_not_specialize=LENGTHS)

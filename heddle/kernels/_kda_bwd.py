@@ -26,7 +26,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from heddle.kernels._gla_fwd import REACH, decay_to_middle, power_from, power_until
+from heddle.kernels._gla_fwd import REACH, decay_to_middle, most_left, power_from, power_until
 from heddle.kernels._kda_fwd import LENGTHS, sum_up
 from heddle.kernels.common.jit import find_sequence
 
@@ -220,6 +220,9 @@ def _from_earlier(
         passed += (x * since).to(x.dtype).to(SUM) * gathered
         fade += gathered * since
     else:
+        NARROW: tl.constexpr = x.dtype == tl.float16
+        most = most_left(totals_ptr, total, i, count, stride, rows, in_k, NARROW)
+        over = 1.0 / most
         for level in range(LEVELS):
             fading = decay_to_middle(totals_ptr, total, i, count, stride, rows, in_k, level)
             second = ((i >> level) & 1)[:, None] != 0
@@ -227,7 +230,8 @@ def _from_earlier(
             earlier = tl.where(second, 0.0, k * fading).to(k.dtype)
             corner = tl.where(pair & second, weights, 0.0).to(k.dtype)
             gathered = tl.dot(corner, earlier, input_precision=PRECISION)
-            passed += (x * fading).to(x.dtype).to(SUM) * gathered
+            later = (x * (tl.where(second, fading * over, 0.0) if NARROW else fading)).to(x.dtype)
+            passed += later.to(SUM) * (gathered * most)
             fade += gathered * fading
     return fade, passed
 
@@ -251,16 +255,18 @@ def _from_later(
         fade += gathered * until
     else:
         passed = k.to(SUM) * 0.0
+        most = most_left(totals_ptr, total, i, count, stride, rows, in_k, q.dtype == tl.float16)
+        over = 1.0 / most
         for level in range(LEVELS):
             fading = decay_to_middle(totals_ptr, total, i, count, stride, rows, in_k, level)
             second = ((i >> level) & 1)[:, None] != 0
             pair = (i >> (level + 1))[:, None] == (i >> (level + 1))[None, :]
             first = pair & (second == 0)
-            later = tl.where(second, q * fading, 0.0).to(q.dtype)
+            later = tl.where(second, q * (fading * over), 0.0).to(q.dtype)
             gathered = tl.dot(tl.where(first, weights, 0.0).to(q.dtype), later, input_precision=PRECISION)
-            later = tl.where(second, k * fading, 0.0).to(k.dtype)
+            later = tl.where(second, k * (fading * over), 0.0).to(k.dtype)
             corner = tl.where(first, solves, 0.0).to(k.dtype)
-            gathered = tl.dot(corner, later, gathered, input_precision=PRECISION)
+            gathered = tl.dot(corner, later, gathered, input_precision=PRECISION) * most
             passed += (k * fading).to(k.dtype).to(SUM) * gathered
             fade += gathered * fading
     return fade, passed
@@ -404,6 +410,9 @@ def _kda_gradient_kernel(
     k = tl.load(k_at, mask=mask, other=0.0)  # [C, ROWS]
     left *= tl.exp2((end[None, :] - total).to(tl.float32))
     passed = k.to(total.dtype) * left
+    if HALVED:
+        # No decay lies between the last token and the end.
+        passed = tl.where((i < count - 1)[:, None], passed, 0.0)
     at_end = tl.sum(passed, axis=0)
     d_total -= passed
     weights = tl.where(upper, weights * scale, 0.0)

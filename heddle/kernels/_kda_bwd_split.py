@@ -345,7 +345,8 @@ def _kda_far_kernel(
     total = tl.load(totals_ptr + offsets, mask=mask, other=0.0)  # [C, ROWS]
     left *= tl.exp2((end[None, :] - total).to(tl.float32))
     k = tl.load(k_at, mask=mask, other=0.0)  # [C, ROWS]
-    d_left = k.to(total.dtype) * left
+    # No decay lies between the last token and the end.
+    d_left = tl.where((i < count - 1)[:, None], k.to(total.dtype) * left, 0.0)
     at_end = tl.sum(d_left, axis=0)
     q = tl.load(q_at, mask=mask, other=0.0)  # [C, ROWS]
     weights = tl.load(pairs_ptr + turned).to(tl.float32) * scale  # [C, C]

@@ -56,8 +56,7 @@ def _walk(
     e_offsets = (i * stride_et)[:, None] + columns[None, :]
     out_offsets = (i * (H * V))[:, None] + columns[None, :]
     closing = 0.0
-    # Where decays are strong, little is at stake, and room for two chunks would be taken from those who are not.
-    for index in tl.range(0, chunks, num_stages=1 if STRONG else None):
+    for index in range(0, chunks):
         t = first + (chunks - 1 - index if MIRRORED else index) * C
         moved = t.to(tl.int64)
         present = (i < length - t)[:, None]

@@ -35,8 +35,8 @@ from heddle.kernels.common.jit import LOG2_E, by_role, find_sequence
 HALVINGS = tl.constexpr(29.0)
 # Decays that halve more often a token are strong: see `is_strong`.
 STRONG = tl.constexpr(2.0)
-# As often a float32 can be halved and doubled.
-FARTHEST = tl.constexpr(100.0)
+# So often may be halved and doubled what is not to vanish: twice as often a float32 cannot.
+FARTHEST = tl.constexpr(60.0)
 # Chunks looked at side by side for what is forgotten.
 WINDOW = tl.constexpr(64)
 # Tokens whose gradient of the log-decay is summed at a time.
@@ -316,8 +316,7 @@ def _walk(
     e_offsets = (i * stride_et)[:, None] + columns[None, :]
     out_offsets = (i * (H * V))[:, None] + columns[None, :]
     closing = 0.0
-    # Where decays are strong, little is at stake, and room for two chunks would be taken from those who are not.
-    for index in tl.range(0, chunks, num_stages=1 if STRONG else None):
+    for index in range(0, chunks):
         t = first + tl.where(mirrored, chunks - 1 - index, index) * C
         moved = t.to(tl.int64)
         present = (i < length - t)[:, None]

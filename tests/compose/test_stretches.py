@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from toys import EXACT, Largest, call_at, mixer_of, noise, padded_call
 
-from heddle.compose.modules import in_view, softmax, stretches
+from heddle.compose.modules import in_view, selection, softmax, stretches
 from heddle.compose.modules.in_view import attend_in_view
 from heddle.compose.modules.masks import View
 from heddle.compose.modules.softmax import softmax_attention
@@ -143,3 +143,17 @@ def test_attention_with_a_soft_cap_and_sinks_makes_no_weights_of_all_pairs(
     with Largest() as seen:
         both_directions(mixer, x.requires_grad_())
     assert seen.numbers < 2 * length * length / 32
+
+
+def test_chosen_blocks_beside_a_soft_cap_make_masks_of_some_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    length, form = 256, {"heads": 4, "kv_heads": 2, "softcap": 5.0, "selection": {"block": 8, "count": 3}}
+    mixer, x = mixer_of(8, "attention", **form), noise(1, length, 8).requires_grad_()
+    expected = both_directions(mixer, x)
+    monkeypatch.setattr(selection, "MOST", 1000)
+    monkeypatch.setattr(selection, "QUERIES", 16)
+    monkeypatch.setattr(softmax, "MOST", 1 << 15)
+    with Largest() as seen:
+        found = both_directions(mixer, x)
+    for one, wanted in zip(found, expected, strict=True):
+        assert (one - wanted).abs().max() < EXACT
+    assert seen.numbers < 4 * length * length / 8

@@ -99,6 +99,21 @@ def test_roles_launched_apart_are_right(device: str, sizes: tuple[int, int], seg
         _assert_right(mixed, device, apart=1, segment=longest)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("apart", [0, 1])
+@pytest.mark.parametrize("segment", [64, 1000])
+def test_strong_decays_alone_are_right(device: str, segment: int, apart: int) -> None:
+    half = torch.float16 if INTERPRETED or device == "cuda" else torch.float32
+    packed = draw(simple_gla, {**SMALL, "H": 1, "T": 150}, half, cu_seqlens=[0, 1, 1, 66, 150])
+    _assert_right(_with_decays(packed, -3.0, -5.0, -20.0), device, apart=apart, segment=segment)
+    for dtype in (half, torch.float32):
+        sample = draw(simple_gla, {**SMALL, "H": 1, "HV": 1, "T": 130}, dtype)
+        # In float32 its launcher makes no longer segments.
+        longest = 64 if dtype == torch.float32 else segment
+        for choices in ((-20.0,), (-3.0, -200.0), (-1e4,)):
+            _assert_right(_with_decays(sample, *choices), device, apart=apart, segment=longest)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("sizes", [(128, 128), (64, 64), (100, 72), (128, 256), (256, 256)])
@@ -108,6 +123,9 @@ def test_roles_launched_apart_are_right_at_the_sizes_of_models(
     shape = {"B": 1, "H": 1, "HV": 2, "K": sizes[0], "V": sizes[1], "T": 300}
     for segment in (128, 1000):
         _assert_right(draw(simple_gla, shape, dtype), "cuda", apart=1, segment=segment)
+        if dtype != torch.float32:
+            strong = _with_decays(draw(simple_gla, shape, dtype), -5.0, -20.0)
+            _assert_right(strong, "cuda", apart=1, segment=segment)
 
 
 @pytest.mark.parametrize("device", DEVICES)

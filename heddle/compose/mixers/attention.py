@@ -31,7 +31,14 @@ from heddle.compose.modules.precision import wide
 from heddle.compose.modules.qk_source import EMBEDDED, qk_input
 from heddle.compose.modules.rope import rotary_key, rotate
 from heddle.compose.modules.rows import RowsOut
-from heddle.compose.modules.selection import Places, Rule, attend_blocks, choose_blocks, choose_for_step
+from heddle.compose.modules.selection import (
+    Places,
+    Rule,
+    attend_blocks,
+    attend_masked,
+    choose_blocks,
+    choose_for_step,
+)
 from heddle.compose.modules.site import Site
 from heddle.compose.modules.sliding import attend_sliding, has_kernels, slides
 from heddle.compose.modules.softmax import softmax_attention, softmax_weights
@@ -61,7 +68,7 @@ class AttentionModule(Initialised):
     `values_from`: v = (1 - l) v + l v', v' those of an earlier layer, l learned from 1/2 on (arXiv 2410.17897).
     `qk_source`: what q (with its gate) and k are made of in the place of x; see `qk_input` (arXiv 2510.11602).
     `selection`: blocks of keys that a query reads; see `choose_blocks`. The means by which it chooses are cached beside the keys.
-    Kernels read the chosen blocks alone, PyTorch computes all products, and masks T x S of them with a soft-cap or sinks.
+    Kernels read the chosen blocks alone, PyTorch computes all products, and masks them with a soft-cap or sinks.
 
     Shapes:  x, y: [B, T, D];  `heads_out` sees [B, T, H, d], `rows_out` [B, H, queries, S];
              handed on: keys, values: [B, KV heads, S, d];  indices: [B, KV heads, T, blocks] bool, of one token a list
@@ -218,12 +225,8 @@ class AttentionModule(Initialised):
         places, blocks = self._choice(q, k, written, call)
         if self.softcap is None and self.sinks is None:
             return attend_blocks(q, (k, v, written), places, blocks, self.scale)
-        chosen = places.keys_of(blocks)
-        marks = None if written is None else written[:, None, None]
-        mask = key_mask(
-            distances(queries, keys, q.device), self.view, real_keys(call, keys), chosen, written=marks
-        )
-        return attend(q, k, v, mask)
+        real = real_keys(call, keys)
+        return attend_masked(q, (k, v, written), places, blocks, real=real, view=self.view, attend=attend)
 
     def _selects(self, queries: int) -> bool:
         """Whether so many tokens read chosen blocks."""

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
+from heddle.compose.modules.in_view import MOST
+from heddle.compose.modules.masks import View, key_mask
 from heddle.compose.modules.precision import wide, wide_dtype
 from heddle.kernels.block_attention import block_attention
 from heddle.kernels.block_choice import block_choice, mark_blocks
@@ -301,3 +305,41 @@ def attend_blocks(
         written=None if written is None else places.aligned_marks(written),
         scale=scale,
     )
+
+
+def attend_masked(
+    q: Tensor,
+    keys: tuple[Tensor, Tensor, Tensor | None],
+    places: Places,
+    chosen: Tensor,
+    *,
+    real: Tensor | None,
+    view: View,
+    attend: Callable[..., Tensor],
+) -> Tensor:
+    """What `attend` gives for masks of the own key and of the chosen blocks, the keys as `keys_so_far` gives them.
+
+    Where one mask would be large it is made of some queries after the others, and in training a second time.
+
+    Shapes:  as of `attend_blocks`;  real: [B, 1, 1, S] bool
+    """
+    k, v, written = keys
+    marks, held = None if written is None else written[:, None, None], k.shape[2]
+
+    def part(first: int, q: Tensor, chosen: Tensor) -> Tensor:
+        place = torch.arange(first, first + q.shape[2], device=q.device)
+        distance = place[:, None] - torch.arange(held, device=q.device)
+        return attend(q, k, v, key_mask(distance, view, real, places.keys_of(chosen), written=marks))
+
+    first, queries = held - q.shape[2], q.shape[2]
+    if queries * held <= MOST:
+        return part(first, q, chosen)
+    told = []
+    for some, own in zip(*(torch.split(side, QUERIES, dim=2) for side in (q, chosen)), strict=True):
+        told.append(
+            checkpoint(part, first, some, own, use_reentrant=False, preserve_rng_state=False)
+            if torch.is_grad_enabled()
+            else part(first, some, own)
+        )
+        first += some.shape[2]
+    return torch.cat(told, dim=2)

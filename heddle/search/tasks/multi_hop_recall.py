@@ -29,8 +29,9 @@ class MultiHopRecall(Generated[MultiHopRecallTask]):
 
     f is one cycle through n random symbols, so no chain comes back within its hops, and the keys of a sequence differ. The
     target of a key is f of it, that of mark h is f applied h times. Answers are never written: what hop h looks up must have
-    been found by a layer below, so each hop asks for one more layer that can look up. (Sequential composition of functions, as
-    in arXiv 2402.08164 and 2412.02975, or pointer chasing; the k-hop induction heads of arXiv 2402.09268 are its kin.)
+    been found by a layer below, so each hop asks for one more layer that can look up, or for chains of facts put together first,
+    which takes the logarithm of the hops (arXiv 2402.09268) but sees only facts that stand before. (Sequential composition of
+    functions, arXiv 2402.08164 and 2412.02975, or pointer chasing; the k-hop induction heads of arXiv 2402.09268 are its kin.)
 
     f is no nearer backwards than forwards, which is why there are more than twice as many facts as hops: of five facts the
     fourth hop would be the one fact that ends with the key.
