@@ -8,8 +8,8 @@ by turns, a step of text and two of recall, once for each seed; the first two fi
 Its profile (`heddle.search.evaluators.layer_profile`, on held-out text and recall) tells how far layers choose the same blocks;
 the exact solver makes the policy of most overlap (`best_overlap`) with one full layer and so many resets (arXiv 2602.00777).
 Beside it stand, with as many layers that are full, choose, and take over: `even`, the first full and choices at an even stride,
-and `random`, the mean over draws. Blocks have 32 tokens and 8 of 32 are read, the first and the last among them, in every query of
-prefill. `dense` and `choose`, where every layer chooses for itself, are the ends.
+and `random`, the mean over draws. Blocks have 32 tokens and 8 of 32 are read, the first and the last among them, in every query
+of prefill. `dense` and `choose`, where every layer chooses for itself, are the ends.
 
 A row for each seed, number of resets and way goes to evidence-reuse.jsonl in `--out`: recall and bits per byte of all held-out
 examples. The table has means over seeds with 95 % intervals (Student's t); a way's is of its difference from `dense`.
