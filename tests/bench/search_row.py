@@ -1,4 +1,5 @@
-"""Appends what a finished search found, as one row: its device, counts, winner, and the comparison with uniform placement.
+"""Appends what a finished search found, as one row: its device, counts, winner, the comparison with uniform placement, and how
+far its rungs agree.
 
 python tests/bench/search_row.py runs/quickstart --commit "$(git rev-parse --short=12 HEAD)"
 """
@@ -7,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 from heddle.search.record import read_run
@@ -33,6 +35,8 @@ def main() -> None:
         "budgets": budgets,
         **{key: told[key] for key in ("name", "status", "trials", "wall_s", "front", "best", "confirm")},
     }
+    if ranks := [asdict(one) for one in run.ranks]:
+        row["rank_correlations"] = ranks
     with (RESULTS / "evidence-search.jsonl").open("a") as rows:
         rows.write(json.dumps(row) + "\n")
     print(json.dumps(row, indent=1))
