@@ -21,7 +21,8 @@ The gradient of a log-decay is what passes it: Σ over readers u ≥ t and write
 Pairs with both in [t, T) cancel, but only if both roles round them alike; a rest of one rounding for each token would
 grow with the root of the length. So the roles share their chunks, round the same products to the same values, and read
 the state in two parts, of which the second holds what rounding takes from the first; and the sum begins anew with each
-segment.
+segment. What a token reads of itself, and of a final state's gradient the last token, passes no decay: where all decays are
+strong it is so large beside the rest that the rest is lost in the sum. A segment with such a chunk takes a loop of its own.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from heddle.kernels.common.jit import LOG2_E, by_role, find_sequence
 # What has halved this many times counts as nothing: it is far below the precision of float32 sums.
 HALVINGS = tl.constexpr(29.0)
 # Decays that halve more often a token are strong: see `is_strong`.
-STRONG = tl.constexpr(2.0)
+STRONG_HALVINGS = tl.constexpr(2.0)
 # So often may be halved and doubled what is not to vanish: twice as often a float32 cannot.
 FARTHEST = tl.constexpr(60.0)
 # Chunks looked at side by side for what is forgotten.
@@ -103,7 +104,7 @@ def _remembered(gates_ptr, at, chunks, mirrored, C: tl.constexpr):
 def is_strong(gates_ptr, at, chunks, length, C: tl.constexpr):
     """Whether in any chunk of a segment a token leaves less than a quarter of the one before it, on average.
 
-    What has passed no decay could be so large beside what has that in their sum nothing is left of it.
+    There, what has passed no decay is so large beside what has that nothing of the latter may be left in a sum of both.
     """
     i = tl.arange(0, WINDOW)
     found = 0
@@ -111,7 +112,7 @@ def is_strong(gates_ptr, at, chunks, length, C: tl.constexpr):
         chunk = block + i
         inside = chunk < chunks
         ends = tl.load(gates_ptr + at + chunk * C + (C - 1), mask=inside, other=0.0)
-        fading = ends < tl.minimum(length - chunk * C, C) * -STRONG
+        fading = ends < tl.minimum(length - chunk * C, C) * -STRONG_HALVINGS
         found += tl.sum((inside & fading).to(tl.int32), axis=0)
     return found > 0
 

@@ -270,7 +270,13 @@ ROLES: dict[str, Overrides] = {
     "apart, chunks of 32": {**APART, "backward": Launch(32, 64, 4, 2)},
 }
 HALF = (torch.bfloat16, torch.float16)
-HARD = {"mixed": (0.0, -1e-6, -1e-3, -1.0, -20.0), "weak": (-1e-6,), "strong": (*(-20.0,) * 7, -1e-3)}
+HARD = {
+    "mixed": (0.0, -1e-6, -1e-3, -1.0, -20.0),
+    "weak": (-1e-6,),
+    "strong": (*(-20.0,) * 7, -1e-3),
+    "no weak": (-5.0, -20.0),
+    "equal strong": (-20.0,),
+}
 PAIR = {"B": 1, "H": 1, "HV": 2}
 # One process for each group of what is held.
 GATE_WORKERS = 20
@@ -383,18 +389,6 @@ def gate_held(log: Log, *, tiny: bool) -> Iterator[dict[str, Any]]:
         yield found
 
 
-def limits() -> Iterator[dict[str, Any]]:
-    """How far the gradient of decays is off where all of them are strong, on a CPU: known, so told and not wrong."""
-    for dtype, decay in itertools.product((torch.float32, torch.float16), (-5.0, -20.0)):
-        sample, told = hard(draw(simple_gla, {**PAIR, "K": 16, "V": 16, "T": 130}, dtype), (decay,)), {}
-        for name in ("one launch", "apart"):
-            with tuning(**ROLES[name], segment=64):
-                measured = compare(simple_gla, sample, "cpu")
-            found = next(each for each in measured if each.name == "d_log_decay")
-            told |= {name: found.error, "bound": found.bound}
-        yield {"case": f"all decays {decay:g}, {str(dtype).removeprefix('torch.')}", "d_log_decay": told}
-
-
 def gate_times(name: str, tried: Overrides) -> dict[str, Any]:
     """Milliseconds of the kernels of a backward pass, and of both directions."""
     from torch.profiler import ProfilerActivity, profile
@@ -428,9 +422,6 @@ def gate(log: Log, rows: Path, chosen: argparse.Namespace, late: Callable[[], bo
         write(found)
         right |= {found["case"]} if found["held"] else set()
     if chosen.tiny:
-        for found in limits():
-            log(f"known {found['case']}: d_log_decay {found['d_log_decay']}")
-            write(found)
         return []
     lines = {name: f"{name:32s}" for name in ROLES}
     for shape in ("8x4096", "1x32768"):

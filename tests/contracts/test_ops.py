@@ -155,13 +155,28 @@ def test_a_single_head_of_a_single_row_is_right(op: AnyOp, device: str, dtype: t
     _check(op, shape, draw(op, shape, dtype), device)
 
 
-@pytest.mark.parametrize(("op", "device", "dtype"), list(_settings(lambda op: "beta" in op.cases.sequence)))
+with_beta = pytest.mark.parametrize(
+    ("op", "device", "dtype"), list(_settings(lambda op: "beta" in op.cases.sequence))
+)
+
+
+@with_beta
 @pytest.mark.parametrize("count", [1, 3])
 def test_keys_that_repeat_are_right(op: AnyOp, device: str, dtype: torch.dtype, count: int) -> None:
     shape = {**op.cases.test_shapes[-1], "T": 120}
     sample = draw(op, shape, dtype)
     k = sample.arguments["k"][:, torch.arange(shape["T"]) % count]
     _check(op, shape, replace(sample, arguments={**sample.arguments, "k": k}), device)
+
+
+@with_beta
+@pytest.mark.parametrize("beta", [0.0, 1.0, 2.0])
+def test_one_beta_throughout_is_right(op: AnyOp, device: str, dtype: torch.dtype, beta: float) -> None:
+    # Whole chunks: of the few numbers of a last one in half precision the baseline's error is a matter of luck.
+    shape = {"B": 1, "H": 2, "HV": 2, "K": 64, "V": 16, "T": 128}
+    sample = draw(op, shape, dtype)
+    even = torch.full_like(sample.arguments["beta"], beta)
+    _check(op, shape, replace(sample, arguments={**sample.arguments, "beta": even}), device)
 
 
 def _fades(op: AnyOp) -> bool:

@@ -25,15 +25,6 @@ def _changed(sample: Sample, **arguments: Tensor) -> Sample:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("beta", [0.0, 1.0, 2.0])
-def test_one_beta_throughout_is_right(device: str, beta: float) -> None:
-    sample = draw(delta_rule, SHAPE, torch.float32)
-    even = _changed(sample, beta=torch.full_like(sample.arguments["beta"], beta))
-    wrong = [str(one) for one in compare(delta_rule, even, device) if not one.ok]
-    assert not wrong, "\n".join(wrong)
-
-
-@pytest.mark.parametrize("device", DEVICES)
 def test_gradients_by_two_kernels_are_right(device: str) -> None:
     sample = draw(delta_rule, SHAPE, torch.float32)
     with tuning(split=1):

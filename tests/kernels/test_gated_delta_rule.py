@@ -73,13 +73,6 @@ def test_the_same_key_again_and_again_is_right(beta: float) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("beta", [0.0, 1.0, 2.0])
-def test_one_beta_throughout_is_right(device: str, beta: float) -> None:
-    sample = draw(gated_delta_rule, {**SHAPE, "T": 70}, torch.float32)
-    _assert_right(_changed(sample, beta=torch.full_like(sample.arguments["beta"], beta)), device)
-
-
-@pytest.mark.parametrize("device", DEVICES)
 def test_segments_change_nothing(device: str) -> None:
     with tuning(segment=64):
         _assert_right(draw(gated_delta_rule, {**SHAPE, "T": 150}, torch.float32), device)

@@ -23,9 +23,9 @@ SOME = "65 or packed and not float32 or token or scratch or one_decay"
 OPS = {
     "decay_attention": f"{SOME} or lie and spread and float32",
     "simple_gla": SOME,
-    "delta_rule": f"gated and ({SOME}) or delta_rule-cpu-float32 and 65 and not gated",
+    "delta_rule": f"gated and ({SOME} or one_beta and float16) or delta_rule-cpu-float32 and 65 and not gated",
     "gla and not simple": "65 or packed and not float32 or one_decay",
-    "kda": "kda-cpu-float32 and 65 or kda-cpu-float16 and packed_sequences or one_decay",
+    "kda": "kda-cpu-float32 and 65 or kda-cpu-float16 and packed_sequences or one_decay or one_beta and float16",
     "ttt": "ttt-cpu-float32 and 65 or ttt-cpu-float16 and packed_sequences",
     "causal_conv1d": "causal_conv1d-cpu-float32 and 65 or causal_conv1d-cpu-float16 and packed_sequences",
 }

@@ -69,14 +69,6 @@ def test_chunks_that_fade_little_and_far_are_right_in_half_precision(
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("beta", [0.0, 1.0, 2.0])
-def test_one_beta_throughout_is_right(device: str, beta: float) -> None:
-    sample = draw(kda, {**SMALL, "T": 70}, torch.float32)
-    even = torch.full_like(sample.arguments["beta"], beta)
-    _assert_right(replace(sample, arguments={**sample.arguments, "beta": even}), device)
-
-
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("sizes", [(1, 1), (80, 24)])
 def test_any_head_sizes_are_right(device: str, sizes: tuple[int, int]) -> None:
     K, V = sizes
