@@ -214,8 +214,8 @@ def member_attention(
     (B, H, T, d), S, V = q.shape, k.shape[2], v.shape[-1]
     expected = {"k": (k, (B, H, S, d)), "v": (v, (B, H, S, V)), "own": (own, (B, H, T, V))}
     lists = {"index": (index, (B, H, T, index.shape[-1])), "weight": (weight, (B, S))}
-    check_shapes(name, {**expected, **lists})
     check_packing(name, B, T, cu_seqlens, keys=S)
+    check_shapes(name, {**expected, **lists})
     if cu_seqlens is not None:
         index = torch.where(index < 0, -1, index + own_begins(cu_seqlens, T)[:, None])
     return _forward_op(q, k, v, index, own, weight, d**-0.5 if scale is None else scale)  # type: ignore[no-any-return]

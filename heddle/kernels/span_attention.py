@@ -189,10 +189,10 @@ def span_attention(
     (B, H, T, d), S, V = q.shape, k.shape[2], v.shape[-1]
     expected = {"k": (k, (B, H, S, d)), "v": (v, (B, H, S, V)), "own": (own, (B, H, T, V))}
     spans = {"first": (first, (B, H, T)), "last": (last, (B, H, T)), "queries": (queries, (B, H, T))}
+    check_packing(name, B, T, cu_seqlens, keys=S)
     held = order.shape[-1] if cu_seqlens is None else T
     lists = {"order": (order, (B, H, held)), "weight": (weight, (B, S))}
     check_shapes(name, {**expected, **spans, **lists})
-    check_packing(name, B, T, cu_seqlens, keys=S)
     if cu_seqlens is not None:
         begins = own_begins(cu_seqlens, T)
         order = torch.where(order < 0, -1, order + begins)
