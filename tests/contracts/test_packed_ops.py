@@ -107,9 +107,10 @@ FORMS: dict[str, tuple[tuple[Any, Any], Draw, Given]] = {
     "window": (span, spans_of_a_window, {"width": 3, "scale": 0.3}),
     "dense": ((dense_attention, dense_attention_reference), grouped, {"is_causal": True}),
 }
-# Those that have kernels for packed sequences, or none but run the same everywhere.
-HELD = tuple(form for form in FORMS if form not in ("all", "members", "dense"))
-WHOLE = ("members", "clusters", "window")
+# With kernels: one sequence after the other, and all in one call.
+IN_TURN, AT_ONCE = ("listed", "chosen", "gates", "landmarks", "best"), ("clusters", "window")
+# Of which the host reads nothing.
+MOVED = ("members", *AT_ONCE)
 
 
 def drawn(form: str) -> list[Given]:
@@ -130,6 +131,34 @@ def packed(sequences: list[Given]) -> Given:
     if "start" in joined:
         joined["start"] = torch.zeros(len(ENDS) - 1, dtype=torch.int64)
     return {**joined, "cu_seqlens": torch.tensor(ENDS)}
+
+
+def apart(given: Given) -> list[Given]:
+    """The arguments of each sequence as views of those of all."""
+    lengths = [end - begin for begin, end in pairwise(ENDS)]
+    counts = {
+        "start": [1] * len(lengths),
+        **dict.fromkeys(("gates", "landmarks"), [-(-n // BLOCK) for n in lengths]),
+    }
+    parts = {
+        name: x.split(counts.get(name, lengths), min(x.dim() - 1, 2))
+        for name, x in given.items()
+        if name != "cu_seqlens"
+    }
+    found = [{name: x[number] for name, x in parts.items()} for number, n in enumerate(lengths) if n]
+    for one in found:
+        if "chosen" in one:
+            one["chosen"] = one["chosen"][..., : -(-one["q"].shape[2] // BLOCK)]
+    return found
+
+
+def of_each(function: Callable[..., Tensor], sequences: list[Given], rest: Given) -> dict[str, Tensor]:
+    """Results of every sequence alone, one behind the other."""
+    upstream = gradient().split([one["q"].shape[2] for one in sequences], 2)
+    alone = [results(function, one, rest, part) for one, part in zip(sequences, upstream, strict=True)]
+    return {
+        name: torch.cat([one[name] for one in alone], dim=min(x.dim() - 1, 2)) for name, x in alone[0].items()
+    }
 
 
 def results(
@@ -163,19 +192,23 @@ def in_time(found: dict[str, Tensor]) -> dict[str, Tensor]:
 def test_packed_sequences_are_each_alone_with_all_gradients(form: str, way: int) -> None:
     (functions, _, rest), sequences = FORMS[form], drawn(form)
     together = results(functions[way], packed(sequences), rest, gradient())
-    lengths = [one["q"].shape[2] for one in sequences]
-    alone = [
-        results(functions[way], one, rest, part)
-        for one, part in zip(sequences, gradient().split(lengths, 2), strict=True)
-    ]
-    for name, x in together.items():
-        expected = torch.cat([one[name] for one in alone], dim=min(x.dim() - 1, 2))
-        assert (x - expected).abs().max() < FLOAT64 * max(1.0, expected.abs().max()), name
+    for name, expected in of_each(functions[way], sequences, rest).items():
+        assert (together[name] - expected).abs().max() < FLOAT64 * max(1.0, expected.abs().max()), name
 
 
 @over_settings
-@pytest.mark.parametrize("form", HELD)
-def test_packed_sequences_are_those_of_the_reference(form: str, device: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("form", IN_TURN)
+def test_what_goes_one_by_one_is_each_alone_to_the_bit(form: str, device: str, dtype: torch.dtype) -> None:
+    (fast, _), _, rest = FORMS[form]
+    given = packed(drawn(form))
+    there = {name: (x.to(dtype) if x.is_floating_point() else x).to(device) for name, x in given.items()}
+    together, alone = results(fast, there, rest, gradient()), of_each(fast, apart(there), rest)
+    assert all(torch.equal(together[name], expected) for name, expected in alone.items())
+
+
+@over_settings
+@pytest.mark.parametrize("form", AT_ONCE)
+def test_sequences_of_one_call_are_those_of_the_reference(form: str, device: str, dtype: torch.dtype) -> None:
     (fast, reference), _, rest = FORMS[form]
     given = packed(drawn(form))
     rounded = {name: x.to(dtype) if x.is_floating_point() else x for name, x in given.items()}
@@ -186,7 +219,7 @@ def test_packed_sequences_are_those_of_the_reference(form: str, device: str, dty
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("form", WHOLE)
+@pytest.mark.parametrize("form", MOVED)
 def test_where_places_alone_move_nothing_waits_and_all_compiles(form: str, device: str) -> None:
     (fast, reference), _, rest = FORMS[form]
     given = packed(drawn(form))
