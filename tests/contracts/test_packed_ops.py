@@ -136,10 +136,8 @@ def packed(sequences: list[Given]) -> Given:
 def apart(given: Given) -> list[Given]:
     """The arguments of each sequence as views of those of all."""
     lengths = [end - begin for begin, end in pairwise(ENDS)]
-    counts = {
-        "start": [1] * len(lengths),
-        **dict.fromkeys(("gates", "landmarks"), [-(-n // BLOCK) for n in lengths]),
-    }
+    blocks = [-(-length // BLOCK) for length in lengths]
+    counts = {"start": [1] * len(lengths), "gates": blocks, "landmarks": blocks}
     parts = {
         name: x.split(counts.get(name, lengths), min(x.dim() - 1, 2))
         for name, x in given.items()
