@@ -26,9 +26,10 @@ from heddle.kernels.span_attention import span_attention, span_attention_referen
 
 pytestmark = pytest.mark.usefixtures("kernels_on_gpu")
 
-H, N, D, V, BLOCK = 4, 2, 16, 24, 4
+# As in tests/kernels, so that a GPU compiles little anew.
+H, N, D, V, BLOCK = 4, 2, 16, 16, 8
 # Nothing at the beginning, at the end and twice between; one token, less than a block, a block that is not full.
-ENDS = (0, 0, 1, 4, 4, 4, 26, 26)
+ENDS = (0, 0, 1, 4, 4, 4, 34, 34)
 FLOAT64 = EPSILON[torch.float64]
 Given = dict[str, Any]
 Draw = Callable[[int, torch.Generator], Given]
@@ -48,7 +49,7 @@ def over_blocks(form: str) -> Draw:
         count = -(-length // BLOCK)
         read = torch.rand(1, N, length, count, generator=generator) > 0.4
         choice = {
-            "listed": F.pad(torch.where(read, torch.arange(count), -1), (0, 6 - count), value=-1),
+            "listed": F.pad(torch.where(read, torch.arange(count), -1), (0, 4 - count), value=-1),
             "chosen": read,
             "gates": read[:, :, :1].any(2).double(),
             "landmarks": torch.randn(1, N, count, D, generator=generator, dtype=torch.float64),
@@ -242,9 +243,9 @@ def test_wrong_ends_of_sequences_are_told(form: str) -> None:
     }
     last |= {name: x[..., -1:] for name, x in given.items() if name in ("first", "last", "queries")}
     for change, told in (
-        ({"cu_seqlens": torch.tensor(ENDS) - 1}, "must rise from 0 to 26, got"),
-        ({"cu_seqlens": torch.tensor([*ENDS[:-1], 25])}, "must rise from 0 to 26, got"),
-        ({"cu_seqlens": torch.tensor([0, 0, 4, 1, 4, 4, 26, 26])}, "must rise from 0 to 26, got"),
+        ({"cu_seqlens": torch.tensor(ENDS) - 1}, "must rise from 0 to 34, got"),
+        ({"cu_seqlens": torch.tensor([*ENDS[:-1], 33])}, "must rise from 0 to 34, got"),
+        ({"cu_seqlens": torch.tensor([0, 0, 4, 1, 4, 4, 34, 34])}, "must rise from 0 to 34, got"),
         ({"cu_seqlens": torch.tensor([ENDS])}, r"must be \[N \+ 1\]"),
         ({**rows, **start}, "the batch 1, not 2"),
         (last, "have as many queries as keys"),
@@ -258,10 +259,10 @@ def test_wrong_ends_of_sequences_are_told(form: str) -> None:
     ("form", "argument", "told"),
     [
         ("listed", "start", r"shape \[6\], expected \[7\]"),
-        ("gates", "gates", r"shape \[1, 2, 7\], expected \[1, 2, 8\]"),
-        ("chosen", "chosen", r"shape \[1, 2, 26, 5\], expected \[1, 2, 26, 6\]"),
-        ("landmarks", "landmarks", r"shape \[1, 2, 7, 16\], expected \[1, 2, 8, 16\]"),
-        ("clusters", "order", r"shape \[1, 4, 25\], expected \[1, 4, 26\]"),
+        ("gates", "gates", r"shape \[1, 2, 5\], expected \[1, 2, 6\]"),
+        ("chosen", "chosen", r"shape \[1, 2, 34, 3\], expected \[1, 2, 34, 4\]"),
+        ("landmarks", "landmarks", r"shape \[1, 2, 5, 16\], expected \[1, 2, 6, 16\]"),
+        ("clusters", "order", r"shape \[1, 4, 33\], expected \[1, 4, 34\]"),
     ],
 )
 def test_what_is_not_of_all_sequences_is_told(form: str, argument: str, told: str) -> None:
