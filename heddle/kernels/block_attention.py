@@ -7,6 +7,8 @@ is without any choice on every device. A decode step is a call with one query an
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from heddle.errors import HeddleError
 from heddle.kernels._block_attention_torch import Form, Given, backward, forward
+from heddle.kernels.common.varlen import check_packing, each_alone, known_lengths
 from heddle.kernels.op import (
     Inputs,
     Shape,
@@ -54,27 +57,31 @@ def block_attention_reference(
     real: Tensor | None = None,
     written: Tensor | None = None,
     scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """`block_attention` in float64, query by query; shares nothing with it."""
     group, size = q.shape[1] // k.shape[1], q.shape[-1]
     factor = size**-0.5 if scale is None else scale
+    ends = [] if cu_seqlens is None else cu_seqlens.tolist()
     out = q.new_zeros(*q.shape[:3], v.shape[-1], dtype=torch.float64)
     for b, h in ((b, h) for b in range(q.shape[0]) for h in range(q.shape[1])):
         n = h // group
         queries, ks, vs = q[b, h].double().unbind(), k[b, n].double(), v[b, n].double()
         visible = [_is_seen(j, b, real, written) for j in range(k.shape[2])]
         for t, query in enumerate(queries):
-            here = int(start[b]) + t
-            own, read = here // block, [j for j in range(here + 1) if j == here or visible[j]]
+            number, begin, before = own_sequence(t, b, ends, block)
+            here = int(start[number]) + t
+            own = (here - begin) // block
+            read = [j for j in range(begin, here + 1) if j == here or visible[j]]
             if chosen is not None:
                 marks = chosen[b, n, t].tolist()
-                read = [j for j in read if j == here or marks[j // block]]
+                read = [j for j in read if j == here or marks[(j - begin) // block]]
             if listed is not None:
                 those = listed[b, n, t].tolist()
-                read = [j for j in read if j == here or j // block in those]
+                read = [j for j in read if j == here or (j - begin) // block in those]
             if gates is not None:
-                gate = gates[b, n].detach().tolist()
-                read = [j for j in read if j // block == own or gate[j // block] > 0.5]
+                gate = gates[b, n, before:].detach().tolist()
+                read = [j for j in read if (j - begin) // block == own or gate[(j - begin) // block] > 0.5]
             if not read:
                 continue
             keys = torch.tensor(read, device=k.device)
@@ -83,10 +90,20 @@ def block_attention_reference(
                 bias = written[b, keys] - written[b, keys].detach()
                 s = s + bias.masked_fill(keys == here, 0.0)
             if gates is not None:
-                bias = gates[b, n, keys // block] - gates[b, n, keys // block].detach()
-                s = s + bias.masked_fill(keys // block == own, 0.0)
+                at = (keys - begin) // block
+                bias = gates[b, n, before + at] - gates[b, n, before + at].detach()
+                s = s + bias.masked_fill(at == own, 0.0)
             out[b, h, t] = torch.softmax(s, dim=0) @ vs[keys]
     return out
+
+
+def own_sequence(token: int, row: int, ends: Sequence[int], block: int) -> tuple[int, int, int]:
+    """Of references: the number of a token's row or packed sequence, where that begins, and how many blocks are before it."""
+    if not ends:
+        return row, 0, 0
+    number = max(number for number, begin in enumerate(ends) if begin <= token)
+    before = sum(-(-(end - begin) // block) for begin, end in pairwise(ends[: number + 1]))
+    return number, ends[number], before
 
 
 def _is_seen(key: int, row: int, real: Tensor | None, written: Tensor | None) -> bool:
@@ -217,6 +234,23 @@ def _as_chosen(listed: Tensor, count: int) -> Tensor:
     return table.scatter(-1, index, True)[..., :count]
 
 
+def _packed(
+    sides: Mapping[str, Tensor | None],
+    lengths: Sequence[int],
+    counts: Sequence[int],
+    *,
+    block: int,
+    scale: float,
+) -> Tensor:
+    """Every packed sequence alone; `counts` are their blocks."""
+
+    def alone(k: Tensor, chosen: Tensor | None, **own: Any) -> Tensor:
+        read = None if chosen is None else chosen[..., : -(-k.shape[2] // block)]
+        return block_attention(k=k, chosen=read, **own, block=block, scale=scale)
+
+    return each_alone(alone, sides, lengths, {"start": [1] * len(lengths), "gates": counts})
+
+
 _op = register_composite(
     "block_attention",
     f"({_INPUTS.replace('Tensor? chosen', 'Tensor? listed, Tensor? chosen')}) -> Tensor",
@@ -290,6 +324,7 @@ def block_attention(
     real: Tensor | None = None,
     written: Tensor | None = None,
     scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """Causal softmax attention over blocks of keys.
 
@@ -307,10 +342,17 @@ def block_attention(
     at a negative place sees nothing, and gives 0. `written` has the gradient of a bias of the logits. Query head h reads key
     head h // (H / N). `scale` defaults to d^-0.5.
 
+    With `cu_seqlens`, S = T tokens hold several sequences one behind the other, each as if it came alone. Places and blocks
+    count from the own sequence's first token, so that a sequence begins a block of its own: so do the numbers in `listed` and
+    the columns of `chosen`, as many as the longest sequence has blocks. `gates` are those of one sequence's blocks behind
+    those of another, and `start` has one number for each, 0 where nothing of it is padding. Sequences are worked on one by
+    one, for which the host waits for the device, and cannot be compiled.
+
     Shapes:  q: [B, H, T, d];  k: [B, N, S, d];  v: [B, N, S, V];  out: [B, H, T, V];  of one dtype
-             start: [B] int64;  listed: [B, N, T, L] integers;  chosen: [B, N, T, C] bool, C = ceil(S / block)
-             gates: [B, N, C]
-             real: [1 or B, S] bool;  written: [B, S] of 0 and 1
+             start: [B or sequences] int64;  listed: [B, N, T, L] integers
+             chosen: [B, N, T, C] bool, C = ceil(S / block), packed that of the longest sequence
+             gates: [B, N, C], packed the sum over sequences
+             real: [1 or B, S] bool;  written: [B, S] of 0 and 1;  cu_seqlens: [sequences + 1] integers, B = 1
 
     Raises:
         HeddleError: "bad-argument" for shapes, dtypes or numbers that do not fit.
@@ -326,14 +368,19 @@ def block_attention(
         raise HeddleError("bad-argument", f"{name}: block {block} must be positive")
     if sum(one is not None for one in (listed, chosen, gates)) > 1:
         raise HeddleError("bad-argument", f"{name}: only one of listed, chosen and gates may be given")
-    places, marks = {"start": start, "listed": listed}, {"chosen": chosen, "gates": gates}
-    masks = {"real": real, "written": written, **marks}
-    check_tensors(name, {"q": q, "k": k, "v": v}, integers=places, masks=masks)
-    rows, count = B if real is None or real.shape[0] > 1 else 1, -(-S // block)
-    expected = {"k": (k, (B, N, S, d)), "v": (v, (B, N, S, v.shape[-1])), "start": (start, (B,))}
-    limits = {"real": (real, (rows, S)), "written": (written, (B, S)), "chosen": (chosen, (B, N, T, count))}
+    sides, places = {"q": q, "k": k, "v": v}, {"start": start, "listed": listed}
+    masks = {"real": real, "written": written, "chosen": chosen, "gates": gates}
+    check_tensors(name, sides, integers={**places, "cu_seqlens": cu_seqlens}, masks=masks)
+    check_packing(name, B, T, cu_seqlens, keys=S)
+    lengths = [S] if cu_seqlens is None else known_lengths(name, cu_seqlens, T)
+    counts = [-(-length // block) for length in lengths]
+    rows, starts = B if real is None or real.shape[0] > 1 else 1, B if cu_seqlens is None else len(lengths)
+    expected = {"k": (k, (B, N, S, d)), "v": (v, (B, N, S, v.shape[-1])), "start": (start, (starts,))}
+    limits = {"real": (real, (rows, S)), "written": (written, (B, S)), "gates": (gates, (B, N, sum(counts)))}
     if listed is not None:
         limits["listed"] = (listed, (B, N, T, listed.shape[-1]))
-    check_shapes(name, {**expected, **limits, "gates": (gates, (B, N, count))})
+    check_shapes(name, {**expected, **limits, "chosen": (chosen, (B, N, T, max(counts)))})
     scale = d**-0.5 if scale is None else scale
+    if cu_seqlens is not None:
+        return _packed({**sides, **places, **masks}, lengths, counts, block=block, scale=scale)
     return _op(q, k, v, start, listed, chosen, gates, real, written, scale, block)  # type: ignore[no-any-return]

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend
 
 from heddle.errors import HeddleError
-from heddle.kernels.common.varlen import check_packing
+from heddle.kernels.common.varlen import check_packing, each_alone, known_lengths
 from heddle.kernels.configs.dense_attention import Backend, Rule, rules_on
 from heddle.kernels.op import (
     TRITON_VERSION,
@@ -185,16 +185,16 @@ def _packed(
         q, k, v = (side[0].transpose(0, 1) for side in (q, k, v))
         o = cast(Tensor, varlen_attn(q, k, v, ends, ends, longest, longest, **options))
         return o.transpose(0, 1)[None]
-    # Of slices each gradient would be as long as the whole.
-    sides = zip(*(torch.split_with_sizes(side, list(lengths), 2) for side in (q, k, v)), strict=True)
     # cuDNN would make a plan for every length. Compilers cannot look into the order.
     order = nullcontext() if torch.compiler.is_compiling() else in_order(("flash", "efficient", "math"))
+    call = functools.partial(
+        F.scaled_dot_product_attention,
+        is_causal=is_causal,
+        scale=scale,
+        enable_gqa=bool(q.shape[1] != k.shape[1]),
+    )
     with order:
-        call = functools.partial(F.scaled_dot_product_attention, is_causal=is_causal, scale=scale)
-        parts = [
-            call(*one, enable_gqa=bool(q.shape[1] != k.shape[1])) for one in sides if one[0].shape[2] > 0
-        ]
-    return torch.cat(parts, dim=2)
+        return each_alone(call, {"query": q, "key": k, "value": v}, lengths)
 
 
 def _takes_packed(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -226,10 +226,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
 def _check_packed(q: Tensor, k: Tensor, mask: Tensor | None, cu_seqlens: Tensor) -> None:
     name = "dense_attention"
     check_tensors(name, {"q": q}, integers={"cu_seqlens": cu_seqlens})
-    if q.shape[2] != k.shape[2] or mask is not None:
-        what = "packed sequences have as many queries as keys, and no mask"
-        raise HeddleError("bad-argument", f"{name}: {what}")
-    check_packing(name, q.shape[0], q.shape[2], cu_seqlens)
+    if mask is not None:
+        raise HeddleError("bad-argument", f"{name}: packed sequences have no mask")
+    check_packing(name, q.shape[0], q.shape[2], cu_seqlens, keys=k.shape[2])
 
 
 @op(dense_attention_reference, _CASES)
@@ -265,7 +264,7 @@ def dense_attention(
     _check(q, k, v, mask)
     if cu_seqlens is not None:
         _check_packed(q, k, mask, cu_seqlens)
-        known: Sequence[int] = cu_seqlens.diff().tolist() if lengths is None else lengths
+        known = known_lengths("dense_attention", cu_seqlens, q.shape[2]) if lengths is None else lengths
         return _packed(q, k, v, cu_seqlens, known, is_causal=is_causal, scale=scale)
     # Compilers cannot look into the order that torch goes by; behind an op it is in force when they choose a backend.
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():

@@ -187,9 +187,7 @@ def head_sparse_attention(
         raise HeddleError("bad-argument", f"{name}: scale {scale} must be positive")
     sides, limits = {"q": q, "k": k, "v": v}, {"cu_seqlens": cu_seqlens}
     check_tensors(name, sides, floats={"weights": weights}, integers=limits, masks={"real": real})
-    if cu_seqlens is not None and T != S:
-        raise HeddleError("bad-argument", f"{name}: packed sequences have as many queries as keys")
-    check_packing(name, B, T, cu_seqlens)
+    check_packing(name, B, T, cu_seqlens, keys=S)
     rows = B if real is None or real.shape[0] > 1 else 1
     expected = {"k": (k, (B, N, S, d)), "v": (v, (B, N, S, v.shape[-1])), "weights": (weights, (B, T, H))}
     check_shapes(name, {**expected, "real": (real, (rows, S))})

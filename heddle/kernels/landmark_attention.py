@@ -15,6 +15,8 @@ from torch import Tensor
 
 from heddle.errors import HeddleError
 from heddle.kernels._block_attention_torch import Form, Given, backward, forward
+from heddle.kernels.block_attention import own_sequence
+from heddle.kernels.common.varlen import check_packing, each_alone, known_lengths
 from heddle.kernels.configs.landmark_attention import STEP_QUERIES
 from heddle.kernels.op import (
     Inputs,
@@ -56,10 +58,12 @@ def landmark_attention_reference(
     real: Tensor | None = None,
     written: Tensor | None = None,
     scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """`landmark_attention` in float64, query by query, by the groups of the paper; shares nothing with it."""
     group, size = q.shape[1] // k.shape[1], q.shape[-1]
     factor = size**-0.5 if scale is None else scale
+    ends = [] if cu_seqlens is None else cu_seqlens.tolist()
     # Sums in place would be one chain of all queries for autograd, at whose end torch's own stack does not suffice.
     found: list[Tensor] = []
     for b, h in ((b, h) for b in range(q.shape[0]) for h in range(q.shape[1])):
@@ -68,15 +72,17 @@ def landmark_attention_reference(
         ks, vs, marks = (one[b, n].double() for one in (k, v, landmarks))
         visible = [_is_seen(j, b, real, written) for j in range(k.shape[2])]
         for t, query in enumerate(queries):
-            here = int(start[b]) + t
-            seen = [j for j in range(here + 1) if j == here or visible[j]]
+            number, begin, before = own_sequence(t, b, ends, block)
+            here = int(start[number]) + t
+            seen = [j for j in range(begin, here + 1) if j == here or visible[j]]
             keys = torch.tensor(seen, dtype=torch.int64, device=k.device)
             s = factor * (ks[keys] @ query)
             if written is not None:
                 bias = written[b, keys] - written[b, keys].detach()
                 s = s + bias.masked_fill(keys == here, 0.0)
-            mates = {c: keys // block == c for c in {j // block for j in seen}}
-            own = mates.pop(here // block, None)
+            at = before + (keys - begin) // block
+            mates = {c: at == c for c in set(at.tolist())}
+            own = mates.pop(before + (here - begin) // block, None)
             mark = {c: factor * (query @ marks[c]) for c in mates}
             worth = {c: (-float(mark[c].detach()), c) for c in mates}
             read = sorted(mates, key=worth.__getitem__)[:top]
@@ -287,6 +293,7 @@ def landmark_attention(
     real: Tensor | None = None,
     written: Tensor | None = None,
     scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """Causal grouped softmax: over landmarks of earlier blocks and keys of the own one, and inside of each block.
 
@@ -302,8 +309,14 @@ def landmark_attention(
     at a negative place sees nothing, and gives 0. A block of which it sees nothing has no landmark. `written` has the
     gradient of a bias of the logits of keys. Query head h reads key head h // (H / N). `scale` defaults to d^-0.5.
 
-    Shapes:  q: [B, H, T, d];  k: [B, N, S, d];  v: [B, N, S, V];  landmarks: [B, N, C, d], C = ceil(S / block);
-             out: [B, H, T, V];  of one dtype;  start: [B] int64;  real: [1 or B, S] bool;  written: [B, S] of 0 and 1
+    With `cu_seqlens`, S = T tokens hold several sequences one behind the other, each as if it came alone. Places and blocks
+    count from the own sequence's first token, so that a sequence begins a block of its own; `landmarks` are those of one
+    sequence's blocks behind those of another, and `start` has one number for each, 0 where nothing of it is padding. Sequences
+    are worked on one by one, for which the host waits for the device, and cannot be compiled.
+
+    Shapes:  q: [B, H, T, d];  k: [B, N, S, d];  v: [B, N, S, V];  landmarks: [B, N, C, d], C = ceil(S / block), packed the
+             sum over sequences;  out: [B, H, T, V];  of one dtype;  start: [B or sequences] int64;  real: [1 or B, S] bool
+             written: [B, S] of 0 and 1;  cu_seqlens: [sequences + 1] integers, B = 1
 
     Raises:
         HeddleError: "bad-argument" for shapes, dtypes or numbers that do not fit.
@@ -312,16 +325,23 @@ def landmark_attention(
     if q.dim() != 4 or k.dim() != 4 or v.dim() != 4 or not 1 <= q.shape[2] <= k.shape[2]:
         what = "q, k, v must be [B, heads, tokens, *], with at least one query and no more than keys"
         raise HeddleError("bad-argument", f"{name}: {what}")
-    (B, H, _, d), (N, S) = q.shape, k.shape[1:3]
+    (B, H, T, d), (N, S) = q.shape, k.shape[1:3]
     if H % N:
         raise HeddleError("bad-argument", f"{name}: {N} key heads do not divide {H} query heads")
     if block < 1 or (top is not None and top < 1):
         raise HeddleError("bad-argument", f"{name}: block {block} and top {top} must be positive")
     sides, masks = {"q": q, "k": k, "v": v, "landmarks": landmarks}, {"real": real, "written": written}
-    check_tensors(name, sides, integers={"start": start}, masks=masks)
-    rows = B if real is None or real.shape[0] > 1 else 1
-    expected = {"k": (k, (B, N, S, d)), "v": (v, (B, N, S, v.shape[-1])), "start": (start, (B,))}
+    check_tensors(name, sides, integers={"start": start, "cu_seqlens": cu_seqlens}, masks=masks)
+    check_packing(name, B, T, cu_seqlens, keys=S)
+    lengths = [S] if cu_seqlens is None else known_lengths(name, cu_seqlens, T)
+    counts = [-(-length // block) for length in lengths]
+    rows, starts = B if real is None or real.shape[0] > 1 else 1, B if cu_seqlens is None else len(lengths)
+    expected = {"k": (k, (B, N, S, d)), "v": (v, (B, N, S, v.shape[-1])), "start": (start, (starts,))}
     limits = {"real": (real, (rows, S)), "written": (written, (B, S))}
-    check_shapes(name, {**expected, "landmarks": (landmarks, (B, N, -(-S // block), d)), **limits})
+    check_shapes(name, {**expected, "landmarks": (landmarks, (B, N, sum(counts), d)), **limits})
     scale = d**-0.5 if scale is None else scale
+    if cu_seqlens is not None:
+        alone = functools.partial(landmark_attention, block=block, top=top, scale=scale)
+        parts = {"start": [1] * len(lengths), "landmarks": counts}
+        return each_alone(alone, {**sides, "start": start, **masks}, lengths, parts)
     return _op(q, k, v, landmarks, start, real, written, scale, block, top)  # type: ignore[no-any-return]

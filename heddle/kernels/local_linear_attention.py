@@ -8,7 +8,7 @@ solve by Cholesky, 10 d + 6 d a step (10 d in half precision) with the other, 8 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from heddle.errors import HeddleError
 from heddle.kernels._local_linear_torch import Form, Given, backward, forward
 from heddle.kernels.common.layout import room
-from heddle.kernels.common.varlen import check_packing
+from heddle.kernels.common.varlen import check_packing, each_alone, known_lengths
 from heddle.kernels.op import (
     Inputs,
     Phase,
@@ -219,18 +219,6 @@ _forward_op = register(
 )
 
 
-def _packed(tensors: Sequence[Tensor | None], numbers: Sequence[Any], cu_seqlens: Tensor) -> Tensor:
-    """Every packed sequence alone. The host must know where they end, so a GPU is waited for."""
-    lengths: list[int] = cu_seqlens.diff().tolist()
-    parts: list[Sequence[Tensor | None]] = [
-        # Of slices each gradient would be as long as the whole.
-        [None] * len(lengths) if x is None else torch.split_with_sizes(x, lengths, 2 if x.dim() == 4 else 1)
-        for x in tensors
-    ]
-    outputs = [_forward_op(*one, *numbers)[0] for *one, n in zip(*parts, lengths, strict=True) if n > 0]
-    return torch.cat(outputs, dim=2)
-
-
 def _draw(shape: Shape, generator: torch.Generator) -> Inputs:
     """T queries at the last places of S keys."""
     B, H, N, T, S, K, V = (shape[name] for name in ("B", "H", "N", "T", "S", "K", "V"))
@@ -332,17 +320,18 @@ def local_linear_attention(
         raise HeddleError("bad-argument", f"{name}: ridge {ridge} and window {window} must be positive")
     sides = {"q": q, "k": k, "v": v, "slope": slope}
     check_tensors(name, sides, integers={"cu_seqlens": cu_seqlens}, masks={"real": real, "written": written})
-    if cu_seqlens is not None and T != S:
-        raise HeddleError("bad-argument", f"{name}: packed sequences have as many queries as keys")
-    check_packing(name, B, T, cu_seqlens)
+    check_packing(name, B, T, cu_seqlens, keys=S)
     rows = B if real is None else real.shape[0] if real.shape[0] == 1 else B
     expected = {"k": (k, (B, N, S, d)), "v": (v, (B, N, S, v.shape[-1])), "slope": (slope, q.shape)}
     check_shapes(name, {**expected, "real": (real, (rows, S)), "written": (written, (B, S))})
     scale = d**-0.5 if scale is None else scale
+    if cu_seqlens is not None:
+        alone = functools.partial(local_linear_attention, ridge=ridge, scale=scale, window=window)
+        return each_alone(
+            alone, {**sides, "real": real, "written": written}, known_lengths(name, cu_seqlens, T)
+        )
     graded = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, written))
     # What kernels have solved is kept where a backward pass would solve it anew.
     keep = graded and slope is None
-    if cu_seqlens is not None:
-        return _packed((q, k, v, slope, real, written), (scale, ridge, window, keep), cu_seqlens)
     out: Tensor = _forward_op(q, k, v, slope, real, written, scale, ridge, window, keep)[0]
     return out

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from heddle.errors import HeddleError
+from heddle.kernels.common.varlen import check_packing, own_begins
 from heddle.kernels.op import check_shapes, check_tensors, register, wide_dtype
 
 # Numbers of gathered keys that stand in memory at once.
@@ -28,13 +29,16 @@ def member_attention_reference(
     own: Tensor,
     weight: Tensor | None = None,
     scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """`member_attention` in float64, query by query; shares nothing with it."""
     factor = q.shape[-1] ** -0.5 if scale is None else scale
+    ends: list[int] = [] if cu_seqlens is None else cu_seqlens.tolist()
     rows = []
     for place in torch.cartesian_prod(*(torch.arange(size) for size in q.shape[:3])).tolist():
         b, h, t = place
-        listed = [j for j in index[b, h, t].tolist() if j >= 0]
+        begin = max((end for end in ends if end <= t), default=0)
+        listed = [begin + j for j in index[b, h, t].tolist() if j >= 0]
         if not listed:
             rows.append(own[b, h, t].double())
             continue
@@ -186,15 +190,17 @@ def member_attention(
     own: Tensor,
     weight: Tensor | None = None,
     scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """o_t = sum_w softmax_w(scale q_t · k_(i_tw)) v_(i_tw),   and `own`_t where the list i_t is empty.
 
     An entry of `index` below 0 is none. The list has no gradient; each query's products are taken in an order of their own, so
     that what stands in other lists changes no bit. `weight` has no say but a gradient, that of a bias of each key's logits: one
-    for all heads. Gradients have none of their own. `scale` defaults to d^-0.5.
+    for all heads. Gradients have none of their own. `scale` defaults to d^-0.5. With `cu_seqlens`, S = T tokens hold several
+    sequences one behind the other: an entry counts from the first token of its query's sequence. Nothing waits for the device.
 
     Shapes:  q: [B, H, T, d];  k: [B, H, S, d];  v: [B, H, S, V];  own, out: [B, H, T, V];  of one dtype
-             index: [B, H, T, W] int64;  weight: [B, S]
+             index: [B, H, T, W] int64;  weight: [B, S];  cu_seqlens: [sequences + 1] integers, B = 1
 
     Raises:
         HeddleError: "bad-argument" for shapes or dtypes that do not fit.
@@ -203,9 +209,13 @@ def member_attention(
     if q.dim() != 4 or k.dim() != 4 or v.dim() != 4 or index.dim() != 4:
         raise HeddleError("bad-argument", f"{name}: q, k, v and index must be [B, heads, tokens, *]")
     sides = {"q": q, "k": k, "v": v, "own": own}
-    check_tensors(name, sides, integers={"index": index}, masks={"weight": weight})
+    places = {"index": index, "cu_seqlens": cu_seqlens}
+    check_tensors(name, sides, integers=places, masks={"weight": weight})
     (B, H, T, d), S, V = q.shape, k.shape[2], v.shape[-1]
     expected = {"k": (k, (B, H, S, d)), "v": (v, (B, H, S, V)), "own": (own, (B, H, T, V))}
     lists = {"index": (index, (B, H, T, index.shape[-1])), "weight": (weight, (B, S))}
+    check_packing(name, B, T, cu_seqlens, keys=S)
     check_shapes(name, {**expected, **lists})
+    if cu_seqlens is not None:
+        index = torch.where(index < 0, -1, index + own_begins(cu_seqlens, T)[:, None])
     return _forward_op(q, k, v, index, own, weight, d**-0.5 if scale is None else scale)  # type: ignore[no-any-return]

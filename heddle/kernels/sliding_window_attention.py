@@ -176,9 +176,7 @@ def sliding_window_attention(
         what = f"window {window} and scale {scale} must be positive, sinks {sinks} not negative"
         raise HeddleError("bad-argument", f"{name}: {what}")
     check_tensors(name, {"q": q, "k": k, "v": v}, integers={"cu_seqlens": cu_seqlens}, masks={"real": real})
-    if cu_seqlens is not None and T != S:
-        raise HeddleError("bad-argument", f"{name}: packed sequences have as many queries as keys")
-    check_packing(name, B, T, cu_seqlens)
+    check_packing(name, B, T, cu_seqlens, keys=S)
     rows = B if real is None or real.shape[0] > 1 else 1
     check_shapes(name, {"k": (k, (B, N, S, d)), "v": (v, (B, N, S, v.shape[-1])), "real": (real, (rows, S))})
     scale = d**-0.5 if scale is None else scale

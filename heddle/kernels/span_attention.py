@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from heddle.errors import HeddleError
+from heddle.kernels.common.varlen import check_packing, own_begins
 from heddle.kernels.member_attention import member_attention
 from heddle.kernels.op import (
     Inputs,
@@ -49,13 +50,17 @@ def span_attention_reference(
     queries: Tensor | None = None,  # noqa: ARG001
     weight: Tensor | None = None,
     scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """`span_attention` in float64, query by query; shares nothing with it."""
     factor = q.shape[-1] ** -0.5 if scale is None else scale
+    ends: list[int] = [] if cu_seqlens is None else cu_seqlens.tolist()
     rows = []
     for place in torch.cartesian_prod(*(torch.arange(size) for size in q.shape[:3])).tolist():
         b, h, t = place
-        keys = [j for j in order[b, h, int(first[b, h, t]) : int(last[b, h, t])].tolist() if j >= 0]
+        begin = max((end for end in ends if end <= t), default=0)
+        those = order[b, h, begin + int(first[b, h, t]) : begin + int(last[b, h, t])].tolist()
+        keys = [begin + j for j in those if j >= 0]
         if not keys:
             rows.append(own[b, h, t].double())
             continue
@@ -148,6 +153,7 @@ def span_attention(
     queries: Tensor | None = None,
     weight: Tensor | None = None,
     scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """o_t = sum_n softmax_n(scale q_t · k_(π_n)) v_(π_n) over first_t <= n < last_t,   and `own`_t where there is none.
 
@@ -157,8 +163,13 @@ def span_attention(
     kernels they are the same to the bit every time. `scale` defaults to d^-0.5. Nothing waits for the device, so the ends
     of spans are not looked at.
 
+    With `cu_seqlens`, N = S = T tokens hold several sequences one behind the other, and each has its own order where its tokens
+    are: `order`, `first`, `last` and `queries` count from its first token. An order with more places than keys counts over
+    the whole row, without `cu_seqlens`, to the same effect.
+
     Shapes:  q: [B, H, T, d];  k: [B, H, S, d];  v: [B, H, S, V];  own, out: [B, H, T, V];  of one dtype
              order: [B, H, N];  first, last, queries: [B, H, T];  integers;  weight: [B, S]
+             cu_seqlens: [sequences + 1] integers, B = 1
 
     Raises:
         HeddleError: "bad-argument" for shapes, dtypes or numbers that do not fit.
@@ -168,7 +179,7 @@ def span_attention(
         raise HeddleError(
             "bad-argument", f"{name}: q, k, v must be [B, heads, tokens, *], order [B, heads, places]"
         )
-    places = {"order": order, "first": first, "last": last, "queries": queries}
+    places = {"order": order, "first": first, "last": last, "queries": queries, "cu_seqlens": cu_seqlens}
     sides = {"q": q, "k": k, "v": v, "own": own}
     check_tensors(name, sides, integers=places, masks={"weight": weight})
     if width < 1:
@@ -178,7 +189,14 @@ def span_attention(
     (B, H, T, d), S, V = q.shape, k.shape[2], v.shape[-1]
     expected = {"k": (k, (B, H, S, d)), "v": (v, (B, H, S, V)), "own": (own, (B, H, T, V))}
     spans = {"first": (first, (B, H, T)), "last": (last, (B, H, T)), "queries": (queries, (B, H, T))}
-    lists = {"order": (order, (B, H, order.shape[-1])), "weight": (weight, (B, S))}
+    check_packing(name, B, T, cu_seqlens, keys=S)
+    held = order.shape[-1] if cu_seqlens is None else T
+    lists = {"order": (order, (B, H, held)), "weight": (weight, (B, S))}
     check_shapes(name, {**expected, **spans, **lists})
+    if cu_seqlens is not None:
+        begins = own_begins(cu_seqlens, T)
+        order = torch.where(order < 0, -1, order + begins)
+        first, last = first + begins, last + begins
+        queries = None if queries is None else queries + begins
     factor = d**-0.5 if scale is None else scale
     return _op(q, k, v, order, first, last, queries, own, weight, width, factor)  # type: ignore[no-any-return]

@@ -33,6 +33,9 @@ CONTRACTS, REPLAY = "tests/contracts/test_ops.py", "tests/kernels/test_replay.py
 # Of ops with calls of their own, what files of theirs do not run here.
 OTHER_CONTRACTS = "tests/contracts/test_other_ops.py"
 SOME_OTHERS = "local_linear_attention and (empty and float16 or 1-cpu)"
+# Gates in half precision one sequence after the other, clusters in one call.
+PACKED_CONTRACT = "tests/contracts/test_packed_ops.py"
+SOME_PACKED = "one_by_one and gates and float16 or one_call and clusters and float16"
 # Attention and a layer's step, whose contract is their own, and forms of ops that contracts do not have.
 OTHERS = {
     # All gradients of one form, tall tiles, ragged heads in half precision, a list in three parts.
@@ -84,7 +87,9 @@ def test_interpreted_kernels_keep_the_contract_and_are_repeated(full_counts: boo
     # In one process: each imports torch anew, and collects all tests.
     chosen = [f"test_ops and {op}" + ("" if full_counts else f" and ({some})") for op, some in OPS.items()]
     chosen += ["test_replay and cpu", "test_other_ops" + ("" if full_counts else f" and ({SOME_OTHERS})")]
-    done = _run_interpreted([CONTRACTS, OTHER_CONTRACTS, REPLAY], " or ".join(f"({one})" for one in chosen))
+    chosen += ["test_packed_ops" + ("" if full_counts else f" and ({SOME_PACKED})")]
+    files = [CONTRACTS, OTHER_CONTRACTS, PACKED_CONTRACT, REPLAY]
+    done = _run_interpreted(files, " or ".join(f"({one})" for one in chosen))
     for op in (
         "decay_attention",
         "simple_gla",
@@ -98,7 +103,7 @@ def test_interpreted_kernels_keep_the_contract_and_are_repeated(full_counts: boo
         assert re.search(rf"PASSED .*test_ops.py::.*[-\[]{op}-cpu", done), (
             f"no test of {op} in:\n{done[-4000:]}"
         )
-    assert all(f"PASSED {file}" in done for file in (OTHER_CONTRACTS, REPLAY))
+    assert all(f"PASSED {file}" in done for file in files[1:])
 
 
 def test_interpreted_kernels_of_a_contract_of_their_own_are_right() -> None:

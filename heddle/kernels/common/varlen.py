@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -17,22 +18,72 @@ from heddle.errors import HeddleError
 
 # Runs one sequence: (its slice of every tensor, its initial state or None) -> (output, final state)
 RunOne = Callable[[list[Tensor], Tensor | None], tuple[Tensor, Tensor]]
+# Of `each_alone`: nothing is cut into other parts than sequences.
+_AS_TOKENS: Mapping[str, Sequence[int]] = MappingProxyType({})
 
 
-def check_packing(name: str, batch: int, length: int, cu_seqlens: Tensor | None) -> None:
-    """Raises "bad-argument" unless `cu_seqlens` rises from 0 to `length` and the batch is 1.
+def check_packing(
+    name: str, batch: int, length: int, cu_seqlens: Tensor | None, *, keys: int | None = None
+) -> None:
+    """Raises "bad-argument" unless `cu_seqlens` rises from 0 to `length`, the batch is 1, and `keys`, if given, are as many.
 
     The values are looked at only where that is free: not on a GPU, not while compiling.
     """
     if cu_seqlens is None:
         return
+    if keys is not None and keys != length:
+        raise HeddleError("bad-argument", f"{name}: packed sequences have as many queries as keys")
     if batch != 1 or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
         raise HeddleError("bad-argument", f"{name}: cu_seqlens must be [N + 1], and the batch 1, not {batch}")
-    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
-        return
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        known_lengths(name, cu_seqlens, length)
+
+
+def known_lengths(name: str, cu_seqlens: Tensor, length: int) -> list[int]:
+    """The tokens of each packed sequence. The host reads them, so a GPU is waited for.
+
+    Raises:
+        HeddleError: "bad-argument" unless `cu_seqlens` rises from 0 to `length`.
+    """
     found: list[int] = cu_seqlens.tolist()
-    if found[0] != 0 or found[-1] != length or any(a > b for a, b in pairwise(found)):
+    lengths = [end - begin for begin, end in pairwise(found)]
+    if found[0] != 0 or found[-1] != length or min(lengths) < 0:
         raise HeddleError("bad-argument", f"{name}: cu_seqlens must rise from 0 to {length}, got {found}")
+    return lengths
+
+
+def own_begins(cu_seqlens: Tensor, length: int) -> Tensor:
+    """Where the sequence of each token begins; nothing waits for the device.  Shapes:  out: [T] int64"""
+    cu_seqlens = cu_seqlens.long()
+    token = torch.arange(length, device=cu_seqlens.device)
+    return cu_seqlens[torch.searchsorted(cu_seqlens[1:], token, right=True)]
+
+
+def each_alone(
+    run: Callable[..., Tensor],
+    sides: Mapping[str, Tensor | None],
+    lengths: Sequence[int],
+    parts: Mapping[str, Sequence[int]] = _AS_TOKENS,
+) -> Tensor:
+    """What `run` gives for every packed sequence alone, called with its part of all `sides` by name, one behind the other.
+
+    Heads stand before tokens: a side is cut along its third axis, or the last of fewer, into `lengths`, or `parts` by name. Of
+    empty sequences nothing is asked.
+
+    Shapes:  out: [1, H, T, *], as each of `run`
+    """
+    cut = {
+        # Of slices each gradient would be as long as the whole.
+        name: x.split_with_sizes(list(parts.get(name, lengths)), min(x.dim() - 1, 2))
+        for name, x in sides.items()
+        if x is not None
+    }
+    outputs = [
+        run(**{name: cut[name][number] if name in cut else None for name in sides})
+        for number, length in enumerate(lengths)
+        if length > 0
+    ]
+    return torch.cat(outputs, dim=2)
 
 
 def each_sequence(
