@@ -166,23 +166,36 @@ class Sides:
         # Of more than `keep` the first stay, so that every token counts once.
         stays = stays & (stays.cumsum(-1) <= form.keep)
         marks = seen[:, None].expand(k.shape[:-1])
-        slots = stays.to(torch.int8).sort(dim=-1, descending=True, stable=True).indices[..., : form.keep]
-        index = slots[..., None].expand(*slots.shape, k.shape[-1])
-        kept = [x.gather(3, index[..., : x.shape[-1]])[:, :, :-2].flatten(2, 3) for x in (k, v)]
-        kept_seen = marks.masked_fill(~stays, 0.0).gather(3, slots)[:, :, :-2].flatten(2, 3)
-        far = 0
-        if given.far_k is not None and given.far_v is not None:
-            far = given.far_k.shape[2]
-            kept = [torch.cat(pair, dim=2) for pair in zip((given.far_k, given.far_v), kept, strict=True)]
-            seen_far = given.far_written
-            if seen_far is None:
-                seen_far = kept_seen.new_ones(given.far_k.shape[:-1])
-            kept_seen = torch.cat((seen_far.to(kept_seen.dtype), kept_seen), dim=2)
+        kept = _kept((k, v, marks), stays, form.keep)
+        far = (given.far_k, given.far_v, given.far_written)
+        count = 0
+        if far[0] is not None and far[1] is not None:
+            count = far[0].shape[2]
+            far_seen = marks.new_ones(far[0].shape[:3]) if far[2] is None else far[2].to(marks.dtype)
+            pairs = zip((far[0], far[1], far_seen), kept, strict=True)
+            kept = (
+                [torch.cat(pair, dim=2) for pair in pairs] if grid.chunks > 1 else [far[0], far[1], far_seen]
+            )
         leaving = grid.leaving(k.device)[:, None, :, None].to(marks.dtype)
-        queries = (grid.of_queries(x) for x in (given.q, given.gate, given.phi_q))
-        keys = (x.unbind(2) for x in (k, v, phi_k))
+        q, gate, phi_q = (grid.of_queries(x) for x in (given.q, given.gate, given.phi_q))
         folded = (marks * leaving).masked_fill(stays, 0.0)
-        return cls(*queries, *keys, seen, folded, *kept, kept_seen, far, grid.own(k.device))
+        keys = (k.unbind(2), v.unbind(2), phi_k.unbind(2))
+        return cls(
+            q, gate, phi_q, *keys, seen, folded, kept[0], kept[1], kept[2], count, grid.own(given.k.device)
+        )
+
+
+def _kept(sides: tuple[Tensor, ...], stays: Tensor, keep: int) -> list[Tensor]:
+    """Keys, values and marks of the tokens that stay of all chunks but the last two, which are seen whole.
+
+    Shapes:  sides: [B, N, C + 1, l, *] twice, [B, N, C + 1, l];  stays: as the last;  out: [B, N, (C - 1) keep, ...]
+    """
+    k, v, marks = (x[:, :, :-2] for x in sides)
+    stays = stays[:, :, :-2]
+    slots = stays.to(torch.int8).sort(dim=-1, descending=True, stable=True).indices[..., :keep]
+    index = slots[..., None]
+    found = [x.gather(3, index.expand(*slots.shape, x.shape[-1])) for x in (k, v)]
+    return [x.flatten(2, 3) for x in (*found, marks.masked_fill(~stays, 0.0).gather(3, slots))]
 
 
 def forward(given: Given, form: Form, state: Tensor) -> tuple[Tensor, Tensor]:
