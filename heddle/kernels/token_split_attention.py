@@ -88,24 +88,25 @@ def token_split_attention_reference(
     # Chunks whose tokens the state or what is far has from before this call.
     first = number[:, S - T].clamp(min=0)[:, None] - 1
     marks = torch.ones(len(q), S, dtype=torch.float64) if written is None else written.double()
-    there = (marks > 0.5) & (place >= 0) & (number >= first)
+    there = (place >= 0) & (number >= first)
+    seen = there & (marks > 0.5)
     earlier = (number[:, :, None] == number[:, None]) & torch.ones(S, S, dtype=torch.bool).tril()
     stays = kept.double() > 0.5
     stays = stays & ((earlier[:, None].double() @ stays.double()[..., None])[..., 0] <= keep)
     own, since = place[:, None] == here, number[:, S - T :, None] - number[:, None]
     # [B, N, T, S]: what is read exactly, and what by the state.
     left = ((since > 1) & there[:, None])[:, None]
-    near = ((since <= 1) & (place[:, None] <= here) & there[:, None])[:, None]
-    exact = near | (left & stays[:, :, None]) | own[:, None]
+    near = (since <= 1) & (place[:, None] <= here)
+    exact = ((near[:, None] | (left & stays[:, :, None])) & seen[:, None, None]) | own[:, None]
     folded = left & ~stays[:, :, None]
     bias = (marks - marks.detach())[:, None, None].masked_fill(own[:, None], 0.0)
     logits = factor * q.double() @ heads(k).mT
     logits = (logits + bias).masked_fill(~exact.repeat_interleave(group, dim=1), -torch.inf)
     values = heads(v)
     if far_k is not None and far_v is not None:
-        seen = torch.ones(far_k.shape[:3]) if far_written is None else far_written
-        to_far = factor * q.double() @ heads(far_k).mT + heads(seen - seen.detach())[:, :, None]
-        to_far = to_far.masked_fill(heads(seen)[:, :, None] <= 0.5, -torch.inf)
+        marks_far = heads(torch.ones(far_k.shape[:3]) if far_written is None else far_written)[:, :, None]
+        to_far = factor * q.double() @ heads(far_k).mT + (marks_far - marks_far.detach())
+        to_far = to_far.masked_fill(marks_far <= 0.5, -torch.inf)
         logits, values = torch.cat((to_far, logits), dim=-1), torch.cat((heads(far_v), values), dim=2)
     weight = torch.exp(logits - logits.amax(-1, keepdim=True))
     ones = v.new_ones(*v.shape[:3], 1, dtype=torch.float64)
@@ -264,8 +265,9 @@ def token_split_attention(
     The T queries are the last of the S tokens. The first token stands at the place `begin`, less a row's `padding`; at negative
     places there is none: no query sees it, and a query gives 0 there. A call goes on where another has ended with its state, with
     the last tokens from the chunk before the next query's on (of earlier chunks nothing is read), and as `far` the kept tokens of
-    all earlier chunks, which all of its queries see. `written` and `far_written` say which tokens are seen and folded at all,
-    and have the gradient of a bias of their logits. Query head h reads key head h // (H / N). `scale` defaults to d^-0.5.
+    all earlier chunks, which all of its queries see. `written` and `far_written` say which tokens are seen, the own always: they
+    have the gradient of a bias of the logits, and `written` is a factor of what the state takes. Query head h reads key head
+    h // (H / N). `scale` defaults to d^-0.5.
     With `cu_seqlens`, S = T tokens hold several sequences one behind the other, each with a state; they are worked on one by
     one, for which the host waits for the device, and cannot be compiled.
 
