@@ -31,6 +31,7 @@ from heddle.kernels.op import TRITON_VERSION, Op, Phase, Shape, force_path
 from heddle.kernels.rat_attention import rat_attention
 from heddle.kernels.rat_scan import rat_scan
 from heddle.kernels.rms_norm import rms_norm
+from heddle.kernels.token_split_attention import token_split_attention
 
 Row = dict[str, Any]
 Call = Callable[[], object]
@@ -44,7 +45,14 @@ COPY_BYTES, MATMUL_SIZE = 1 << 32, 8192
 # Seconds of a call in PyTorch, which compiles nothing, from which on it is not made again.
 SLOW_S = 5.0
 # What is timed whole, and what besides can be called by its cases: a layer's step has no sequences to time.
-TIMED: tuple[Op[..., Any], ...] = (*OPS, local_linear_attention, rat_scan, rat_attention, rms_norm)
+TIMED: tuple[Op[..., Any], ...] = (
+    *OPS,
+    local_linear_attention,
+    rat_scan,
+    rat_attention,
+    rms_norm,
+    token_split_attention,
+)
 CALLED = (*TIMED, gated_delta_layer_step)
 
 

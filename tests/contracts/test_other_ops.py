@@ -24,6 +24,7 @@ from heddle.kernels.op import wide_dtype
 from heddle.kernels.rat_attention import rat_attention
 from heddle.kernels.rat_scan import rat_scan
 from heddle.kernels.rms_norm import rms_norm
+from heddle.kernels.token_split_attention import token_split_attention
 
 pytestmark = pytest.mark.usefixtures("kernels_on_gpu")
 
@@ -36,8 +37,13 @@ RESULTS: dict[AnyOp, tuple[str, ...]] = {
     local_linear_attention: ("*out",),
     rms_norm: ("out",),
     gated_delta_layer_step: ("out", ".state", ".conv_state"),
+    token_split_attention: ("*out", ".state"),
 }
-HEADS_FIRST = {rat_attention: ("keys", "values"), local_linear_attention: ("q", "k", "v")}
+HEADS_FIRST = {
+    rat_attention: ("keys", "values"),
+    local_linear_attention: ("q", "k", "v"),
+    token_split_attention: ("q", "k", "v", "gate", "phi_q", "phi_k"),
+}
 SINGLE = dict.fromkeys(("B", "H", "HV", "N", "G"), 1)
 OVER_TIME = tuple(op for op in RESULTS if op is not gated_delta_layer_step)
 PACKED = tuple(op for op in OVER_TIME if "cu_seqlens" in inspect.signature(op.fast).parameters)

@@ -23,7 +23,7 @@ from heddle.compose.modules.np_map import NormPreservedMaps
 from heddle.compose.modules.open_chunk import Layout
 from heddle.compose.modules.precision import wide, wide_dtype
 from heddle.compose.modules.rope import rotary_key, rotate
-from heddle.compose.modules.salient import Form, Near, Sides, attend_salient, choose, self_weights
+from heddle.compose.modules.salient import Form, Near, Sides, attend_salient, self_weights
 from heddle.compose.modules.site import Site
 
 RECENT = "recent"
@@ -79,34 +79,27 @@ class StillModule(nn.Module):
         real = _real(call, k.shape[2])
         seen = wide(x).new_ones(len(x), k.shape[2]) if written is None else written.to(wide_dtype(x.dtype))
         seen = seen if real is None else seen * real
-        layout = self._layout(x, call)
-        near = Near.of(layout, k.shape[2])
-        slots, keys, marks = layout.spread(q), near.rows(k), near.marks(seen)
-        weights = layout.gather(self_weights(slots, keys, marks, near, self.form)).transpose(1, 2)
-        scores = self._scores(weights, seen, call)
-        index = choose(near.rows(scores[..., None])[..., 0], self.form.keep)
-        values = near.rows(v)
-        far = self._far((keys, values, marks), index, near, call)
+        near = Near.of(self._layout(x, call), k.shape[2])
+        scores = self._scores(self_weights(q, k, seen, near, self.form), seen, call)
+        chosen = near.chosen(scores, self.form.keep)
+        far = self._far((k, v, seen), chosen, near, call)
+        gate = self.g_proj(x).view(*x.shape[:2], self.heads, -1)
+        padding = None if call.key_padding is None else _padding(call.key_padding)
         sides = Sides(
-            slots,
-            layout.spread(self.g_proj(x).view(*x.shape[:2], self.heads, -1)),
-            keys,
-            values,
-            marks,
-            torch.zeros(keys.shape[:-1], dtype=torch.bool, device=x.device).scatter(-1, index, True),
-            self._leaves(near),
+            q.transpose(1, 2),
+            gate.transpose(1, 2),
+            k,
+            v,
+            seen,
+            _marked(chosen, k.shape[2]),
             *far,
-            most=_earlier(call) // self.form.chunk,
+            earlier=_earlier(call),
+            padding=padding,
             maps=(self.maps.of_queries, self.maps.of_keys),
         )
-        memory = call.state("memory")
-        if memory is None:
-            shape = (len(x), self.stores, 2 * self.features, self.head_dim + 1)
-            memory = torch.zeros(shape, dtype=wide_dtype(x.dtype), device=x.device)
-        o, memory = attend_salient(sides, memory, near, self.form, x.dtype)
+        o, memory = attend_salient(sides, call.state("memory"), self.form)
         call.keep(memory=memory)
-        o = layout.gather(o)
-        y: Tensor = self.o_proj(self.heads_out(call.gated(o)).flatten(2))
+        y: Tensor = self.o_proj(self.heads_out(call.gated(o.transpose(1, 2))).flatten(2))
         return y
 
     def _projected(self, x: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
@@ -126,7 +119,7 @@ class StillModule(nn.Module):
         real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
         if call.key_padding is None:
             return Layout.regular(size, first, real, earlier % size)
-        first = first - (call.key_padding > 0).to(torch.int64).argmax(dim=-1)
+        first = first - _padding(call.key_padding)
         return Layout.of(size, first, real if call.padding is None else call.padding > 0, None)
 
     def _scores(self, new: Tensor, seen: Tensor, call: Call) -> Tensor:
@@ -139,24 +132,25 @@ class StillModule(nn.Module):
         return scores
 
     def _far(
-        self, sides: tuple[Tensor, Tensor, Tensor], index: Tensor, near: Near, call: Call
+        self, sides: tuple[Tensor, Tensor, Tensor], chosen: tuple[Tensor, Tensor], near: Near, call: Call
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Keys, values and marks of the salient tokens of the chunks that have left, by the number of the chunk.
 
-        Shapes:  sides: as `Sides` has k, v and seen;  index: [B, N, C + 1, keep];  out: as `Sides` has them
+        Shapes:  sides: as `Sides` has k, v and seen;  chosen: as `Near` has them;  out: as `Sides` has them
         """
         (k, v, seen), (size, keep), earlier = sides, (self.form.chunk, self.form.keep), _earlier(call)
         held, tokens = max(0, earlier // size - 1), near.layout.real.shape[1]
         chunks = torch.arange(max(0, (earlier + tokens) // size - 1), device=k.device)
         slot = chunks + 1 - near.layout.base[:, None]
         is_new = (slot >= 0)[:, None, :, None, None]
-        slot = slot.clamp(min=0, max=near.layout.chunks)
-        marks = seen[:, None].expand(k.shape[:-1])
-        new = [one.gather(3, _spread(index, one)) for one in (k, v, marks[..., None])]
+        slot = slot.clamp(min=0, max=near.layout.chunks)[:, None, :, None].expand(-1, k.shape[1], -1, keep)
+        index, inside = (one.gather(2, slot).flatten(2)[..., None] for one in chosen)
+        marks = seen[:, None, :, None].expand(*k.shape[:3], 1)
+        new = [one.gather(2, index.expand(-1, -1, -1, one.shape[-1])) for one in (k, v, marks)]
+        new[2] = new[2] * inside.to(marks.dtype)
         found, names = [], ("salient_keys", "salient_values", "salient_written")
-        for name, one in zip(names, new, strict=True):
-            rows = one.gather(2, slot[:, None, :, None, None].expand(-1, one.shape[1], -1, *one.shape[3:]))
-            past = call.state(name)
+        for name, rows in zip(names, new, strict=True):
+            rows, past = rows.unflatten(2, (len(chunks), keep)), call.state(name)  # type: ignore[no-untyped-call]
             if past is not None:
                 # Chunks that earlier calls have sorted out.
                 past = past[:, :, : held * keep].to(rows.dtype).unflatten(2, (held, keep))  # type: ignore[no-untyped-call]
@@ -164,13 +158,6 @@ class StillModule(nn.Module):
             found.append(rows.flatten(2, 3))
         call.keep(**dict(zip(names, (found[0], found[1], found[2] > 0.5), strict=True)))
         return found[0], found[1], found[2][..., 0]
-
-    def _leaves(self, near: Near) -> Tensor:
-        """The near chunks that no later token sees whole.  Shapes:  out: [B, C + 1] bool"""
-        layout = near.layout
-        number = torch.arange(-1, layout.chunks, device=near.index.device) + layout.base[:, None]
-        after = layout.first + layout.real.shape[1]
-        return number <= (after // layout.length - 2)[:, None]
 
     def new_cache(self) -> StateLayer:
         made = CompositeLayer({RECENT: KVLayer(2 * self.form.chunk)})
@@ -212,9 +199,17 @@ def _real(call: Call, keys: int) -> Tensor | None:
     return None if call.key_padding is None else (call.key_padding[:, -keys:] > 0).to(torch.float32)
 
 
-def _spread(index: Tensor, like: Tensor) -> Tensor:
-    """Shapes:  index: [B, N, C, keep];  like: [B, N, C, l, d];  out: [B, N, C, keep, d]"""
-    return index[..., None].expand(*index.shape, like.shape[-1])
+def _padding(key_padding: Tensor) -> Tensor:
+    """Tokens before each row's first real one.  Shapes:  out: [B]"""
+    return (key_padding > 0).to(torch.int64).argmax(dim=-1)
+
+
+def _marked(chosen: tuple[Tensor, Tensor], keys: int) -> Tensor:
+    """Shapes:  chosen: as `Near` has them;  out: [B, N, S] bool"""
+    index, inside = (one.flatten(2) for one in chosen)
+    # The last is for those that are not there.
+    marks = torch.zeros(*index.shape[:2], keys + 1, dtype=torch.bool, device=index.device)
+    return marks.scatter(2, index.masked_fill(~inside, keys), True)[:, :, :keys]
 
 
 def _padded(x: Tensor, chunks: int) -> Tensor:
