@@ -70,7 +70,14 @@ def make_task(
     `tokenizer-mismatch`, `out-of-range` …
     """
     if isinstance(task, MqarTask):
-        return Mqar(vocab_size=vocab_size, pairs=task.pairs, length=task.length, easy_first=task.easy_first)
+        return Mqar(
+            vocab_size=vocab_size,
+            pairs=task.pairs,
+            length=task.length,
+            easy_first=task.easy_first,
+            overwritten=task.overwritten,
+            key_tokens=task.key_tokens,
+        )
     if not isinstance(task, TextTask | MaskedBytesTask):
         return GENERATED[task.kind](task, vocab_size=vocab_size)
     corpus = load_corpus(data.source, text_field=data.text_field)
