@@ -77,6 +77,7 @@ DRAWN: dict[str, tuple[str, dict[str, Any]]] = {
         {"facts": 9, "hops": 3, "questions": 4, "symbols": 20, "easy_first": 0.2},
     ),
     "common-words": ("common_words", {"symbols": 30, "words": 8, "repeats": 2, "common_repeats": 5}),
+    "frequent-words": ("frequent_words", {"symbols": 20, "answers": 2, "length": 66}),
     "in-context-regression": ("in_context_regression", {"examples": 30}),
     "paragraph-topic": ("paragraph_topic", {"paragraphs": 6, "paragraph_length": 7}),
 }

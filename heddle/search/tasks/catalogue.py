@@ -10,6 +10,7 @@ from heddle.compose.train import Recipe
 from heddle.search.tasks.common_words import CommonWords
 from heddle.search.tasks.copying import Copying
 from heddle.search.tasks.corpus import load_corpus
+from heddle.search.tasks.frequent_words import FrequentWords
 from heddle.search.tasks.fuzzy_recall import FuzzyRecall
 from heddle.search.tasks.generated import Generated
 from heddle.search.tasks.in_context_recall import InContextRecall
@@ -48,6 +49,7 @@ GENERATED: dict[str, Callable[..., Generated[Any]]] = {
         VariableTracking,
         MultiHopRecall,
         CommonWords,
+        FrequentWords,
         InContextRegression,
         ParagraphTopic,
     )
