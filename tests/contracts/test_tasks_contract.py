@@ -77,6 +77,7 @@ DRAWN: dict[str, tuple[str, dict[str, Any]]] = {
         {"facts": 9, "hops": 3, "questions": 4, "symbols": 20, "easy_first": 0.2},
     ),
     "common-words": ("common_words", {"symbols": 30, "words": 8, "repeats": 2, "common_repeats": 5}),
+    "frequent-words": ("frequent_words", {"symbols": 20, "answers": 2, "length": 66}),
     "in-context-regression": ("in_context_regression", {"examples": 30}),
     "paragraph-topic": ("paragraph_topic", {"paragraphs": 6, "paragraph_length": 7}),
 }
@@ -85,6 +86,9 @@ TASKS: dict[str, Callable[[], Task]] = {
     "mqar-quiet": lambda: Mqar(vocab_size=64, pairs=8, length=47, random_non_queries=False),
     "mqar-even": lambda: Mqar(vocab_size=64, pairs=4, length=40, gap_power=1.0),
     "mqar-tight": lambda: Mqar(vocab_size=VOCAB, pairs=8, length=32),
+    "mqar-overwritten": lambda: Mqar(vocab_size=VOCAB, pairs=4, length=40, overwritten=6),
+    "mqar-two-token-keys": lambda: Mqar(vocab_size=VOCAB, pairs=7, length=47, key_tokens=2),
+    "mqar-both": lambda: Mqar(vocab_size=64, pairs=4, length=34, overwritten=3, key_tokens=2),
     "text": text,
     "masked-bytes": partial(masked, of_readout=False),
     "masked-byte": partial(masked, of_readout=True),

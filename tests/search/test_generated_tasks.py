@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from functools import partial
 from itertools import product
@@ -15,7 +16,8 @@ from heddle.errors import HeddleError
 from heddle.search.evaluate import Training, train_and_score
 from heddle.search.tasks import batches, make_task, recipe_for
 from heddle.search.tasks import regression_lines as lines
-from heddle.search.tasks.drawing import distinct, generator_for, places
+from heddle.search.tasks.drawing import distinct, generator_for, picked, places
+from heddle.search.tasks.frequent_words import FrequentWords
 from heddle.search.tasks.fuzzy_recall import FuzzyRecall
 from heddle.search.tasks.in_context_recall import InContextRecall
 from heddle.search.tasks.in_context_regression import InContextRegression
@@ -27,6 +29,7 @@ from heddle.search.tasks.task import Score
 from heddle.search.tasks.word_problem import WordProblem, group_of
 from heddle.specs import loads
 from heddle.specs.tasks import (
+    FrequentWordsTask,
     FuzzyRecallTask,
     InContextRecallTask,
     InContextRegressionTask,
@@ -36,6 +39,7 @@ from heddle.specs.tasks import (
     ParityTask,
     WordProblemTask,
 )
+from heddle.specs.tasks.statistics import zeta
 
 CPU = torch.device("cpu")
 SPEC = """
@@ -180,6 +184,52 @@ def test_several_hops_are_scored_each() -> None:
     hits[:, 15::2] = True
     hits[0, 16] = True
     assert task.parts(hits) == {"hop_1_accuracy": 1.0, "hop_2_accuracy": 0.125}
+
+
+def test_frequent_words_stand_as_often_as_the_zeta_law_says() -> None:
+    task = FrequentWords(FrequentWordsTask(), vocab_size=128)
+    inputs, targets = task.sample(20, seed=0, device=CPU)
+    expected = [int(253 * 6 / math.pi**2 / rank**2) for rank in range(2, 13)]
+    for row, answers in zip(inputs.tolist(), targets.tolist(), strict=True):
+        assert row[-3:] == [0, 1, 2]
+        (noise, most), *words = Counter(row[:-3]).most_common()
+        assert (noise, most) == (3, 253 - sum(expected))
+        assert [count for _, count in words] == expected
+        assert answers[-3:] == [word for word, _ in words[:3]]
+    # Its words stand anywhere.
+    assert bool(((inputs[:, :-3] > 3).float().mean(dim=0) > 0).float().mean() > 0.95)
+
+
+def test_one_who_names_a_drawn_word_scores_what_is_told() -> None:
+    task = FrequentWords(FrequentWordsTask(), vocab_size=128)
+    inputs, targets = task.held_out(CPU)
+    generator = torch.Generator().manual_seed(0)
+    drawn = picked([[token for token in row if token > 3] for row in inputs.tolist()], 256, generator)
+    right = float((drawn == targets)[:, -3:].double().mean())
+    told = task.baselines(inputs, targets)["drawn_token_accuracy"]
+    assert right == pytest.approx(told, abs=0.04)
+    assert task.chance < told < 0.5
+
+
+def test_the_zeta_function_is_what_its_sum_comes_to() -> None:
+    assert zeta(2.0) == pytest.approx(math.pi**2 / 6, rel=1e-9)
+    assert zeta(4.0) == pytest.approx(math.pi**4 / 90, rel=1e-9)
+    # Between the sum and the integrals on either side of what is left of it.
+    head = sum(n**-1.1 for n in range(1, 10_000))
+    assert head + 10_000**-0.1 / 0.1 < zeta(1.1) < head + 9_999**-0.1 / 0.1
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [({"length": 40}, "length"), ({"symbols": 10}, "symbols"), ({"alpha": 8.0}, "length")],
+)
+def test_frequent_words_whose_order_or_number_cannot_be_are_refused(
+    fields: dict[str, float], field: str
+) -> None:
+    (misfit,) = FrequentWordsTask.model_validate(fields).misfits()
+    assert misfit[0] == field
+    with pytest.raises(HeddleError, match="frequent_words: " + field):
+        FrequentWords(FrequentWordsTask.model_validate(fields), vocab_size=128)
 
 
 def test_needles_fill_the_haystack_where_there_is_no_room_for_noise() -> None:

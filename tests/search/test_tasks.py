@@ -18,6 +18,7 @@ from heddle.search.tasks.scoring import judge, ratio_with_error
 from heddle.search.tasks.task import batches
 from heddle.search.tasks.text import GRAM, Text, previous_gram
 from heddle.search.tasks.tokens import Tokens, tokens_of
+from heddle.specs import MqarTask
 
 CPU = torch.device("cpu")
 LINES = "".join(f"line {number} of {number * 7919 % 1000}\n" for number in range(4000)).encode()
@@ -168,6 +169,83 @@ def test_mqar_reach_is_the_distance_to_the_key() -> None:
         assert inputs[row, place - lag] == inputs[row, place]
         assert inputs[row, place - lag + 1] == targets[row, place]
     assert torch.equal(reach > 0, targets != IGNORE)
+
+
+def test_mqar_that_overwrites_tells_every_key_and_asks_for_the_last_value() -> None:
+    task = Mqar(vocab_size=64, pairs=4, length=40, overwritten=3, random_non_queries=False)
+    inputs, targets = task.sample(200, seed=0, device=CPU)
+    times = Counter[int]()
+    for row, answers in zip(inputs.tolist(), targets.tolist(), strict=True):
+        told = list(zip(row[0:14:2], row[1:14:2], strict=True))
+        assert len({value for _, value in told}) == 7
+        last = dict(told)
+        times.update(Counter(key for key, _ in told).values())
+        asked = {token: answer for token, answer in zip(row, answers, strict=True) if answer != IGNORE}
+        assert asked == last
+    assert set(times) == {1, 2, 3, 4}
+
+
+def test_mqar_asks_near_the_context_for_keys_that_were_told_early() -> None:
+    task = Mqar(vocab_size=256, pairs=4, length=40, overwritten=4)
+    inputs, targets = task.sample(20_000, seed=0, device=CPU)
+    # The first slot holds the key that was told first more often than any other, so chance is that of plain rows.
+    asked = targets[:, 16] != IGNORE
+    first = (inputs[:, 16] == inputs[:, 0])[asked].double().mean()
+    plain = Mqar(vocab_size=256, pairs=4, length=32)
+    inputs, targets = plain.sample(20_000, seed=1, device=CPU)
+    asked = targets[:, 8] != IGNORE
+    assert float(first) == pytest.approx(
+        float((inputs[:, 8] == inputs[:, 0])[asked].double().mean()), abs=0.03
+    )
+    assert task.chance == plain.chance
+
+
+def test_overwritten_keys_are_scored_apart() -> None:
+    task = Mqar(vocab_size=64, pairs=4, length=32, overwritten=3)
+    score = task.evaluate(Fixed(torch.zeros(64)), device=CPU)
+    assert score.extras == {"overwritten_accuracy": 0.0}
+    inputs, targets = task.held_out(CPU)
+    again = torch.tensor([task._told_again(row) for row in inputs.tolist()]) & (targets != IGNORE)
+    # Three pairs tell again one to three of the four keys.
+    assert set(again.sum(dim=1).tolist()) == {1, 2, 3}
+
+
+def test_neither_token_of_a_key_of_two_says_which_key_it_is() -> None:
+    task = Mqar(vocab_size=64, pairs=9, length=60, key_tokens=2, random_non_queries=False)
+    inputs, targets = task.sample(50, seed=0, device=CPU)
+    for row, answers in zip(inputs.tolist(), targets.tolist(), strict=True):
+        keys = list(zip(row[0:27:3], row[1:27:3], strict=True))
+        assert len(set(keys)) == 9
+        first, second = (Counter(key[at] for key in keys) for at in (0, 1))
+        assert first.keys().isdisjoint(second)
+        assert set(first.values()) == set(second.values()) == {3}
+        value_of = dict(zip(keys, row[2:27:3], strict=True))
+        places = [place for place, answer in enumerate(answers) if answer != IGNORE]
+        assert all(place % 3 == 1 and place > 27 for place in places)
+        assert {(row[place - 1], row[place]): answers[place] for place in places} == value_of
+
+
+def test_easier_rows_of_mqar_have_their_share_of_overwritten_keys() -> None:
+    task = Mqar(vocab_size=64, pairs=8, length=72, overwritten=4, key_tokens=2)
+    shapes = {
+        (inputs.shape[1], int((targets != IGNORE)[0].sum()))
+        for inputs, targets in (task.training_batch(144, seed=seed, device=CPU) for seed in range(40))
+    }
+    assert shapes == {(72, 8), (36, 4), (18, 2)}
+
+
+@pytest.mark.parametrize("fields", [{"overwritten": 9}, {"key_tokens": 2, "overwritten": 3}])
+def test_mqar_needs_exactly_the_vocabulary_and_the_length_that_its_schema_says(
+    fields: dict[str, int],
+) -> None:
+    schema = MqarTask.model_validate({"pairs": 8, "length": 256, **fields})
+    (misfit,) = MqarTask.model_validate({"pairs": 8, "length": 32, **fields}).misfits()
+    length = int(misfit[2].split(",")[0].removeprefix("length: "))
+    Mqar(vocab_size=schema.ids, pairs=8, length=length, **fields).sample(4, seed=0, device=CPU)
+    for vocab, tokens in ((schema.ids - 1, length), (schema.ids, length - 1)):
+        with pytest.raises(HeddleError, match="hint:") as caught:
+            Mqar(vocab_size=vocab, pairs=8, length=tokens, **fields)
+        assert caught.value.code == "out-of-range"
 
 
 @pytest.mark.parametrize(("pairs", "length", "vocab"), [(9, 32, 256), (16, 128, 32)])

@@ -10,6 +10,7 @@ from heddle.compose.train import Recipe
 from heddle.search.tasks.common_words import CommonWords
 from heddle.search.tasks.copying import Copying
 from heddle.search.tasks.corpus import load_corpus
+from heddle.search.tasks.frequent_words import FrequentWords
 from heddle.search.tasks.fuzzy_recall import FuzzyRecall
 from heddle.search.tasks.generated import Generated
 from heddle.search.tasks.in_context_recall import InContextRecall
@@ -48,6 +49,7 @@ GENERATED: dict[str, Callable[..., Generated[Any]]] = {
         VariableTracking,
         MultiHopRecall,
         CommonWords,
+        FrequentWords,
         InContextRegression,
         ParagraphTopic,
     )
@@ -70,7 +72,14 @@ def make_task(
     `tokenizer-mismatch`, `out-of-range` …
     """
     if isinstance(task, MqarTask):
-        return Mqar(vocab_size=vocab_size, pairs=task.pairs, length=task.length, easy_first=task.easy_first)
+        return Mqar(
+            vocab_size=vocab_size,
+            pairs=task.pairs,
+            length=task.length,
+            easy_first=task.easy_first,
+            overwritten=task.overwritten,
+            key_tokens=task.key_tokens,
+        )
     if not isinstance(task, TextTask | MaskedBytesTask):
         return GENERATED[task.kind](task, vocab_size=vocab_size)
     corpus = load_corpus(data.source, text_field=data.text_field)

@@ -18,7 +18,13 @@ from heddle.specs.tasks.recall import (
     VariableTrackingTask,
 )
 from heddle.specs.tasks.states import GROUP_ORDERS, ModularArithmeticTask, ParityTask, WordProblemTask
-from heddle.specs.tasks.statistics import CommonWordsTask, InContextRegressionTask, MemorizationTask, TextTask
+from heddle.specs.tasks.statistics import (
+    CommonWordsTask,
+    FrequentWordsTask,
+    InContextRegressionTask,
+    MemorizationTask,
+    TextTask,
+)
 
 Generated = (
     InContextRecallTask
@@ -34,6 +40,7 @@ Generated = (
     | VariableTrackingTask
     | MultiHopRecallTask
     | CommonWordsTask
+    | FrequentWordsTask
     | InContextRegressionTask
     | ParagraphTopicTask
 )
@@ -54,6 +61,7 @@ TASKS: dict[str, type[TaskSchema]] = {
     "variable_tracking": VariableTrackingTask,
     "multi_hop_recall": MultiHopRecallTask,
     "common_words": CommonWordsTask,
+    "frequent_words": FrequentWordsTask,
     "in_context_regression": InContextRegressionTask,
     "masked_bytes": MaskedBytesTask,
     "paragraph_topic": ParagraphTopicTask,
@@ -64,6 +72,7 @@ __all__ = [
     "TASKS",
     "CommonWordsTask",
     "CopyingTask",
+    "FrequentWordsTask",
     "FuzzyRecallTask",
     "Generated",
     "InContextRecallTask",

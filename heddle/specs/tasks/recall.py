@@ -17,9 +17,26 @@ class MqarTask(TaskSchema):
     fewer: ClassVar[str] = "fewer pairs"
     kind: Literal["mqar"] = "mqar"
     pairs: Annotated[int, Field(ge=1, le=65_536, description="Key-value pairs of a sequence (a count).")] = 8
-    length: Annotated[int, Field(ge=4, le=10**6, description="Tokens of a sequence, at least 4 × pairs.")] = (
-        64
-    )
+    length: Annotated[
+        int,
+        Field(
+            ge=4,
+            le=10**6,
+            description="Tokens of a sequence, at least (key_tokens + 1) × (2 × pairs + overwritten).",
+        ),
+    ] = 64
+    overwritten: Annotated[
+        int,
+        Field(
+            ge=0,
+            le=65_536,
+            description="Further pairs that tell one of the keys again (a count); the value told last is asked for.",
+        ),
+    ] = 0
+    key_tokens: Annotated[
+        Literal[1, 2],
+        Field(description="Tokens of a key; of two, each is shared by some √pairs keys."),
+    ] = 1
     easy_first: Annotated[
         float,
         Field(
@@ -37,21 +54,27 @@ class MqarTask(TaskSchema):
 
     @property
     def told(self) -> str:
-        return f"mqar with {self.pairs} pairs"
+        again = f" and {self.overwritten} told again" if self.overwritten else ""
+        return f"mqar with {self.pairs} pairs{again}"
 
     @property
     def ids(self) -> int:
-        # A vocabulary of V has V/2 - 1 keys; the rest are values and the filler.
-        return 2 * (self.pairs + 1)
+        # A vocabulary of V has V/2 - 1 tokens for keys; the rest are values and the filler.
+        keys = self.pairs if self.key_tokens == 1 else 2 * (math.isqrt(self.pairs - 1) + 1)
+        return max(2 * (keys + 1), 2 * (self.pairs + self.overwritten) - 1)
 
     @property
     def back(self) -> int:
         return self.length - 1
 
     def misfits(self) -> Iterator[Misfit]:
-        if 4 * self.pairs > self.length:
-            what = f"{self.pairs} pairs need {4 * self.pairs} tokens, and length is {self.length}"
-            yield "pairs", what, f"length: {4 * self.pairs}, or pairs: {self.length // 4}"
+        pair = self.key_tokens + 1
+        least = pair * (2 * self.pairs + self.overwritten)
+        if least > self.length:
+            fewer = (self.length // pair - self.overwritten) // 2
+            again = f" and {self.overwritten} told again" if self.overwritten else ""
+            what = f"{self.pairs} pairs{again} need {least} tokens, and length is {self.length}"
+            yield "pairs", what, f"length: {least}" + (f", or pairs: {fewer}" if fewer > 0 else "")
 
 
 class InContextRecallTask(TaskSchema):

@@ -74,6 +74,56 @@ class CommonWordsTask(TaskSchema):
             yield "common_repeats", what, f"common_repeats: {self.repeats + 1}"
 
 
+class FrequentWordsTask(TaskSchema):
+    """The most frequent words behind the noise, whose counts fall by a power law (RULER, arXiv 2404.06654)."""
+
+    kind: Literal["frequent_words"] = "frequent_words"
+    symbols: Annotated[int, counted(65_536, "Words to draw from (a count).", least=2)] = 64
+    answers: Annotated[int, counted(64, "Words asked for (a count), the most frequent first.")] = 3
+    alpha: Annotated[
+        float, Field(gt=1, le=8, description="Exponent: the word of rank r stands in proportion to r^-alpha.")
+    ] = 2.0
+    length: Length = 256
+    tokens: Tokens = None
+    learning_rate: Rate = None
+    learning_rates: Rates = None
+
+    @property
+    def ids(self) -> int:
+        return self.answers + 1 + self.symbols
+
+    @property
+    def back(self) -> int:
+        return self.length - 1
+
+    @property
+    def counts(self) -> list[int]:
+        """How often each word stands, from rank 2 on; rank 1 is the noise."""
+        first = (self.length - self.answers) / zeta(self.alpha)
+        found: list[int] = []
+        while len(found) <= self.symbols and (count := int(first * (len(found) + 2) ** -self.alpha)) > 0:
+            found.append(count)
+        return found
+
+    def misfits(self) -> Iterator[Misfit]:
+        counts = self.counts
+        if len(counts) > self.symbols:
+            what = f"{self.symbols} symbols are too few words for {self.length} tokens"
+            yield "symbols", what, "more symbols, a smaller length, or a larger alpha"
+            return
+        asked = counts[: self.answers + 1]
+        if len(asked) <= self.answers or len(set(asked)) < len(asked):
+            what = f"in {self.length} tokens the {self.answers + 1} most frequent words do not all stand differently often"
+            yield "length", what, "a greater length, or fewer answers"
+
+
+def zeta(alpha: float) -> float:
+    """Σ n^-alpha over n = 1, 2, … for alpha > 1, by the sum of Euler and Maclaurin behind the first 64 terms."""
+    n = 64.0
+    head = sum(k**-alpha for k in range(1, int(n)))
+    return head + n ** (1 - alpha) / (alpha - 1) + n**-alpha / 2 + alpha * n ** (-alpha - 1) / 12
+
+
 class InContextRegressionTask(TaskSchema):
     """Linear regression from examples in context (arXiv 2208.01066), its numbers written as tokens; scored by squared error."""
 
