@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from heddle.kernels.op import wide_dtype
 
-# Chunks of queries whose weights training keeps at once; those of the others are worked out again.
-CHUNKS = 8
+# Chunks of queries whose weights training keeps at once; of more each group's are worked out again.
+CHUNKS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +141,7 @@ class Sides:
     `folded` says how much of a key the state takes. Marks are 1 for keys to be seen and have the gradient of a bias.
 
     Shapes:  q, gate, phi_q: C times [B, H, L, *];  k, v, phi_k: C + 1 times [B, N, l, *];  seen: [B, C + 1, l];
-             folded: [B, N, C + 1, l];  kept_k, kept_v: [B, N, M + C keep, d];  kept_seen: [B, N, M + C keep];  far: M
+             folded: [B, N, C + 1, l];  kept_k, kept_v: [B, N, M + (C - 1) keep, *];  kept_seen: likewise;  far: M
     """
 
     q: tuple[Tensor, ...]
@@ -166,16 +166,16 @@ class Sides:
         # Of more than `keep` the first stay, so that every token counts once.
         stays = stays & (stays.cumsum(-1) <= form.keep)
         marks = seen[:, None].expand(k.shape[:-1])
-        kept = _kept((k, v, marks), stays, form.keep)
-        far = (given.far_k, given.far_v, given.far_written)
-        count = 0
-        if far[0] is not None and far[1] is not None:
-            count = far[0].shape[2]
-            far_seen = marks.new_ones(far[0].shape[:3]) if far[2] is None else far[2].to(marks.dtype)
-            pairs = zip((far[0], far[1], far_seen), kept, strict=True)
-            kept = (
-                [torch.cat(pair, dim=2) for pair in pairs] if grid.chunks > 1 else [far[0], far[1], far_seen]
+        parts: list[tuple[Tensor, ...]] = []
+        if given.far_k is not None and given.far_v is not None:
+            far_seen = (
+                marks.new_ones(given.far_k.shape[:3]) if given.far_written is None else given.far_written
             )
+            parts.append((given.far_k, given.far_v, far_seen.to(marks.dtype)))
+        count = parts[0][0].shape[2] if parts else 0
+        if grid.chunks > 1 or not parts:
+            parts.append(_kept((k, v, marks), stays, form.keep))
+        kept = [one[0] if len(parts) == 1 else torch.cat(one, dim=2) for one in zip(*parts, strict=True)]
         leaving = grid.leaving(k.device)[:, None, :, None].to(marks.dtype)
         q, gate, phi_q = (grid.of_queries(x) for x in (given.q, given.gate, given.phi_q))
         folded = (marks * leaving).masked_fill(stays, 0.0)
@@ -185,7 +185,7 @@ class Sides:
         )
 
 
-def _kept(sides: tuple[Tensor, ...], stays: Tensor, keep: int) -> list[Tensor]:
+def _kept(sides: tuple[Tensor, ...], stays: Tensor, keep: int) -> tuple[Tensor, ...]:
     """Keys, values and marks of the tokens that stay of all chunks but the last two, which are seen whole.
 
     Shapes:  sides: [B, N, C + 1, l, *] twice, [B, N, C + 1, l];  stays: as the last;  out: [B, N, (C - 1) keep, ...]
@@ -195,7 +195,7 @@ def _kept(sides: tuple[Tensor, ...], stays: Tensor, keep: int) -> list[Tensor]:
     slots = stays.to(torch.int8).sort(dim=-1, descending=True, stable=True).indices[..., :keep]
     index = slots[..., None]
     found = [x.gather(3, index.expand(*slots.shape, x.shape[-1])) for x in (k, v)]
-    return [x.flatten(2, 3) for x in (*found, marks.masked_fill(~stays, 0.0).gather(3, slots))]
+    return tuple(x.flatten(2, 3) for x in (*found, marks.masked_fill(~stays, 0.0).gather(3, slots)))
 
 
 def forward(given: Given, form: Form, state: Tensor) -> tuple[Tensor, Tensor]:

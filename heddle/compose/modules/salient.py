@@ -160,7 +160,7 @@ def attend_salient(sides: Sides, memory: Tensor | None, form: Form) -> tuple[Ten
     queries = (torch.split(side, sizes, dim=2) for side in (sides.q, sides.gate))
     keys = (torch.split(side, [held + sizes[0], *sizes[1:]], dim=2) for side in (sides.k, sides.v))
     run = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-    last: tuple[Tensor, ...] = (sides.k[:, :, :0], sides.v[:, :, :0])
+    last = tuple(side.detach()[:, :, :0] for side in (sides.k, sides.v))
     told = []
     for end, q, gate, k, v in zip(ends, *queries, *keys, strict=True):
         given = (sides, form, end - q.shape[2], memory, q, gate, last[0], k, last[1], v)
