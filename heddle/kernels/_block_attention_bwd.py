@@ -71,7 +71,7 @@ def _block_attention_bwd_query_kernel(
     p_own = tl.where(has_own, tl.exp2(s_own - lse), 0.0)
     ds_own = p_own * (tl.sum(d_out.to(tl.float32) * v_own.to(tl.float32), axis=1) - delta)
     dq = ds_own[:, None] * k_own.to(tl.float32)  # [ROWS, ROWS_K]
-    missed = ds_own
+    missed = tl.zeros([ROWS], tl.float32)
 
     begin, count = find_entries(offsets_ptr, row, 0, 0, 1, False, False, False)
     entries_ptr += begin
@@ -94,7 +94,7 @@ def _block_attention_bwd_query_kernel(
             missed += tl.sum(ds, axis=1)
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     if BIAS:
-        tl.store(delta_ptr + at, delta + missed, mask=present)
+        tl.store(delta_ptr + at, delta + ds_own + missed, mask=present)
     dq_at = dq_ptr + (at * K)[:, None] + columns_k[None, :]
     tl.store(dq_at, (dq * scale).to(dq_ptr.dtype.element_ty), mask=here & in_k)
 
