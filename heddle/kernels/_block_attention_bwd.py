@@ -28,9 +28,12 @@ def _block_attention_bwd_query_kernel(
     T, S, N, tiles, stride_sb, scale,
     K: tl.constexpr, V: tl.constexpr, ROWS_K: tl.constexpr, ROWS_V: tl.constexpr, ROWS: tl.constexpr,
     QUERIES: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr,
-    SEEN: tl.constexpr, PRECISION: tl.constexpr,
+    SEEN: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries of one key head; leaves δ for the other kernel.
+
+    What rounding took from the output is not in δ, and as large as gradients of biases may be that are sums over many
+    logits. With BIAS the other kernel gets it added: it is Σ_j ds_j, which is 0 with the exact δ.
 
     Shapes:  out, d_out: [B, H, T, V], dense;  lse, delta: [B, H, T];  dq: [B, H, T, K]
     """
@@ -56,7 +59,8 @@ def _block_attention_bwd_query_kernel(
     out = tl.load(out_ptr + out_at, mask=here & in_v, other=0.0)
     lse = tl.load(lse_ptr + at, mask=present, other=float("inf"))
     delta = tl.sum(out.to(tl.float32) * d_out.to(tl.float32), axis=1)
-    tl.store(delta_ptr + at, delta, mask=present)
+    if not BIAS:
+        tl.store(delta_ptr + at, delta, mask=present)
 
     factor = scale * LOG2_E
     has_own = (place >= 0) & (place < S)
@@ -67,6 +71,7 @@ def _block_attention_bwd_query_kernel(
     p_own = tl.where(has_own, tl.exp2(s_own - lse), 0.0)
     ds_own = p_own * (tl.sum(d_out.to(tl.float32) * v_own.to(tl.float32), axis=1) - delta)
     dq = ds_own[:, None] * k_own.to(tl.float32)  # [ROWS, ROWS_K]
+    missed = tl.zeros([ROWS], tl.float32)
 
     begin, count = find_entries(offsets_ptr, row, 0, 0, 1, False, False, False)
     entries_ptr += begin
@@ -85,7 +90,11 @@ def _block_attention_bwd_query_kernel(
         reach = tl.where((mark >> query) & 1 != 0, place, -1)
         p = tl.where(key[None, :] < reach[:, None], tl.exp2(s - lse[:, None]), 0.0)
         ds = p * (tl.dot(d_out, tl.trans(v), input_precision=PRECISION) - delta[:, None])
+        if BIAS:
+            missed += tl.sum(ds, axis=1)
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+    if BIAS:
+        tl.store(delta_ptr + at, delta + ds_own + missed, mask=present)
     dq_at = dq_ptr + (at * K)[:, None] + columns_k[None, :]
     tl.store(dq_at, (dq * scale).to(dq_ptr.dtype.element_ty), mask=here & in_k)
 

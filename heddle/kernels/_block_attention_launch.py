@@ -184,7 +184,7 @@ class Call:
         _block_attention_bwd_query_kernel[(self.B * self.N * tiling.tiles,)](
             self.q, self.k, self.v, out, d_out, lse, delta, dq, start, read.offsets, read.entries, seen, *sides,
             self.T, self.S, self.N, tiling.tiles, stride, self.scale,
-            **constants, **self.plan.queries.options(),
+            BIAS=has_bias, **constants, **self.plan.queries.options(),
         )  # fmt: skip
         constants = self.constants(self.plan.keys, tiling)
         grid = (self.B * self.N * self.blocks, triton.cdiv(self.block, constants["KEYS"]))

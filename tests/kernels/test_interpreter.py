@@ -38,9 +38,9 @@ PACKED_CONTRACT = "tests/contracts/test_packed_ops.py"
 SOME_PACKED = "one_by_one and gates and float16 or one_call and clusters and float16"
 # Attention and a layer's step, whose contract is their own, and forms of ops that contracts do not have.
 OTHERS = {
-    # All gradients of one form, tall tiles, ragged heads in half precision, a list in three parts.
-    "test_block_attention_kernels": "reference and gates and float32 or gated_tiles and float16 or odd and group and float16 "
-    "or split and 3-listed and float32",
+    # All gradients of one form, those of gates that cancel, tall tiles, ragged heads in half precision, a list in three parts.
+    "test_block_attention_kernels": "reference and gates and float32 or cancel and 26 and float16 or gated_tiles and float16 "
+    "or odd and group and float16 or split and 3-listed and float32",
     # Ragged heads and groups in half precision, marks, a dense list, both ways of scoring; tiles of many queries.
     "test_block_choice": "reference and (odd and float16 or (marked or dense) and float32) or equal_blocks "
     "or many_queries and (long and float32 or odd and float16)",
