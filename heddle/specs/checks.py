@@ -150,7 +150,9 @@ def search_findings(search: Any, blocks: Mapping[str, Any], *, is_open: bool) ->
     """What does not hold in a `search` in full (see `short_forms`), by path below it."""
     found = []
     for path, task in tasks_of(search):
-        found += [Finding("out-of-range", what, (*path, field), hint) for field, what, hint in task.misfits()]
+        found += [
+            Finding("out-of-range", what, (*path, field), hint) for field, what, hint in task.all_misfits()
+        ]
     for path, budget in items_of(search, "budgets"):
         name = budget.get("relative_to")
         if isinstance(name, str) and blocks and not names_file(name):

@@ -301,6 +301,56 @@ def test_all_symbols_and_no_others_are_drawn(name: str) -> None:
         assert len(seen.unique()) == ids
 
 
+# Fields by which the answers are those of the task of that length, whatever the length.
+LONGER: dict[str, tuple[str, dict[str, Any], list[int]]] = {
+    "selective-copying": ("selective_copying", {"symbols": 5, "data_tokens": 8, "length": 40}, [20, 80]),
+    "induction-heads": ("induction_heads", {"symbols": 9, "length": 32}, [64]),
+    "copying": ("copying", {"symbols": 7, "data_tokens": 20}, [40]),
+    "parity": ("parity", {"length": 40}, [80]),
+    "word-s5-swaps": ("word_problem", {"group": "S5", "moves": "swaps", "length": 16}, [32]),
+    "modular-arithmetic": ("modular_arithmetic", {"length": 20}, [40]),
+    "niah": ("niah", {"needles": 3, "length": 40}, [80, 160]),
+    "variable-tracking": ("variable_tracking", {"hops": 2, "chains": 3, "names": 12, "length": 40}, [80]),
+    "frequent-words": ("frequent_words", {"symbols": 20, "answers": 2, "length": 66}, [132]),
+}
+
+
+@pytest.mark.parametrize("name", LONGER)
+def test_scores_at_other_lengths_are_told_and_change_no_other(name: str) -> None:
+    kind, fields, lengths = LONGER[name]
+    plain, task = drawn(kind, **fields), drawn(kind, **fields, test_lengths=lengths)
+    same = {length: drawn(kind, **{**fields, SCHEMAS[kind].length_field: length}) for length in lengths}
+    by_tokens = {one.sequence_length: one for one in (plain, *same.values())}
+    generator = torch.Generator()
+
+    def solved(inputs: Tensor) -> Tensor:
+        return by_tokens[inputs.shape[1]].oracle(inputs)
+
+    def guessed(inputs: Tensor) -> Tensor:
+        return by_tokens[inputs.shape[1]].guess(inputs, generator.manual_seed(0))
+
+    for answer in (solved, guessed):
+        found, alone = (one.evaluate(answering(one, answer), device=CPU) for one in (task, plain))
+        assert (found.value, found.se, found.n) == (alone.value, alone.se, alone.n)
+        told = {}
+        for length, one in same.items():
+            told[f"accuracy_at_{length}"] = one.evaluate(answering(one, answer), device=CPU).value
+            told[f"chance_at_{length}"] = one.chance
+        assert found.extras == {**alone.extras, **told}
+        for length, one in same.items():
+            expected, error = (1.0, 1e-6) if answer is solved else (one.chance, 0.08)
+            assert found.extras[f"accuracy_at_{length}"] == pytest.approx(expected, abs=error)
+    assert torch.equal(
+        task.training_batch(500, seed=3, device=CPU)[0], plain.training_batch(500, seed=3, device=CPU)[0]
+    )
+    assert task.digest != plain.digest
+
+
+def test_all_tasks_with_other_lengths_are_held_to_it() -> None:
+    asked = {kind for kind, schema in SCHEMAS.items() if "test_lengths" in schema.model_fields}
+    assert asked == {kind for kind, _, _ in LONGER.values()}
+
+
 def test_every_task_of_the_schema_is_held_to_these_contracts() -> None:
     assert {kind for kind, _ in DRAWN.values()} | {"mqar", "text", "masked_bytes"} == set(SCHEMAS)
     assert {kind for kind, _ in DRAWN.values()} == set(GENERATED)

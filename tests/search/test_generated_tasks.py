@@ -6,15 +6,16 @@ import math
 from collections import Counter
 from functools import partial
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from heddle.compose.train import IGNORE, Recipe
 from heddle.errors import HeddleError
 from heddle.search.evaluate import Training, train_and_score
-from heddle.search.tasks import batches, make_task, recipe_for
+from heddle.search.tasks import GENERATED, batches, make_task, recipe_for
 from heddle.search.tasks import regression_lines as lines
 from heddle.search.tasks.drawing import distinct, generator_for, picked, places
 from heddle.search.tasks.frequent_words import FrequentWords
@@ -37,6 +38,7 @@ from heddle.specs.tasks import (
     MultiHopRecallTask,
     NiahTask,
     ParityTask,
+    TaskSchema,
     WordProblemTask,
 )
 from heddle.specs.tasks.statistics import zeta
@@ -232,6 +234,41 @@ def test_frequent_words_whose_order_or_number_cannot_be_are_refused(
         FrequentWords(FrequentWordsTask.model_validate(fields), vocab_size=128)
 
 
+def test_a_model_that_fails_at_a_length_that_was_not_trained_keeps_its_score() -> None:
+    task = Parity(ParityTask(length=8, test_lengths=[4, 16]), vocab_size=4)
+
+    class Short(nn.Module):
+        lm_head = nn.Linear(4, 4, bias=False)
+
+        def model(self, input_ids: Tensor, use_cache: bool) -> SimpleNamespace:
+            assert not use_cache
+            fill = 1.0 if input_ids.shape[1] <= 8 else float("nan")
+            return SimpleNamespace(last_hidden_state=torch.full((*input_ids.shape, 4), fill))
+
+        def logits(self, hidden: Tensor) -> Tensor:
+            return hidden
+
+    score = task.evaluate(Short(), device=CPU)
+    assert 0.4 < score.value < 0.6
+    assert {"accuracy_at_4", "chance_at_4"} < set(score.extras)
+    assert "accuracy_at_16" not in score.extras
+
+
+@pytest.mark.parametrize(
+    ("spec", "what"),
+    [
+        (ParityTask(length=8, test_lengths=[32, 16]), "they rise, and none is the length that is trained, 8"),
+        (ParityTask(length=8, test_lengths=[8, 16]), "they rise, and none is the length that is trained, 8"),
+        (NiahTask(length=64, test_lengths=[4]), "at 4: 1 needles and a question need 7 tokens"),
+        (ModularArithmeticTask(length=8, test_lengths=[16, 33]), "at 33: digits, the operators"),
+    ],
+)
+def test_lengths_that_a_task_cannot_have_are_refused(spec: TaskSchema, what: str) -> None:
+    with pytest.raises(HeddleError, match="test_lengths: " + what) as caught:
+        GENERATED[str(spec.plain()["kind"])](spec, vocab_size=256)
+    assert caught.value.code == "out-of-range"
+
+
 def test_needles_fill_the_haystack_where_there_is_no_room_for_noise() -> None:
     spec = NiahTask(needles=4, width=2, keys=3, length=4 * 6 + 5)
     inputs, _ = Niah(spec, vocab_size=64).sample(50, seed=0, device=CPU)
@@ -296,7 +333,9 @@ def test_the_solver_of_regression_scores_next_to_the_bound() -> None:
     assert float((numbers - truth).square().mean()) == pytest.approx(task.best, rel=0.03)
 
 
-@pytest.mark.parametrize("task", ["{parity: {length: 8}}", "{in_context_regression: {examples: 8}}"])
+@pytest.mark.parametrize(
+    "task", ["{parity: {length: 8, test_lengths: [24]}}", "{in_context_regression: {examples: 8}}"]
+)
 def test_a_model_is_trained_and_scored_at_a_drawn_task(task: str) -> None:
     spec = loads(SPEC.format(task=task)).spec
     assert spec.search is not None
@@ -307,6 +346,7 @@ def test_a_model_is_trained_and_scored_at_a_drawn_task(task: str) -> None:
     # Twenty steps teach little; a model that knows nothing scores chance, or a little less.
     assert -0.5 < result["normalised"] < 0.5
     assert result["n"] == made.held_out_rows
+    assert ("accuracy_at_24" in result["extras"]) == (made.name == "parity")
 
 
 def test_fields_that_do_not_go_together_are_refused_with_a_way_out() -> None:

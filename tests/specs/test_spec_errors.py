@@ -372,6 +372,18 @@ SEARCH_MISTAKES: list[tuple[str, str, str]] = [
     ),
     (
         "[text]",
+        "[{mqar: {pairs: 8, length: 32, overwritten: 3}}]",
+        "a.yaml:20:26: search.tasks.0.mqar.pairs: 8 pairs and 3 told again need 38 tokens, and length is 32   [out-of-range]"
+        "  | length: 38, or pairs: 6",
+    ),
+    (
+        "[text]",
+        "[{parity: {length: 16, test_lengths: [64, 16]}}]",
+        "a.yaml:20:47: search.tasks.0.parity.test_lengths: they rise, and none is the length that is trained, 16"
+        "   [out-of-range]  | test_lengths: [64]",
+    ),
+    (
+        "[text]",
         "[{mqar: {pair: 4}}]",
         "a.yaml:20:19: search.tasks.0.mqar.pair: there is no field 'pair' here   [unknown-field]  | did you mean pairs?",
     ),

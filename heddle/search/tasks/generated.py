@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import ClassVar, Generic, Literal, TypeVar
 
 import torch
@@ -29,6 +30,9 @@ class Generated(Task, Generic[S]):
     Extras: where the answers of a task rest at different distances, `near_accuracy` and `far_accuracy`, over the quarters of
     the labels whose `reach` is least and greatest.
 
+    With `test_lengths` the extras hold `accuracy_at_L` and `chance_at_L` for each of those lengths L, over the held-out examples
+    of the task of that length; neither training nor score know of them. A length at which the loss is not finite is left out.
+
     Raises `out-of-range` for fields that do not go together and for a vocabulary that is too small.
     """
 
@@ -43,8 +47,14 @@ class Generated(Task, Generic[S]):
         _check(spec, vocab_size)
         self.spec, self.sequence_length = spec, sequence_length
         fields = spec.plain(leave=("kind", "tokens", "learning_rate", "learning_rates"))
+        if not spec.other_lengths:
+            fields.pop("test_lengths", None)
         settings = [f"{name}={value}" for name, value in sorted(fields.items())]
         self.digest = digest_of(self.name, self.revision, *settings, self.held_out_rows)
+        make: Callable[..., Generated[S]] = type(self)
+        self._others = {
+            length: make(spec.at_length(length), vocab_size=vocab_size) for length in spec.other_lengths
+        }
 
     @abstractmethod
     def draw(self, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -88,6 +98,16 @@ class Generated(Task, Generic[S]):
 
     def evaluate(self, model: nn.Module, *, device: torch.device | str) -> Score:
         """Accuracy over all answers; its error counts sequences, whose answers stand or fall together."""
+        score = self._at_this_length(model, device)
+        return replace(score, extras={**score.extras, **self._at_other_lengths(model, device)})
+
+    def oracle(self, inputs: Tensor) -> Tensor:
+        return torch.tensor([self.solve(row) for row in inputs.tolist()])
+
+    def reach(self, inputs: Tensor) -> Tensor:
+        return torch.tensor([self.lags(row) for row in inputs.tolist()])
+
+    def _at_this_length(self, model: nn.Module, device: torch.device | str) -> Score:
         inputs, targets = self.held_out(device)
         _, hits = judge(model, inputs, targets)
         asked = (targets >= 0).cpu()
@@ -99,11 +119,18 @@ class Generated(Task, Generic[S]):
         }
         return Score(value, se, len(inputs), extras)
 
-    def oracle(self, inputs: Tensor) -> Tensor:
-        return torch.tensor([self.solve(row) for row in inputs.tolist()])
-
-    def reach(self, inputs: Tensor) -> Tensor:
-        return torch.tensor([self.lags(row) for row in inputs.tolist()])
+    def _at_other_lengths(self, model: nn.Module, device: torch.device | str) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for length, task in self._others.items():
+            try:
+                score = task._at_this_length(model, device)
+            except HeddleError as error:
+                # A trial whose model fails at a length that was not trained keeps its score.
+                if error.code != "loss-not-finite":
+                    raise
+                continue
+            found |= {f"accuracy_at_{length}": score.value, f"chance_at_{length}": task.chance}
+        return found
 
     def _by_lag(self, inputs: Tensor, asked: Tensor, hits: Tensor) -> dict[str, float]:
         lags = self.reach(inputs)[asked].double()
@@ -117,7 +144,7 @@ class Generated(Task, Generic[S]):
 
 def _check(spec: TaskSchema, vocab_size: int) -> None:
     where = Where(path="search.tasks")
-    for field, what, hint in spec.misfits():
+    for field, what, hint in spec.all_misfits():
         raise HeddleError("out-of-range", f"{spec.told}: {field}: {what}", where=where, hint=hint)
     if vocab_size < spec.ids:
         what = f"{vocab_size} is too small for {spec.told}, which needs {spec.ids} tokens"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, ClassVar, Literal
+from itertools import pairwise
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
@@ -22,6 +23,14 @@ Rates = Annotated[
     ),
 ]
 Length = Annotated[int, Field(ge=4, le=10**6, description="Tokens of a sequence.")]
+TestLengths = Annotated[
+    list[Annotated[int, Field(ge=4, le=10**6)]] | None,
+    Field(
+        min_length=1,
+        max_length=8,
+        description="Other lengths, rising, at which the trained model is scored too, beside the score; null: none.",
+    ),
+]
 # A field, what is wrong with it, and what would be right.
 Misfit = tuple[str, str, str]
 
@@ -38,6 +47,8 @@ class TaskSchema(Schema):
     # The kind of model that can be trained for it.
     model_kind: ClassVar[Literal["causal_lm", "encoder"]] = "causal_lm"
     needs_readout: ClassVar[bool] = False
+    # The field that `test_lengths` takes the place of, where a task has those.
+    length_field: ClassVar[str] = "length"
 
     @property
     def told(self) -> str:
@@ -61,3 +72,26 @@ class TaskSchema(Schema):
     def misfits(self) -> Iterator[Misfit]:
         """Fields that do not go together."""
         yield from ()
+
+    @property
+    def other_lengths(self) -> list[int]:
+        """Lengths beside its own at which a trained model is scored."""
+        return list(getattr(self, "test_lengths", None) or ())
+
+    def at_length(self, length: int) -> Self:
+        """The same task with sequences of another length."""
+        return self.model_copy(update={self.length_field: length, "test_lengths": None})
+
+    def all_misfits(self) -> Iterator[Misfit]:
+        """Fields that do not go together, also at the lengths of `test_lengths`."""
+        own = list(self.misfits())
+        yield from own
+        lengths = self.other_lengths
+        trained = getattr(self, self.length_field, None)
+        if trained in lengths or any(low >= high for low, high in pairwise(lengths)):
+            right = sorted(set(lengths) - {trained})
+            what = f"they rise, and none is the {self.length_field} that is trained, {trained}"
+            yield "test_lengths", what, f"test_lengths: {right or 'null'}"
+        for length in [] if own else lengths:
+            for _, what, _ in self.at_length(length).misfits():
+                yield "test_lengths", f"at {length}: {what}", f"lengths that fit, as {trained} does"

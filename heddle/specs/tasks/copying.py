@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
-from heddle.specs.tasks.base import Length, Misfit, Rate, Rates, TaskSchema, Tokens, counted
+from heddle.specs.tasks.base import Length, Misfit, Rate, Rates, TaskSchema, TestLengths, Tokens, counted
 
 
 class SelectiveCopyingTask(TaskSchema):
@@ -15,6 +15,7 @@ class SelectiveCopyingTask(TaskSchema):
     symbols: Annotated[int, counted(65_536, "Symbols of the data (a count).", least=2)] = 14
     data_tokens: Annotated[int, counted(65_536, "Tokens to copy (a count).")] = 16
     length: Length = 256
+    test_lengths: TestLengths = None
     tokens: Tokens = None
     learning_rate: Rate = None
     learning_rates: Rates = None
@@ -42,6 +43,7 @@ class InductionHeadsTask(TaskSchema):
     kind: Literal["induction_heads"] = "induction_heads"
     symbols: Annotated[int, counted(65_536, "Symbols without the special one (a count).", least=2)] = 15
     length: Length = 64
+    test_lengths: TestLengths = None
     tokens: Tokens = None
     learning_rate: Rate = None
     learning_rates: Rates = None
@@ -58,9 +60,11 @@ class InductionHeadsTask(TaskSchema):
 class CopyingTask(TaskSchema):
     """Repeat a string after its end: the state of a recurrent mixer must hold all of it (arXiv 2402.01032)."""
 
+    length_field: ClassVar[str] = "data_tokens"
     kind: Literal["copying"] = "copying"
     symbols: Annotated[int, counted(65_536, "Symbols of the string (a count).", least=2)] = 16
     data_tokens: Annotated[int, counted(10**5, "Tokens of the string (a count).", least=2)] = 32
+    test_lengths: TestLengths = None
     tokens: Tokens = None
     learning_rate: Rate = None
     learning_rates: Rates = None

@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from heddle.specs.tasks.base import Length, Misfit, Rate, Rates, TaskSchema, Tokens, counted
+from heddle.specs.tasks.base import Length, Misfit, Rate, Rates, TaskSchema, TestLengths, Tokens, counted
 
 
 class MqarTask(TaskSchema):
@@ -176,6 +176,7 @@ class NiahTask(TaskSchema):
     values: Annotated[int, counted(4096, "Symbols of the values (a count).", least=2)] = 16
     noise_symbols: Annotated[int, counted(4096, "Symbols of the noise (a count).")] = 32
     length: Length = 512
+    test_lengths: TestLengths = None
     tokens: Tokens = None
     learning_rate: Rate = None
     learning_rates: Rates = None
@@ -215,6 +216,7 @@ class VariableTrackingTask(TaskSchema):
     names: Annotated[int, counted(4096, "Names of variables (a count).")] = 32
     constants: Annotated[int, counted(4096, "Constants (a count).", least=2)] = 16
     length: Length = 256
+    test_lengths: TestLengths = None
     tokens: Tokens = None
     learning_rate: Rate = None
     learning_rates: Rates = None

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from heddle.specs.tasks.base import Length, Misfit, Rate, Rates, TaskSchema, Tokens
+from heddle.specs.tasks.base import Length, Misfit, Rate, Rates, TaskSchema, TestLengths, Tokens
 
 # Elements of the groups of `word_problem`.
 GROUP_ORDERS = {"S3": 6, "S5": 120, "A5": 60, "Z60": 60, "A4xZ5": 60}
@@ -18,6 +18,7 @@ class ParityTask(TaskSchema):
 
     kind: Literal["parity"] = "parity"
     length: Length = 32
+    test_lengths: TestLengths = None
     tokens: Tokens = None
     learning_rate: Rate = None
     learning_rates: Rates = None
@@ -42,6 +43,7 @@ class WordProblemTask(TaskSchema):
         Field(description="Tokens: all elements, or the identity and the swaps of two, for S3 and S5."),
     ] = "all"
     length: Length = 16
+    test_lengths: TestLengths = None
     tokens: Tokens = None
     learning_rate: Rate = None
     learning_rates: Rates = None
@@ -70,6 +72,7 @@ class ModularArithmeticTask(TaskSchema):
     length: Annotated[
         int, Field(ge=4, le=10**4, description="Tokens of a sequence: digits, operators and =.")
     ] = 32
+    test_lengths: TestLengths = None
     tokens: Tokens = None
     learning_rate: Rate = None
     learning_rates: Rates = None

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from heddle.specs.tasks.base import Length, Misfit, Rate, Rates, TaskSchema, Tokens, counted
+from heddle.specs.tasks.base import Length, Misfit, Rate, Rates, TaskSchema, TestLengths, Tokens, counted
 
 
 class TextTask(TaskSchema):
@@ -84,6 +85,7 @@ class FrequentWordsTask(TaskSchema):
         float, Field(gt=1, le=8, description="Exponent: the word of rank r stands in proportion to r^-alpha.")
     ] = 2.0
     length: Length = 256
+    test_lengths: TestLengths = None
     tokens: Tokens = None
     learning_rate: Rate = None
     learning_rates: Rates = None
@@ -101,7 +103,9 @@ class FrequentWordsTask(TaskSchema):
         """How often each word stands, from rank 2 on; rank 1 is the noise."""
         first = (self.length - self.answers) / zeta(self.alpha)
         found: list[int] = []
-        while len(found) <= self.symbols and (count := int(first * (len(found) + 2) ** -self.alpha)) > 0:
+        while (
+            len(found) <= self.symbols and (count := int(first * math.pow(len(found) + 2, -self.alpha))) > 0
+        ):
             found.append(count)
         return found
 
@@ -118,10 +122,11 @@ class FrequentWordsTask(TaskSchema):
 
 
 def zeta(alpha: float) -> float:
-    """Σ n^-alpha over n = 1, 2, … for alpha > 1, by the sum of Euler and Maclaurin behind the first 64 terms."""
-    n = 64.0
-    head = sum(k**-alpha for k in range(1, int(n)))
-    return head + n ** (1 - alpha) / (alpha - 1) + n**-alpha / 2 + alpha * n ** (-alpha - 1) / 12
+    """Σ n^-alpha over n = 1, 2, … for alpha > 1, by the sum of Euler and Maclaurin behind the first 63 terms."""
+    n = 64
+    head = math.fsum(math.pow(k, -alpha) for k in range(1, n))
+    at_n = math.pow(n, -alpha)
+    return head + at_n * (n / (alpha - 1) + 1 / 2 + alpha / (12 * n))
 
 
 class InContextRegressionTask(TaskSchema):
