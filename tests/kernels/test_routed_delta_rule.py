@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from held import assert_held, over_settings
+from held import Results, assert_held, over_settings
 from torch import Tensor
 
 from heddle.errors import HeddleError
@@ -105,6 +106,24 @@ HARD = {
 def test_strong_decays_and_betas_to_two_are_right_in_both_directions(
     hard: str, device: str, dtype: torch.dtype
 ) -> None:
+    exact, run = _hard(hard, device, dtype)
+    lost = {"d_initial_state"} if hard == "strong" and dtype == torch.float16 else set()
+    assert_held({side: x for side, x in exact.items() if side not in lost}, run, dtype, device)
+
+
+@pytest.mark.xfail(
+    strict=True, reason="e^-20 is no number of float16: the kernels give the state 0 for 2e-10"
+)
+@pytest.mark.parametrize(
+    "device", [*(["cpu"] if INTERPRETED else []), pytest.param("cuda", marks=pytest.mark.gpu)]
+)
+def test_the_initial_state_has_its_gradient_behind_strong_decays_in_float16(device: str) -> None:
+    exact, run = _hard("strong", device, torch.float16)
+    assert_held({"d_initial_state": exact["d_initial_state"]}, run, torch.float16, device)
+
+
+def _hard(hard: str, device: str, dtype: torch.dtype) -> tuple[Results, Callable[[], Results]]:
+    """The exact results, and what gives those to be held."""
     name, choices = HARD[hard]
     given = soft(drawn(SHAPES["whole"]))
     picked = torch.randint(len(choices), given[name].shape, generator=torch.Generator().manual_seed(1))
@@ -114,8 +133,7 @@ def test_strong_decays_and_betas_to_two_are_right_in_both_directions(
     exact = both_directions(routed_delta_rule_reference, given, 16, torch.float64, "cpu")
     # The reference takes what had been there off again, and of nothing written rounding is left.
     exact = {side: x.where(x.abs() > 1e-15, 0.0) for side, x in exact.items()}
-    run = partial(both_directions, routed_delta_rule, given, 16, dtype, device)
-    assert_held(exact, run, dtype, device)
+    return exact, partial(both_directions, routed_delta_rule, given, 16, dtype, device)
 
 
 @pytest.mark.parametrize(
