@@ -258,6 +258,7 @@ class Trainer:
         self.checked = 0
         # A graph for each shape of batches, and how many steps of each shape there were.
         self.captured: dict[tuple[torch.Size, int], _Captured] = {}
+        self.side: Any = torch.cuda.Stream() if on_cuda else None  # type: ignore[no-untyped-call]
         self.met: Counter[tuple[torch.Size, int]] = Counter()
 
     def step(self, step: int, inputs: Tensor, targets: Tensor, *, graph: bool) -> None:
@@ -271,9 +272,11 @@ class Trainer:
         """A step by the graph of its shape; one by one until that is captured."""
         shape = inputs.shape, labels.numel()
         if shape not in self.captured:
-            if self.met[shape] < GRAPH_WARMUP or len(self.captured) == MOST_GRAPHS:
+            if len(self.captured) == MOST_GRAPHS:
+                return self.update(inputs, positions, labels)
+            if self.met[shape] < GRAPH_WARMUP:
                 self.met[shape] += 1
-                return on_side_stream(lambda: self.update(inputs, positions, labels))
+                return on_side_stream(lambda: self.update(inputs, positions, labels), self.side)
             self.captured[shape] = _Captured(self, inputs, positions, labels)
         return self.captured[shape].replay(inputs, positions, labels)
 
@@ -333,7 +336,9 @@ class _Captured:
         self.positions = None if positions is None else positions.clone()
         self.graph = torch.cuda.CUDAGraph()
         run.optimizer.zero_grad(set_to_none=True)
-        with torch.cuda.graph(self.graph):
+        # Graphs are replayed one after the other, and what one tells is read before the next: they share their memory.
+        pool = next((one.graph.pool() for one in run.captured.values()), None)
+        with torch.cuda.graph(self.graph, pool=pool):
             self.told = run.update(self.inputs, self.positions, self.labels)
 
     def replay(self, inputs: Tensor, positions: Tensor | None, labels: Tensor) -> Told:
@@ -345,11 +350,12 @@ class _Captured:
         return self.told
 
 
-def on_side_stream(update: Callable[[], T]) -> T:
-    """A step as it is run before its capture."""
+def on_side_stream(update: Callable[[], T], side: Any = None) -> T:
+    """A step as it is run before its capture, on `side` or a new stream."""
     # torch asks that what is captured later runs a few times on a stream of its own first:
     # https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
-    side, current = torch.cuda.Stream(), torch.cuda.current_stream()  # type: ignore[no-untyped-call]
+    side = torch.cuda.Stream() if side is None else side  # type: ignore[no-untyped-call]
+    current = torch.cuda.current_stream()
     side.wait_stream(current)
     with torch.cuda.stream(side):
         result = update()

@@ -36,12 +36,7 @@ def _walk(
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr,
     ROLE: tl.constexpr, DROPPED: tl.constexpr, STRONG: tl.constexpr, PRECISE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Outputs and rows of the chunks of a segment, and the state behind them; STRONG as in `is_strong`.
-
-    There, what a token reads of itself joins its output after its row, and the state that the last token of a sequence leaves
-    is without it; and no decay that a whole product has passed is part of what is rounded. So a mirrored state is yet to pass
-    that of the token that it was read by last: `owed`, as log2.
-    """
+    """`_walk` of `_simple_gla_sweep.py` for one role: outputs and rows of the chunks of a segment, and the state behind them."""
     MIRRORED: tl.constexpr = ROLE != 0
     GATED: tl.constexpr = ROLE < 2
     ALONE: tl.constexpr = GATED and STRONG

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from heddle.errors import HeddleError
 from heddle.kernels._token_split_attention_torch import Form, Given, forward
-from heddle.kernels.common.varlen import check_packing
+from heddle.kernels.common.varlen import check_packing, known_lengths
 from heddle.kernels.op import (
     Inputs,
     Phase,
@@ -160,13 +160,16 @@ _op = register_composite(
 
 
 def _packed(
-    sides: Sequence[Tensor], written: Tensor | None, state: Tensor, numbers: Sequence[Any], cu_seqlens: Tensor
+    sides: Sequence[Tensor],
+    written: Tensor | None,
+    state: Tensor,
+    numbers: Sequence[Any],
+    lengths: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
-    """Every packed sequence alone. The host must know where they end, so a GPU is waited for."""
-    lengths: list[int] = cu_seqlens.diff().tolist()
+    """Every packed sequence alone."""
     # Of slices each gradient would be as long as the whole.
-    parts = zip(*(torch.split_with_sizes(x, lengths, 2) for x in sides), strict=True)
-    marks = [None] * len(lengths) if written is None else torch.split_with_sizes(written, lengths, 1)
+    parts = zip(*(x.split_with_sizes(list(lengths), 2) for x in sides), strict=True)
+    marks = [None] * len(lengths) if written is None else written.split_with_sizes(list(lengths), 1)
     outputs, states = [], list(torch.split(state, 1))
     for i, (one, mark, length) in enumerate(zip(parts, marks, lengths, strict=True)):
         if length > 0:
@@ -297,10 +300,9 @@ def token_split_attention(
     check_tensors(
         name, sides, floats=floats, integers={"padding": padding, "cu_seqlens": cu_seqlens}, masks=masks
     )
-    check_packing(name, B, T, cu_seqlens)
-    if cu_seqlens is not None and (T != S or begin or padding is not None or far_k is not None):
-        what = "packed sequences have as many queries as keys, and no begin, padding or far_k"
-        raise HeddleError("bad-argument", f"{name}: {what}")
+    check_packing(name, B, T, cu_seqlens, keys=S)
+    if cu_seqlens is not None and (begin or padding is not None or far_k is not None):
+        raise HeddleError("bad-argument", f"{name}: packed sequences have no begin, padding or far_k")
     f, far = phi_q.shape[-1], 0 if far_k is None or far_k.dim() != 4 else far_k.shape[2]
     rows = B if cu_seqlens is None else len(cu_seqlens) - 1
     expected: dict[str, tuple[Tensor | None, tuple[int, ...]]]
@@ -317,6 +319,7 @@ def token_split_attention(
     state = q.new_zeros(rows, N, f, V + 1, dtype=wide) if initial_state is None else initial_state.to(wide)
     numbers = (chunk, keep, begin, d**-0.5 if scale is None else scale)
     if cu_seqlens is not None:
-        return _packed((q, k, v, kept, gate, phi_q, phi_k), written, state, numbers, cu_seqlens)
+        lengths = known_lengths(name, cu_seqlens, T)
+        return _packed((q, k, v, kept, gate, phi_q, phi_k), written, state, numbers, lengths)
     limited = (padding, written, far_k, far_v, far_written)
     return _op(q, k, v, kept, gate, phi_q, phi_k, *limited, state, *numbers)  # type: ignore[no-any-return]

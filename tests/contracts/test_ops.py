@@ -172,8 +172,8 @@ def test_keys_that_repeat_are_right(op: AnyOp, device: str, dtype: torch.dtype, 
 @with_beta
 @pytest.mark.parametrize("beta", [0.0, 1.0, 2.0])
 def test_one_beta_throughout_is_right(op: AnyOp, device: str, dtype: torch.dtype, beta: float) -> None:
-    # Whole chunks: of the few numbers of a last one in half precision the baseline's error is a matter of luck.
-    shape = {"B": 1, "H": 2, "HV": 2, "K": 64, "V": 16, "T": 128}
+    # In half precision whole chunks: of the few numbers of a last one the baseline's error is a matter of luck.
+    shape = {"B": 1, "H": 2, "HV": 2, "K": 64, "V": 16, "T": 120 if dtype == torch.float32 else 128}
     sample = draw(op, shape, dtype)
     even = torch.full_like(sample.arguments["beta"], beta)
     _check(op, shape, replace(sample, arguments={**sample.arguments, "beta": even}), device)

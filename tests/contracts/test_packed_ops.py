@@ -248,7 +248,7 @@ def test_wrong_ends_of_sequences_are_told(form: str) -> None:
         ({"cu_seqlens": torch.tensor([0, 0, 4, 1, 4, 4, 34, 34])}, "must rise from 0 to 34, got"),
         ({"cu_seqlens": torch.tensor([ENDS])}, r"must be \[N \+ 1\]"),
         ({**rows, **start}, "the batch 1, not 2"),
-        (last, "have as many queries as keys"),
+        (last, "as many queries as keys"),
     ):
         with pytest.raises(HeddleError, match=f"^{fast.__name__}: .*{told}") as error:
             fast(**{**given, **change}, **rest)

@@ -30,6 +30,7 @@ from heddle.search.tasks.task import Score
 from heddle.search.tasks.word_problem import WordProblem, group_of
 from heddle.specs import loads
 from heddle.specs.tasks import (
+    CopyingTask,
     FrequentWordsTask,
     FuzzyRecallTask,
     InContextRecallTask,
@@ -180,6 +181,17 @@ def test_a_training_of_several_hops_sees_easier_rows_and_is_scored_on_full_ones_
     assert task.held_out(CPU)[0].shape == (512, 64)
 
 
+def test_marks_of_hops_are_no_symbols_in_easier_rows_either() -> None:
+    task = MultiHopRecall(MultiHopRecallTask(facts=16, hops=4, questions=8), vocab_size=128)
+    inputs = torch.cat([task.training_batch(640, seed=seed, device=CPU)[0].flatten() for seed in range(20)])
+    facts = inputs[inputs >= 4]
+    assert set(range(4, 4 + 64)) == set(facts.unique().tolist())
+    for seed in range(20):
+        rows, targets = task.batch_at(0.0, 640, seed=seed, device=CPU)
+        assert int(rows[:, 0].min()) >= 4
+        assert int(targets[targets >= 0].min()) >= 4
+
+
 def test_several_hops_are_scored_each() -> None:
     task = MultiHopRecall(MultiHopRecallTask(facts=5, hops=2, questions=2), vocab_size=128)
     hits = torch.zeros(4, task.sequence_length, dtype=torch.bool)
@@ -261,6 +273,7 @@ def test_a_model_that_fails_at_a_length_that_was_not_trained_keeps_its_score() -
         (ParityTask(length=8, test_lengths=[8, 16]), "they rise, and none is the length that is trained, 8"),
         (NiahTask(length=64, test_lengths=[4]), "at 4: 1 needles and a question need 7 tokens"),
         (ModularArithmeticTask(length=8, test_lengths=[16, 33]), "at 33: digits, the operators"),
+        (CopyingTask(test_lengths=[10**6]), "at 1000000: data_tokens: Input should be less than or equal to"),
     ],
 )
 def test_lengths_that_a_task_cannot_have_are_refused(spec: TaskSchema, what: str) -> None:

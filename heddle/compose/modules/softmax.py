@@ -33,8 +33,9 @@ def softmax_attention(
 
     Without a cap l = scale · q_i · k_j (arXiv 2408.00118); without sinks there is no such term (GPT-OSS). `scale` None is
     1 / sqrt(d). `mask` is bool, or a bias of the logits; None lets all through, or with `is_causal` (S = T) all before. A cap
-    or sinks take the explicit path: logits stand in memory in at least float32, at most `MOST` of them at once, and where there
-    are more training makes them a second time. With `packing` (S = T, no mask) documents are each on their own.
+    or sinks take the explicit path: logits stand in memory in at least float32, at most `MOST` of them, or those of one query,
+    at once, and where there are more training makes them a second time. With `packing` (S = T, no mask) documents are each on
+    their own.
 
     Shapes:  q, out: [B, H, T, d];  k, v: [B, KV heads, S, d];  mask: [1 or B, 1 or KV heads, T, S];  sinks: [H]
     """

@@ -32,7 +32,10 @@ def check_packing(
     if cu_seqlens is None:
         return
     if keys is not None and keys != length:
-        raise HeddleError("bad-argument", f"{name}: packed sequences have as many queries as keys")
+        raise HeddleError(
+            "bad-argument",
+            f"{name}: with cu_seqlens there are as many queries as keys, not {length} and {keys}",
+        )
     if batch != 1 or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
         raise HeddleError("bad-argument", f"{name}: cu_seqlens must be [N + 1], and the batch 1, not {batch}")
     if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():

@@ -122,11 +122,13 @@ class Generated(Task, Generic[S]):
     def _at_other_lengths(self, model: nn.Module, device: torch.device | str) -> dict[str, float]:
         found: dict[str, float] = {}
         for length, task in self._others.items():
+            # A trial whose model fails at a length that was not trained keeps its score.
             try:
                 score = task._at_this_length(model, device)
+            except torch.OutOfMemoryError:
+                continue
             except HeddleError as error:
-                # A trial whose model fails at a length that was not trained keeps its score.
-                if error.code != "loss-not-finite":
+                if error.code not in ("loss-not-finite", "out-of-memory"):
                     raise
                 continue
             found |= {f"accuracy_at_{length}": score.value, f"chance_at_{length}": task.chance}

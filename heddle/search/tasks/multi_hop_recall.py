@@ -46,6 +46,7 @@ class MultiHopRecall(Generated[MultiHopRecallTask]):
     """
 
     name = "multi_hop_recall"
+    revision = 2
 
     def __init__(self, spec: MultiHopRecallTask, *, vocab_size: int) -> None:
         super().__init__(spec, vocab_size=vocab_size, sequence_length=spec.length)
@@ -87,10 +88,12 @@ class MultiHopRecall(Generated[MultiHopRecallTask]):
         fill = (0, length - form.length)
         return F.pad(drawn[0], fill, value=END), F.pad(drawn[1], fill, value=IGNORE)
 
-    @staticmethod
-    def _drawn(form: MultiHopRecallTask, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def _drawn(
+        self, form: MultiHopRecallTask, batch: int, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
         device, facts, hops = generator.device, form.facts, form.hops
-        cycle = hops + distinct(batch, form.symbols, facts, generator)
+        # Of easier rows with fewer hops as well: a mark is never a symbol.
+        cycle = self.spec.hops + distinct(batch, form.symbols, facts, generator)
         order = distinct(batch, facts, facts, generator)
         pair = [cycle.gather(1, order), cycle.gather(1, (order + 1) % facts)]
         told = torch.stack([*pair, torch.full_like(order, END)], dim=2).flatten(1)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from heddle.specs.base import Count, Schema
 
@@ -93,5 +93,15 @@ class TaskSchema(Schema):
             what = f"they rise, and none is the {self.length_field} that is trained, {trained}"
             yield "test_lengths", what, f"test_lengths: {right or 'null'}"
         for length in [] if own else lengths:
-            for _, what, _ in self.at_length(length).misfits():
+            wrong = self._limit(length)
+            found = [what for _, what, _ in self.at_length(length).misfits()] if wrong is None else [wrong]
+            for what in found:
                 yield "test_lengths", f"at {length}: {what}", f"lengths that fit, as {trained} does"
+
+    def _limit(self, length: int) -> str | None:
+        """What the field that a length stands for has against it."""
+        try:
+            type(self).model_validate(self.at_length(length).model_dump())
+        except ValidationError as error:
+            return f"{self.length_field}: {error.errors()[0]['msg']}"
+        return None
