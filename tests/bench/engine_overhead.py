@@ -42,7 +42,7 @@ from heddle.search.workers import Answer, Job, Watcher  # noqa: E402
 class Here:
     """Workers that answer in this process and at once."""
 
-    device, parallel, gpus = "cpu", 4, 0
+    device, parallel, gpus, timed_on = "cpu", 4, 0, None
 
     def __init__(self, **_: object) -> None:
         pass
