@@ -431,11 +431,12 @@ def _apart(op: Op[..., Any], phase: Phase, ours: Callable[..., Any], arguments: 
     assert theirs is not None
     with torch.no_grad():
         found = [ours(**arguments), theirs(**{name: arranged(op.name, x) for name, x in arguments.items()})]
+        names: tuple[str, ...] = ("out", "final_state")
         if _PEERS[op.name].stateless:
-            found = [(found[0],), (arranged(op.name, found[1]),)]
+            found, names = [(found[0],), (arranged(op.name, found[1]),)], ("out",)
         return {
             name: float((there.float() - here.float()).norm() / here.float().norm())
-            for name, here, there in zip(("out", "final_state"), *found, strict=False)
+            for name, here, there in zip(names, *found, strict=True)
         }
 
 

@@ -113,6 +113,19 @@ def test_a_rival_that_knows_no_groups_is_given_copies_of_keys(monkeypatch: pytes
     assert bench._label("fla", "simple_gla", "fwd", sample.arguments) == "fla, keys copied"
 
 
+def test_a_rival_that_loses_its_state_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def whole(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, g: torch.Tensor, **_: Any) -> Any:
+        return simple_gla_reference(q, k, v, g)[:1]
+
+    monkeypatch.setitem(sys.modules, "a_rival", SimpleNamespace(whole=whole, token=None))
+    peer = bench._Peer("a_rival", "whole", "token", {"log_decay": "g"})
+    monkeypatch.setitem(bench._PEERS, "simple_gla", peer)
+    shape = {"B": 1, "T": 9, "H": 2, "HV": 2, "K": 8, "V": 8}
+    sample = draw(simple_gla, shape, torch.float64, initial_state=False)
+    with pytest.raises(ValueError, match="shorter"):
+        bench._apart(simple_gla, "fwd", simple_gla, sample.arguments)
+
+
 def test_a_rival_whose_tokens_stand_before_heads_is_given_them_so(monkeypatch: pytest.MonkeyPatch) -> None:
     def whole(q: torch.Tensor, r: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         sides = {name: x.transpose(1, 2) for name, x in {"q": q, "k": k, "v": v, "slope": r}.items()}
