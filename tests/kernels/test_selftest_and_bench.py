@@ -83,6 +83,22 @@ def test_a_call_in_a_graph_does_not_overtake_what_makes_its_inputs() -> None:
     assert seen[0].item() == 1.0
 
 
+@pytest.mark.gpu
+def test_a_slow_call_in_torch_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        seen.append(args)
+        return simple_gla(*args, **kwargs)
+
+    seen: list[Any] = []
+    monkeypatch.setattr(bench, "SLOW_S", 0.0)
+    shape = {"B": 1, "T": 64, "H": 2, "HV": 2, "K": 64, "V": 64}
+    about: dict[str, Any] = {"impl": "torch", "device": torch.device("cuda"), "dtype": torch.bfloat16}
+    row = bench._row(replace(simple_gla, fast=counted), "fwdbwd", shape, **about)
+    assert row is not None
+    assert (len(seen), row["peak_bytes"]) == (1, None)
+    assert row["ms"] == row["first_call_s"] * 1e3
+
+
 def test_rows_of_steps_are_named_after_the_step() -> None:
     rows = bench_ops(["delta_rule"], device="cpu", phases=["decode"])
     assert {(row["op"], row["phase"]) for row in rows} == {
