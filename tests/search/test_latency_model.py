@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from heddle.search.latency_model.fit import (
     spearman,
 )
 from heddle.search.latency_model.measuring import How, Site, fit_model
-from heddle.search.latency_model.model import load_model
+from heddle.search.latency_model.model import RANDOM, load_model
 from heddle.search.latency_model.stacks import Stack, labels_of, stack_of
 from heddle.search.objectives import asked_of
 from heddle.specs import SpecFile, loads
@@ -221,3 +222,5 @@ def test_stacks_that_route_read_the_tokens_of_a_task(tmp_path: Path) -> None:
     # A stack may be without the block that routes.
     assert told.keys() == {("random", None), ("task", how.reads and how.reads().digest)}
     assert told.total() == 12
+    alone = replace(how, folder=tmp_path / "alone", reads=None)
+    assert fit_model(file, [site], stacks=10, unseen=2, how=alone).fits[0].reads == RANDOM
