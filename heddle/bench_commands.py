@@ -131,11 +131,13 @@ def _show_fit(model: LatencyModel, fit: PlaceFit) -> None:
     from rich.table import Table
 
     from heddle import terminal
+    from heddle.search.latency_model.model import RANDOM
 
     screen, weights = terminal.console(), fit.sum.weights
     screen.print()
     timer = f"{fit.method}, beside {fit.reference} ({fit.reference_ms:.3f} ms)"
-    screen.print(f"{fit.place.label}: {timer}", style="bold")
+    read = {None: "", RANDOM: ", of random tokens"}.get(fit.reads, f", of tokens of task {fit.reads}")
+    screen.print(f"{fit.place.label}: {timer}{read}", style="bold")
     table = Table("term", "ms", box=None, pad_edge=False, header_style="dim")
     constants = [ms for name, ms in weights.items() if name[0] == "frame"]
     for ms in constants:

@@ -42,7 +42,7 @@ WARM_UP, REPEAT, FEWEST = 25, 100, 5
 # On a CPU a shape for a GPU would take minutes.
 CPU_LIMIT = {"B": 1, "T": 1024, "S": 1024, "H": 4, "HV": 4, "N": 4, "C": 1024}
 COPY_BYTES, MATMUL_SIZE = 1 << 32, 8192
-# Seconds of a call in PyTorch, which compiles nothing, from which on it is not made again.
+# Seconds of a call in PyTorch, which compiles nothing, from which on it is not made again, for its peak neither.
 SLOW_S = 5.0
 # What is timed whole, and what besides can be called by its cases: a layer's step has no sequences to time.
 TIMED: tuple[Op[..., Any], ...] = (
@@ -253,10 +253,10 @@ def _row(
                 torch.cuda.synchronize(device)
             first = time.perf_counter() - first
             if impl == "torch" and first > SLOW_S:
-                times = dict.fromkeys(("ms", "ms_p10", "ms_p90"), first * 1e3)
+                times, peak = dict.fromkeys(("ms", "ms_p10", "ms_p90"), first * 1e3), None
             else:
                 times = timed_in_graph(call) if phase == "decode_graph" else timed(call, device)
-            peak = _peak(call, device)
+                peak = _peak(call, device)
     except torch.cuda.OutOfMemoryError:
         return None
     work = (
@@ -431,11 +431,12 @@ def _apart(op: Op[..., Any], phase: Phase, ours: Callable[..., Any], arguments: 
     assert theirs is not None
     with torch.no_grad():
         found = [ours(**arguments), theirs(**{name: arranged(op.name, x) for name, x in arguments.items()})]
+        names: tuple[str, ...] = ("out", "final_state")
         if _PEERS[op.name].stateless:
-            found = [(found[0],), (arranged(op.name, found[1]),)]
+            found, names = [(found[0],), (arranged(op.name, found[1]),)], ("out",)
         return {
             name: float((there.float() - here.float()).norm() / here.float().norm())
-            for name, here, there in zip(("out", "final_state"), *found, strict=False)
+            for name, here, there in zip(names, *found, strict=True)
         }
 
 

@@ -2,15 +2,16 @@
 
 Timed is causal attention of 16 heads in bfloat16, forward and in both directions, by each backend alone and as the shipped table
 has it, at lengths that the table is about: for shorter calls cuDNN would make a plan for every new length. A backend must give
-what torch's plain products give, within the house's bounds, and the same bits twice.
+what torch's plain products give, within the house's bounds, and the same output twice.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -31,6 +32,8 @@ TRIED: tuple[Backend, ...] = ("cudnn", "flash", "efficient")
 LENGTHS: Mapping[str, tuple[int, ...]] = {"fwdbwd": (512, 2048, 8192), "fwd": (2048, 8192)}
 # What is not faster by this share is noise.
 GAIN = 0.02
+# Head size, length and phase of a call.
+About = tuple[int, int, str]
 # Milliseconds of a call by a backend, or with None by the shipped table, of heads of this size, so long, in a phase; raises where
 # it does not run or gives other results.
 Trial = Callable[[Backend | None, int, int, str], float]
@@ -51,33 +54,29 @@ def best_rules(
     trial: Trial, *, late: Callable[[], bool] = lambda: False, report: Callable[[str], None] = lambda _: None
 ) -> Found:
     """Of each head size and phase the order of the backends at the longest calls, from the length on at which its first is the
-    fastest. Where it gets late nothing is found, for a table is taken whole."""
-    made, shipped, now, tried = dict[str, Rule](), list[float](), list[float](), 0
-    for size in SIZES:
+    fastest; shorter calls stay as shipped. Where it gets late nothing is found, for a table is taken whole."""
+    made, shipped, timed = dict[str, Rule](), dict[About, float](), dict[About, dict[Backend, float]]()
+    for above, size in pairwise((0, *SIZES)):
         for phase, lengths in LENGTHS.items():
-            times = {length: dict[Backend, float]() for length in lengths}
             for length in lengths:
                 if late():
-                    return Found(_mean(shipped), _mean(shipped), {}, tried)
-                shipped.append(trial(None, size, length, phase))
-                for name, ms in _times(trial, (size, length, phase), report):
-                    times[length][name], tried = ms, tried + 1
-            rule = _rule(times, size, phase)
-            first = len(shipped) - len(lengths)
-            now += [
-                times[length][rule.order[0]] if rule is not None and length >= _least(rule, phase) else before
-                for length, before in zip(lengths, shipped[first:], strict=True)
-            ]
-            made |= {} if rule is None else {f"{phase}_{size}": rule}
-    is_better = _mean(now) < _mean(shipped) * (1 - GAIN)
-    return Found(
-        _mean(shipped), _mean(now) if is_better else _mean(shipped), made if is_better else {}, tried
-    )
+                    return _found(shipped, shipped, {}, timed)
+                about = size, length, phase
+                shipped[about] = trial(None, *about)
+                timed[about] = dict(_times(trial, about, report))
+            order, least = _order({length: timed[size, length, phase] for length in lengths})
+            training, inference = (least, NEVER) if phase == "fwdbwd" else (NEVER, least)
+            if least < NEVER:
+                made[f"{phase}_{size}"] = Rule(order, training, inference, largest=size, above=above)
+    now = {}
+    for about, before in shipped.items():
+        rule = _holding(made.values(), about)
+        now[about] = before if rule is None else timed[about][rule.order[0]]
+    is_better = _mean(now.values()) < _mean(shipped.values()) * (1 - GAIN)
+    return _found(shipped, now, made, timed) if is_better else _found(shipped, shipped, {}, timed)
 
 
-def _times(
-    trial: Trial, about: tuple[int, int, str], report: Callable[[str], None]
-) -> Iterator[tuple[Backend, float]]:
+def _times(trial: Trial, about: About, report: Callable[[str], None]) -> Iterator[tuple[Backend, float]]:
     for name in TRIED:
         what = f"dense_attention {name}, heads of {about[0]}, {about[1]} tokens, {about[2]}"
         try:
@@ -89,10 +88,9 @@ def _times(
         yield name, ms
 
 
-def _rule(times: Mapping[int, Mapping[Backend, float]], size: int, phase: str) -> Rule | None:
+def _order(times: Mapping[int, Mapping[Backend, float]]) -> tuple[tuple[Backend, ...], int]:
+    """The backends as they come at the greatest of the lengths, and the least from which on the first is the fastest."""
     longest = times[max(times)]
-    if not longest:
-        return None
     order = sorted(TRIED, key=lambda name: longest.get(name, math.inf))
     least = NEVER
     for length in sorted(times, reverse=True):
@@ -100,15 +98,30 @@ def _rule(times: Mapping[int, Mapping[Backend, float]], size: int, phase: str) -
         if order[0] not in at or at[order[0]] > min(at.values()) * (1 + GAIN):
             break
         least = length
-    training, inference = (least, NEVER) if phase == "fwdbwd" else (NEVER, least)
-    return Rule((*order, "math"), training=training, inference=inference, largest=size)
+    return (*order, "math"), least
 
 
-def _least(rule: Rule, phase: str) -> int:
-    return rule.training if phase == "fwdbwd" else rule.inference
+def _holding(rules: Iterable[Rule], about: About) -> Rule | None:
+    """The first that is about such a call."""
+    size, length, phase = about
+    found = (
+        rule
+        for rule in rules
+        if rule.holds(queries=length, size=size, masked=False, training=phase == "fwdbwd")
+    )
+    return next(found, None)
 
 
-def _mean(times: list[float]) -> float:
+def _found(
+    shipped: Mapping[About, float],
+    now: Mapping[About, float],
+    rules: Mapping[str, Rule],
+    timed: Mapping[About, Mapping[Backend, float]],
+) -> Found:
+    return Found(_mean(shipped.values()), _mean(now.values()), rules, sum(map(len, timed.values())))
+
+
+def _mean(times: Collection[float]) -> float:
     return math.exp(sum(map(math.log, times)) / len(times)) if times else math.nan
 
 
@@ -135,12 +148,7 @@ class BackendTrial:
     def _by(self, name: Backend | None, length: int, size: int, phase: str) -> AbstractContextManager[None]:
         if name is not None:
             return sdpa_kernel(getattr(SDPBackend, f"{name.upper()}_ATTENTION"))
-        holding = (
-            rule
-            for rule in self.shipped
-            if rule.holds(queries=length, size=size, masked=False, training=phase == "fwdbwd")
-        )
-        rule = next(holding, None)
+        rule = _holding(self.shipped, (size, length, phase))
         return nullcontext() if rule is None else in_order(rule.order)
 
     def _drawn(self, *shape: int, wanted: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -89,6 +89,15 @@ def _told_as(name: str) -> str:
 
 
 @over_ops
+def test_what_has_a_gradient_is_an_argument_that_is_drawn(op: AnyOp) -> None:
+    """Elsewhere a name that is not drawn is passed over: some are of variants alone."""
+    assert set(op.cases.differentiable) <= inspect.signature(op.fast).parameters.keys()
+    inputs = (op.cases.inputs, *(drawn for drawn, _ in op.cases.variants.values()))
+    found = [drawn(_shape(op), torch.Generator().manual_seed(0)) for drawn in inputs]
+    assert set(op.cases.differentiable) <= set().union(*found)
+
+
+@over_ops
 def test_integers_and_complex_numbers_are_refused_by_name(op: AnyOp) -> None:
     given = _given(op)
     op(**given)

@@ -83,6 +83,22 @@ def test_a_call_in_a_graph_does_not_overtake_what_makes_its_inputs() -> None:
     assert seen[0].item() == 1.0
 
 
+@pytest.mark.gpu
+def test_a_slow_call_in_torch_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        seen.append(args)
+        return simple_gla(*args, **kwargs)
+
+    seen: list[Any] = []
+    monkeypatch.setattr(bench, "SLOW_S", 0.0)
+    shape = {"B": 1, "T": 64, "H": 2, "HV": 2, "K": 64, "V": 64}
+    about: dict[str, Any] = {"impl": "torch", "device": torch.device("cuda"), "dtype": torch.bfloat16}
+    row = bench._row(replace(simple_gla, fast=counted), "fwdbwd", shape, **about)
+    assert row is not None
+    assert (len(seen), row["peak_bytes"]) == (1, None)
+    assert row["ms"] == row["first_call_s"] * 1e3
+
+
 def test_rows_of_steps_are_named_after_the_step() -> None:
     rows = bench_ops(["delta_rule"], device="cpu", phases=["decode"])
     assert {(row["op"], row["phase"]) for row in rows} == {
@@ -111,6 +127,19 @@ def test_a_rival_that_knows_no_groups_is_given_copies_of_keys(monkeypatch: pytes
     assert max(apart.values()) < 1e-6
     assert set(apart) == {"out", "final_state"}
     assert bench._label("fla", "simple_gla", "fwd", sample.arguments) == "fla, keys copied"
+
+
+def test_a_rival_that_loses_its_state_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def whole(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, g: torch.Tensor, **_: Any) -> Any:
+        return simple_gla_reference(q, k, v, g)[:1]
+
+    monkeypatch.setitem(sys.modules, "a_rival", SimpleNamespace(whole=whole, token=None))
+    peer = bench._Peer("a_rival", "whole", "token", {"log_decay": "g"})
+    monkeypatch.setitem(bench._PEERS, "simple_gla", peer)
+    shape = {"B": 1, "T": 9, "H": 2, "HV": 2, "K": 8, "V": 8}
+    sample = draw(simple_gla, shape, torch.float64, initial_state=False)
+    with pytest.raises(ValueError, match="shorter"):
+        bench._apart(simple_gla, "fwd", simple_gla, sample.arguments)
 
 
 def test_a_rival_whose_tokens_stand_before_heads_is_given_them_so(monkeypatch: pytest.MonkeyPatch) -> None:

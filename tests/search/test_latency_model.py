@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from heddle.search.latency_model.fit import (
     spearman,
 )
 from heddle.search.latency_model.measuring import How, Site, fit_model
-from heddle.search.latency_model.model import load_model
+from heddle.search.latency_model.model import RANDOM, load_model
 from heddle.search.latency_model.stacks import Stack, labels_of, stack_of
 from heddle.search.objectives import asked_of
 from heddle.specs import SpecFile, loads
@@ -198,6 +199,7 @@ def test_what_the_table_holds_is_not_measured_again(space: SpecFile, tmp_path: P
     assert known[12:] == [True] * 12
     (fitted,) = first.fits
     assert (fitted.method, fitted.measured, fitted.taken_over) == ("cpu-timer", 10, 0)
+    assert fitted.reads is None
     assert (fitted.held_out.margin, fitted.limit_ms) == (None, fitted.reference_ms)
     assert len(fitted.held_out.pairs) == 2
     # On a CPU nobody looks for others.
@@ -213,9 +215,12 @@ def test_stacks_that_route_read_the_tokens_of_a_task(tmp_path: Path) -> None:
     site = Site(Place("decode", 1, 16), file.resolve(layers=["near"] * 6).model, "near alone")
     once = Effort(warmup=0, least=1, most=1, seconds=0.1, builds=1)
     how = How("cpu", once, tmp_path, reads=cache(lambda: asked_of(file).read))
-    fit_model(file, [site], stacks=10, unseen=2, how=how)
+    (fitted,) = fit_model(file, [site], stacks=10, unseen=2, how=how).fits
+    assert fitted.reads == (how.reads and how.reads().digest)
     kept = [json.loads(path.read_text()) for path in tmp_path.rglob("*.json") if path.stem != "environment"]
     told = Counter((row["row"]["inputs"], row["inputs"].get("reads")) for row in kept)
     # A stack may be without the block that routes.
     assert told.keys() == {("random", None), ("task", how.reads and how.reads().digest)}
     assert told.total() == 12
+    alone = replace(how, folder=tmp_path / "alone", reads=None)
+    assert fit_model(file, [site], stacks=10, unseen=2, how=alone).fits[0].reads == RANDOM

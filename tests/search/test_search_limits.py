@@ -15,9 +15,10 @@ from heddle.errors import HeddleError
 from heddle.search import space
 from heddle.search.latency import Place
 from heddle.search.latency_model.find import RUN_COPY, keep, kept_at
-from heddle.search.latency_model.model import load_model
+from heddle.search.latency_model.model import RANDOM, LatencyModel, load_model
 from heddle.search.latency_model.table import timing_environment
 from heddle.search.limits import Limits, budgets_on
+from heddle.search.objectives import asked_of
 from heddle.search.record import Run, Trial, read_run
 from heddle.search.run import search
 from heddle.search.workers import Workers
@@ -234,6 +235,34 @@ def test_a_kept_model_is_found_and_grows_by_places(cached: Path) -> None:
     found = load_model(path)
     assert found.at(Place("decode", 1, 64), fit.reference_hash) == fit
     assert found.at(Place("decode", 1, 64), "other") is None
+
+
+@pytest.mark.usefixtures("cached")
+def test_fits_for_tokens_of_several_tasks_are_kept_apart_and_a_search_goes_by_its_own(
+    workers: Workers, tmp_path: Path
+) -> None:
+    """Two specs of one space whose tasks differ have one file in the cache."""
+    assert workers.parallel
+    text = spec_with(DECODE, more="  latency: model").replace(
+        "trials: 12\n  round: 12", "trials: 1\n  round: 1"
+    )
+    file = loads(text)
+    model = model_of(file)
+    path = kept_at(file, model.environment)
+
+    def with_reads(reads: str, reference_ms: float) -> LatencyModel:
+        fit = replace(model.fits[0], reads=reads, reference_ms=reference_ms)
+        return replace(model, fits=(fit,))
+
+    keep(with_reads("another", 3.0), path)
+    with pytest.raises(HeddleError, match="read other tokens") as caught:
+        searched(text, tmp_path / "none")
+    assert (caught.value.code, caught.value.where.path) == ("latency-model", "search.latency")
+    keep(with_reads(asked_of(file).read.digest, 4.0), path)
+    keep(with_reads(RANDOM, 5.0), path)
+    assert sorted(fit.reference_ms for fit in load_model(path).fits) == [3.0, 4.0, 5.0]
+    run = searched(text, tmp_path / "run")
+    assert [fit.reference_ms for fit in load_model(run.path / RUN_COPY).fits] == [4.0]
 
 
 def test_latency_model_without_latency_is_told() -> None:

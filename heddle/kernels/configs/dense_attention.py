@@ -23,7 +23,7 @@ NEVER = 1 << 62
 class Rule:
     """The order of the backends for at least so many queries, when gradients are wanted and when not, without a mask or with one.
 
-    `largest`: the larger head size of keys and of values at most
+    It is about heads, the larger of keys and of values, above the size `above` and up to `largest`.
     """
 
     order: tuple[Backend, ...]
@@ -31,11 +31,12 @@ class Rule:
     inference: int
     largest: int
     masked: bool = False
+    above: int = 0
 
     def holds(self, *, queries: int, size: int, masked: bool, training: bool) -> bool:
         """Whether this rule is about such a call."""
         least = self.training if training else self.inference
-        return masked == self.masked and size <= self.largest and queries >= least
+        return masked == self.masked and self.above < size <= self.largest and queries >= least
 
 
 # Where no rule holds torch has its own order. A backend that does not take a call leaves it to the next.
@@ -51,9 +52,9 @@ def rules(capability: tuple[int, int]) -> tuple[Rule, ...]:
 def rules_on(
     device: str, capability: tuple[int, int], *, triton: str | None, library: str
 ) -> tuple[Rule, ...]:
-    """Those that `heddle bench --tune` found for a device of this name and this version of torch, else the shipped ones."""
+    """Those that `heddle bench --tune` found for a device of this name and this version of torch, and behind them the shipped."""
     found = found_for("dense_attention", device=device, triton=triton, library=library, made=kept_rule)
-    return tuple(found.values()) or rules(capability)
+    return (*found.values(), *rules(capability))
 
 
 def kept_rule(order: Sequence[Backend], *rest: Any) -> Rule:

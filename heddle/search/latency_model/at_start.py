@@ -42,7 +42,8 @@ def begin(
         return sentinels.judged(file, model, meta["budgets"], sentinels.timer(workers), how)
 
     made_with = workers.call(timing_environment, workers.device)
-    return find.into_run(file, out, made_with, meta, judge, kept=_kept(given, out, meta))
+    kept = _kept(given, out, meta)
+    return find.into_run(file, out, made_with, meta, judge, reads=reads.digest, kept=kept)
 
 
 def _kept(given: Given, out: Path, meta: Mapping[str, Any]) -> Any:

@@ -1,6 +1,7 @@
 """Where the latency model of a space is kept, and the one that a search goes by.
 
-`heddle bench SPEC --fit` keeps its model in the user's cache under the space, the machine with its software, and the places.
+`heddle bench SPEC --fit` keeps its model in the user's cache under the space and the machine with its software. The file has a
+fit for each place and reference, and, where models have routers, for each task whose tokens they read.
 A search copies the model that it found into its run folder, and goes by that copy from then on.
 """
 
@@ -40,7 +41,8 @@ def kept_at(file: SpecFile, made_with: Mapping[str, Any], folder: Path | None = 
 
 
 def keep(model: LatencyModel, path: Path) -> LatencyModel:
-    """Write `model` to `path`, together with fits of other places that are there already; gives what was written.
+    """Write `model` to `path`, together with fits of other places, references or tokens that are there already; gives what was
+    written.
 
     Raises:
         HeddleError: "disk-full".
@@ -50,8 +52,8 @@ def keep(model: LatencyModel, path: Path) -> LatencyModel:
     except HeddleError:
         before = None
     if before is not None and before.environment == model.environment:
-        fitted = {(one.place, one.reference_hash) for one in model.fits}
-        others = [one for one in before.fits if (one.place, one.reference_hash) not in fitted]
+        fitted = {(one.place, one.reference_hash, one.reads) for one in model.fits}
+        others = [one for one in before.fits if (one.place, one.reference_hash, one.reads) not in fitted]
         labels = {**before.labels, **model.labels}
         model = LatencyModel(model.name, model.environment, labels, (*model.fits, *others))
     model.save(path)
@@ -65,13 +67,15 @@ def into_run(
     meta: Mapping[str, Any],
     judge: Callable[[LatencyModel], list[Verdict]],
     *,
+    reads: str,
     kept: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Put the model that the search of `file` goes by into the folder `run`; gives what run.json, so far `meta`, says of it.
 
     It is `kept`, the data of a lockfile's, as they stand. Else it is the run's own, or where that has none the one that the spec
-    names, or the cache's. Fitted with other software than `made_with` it keeps the margins that `judge` trusts alone: without one
-    it predicts, and rules nothing out. What was judged with that software before is not judged again.
+    names, or the cache's, without fits for which models with routers read other tokens than those of the task of digest `reads`.
+    Fitted with other software than `made_with` it keeps the margins that `judge` trusts alone: without one it predicts, and rules
+    nothing out. What was judged with that software before is not judged again.
 
     Raises:
         HeddleError: "latency-model" where there is none, or it is another machine's; "file-not-found", "disk-full".
@@ -81,7 +85,7 @@ def into_run(
     if kept is not None:
         model = from_data(kept)
     else:
-        model = of_run(run) if "latency_model" in meta else _asked(file, made_with)
+        model = of_run(run) if "latency_model" in meta else _asked(file, made_with, reads)
         changed = _changed(model, made_with)
         if changed and told_by.get("environment") != key_of(made_with):
             verdicts = judge(model)
@@ -115,8 +119,8 @@ def _trusted(model: LatencyModel, kept: Collection[tuple[Place, str]]) -> Latenc
     return replace(model, fits=tuple(fits))
 
 
-def _asked(file: SpecFile, made_with: Mapping[str, Any]) -> LatencyModel:
-    """The model that the spec names, or the cache's, if it is of this machine."""
+def _asked(file: SpecFile, made_with: Mapping[str, Any], reads: str) -> LatencyModel:
+    """The model that the spec names, or the cache's, if it is of this machine; without fits for other tokens than `reads`."""
     search = file.spec.search
     assert search is not None
     named = search.latency_model
@@ -139,7 +143,11 @@ def _asked(file: SpecFile, made_with: Mapping[str, Any]) -> LatencyModel:
         if theirs != ours:
             what = f"{path} was fitted with {name} {theirs}, and here it is {ours}"
             raise HeddleError("latency-model", what, where=where, hint=hint)
-    return model
+    fits = tuple(fit for fit in model.fits if fit.reads in (None, reads))
+    if not fits:
+        what = f"{path} was fitted to models that read other tokens than those of the task that is exported"
+        raise HeddleError("latency-model", what, where=where, hint=hint)
+    return replace(model, fits=fits)
 
 
 def _told(file: SpecFile, model: LatencyModel, budget: Mapping[str, Any]) -> dict[str, Any] | None:

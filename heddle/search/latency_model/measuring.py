@@ -21,7 +21,7 @@ from heddle.search import environment
 from heddle.search.latency import Effort, Place, measure
 from heddle.search.latency_model.design import Array, Design, design
 from heddle.search.latency_model.fit import constant, fit, held_out, line
-from heddle.search.latency_model.model import LatencyModel, PlaceFit
+from heddle.search.latency_model.model import RANDOM, LatencyModel, PlaceFit
 from heddle.search.latency_model.stacks import Stack, labels_of, stack_of
 from heddle.search.latency_model.table import Table, timing_environment
 from heddle.search.record import Latency
@@ -124,6 +124,7 @@ class _Site:
             sum=found,
             held_out=held_out(truth[known], shown, baselines, limit),
             timings=quality_of([Latency(**row) for row in rows.values()]),
+            reads=self._reads([*fitted, *unseen]),
         )
 
     def _measured(self, stacks: Sequence[Stack], seed: int) -> tuple[dict[str, dict[str, Any]], int]:
@@ -166,8 +167,16 @@ class _Site:
 
     def _read_by(self, stack: Stack) -> Task | None:
         """The task whose tokens are read in a timing of the stack; None where they are random."""
-        is_routed = routes(stack.model) or routes(self._site.reference)
-        return self._how.reads() if is_routed and self._how.reads is not None else None
+        return self._how.reads() if self._how.reads is not None and self._is_routed(stack) else None
+
+    def _is_routed(self, stack: Stack) -> bool:
+        return routes(stack.model) or routes(self._site.reference)
+
+    def _reads(self, stacks: Sequence[Stack]) -> str | None:
+        """What a fit of these stacks says that was read."""
+        if not any(map(self._is_routed, stacks)):
+            return None
+        return RANDOM if self._how.reads is None else self._how.reads().digest
 
     def _flops(self, stacks: Sequence[Stack]) -> Array:
         """FLOPs of one call at the place."""

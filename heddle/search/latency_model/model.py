@@ -18,6 +18,8 @@ from heddle.search.timing_quality import from_data as quality_from
 
 FORMAT = 1
 KIND = "latency-model"
+# What stacks with routers read where it was no task's.
+RANDOM = "random"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,8 @@ class PlaceFit:
     held_out: HeldOut
     # Of all timings that it was fitted on and held against; None in a model of before they were counted.
     timings: TimingQuality | None = None
+    # The digest of the task whose tokens models with routers read, or RANDOM; None where nothing routes, or nobody told.
+    reads: str | None = None
 
     def predict(self, stack: Stack) -> Prediction | None:
         """None for a stack with what was never measured."""

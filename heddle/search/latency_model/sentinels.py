@@ -72,7 +72,8 @@ def judged(
     time: Time,
     how: Mapping[str, Any],
 ) -> list[Verdict]:
-    """The verdict on each fit of `model` with a margin that the `budgets` of run.json ask for; `how` are device and effort."""
+    """The verdict on each fit of `model` with a margin that the `budgets` of run.json ask for; `how` are device and effort, and
+    the `ids` that models with routers read."""
     sites = _sites(file, model, budgets)
     stacks = held_out_stacks(file, SENTINELS) if sites else []
     return [_judge(site, stacks, time, how) for site in sites]
