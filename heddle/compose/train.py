@@ -258,8 +258,8 @@ class Trainer:
         self.checked = 0
         # A graph for each shape of batches, and how many steps of each shape there were.
         self.captured: dict[tuple[torch.Size, int], _Captured] = {}
-        self.side: Any = torch.cuda.Stream() if on_cuda else None  # type: ignore[no-untyped-call]
         self.met: Counter[tuple[torch.Size, int]] = Counter()
+        self.side: Any = torch.cuda.Stream() if on_cuda else None  # type: ignore[no-untyped-call]
 
     def step(self, step: int, inputs: Tensor, targets: Tensor, *, graph: bool) -> None:
         self.set_rate(step)

@@ -115,13 +115,14 @@ def devices(rows: Sequence[Bench], tops: Mapping[str, Mapping[str, float]]) -> l
 
 
 def _phases(rows: Iterable[Bench]) -> list[tuple[str, list[Bench]]]:
-    """The rows of each phase, without settings that were only tried: "heddle, splits 4" beside "heddle"."""
+    """The rows of each phase, without settings that were only tried: "heddle, splits 4" beside "heddle", and launches by name."""
     known = list(rows)
     plain = {(row["phase"], row["impl"]) for row in known}
     kept = [
         row
         for row in known
-        if (row["phase"], _base(row["impl"])) not in plain or _base(row["impl"]) == row["impl"]
+        if "Launch(" not in row["impl"]
+        and ((row["phase"], _base(row["impl"])) not in plain or _base(row["impl"]) == row["impl"])
     ]
     return [(phase, mine) for phase, mine in _by(kept, "phase") if phase != "ceiling"]
 

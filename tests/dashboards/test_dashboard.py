@@ -289,6 +289,17 @@ def test_benchmark_rows_are_shown_beside_peers_the_floor_and_other_devices(make_
     assert "There is no such page" in get(without, "/kernels", 404).text
 
 
+def test_an_older_row_of_the_same_case_and_launches_that_were_tried_are_in_no_plot(make_run: MakeRun) -> None:
+    asked = client(make_run(), ROOT / "tests/bench/results")
+    seen = get(asked, "/kernels?device=NVIDIA+H200&op=local_linear_attention")
+    (beside,) = (figure for figure in seen.figures if figure["name"] == "beside-fwd")
+    traces: Any = beside["data"]  # type: ignore[index]
+    assert not [trace["name"] for trace in traces if "Launch" in trace["name"]]
+    (slope,) = (trace for trace in traces if trace["name"] == "heddle, slope")
+    assert len(slope["y"]) == 2
+    assert "torch.bfloat16" not in seen.text
+
+
 def test_the_floor_is_the_time_of_the_bytes_or_operations_at_the_ceiling_of_the_device() -> None:
     shared = {"device": "d", "commit": "c", "shape": {"T": 1}, "dtype": "float32"}
     ceilings = [

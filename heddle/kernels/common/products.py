@@ -23,7 +23,7 @@ def narrowed(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
 
     Shapes:  x, first: [..., M, N];  second: [..., 1, 1]
     """
-    if dtype != torch.float16:
+    if dtype != torch.float16 or x.numel() == 0:
         return x.to(dtype), None
     exponent = x.abs().amax((-2, -1), keepdim=True).float().clamp_min(_LEAST).log2().floor() - _NEAR_LARGEST
     return (x * torch.exp2(-exponent)).to(dtype), torch.exp2(exponent)
