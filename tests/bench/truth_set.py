@@ -62,7 +62,7 @@ from heddle.specs import ModelSpec, SpecFile, load, spec_hash
 
 HERE = Path(__file__).parent
 SPEC, ROWS = HERE / "truth_8x2.yaml", HERE / "results" / "truth_8x2.jsonl"
-SEEDS, LEARNING_RATES = (0, 1, 2), (1e-3, 3e-3, 1e-2)
+SEEDS, LEARNING_RATES = (0, 1, 2), (1.5e-3, 3e-3, 6e-3)
 ORDER_SEED = 8
 # Rows of recall that are mixed in have a quarter of the length at least.
 FILLED_UP = 4
