@@ -79,8 +79,11 @@ def _decay_attention_sweep_state_kernel(
     rows = tl.arange(0, ROWS)
     columns = tile * COLUMNS + tl.arange(0, COLUMNS)
     rate = tl.load(log_decay_ptr + head).to(tl.float32) * LOG2_E
-    left = tl.exp2(rate * (C - i - lag)) * gain  # [C]
-    over = tl.exp2(rate * C)
+    # As in the kernel of outputs.
+    NARROW: tl.constexpr = BACKWARD and c_ptr.dtype.element_ty == tl.float16
+    opening = rate * (1 - lag) if NARROW else 0.0
+    left = tl.exp2(rate * (C - i - (1 if NARROW else lag))) * gain  # [C]
+    over = tl.exp2(rate * C - opening) if NARROW else tl.exp2(rate * C)
     b_offsets = (i * (sign * stride_bt))[:, None] + rows[None, :]
     c_offsets = (i * (sign * stride_ct))[:, None] + columns[None, :]
     b_mask = (rows < K)[None, :]
@@ -97,6 +100,8 @@ def _decay_attention_sweep_state_kernel(
         c = tl.load(c_at + c_offsets, mask=c_mask, other=0.0)  # [C, COLUMNS]
         weighted = (c * left[:, None]).to(c.dtype)
         state = tl.dot(tl.trans(b), weighted, state * over, input_precision=PRECISION)
+        if NARROW:
+            state *= tl.exp2(opening)
     place = ((role - first_role) * segments + segment).to(tl.int64) * H + head
     offsets = rows[:, None] * V + columns[None, :]
     mask = (rows < K)[:, None] & (columns < V)[None, :]
@@ -211,6 +216,10 @@ def _decay_attention_sweep_output_kernel(
     within = tl.where(age >= 0, tl.exp2(rate * tl.where(age >= 0, age, 0)) * scale, 0.0)  # [C, C]
     seen = tl.exp2(rate * (i + lag)) * tl.where(mirrored, 1.0, scale)  # [C]
     gain = tl.where(mirrored, scale, 1.0)
+    # Float16 ends at 6e-8, above what a strong decay leaves: the decay of the token that a mirrored sweep reads last in a chunk,
+    # which all others have passed as well, is left to the sum.
+    NARROW: tl.constexpr = BACKWARD and c_ptr.dtype.element_ty == tl.float16
+    opening = rate * (1 - lag) if NARROW else 0.0
 
     state_offsets = rows[:, None] * V + columns[None, :]
     state_mask = (rows < K)[:, None] & (columns < V)[None, :]
@@ -243,9 +252,12 @@ def _decay_attention_sweep_output_kernel(
         out = tl.dot(scores.to(c.dtype), c, out, input_precision=PRECISION)
         tl.store(out_ptr + moved * (H * V) + out_offsets, out.to(c.dtype), mask=kept)
         size = tl.minimum(own_length - t, C)
-        left = tl.exp2(rate * tl.maximum(size - i - lag, 0)) * gain  # [C]
+        left = tl.exp2(rate * tl.maximum(size - i - (1 if NARROW else lag), 0)) * gain  # [C]
         weighted = (c * left[:, None]).to(c.dtype)
-        state = tl.dot(tl.trans(b), weighted, state * tl.exp2(rate * size), input_precision=PRECISION)
+        over = tl.exp2(rate * size - opening) if NARROW else tl.exp2(rate * size)
+        state = tl.dot(tl.trans(b), weighted, state * over, input_precision=PRECISION)
+        if NARROW:
+            state *= tl.exp2(opening)
 
     if (j + 1) * segment_size >= length:
         if BACKWARD:

@@ -27,6 +27,9 @@ import triton.language as tl
 from heddle.kernels._gated_delta_rule_fwd import LENGTHS, decay_from_column, decay_from_row, decays
 from heddle.kernels.common.jit import find_sequence
 
+# What float16 need not hold.
+LEAST = tl.constexpr(2.0**-60)
+
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _gated_delta_rule_bwd_state_kernel(
@@ -94,6 +97,7 @@ def _gated_delta_rule_bwd_state_kernel(
     if GATED:
         # One chunk ahead: nothing hides the latency of a scalar.
         over = tl.load(gates_ptr + place * (3 * C) + 2 * C - 1, mask=chunks > 0, other=1.0)
+    NARROW: tl.constexpr = GATED and k_ptr.dtype.element_ty == tl.float16
     for index in range(0, chunks):
         present = i < length - (chunks - 1 - index) * C
         narrow = present[:, None] if K == ROWS else present[:, None] & in_k
@@ -113,6 +117,12 @@ def _gated_delta_rule_bwd_state_kernel(
         if GATED:
             d_new *= tl.load(gates_at + 2 * C)[None, :]
             seen = tl.load(gates_at + C)
+            if NARROW:
+                # Float16 ends at 6e-8, above what a strong decay leaves: the decay of the first token, which the others have
+                # passed as well, is left to the sum.
+                opening = tl.maximum(tl.load(gates_ptr + place * (3 * C) + C), LEAST)
+                seen /= opening
+                over /= opening
             erasing *= seen
             read = (do * (seen * scale)[None, :]).to(k.dtype)
             d_state *= over
@@ -126,6 +136,8 @@ def _gated_delta_rule_bwd_state_kernel(
             tl.store(dx_ptr + dx_offsets, dx.to(k.dtype), mask=kept)
         d_state = tl.dot(read, q, d_state, input_precision=PRECISION)
         d_state = tl.dot((dx * -erasing[None, :]).to(k.dtype), k, d_state, input_precision=PRECISION)
+        if NARROW:
+            d_state *= opening
         q_ptr -= C * stride_qt
         k_ptr -= C * stride_kt
         do_ptr -= C * stride_dt

@@ -96,6 +96,14 @@ def most_left(totals_at, total, i, count, stride, rows, in_k, NARROW: tl.constex
     return most
 
 
+@triton.jit
+def opening_of(total, i):
+    """The log-decay of the first token of a chunk, which what reads the state before it has passed: float16 ends at 6e-8, above
+    what a strong decay leaves, so there it is left to the sums.  Shapes:  total: [C, ROWS];  out: [ROWS]
+    """
+    return tl.sum(tl.where((i == 0)[:, None], total, 0.0), axis=0)
+
+
 @triton.jit(do_not_specialize=LENGTHS)
 def _gla_prepare_kernel(
     q_ptr, k_ptr, log_decay_ptr, seen_ptr, left_ptr, totals_ptr, scores_ptr, ends_ptr, reach_ptr, table_ptr, cu_seqlens_ptr,
@@ -109,8 +117,10 @@ def _gla_prepare_kernel(
     """One chunk of one key head, ROWS channels at a time; HALVED: where one product does not do for all pairs.
 
     Shapes:  seen, left: [B, T, H, K];  totals: the same, room for what threads tell each other;  scores: [chunks, H, C, C]
-             ends: [chunks, H, K], log2 of what is left;  reach: [chunks, H], where HALVED is to look
+             ends: [chunks, H, K], log2 of what is left, in float16 [chunks, H, 2, K], the second as `opening_of`
+             reach: [chunks, H], where HALVED is to look
     """
+    NARROW: tl.constexpr = seen_ptr.dtype.element_ty == tl.float16
     head = tl.program_id(0) % H
     chunk = tl.program_id(0) // H
     n, j, begin, length = find_sequence(chunk, table_ptr, cu_seqlens_ptr, T, per_sequence, VARLEN)
@@ -144,12 +154,18 @@ def _gla_prepare_kernel(
         offsets = (i * (H * K))[:, None] + rows[None, :]
         log_decay_at = log_decay_ptr + (i * stride_gt)[:, None] + rows[None, :]
         total, middle, end, reach = sum_up(log_decay_at, mask, i, C, PRECISE)
-        tl.store(ends_ptr + place * K + rows, end.to(tl.float32), mask=rows < K)
+        ends_at = ends_ptr + place * (2 * K if NARROW else K) + rows
+        tl.store(ends_at, end.to(tl.float32), mask=rows < K)
         q = tl.load(q_ptr + (i * stride_qt)[:, None] + rows[None, :], mask=mask, other=0.0)  # [C, ROWS]
         k = tl.load(k_ptr + (i * stride_kt)[:, None] + rows[None, :], mask=mask, other=0.0)  # [C, ROWS]
         same += tl.sum(q.to(tl.float32) * k, axis=1)
         if HALVED:
-            seen = q * (tl.exp2(total.to(tl.float32)) * scale)
+            since = total
+            if NARROW:
+                opening = opening_of(total, i)
+                tl.store(ends_at + K, opening.to(tl.float32), mask=rows < K)
+                since -= opening[None, :]
+            seen = q * (tl.exp2(since.to(tl.float32)) * scale)
             left = k * tl.exp2((end[None, :] - total).to(tl.float32))
             tl.store(totals_ptr + offsets, total, mask=mask)
             # What threads stored, others load.
@@ -200,6 +216,8 @@ def _gla_sweep_kernel(
     """
     TILES: tl.constexpr = (V + COLUMNS - 1) // COLUMNS
     SUMMARY: tl.constexpr = not OUT and not KEEP
+    NARROW: tl.constexpr = a_ptr.dtype.element_ty == tl.float16
+    ENDS: tl.constexpr = 2 * K if NARROW else K
     HV = H * GROUP
     tile = tl.program_id(0) % TILES
     head = (tl.program_id(0) // TILES) % HV
@@ -234,7 +252,7 @@ def _gla_sweep_kernel(
     c_ptr += row * stride_cn + begin * stride_ct + own * stride_ch
     out_ptr += (row * T + begin) * (HV * V) + own * V
     scores_ptr += (chunk * H + key_head) * (C * C)
-    ends_ptr += (chunk * H + key_head) * K
+    ends_ptr += (chunk * H + key_head) * ENDS
     states_ptr += (chunk * HV + own) * (K * V)
     key_offsets = (i * (H * K))[:, None] + rows[None, :]
     c_offsets = (i * stride_ct)[:, None] + columns[None, :]
@@ -260,9 +278,16 @@ def _gla_sweep_kernel(
         b = tl.load(b_ptr + key_offsets, mask=narrow, other=0.0)  # [C, ROWS]
         c = tl.load(c_ptr + c_offsets, mask=kept, other=0.0)  # [C, COLUMNS]
         end = tl.load(ends_ptr + rows, mask=in_k, other=0.0)  # [ROWS]
+        over = tl.exp2(end)
         half = state.to(b.dtype)
         if KEEP:
             tl.store(states_ptr + state_offsets, half, mask=state_mask)
+        if NARROW:
+            opening = tl.load(ends_ptr + K + rows, mask=in_k, other=0.0)  # [ROWS]
+            if BACKWARD:
+                over = tl.exp2(end - opening)
+            else:
+                half = (state * tl.exp2(opening)[:, None]).to(b.dtype)
         if OUT:
             a = tl.load(a_ptr + key_offsets, mask=narrow, other=0.0)  # [C, ROWS]
             # Backward transposed.
@@ -270,7 +295,9 @@ def _gla_sweep_kernel(
             out = tl.dot(a, half, input_precision=PRECISION)  # [C, COLUMNS]
             out = tl.dot(scores, c, out, input_precision=PRECISION)
             tl.store(out_ptr + out_offsets, out.to(out_ptr.dtype.element_ty), mask=kept)
-        state = tl.dot(tl.trans(b), c, state * tl.exp2(end)[:, None], input_precision=PRECISION)
+        state = tl.dot(tl.trans(b), c, state * over[:, None], input_precision=PRECISION)
+        if NARROW and BACKWARD:
+            state *= tl.exp2(opening)[:, None]
         if SUMMARY:
             log += end
         a_ptr += STEP * C * H * K
@@ -278,7 +305,7 @@ def _gla_sweep_kernel(
         c_ptr += STEP * C * stride_ct
         out_ptr += STEP * C * HV * V
         scores_ptr += STEP * H * C * C
-        ends_ptr += STEP * H * K
+        ends_ptr += STEP * H * ENDS
         states_ptr += STEP * HV * K * V
     if SUMMARY:
         tl.store(starts_ptr + own_segment * (K * V) + state_offsets, state, mask=state_mask)

@@ -44,7 +44,8 @@ def plan(device: torch.device, element: int, size: int) -> Plan:
 class Prepared:
     """What `_gla_prepare_kernel` makes of queries, keys and decays: the forward pass keeps it for the backward pass.
 
-    Shapes:  seen, left: [B, T, H, K];  scores: [chunks, H, C, C];  ends: [chunks, H, K];  reach: [chunks, H]
+    Shapes:  seen, left: [B, T, H, K];  scores: [chunks, H, C, C];  ends: [chunks, H, K], in float16 [chunks, H, 2, K]
+             reach: [chunks, H]
     """
 
     seen: Tensor
@@ -71,7 +72,8 @@ def prepared_like(
     chunks = count_segments(T, sequences, chunk, packed=cu_seqlens is not None)
     seen, left = (empty((B, T, H, K), q.dtype, q.device) for _ in range(2))
     scores = empty((chunks, H, chunk, chunk), q.dtype, q.device)
-    ends, reach = (empty(shape, torch.float32, q.device) for shape in ((chunks, H, K), (chunks, H)))
+    sums = (2, K) if q.dtype == torch.float16 else (K,)
+    ends, reach = (empty(shape, torch.float32, q.device) for shape in ((chunks, H, *sums), (chunks, H)))
     return seen, left, scores, ends, reach
 
 

@@ -48,6 +48,8 @@ def _kda_backward_kernel(
              d_final, d_initial: [N, HV, K, V]
     """
     TILES: tl.constexpr = (V + COLUMNS - 1) // COLUMNS
+    NARROW: tl.constexpr = seen_ptr.dtype.element_ty == tl.float16
+    ENDS: tl.constexpr = 2 * K if NARROW else K
     tile = tl.program_id(0) % TILES
     head = (tl.program_id(0) // TILES) % HV
     segment = tl.program_id(0) // (TILES * HV)
@@ -102,7 +104,10 @@ def _kda_backward_kernel(
         left = tl.load(left_ptr + key_offsets, mask=narrow, other=0.0)  # [C, ROWS]
         do = tl.load(do_ptr + do_offsets, mask=kept, other=0.0)  # [COLUMNS, C]
         beta = tl.load(beta_ptr + i * HV, mask=present, other=0.0)
-        end = tl.load(ends_ptr + place * K + rows, mask=rows < K, other=0.0)
+        end = tl.load(ends_ptr + place * ENDS + rows, mask=rows < K, other=0.0)
+        if NARROW:
+            opening = tl.load(ends_ptr + place * ENDS + K + rows, mask=rows < K, other=0.0)
+            end -= opening
         pairs_at = pairs_ptr + place * (2 * C * C) + square
         solved = tl.load(pairs_at)  # [C, C]
         attention = tl.load(pairs_at + C * C)  # [C, C]
@@ -116,6 +121,8 @@ def _kda_backward_kernel(
             tl.store(dx_ptr + dx_offsets, dx.to(left.dtype), mask=kept)
         d_state = tl.dot(do, seen, d_state * tl.exp2(end)[None, :], input_precision=PRECISION)
         d_state = tl.dot((dx * -beta[None, :]).to(left.dtype), read, d_state, input_precision=PRECISION)
+        if NARROW:
+            d_state *= tl.exp2(opening)[None, :]
         seen_ptr -= C * HV * K
         read_ptr -= C * HV * K
         left_ptr -= C * HV * K

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from heddle.kernels._gated_delta_rule_fwd import unit_lower_inverse
-from heddle.kernels._gla_fwd import REACH, decay_to_middle, power_from, power_until
+from heddle.kernels._gla_fwd import REACH, decay_to_middle, opening_of, power_from, power_until
 from heddle.kernels.common.jit import LOG2_E, find_sequence
 
 # log2 of what float32 takes for nothing: a token that leaves less of a channel leaves nothing of it.
@@ -69,8 +69,10 @@ def _kda_prepare_kernel(
 
     Shapes:  seen, read, left: [B, T, HV, K];  totals: the same, room for what threads tell each other, kept with SUMS
              pairs: [chunks, HV, 2, C, C], T - I and P;  keys (with KEEP): [chunks, HV, C, C], N
-             ends: [chunks, HV, K], log2 of what is left;  reach: [chunks, HV], where HALVED is to look
+             ends: [chunks, HV, K], log2 of what is left, in float16 [chunks, HV, 2, K], the second as `opening_of`
+             reach: [chunks, HV], where HALVED is to look
     """
+    NARROW: tl.constexpr = seen_ptr.dtype.element_ty == tl.float16
     head = tl.program_id(0) % HV
     chunk = tl.program_id(0) // HV
     n, j, begin, length = find_sequence(chunk, table_ptr, cu_seqlens_ptr, T, per_sequence, VARLEN)
@@ -107,12 +109,18 @@ def _kda_prepare_kernel(
         offsets = (i * (HV * K))[:, None] + rows[None, :]
         log_decay_at = log_decay_ptr + (i * stride_gt)[:, None] + rows[None, :]
         total, middle, end, reach = sum_up(log_decay_at, mask, i, C, PRECISE)
-        tl.store(ends_ptr + place * K + rows, end.to(tl.float32), mask=rows < K)
+        ends_at = ends_ptr + place * (2 * K if NARROW else K) + rows
+        tl.store(ends_at, end.to(tl.float32), mask=rows < K)
         q = tl.load(q_ptr + (i * stride_qt)[:, None] + rows[None, :], mask=mask, other=0.0)  # [C, ROWS]
         k = tl.load(k_ptr + (i * stride_kt)[:, None] + rows[None, :], mask=mask, other=0.0)  # [C, ROWS]
         same += tl.sum(q.to(tl.float32) * k, axis=1)
         if HALVED:
-            since = tl.exp2(total.to(tl.float32))
+            passed = total
+            if NARROW:
+                opening = opening_of(total, i)
+                tl.store(ends_at + K, opening.to(tl.float32), mask=rows < K)
+                passed -= opening[None, :]
+            since = tl.exp2(passed.to(tl.float32))
             seen = q * (since * scale)
             read = k * since
             left = k * tl.exp2((end[None, :] - total).to(tl.float32))
@@ -189,6 +197,8 @@ def _kda_sweep_kernel(
     VALUES: tl.constexpr = (V + COLUMNS - 1) // COLUMNS
     TILES: tl.constexpr = VALUES + ((K + COLUMNS - 1) // COLUMNS if SUMMARY else 0)
     OUT: tl.constexpr = not KEEP and not SUMMARY
+    NARROW: tl.constexpr = seen_ptr.dtype.element_ty == tl.float16
+    ENDS: tl.constexpr = 2 * K if NARROW else K
     tile = tl.program_id(0) % TILES
     head = (tl.program_id(0) // TILES) % HV
     segment = tl.program_id(0) // (TILES * HV)
@@ -242,12 +252,15 @@ def _kda_sweep_kernel(
         left = tl.load(left_ptr + key_offsets, mask=narrow, other=0.0)  # [C, ROWS]
         v = tl.load(v_ptr + v_offsets, mask=kept, other=0.0)  # [COLUMNS, C]
         beta = tl.load(beta_ptr + i * HV, mask=present, other=0.0)
-        end = tl.load(ends_ptr + place * K + rows, mask=rows < K, other=0.0)
+        end = tl.load(ends_ptr + place * ENDS + rows, mask=rows < K, other=0.0)
         pairs_at = pairs_ptr + place * (2 * C * C) + square
         solved = tl.load(pairs_at)  # [C, C]
         half = state.to(read.dtype)
         if KEEP:
             tl.store(states_ptr + place * (K * V) + state_offsets, half, mask=state_mask)
+        if NARROW:
+            opening = tl.load(ends_ptr + place * ENDS + K + rows, mask=rows < K, other=0.0)
+            half = (state * tl.exp2(opening)[None, :]).to(read.dtype)
         wrong = tl.dot(half, tl.trans(read), input_precision=PRECISION)  # [COLUMNS, C]
         wrong = (v - wrong) * beta[None, :]
         new = tl.dot(wrong.to(read.dtype), tl.trans(solved), wrong, input_precision=PRECISION)  # [COLUMNS, C]

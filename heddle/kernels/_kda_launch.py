@@ -63,7 +63,7 @@ class Prepared:
     and `totals` unless two kernels make its gradients.
 
     Shapes:  seen, read, left, totals: [B, T, HV, K];  pairs: [chunks, HV, 2, C, C];  keys: [chunks, HV, C, C]
-             ends: [chunks, HV, K];  reach: [chunks, HV];  beta: [B, T, HV]
+             ends: [chunks, HV, K], in float16 [chunks, HV, 2, K];  reach: [chunks, HV];  beta: [B, T, HV]
     """
 
     seen: Tensor
@@ -145,7 +145,8 @@ class _Call:
         seen, read, left = (self.room(self.B, self.T, self.HV, self.K) for _ in range(3))
         pairs = self.room(chunks, self.HV, 2, C, C)
         keys = self.room(chunks, self.HV, C, C) if keep else pairs
-        ends, reach = self.room(chunks, self.HV, self.K, wide=True), self.room(chunks, self.HV, wide=True)
+        sums = (2, self.K) if self.q.dtype == torch.float16 else (self.K,)
+        ends, reach = self.room(chunks, self.HV, *sums, wide=True), self.room(chunks, self.HV, wide=True)
         if False not in self.ways:
             reach = derived(infinite, reach)
         totals, betas = self.totals(), beta.to(torch.float32).contiguous()
