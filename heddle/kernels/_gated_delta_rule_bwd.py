@@ -27,8 +27,8 @@ import triton.language as tl
 from heddle.kernels._gated_delta_rule_fwd import LENGTHS, decay_from_column, decay_from_row, decays
 from heddle.kernels.common.jit import find_sequence
 
-# What float16 need not hold.
-LEAST = tl.constexpr(2.0**-60)
+# The least decay that float32 is divided by.
+LEAST = tl.constexpr(2.0**-120)
 
 
 @triton.jit(do_not_specialize=LENGTHS)

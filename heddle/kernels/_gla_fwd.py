@@ -7,7 +7,8 @@ Within a chunk of C tokens, with G the log-decays summed from its beginning, of 
     sweep     out = a S + P c,   S' = exp(G_C) S + bᵀ c         forward, a, b, c: seen, left, v
               out = a S + Pᵀ c,  S' = exp(G_C) S + bᵀ c         from the last chunk on, a, b, c: left, seen, dO
 
-The second direction gives dv, with S the gradient of the state.
+The second direction gives dv, with S the gradient of the state. In float16 `seen` is without the decay of the first token, which
+S gets in its place, forward before the product and backward after it (`opening_of`).
 
 The decay between two tokens is that up to a token between them times that from there on. Where a chunk fades by less than
 2^-80 one token in its middle does for all pairs: one power is above 1 then, but far from the ends of bfloat16 and float32.
@@ -98,8 +99,8 @@ def most_left(totals_at, total, i, count, stride, rows, in_k, NARROW: tl.constex
 
 @triton.jit
 def opening_of(total, i):
-    """The log-decay of the first token of a chunk, which what reads the state before it has passed: float16 ends at 6e-8, above
-    what a strong decay leaves, so there it is left to the sums.  Shapes:  total: [C, ROWS];  out: [ROWS]
+    """The log-decay of the first token of a chunk, which all that read the state before it have passed: float16 ends at 6e-8,
+    above what a strong decay leaves, so there it is left to the sums.  Shapes:  total: [C, ROWS];  out: [ROWS]
     """
     return tl.sum(tl.where((i == 0)[:, None], total, 0.0), axis=0)
 
@@ -278,14 +279,14 @@ def _gla_sweep_kernel(
         b = tl.load(b_ptr + key_offsets, mask=narrow, other=0.0)  # [C, ROWS]
         c = tl.load(c_ptr + c_offsets, mask=kept, other=0.0)  # [C, COLUMNS]
         end = tl.load(ends_ptr + rows, mask=in_k, other=0.0)  # [ROWS]
-        over = tl.exp2(end)
+        since = end
         half = state.to(b.dtype)
         if KEEP:
             tl.store(states_ptr + state_offsets, half, mask=state_mask)
         if NARROW:
             opening = tl.load(ends_ptr + K + rows, mask=in_k, other=0.0)  # [ROWS]
             if BACKWARD:
-                over = tl.exp2(end - opening)
+                since -= opening
             else:
                 half = (state * tl.exp2(opening)[:, None]).to(b.dtype)
         if OUT:
@@ -295,7 +296,7 @@ def _gla_sweep_kernel(
             out = tl.dot(a, half, input_precision=PRECISION)  # [C, COLUMNS]
             out = tl.dot(scores, c, out, input_precision=PRECISION)
             tl.store(out_ptr + out_offsets, out.to(out_ptr.dtype.element_ty), mask=kept)
-        state = tl.dot(tl.trans(b), c, state * over[:, None], input_precision=PRECISION)
+        state = tl.dot(tl.trans(b), c, state * tl.exp2(since)[:, None], input_precision=PRECISION)
         if NARROW and BACKWARD:
             state *= tl.exp2(opening)[:, None]
         if SUMMARY:
