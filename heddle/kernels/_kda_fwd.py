@@ -11,8 +11,8 @@ Within a chunk of C tokens, with G the log-decays summed from its beginning, of 
 Decays within a chunk are those of gla, in two launches (`_gla_fwd`): about one token in the middle of the chunk where it fades
 little, by halves elsewhere. The sweep is that of the delta rules (`_gated_delta_rule_fwd`): it holds the state transposed,
 [V, K], and cuts sequences that are too few to fill the device into segments; their `carry` kernel takes the states from segment
-to segment. A decay belongs to a value head, so all that is prepared does, even where value heads share keys. In float16 `seen` and
-`read` are without the decay of the first token (`opening_of`).
+to segment. A decay belongs to a value head, so all that is prepared does, even where value heads share keys. In float16 `seen`
+and `read` are without the decay of the first token (`opening_of`).
 
 Bytes for a token and value head, K = V = 128, C = 64, bfloat16: prepare reads q, k, g and writes seen, read, left, T, P (2050);
 the sweep reads seen, read, left, v, T, P and writes o (1538). Products: 4 C K and the inverse, and 6 K V + 4 C V.
