@@ -81,9 +81,8 @@ def _decay_attention_sweep_state_kernel(
     rate = tl.load(log_decay_ptr + head).to(tl.float32) * LOG2_E
     # As in the kernel of outputs.
     NARROW: tl.constexpr = BACKWARD and c_ptr.dtype.element_ty == tl.float16
-    opening = rate * (1 - lag) if NARROW else 0.0
     left = tl.exp2(rate * (C - i - (1 if NARROW else lag))) * gain  # [C]
-    over = tl.exp2(rate * C - opening) if NARROW else tl.exp2(rate * C)
+    over = tl.exp2(rate * C)
     b_offsets = (i * (sign * stride_bt))[:, None] + rows[None, :]
     c_offsets = (i * (sign * stride_ct))[:, None] + columns[None, :]
     b_mask = (rows < K)[None, :]
@@ -100,8 +99,8 @@ def _decay_attention_sweep_state_kernel(
         c = tl.load(c_at + c_offsets, mask=c_mask, other=0.0)  # [C, COLUMNS]
         weighted = (c * left[:, None]).to(c.dtype)
         state = tl.dot(tl.trans(b), weighted, state * over, input_precision=PRECISION)
-        if NARROW:
-            state *= tl.exp2(opening)
+    if NARROW:
+        state *= tl.exp2(rate * (1 - lag))
     place = ((role - first_role) * segments + segment).to(tl.int64) * H + head
     offsets = rows[:, None] * V + columns[None, :]
     mask = (rows < K)[:, None] & (columns < V)[None, :]
@@ -217,7 +216,7 @@ def _decay_attention_sweep_output_kernel(
     seen = tl.exp2(rate * (i + lag)) * tl.where(mirrored, 1.0, scale)  # [C]
     gain = tl.where(mirrored, scale, 1.0)
     # Float16 ends at 6e-8, above what a strong decay leaves: the decay of the token that a mirrored sweep reads last in a chunk,
-    # which all others have passed as well, is left to the sum.
+    # which all others have passed as well, is left to the sum, and owed to it until the next chunk.
     NARROW: tl.constexpr = BACKWARD and c_ptr.dtype.element_ty == tl.float16
     opening = rate * (1 - lag) if NARROW else 0.0
 
@@ -239,6 +238,7 @@ def _decay_attention_sweep_output_kernel(
     b_offsets = (i * (sign * stride_bt))[:, None] + rows[None, :]
     c_offsets = (i * (sign * stride_ct))[:, None] + columns[None, :]
     out_offsets = (i * (sign * H * V))[:, None] + columns[None, :]
+    owed = 0.0
     for t in range(0, own_length, C):
         moved = (sign * t).to(tl.int64)
         present = (i < own_length - t)[:, None]
@@ -249,15 +249,20 @@ def _decay_attention_sweep_output_kernel(
         c = tl.load(c_ptr + moved * stride_ct + c_offsets, mask=kept, other=0.0)  # [C, COLUMNS]
         scores = tl.dot(a, tl.trans(b), input_precision=PRECISION) * within  # [C, C]
         out = tl.dot(a, state.to(a.dtype), input_precision=PRECISION) * seen[:, None]  # [C, COLUMNS]
+        if NARROW:
+            out *= tl.exp2(owed)
         out = tl.dot(scores.to(c.dtype), c, out, input_precision=PRECISION)
         tl.store(out_ptr + moved * (H * V) + out_offsets, out.to(c.dtype), mask=kept)
         size = tl.minimum(own_length - t, C)
         left = tl.exp2(rate * tl.maximum(size - i - (1 if NARROW else lag), 0)) * gain  # [C]
         weighted = (c * left[:, None]).to(c.dtype)
-        over = tl.exp2(rate * size - opening) if NARROW else tl.exp2(rate * size)
-        state = tl.dot(tl.trans(b), weighted, state * over, input_precision=PRECISION)
+        over = rate * size
         if NARROW:
-            state *= tl.exp2(opening)
+            over += owed - opening
+            owed = opening
+        state = tl.dot(tl.trans(b), weighted, state * tl.exp2(over), input_precision=PRECISION)
+    if NARROW:
+        state *= tl.exp2(owed)
 
     if (j + 1) * segment_size >= length:
         if BACKWARD:

@@ -122,6 +122,8 @@ def _kda_backward_kernel(
         d_state = tl.dot(do, seen, d_state * tl.exp2(end)[None, :], input_precision=PRECISION)
         d_state = tl.dot((dx * -beta[None, :]).to(left.dtype), read, d_state, input_precision=PRECISION)
         if NARROW:
+            # Loaded again: registers are short.
+            opening = tl.load(ends_ptr + place * ENDS + K + rows, mask=rows < K, other=0.0)
             d_state *= tl.exp2(opening)[None, :]
         seen_ptr -= C * HV * K
         read_ptr -= C * HV * K
