@@ -8,7 +8,7 @@ With n(t, j) the token that t reads by tap j, w its own taps, u those of all tok
 and du_j = Σ_t d_t x_n(t,j). So outputs and the gradient of x are one kernel, which looks the other way for the latter.
 n(t, j) is t - j; over images it lies in a square around t, row by row: `down` rows below and `right` of it.
 
-Bytes: each number read once and written once, but for neighbours of a program's tokens. FLOP: three a channel and tap, back seven.
+Bytes: each number read once and written once, but for neighbours of a program's tokens. FLOP: three a channel and tap, back six.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Launches the kernels of dynamic_conv, and what torch knows of them: an opaque op with gradients, which keeps its inputs alone."""
+"""Launches the kernels of dynamic_conv, and what torch knows of them: an opaque op with gradients, which keeps its inputs."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def launch_backward(
     """Gradients of x, of weight and of static, where there is one; arguments as those of the registered op."""
     d_out, x = dense(d_out), _loaded(x)
     dx = _convolved(d_out, weight, static, width, length=x.shape[1], backward=True)
-    (B, S, H, K), (T, taps), launch = x.shape, weight.shape[1::2], plan(x.device).taps
+    (B, S, H, K), T, launch = x.shape, weight.shape[1], plan(x.device).taps
     constants = sizes(K, _counts(weight, static), launch, is_grid=width is not None)
     # Nothing is gained by more tiles where no sum goes over tokens.
     steps = 1 if static is None else launch.chunk

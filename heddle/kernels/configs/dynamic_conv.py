@@ -20,8 +20,8 @@ class Family:
     taps: Launch
 
 
-# Sixteen numbers a thread, and fewer tokens than threads, so that each thread reads the taps of its tokens itself.
-_LAUNCH = Launch(chunk=1, columns=2048, warps=4, stages=1)
+# Fewer tokens and fewer channels than threads: then each thread reads the taps that it needs, and none go through shared memory.
+_LAUNCH = Launch(chunk=1, columns=4096, warps=8, stages=1)
 HOPPER = Family(forward=_LAUNCH, inputs=_LAUNCH, taps=Launch(chunk=8, columns=2048, warps=4, stages=1))
 OTHER = HOPPER
 # The interpreter pays by the operation, whatever the size of the tiles.
