@@ -32,7 +32,7 @@ OPS = {
 CONTRACTS, REPLAY = "tests/contracts/test_ops.py", "tests/kernels/test_replay.py"
 # Of ops with calls of their own, what files of theirs do not run here.
 OTHER_CONTRACTS = "tests/contracts/test_other_ops.py"
-SOME_OTHERS = "local_linear_attention and (empty and float16 or 1-cpu) or dynamic_conv and (65-cpu and float16 or 63-cpu and float32)"
+SOME_OTHERS = "local_linear_attention and (empty and float16 or 1-cpu) or dynamic_conv and 65-cpu and float16"
 # Gates in half precision one sequence after the other, clusters in one call.
 PACKED_CONTRACT = "tests/contracts/test_packed_ops.py"
 SOME_PACKED = "one_by_one and gates and float16 or one_call and clusters and float16"

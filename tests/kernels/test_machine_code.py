@@ -82,6 +82,18 @@ def test_a_step_of_landmarks_loads_sixteen_bytes_at_a_time() -> None:
 
 
 @pytest.mark.slow
+def test_taps_of_a_dynamic_convolution_do_not_go_through_shared_memory() -> None:
+    # Each thread reads those of its tokens itself, and channels sixteen bytes at a time.
+    script = _script()
+    for case in script.conv_cases(quick=True):
+        if case.kernel != "taps":
+            text, _ = script.ptx(case)
+            assert "shared" not in text, case
+            assert text.count("ld.global.v4.b32") == 3, case
+            assert "ld.global.b16" not in text, case
+
+
+@pytest.mark.slow
 def test_a_fused_step_of_landmarks_asks_for_blocks_ahead() -> None:
     # Keys and values of two blocks before the loop, and of one in it: docs/decisions/0020-landmark-kernels.md.
     script = _script()
