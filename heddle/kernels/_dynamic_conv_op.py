@@ -19,6 +19,8 @@ from heddle.kernels.configs.dynamic_conv import INTERPRETER, Family, family
 from heddle.kernels.configs.launch import Launch
 from heddle.kernels.op import register
 
+# Of a warp.
+THREADS = 32
 _INPUTS = "Tensor x, Tensor weight, Tensor? static, int? width"
 
 
@@ -46,8 +48,10 @@ def sizes(size: int, taps: tuple[int, int], launch: Launch, *, is_grid: bool) ->
     """What the kernels are compiled for: the size of heads, tiles of tokens, the sides of both sorts of taps."""
     columns = triton.next_power_of_2(size)
     own, fixed = (math.isqrt(count) if is_grid else count for count in taps)
+    # With as many tokens as threads their taps would go through shared memory.
+    rows = min(max(1, launch.columns // columns), THREADS * launch.warps // 2)
     return {
-        "K": size, "ROWS": max(1, launch.columns // columns), "COLUMNS": columns,
+        "K": size, "ROWS": rows, "COLUMNS": columns,
         "SIDE": max(own, fixed), "TAPS": own, "STATIC": fixed, "GRID": is_grid,
     }  # fmt: skip
 

@@ -209,6 +209,6 @@ def test_a_length_is_not_among_what_kernels_are_compiled_for() -> None:
     kernels = pytest.importorskip("heddle.kernels._dynamic_conv_kernels")
     # Of squares their sides; the larger one is gone through.
     assert op.sizes(D, (9, 25), Launch(1, 4096, 4, 1), is_grid=True) == {
-        "K": 12, "ROWS": 256, "COLUMNS": 16, "SIDE": 5, "TAPS": 3, "STATIC": 5, "GRID": True,
+        "K": 12, "ROWS": 64, "COLUMNS": 16, "SIDE": 5, "TAPS": 3, "STATIC": 5, "GRID": True,
     }  # fmt: skip
     assert {"T", "S", "shift", "width", "tiles"} <= set(kernels.LENGTHS)

@@ -20,12 +20,12 @@ class Family:
     taps: Launch
 
 
-# Fewer tokens and fewer channels than threads: then each thread reads the taps that it needs, and none go through shared memory.
+# More threads than channels in heads up to 128: then each thread reads the taps that it needs, none through shared memory.
 _LAUNCH = Launch(chunk=1, columns=4096, warps=8, stages=1)
 HOPPER = Family(forward=_LAUNCH, inputs=_LAUNCH, taps=Launch(chunk=8, columns=2048, warps=4, stages=1))
 OTHER = HOPPER
 # The interpreter pays by the operation, whatever the size of the tiles.
-_INTERPRETED = Launch(chunk=2, columns=4096, warps=4, stages=1)
+_INTERPRETED = Launch(chunk=2, columns=4096, warps=8, stages=1)
 INTERPRETER = Family(_INTERPRETED, _INTERPRETED, _INTERPRETED)
 
 
