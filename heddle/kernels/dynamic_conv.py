@@ -55,8 +55,8 @@ def dynamic_conv_reference(
         side, rows = math.isqrt(taps), -(-x.shape[1] // width)
         image = F.pad(x, (0, 0, 0, 0, 0, rows * width - x.shape[1])).flatten(2).mT
         # Each pixel's square as one column.
-        found = F.unfold(image.unflatten(2, (rows, width)), side, padding=side // 2)
-        return found.mT.unflatten(2, (*x.shape[2:], taps))[:, : x.shape[1]]
+        found = F.unfold(image.reshape(len(x), -1, rows, width), side, padding=side // 2).mT
+        return found.reshape(*found.shape[:2], *x.shape[2:], taps)[:, : x.shape[1]]
 
     y = torch.einsum("bthdj,bthj->bthd", neighbours(weight.shape[3]), weight)
     if static is None:
@@ -72,7 +72,7 @@ def _dispatch(x: Tensor, weight: Tensor, static: Tensor | None, width: int | Non
     made, fixed = weight.to(wide), None if static is None else static.to(wide)
     y = x.new_zeros(*weight.shape[:3], x.shape[3], dtype=wide)
     rows = _along(x.to(wide), y.shape[1], taps) if width is None else _around(x.to(wide), width, taps)
-    for row, tap, fixed_tap in rows:
+    for row, (tap, fixed_tap) in rows:
         if tap is not None:
             y = y + made[..., tap, None] * row
         if fixed is not None and fixed_tap is not None:
@@ -80,8 +80,8 @@ def _dispatch(x: Tensor, weight: Tensor, static: Tensor | None, width: int | Non
     return y.to(x.dtype)
 
 
-# What each token reads by a tap, and the tap's number among those of tokens and those of all, where there is such.
-Row = tuple[Tensor, int | None, int | None]
+# What each token reads by a tap, and the tap's number among those of tokens and among those of all, where there is such.
+Row = tuple[Tensor, tuple[int | None, ...]]
 
 
 def _along(x: Tensor, length: int, taps: tuple[int, int]) -> Iterator[Row]:
@@ -90,7 +90,7 @@ def _along(x: Tensor, length: int, taps: tuple[int, int]) -> Iterator[Row]:
     held = F.pad(x, (0, 0, 0, 0, max(0, most - 1 - x.shape[1] + length), 0))
     for tap in range(most):
         end = held.shape[1] - tap
-        yield held[:, end - length : end], *(tap if tap < count else None for count in taps)
+        yield held[:, end - length : end], tuple(tap if tap < count else None for count in taps)
 
 
 def _around(x: Tensor, width: int, taps: tuple[int, int]) -> Iterator[Row]:
@@ -101,11 +101,8 @@ def _around(x: Tensor, width: int, taps: tuple[int, int]) -> Iterator[Row]:
     held = F.pad(image, (0, 0, 0, 0, reach, reach, reach, reach))
     for down, right in product(range(max(sides)), repeat=2):
         row = held[:, down : down + rows, right : right + width].flatten(1, 2)[:, :length]
-        found = []
-        for side in sides:
-            above, left = (place - reach + side // 2 for place in (down, right))
-            found.append(above * side + left if 0 <= above < side and 0 <= left < side else None)
-        yield row, *found
+        places = [(down - reach + side // 2, right - reach + side // 2, side) for side in sides]
+        yield row, tuple(i * side + j if 0 <= i < side and 0 <= j < side else None for i, j, side in places)
 
 
 _op = register_composite(

@@ -5,6 +5,7 @@ With TRITON_INTERPRET=1 the kernels run, interpreted (see test_interpreter.py).
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,12 +13,13 @@ import pytest
 import torch
 from held import assert_held, compiled, over_settings
 from torch import Tensor
+from toys import mixer_of, noise, padded_call
 
 from heddle.errors import HeddleError
 from heddle.kernels.accuracy import EPSILON
 from heddle.kernels.configs.launch import Launch
 from heddle.kernels.dynamic_conv import MAX_HEAD_SIZE, dynamic_conv, dynamic_conv_reference
-from heddle.kernels.op import INTERPRETED, LIBRARY
+from heddle.kernels.op import INTERPRETED, LIBRARY, watch_paths
 
 pytestmark = pytest.mark.usefixtures("kernels_on_gpu")
 
@@ -135,6 +137,34 @@ def test_no_token_hears_later_ones_nor_what_lies_beyond_an_edge(device: str) -> 
         x[:, other] = torch.inf
         changed = dynamic_conv(**{**given, "x": x})
         assert [t for t in range(x.shape[1]) if not changed[:, t].isfinite().all()] == list(hears)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("grid", [None, {"width": 5, "small_taps": 1}], ids=["line", "grid"])
+def test_a_mixer_gives_by_its_op_what_it_gives_in_float64(
+    grid: Mapping[str, int] | None, device: str
+) -> None:
+    fields: Given = {} if grid is None else {"grid": grid}
+    exact = mixer_of(24, "contmix", heads=2, taps=3, static_taps=5, summaries=2, **fields)
+    mixer, x = copy.deepcopy(exact).to(device, torch.float32), noise(2, 23, 24)
+    real, written = torch.ones(2, 23, dtype=torch.bool), torch.ones(2, 23)
+    real[1, :6], written[:, 9:12] = False, 0.0
+    found = []
+    for module, given in ((exact, x), (mixer, x.float().to(device))):
+        leaf, call = given.requires_grad_(), padded_call(real.to(given.device))
+        call.written = written.to(given.device).requires_grad_()
+        with watch_paths() as seen:
+            y = module(leaf, call)
+        wanted = [leaf, call.written, *module.parameters()]
+        found.append([y, *torch.autograd.grad(y.square().sum(), wanted)])
+    assert {one for one in seen if one[0] == "dynamic_conv"} == {
+        ("dynamic_conv", "triton" if INTERPRETED or device == "cuda" else "torch")
+    }
+    for one, other in zip(*found, strict=True):
+        hidden = one.dim() == 3 and one.shape[1] == 23
+        shown = (side.detach().cpu()[real] if hidden else side.detach().cpu() for side in (one, other))
+        expected, told = shown
+        assert (told - expected).abs().max() <= 20 * EPSILON[torch.float32] * expected.abs().max()
 
 
 @pytest.mark.gpu
