@@ -31,7 +31,7 @@ class ContMixModule(Initialised):
     With `grid`, in the paper's form, the means are those of k over summaries² regions of the image, the sum goes over squares
     around the token, of `taps` and `small_taps` for the two halves of a head's channels with a softmax each, and v is 0 beyond
     the edges; its state is empty. Padding and what is not written is in no mean and in no other token's sum. Weights and means
-    are float32. Training works the sums of long sequences out again.
+    are float32. Training works the weights of long sequences out again.
 
     Shapes:  x, y: [B, T, D];  P: [taps, summaries];  r: [H, taps];  u: [H, d, static_taps];  `heads_out` sees [B, T, H, d]
              states: means: [B, H, summaries, query_dim];  values: [B, most taps - 1, H d]
