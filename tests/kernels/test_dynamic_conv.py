@@ -33,7 +33,7 @@ FORMS: dict[str, tuple[int, int, int, int, int | None]] = {
     "before": (9, 6, 7, 4, None),
     "step": (1, 15, 16, 16, None),
     "image": (24, 0, 9, 9, 6),
-    "ragged": (17, 0, 9, 25, 5),
+    "ragged": (13, 0, 9, 25, 5),
     "squares": (17, 0, 25, 1, 5),
     "made": (13, 0, 9, 0, 4),
     "column": (7, 0, 9, 9, 1),
@@ -161,10 +161,11 @@ def test_a_mixer_gives_by_its_op_what_it_gives_in_float64(
         ("dynamic_conv", "triton" if INTERPRETED or device == "cuda" else "torch")
     }
     for one, other in zip(*found, strict=True):
-        hidden = one.dim() == 3 and one.shape[1] == 23
-        shown = (side.detach().cpu()[real] if hidden else side.detach().cpu() for side in (one, other))
-        expected, told = shown
-        assert (told - expected).abs().max() <= 20 * EPSILON[torch.float32] * expected.abs().max()
+        is_padded = one.dim() == 3 and one.shape[1] == 23
+        expected, told = (
+            side.detach().cpu()[real] if is_padded else side.detach().cpu() for side in (one, other)
+        )
+        assert (told - expected).abs().max() <= 5 * EPSILON[torch.float32] * expected.abs().max()
 
 
 @pytest.mark.gpu
@@ -173,7 +174,7 @@ def test_a_mixer_gives_by_its_op_what_it_gives_in_float64(
 def test_sizes_as_models_have_them_are_right(size: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(1)
     for length, taps, width in ((300, 16, None), (23 * 16 - 5, 49, 23)):
-        shape = {"B": 2, "T": length, "H": 2, "K": size, "W": taps}
+        shape = {"B": 1, "T": length, "H": 2, "K": size, "W": taps}
         given = {**dynamic_conv.cases.inputs(shape, generator), "width": width}
         held(given, dtype, "cuda")
         first, second = (results(dynamic_conv, given, dtype, "cuda") for _ in range(2))
