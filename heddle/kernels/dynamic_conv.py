@@ -67,21 +67,30 @@ def dynamic_conv_reference(
 def _dispatch(x: Tensor, weight: Tensor, static: Tensor | None, width: int | None) -> Tensor:
     if dynamic_conv.choose(x.device, x.dtype, K=x.shape[3], W=weight.shape[3]) == "triton":
         return kernels(x, weight, static, width)  # type: ignore[no-any-return]
-    wide = wide_dtype(x.dtype)
-    taps = (weight.shape[3], 0 if static is None else static.shape[2])
+    wide, length = wide_dtype(x.dtype), weight.shape[1]
     made, fixed = weight.to(wide), None if static is None else static.to(wide)
-    y = x.new_zeros(*weight.shape[:3], x.shape[3], dtype=wide)
-    rows = _along(x.to(wide), y.shape[1], taps) if width is None else _around(x.to(wide), width, taps)
-    for row, (tap, fixed_tap) in rows:
-        if tap is not None:
-            y = y + made[..., tap, None] * row
-        if fixed is not None and fixed_tap is not None:
-            y = y + fixed[..., fixed_tap] * row
-    return y.to(x.dtype)
+    taps = (weight.shape[3], 0 if static is None else static.shape[2])
+    if width is None:
+        return _summed(_along(x.to(wide), length, taps), made, fixed).to(x.dtype)
+    image, made = (_laid(side, width) for side in (x.to(wide), made))
+    return _summed(_around(image, taps), made, fixed).flatten(1, 2)[:, :length].to(x.dtype)
 
 
 # What each token reads by a tap, and the tap's number among those of tokens and among those of all, where there is such.
 Row = tuple[Tensor, tuple[int | None, ...]]
+
+
+def _summed(rows: Iterator[Row], made: Tensor, fixed: Tensor | None) -> Tensor:
+    """The sum over taps.  Shapes:  rows: [..., H, d];  made: [..., H, taps];  fixed: [H, d, taps]"""
+    y = None
+    for row, (tap, fixed_tap) in rows:
+        y = torch.zeros_like(row) if y is None else y
+        if tap is not None:
+            y = y + made[..., tap, None] * row
+        if fixed is not None and fixed_tap is not None:
+            y = y + fixed[..., fixed_tap] * row
+    assert y is not None, "there is always a tap"
+    return y
 
 
 def _along(x: Tensor, length: int, taps: tuple[int, int]) -> Iterator[Row]:
@@ -93,16 +102,24 @@ def _along(x: Tensor, length: int, taps: tuple[int, int]) -> Iterator[Row]:
         yield held[:, end - length : end], tuple(tap if tap < count else None for count in taps)
 
 
-def _around(x: Tensor, width: int, taps: tuple[int, int]) -> Iterator[Row]:
-    """The squares around tokens of an image, row by row."""
-    length, sides = x.shape[1], [math.isqrt(count) for count in taps]
-    rows, reach = -(-length // width), max(sides) // 2
-    image = F.pad(x, (0, 0, 0, 0, 0, rows * width - length)).unflatten(1, (rows, width))  # type: ignore[no-untyped-call]
+def _laid(x: Tensor, width: int) -> Tensor:
+    """Tokens as images, zeros behind the last.  Shapes:  x: [B, T, H, *];  out: [B, rows, width, H, *]"""
+    rows = -(-x.shape[1] // width)
+    padded = F.pad(x, (0, 0, 0, 0, 0, rows * width - x.shape[1]))
+    return padded.unflatten(1, (rows, width))  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _around(image: Tensor, taps: tuple[int, int]) -> Iterator[Row]:
+    """The squares around pixels, row by row, as views: copies of all would stand in memory until the backward pass."""
+    (rows, width), sides = image.shape[1:3], [math.isqrt(count) for count in taps]
+    reach = max(sides) // 2
     held = F.pad(image, (0, 0, 0, 0, reach, reach, reach, reach))
     for down, right in product(range(max(sides)), repeat=2):
-        row = held[:, down : down + rows, right : right + width].flatten(1, 2)[:, :length]
         places = [(down - reach + side // 2, right - reach + side // 2, side) for side in sides]
-        yield row, tuple(i * side + j if 0 <= i < side and 0 <= j < side else None for i, j, side in places)
+        yield (
+            held[:, down : down + rows, right : right + width],
+            tuple(i * side + j if 0 <= i < side and 0 <= j < side else None for i, j, side in places),
+        )
 
 
 _op = register_composite(
