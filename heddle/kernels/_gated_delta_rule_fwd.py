@@ -160,7 +160,7 @@ def _gated_delta_rule_fwd_state_kernel(
 
     With PARTS a state gets what is written in two parts, of which the second holds what rounding takes from the first: the
     gradient of a log-decay is a product of states, and this rounding weighed most in it. What it takes from n of the last chunk
-    is kept as well: nothing fades there before the gradient of the final state.
+    is kept too, in `rest`: nothing fades there before the gradient of the final state.
 
     With SUMMARY only what the segment does to a state: the state it leaves when begun with zeros, and, without values, what
     it makes of each unit vector.
@@ -246,7 +246,7 @@ def _gated_delta_rule_fwd_state_kernel(
             out *= scale
         wrong = (v - wrong) * tl.load(gates_at)[None, :]
         new = tl.dot(wrong.to(k.dtype), tl.trans(solved), wrong, input_precision=PRECISION)  # [COLUMNS, C]
-        if KEEP & PARTS:
+        if KEEP & GATED:
             rest_at = rest_ptr + n.to(tl.int64) * (C * HV * V) + head * V + out_offsets
             # By a mask: a branch here spills registers.
             tl.store(rest_at, (new - new.to(k.dtype)).to(k.dtype), mask=in_v & ends & (t + C >= length))

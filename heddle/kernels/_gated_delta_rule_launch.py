@@ -81,7 +81,7 @@ def plan(device: torch.device, element: int, rows: int, columns: int | None = No
 class Kept:
     """What the forward pass leaves for the backward pass, with K and V padded; `summary` is empty for one segment a sequence.
 
-    `last` is the state before the last chunk in full, `rest` what rounding takes from its n (with decays; empty in float32).
+    `last` is the state before the last chunk in full, `rest` what rounding takes from its n; neither is written without decays.
 
     Shapes:  pairs: [chunks, HV, 2, C, C];  gates: [chunks, HV, 3, C];  states: [chunks, HV, V, K];  new: [B, T, HV, V]
              last: [N, HV, V, K];  rest: [N, C, HV, V];  summary: [segments, HV, V + K, K]
@@ -134,9 +134,8 @@ def kept_like(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, *, keep: bool, ro
     if not keep:
         return Kept(pairs, gates, nothing, nothing, nothing, nothing, summary)
     states, new = narrow(chunks, HV, V, K), narrow(B, T, HV, V)
-    # Nothing is rounded in float32.
-    rest = narrow(sequences, 0 if q.dtype == torch.float32 else chunk, HV, V)
-    return Kept(pairs, gates, states, new, wide(sequences, HV, V, K), rest, summary)
+    last, rest = wide(sequences, HV, V, K), narrow(sequences, chunk, HV, V)
+    return Kept(pairs, gates, states, new, last, rest, summary)
 
 
 def _zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
