@@ -50,6 +50,8 @@ OTHERS = {
     "or split and 3-2-cpu and float32 or fresh and 1-True or part_by_part or rounded_once "
     "or merges and 2-cpu and (limited-3-False and float32 or ragged-3-True and float16 or group-1 and float32) "
     "or equal and True-cpu",
+    # What a GPU alone showed.
+    "test_gated_delta_rule": "in_bfloat16 and cpu",
     # Each option once in full precision, one form in half, tiles, and a mixer's decode steps.
     "test_gated_delta_layer": "odd and float32 or plain and float16 or tiles or window_moves or mixer and float32",
     # Ragged heads in half precision, packed sequences by descriptors in two loops, keys of a step in three parts, lists, a mixer.
