@@ -46,9 +46,8 @@ class Centroids(Float32Kept, Initialised):
         if x.shape[2] <= STRETCH:
             return (x.detach() @ directions).argmax(dim=-1)
         # A number of each token and cluster is more than a layer's whole input.
-        return torch.cat(
-            [(some @ directions).argmax(dim=-1) for some in x.detach().split(STRETCH, dim=2)], -1
-        )
+        parts = torch.split(x.detach(), STRETCH, dim=2)
+        return torch.cat([(part @ directions).argmax(dim=-1) for part in parts], dim=-1)
 
     def of(self, z: Tensor) -> Tensor:
         """The centroid of each token.  Shapes:  z: [B, H, T];  out: [B, H, T, d]"""
