@@ -20,6 +20,7 @@ SCRIPTS = {
     "layer_check": (),
     "learning_check": ("--workers", "1", "--kinds", "dense", "nats_l", "--rows", "none.jsonl"),
     "glue_check": (),
+    "layer_times": (),
     "misses_check": (),
     "truth_step": (),
     "packed_check": (),
