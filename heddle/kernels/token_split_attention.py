@@ -30,6 +30,16 @@ from heddle.kernels.op import (
     wide_dtype,
 )
 
+try:
+    from heddle.kernels._token_split_attention_op import attend
+
+    HAS_KERNELS = True
+except ImportError:
+    HAS_KERNELS = False
+
+# Of a key and of a value head, in the kernels.
+MAX_HEAD_SIZE = 256
+
 
 def token_split_attention_reference(
     q: Tensor,
@@ -146,10 +156,12 @@ def _dispatch(
     begin: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    token_split_attention.choose(q.device, q.dtype)
     far = (far_k, far_v, far_written)
     given = Given(q, k, v, kept, gate, phi_q, phi_k, padding, written, *far)
-    return forward(given, Form(chunk, keep, begin, scale), state)
+    form = Form(chunk, keep, begin, scale)
+    if token_split_attention.choose(q.device, q.dtype, K=q.shape[3], V=v.shape[3]) == "triton":
+        return attend(given, form, state)
+    return forward(given, form, state)
 
 
 _op = register_composite(
@@ -233,7 +245,16 @@ _CASES = Traits(
 )
 
 
-@op(token_split_attention_reference, _CASES)
+def _fits(shape: Shape) -> bool:
+    return HAS_KERNELS and max(shape["K"], shape["V"]) <= MAX_HEAD_SIZE
+
+
+@op(
+    token_split_attention_reference,
+    _CASES,
+    kernel=_fits,
+    limits=f"K and V up to {MAX_HEAD_SIZE}",
+)
 def token_split_attention(
     q: Tensor,
     k: Tensor,
