@@ -8,8 +8,8 @@ With the denominator D, p_j = 2^(c s_j - m) / D, c = scale log2(e), δ = o · do
     d_gate = φ(q) S * do / D,    d(φ(q) S) = gate * do / D,    d(φ(q) z) = -δ / D
 
 The state is divided by no 2^m, so m sets its share and has a gradient of its own, that of its key's logit. An o of 16 bits is not
-exact enough for δ: what rounding took from it is added. The first kernel walks over the same tiles as the forward pass
-and keeps δ and dm. The second one holds a tile of keys and walks over the queries that may see one of them, head by head, in
+exact enough for δ: what rounding took from it is added, and to what is kept also the sum of a query's ds, which is 0 for an exact
+δ. The first kernel walks over the same tiles as the forward pass and keeps δ and dm. The second one holds a tile of keys and walks over the queries that may see one of them, head by head, in
 order: nothing is added by atomics, and gradients are the same to the bit every time. It is launched once for the keys where
 they stand, which two chunks of queries see, and once for the list of those that stay, which all later ones do. It makes the
 products with keys as rows: an accumulator that is turned before it is an operand is silently wrong on Hopper.
@@ -34,14 +34,14 @@ from heddle.kernels.common.jit import LOG2_E
 
 @triton.jit
 def add_to_queries(
-    q, k, v, g, seen, index, most, inverse, delta, peak, d_most, dq, factor, PRECISION: tl.constexpr
+    q, k, v, g, seen, index, most, inverse, delta, peak, d_most, dq, missed, factor, PRECISION: tl.constexpr
 ):
-    """What a tile of keys adds to dq / scale.  Shapes:  seen: [ROWS, KEYS];  index: [KEYS], the keys' numbers"""
+    """What a tile of keys adds to dq / scale and to the sum of all ds.  Shapes:  seen: [ROWS, KEYS];  index: [KEYS], the keys' numbers"""
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
     p = tl.where(seen, tl.exp2(s - most[:, None]), 0.0) * inverse[:, None]
     ds = p * (tl.dot(g, tl.trans(v), input_precision=PRECISION) - delta[:, None])
     ds += tl.where(index[None, :] == peak[:, None], d_most[:, None], 0.0)
-    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION), missed + tl.sum(ds, axis=1)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -97,18 +97,16 @@ def _token_split_attention_bwd_query_kernel(
     told = tl.load(told_ptr + at, mask=here, other=0.0)
     gate = load_rows(gate_ptr + b * stride_gb + h * stride_gh, t, stride_gt, valid, columns_v, in_v)
     share = g_wide * inverse[:, None]
-    d_most = tl.sum(gate * told * share, axis=1)
-    d_most -= delta * tl.load(told_ptr + at_told + V, mask=valid, other=0.0) * inverse
+    counted = tl.load(told_ptr + at_told + V, mask=valid, other=0.0) * inverse
+    d_most = tl.sum(gate * told * share, axis=1) - delta * counted
     tl.store(d_told_ptr + at, gate * share, mask=here)
-    tl.store(d_told_ptr + at_told + V, -delta * inverse, mask=valid)
     d_gate_ptr += b * stride_dgb + h * stride_dgh
     d_gate_at = (t.to(tl.int64) * stride_dgt)[:, None] + columns_v[None, :]
     tl.store(d_gate_ptr + d_gate_at, told * share, mask=present[:, None] & in_v)
-    tl.store(delta_ptr + row, delta, mask=present)
-    tl.store(d_most_ptr + row, d_most, mask=present)
 
     factor = scale * LOG2_E
     dq = tl.zeros([ROWS, ROWS_K], tl.float32)
+    missed = tl.zeros([ROWS], tl.float32)
     k_ptr += b * stride_kb + n * stride_kh
     v_ptr += b * stride_vb + n * stride_vh
     seen_ptr += b * S
@@ -120,8 +118,8 @@ def _token_split_attention_bwd_query_kernel(
         v = load_rows(v_ptr, key, stride_vt, inside, columns_v, in_v)
         seen = is_near(place[:, None], key_place[None, :], inside[None, :], may[None, :], CHUNK)
         number = tl.where(inside, key, -2)
-        dq = add_to_queries(
-            q, k, v, g, seen, number, most, inverse, delta, peak, d_most, dq, factor, PRECISION
+        dq, missed = add_to_queries(
+            q, k, v, g, seen, number, most, inverse, delta, peak, d_most, dq, missed, factor, PRECISION
         )
     if KEPT:
         kept_k_ptr += b * stride_eb + n * stride_eh
@@ -135,9 +133,12 @@ def _token_split_attention_bwd_query_kernel(
             v = load_rows(kept_v_ptr, entry, stride_wt, there, columns_v, in_v)
             from_place = tl.load(since_ptr + entry, mask=there, other=FAR)
             seen = valid[:, None] & (place[:, None] >= from_place[None, :])
-            dq = add_to_queries(
-                q, k, v, g, seen, S + entry, most, inverse, delta, peak, d_most, dq, factor, PRECISION
+            dq, missed = add_to_queries(
+                q, k, v, g, seen, S + entry, most, inverse, delta, peak, d_most, dq, missed, factor, PRECISION
             )
+    tl.store(delta_ptr + row, delta + missed, mask=present)
+    tl.store(d_most_ptr + row, d_most - missed * counted, mask=present)
+    tl.store(d_told_ptr + at_told + V, -(delta + missed) * inverse, mask=valid)
     dq_ptr += b * stride_dqb + h * stride_dqh
     dq_at = (t.to(tl.int64) * stride_dqt)[:, None] + columns_k[None, :]
     tl.store(dq_ptr + dq_at, (dq * scale).to(dq_ptr.dtype.element_ty), mask=present[:, None] & in_k)
