@@ -140,7 +140,7 @@ def _spread(x: Tensor, at: Tensor | int, count: int) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Sides:
-    """All that the queries of a call look at, chunk by chunk. What is far comes before what is kept.
+    """All that the queries of a call look at, chunk by chunk. What is far comes before what is kept; keys and values are wide.
 
     `folded` says how much of a key the state takes. Marks are 1 for keys to be seen and have the gradient of a bias.
 
@@ -164,8 +164,10 @@ class Sides:
 
     @classmethod
     def of(cls, given: Given, form: Form, grid: Grid) -> Sides:
-        k, v, phi_k = (grid.of_keys(x) for x in (given.k, given.v, given.phi_k))
-        seen = grid.marks(given.q.new_empty(len(k), 0, dtype=wide_dtype(k.dtype)), given.written)
+        wide = wide_dtype(given.k.dtype)
+        # Many chunks read a key: in float32 what they pass back is summed, and rounded once.
+        k, v, phi_k = (grid.of_keys(x) for x in (given.k.to(wide), given.v.to(wide), given.phi_k))
+        seen = grid.marks(k.new_empty(len(k), 0), given.written)
         stays = grid.of_keys(given.kept.to(torch.float32)[..., None])[..., 0] > 0.5
         # Of more than `keep` the first stay, so that every token counts once.
         stays = stays & (stays.cumsum(-1) <= form.keep)
@@ -175,7 +177,7 @@ class Sides:
             far_seen = (
                 marks.new_ones(given.far_k.shape[:3]) if given.far_written is None else given.far_written
             )
-            parts.append((given.far_k, given.far_v, far_seen.to(marks.dtype)))
+            parts.append((given.far_k.to(wide), given.far_v.to(wide), far_seen.to(wide)))
         count = parts[0][0].shape[2] if parts else 0
         if grid.chunks > 1 or not parts:
             parts.append(_kept((k, v, marks), stays, form.keep))
@@ -244,7 +246,7 @@ def _chunk(i: int, sides: Sides, form: Form, state: Tensor) -> tuple[Tensor, Ten
     total = told[..., -1:] + recalled[..., -1:]
     o = (told[..., :-1] + sides.gate[i].to(wide) * recalled[..., :-1]) / total
     keys = sides.phi_k[i].to(wide) * sides.folded[:, :, i, :, None]
-    return o, state + keys.mT @ _counted(sides.v[i].to(wide))
+    return o, state + keys.mT @ _counted(sides.v[i])
 
 
 def _exact(i: int, q: Tensor, sides: Sides, form: Form) -> tuple[Tensor, Tensor]:
@@ -253,9 +255,8 @@ def _exact(i: int, q: Tensor, sides: Sides, form: Form) -> tuple[Tensor, Tensor]
     Shapes:  q: [B, N, G, L, d];  out: [B, N, G, L, keys], [B, N, keys, V + 1]
     """
     count = sides.far + i * form.keep
-    kept = (sides.kept_k[:, :, :count], *sides.k[i : i + 2])
-    keys = torch.cat([x.to(q.dtype) for x in kept], dim=2)
-    values = torch.cat([x.to(q.dtype) for x in (sides.kept_v[:, :, :count], *sides.v[i : i + 2])], dim=2)
+    keys = torch.cat((sides.kept_k[:, :, :count], *sides.k[i : i + 2]), dim=2)
+    values = torch.cat((sides.kept_v[:, :, :count], *sides.v[i : i + 2]), dim=2)
     slot = torch.arange(2 * form.chunk, device=q.device)
     seen, is_own = sides.seen[:, i : i + 2].flatten(1)[:, None], slot == sides.own
     is_seen = (((slot < sides.own) & (seen > 0.5)) | is_own)[:, None]

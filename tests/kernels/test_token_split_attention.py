@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from heddle.errors import HeddleError
 from heddle.kernels import _token_split_attention_torch as chunks
+from heddle.kernels import force_path
 from heddle.kernels.accuracy import EPSILON
 from heddle.kernels.sliding_window_attention import sliding_window_attention
 from heddle.kernels.token_split_attention import token_split_attention, token_split_attention_reference
@@ -232,6 +233,28 @@ def test_it_compiles_without_a_break(monkeypatch: pytest.MonkeyPatch) -> None:
     both = (torch.autograd.grad(one.square().sum(), wanted) for one in (found, expected))
     for one, other in zip(*both, strict=True):
         assert torch.allclose(one, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_gradients_in_half_precision_are_rounded_once(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Many chunks read what is kept and what is far, in groups.
+    monkeypatch.setattr(chunks, "CHUNKS", 2)
+    narrow = ("q", "k", "v", "far_k", "far_v")
+    given = {name: x.float() for name, x in with_far(drawn(60), 5).items()}
+    given |= {name: given[name].to(dtype) for name in narrow}
+
+    def gradients(given: dict[str, Tensor]) -> list[Tensor]:
+        leaves = {name: x.requires_grad_(name in narrow) for name, x in given.items()}
+        with force_path("torch"):
+            out, _ = token_split_attention(**leaves, **SIZES)
+        upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(7)).to(dtype).to(out.dtype)
+        return [x.to(dtype) for x in torch.autograd.grad(out, [leaves[name] for name in narrow], upstream)]
+
+    found = gradients(given)
+    wide = gradients({name: x.detach().float() for name, x in given.items()})
+    assert all(torch.equal(one, other) for one, other in zip(found, wide, strict=True))
 
 
 def test_no_table_of_all_tokens_by_all_tokens_is_held_for_the_gradient() -> None:
