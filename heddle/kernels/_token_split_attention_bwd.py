@@ -60,9 +60,9 @@ def _token_split_attention_bwd_query_kernel(
     stride_db, stride_dh, stride_dt,
     stride_dqb, stride_dqh, stride_dqt,
     stride_dgb, stride_dgh, stride_dgt,
-    T, S, E, far, slots, chunks, tiles, N, scale,
+    T, S, E, far, slots, chunks, chunk, keep, tiles, N, scale,
     K: tl.constexpr, V: tl.constexpr, ROWS_K: tl.constexpr, ROWS_V: tl.constexpr, ROWS: tl.constexpr,
-    KEYS: tl.constexpr, GROUP: tl.constexpr, CHUNK: tl.constexpr, KEEP: tl.constexpr,
+    KEYS: tl.constexpr, GROUP: tl.constexpr,
     SEEN: tl.constexpr, KEPT: tl.constexpr, LOST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries of one head; leaves δ and dm for the other kernel.
@@ -76,7 +76,7 @@ def _token_split_attention_bwd_query_kernel(
     start = tl.load(start_ptr + b)
     t, place, present, low, high = rows_of_tile(start, tile, T, S, ROWS)
     valid = place >= 0
-    base = tl.maximum(start + S - T, 0) // CHUNK
+    base = tl.maximum(start + S - T, 0) // chunk
     columns_k, columns_v, i = tl.arange(0, ROWS_K), tl.arange(0, ROWS_V), tl.arange(0, KEYS)
     in_k, in_v = (columns_k < K)[None, :], (columns_v < V)[None, :]
     q = load_rows(q_ptr + b * stride_qb + h * stride_qh, t, stride_qt, valid, columns_k, in_k)
@@ -92,7 +92,7 @@ def _token_split_attention_bwd_query_kernel(
         lost = load_rows(lost_ptr + b * stride_lb + h * stride_lh, t, stride_lt, valid, columns_v, in_v)
         delta += tl.sum(lost.to(tl.float32) * g_wide, axis=1)
 
-    at_told = told_at(unit, b * N, n, place, base, chunks, slots, CHUNK, GROUP) * (V + 1)
+    at_told = told_at(unit, b * N, n, place, base, chunks, slots, chunk, GROUP) * (V + 1)
     at, here = at_told[:, None] + columns_v[None, :], valid[:, None] & in_v
     told = tl.load(told_ptr + at, mask=here, other=0.0)
     gate = load_rows(gate_ptr + b * stride_gb + h * stride_gh, t, stride_gt, valid, columns_v, in_v)
@@ -110,13 +110,13 @@ def _token_split_attention_bwd_query_kernel(
     k_ptr += b * stride_kb + n * stride_kh
     v_ptr += b * stride_vb + n * stride_vh
     seen_ptr += b * S
-    since = tl.maximum(low // CHUNK - 1, 0) * CHUNK
+    since = tl.maximum(low // chunk - 1, 0) * chunk
     for index in range(since // KEYS, tl.cdiv(high + 1, KEYS)):
         key_place = index * KEYS + i
         key, inside, may = near_keys(seen_ptr, key_place, start, S, SEEN)
         k = load_rows(k_ptr, key, stride_kt, inside, columns_k, in_k)
         v = load_rows(v_ptr, key, stride_vt, inside, columns_v, in_v)
-        seen = is_near(place[:, None], key_place[None, :], inside[None, :], may[None, :], CHUNK)
+        seen = is_near(place[:, None], key_place[None, :], inside[None, :], may[None, :], chunk)
         number = tl.where(inside, key, -2)
         dq, missed = add_to_queries(
             q, k, v, g, seen, number, most, inverse, delta, peak, d_most, dq, missed, factor, PRECISION
@@ -125,7 +125,7 @@ def _token_split_attention_bwd_query_kernel(
         kept_k_ptr += b * stride_eb + n * stride_eh
         kept_v_ptr += b * stride_wb + n * stride_wh
         since_ptr += (b * N + n) * E
-        count = tl.where(high < 0, 0, tl.minimum(far + (high // CHUNK - base) * KEEP, E))
+        count = tl.where(high < 0, 0, tl.minimum(far + (high // chunk - base) * keep, E))
         for index in range(0, tl.cdiv(count, KEYS)):
             entry = index * KEYS + i
             there = entry < count
@@ -154,9 +154,9 @@ def _token_split_attention_bwd_key_kernel(
     stride_db, stride_dh, stride_dt,
     stride_dkb, stride_dkh, stride_dkt,
     stride_dvb, stride_dvh, stride_dvt,
-    T, S, E, far, tiles, N, scale,
+    T, S, E, far, chunk, keep, N, scale,
     K: tl.constexpr, V: tl.constexpr, ROWS_K: tl.constexpr, ROWS_V: tl.constexpr, ROWS: tl.constexpr,
-    KEYS: tl.constexpr, GROUP: tl.constexpr, CHUNK: tl.constexpr, KEEP: tl.constexpr,
+    KEYS: tl.constexpr, GROUP: tl.constexpr,
     SEEN: tl.constexpr, KEPT: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys of one key head, where they stand or, with KEPT, of the list of those that stay.
@@ -178,14 +178,14 @@ def _token_split_attention_bwd_key_kernel(
         number, length = S + row, E
         from_place = tl.load(since_ptr + unit * E + row, mask=inside, other=FAR)
         if tile * KEYS >= far:
-            begin = (begin // CHUNK + (tile * KEYS - far) // KEEP + 1) * CHUNK
+            begin = (begin // chunk + (tile * KEYS - far) // keep + 1) * chunk
     else:
         key_place = (tl.maximum(start, 0) // KEYS + tile) * KEYS + i
         row, inside, may = near_keys(seen_ptr + b * S, key_place, start, S, SEEN)
         number, length = tl.where(inside, row, -2), S
         low = (tl.maximum(start, 0) // KEYS + tile) * KEYS
         begin = tl.maximum(begin, low)
-        end = tl.minimum(end, ((low + KEYS - 1) // CHUNK + 2) * CHUNK)
+        end = tl.minimum(end, ((low + KEYS - 1) // chunk + 2) * chunk)
     k = load_rows(k_ptr + b * stride_kb + n * stride_kh, row, stride_kt, inside, columns_k, in_k)
     v = load_rows(v_ptr + b * stride_vb + n * stride_vh, row, stride_vt, inside, columns_v, in_v)
     q_ptr += b * stride_qb + n * GROUP * stride_qh
@@ -212,7 +212,7 @@ def _token_split_attention_bwd_key_kernel(
         if KEPT:
             seen = there[None, :] & (place[None, :] >= from_place[:, None])
         else:
-            seen = is_near(place[None, :], key_place[:, None], inside[:, None], may[:, None], CHUNK)
+            seen = is_near(place[None, :], key_place[:, None], inside[:, None], may[:, None], chunk)
             seen = seen & there[None, :]
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * factor  # [KEYS, ROWS]
         p = tl.where(seen, tl.exp2(s - most[None, :]), 0.0) * inverse[None, :]

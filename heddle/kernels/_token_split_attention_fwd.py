@@ -21,7 +21,7 @@ import triton.language as tl
 from heddle.kernels.common.jit import LOG2_E
 
 # A new length must not mean a new compilation.
-LENGTHS = ("T", "S", "E", "far", "slots", "chunks", "tiles")
+LENGTHS = ("T", "S", "E", "far", "slots", "chunks", "chunk", "keep", "tiles")
 # A place behind every token, and a number behind every key.
 FAR = tl.constexpr(1 << 30)
 
@@ -58,19 +58,19 @@ def near_keys(seen_ptr, place, start, S, SEEN: tl.constexpr):
 
 
 @triton.jit
-def is_near(place, key_place, inside, seen, CHUNK: tl.constexpr):
+def is_near(place, key_place, inside, seen, chunk):
     """Which keys stand in a query's own chunk up to it or in the one before, all as columns or as rows."""
-    since = (place // CHUNK - 1) * CHUNK
+    since = (place // chunk - 1) * chunk
     is_own = key_place == place
     return (place >= 0) & (key_place >= since) & (key_place <= place) & (seen | (is_own & inside))
 
 
 @triton.jit
-def told_at(unit, b, n, place, base, chunks, slots, CHUNK: tl.constexpr, GROUP: tl.constexpr):
+def told_at(unit, b, n, place, base, chunks, slots, chunk, GROUP: tl.constexpr):
     """The rows of what the state has told some queries of one head."""
     h = unit % GROUP
-    slot = tl.minimum(place % CHUNK, slots - 1)
-    return (((b + n) * chunks + place // CHUNK - base) * GROUP + h) * slots + slot
+    slot = tl.minimum(place % chunk, slots - 1)
+    return (((b + n) * chunks + place // chunk - base) * GROUP + h) * slots + slot
 
 
 @triton.jit
@@ -105,14 +105,14 @@ def _token_split_attention_fwd_kernel(
     stride_gb, stride_gh, stride_gt,
     stride_ob, stride_oh, stride_ot,
     stride_lb, stride_lh, stride_lt,
-    T, S, E, far, slots, chunks, tiles, N, scale,
+    T, S, E, far, slots, chunks, chunk, keep, tiles, N, scale,
     K: tl.constexpr, V: tl.constexpr, ROWS_K: tl.constexpr, ROWS_V: tl.constexpr, ROWS: tl.constexpr,
-    KEYS: tl.constexpr, GROUP: tl.constexpr, CHUNK: tl.constexpr, KEEP: tl.constexpr,
+    KEYS: tl.constexpr, GROUP: tl.constexpr,
     SEEN: tl.constexpr, KEPT: tl.constexpr, TRAINS: tl.constexpr, LOST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries of one head.
 
-    Shapes:  kept_k, kept_v (strides e, w): [B, N, E, *], `far` and then KEEP of each chunk;  since: [B, N, E], the place from which
+    Shapes:  kept_k, kept_v (strides e, w): [B, N, E, *], `far` and then `keep` of each chunk;  since: [B, N, E], the place from which
              on a key is seen;  seen: [B, S] bytes, with SEEN;  start: [B], the place of key 0
              told: [B, N, chunks, GROUP, slots, V + 1] float32;  gate, out: [B, H, T, V];  lost: what rounding took from out, with LOST
              most, total, peak: [B, H, T], with TRAINS: the largest logit to base 2 (inf where there is no query), the
@@ -125,7 +125,7 @@ def _token_split_attention_fwd_kernel(
     start = tl.load(start_ptr + b)
     t, place, present, low, high = rows_of_tile(start, tile, T, S, ROWS)
     valid = place >= 0
-    base = tl.maximum(start + S - T, 0) // CHUNK
+    base = tl.maximum(start + S - T, 0) // chunk
     columns_k, columns_v, i = tl.arange(0, ROWS_K), tl.arange(0, ROWS_V), tl.arange(0, KEYS)
     in_k, in_v = (columns_k < K)[None, :], (columns_v < V)[None, :]
     q = load_rows(q_ptr + b * stride_qb + h * stride_qh, t, stride_qt, valid, columns_k, in_k)
@@ -138,13 +138,13 @@ def _token_split_attention_fwd_kernel(
     total = tl.zeros([ROWS], tl.float32)
     sums = tl.zeros([ROWS, ROWS_V], tl.float32)
     peak = tl.full([ROWS], -1, tl.int32)
-    since = tl.maximum(low // CHUNK - 1, 0) * CHUNK
+    since = tl.maximum(low // chunk - 1, 0) * chunk
     for index in range(since // KEYS, tl.cdiv(high + 1, KEYS)):
         key_place = index * KEYS + i
         key, inside, may = near_keys(seen_ptr, key_place, start, S, SEEN)
         k = load_rows(k_ptr, key, stride_kt, inside, columns_k, in_k)
         v = load_rows(v_ptr, key, stride_vt, inside, columns_v, in_v)
-        seen = is_near(place[:, None], key_place[None, :], inside[None, :], may[None, :], CHUNK)
+        seen = is_near(place[:, None], key_place[None, :], inside[None, :], may[None, :], chunk)
         most, total, sums, peak = add_keys(
             q, k, v, seen, key, most, total, sums, peak, factor, TRAINS, PRECISION
         )
@@ -152,7 +152,7 @@ def _token_split_attention_fwd_kernel(
         kept_k_ptr += b * stride_eb + n * stride_eh
         kept_v_ptr += b * stride_wb + n * stride_wh
         since_ptr += (b * N + n) * E
-        count = tl.where(high < 0, 0, tl.minimum(far + (high // CHUNK - base) * KEEP, E))
+        count = tl.where(high < 0, 0, tl.minimum(far + (high // chunk - base) * keep, E))
         for index in range(0, tl.cdiv(count, KEYS)):
             entry = index * KEYS + i
             there = entry < count
@@ -164,7 +164,7 @@ def _token_split_attention_fwd_kernel(
                 q, k, v, seen, S + entry, most, total, sums, peak, factor, TRAINS, PRECISION
             )
 
-    at_told = told_at(unit, b * N, n, place, base, chunks, slots, CHUNK, GROUP) * (V + 1)
+    at_told = told_at(unit, b * N, n, place, base, chunks, slots, chunk, GROUP) * (V + 1)
     told = tl.load(told_ptr + at_told[:, None] + columns_v[None, :], mask=valid[:, None] & in_v, other=0.0)
     total = tl.where(valid, total + tl.load(told_ptr + at_told + V, mask=valid, other=0.0), 1.0)
     gate = load_rows(gate_ptr + b * stride_gb + h * stride_gh, t, stride_gt, valid, columns_v, in_v)

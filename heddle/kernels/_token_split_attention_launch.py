@@ -64,7 +64,9 @@ class Call:
         self.told, self.gate = dense(told[0]), aligned(told[1])
         self.since, self.start = (dense(x) for x in places)
         self.written = None if written is None else (written > 0.5).contiguous().view(torch.uint8)
-        self.scale, self.chunk, self.keep, self.far = numbers
+        self.scale, self.chunk, keep, self.far = numbers
+        # Where none stay nothing is divided by their number, but compilers may try.
+        self.keep = max(keep, 1)
         (self.B, self.H, self.T, self.K), (self.N, self.S) = self.q.shape, self.k.shape[1:3]
         self.V, self.E = self.v.shape[3], self.kept_k.shape[2]
         self.plan = plan(self.q.device, self.q.element_size(), max(self.K, self.V))
@@ -74,7 +76,7 @@ class Call:
         return {
             "K": self.K, "V": self.V, "ROWS_K": block(self.K), "ROWS_V": block(self.V),
             "ROWS": min(launch.chunk, block(self.T)), "KEYS": launch.columns, "GROUP": self.H // self.N,
-            "CHUNK": self.chunk, "KEEP": max(self.keep, 1), "SEEN": self.written is not None,
+            "SEEN": self.written is not None,
             "PRECISION": "tf32x3" if self.q.device.type == "cuda" else "ieee",
         }  # fmt: skip
 
@@ -86,7 +88,7 @@ class Call:
     def numbers(self, tiles: int) -> tuple[int | float, ...]:
         """What kernels of queries are told."""
         chunks, slots = self.told.shape[2], self.told.shape[4]
-        return self.T, self.S, self.E, self.far, slots, chunks, tiles, self.N, self.scale
+        return self.T, self.S, self.E, self.far, slots, chunks, self.chunk, self.keep, tiles, self.N, self.scale
 
     def tiles(self, rows: int) -> int:
         """Tiles that begin at multiples of `rows`, wherever the first query stands."""
@@ -158,7 +160,7 @@ class Call:
             _token_split_attention_bwd_key_kernel[(tiles, self.B * self.N)](
                 self.q, *keys, self.since, self.seen, self.start, *rows, dk, dv, d_bias,
                 *strides(self.q, *keys, rows[0], dk, dv),
-                self.T, self.S, self.E, self.far, tiles, self.N, self.scale,
+                self.T, self.S, self.E, self.far, self.chunk, self.keep, self.N, self.scale,
                 KEPT=is_kept, BIAS=has_bias, **constants, **launch.options(),
             )  # fmt: skip
         return dk, dv, d_bias

@@ -18,6 +18,8 @@ from heddle.kernels._token_split_attention_torch import Form, Given, Grid
 from heddle.kernels.common.layout import narrower, room, wider
 from heddle.kernels.op import register
 
+# The place from which on a key is seen that never is.
+NEVER: int = FAR.value
 _SIDES = "Tensor q, Tensor k, Tensor v, Tensor kept_k, Tensor kept_v, Tensor told, Tensor gate"
 _INPUTS = (
     f"{_SIDES}, Tensor since, Tensor start, Tensor? written, Tensor? marks, float scale, int chunk, int keep, int far"
@@ -94,7 +96,7 @@ def attend(given: Given, form: Form, state: Tensor) -> tuple[Tensor, Tensor]:
     if far_k is not None and far_v is not None:
         far = far_k.shape[2]
         marks = seen.new_ones(far_k.shape[:3]) if given.far_written is None else given.far_written.to(seen.dtype)
-        since = torch.zeros(marks.shape, dtype=torch.int32, device=k.device).masked_fill(marks <= 0.5, FAR.value)
+        since = torch.zeros(marks.shape, dtype=torch.int32, device=k.device).masked_fill(marks <= 0.5, NEVER)
         kept = tuple(torch.cat(both, dim=2) for both in zip((far_k, far_v, since, marks), kept, strict=True))
     kept_k, kept_v, since, marks = kept
     begin = grid.begin if isinstance(grid.begin, Tensor) else torch.full((len(k),), grid.begin, device=k.device)
@@ -143,6 +145,6 @@ def _kept(
     number = number.expand(len(seen), -1)[:, None, :, None]
     begin = grid.begin if isinstance(grid.begin, int) else grid.begin[:, None, None, None]
     key = (number * form.chunk + slots - begin).clamp(min=0, max=grid.keys - 1).flatten(2)[..., None]
-    since = ((number + 2) * form.chunk).expand(marks.shape).masked_fill(marks <= 0.5, FAR.value)
+    since = ((number + 2) * form.chunk).expand(marks.shape).masked_fill(marks <= 0.5, NEVER)
     rows = [x.gather(2, key.expand(-1, -1, -1, x.shape[3])) for x in sides]
     return *rows, since.flatten(2).to(torch.int32), marks.flatten(2)
