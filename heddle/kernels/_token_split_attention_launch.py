@@ -60,7 +60,10 @@ class Call:
         written: Tensor | None,
         numbers: tuple[float, int, int, int],
     ) -> None:
-        self.q, self.k, self.v, self.kept_k, self.kept_v = (aligned(x) for x in sides)
+        q, *keys = sides
+        # Keys that come in float32 were half precision, and want gradients in float32.
+        self.wanted = keys[0].dtype
+        self.q, self.k, self.v, self.kept_k, self.kept_v = (aligned(x.to(q.dtype)) for x in (q, *keys))
         self.told, self.gate = dense(told[0]), aligned(told[1])
         self.since, self.start = (dense(x) for x in places)
         self.written = None if written is None else (written > 0.5).contiguous().view(torch.uint8)
@@ -94,10 +97,10 @@ class Call:
         """Tiles that begin at multiples of `rows`, wherever the first query stands."""
         return triton.cdiv(self.T + rows - 1, rows)
 
-    def empty(self, like: Tensor, size: int) -> Tensor:
+    def empty(self, like: Tensor, size: int, dtype: torch.dtype | None = None) -> Tensor:
         """Room for a tensor of heads, in memory with time before heads, as projections want them."""
         shape = (like.shape[0], like.shape[2], like.shape[1], size)
-        return torch.empty(shape, dtype=like.dtype, device=like.device).transpose(1, 2)
+        return torch.empty(shape, dtype=dtype or like.dtype, device=like.device).transpose(1, 2)
 
     def forward(self, trains: bool) -> Saved:
         """The output, and what gradients want if there will be any."""
@@ -152,7 +155,7 @@ class Call:
         is_kept: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of keys, their values and a bias: 0 for keys that stand at no place."""
-        dk, dv = (self.empty(x, x.shape[3]).zero_() for x in keys)
+        dk, dv = (self.empty(x, x.shape[3], self.wanted).zero_() for x in keys)
         constants, count = self.constants(launch), dk.shape[2]
         d_bias = self.told.new_zeros(dk.shape[:3] if has_bias else (0,))
         tiles = triton.cdiv(count + (0 if is_kept else constants["KEYS"] - 1), constants["KEYS"])
@@ -213,6 +216,6 @@ def launch_backward(
     """Gradients of all that has one, empty for what is not there; arguments as those of the registered op."""
     numbers = (scale, chunk, keep, far)
     call = Call((q, k, v, kept_k, kept_v), (told, gate), (since, start), written, numbers)
-    *found, d_written, d_marks = call.backward(d_out.to(v.dtype), Saved(*saved), marks is not None)
+    *found, d_written, d_marks = call.backward(d_out.to(q.dtype), Saved(*saved), marks is not None)
     d_written = d_written if written is None else d_written.sum(1).to(written.dtype)
     return *found, d_written, d_marks if marks is None else d_marks.to(marks.dtype)

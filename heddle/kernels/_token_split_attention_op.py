@@ -78,12 +78,17 @@ _kernels = register(
 
 def attend(given: Given, form: Form, state: Tensor) -> tuple[Tensor, Tensor]:
     """Shapes:  state: [B, N, f, V + 1] float32;  out: [B, H, T, V] of the type of v, and as state"""
+    trains = torch.is_grad_enabled() and _has_gradient(given, state)
     size, grid = given.v.shape[-1], Grid.of(given, form)
     more = room(size, given.v.device) - size
     # Zeros before the sums of φ, as behind values.
     state = F.pad(state[..., :-1], (0, more + 1)) + F.pad(state[..., -1:], (size + more, 0)) if more else state
-    q, k, far_k = (x if x is None else wider(x, room(x.shape[-1], x.device)) for x in (given.q, given.k, given.far_k))
-    v, far_v = (x if x is None else wider(x, size + more) for x in (given.v, given.far_v))
+    # A key is read where it stands, as one that stays and by the state: in float32 what they pass back is summed, and rounded once.
+    k, v, far_k, far_v = (
+        x if x is None or not trains else x.to(state.dtype) for x in (given.k, given.v, given.far_k, given.far_v)
+    )
+    q, k, far_k = (x if x is None else wider(x, room(x.shape[-1], x.device)) for x in (given.q, k, far_k))
+    v, far_v = (x if x is None else wider(x, size + more) for x in (v, far_v))
     gate = wider(given.gate.to(torch.float32), size + more)
     seen = grid.marks(state.new_empty(len(k), 0), given.written)
     # Of more than `keep` the first stay, so that every token counts once.
@@ -102,9 +107,6 @@ def attend(given: Given, form: Form, state: Tensor) -> tuple[Tensor, Tensor]:
     begin = grid.begin if isinstance(grid.begin, Tensor) else torch.full((len(k),), grid.begin, device=k.device)
     written = None if given.written is None else given.written.to(torch.float32)
     is_marked = given.written is not None or given.far_written is not None
-    trains = torch.is_grad_enabled() and any(
-        x.requires_grad for x in (q, k, v, kept_k, kept_v, told, gate, marks)
-    )
     out = _kernels(
         q, k, v, kept_k, kept_v, told, gate, since, begin.to(torch.int32), written, marks if is_marked else None,
         form.scale, form.chunk, form.keep, far, trains,
@@ -112,6 +114,12 @@ def attend(given: Given, form: Form, state: Tensor) -> tuple[Tensor, Tensor]:
     if more:
         state = torch.cat((state[..., :size], state[..., -1:]), dim=-1)
     return narrower(out, size), state
+
+
+def _has_gradient(given: Given, state: Tensor) -> bool:
+    sides = (given.q, given.k, given.v, given.gate, given.phi_q, given.phi_k, state)
+    more = (given.written, given.far_k, given.far_v, given.far_written)
+    return any(x is not None and x.requires_grad for x in (*sides, *more))
 
 
 def _told(

@@ -75,7 +75,7 @@ FORMS: dict[str, Callable[[], Given]] = {
     # The first row's first queries are none.
     "padded": lambda: padded(drawn(45, held=9, begin=8, far=5), 30, 3),
     "short": lambda: drawn(5),
-    "single": lambda: drawn(1, held=10, begin=16, far=9),
+    "single": lambda: drawn(1, held=9, begin=16, far=9),
     "window": lambda: drawn(keep=0),
     "every": lambda: drawn(40, keep=8),
     # Of each query head its own keys; a chunk of more keys than a tile.
