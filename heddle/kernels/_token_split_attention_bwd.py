@@ -7,12 +7,13 @@ With the denominator D, p_j = 2^(c s_j - m) / D, c = scale log2(e), δ = o · do
     dq = scale Σ_j ds_j k_j,    dk_j = scale Σ_i ds_ij q_i,    dv_j = Σ_i p_ij do_i
     d_gate = φ(q) S * do / D,    d(φ(q) S) = gate * do / D,    d(φ(q) z) = -δ / D
 
-The state is divided by no 2^m, so m sets its share and has a gradient of its own, that of its key's logit. An o of 16 bits is not
-exact enough for δ: what rounding took from it is added, and to what is kept also the sum of a query's ds, which is 0 for an exact
-δ. The first kernel walks over the same tiles as the forward pass and keeps δ and dm. The second one holds a tile of keys and walks over the queries that may see one of them, head by head, in
-order: nothing is added by atomics, and gradients are the same to the bit every time. It is launched once for the keys where
-they stand, which two chunks of queries see, and once for the list of those that stay, which all later ones do. It makes the
-products with keys as rows: an accumulator that is turned before it is an operand is silently wrong on Hopper.
+The state is divided by no 2^m, so m sets its share and has a gradient of its own, that of its key's logit. An o of 16 bits is
+not exact enough for δ: what rounding took from it is added, and to what is kept also the sum of a query's ds, which is 0 for an
+exact δ. The first kernel walks over the same tiles as the forward pass and keeps δ and dm. The second one holds a tile of keys
+and walks over the queries that may see one of them, head by head, in order: nothing is added by atomics, and gradients are the
+same to the bit every time. It is launched once for the keys where they stand, which two chunks of queries see, and once for the
+list of those that stay, which all later ones do. It makes the products with keys as rows: an accumulator that is turned before
+it is an operand is silently wrong on Hopper.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from heddle.kernels.common.jit import LOG2_E
 def add_to_queries(
     q, k, v, g, seen, index, most, inverse, delta, peak, d_most, dq, missed, factor, PRECISION: tl.constexpr
 ):
-    """What a tile of keys adds to dq / scale and to the sum of all ds.  Shapes:  seen: [ROWS, KEYS];  index: [KEYS], the keys' numbers"""
+    """What a tile of keys adds to dq / scale and to the sum of ds.  Shapes:  seen: [ROWS, KEYS];  index: [KEYS], keys' numbers"""
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
     p = tl.where(seen, tl.exp2(s - most[:, None]), 0.0) * inverse[:, None]
     ds = p * (tl.dot(g, tl.trans(v), input_precision=PRECISION) - delta[:, None])

@@ -112,11 +112,11 @@ def _token_split_attention_fwd_kernel(
 ):  # fmt: skip
     """One tile of queries of one head.
 
-    Shapes:  kept_k, kept_v (strides e, w): [B, N, E, *], `far` and then `keep` of each chunk;  since: [B, N, E], the place from which
-             on a key is seen;  seen: [B, S] bytes, with SEEN;  start: [B], the place of key 0
-             told: [B, N, chunks, GROUP, slots, V + 1] float32;  gate, out: [B, H, T, V];  lost: what rounding took from out, with LOST
-             most, total, peak: [B, H, T], with TRAINS: the largest logit to base 2 (inf where there is no query), the
-             denominator, and the number of that logit's key, S and more for those that stay
+    Shapes:  kept_k, kept_v (strides e, w): [B, N, E, *], `far` and then `keep` of each chunk;  since: [B, N, E], the place
+             from which on a key is seen;  seen: [B, S] bytes, with SEEN;  start: [B], the place of key 0
+             told: [B, N, chunks, GROUP, slots, V + 1] float32;  gate, out: [B, H, T, V];  lost: what rounding took from out,
+             with LOST;  most, total, peak: [B, H, T], with TRAINS: the largest logit to base 2 (inf where there is no query),
+             the denominator, and the number of that logit's key, S and more for those that stay
     """
     tile = tiles - 1 - tl.program_id(1)
     unit = tl.program_id(0).to(tl.int64)

@@ -91,11 +91,23 @@ class Call:
     def numbers(self, tiles: int) -> tuple[int | float, ...]:
         """What kernels of queries are told."""
         chunks, slots = self.told.shape[2], self.told.shape[4]
-        return self.T, self.S, self.E, self.far, slots, chunks, self.chunk, self.keep, tiles, self.N, self.scale
+        return (
+            self.T,
+            self.S,
+            self.E,
+            self.far,
+            slots,
+            chunks,
+            self.chunk,
+            self.keep,
+            tiles,
+            self.N,
+            self.scale,
+        )
 
     def tiles(self, rows: int) -> int:
         """Tiles that begin at multiples of `rows`, wherever the first query stands."""
-        return triton.cdiv(self.T + rows - 1, rows)
+        return -(-(self.T + rows - 1) // rows)
 
     def empty(self, like: Tensor, size: int, dtype: torch.dtype | None = None) -> Tensor:
         """Room for a tensor of heads, in memory with time before heads, as projections want them."""
@@ -121,7 +133,7 @@ class Call:
         return Saved(out, lost, most, total, peak)
 
     def backward(self, d_out: Tensor, saved: Saved, is_marked: bool) -> tuple[Tensor, ...]:
-        """Gradients of q, k, v, kept_k, kept_v, told and gate, and of biases of the logits of k and of kept_k, if there are any."""
+        """Gradients of q, k, v, kept_k, kept_v, told and gate, and of a bias of the logits of k and of kept_k."""
         d_out, out = aligned(d_out), aligned(saved.out)
         lost = aligned(saved.lost) if saved.lost.numel() else out
         dq, d_gate = self.empty(self.q, self.K), torch.empty_like(self.gate)

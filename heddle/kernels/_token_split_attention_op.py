@@ -6,6 +6,7 @@ keys that stay; so are their gradients.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,9 +22,7 @@ from heddle.kernels.op import register
 # The place from which on a key is seen that never is.
 NEVER: int = FAR.value
 _SIDES = "Tensor q, Tensor k, Tensor v, Tensor kept_k, Tensor kept_v, Tensor told, Tensor gate"
-_INPUTS = (
-    f"{_SIDES}, Tensor since, Tensor start, Tensor? written, Tensor? marks, float scale, int chunk, int keep, int far"
-)
+_INPUTS = f"{_SIDES}, Tensor since, Tensor start, Tensor? written, Tensor? marks, float scale, int chunk, int keep, int far"
 _SAVED = "Tensor out, Tensor lost, Tensor most, Tensor total, Tensor peak"
 
 
@@ -43,7 +42,12 @@ def _like(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:  #
 def _gradients_like(d_out: Tensor, q: Tensor, *rest: Any) -> tuple[Tensor, ...]:  # noqa: ARG001
     *keys, told, gate = rest[:6]
     found = [q.new_empty(0) if x is None else x.new_empty(x.shape) for x in (rest[8], rest[9])]
-    return *(_turned(x, x.shape[-1]) for x in (q, *keys)), told.new_empty(told.shape), torch.empty_like(gate), *found
+    return (
+        *(_turned(x, x.shape[-1]) for x in (q, *keys)),
+        told.new_empty(told.shape),
+        torch.empty_like(gate),
+        *found,
+    )
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -78,42 +82,49 @@ _kernels = register(
 
 def attend(given: Given, form: Form, state: Tensor) -> tuple[Tensor, Tensor]:
     """Shapes:  state: [B, N, f, V + 1] float32;  out: [B, H, T, V] of the type of v, and as state"""
-    trains = torch.is_grad_enabled() and _has_gradient(given, state)
-    size, grid = given.v.shape[-1], Grid.of(given, form)
-    more = room(size, given.v.device) - size
-    # Zeros before the sums of φ, as behind values.
-    state = F.pad(state[..., :-1], (0, more + 1)) + F.pad(state[..., -1:], (size + more, 0)) if more else state
-    # A key is read where it stands, as one that stays and by the state: in float32 what they pass back is summed, and rounded once.
-    k, v, far_k, far_v = (
-        x if x is None or not trains else x.to(state.dtype) for x in (given.k, given.v, given.far_k, given.far_v)
-    )
-    q, k, far_k = (x if x is None else wider(x, room(x.shape[-1], x.device)) for x in (given.q, k, far_k))
-    v, far_v = (x if x is None else wider(x, size + more) for x in (v, far_v))
-    gate = wider(given.gate.to(torch.float32), size + more)
-    seen = grid.marks(state.new_empty(len(k), 0), given.written)
+    trains, size = torch.is_grad_enabled() and _has_gradient(given, state), given.v.shape[-1]
+    # A key is read where it stands, as one that stays and by the state: the sum of what they pass back is rounded once.
+    given = _with_room(given, state.dtype if trains else given.k.dtype)
+    grid, more = Grid.of(given, form), given.v.shape[-1] - size
+    if more:
+        # Zeros before the sums of φ, as behind values.
+        state = F.pad(state[..., :-1], (0, more + 1)) + F.pad(state[..., -1:], (size + more, 0))
+    seen = grid.marks(state.new_empty(len(state), 0), given.written)
     # Of more than `keep` the first stay, so that every token counts once.
     stays = grid.of_keys(given.kept.to(torch.float32)[..., None])[..., 0] > 0.5
     stays = stays & (stays.cumsum(-1) <= form.keep)
-    folded = (seen * grid.leaving(k.device).to(seen.dtype)[..., None])[:, None].masked_fill(stays, 0.0)
-    told, state = _told(given.phi_q, grid.of_keys(given.phi_k), grid.of_keys(v), folded, state, grid)
-    kept = _kept((k, v), seen, stays, form, grid)
-    far = 0
-    if far_k is not None and far_v is not None:
-        far = far_k.shape[2]
-        marks = seen.new_ones(far_k.shape[:3]) if given.far_written is None else given.far_written.to(seen.dtype)
-        since = torch.zeros(marks.shape, dtype=torch.int32, device=k.device).masked_fill(marks <= 0.5, NEVER)
-        kept = tuple(torch.cat(both, dim=2) for both in zip((far_k, far_v, since, marks), kept, strict=True))
-    kept_k, kept_v, since, marks = kept
-    begin = grid.begin if isinstance(grid.begin, Tensor) else torch.full((len(k),), grid.begin, device=k.device)
+    folded = (seen * grid.leaving(seen.device).to(seen.dtype)[..., None])[:, None].masked_fill(stays, 0.0)
+    told, state = _told(given, folded, state, grid)
+    kept_k, kept_v, since, marks = _kept(given, seen, stays, form, grid)
+    begin = (
+        grid.begin
+        if isinstance(grid.begin, Tensor)
+        else torch.full((len(seen),), grid.begin, device=seen.device)
+    )
     written = None if given.written is None else given.written.to(torch.float32)
     is_marked = given.written is not None or given.far_written is not None
+    far = 0 if given.far_k is None else given.far_k.shape[2]
     out = _kernels(
-        q, k, v, kept_k, kept_v, told, gate, since, begin.to(torch.int32), written, marks if is_marked else None,
-        form.scale, form.chunk, form.keep, far, trains,
+        given.q, given.k, given.v, kept_k, kept_v, told, given.gate, since, begin.to(torch.int32), written,
+        marks if is_marked else None, form.scale, form.chunk, form.keep, far, trains,
     )[0]  # fmt: skip
     if more:
         state = torch.cat((state[..., :size], state[..., -1:]), dim=-1)
     return narrower(out, size), state
+
+
+def _with_room(given: Given, dtype: torch.dtype) -> Given:
+    """Keys and values in a dtype, the gate in float32, heads as wide as the kernels take them: by zeros, which change nothing."""
+    names = ("q", "k", "v", "gate", "far_k", "far_v")
+    dtypes = {"q": given.q.dtype, "gate": torch.float32}
+    sides = {name: getattr(given, name) for name in names if getattr(given, name) is not None}
+    return replace(
+        given,
+        **{
+            name: wider(x.to(dtypes.get(name, dtype)), room(x.shape[-1], x.device))
+            for name, x in sides.items()
+        },
+    )
 
 
 def _has_gradient(given: Given, state: Tensor) -> bool:
@@ -122,28 +133,28 @@ def _has_gradient(given: Given, state: Tensor) -> bool:
     return any(x is not None and x.requires_grad for x in (*sides, *more))
 
 
-def _told(
-    phi_q: Tensor, phi_k: Tensor, v: Tensor, folded: Tensor, state: Tensor, grid: Grid
-) -> tuple[Tensor, Tensor]:
+def _told(given: Given, folded: Tensor, state: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     """What each query reads from the state before its chunk, and the state behind them all.
 
-    Shapes:  phi_k, v: [B, N, C + 1, l, *];  folded: [B, N, C + 1, l];  state: [B, N, f, V + 1]
-             out: [B, N, C, G, L, V + 1], and as state
+    Shapes:  folded: [B, N, C + 1, l];  state: [B, N, f, V + 1];  out: [B, N, C, G, L, V + 1], and as state
     """
-    keys = phi_k[:, :, :-1].to(state.dtype) * folded[:, :, :-1, :, None]
-    sums = keys.mT @ F.pad(v[:, :, :-1].to(state.dtype), (0, 1), value=1.0)
+    keys, values = (grid.of_keys(x)[:, :, :-1].to(state.dtype) for x in (given.phi_k, given.v))
+    keys = keys * folded[:, :, :-1, :, None]
+    sums = keys.mT @ F.pad(values, (0, 1), value=1.0)
     states = torch.cat((state[:, :, None], sums), dim=2).cumsum(2)
-    features = grid.slots(phi_q.to(state.dtype)).unflatten(1, (state.shape[1], -1)).transpose(2, 3)  # [B, N, C, G, L, f]
+    features = grid.slots(given.phi_q.to(state.dtype))
+    # [B, N, C, G, L, f]
+    features = features.unflatten(1, (state.shape[1], -1)).transpose(2, 3)  # type: ignore[no-untyped-call]
     told = features.flatten(3, 4) @ states[:, :, :-1]
     return told.unflatten(3, features.shape[3:5]), states[:, :, -1]
 
 
 def _kept(
-    sides: tuple[Tensor, Tensor], seen: Tensor, stays: Tensor, form: Form, grid: Grid
-) -> tuple[Tensor, ...]:
-    """Keys and values of the tokens that stay of all chunks but the last two, from which place on they are seen, and marks.
+    given: Given, seen: Tensor, stays: Tensor, form: Form, grid: Grid
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Keys and values of what is far and of what stays of all chunks but the last two, the first place that sees them, and marks.
 
-    Shapes:  sides: [B, N, S, *];  seen: [B, C + 1, l];  stays: [B, N, C + 1, l];  out: [B, N, (C - 1) keep, ...]
+    Shapes:  seen: [B, C + 1, l];  stays: [B, N, C + 1, l];  out: [B, N, M + (C - 1) keep, ...]
     """
     stays, seen = stays[:, :, :-2], seen[:, None, :-2].expand(-1, stays.shape[1], -1, -1)
     slots = stays.to(torch.int8).sort(dim=-1, descending=True, stable=True).indices[..., : form.keep]
@@ -154,5 +165,12 @@ def _kept(
     begin = grid.begin if isinstance(grid.begin, int) else grid.begin[:, None, None, None]
     key = (number * form.chunk + slots - begin).clamp(min=0, max=grid.keys - 1).flatten(2)[..., None]
     since = ((number + 2) * form.chunk).expand(marks.shape).masked_fill(marks <= 0.5, NEVER)
-    rows = [x.gather(2, key.expand(-1, -1, -1, x.shape[3])) for x in sides]
-    return *rows, since.flatten(2).to(torch.int32), marks.flatten(2)
+    rows = [x.gather(2, key.expand(-1, -1, -1, x.shape[3])) for x in (given.k, given.v)]
+    kept = (rows[0], rows[1], since.flatten(2).to(torch.int32), marks.flatten(2))
+    if given.far_k is None or given.far_v is None:
+        return kept
+    seen = marks.new_ones(given.far_k.shape[:3]) if given.far_written is None else given.far_written.to(marks)
+    since = torch.zeros(seen.shape, dtype=torch.int32, device=seen.device).masked_fill(seen <= 0.5, NEVER)
+    first = (given.far_k, given.far_v, since, seen)
+    k, v, since, seen = (torch.cat(both, dim=2) for both in zip(first, kept, strict=True))
+    return k, v, since, seen

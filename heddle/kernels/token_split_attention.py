@@ -161,7 +161,10 @@ def _dispatch(
     form = Form(chunk, keep, begin, scale)
     # A step has one query, for which tiles of them are no use.
     is_step = q.shape[2] == 1 and not torch.is_grad_enabled()
-    if not is_step and token_split_attention.choose(q.device, q.dtype, K=q.shape[3], V=v.shape[3]) == "triton":
+    if (
+        not is_step
+        and token_split_attention.choose(q.device, q.dtype, K=q.shape[3], V=v.shape[3]) == "triton"
+    ):
         return attend(given, form, state)
     return forward(given, form, state)
 

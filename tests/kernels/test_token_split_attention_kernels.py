@@ -20,7 +20,7 @@ from heddle.compose.cache import Call
 from heddle.kernels import force_path, watch_paths
 from heddle.kernels.accuracy import EPSILON
 from heddle.kernels.configs.launch import Launch
-from heddle.kernels.op import INTERPRETED, LIBRARY, wide_dtype
+from heddle.kernels.op import INTERPRETED, wide_dtype
 from heddle.kernels.token_split_attention import token_split_attention, token_split_attention_reference
 
 pytestmark = pytest.mark.usefixtures("kernels_on_gpu")
@@ -55,7 +55,11 @@ def drawn(
         "initial_state": normal(N, F, V + 1).square(),
     }
     if far:
-        given |= {"far_k": normal(N, far, K), "far_v": normal(N, far, V), "far_written": (normal(N, far) > -0.5).double()}
+        given |= {
+            "far_k": normal(N, far, K),
+            "far_v": normal(N, far, V),
+            "far_written": (normal(N, far) > -0.5).double(),
+        }
     return {**given, "begin": begin, "chunk": size["chunk"], "keep": size["keep"], "scale": 0.4}
 
 
@@ -65,6 +69,11 @@ def padded(given: Given, *padding: int) -> Given:
 
 def bare(given: Given) -> Given:
     return {name: x for name, x in given.items() if name not in ("written", "far_written", "initial_state")}
+
+
+def packed(*ends: int) -> Given:
+    state = drawn(1, rows=len(ends) - 1)["initial_state"]
+    return {**drawn(ends[-1], rows=1), "initial_state": state, "cu_seqlens": torch.tensor(ends)}
 
 
 FORMS: dict[str, Callable[[], Given]] = {
@@ -80,8 +89,8 @@ FORMS: dict[str, Callable[[], Given]] = {
     "every": lambda: drawn(40, keep=8),
     # Of each query head its own keys; a chunk of more keys than a tile.
     "wide": lambda: drawn(130, rows=1, H=2, N=2, chunk=48, keep=3),
-    "packed": lambda: {**drawn(45, rows=1), "initial_state": drawn(1, rows=4)["initial_state"], "cu_seqlens": torch.tensor([0, 1, 1, 20, 45])},
-}  # fmt: skip
+    "packed": lambda: packed(0, 1, 1, 20, 45),
+}
 
 
 def at(given: Given, dtype: torch.dtype, device: str) -> Given:
@@ -101,7 +110,9 @@ def graded(function: Callable[..., tuple[Tensor, Tensor]], given: Given) -> dict
     out, state = function(**leaves)
     generator = torch.Generator().manual_seed(7)
     upstream = [torch.randn(x.shape, generator=generator).bfloat16().to(x) for x in (out, state)]
-    found = torch.autograd.grad((out, state), [leaves[name] for name in wanted], upstream, materialize_grads=True)
+    found = torch.autograd.grad(
+        (out, state), [leaves[name] for name in wanted], upstream, materialize_grads=True
+    )
     named = {"out": out.detach(), **dict(zip(wanted, found, strict=True))}
     turned = {name: x.transpose(1, 2) if name in IN_HEADS else x.flatten(0, 1) for name, x in named.items()}
     return {**turned, "state": state.detach().flatten(0, 1)}
@@ -109,7 +120,10 @@ def graded(function: Callable[..., tuple[Tensor, Tensor]], given: Given) -> dict
 
 def held_to_reference(form: str, dtype: torch.dtype, device: str, **overrides: Any) -> None:
     given = at(FORMS[form](), dtype, "cpu")
-    wide = {name: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in given.items()}
+    wide = {
+        name: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+        for name, x in given.items()
+    }
     exact, there = graded(token_split_attention_reference, wide), at(given, dtype, device)
     assert_held(exact, lambda: graded(token_split_attention, there), dtype, device, **overrides)
 
@@ -140,9 +154,7 @@ def test_two_runs_are_equal_to_the_bit_whatever_is_in_fresh_memory(
 
 
 @over_settings
-def test_later_tokens_change_no_bit(
-    device: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_later_tokens_change_no_bit(device: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     if INTERPRETED:
         monkeypatch.setattr(numpy, "matmul", by_columns)
     given, t = drawn(120), 53
@@ -157,7 +169,9 @@ def test_later_tokens_change_no_bit(
 
 
 @over_settings
-def test_of_equal_logits_the_first_key_has_the_gradient_of_the_largest(device: str, dtype: torch.dtype) -> None:
+def test_of_equal_logits_the_first_key_has_the_gradient_of_the_largest(
+    device: str, dtype: torch.dtype
+) -> None:
     # All keys are one: where each has its part of it, or one has it all, their sum is the same.
     given = drawn(30)
     given["k"] = given["k"][:, :, :1].expand_as(given["k"]).contiguous()
@@ -182,10 +196,19 @@ def test_a_step_without_gradients_runs_in_torch(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_a_mixer_has_the_gradients_of_plain_torch(device: str) -> None:
-    sizes = {"heads": 4, "kv_heads": 2, "head_dim": 16, "chunk": 8, "keep": 2, "features": 6, "chosen_by": "group"}
+def test_a_mixer_has_the_gradients_of_plain_torch(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {
+        "heads": 4,
+        "kv_heads": 2,
+        "head_dim": 16,
+        "chunk": 8,
+        "keep": 2,
+        "features": 6,
+        "chosen_by": "group",
+    }
     mixer = mixer_of(32, "still", **sizes).to(device, torch.float32)
     # Pieces that are worked out again, the last of a part of a chunk.
+    monkeypatch.setattr("heddle.compose.modules.salient.MOST_FEATURES", 1)
     x = noise(2, 150, 32).to(device, torch.float32)
     results = []
     for path in ("torch", "triton" if device == "cuda" or INTERPRETED else "torch"):
