@@ -17,7 +17,7 @@ from heddle.kernels.token_split_attention import token_split_attention
 
 # Chunks of queries whose features and weights training keeps at once; those of the others are worked out again.
 CHUNKS = 8
-# Of short chunks of few rows more are taken at once where kernels hold no weights: up to so many features of queries.
+# On CUDA, where kernels hold no weights, more of few rows are taken at once: up to so many features of queries.
 MOST_FEATURES = 1 << 25
 # Logits by which tokens are scored that stand in memory at once.
 MOST_LOGITS = 1 << 24
@@ -185,8 +185,7 @@ def attend_salient(sides: Sides, memory: Tensor | None, form: Form) -> tuple[Ten
 def _together(sides: Sides, form: Form) -> int:
     """Chunks of queries that the op is called for at once."""
     B, H, _, d = sides.q.shape
-    path = token_split_attention.path(sides.q.device, sides.q.dtype, K=d, V=sides.v.shape[3])
-    return CHUNKS if path == "torch" else max(CHUNKS, MOST_FEATURES // (2 * B * H * d * form.chunk))
+    return max(CHUNKS, MOST_FEATURES // (2 * B * H * d * form.chunk)) if sides.q.is_cuda else CHUNKS
 
 
 def _part(
