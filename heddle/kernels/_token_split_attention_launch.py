@@ -136,7 +136,7 @@ class Call:
         """Gradients of q, k, v, kept_k, kept_v, told and gate, and of a bias of the logits of k and of kept_k."""
         d_out, out = aligned(d_out), aligned(saved.out)
         lost = aligned(saved.lost) if saved.lost.numel() else out
-        dq, d_gate = self.empty(self.q, self.K), torch.empty_like(self.gate)
+        dq, d_gate = self.empty(self.q, self.K), self.empty(self.gate, self.V)
         # Slots without a query get nothing.
         d_told = torch.zeros_like(self.told)
         delta, d_most = torch.empty_like(saved.most), torch.empty_like(saved.most)

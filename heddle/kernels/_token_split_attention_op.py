@@ -41,13 +41,9 @@ def _like(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:  #
 
 def _gradients_like(d_out: Tensor, q: Tensor, *rest: Any) -> tuple[Tensor, ...]:  # noqa: ARG001
     *keys, told, gate = rest[:6]
-    found = [q.new_empty(0) if x is None else x.new_empty(x.shape) for x in (rest[8], rest[9])]
-    return (
-        *(_turned(x, x.shape[-1]) for x in (q, *keys)),
-        told.new_empty(told.shape),
-        torch.empty_like(gate),
-        *found,
-    )
+    dq, *d_keys, d_gate = (_turned(x, x.shape[-1]) for x in (q, *keys, gate))
+    d_written, d_marks = (q.new_empty(0) if x is None else x.new_empty(x.shape) for x in rest[8:10])
+    return dq, *d_keys, told.new_empty(told.shape), d_gate, d_written, d_marks
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -96,11 +92,9 @@ def attend(given: Given, form: Form, state: Tensor) -> tuple[Tensor, Tensor]:
     folded = (seen * grid.leaving(seen.device).to(seen.dtype)[..., None])[:, None].masked_fill(stays, 0.0)
     told, state = _told(given, folded, state, grid)
     kept_k, kept_v, since, marks = _kept(given, seen, stays, form, grid)
-    begin = (
-        grid.begin
-        if isinstance(grid.begin, Tensor)
-        else torch.full((len(seen),), grid.begin, device=seen.device)
-    )
+    begin = grid.begin
+    if isinstance(begin, int):
+        begin = torch.full((len(seen),), begin, device=seen.device)
     written = None if given.written is None else given.written.to(torch.float32)
     is_marked = given.written is not None or given.far_written is not None
     far = 0 if given.far_k is None else given.far_k.shape[2]

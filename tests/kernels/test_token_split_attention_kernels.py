@@ -20,7 +20,7 @@ from heddle.compose.cache import Call
 from heddle.kernels import force_path, watch_paths
 from heddle.kernels.accuracy import EPSILON
 from heddle.kernels.configs.launch import Launch
-from heddle.kernels.op import INTERPRETED, wide_dtype
+from heddle.kernels.op import INTERPRETED, LIBRARY, wide_dtype
 from heddle.kernels.token_split_attention import token_split_attention, token_split_attention_reference
 
 pytestmark = pytest.mark.usefixtures("kernels_on_gpu")
@@ -226,9 +226,24 @@ def test_a_mixer_has_the_gradients_of_plain_torch(device: str, monkeypatch: pyte
 @pytest.mark.parametrize(
     "device", [*(["cpu"] if INTERPRETED else []), pytest.param("cuda", marks=pytest.mark.gpu)]
 )
-def test_it_compiles_without_a_break(device: str) -> None:
+def test_torch_knows_the_kernels_and_they_compile_without_a_break(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     given = at(FORMS["short"](), torch.float32, device)
     found, expected = (graded(one, given) for one in (compiled(token_split_attention), token_split_attention))
     for name, tensor in expected.items():
         scale = max(1.0, float(tensor.abs().max()))
         assert (found[name] - tensor).abs().max() <= EPSILON[torch.float32] * scale, name
+    known, told = getattr(torch.ops, LIBRARY).token_split_attention_kernels.default, []
+    monkeypatch.setattr(
+        "heddle.kernels._token_split_attention_op._kernels",
+        lambda *arguments: told.extend(arguments) or known(*arguments),
+    )
+    with torch.no_grad():
+        token_split_attention(**given)
+    # With gradients, for float tensors but the places among them.
+    leaves = [
+        x.detach().requires_grad_(x.is_floating_point()) if isinstance(x, Tensor) else x for x in told[:-1]
+    ]
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(known, (*leaves, True), test_utils=checks)
