@@ -61,9 +61,9 @@ def _token_split_attention_bwd_query_kernel(
     stride_db, stride_dh, stride_dt,
     stride_dqb, stride_dqh, stride_dqt,
     stride_dgb, stride_dgh, stride_dgt,
-    T, S, E, far, slots, chunks, chunk, keep, tiles, N, scale,
+    T, S, E, far, slots, chunks, chunk, keep, tiles, N, group, scale,
     K: tl.constexpr, V: tl.constexpr, ROWS_K: tl.constexpr, ROWS_V: tl.constexpr, ROWS: tl.constexpr,
-    KEYS: tl.constexpr, GROUP: tl.constexpr,
+    KEYS: tl.constexpr,
     SEEN: tl.constexpr, KEPT: tl.constexpr, LOST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries of one head; leaves δ and dm for the other kernel.
@@ -72,8 +72,8 @@ def _token_split_attention_bwd_query_kernel(
     """
     tile = tiles - 1 - tl.program_id(1)
     unit = tl.program_id(0).to(tl.int64)
-    h, b = unit % (N * GROUP), unit // (N * GROUP)
-    n = h // GROUP
+    h, b = unit % (N * group), unit // (N * group)
+    n = h // group
     start = tl.load(start_ptr + b)
     t, place, present, low, high = rows_of_tile(start, tile, T, S, ROWS)
     valid = place >= 0
@@ -93,7 +93,7 @@ def _token_split_attention_bwd_query_kernel(
         lost = load_rows(lost_ptr + b * stride_lb + h * stride_lh, t, stride_lt, valid, columns_v, in_v)
         delta += tl.sum(lost.to(tl.float32) * g_wide, axis=1)
 
-    at_told = told_at(unit, b * N, n, place, base, chunks, slots, chunk, GROUP) * (V + 1)
+    at_told = told_at(unit, b * N, n, place, base, chunks, slots, chunk, group) * (V + 1)
     at, here = at_told[:, None] + columns_v[None, :], valid[:, None] & in_v
     told = tl.load(told_ptr + at, mask=here, other=0.0)
     gate = load_rows(gate_ptr + b * stride_gb + h * stride_gh, t, stride_gt, valid, columns_v, in_v)
@@ -155,9 +155,9 @@ def _token_split_attention_bwd_key_kernel(
     stride_db, stride_dh, stride_dt,
     stride_dkb, stride_dkh, stride_dkt,
     stride_dvb, stride_dvh, stride_dvt,
-    T, S, E, far, chunk, keep, N, scale,
+    T, S, E, far, chunk, keep, N, group, scale,
     K: tl.constexpr, V: tl.constexpr, ROWS_K: tl.constexpr, ROWS_V: tl.constexpr, ROWS: tl.constexpr,
-    KEYS: tl.constexpr, GROUP: tl.constexpr,
+    KEYS: tl.constexpr,
     SEEN: tl.constexpr, KEPT: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys of one key head, where they stand or, with KEPT, of the list of those that stay.
@@ -165,8 +165,8 @@ def _token_split_attention_bwd_key_kernel(
     Shapes:  k, dk: [B, N, S, K];  v, dv: [B, N, S, V];  with KEPT E of them;  d_bias: [B, N, S or E] float32, with BIAS, without
              own keys
     """
-    tile = tl.program_id(0)
-    unit = tl.program_id(1).to(tl.int64)
+    tile = tl.program_id(1)
+    unit = tl.program_id(0).to(tl.int64)
     n, b = unit % N, unit // N
     start = tl.load(start_ptr + b)
     first = start + S - T
@@ -189,20 +189,20 @@ def _token_split_attention_bwd_key_kernel(
         end = tl.minimum(end, ((low + KEYS - 1) // chunk + 2) * chunk)
     k = load_rows(k_ptr + b * stride_kb + n * stride_kh, row, stride_kt, inside, columns_k, in_k)
     v = load_rows(v_ptr + b * stride_vb + n * stride_vh, row, stride_vt, inside, columns_v, in_v)
-    q_ptr += b * stride_qb + n * GROUP * stride_qh
-    d_out_ptr += b * stride_db + n * GROUP * stride_dh
+    q_ptr += b * stride_qb + n * group * stride_qh
+    d_out_ptr += b * stride_db + n * group * stride_dh
 
     factor = scale * LOG2_E
     dk = tl.zeros([KEYS, ROWS_K], tl.float32)
     dv = tl.zeros([KEYS, ROWS_V], tl.float32)
     d_bias = tl.zeros([KEYS], tl.float32)
     count = tl.maximum(tl.cdiv(end, ROWS) - begin // ROWS, 0)
-    for index in range(0, GROUP * count):
+    for index in range(0, group * count):
         head = (index // count).to(tl.int64)
         place = (begin // ROWS + index % count) * ROWS + tl.arange(0, ROWS)
         t = place - first
         there = (t >= 0) & (t < T)
-        at = (unit * GROUP + head) * T + t
+        at = (unit * group + head) * T + t
         q = load_rows(q_ptr + head * stride_qh, t, stride_qt, there, columns_k, in_k)
         g = load_rows(d_out_ptr + head * stride_dh, t, stride_dt, there, columns_v, in_v)
         most = tl.load(most_ptr + at, mask=there, other=float("inf"))

@@ -21,7 +21,7 @@ import triton.language as tl
 from heddle.kernels.common.jit import LOG2_E
 
 # A new length must not mean a new compilation.
-LENGTHS = ("T", "S", "E", "far", "slots", "chunks", "chunk", "keep", "tiles")
+LENGTHS = ("T", "S", "E", "far", "slots", "chunks", "chunk", "keep", "tiles", "N", "group")
 # A place behind every token, and a number behind every key.
 FAR = tl.constexpr(1 << 30)
 
@@ -66,11 +66,11 @@ def is_near(place, key_place, inside, seen, chunk):
 
 
 @triton.jit
-def told_at(unit, b, n, place, base, chunks, slots, chunk, GROUP: tl.constexpr):
+def told_at(unit, b, n, place, base, chunks, slots, chunk, group):
     """The rows of what the state has told some queries of one head."""
-    h = unit % GROUP
+    h = unit % group
     slot = tl.minimum(place % chunk, slots - 1)
-    return (((b + n) * chunks + place // chunk - base) * GROUP + h) * slots + slot
+    return (((b + n) * chunks + place // chunk - base) * group + h) * slots + slot
 
 
 @triton.jit
@@ -105,23 +105,23 @@ def _token_split_attention_fwd_kernel(
     stride_gb, stride_gh, stride_gt,
     stride_ob, stride_oh, stride_ot,
     stride_lb, stride_lh, stride_lt,
-    T, S, E, far, slots, chunks, chunk, keep, tiles, N, scale,
+    T, S, E, far, slots, chunks, chunk, keep, tiles, N, group, scale,
     K: tl.constexpr, V: tl.constexpr, ROWS_K: tl.constexpr, ROWS_V: tl.constexpr, ROWS: tl.constexpr,
-    KEYS: tl.constexpr, GROUP: tl.constexpr,
+    KEYS: tl.constexpr,
     SEEN: tl.constexpr, KEPT: tl.constexpr, TRAINS: tl.constexpr, LOST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries of one head.
 
     Shapes:  kept_k, kept_v (strides e, w): [B, N, E, *], `far` and then `keep` of each chunk;  since: [B, N, E], the place
              from which on a key is seen;  seen: [B, S] bytes, with SEEN;  start: [B], the place of key 0
-             told: [B, N, chunks, GROUP, slots, V + 1] float32;  gate, out: [B, H, T, V];  lost: what rounding took from out,
+             told: [B, N, chunks, group, slots, V + 1] float32;  gate, out: [B, H, T, V];  lost: what rounding took from out,
              with LOST;  most, total, peak: [B, H, T], with TRAINS: the largest logit to base 2 (inf where there is no query),
              the denominator, and the number of that logit's key, S and more for those that stay
     """
     tile = tiles - 1 - tl.program_id(1)
     unit = tl.program_id(0).to(tl.int64)
-    h, b = unit % (N * GROUP), unit // (N * GROUP)
-    n = h // GROUP
+    h, b = unit % (N * group), unit // (N * group)
+    n = h // group
     start = tl.load(start_ptr + b)
     t, place, present, low, high = rows_of_tile(start, tile, T, S, ROWS)
     valid = place >= 0
@@ -164,7 +164,7 @@ def _token_split_attention_fwd_kernel(
                 q, k, v, seen, S + entry, most, total, sums, peak, factor, TRAINS, PRECISION
             )
 
-    at_told = told_at(unit, b * N, n, place, base, chunks, slots, chunk, GROUP) * (V + 1)
+    at_told = told_at(unit, b * N, n, place, base, chunks, slots, chunk, group) * (V + 1)
     told = tl.load(told_ptr + at_told[:, None] + columns_v[None, :], mask=valid[:, None] & in_v, other=0.0)
     total = tl.where(valid, total + tl.load(told_ptr + at_told + V, mask=valid, other=0.0), 1.0)
     gate = load_rows(gate_ptr + b * stride_gb + h * stride_gh, t, stride_gt, valid, columns_v, in_v)

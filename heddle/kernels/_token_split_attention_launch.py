@@ -21,6 +21,9 @@ from heddle.kernels.common.tuning import tuned
 from heddle.kernels.configs.launch import Launch
 from heddle.kernels.configs.token_split_attention import INTERPRETER, Family, Plan, family
 
+# Queries of the smallest tile.
+FEW = 16
+
 
 @functools.cache
 def _table(device: torch.device) -> Family:
@@ -71,14 +74,15 @@ class Call:
         # Where none stay nothing is divided by their number, but compilers may try.
         self.keep = max(keep, 1)
         (self.B, self.H, self.T, self.K), (self.N, self.S) = self.q.shape, self.k.shape[1:3]
-        self.V, self.E = self.v.shape[3], self.kept_k.shape[2]
+        self.V, self.E, self.group = self.v.shape[3], self.kept_k.shape[2], self.H // self.N
         self.plan = plan(self.q.device, self.q.element_size(), max(self.K, self.V))
 
     def constants(self, launch: Launch) -> dict[str, Any]:
         """What all kernels are compiled for."""
         return {
             "K": self.K, "V": self.V, "ROWS_K": block(self.K), "ROWS_V": block(self.V),
-            "ROWS": min(launch.chunk, block(self.T)), "KEYS": launch.columns, "GROUP": self.H // self.N,
+            # Tiles of few sizes, so that few are compiled.
+            "ROWS": launch.chunk if self.T > FEW else min(launch.chunk, FEW), "KEYS": launch.columns,
             "SEEN": self.written is not None,
             "PRECISION": "tf32x3" if self.q.device.type == "cuda" else "ieee",
         }  # fmt: skip
@@ -90,18 +94,18 @@ class Call:
 
     def numbers(self, tiles: int) -> tuple[int | float, ...]:
         """What kernels of queries are told."""
-        chunks, slots = self.told.shape[2], self.told.shape[4]
+        of_told = (self.told.shape[4], self.told.shape[2])
         return (
             self.T,
             self.S,
             self.E,
             self.far,
-            slots,
-            chunks,
+            *of_told,
             self.chunk,
             self.keep,
             tiles,
             self.N,
+            self.group,
             self.scale,
         )
 
@@ -172,10 +176,10 @@ class Call:
         d_bias = self.told.new_zeros(dk.shape[:3] if has_bias else (0,))
         tiles = triton.cdiv(count + (0 if is_kept else constants["KEYS"] - 1), constants["KEYS"])
         if count > 0:
-            _token_split_attention_bwd_key_kernel[(tiles, self.B * self.N)](
+            _token_split_attention_bwd_key_kernel[(self.B * self.N, tiles)](
                 self.q, *keys, self.since, self.seen, self.start, *rows, dk, dv, d_bias,
                 *strides(self.q, *keys, rows[0], dk, dv),
-                self.T, self.S, self.E, self.far, self.chunk, self.keep, self.N, self.scale,
+                self.T, self.S, self.E, self.far, self.chunk, self.keep, self.N, self.group, self.scale,
                 KEPT=is_kept, BIAS=has_bias, **constants, **launch.options(),
             )  # fmt: skip
         return dk, dv, d_bias

@@ -488,7 +488,7 @@ def _span_constants(case: Case, launch: Launch) -> dict[str, Any]:
 def _split_constants(case: Case, launch: Launch) -> dict[str, Any]:
     constants = {
         "K": case.K, "V": case.V, "ROWS_K": block(case.K), "ROWS_V": block(case.V), "ROWS": launch.chunk,
-        "KEYS": launch.columns, "GROUP": 4, "SEEN": case.many,
+        "KEYS": launch.columns, "SEEN": case.many,
         "KEPT": case.kernel != "near", "TRAINS": True, "BIAS": case.many, "LOST": case.dtype != "fp32", "PRECISION": "tf32x3",
     }  # fmt: skip
     names = KERNELS[case.op, case.kernel].arg_names
