@@ -94,20 +94,10 @@ class Call:
 
     def numbers(self, tiles: int) -> tuple[int | float, ...]:
         """What kernels of queries are told."""
-        of_told = (self.told.shape[4], self.told.shape[2])
+        chunks, slots = self.told.shape[2], self.told.shape[4]
         return (
-            self.T,
-            self.S,
-            self.E,
-            self.far,
-            *of_told,
-            self.chunk,
-            self.keep,
-            tiles,
-            self.N,
-            self.group,
-            self.scale,
-        )
+            self.T, self.S, self.E, self.far, slots, chunks, self.chunk, self.keep, tiles, self.N, self.group, self.scale
+        )  # fmt: skip
 
     def tiles(self, rows: int) -> int:
         """Tiles that begin at multiples of `rows`, wherever the first query stands."""
