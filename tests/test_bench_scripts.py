@@ -20,6 +20,7 @@ SCRIPTS = {
     "layer_check": (),
     "learning_check": ("--workers", "1", "--kinds", "dense", "nats_l", "--rows", "none.jsonl"),
     "glue_check": (),
+    "layer_times": (),
     "misses_check": (),
     "truth_step": (),
     "packed_check": (),
@@ -47,7 +48,8 @@ def test_rows_of_the_truth_set_are_joined_and_tell_how_hard_it_is(tmp_path: Path
     # Two placements that no seed tells apart, one that is worse; the parts of two GPUs.
     scores = {"FLLLLLLL": [0.90, 0.91, 0.92], "LFLLLLLL": [0.905, 0.90, 0.92], "LLFLLLLL": [0.5, 0.52, 0.51]}
     for part, names in enumerate((["FLLLLLLL", "LLFLLLLL"], ["LFLLLLLL"])):
-        rows = [{"placement": name, "full": 1, "mqar": {"scores": {"0.001": scores[name]}}} for name in names]
+        told = {name: {"scores": {"0.001": scores[name]}, "chance": 0.05} for name in names}
+        rows = [{"placement": name, "full": 1, "mqar": told[name]} for name in names]
         (tmp_path / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     parts = [str(tmp_path / f"{part}.jsonl") for part in range(2)]
     command = [sys.executable, str(BENCH / "truth_set.py"), "join", *parts]
@@ -73,6 +75,11 @@ def test_rows_of_the_truth_set_tell_its_ratio_curve_and_what_it_took() -> None:
     assert curve[4] == "| 2 | 3 | 0.2100 (0.2100 – 0.2100) | 5.0000 (5.0000 – 5.0000) |"
     assert list(truth_told.spent(rows))[-1] == "in all 24 GPU seconds, 0.01 hours"
     assert any("of 4 placements within the 25 % quantile" in line for line in truth_told.hardness(rows))
+
+
+def test_the_score_of_a_seed_is_its_mean_over_rates_and_a_failed_training_is_at_chance() -> None:
+    told = {"scores": {"0.002": [0.9, None, 0.7], "0.003": [0.5, 0.4, 0.9]}, "chance": 0.2}
+    assert truth_told.seed_scores(told) == pytest.approx([0.7, 0.3, 0.8])
 
 
 @pytest.mark.parametrize("control", [None, "duplicate", "infeasible"])

@@ -212,32 +212,37 @@ def _product_with_gradient(
 
 
 @triton.jit
-def _rest_of_final(
-    k, x_at, d_final_at, stride, i, rows, present, in_k,
+def _rest_of_last(
+    k, x_at, rest_at, d_final_at, stride, i, rows, present, in_k,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What the log-decays of the last chunk get of what rounding takes from the gradient of the final state, with kxᵀ.
+    """What the log-decays of the last chunk get of what rounding takes from x and from the gradient of the final state, with kxᵀ.
 
-    Shapes:  k: [C, ROWS];  x: [C, V];  d_final: [V, K], float32;  out: [C]
+    Shapes:  k: [C, ROWS];  x, rest: [C, V];  d_final: [V, K], float32;  out: [C]
     """
     found = tl.zeros([C, ROWS], tl.float32)
     for tile in range(0, V, COLUMNS):
         columns = tile + tl.arange(0, COLUMNS)
-        in_v = columns < V
-        offsets = columns[:, None] * K + rows[None, :]
-        x = tl.load(
-            x_at + (i * stride)[:, None] + columns[None, :], mask=present[:, None] & in_v[None, :], other=0.0
-        )
-        whole = tl.load(d_final_at + offsets, mask=in_v[:, None] & in_k, other=0.0)  # [COLUMNS, ROWS]
-        rest = (whole - whole.to(x.dtype)).to(x.dtype)
-        found = tl.dot(x, rest, found, input_precision=PRECISION)
+        kept = present[:, None] & (columns < V)[None, :]
+        state_mask = (columns < V)[:, None] & in_k
+        x = tl.load(x_at + (i * stride)[:, None] + columns[None, :], mask=kept, other=0.0)
+        whole = tl.load(d_final_at + columns[:, None] * K + rows[None, :], mask=state_mask, other=0.0)
+        found = tl.dot(x, (whole - whole.to(x.dtype)).to(x.dtype), found, input_precision=PRECISION)
+    # In one loop both products would spill registers.
+    for tile in range(0, V, COLUMNS):
+        columns = tile + tl.arange(0, COLUMNS)
+        kept = present[:, None] & (columns < V)[None, :]
+        state_mask = (columns < V)[:, None] & in_k
+        rest = tl.load(rest_at + (i * stride)[:, None] + columns[None, :], mask=kept, other=0.0)
+        whole = tl.load(d_final_at + columns[:, None] * K + rows[None, :], mask=state_mask, other=0.0)
+        found = tl.dot(rest, whole.to(rest.dtype), found, input_precision=PRECISION)
     return tl.sum(k * found, axis=1)
 
 
 @triton.jit
 def _key_gradient(
     q_at, k_at, v_ptr, do_ptr, log_decay_ptr, beta_ptr, new_ptr, states_ptr, d_states_ptr, initial_ptr, last_ptr,
-    d_final_ptr, routes_ptr, dk_ptr, dv_ptr, d_log_decay_ptr, d_beta_ptr, d_routes_ptr,
+    rest_ptr, d_final_ptr, routes_ptr, dk_ptr, dv_ptr, d_log_decay_ptr, d_beta_ptr, d_routes_ptr,
     stride_vn, stride_vt, stride_vh, stride_dn, stride_dt, stride_dh, T, scale, own_key,
     n, j, length, has_initial, has_d_final,
     row, first, chunk, head, i, rows, present, in_k, mask, HV,
@@ -320,8 +325,10 @@ def _key_gradient(
             per_token = tl.sum(k * written, axis=1)
             if HALF & ends & (has_d_final != 0):
                 new_at = new_ptr + (row * T + first).to(tl.int64) * (HV * V) + own * V
-                per_token += left * _rest_of_final(
-                    k, new_at, d_final_ptr + given, HV * V, i, rows, present, in_k, K, V, C, ROWS, COLUMNS, PRECISION
+                rest_at = rest_ptr + n.to(tl.int64) * (C * HV * V) + own * V
+                per_token += left * _rest_of_last(
+                    k, new_at, rest_at, d_final_ptr + given, HV * V, i, rows, present, in_k,
+                    K, V, C, ROWS, COLUMNS, PRECISION,
                 )  # fmt: skip
             # In float64, as were the sums of log-decays: what passes through a strong decay is the rest of a difference.
             per_token = per_token.to(tl.float64)
@@ -361,8 +368,8 @@ def _key_gradient(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _gated_delta_rule_bwd_gradient_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, log_decay_ptr, beta_ptr, new_ptr, states_ptr, d_states_ptr, initial_ptr, last_ptr, d_final_ptr,
-    routes_ptr, dq_ptr, dk_ptr, dv_ptr, d_log_decay_ptr, d_beta_ptr, d_routes_ptr, table_ptr, cu_seqlens_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, log_decay_ptr, beta_ptr, new_ptr, states_ptr, d_states_ptr, initial_ptr, last_ptr, rest_ptr,
+    d_final_ptr, routes_ptr, dq_ptr, dk_ptr, dv_ptr, d_log_decay_ptr, d_beta_ptr, d_routes_ptr, table_ptr, cu_seqlens_ptr,
     stride_qn, stride_qt, stride_qh,
     stride_kn, stride_kt, stride_kh,
     stride_vn, stride_vt, stride_vh,
@@ -374,7 +381,7 @@ def _gated_delta_rule_bwd_gradient_kernel(
 ):  # fmt: skip
     """All gradients of one chunk and key head: first dq, then the others. `dv` holds dx and gets beta dx.
 
-    Shapes:  initial, last, d_final: [N, HV, V, K];  routes, d_routes: [chunks, HV], with ROUTED
+    Shapes:  initial, last, d_final: [N, HV, V, K];  rest: [N, C, HV, V];  routes, d_routes: [chunks, HV], with ROUTED
     """
     head = tl.program_id(0) % H
     chunk = tl.program_id(0) // H
@@ -405,7 +412,7 @@ def _gated_delta_rule_bwd_gradient_kernel(
     tl.debug_barrier()
     _key_gradient(
         q_at, k_at, v_ptr, do_ptr, log_decay_ptr, beta_ptr, new_ptr, states_ptr, d_states_ptr, initial_ptr, last_ptr,
-        d_final_ptr, routes_ptr, dk_ptr, dv_ptr, d_log_decay_ptr, d_beta_ptr, d_routes_ptr,
+        rest_ptr, d_final_ptr, routes_ptr, dk_ptr, dv_ptr, d_log_decay_ptr, d_beta_ptr, d_routes_ptr,
         stride_vn, stride_vt, stride_vh, stride_dn, stride_dt, stride_dh, T, scale, own_key,
         n, j, length, has_initial, has_d_final,
         row, first, chunk, head, i, rows, present, in_k, mask, HV,

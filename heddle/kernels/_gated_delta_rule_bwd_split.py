@@ -19,7 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from heddle.kernels._gated_delta_rule_bwd import _product_with_gradient, _rest_of_final
+from heddle.kernels._gated_delta_rule_bwd import _product_with_gradient, _rest_of_last
 from heddle.kernels._gated_delta_rule_fwd import LENGTHS, decays
 from heddle.kernels.common.jit import find_sequence
 
@@ -161,7 +161,7 @@ def _against_gradient(
 @triton.jit(do_not_specialize=NUMBERS)
 def _gated_delta_rule_bwd_token_kernel(
     q_ptr, k_ptr, do_ptr, gates_ptr, dx_ptr, new_ptr, products_ptr, states_ptr, d_states_ptr, initial_ptr, last_ptr,
-    d_final_ptr, routes_ptr, dq_ptr, dk_ptr, tile_sums_ptr, passed_ptr, table_ptr, cu_seqlens_ptr,
+    rest_ptr, d_final_ptr, routes_ptr, dq_ptr, dk_ptr, tile_sums_ptr, passed_ptr, table_ptr, cu_seqlens_ptr,
     stride_qn, stride_qt: tl.constexpr, stride_qh,
     stride_kn, stride_kt: tl.constexpr, stride_kh,
     stride_dn, stride_dt: tl.constexpr, stride_dh,
@@ -173,8 +173,9 @@ def _gated_delta_rule_bwd_token_kernel(
     """ROWS channels of one chunk of one key head.
 
     Shapes:  products: [chunks, HV, 2, C, C], R and M;  gates: [chunks, HV, 3, C];  states, d_states: [chunks, HV, V, K]
-             initial, last, d_final: [N, HV, V, K];  tile_sums: [tiles, 3, B, T, HV], over the channels of a tile: for beta,
-             for the sums of log-decays, of what a token leaves to the state but for a route
+             initial, last, d_final: [N, HV, V, K];  rest: [N, C, HV, V]
+             tile_sums: [tiles, 3, B, T, HV], over the channels of a tile: for beta, for the sums of log-decays, of what a token
+             leaves to the state but for a route
              passed: [chunks, HV, tiles], of a chunk;  routes: [chunks, HV], with ROUTED
     """
     TILES: tl.constexpr = (K + ROWS - 1) // ROWS
@@ -274,9 +275,9 @@ def _gated_delta_rule_bwd_token_kernel(
             if HALF & ends & (has_d_final != 0):
                 k = tl.load(k_at, mask=mask, other=0.0)  # [C, ROWS]
                 left = tl.load(gates_at + 2 * C)
-                per_token += left * _rest_of_final(
-                    k, new_ptr + tokens * V, d_final_ptr + given, HV * V, i, rows, present, in_k,
-                    K, V, C, ROWS, COLUMNS, PRECISION,
+                per_token += left * _rest_of_last(
+                    k, new_ptr + tokens * V, rest_ptr + n.to(tl.int64) * (C * HV * V) + own * V, d_final_ptr + given,
+                    HV * V, i, rows, present, in_k, K, V, C, ROWS, COLUMNS, PRECISION,
                 )  # fmt: skip
             tl.store(sums_at + 2 * sums_stride, per_token, mask=present)
             if (j == 0) | ends:

@@ -146,7 +146,7 @@ def _gated_delta_rule_fwd_solve_kernel(
 @triton.jit(do_not_specialize=LENGTHS)
 def _gated_delta_rule_fwd_state_kernel(
     q_ptr, k_ptr, v_ptr, pairs_ptr, gates_ptr, initial_ptr, out_ptr, final_ptr, states_ptr, new_ptr, last_ptr,
-    summary_ptr, starts_ptr, table_ptr, offsets_ptr, cu_seqlens_ptr,
+    rest_ptr, summary_ptr, starts_ptr, table_ptr, offsets_ptr, cu_seqlens_ptr,
     stride_qn, stride_qt, stride_qh,
     stride_kn, stride_kt, stride_kh,
     stride_vn, stride_vt, stride_vh,
@@ -159,13 +159,14 @@ def _gated_delta_rule_fwd_state_kernel(
     """Outputs of one segment, and the final state where a sequence ends; with KEEP also what the backward pass wants.
 
     With PARTS a state gets what is written in two parts, of which the second holds what rounding takes from the first: the
-    gradient of a log-decay is a product of states, and this rounding weighed most in it.
+    gradient of a log-decay is a product of states, and this rounding weighed most in it. What it takes from n of the last chunk
+    is kept too, in `rest`: nothing fades there before the gradient of the final state.
 
     With SUMMARY only what the segment does to a state: the state it leaves when begun with zeros, and, without values, what
     it makes of each unit vector.
 
     Shapes:  states: [chunks, HV, V, K], the state before each chunk;  last: [N, HV, V, K], before the last, float32
-             new: [B, T, HV, V];  starts: [segments, HV, V, K];  summary: [segments, HV, V + K, K]
+             new: [B, T, HV, V];  rest: [N, C, HV, V];  starts: [segments, HV, V, K];  summary: [segments, HV, V + K, K]
     """
     VALUES: tl.constexpr = (V + COLUMNS - 1) // COLUMNS
     TILES: tl.constexpr = VALUES + ((K + COLUMNS - 1) // COLUMNS if SUMMARY else 0)
@@ -245,6 +246,10 @@ def _gated_delta_rule_fwd_state_kernel(
             out *= scale
         wrong = (v - wrong) * tl.load(gates_at)[None, :]
         new = tl.dot(wrong.to(k.dtype), tl.trans(solved), wrong, input_precision=PRECISION)  # [COLUMNS, C]
+        if KEEP & GATED:
+            rest_at = rest_ptr + n.to(tl.int64) * (C * HV * V) + head * V + out_offsets
+            # By a mask: a branch here spills registers.
+            tl.store(rest_at, (new - new.to(k.dtype)).to(k.dtype), mask=in_v & ends & (t + C >= length))
         if GATED:
             written = new * tl.load(gates_at + 2 * C)[None, :]
             rounded = written.to(k.dtype)

@@ -81,8 +81,10 @@ def plan(device: torch.device, element: int, rows: int, columns: int | None = No
 class Kept:
     """What the forward pass leaves for the backward pass, with K and V padded; `summary` is empty for one segment a sequence.
 
+    `last` is the state before the last chunk in full, `rest` what rounding takes from its n; neither is written without decays.
+
     Shapes:  pairs: [chunks, HV, 2, C, C];  gates: [chunks, HV, 3, C];  states: [chunks, HV, V, K];  new: [B, T, HV, V]
-             last: [N, HV, V, K];  summary: [segments, HV, V + K, K]
+             last: [N, HV, V, K];  rest: [N, C, HV, V];  summary: [segments, HV, V + K, K]
     """
 
     pairs: Tensor
@@ -90,10 +92,11 @@ class Kept:
     states: Tensor
     new: Tensor
     last: Tensor
+    rest: Tensor
     summary: Tensor
 
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        return self.pairs, self.gates, self.states, self.new, self.last, self.summary
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        return self.pairs, self.gates, self.states, self.new, self.last, self.rest, self.summary
 
 
 def plan_of(q: Tensor, v: Tensor, *, routed: bool) -> Plan:
@@ -129,10 +132,10 @@ def kept_like(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, *, keep: bool, ro
     nothing = wide(0)
     summary = wide(segments, HV, V + K, K) if size < T else nothing
     if not keep:
-        return Kept(pairs, gates, nothing, nothing, nothing, summary)
-    return Kept(
-        pairs, gates, narrow(chunks, HV, V, K), narrow(B, T, HV, V), wide(sequences, HV, V, K), summary
-    )
+        return Kept(pairs, gates, nothing, nothing, nothing, nothing, summary)
+    states, new = narrow(chunks, HV, V, K), narrow(B, T, HV, V)
+    last, rest = wide(sequences, HV, V, K), narrow(sequences, chunk, HV, V)
+    return Kept(pairs, gates, states, new, last, rest, summary)
 
 
 def _zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -305,7 +308,7 @@ def _run_forward_state(
         start_kernel(
             _gated_delta_rule_fwd_state_kernel, (programs * tiles,),
             q, k, v, kept.pairs, kept.gates, final if before is None else before, out, final,
-            kept.states if keep else out, kept.new if keep else out, kept.last, kept.summary, starts,
+            kept.states if keep else out, kept.new if keep else out, kept.last, kept.rest, kept.summary, starts,
             *layout.segment_table(final), *strides(q, k, v), *layout.along, int(before is not None), scale,
             PARTS=parts, **constants, **layout.constants, **options,
         )  # fmt: skip
@@ -379,10 +382,10 @@ class _Outer:
     after: Tensor | None
     routes: Tensor | None
 
-    def states(self, kept: Kept) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Before and after each chunk, and in full: the first, the last and the gradient of the final one."""
+    def states(self, kept: Kept) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Before and after each chunk, and in full: the first, the last with what is left of n, the gradient of the final one."""
         before, after = (self.anything if x is None else x for x in (self.before, self.after))
-        return kept.states, self.d_states, before, kept.last, after
+        return kept.states, self.d_states, before, kept.last, kept.rest, after
 
     def known(self) -> tuple[int, int]:
         return int(self.before is not None), int(self.after is not None)

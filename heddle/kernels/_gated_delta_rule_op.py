@@ -19,7 +19,7 @@ from heddle.kernels.common.layout import room
 from heddle.kernels.common.replay import empty, replayed
 from heddle.kernels.op import are_plain, register
 
-Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -59,9 +59,10 @@ def _forward_alone(
     return out, final
 
 
-def _nothing(like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    first, second, third, fourth, fifth, sixth = (empty((0,), like.dtype, like.device) for _ in range(6))
-    return first, second, third, fourth, fifth, sixth
+def _nothing(like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    first, second, third, *others = (empty((0,), like.dtype, like.device) for _ in range(7))
+    fourth, fifth, sixth, seventh = others
+    return first, second, third, fourth, fifth, sixth, seventh
 
 
 def _state_like(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
@@ -106,9 +107,10 @@ def _backward(
     states: Tensor,
     new: Tensor,
     last: Tensor,
+    rest: Tensor,
     summary: Tensor,
 ) -> Gradients:
-    kept = Kept(pairs, gates, states, new, last, summary)
+    kept = Kept(pairs, gates, states, new, last, rest, summary)
     given = (q, k, v, log_decay, beta, scale, initial_state, cu_seqlens)
     if pairs.numel() == 0:
         _, _, kept = launch_forward(*given, keep=True, routes=routes)
@@ -132,6 +134,7 @@ def _backward_fake(
     states: Tensor,  # noqa: ARG001
     new: Tensor,  # noqa: ARG001
     last: Tensor,  # noqa: ARG001
+    rest: Tensor,  # noqa: ARG001
     summary: Tensor,  # noqa: ARG001
 ) -> Gradients:
     d_beta = beta.new_empty(beta.shape)
@@ -199,17 +202,17 @@ _INPUTS = (
     "Tensor? cu_seqlens, Tensor? routes"
 )
 _SEVEN = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-_EIGHT = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+_NINE = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 _backward_op = register(
     "gated_delta_rule_kernels_backward",
     f"(Tensor d_out, Tensor? d_final, {_INPUTS}, Tensor pairs, Tensor gates, Tensor states, Tensor new, "
-    f"Tensor last, Tensor summary) -> {_SEVEN}",
+    f"Tensor last, Tensor rest, Tensor summary) -> {_SEVEN}",
     _backward,
     fake=_backward_fake,
 )
 forward_kernels = register(
     "gated_delta_rule_kernels",
-    f"({_INPUTS}, bool keep) -> {_EIGHT}",
+    f"({_INPUTS}, bool keep) -> {_NINE}",
     _forward,
     fake=_forward_fake,
     setup_context=_setup_forward,

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from heddle.kernels import OPS
 from heddle.kernels.accuracy import Sample, draw
+from heddle.kernels.dynamic_conv import dynamic_conv
 from heddle.kernels.gated_delta_layer import gated_delta_layer_step
 from heddle.kernels.local_linear_attention import local_linear_attention
 from heddle.kernels.op import TRITON_VERSION, Op, Phase, Shape, force_path
@@ -51,6 +52,7 @@ TIMED: tuple[Op[..., Any], ...] = (
     rat_scan,
     rat_attention,
     rms_norm,
+    dynamic_conv,
     token_split_attention,
 )
 CALLED = (*TIMED, gated_delta_layer_step)

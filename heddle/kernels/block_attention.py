@@ -63,7 +63,8 @@ def block_attention_reference(
     group, size = q.shape[1] // k.shape[1], q.shape[-1]
     factor = size**-0.5 if scale is None else scale
     ends = [] if cu_seqlens is None else cu_seqlens.tolist()
-    out = q.new_zeros(*q.shape[:3], v.shape[-1], dtype=torch.float64)
+    nothing = q.new_zeros(v.shape[-1], dtype=torch.float64)
+    found: list[Tensor] = []
     for b, h in ((b, h) for b in range(q.shape[0]) for h in range(q.shape[1])):
         n = h // group
         queries, ks, vs = q[b, h].double().unbind(), k[b, n].double(), v[b, n].double()
@@ -83,6 +84,7 @@ def block_attention_reference(
                 gate = gates[b, n, before:].detach().tolist()
                 read = [j for j in read if (j - begin) // block == own or gate[(j - begin) // block] > 0.5]
             if not read:
+                found.append(nothing)
                 continue
             keys = torch.tensor(read, device=k.device)
             s = factor * (ks[keys] @ query)
@@ -93,8 +95,8 @@ def block_attention_reference(
                 at = (keys - begin) // block
                 bias = gates[b, n, before + at] - gates[b, n, before + at].detach()
                 s = s + bias.masked_fill(at == own, 0.0)
-            out[b, h, t] = torch.softmax(s, dim=0) @ vs[keys]
-    return out
+            found.append(torch.softmax(s, dim=0) @ vs[keys])
+    return torch.stack(found).view(*q.shape[:3], -1)
 
 
 def own_sequence(token: int, row: int, ends: Sequence[int], block: int) -> tuple[int, int, int]:

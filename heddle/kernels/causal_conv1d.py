@@ -51,14 +51,16 @@ def causal_conv1d_reference(
     x, weight, taps = x.double(), weight.double(), weight.shape[1]
     ends = [x.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()[1:]
     rows = x.shape[0] if cu_seqlens is None else 1
+    # Cut up at once: of each part autograd makes a gradient as long as what it was cut from.
+    tokens = x.unbind(1)
     outputs, states, begin = [], [], 0
     for index, end in enumerate(ends):
         if initial_state is None:
             window = x.new_zeros(rows, x.shape[2], taps - 1)
         else:
             window = initial_state.double()[index * rows : (index + 1) * rows]
-        for t in range(begin, end):
-            window = torch.cat((window, x[:, t, :, None]), dim=2)
+        for token in tokens[begin:end]:
+            window = torch.cat((window, token[..., None]), dim=2)
             y = (window * weight).sum(2)
             outputs.append(y / (1.0 + torch.exp(-y)) if activation == "silu" else y)
             window = window[:, :, 1:]

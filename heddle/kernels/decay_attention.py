@@ -66,10 +66,10 @@ def decay_attention_reference(
     """The recurrence of `decay_attention`, token by token in float64; shares nothing with the fast paths."""
     q, k, v, decay = q.double(), k.double(), v.double(), log_decay.double().exp()
 
-    def update(state: Tensor, t: int) -> Tensor:
-        return decay[:, None, None] * state + torch.einsum("bhk,bhv->bhkv", k[:, t], v[:, t])
+    def update(state: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return decay[:, None, None] * state + torch.einsum("bhk,bhv->bhkv", key, value)
 
-    return walk(update, q, v, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens)
+    return walk(update, (q, k, v), scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens)
 
 
 def _forward(

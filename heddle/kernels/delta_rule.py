@@ -38,11 +38,11 @@ def delta_rule_reference(
     v, beta = v.double(), beta.double()
     identity = torch.eye(q.shape[3], dtype=torch.float64, device=q.device)
 
-    def update(state: Tensor, t: int) -> Tensor:
-        key, rate = k[:, t, :, :, None], beta[:, t, :, None, None]
-        return (identity - rate * key * key.mT) @ state + rate * key * v[:, t, :, None, :]
+    def update(state: Tensor, key: Tensor, value: Tensor, rate: Tensor) -> Tensor:
+        key, rate = key[..., None], rate[..., None, None]
+        return (identity - rate * key * key.mT) @ state + rate * key * value[:, :, None, :]
 
-    return walk(update, q, v, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens)
+    return walk(update, (q, k, v, beta), scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens)
 
 
 def _forward(

@@ -65,11 +65,10 @@ def gla_reference(
     q, k, log_decay = (heads_of_values(x, v) for x in (q, k, log_decay))
     v, decay = v.double(), log_decay.exp()
 
-    def update(state: Tensor, t: int) -> Tensor:
-        written = torch.einsum("bhk,bhv->bhkv", k[:, t], v[:, t])
-        return decay[:, t, :, :, None] * state + written
+    def update(state: Tensor, key: Tensor, value: Tensor, fade: Tensor) -> Tensor:
+        return fade[..., None] * state + torch.einsum("bhk,bhv->bhkv", key, value)
 
-    return walk(update, q, v, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens)
+    return walk(update, (q, k, v, decay), scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens)
 
 
 def _forward(

@@ -7,7 +7,7 @@ chosen heads.
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import pairwise, product
 
 import torch
 from torch import Tensor
@@ -52,7 +52,10 @@ def head_sparse_attention_reference(
     (B, H, T, d), S = q.shape, k.shape[2]
     factor, group = d**-0.5 if scale is None else scale, H // k.shape[1]
     bounds: list[int] = [0, S] if cu_seqlens is None else cu_seqlens.tolist()
-    out = q.new_zeros(B, H, T, v.shape[3], dtype=torch.float64)
+    # Cut up at once: of each part autograd makes a gradient as long as what it was cut from.
+    queries = [[one.unbind() for one in row] for row in q.double()]
+    heads_k, heads_v, shares = ([row.unbind() for row in x.double()] for x in (k, v, weights))
+    found: dict[tuple[int, int, int], Tensor] = {}
     for b, (begin, end) in ((b, one) for b in range(B) for one in pairwise(bounds)):
         for t in range(max(0, begin - (S - T)), end - (S - T)):
             here = t + S - T
@@ -62,10 +65,12 @@ def head_sparse_attention_reference(
                 if j == here or real is None or bool(real[b if real.shape[0] > 1 else 0, j])
             ]
             for h in weights[b, t].nonzero()[:, 0].tolist():
-                ks, vs = k[b, h // group, keys].double(), v[b, h // group, keys].double()
-                o = torch.softmax(factor * (ks @ q[b, h, t].double()), dim=0) @ vs
-                out[b, h, t] = weights[b, t, h].double() * o
-    return out
+                ks, vs = heads_k[b][h // group][keys], heads_v[b][h // group][keys]
+                o = torch.softmax(factor * (ks @ queries[b][h][t]), dim=0) @ vs
+                found[b, h, t] = shares[b][t][h] * o
+    nothing = q.new_zeros(v.shape[3], dtype=torch.float64)
+    places = product(range(B), range(H), range(T))
+    return torch.stack([found.get(place, nothing) for place in places]).view(B, H, T, -1)
 
 
 def _mask(q: Tensor, keys: int, real: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:

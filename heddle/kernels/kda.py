@@ -52,12 +52,14 @@ def kda_reference(
     q, k = (heads_of_values(x, v) for x in (q, k))
     v, decay, beta = v.double(), log_decay.double().exp(), beta.double()
 
-    def update(state: Tensor, t: int) -> Tensor:
-        state = decay[:, t, :, :, None] * state
-        wrong = v[:, t] - torch.einsum("bhk,bhkv->bhv", k[:, t], state)
-        return state + torch.einsum("bhk,bhv->bhkv", k[:, t], beta[:, t, :, None] * wrong)
+    def update(state: Tensor, key: Tensor, value: Tensor, fade: Tensor, rate: Tensor) -> Tensor:
+        state = fade[..., None] * state
+        wrong = value - torch.einsum("bhk,bhkv->bhv", key, state)
+        return state + torch.einsum("bhk,bhv->bhkv", key, rate[..., None] * wrong)
 
-    return walk(update, q, v, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens)
+    return walk(
+        update, (q, k, v, decay, beta), scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens
+    )
 
 
 def _forward(

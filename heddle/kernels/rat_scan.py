@@ -70,6 +70,8 @@ def rat_scan_reference(
 
     group = torch.arange(H) % G
     queries, pairs, ends, lasts = [], [], {}, []
+    # Cut up at once: of each part autograd makes a gradient as long as what it was cut from.
+    tokens = [list(zip(*(one[b].double() for one in (q, k, x, gate)), strict=True)) for b in range(B)]
     for b, (begin, end) in ((b, one) for b in range(B) for one in pairwise(bounds)):
         state = x.new_zeros(2, H, d, dtype=torch.float64)
         if past is not None and start % chunk:
@@ -78,9 +80,10 @@ def rat_scan_reference(
             number, place = divmod(start + t - begin, chunk)
             if place == 0:
                 state = torch.zeros_like(state)
-            g = 1 / (1 + torch.exp(-(gate[b, t].double() + gate_bias.double())))
-            state = g * state + (1 - g) * torch.stack((x[b, t], k[b, t, group])).double()
-            queries.append(turned(q[b, t].double(), number))
+            q_t, k_t, x_t, gate_t = tokens[b][t]
+            g = 1 / (1 + torch.exp(-(gate_t + gate_bias.double())))
+            state = g * state + (1 - g) * torch.stack((x_t, k_t[group]))
+            queries.append(turned(q_t, number))
             pairs.append(torch.stack((turned(state[1], number), state[0])))
             if place == chunk - 1:
                 ends[b, t // chunk if cu_seqlens is not None else number - start // chunk] = pairs[-1]

@@ -55,12 +55,13 @@ def routed_delta_rule_reference(
     before = v.new_zeros(v.shape[0], v.shape[2], q.shape[3], v.shape[3])
     before = before if initial_state is None else initial_state.double()
     state, faded, told = before, torch.ones_like(log_decay[:, 0].double()), []
-    for t in range(q.shape[1]):
-        decay = log_decay[:, t].double().exp()
+    # Cut up at once: of each part autograd makes a gradient as long as what it was cut from.
+    steps = zip(*(x.unbind(1) for x in (q, k, v, log_decay.double().exp(), beta)), strict=True)
+    for t, (query, key, value, decay, rate) in enumerate(steps):
         state, faded = decay[..., None, None] * state, decay * faded
-        wrong = v[:, t] - torch.einsum("bhk,bhkv->bhv", k[:, t], state)
-        state = state + torch.einsum("bhk,bhv->bhkv", k[:, t], beta[:, t, :, None] * wrong)
-        told.append(factor * torch.einsum("bhk,bhkv->bhv", q[:, t], state))
+        wrong = value - torch.einsum("bhk,bhkv->bhv", key, state)
+        state = state + torch.einsum("bhk,bhv->bhkv", key, rate[..., None] * wrong)
+        told.append(factor * torch.einsum("bhk,bhkv->bhv", query, state))
         if (t + 1) % chunk == 0:
             undone = faded[..., None, None] * before
             state = before = undone + routes[:, t // chunk, :, None, None] * (state - undone)

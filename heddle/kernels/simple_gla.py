@@ -46,11 +46,10 @@ def simple_gla_reference(
     q, k = (heads_of_values(x, v) for x in (q, k))
     v, decay = v.double(), log_decay.double().exp()
 
-    def update(state: Tensor, t: int) -> Tensor:
-        written = torch.einsum("bhk,bhv->bhkv", k[:, t], v[:, t])
-        return decay[:, t, :, None, None] * state + written
+    def update(state: Tensor, key: Tensor, value: Tensor, fade: Tensor) -> Tensor:
+        return fade[..., None, None] * state + torch.einsum("bhk,bhv->bhkv", key, value)
 
-    return walk(update, q, v, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens)
+    return walk(update, (q, k, v, decay), scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens)
 
 
 def _forward(

@@ -47,7 +47,7 @@ import numpy as np
 from evaluator_values import KINDS, SPENT, read_lines, value_all
 from truth_judge import made_up
 from truth_set import HERE, SPEC, Space
-from truth_told import Rows, best_rate, latencies, read_rows, sign, tasks_of
+from truth_told import Rows, latencies, read_rows, seed_scores, sign, tasks_of
 
 from heddle.search.rank_correlation import RESAMPLES, SEED, _taus, interval, tau_b
 from heddle.specs import load
@@ -59,7 +59,7 @@ ORDERS = 500
 
 @dataclass(frozen=True, slots=True)
 class Truth:
-    """By placement: the mean score of the seeds at the best learning rate (higher is better), one seed's and that of the others,
+    """By placement: the mean score over seeds and learning rates (higher is better), one seed's and that of the others,
     the decode latency where it was measured; and the seconds of a training."""
 
     score: dict[str, float]
@@ -71,10 +71,9 @@ class Truth:
 def truth_of(rows: Rows, task: str) -> Truth:
     score, seeds, seconds, timed = {}, {}, [0.0], latencies(rows)
     for name, row in rows.items():
-        found = best_rate(row[task]["scores"], higher=sign(task) > 0) if task in row else []
-        if not found:
+        if task not in row:
             continue
-        seeds[name] = [sign(task) * one for one in found]
+        seeds[name] = [sign(task) * one for one in seed_scores(row[task])]
         score[name] = mean(seeds[name])
         trainings = sum(len(one) for one in row[task]["scores"].values())
         seconds.append(row[task]["seconds"] / trainings / row[task].get("workers", 1))

@@ -33,6 +33,7 @@ from heddle.kernels import (
     _block_attention_fwd,
     _block_choice_kernels,
     _decay_attention_sweep,
+    _dynamic_conv_kernels,
     _gated_delta_rule_bwd,
     _gated_delta_rule_bwd_split,
     _gated_delta_rule_fwd,
@@ -65,6 +66,7 @@ from heddle.kernels import (
 )
 from heddle.kernels._block_attention_launch import queries_of
 from heddle.kernels._block_attention_lists import MOST_QUERIES
+from heddle.kernels._dynamic_conv_op import sizes as conv_sizes
 from heddle.kernels._gla_launch import KEY_TILE
 from heddle.kernels._landmark_attention_launch import ROWS
 from heddle.kernels._ttt_launch import ROW_TILE
@@ -73,6 +75,7 @@ from heddle.kernels.configs import (
     block_attention,
     block_choice,
     decay_attention,
+    dynamic_conv,
     gated_delta_rule,
     gla,
     head_sparse_attention,
@@ -177,6 +180,9 @@ KERNELS = {
     ("local_linear_attention", "right"): _local_linear_bwd._local_linear_bwd_right_kernel,
     ("local_linear_attention", "queries"): _local_linear_bwd._local_linear_bwd_query_kernel,
     ("local_linear_attention", "keys"): _local_linear_bwd._local_linear_bwd_key_kernel,
+    ("dynamic_conv", "forward"): _dynamic_conv_kernels._dynamic_conv_fwd_kernel,
+    ("dynamic_conv", "inputs"): _dynamic_conv_kernels._dynamic_conv_fwd_kernel,
+    ("dynamic_conv", "taps"): _dynamic_conv_kernels._dynamic_conv_bwd_kernel,
 }
 # Their launches share a chunk, and their kernels what they are told.
 PLANS = {"gated_delta_rule": gated_delta_rule.HOPPER, "gla": gla.HOPPER, "kda": kda.HOPPER}
@@ -206,8 +212,9 @@ BLOCK_TYPES = {
 SPAN_TYPES = {"last_ptr": "*i32"}
 SPLIT_TYPES = {
     "since_ptr": "*i32", "peak_ptr": "*i32", "total_ptr": "*fp32", "told_ptr": "*fp32", "d_told_ptr": "*fp32",
-    "gate_ptr": "*fp32", "d_gate_ptr": "*fp32", "d_most_ptr": "*fp32",
+    "gate_ptr": "*fp32", "d_gate_ptr": "*fp32", "d_most_ptr": "*fp32", "dk_ptr": "*fp32", "dv_ptr": "*fp32",
 }  # fmt: skip
+CONV_TYPES = {"d_weight_ptr": "*fp32", "sums_ptr": "*fp32"}
 # Attention that reads some keys has plans by the larger head size.
 SPARSE = {
     "block_attention": block_attention.HOPPER,
@@ -266,6 +273,7 @@ def cases(*, quick: bool) -> Iterator[Case]:
     yield from landmark_cases(quick=quick)
     yield from memory_cases(quick=quick)
     yield from local_cases(quick=quick)
+    yield from conv_cases(quick=quick)
     for op, (K, V) in itertools.product(("decay_attention", "simple_gla"), sizes):
         first = Case(op, "output", "bf16", K, V, aligned=True, many=False, backward=False)
         both = (first, replace(first, backward=True, many=True))
@@ -404,6 +412,26 @@ def local_cases(*, quick: bool) -> Iterator[Case]:
         yield first
         if not quick:
             yield from (replace(first, many=True), replace(first, dtype="fp32"), replace(first, dtype="fp16"))
+
+
+def conv_cases(*, quick: bool) -> Iterator[Case]:
+    """The kernels of dynamic_conv; `many`: over images."""
+    for K, kernel in itertools.product(
+        [128] if quick else SIZES, [name for op, name in KERNELS if op == "dynamic_conv"]
+    ):
+        first = Case(
+            "dynamic_conv", kernel, "bf16", K, K, aligned=True, many=False, backward=kernel == "inputs"
+        )
+        yield from (first, replace(first, many=True))
+        if not quick:
+            yield from (replace(first, dtype="fp32"), replace(first, dtype="fp16"))
+
+
+def _conv_constants(case: Case, launch: Launch) -> dict[str, Any]:
+    taps = (49, 49) if case.many else (16, 16)
+    constants = conv_sizes(case.K, taps, launch, is_grid=case.many)
+    more = {"STEPS": launch.chunk} if case.kernel == "taps" else {"BACKWARD": case.backward}
+    return {**constants, **more}
 
 
 def _rat_constants(case: Case, launch: Launch) -> dict[str, Any]:
@@ -575,6 +603,8 @@ def ptx(case: Case) -> tuple[str, dict[str, int | None]]:
         constants = _memory_constants(case, launch)
     if case.op == "local_linear_attention":
         constants = _local_constants(case, launch)
+    if case.op == "dynamic_conv":
+        constants = _conv_constants(case, launch)
     if case.kernel == "output" and case.op not in SPARSE:
         constants |= {"SEGMENTED": False, "HAS_INITIAL": True, "HAS_D_FINAL": case.backward}
     if case.op == "simple_gla":
@@ -595,6 +625,8 @@ def ptx(case: Case) -> tuple[str, dict[str, int | None]]:
             signature[name] = SPAN_TYPES[name]
         if case.op == "token_split_attention" and name in SPLIT_TYPES:
             signature[name] = SPLIT_TYPES[name]
+        if case.op == "dynamic_conv" and name in CONV_TYPES:
+            signature[name] = CONV_TYPES[name]
         if case.op.startswith("rat_") and name in RAT_FLOATS:
             signature[name] = "*fp32"
         if name.endswith("_tiles"):
@@ -631,6 +663,8 @@ def without_machine_code(*given: Any) -> tuple[str, str] | None:
 def _launch(case: Case) -> Launch:
     if case.op == "decay_attention":
         launch = decay_attention.HOPPER.launch(case.kernel, ELEMENTS[case.dtype], block(case.K))
+    elif case.op == "dynamic_conv":
+        return getattr(dynamic_conv.HOPPER, case.kernel)
     elif case.op == "rat_scan":
         return getattr(rat_scan.HOPPER, case.kernel)
     elif case.op == "rat_attention":

@@ -341,7 +341,7 @@ class Rows:
         if not TINY:
             torch.cuda.synchronize()
         first = time.perf_counter() - first
-        times = timed_in_graph(call) if phase == "decode_graph" and not TINY else timed(call, DEVICE)
+        times = timed_in_graph(call) if phase.endswith("_graph") and not TINY else timed(call, DEVICE)
         row: Row = {"op": op, "impl": impl, "phase": phase, "shape": shape, "dtype": "bfloat16", **times}
         row |= {"peak_bytes": _peak(call, DEVICE), "first_call_s": first}
         line = f"{phase:12} {op}: {impl:28} {' '.join(f'{k}={v}' for k, v in shape.items()):44} {times['ms']:9.4f} ms"

@@ -5,7 +5,7 @@
 
 The rows of `tests/bench/truth_set.py` stand for training and timing. A budget is a quantile of the measured decode latencies of
 all placements. A way asks for placements within the budget – timing comes first and is free of charge, as it is next to
-training – and is told the score of one seed at the best of the learning rates; probes over the budget are told and count too, and
+training – and is told the score of one seed, the mean over learning rates; probes over the budget are told and count too, and
 can not win. What it found is the placement of the best score it was told; its gap is
 
     (best - found) / (best - median)
@@ -39,7 +39,7 @@ from typing import Any
 
 import numpy as np
 import optuna
-from truth_told import Rows, latencies, read_rows, sign, tasks_of
+from truth_told import Rows, latencies, read_rows, seed_scores, sign, tasks_of
 
 from heddle.errors import HeddleError
 from heddle.search.placement import Budget, History, Question, Seen, Timed, propose
@@ -223,12 +223,11 @@ def truth_of(rows: Rows, task: str) -> Truth:
     """What rows with the task's scores and a decode latency say; the seconds are those of a training alone at each rate."""
     scores, ms, seconds, timed = {}, {}, [], latencies(rows)
     for name, row in rows.items():
-        rates = row.get(task, {}).get("scores", {}).values()
-        whole = [seeds for seeds in rates if None not in seeds]
-        if name not in timed or not whole:
+        if name not in timed or task not in row:
             continue
+        rates = row[task]["scores"].values()
         layers = tuple(int(letter == "F") for letter in name)
-        scores[layers] = max(([sign(task) * one for one in seeds] for seeds in whole), key=mean)
+        scores[layers] = [sign(task) * one for one in seed_scores(row[task])]
         ms[layers] = timed[name]
         # Workers that share a device share its time.
         trainings = sum(len(seeds) for seeds in rates) * row[task].get("workers", 1)

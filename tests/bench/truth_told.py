@@ -27,12 +27,16 @@ def sign(task: str) -> float:
     return -1.0 if task in LOWER else 1.0
 
 
-def best_rate(scores: Mapping[str, Sequence[float | None]], *, higher: bool) -> list[float]:
-    """The scores of the seeds at the learning rate whose mean is best; failed trainings make a rate the worst."""
-    whole = [[one for one in seeds if one is not None] for seeds in scores.values() if None not in seeds]
-    if not whole:
-        return []
-    return (max if higher else min)(whole, key=mean)
+def seed_scores(told: Mapping[str, Any]) -> list[float]:
+    """The score of each seed in the mean over learning rates, of what a row tells of a task; a failed training is at chance.
+
+    The best of three rates would be the luck of three: seeds differ more than twice as much by it, and placements hardly more.
+    """
+    chance = told["chance"]
+    return [
+        mean(chance if one is None else one for one in rates)
+        for rates in zip(*told["scores"].values(), strict=True)
+    ]
 
 
 def tasks_of(rows: Rows) -> list[str]:
@@ -58,12 +62,7 @@ def ratio_curve(rows: Rows) -> Iterator[str]:
     milliseconds."""
     told: dict[str, dict[str, float]] = {}
     for task in tasks_of(rows):
-        best = {
-            name: best_rate(row[task]["scores"], higher=sign(task) > 0)
-            for name, row in rows.items()
-            if task in row
-        }
-        told[task] = {name: mean(seeds) for name, seeds in best.items() if seeds}
+        told[task] = {name: mean(seed_scores(row[task])) for name, row in rows.items() if task in row}
     for phase in ("decode", "prefill"):
         if ms := latencies(rows, phase):
             told[f"{phase}, ms"] = ms
@@ -120,10 +119,7 @@ def hardness(rows: Rows) -> Iterator[str]:
     trainings fared."""
     for task in tasks_of(rows):
         higher = task not in LOWER
-        told = {
-            name: best_rate(row[task]["scores"], higher=higher) for name, row in rows.items() if task in row
-        }
-        told = {name: seeds for name, seeds in told.items() if len(seeds) > 1}
+        told = {name: seed_scores(row[task]) for name, row in rows.items() if task in row}
         for among, names in budgets(rows, list(told)):
             within = {name: told[name] for name in names}
             if len(within) > 1:
@@ -150,15 +146,14 @@ def budgets(rows: Rows, names: Sequence[str]) -> Iterator[tuple[str, Sequence[st
 
 
 def learned(rows: Rows, task: str) -> Iterator[str]:
-    """The share of trainings that end nearer to the best score of all than to chance; and of placements, at the best rate of
-    each, whose seeds all do or all do not."""
-    found = [row[task] for row in rows.values() if task in row and "chance" in row[task]]
+    """The share of trainings that end nearer to the best score of all than to chance; and of placements whose seeds all do or
+    all do not."""
+    found = [row[task] for row in rows.values() if task in row]
     every = [one for told in found for seeds in told["scores"].values() for one in seeds if one is not None]
     if not every or task in LOWER:
         return
     half = max(found[0]["chance"], (max(every) + found[0]["chance"]) / 2)
-    seeds = [best_rate(told["scores"], higher=True) for told in found]
-    agree = mean(len({one > half for one in each}) == 1 for each in seeds if each)
+    agree = mean(len({one > half for one in seed_scores(told)}) == 1 for told in found)
     rates = {
         rate: mean(one is not None and one > half for told in found for one in told["scores"].get(rate, ()))
         for rate in found[0]["scores"]

@@ -15,6 +15,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Atten
 from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearAttention
 
 from heddle.compose.build import build
+from heddle.compose.modules import stretches
 from heddle.compose.plan import plan
 from heddle.errors import HeddleErrors
 from heddle.specs import MIXERS, ModelSpec
@@ -237,3 +238,26 @@ def test_keys_are_held_once_for_the_gradient() -> None:
         mixer(noise(1, length, 20).requires_grad_(), call_at(0, length, rows=1))
     assert length * heads * (8 + 4) in held
     assert length * heads * (8 + 8) not in held, "keys and values in one, of which the values would be a view"
+
+
+@pytest.mark.parametrize("is_long", [False, True])
+def test_long_rows_hold_no_latents_for_the_gradient(is_long: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    mixer, x = latent("large latent", rope={"theta": 100.0}), noise(2, LENGTH, HIDDEN).requires_grad_()
+    inputs, held = [x, *mixer.parameters()], set()
+
+    def weigh(one: Tensor) -> Tensor:
+        held.add(one.untyped_storage().nbytes() // one.element_size())
+        return one
+
+    def both_directions() -> tuple[Tensor, ...]:
+        y = mixer(x, call_at(0, LENGTH))
+        return (y, *torch.autograd.grad(y.sin().sum(), inputs))
+
+    expected = both_directions()
+    if is_long:
+        monkeypatch.setattr(stretches, "STRETCH", LENGTH - 1)
+    with torch.autograd.graph.saved_tensors_hooks(weigh, lambda one: one):
+        found = both_directions()
+    assert all(torch.equal(one, wanted) for one, wanted in zip(found, expected, strict=True))
+    # Before their norm, with what turns, and behind it.
+    assert is_long == held.isdisjoint({2 * LENGTH * (24 + 8), 2 * LENGTH * 24})

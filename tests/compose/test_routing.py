@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from toys import EXACT, call_at, checkpoint, mixer_of, model_with, noise, padded
 
 from heddle.compose.build import build
 from heddle.compose.mixers.routing import RoutingModule
+from heddle.compose.modules import clusters, stretches
 from heddle.compose.modules.clusters import Centroids
 from heddle.specs import Site as SpecSite
 from heddle.specs.mixers.routing import Routing
@@ -142,6 +144,60 @@ def test_centroids_follow_the_directions_of_their_members_in_training_alone() ->
     target = torch.stack([before[h][z[:, :, h]] for h in range(HEADS)], dim=2)
     (wanted,) = torch.autograd.grad((r - target).square().mean(), again)
     assert (gradient - wanted).abs().max() < EXACT
+
+
+def trained(mixer: RoutingModule, x: Tensor, real: Tensor) -> tuple[Tensor, ...]:
+    """Output, what a call tells, and the gradients."""
+    call = padded_call(real)
+    y = mixer(x, call)
+    losses = [value for _, value, _ in call.losses]
+    total = y.sin().sum() + 3.0 * losses[0]
+    return (y, *call.members, *losses, *torch.autograd.grad(total, [x, *mixer.parameters()]))
+
+
+def test_long_rows_train_as_short_ones_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    mixer, x = ready(commitment=0.5).train(), noise(2, LENGTH, HIDDEN).requires_grad_()
+    real = torch.ones(2, LENGTH, dtype=torch.bool)
+    real[0, :7] = False
+    expected = trained(mixer, x, real)
+    for module in (stretches, clusters):
+        monkeypatch.setattr(module, "STRETCH", 5)
+    for found, wanted in zip(trained(mixer, x, real), expected, strict=True):
+        assert (found - wanted).abs().max() < EXACT
+
+
+class Kept:
+    """A tensor that some gradient still waits for."""
+
+    def __init__(self, one: Tensor) -> None:
+        self.one = one
+
+
+def test_long_rows_hold_no_wide_copy_for_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    mixer = mixer_of(64, "routing", heads=2, clusters=4, members=2).to(torch.bfloat16).train()
+    x = noise(1, 512, 64, dtype=torch.bfloat16).requires_grad_()
+
+    def held() -> int:
+        """Copies of the input that the gradient finds; weights and places are smaller than one."""
+        kept: WeakSet[Kept] = WeakSet()
+
+        def keep(one: Tensor) -> Kept:
+            made = Kept(one)
+            kept.add(made)
+            return made
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda made: made.one):
+            call = call_at(0, 512, rows=1)
+            told = mixer(x, call), call.losses[0][1]
+        assert all(one.requires_grad for one in told)
+        storages = {made.one.untyped_storage().data_ptr(): made.one.untyped_storage() for made in kept}
+        return sum(storage.nbytes() // x.nbytes for storage in storages.values())
+
+    # Input, queries, values and output; of twice its size the norm's input and the difference to the centroids.
+    assert held() == 8
+    monkeypatch.setattr(stretches, "STRETCH", 128)
+    # In place of those two what is normed, as it came.
+    assert held() == 5
 
 
 @pytest.mark.parametrize("is_checkpointed", [False, True])

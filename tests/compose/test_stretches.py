@@ -21,6 +21,8 @@ MIXERS: dict[str, dict[str, Any]] = {
     "liger": {"heads": 4, "kv_heads": 2, "window": 8},
     "contmix": {"heads": 4},
 }
+DELTA: dict[str, Any] = {"kind": "gated_deltanet", "heads": 2, "head_dim": 8}
+ROUTED: dict[str, Any] = {"mixers": [{"kind": "attention", "heads": 4, "kv_heads": 2}, DELTA], "chunk": 8}
 
 
 def both_directions(mixer: Any, x: Tensor) -> tuple[Tensor, ...]:
@@ -28,9 +30,10 @@ def both_directions(mixer: Any, x: Tensor) -> tuple[Tensor, ...]:
     return (y, *torch.autograd.grad(y.sin().sum(), [x, *mixer.parameters()]))
 
 
-@pytest.mark.parametrize("kind", MIXERS)
+@pytest.mark.parametrize("kind", [*MIXERS, "token_router"])
 def test_a_mixer_in_stretches_is_the_mixer(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    mixer, x = mixer_of(HIDDEN, kind, **MIXERS[kind]), noise(2, LENGTH, HIDDEN).requires_grad_()
+    mixer = mixer_of(HIDDEN, kind, **(MIXERS | {"token_router": ROUTED})[kind])
+    x = noise(2, LENGTH, HIDDEN).requires_grad_()
     expected = both_directions(mixer, x)
     monkeypatch.setattr(stretches, "STRETCH", STRETCH)
     for found, wanted in zip(both_directions(mixer, x), expected, strict=True):
@@ -44,6 +47,22 @@ def test_a_mixer_in_stretches_holds_less(kind: str, monkeypatch: pytest.MonkeyPa
     whole = peak_bytes(call, (), "cpu")
     monkeypatch.setattr(stretches, "STRETCH", 128)
     assert peak_bytes(call, (), "cpu") < whole / 2
+
+
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_a_memory_that_a_router_shares_tokens_with_holds_less(
+    is_shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mixer, x = mixer_of(HIDDEN, **DELTA).float(), noise(1, 2048, HIDDEN).float().requires_grad_()
+    written = torch.ones(1, 2048, requires_grad=True) if is_shared else None
+
+    def call() -> None:
+        y = mixer(x, call_at(0, 2048, rows=1, written=written))
+        torch.autograd.grad(y.sin().sum(), [x, *mixer.parameters()])
+
+    whole = peak_bytes(call, (), "cpu")
+    monkeypatch.setattr(stretches, "STRETCH", 128)
+    assert is_shared == (peak_bytes(call, (), "cpu") < whole / 2)
 
 
 def masked(causal: bool, keys: int, is_written: bool) -> tuple[list[Tensor], Any]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from heddle.kernels import Op
 from heddle.kernels.accuracy import EPSILON
+from heddle.kernels.dynamic_conv import dynamic_conv
 from heddle.kernels.gated_delta_layer import gated_delta_layer_step
 from heddle.kernels.local_linear_attention import local_linear_attention
 from heddle.kernels.op import wide_dtype
@@ -36,6 +37,7 @@ RESULTS: dict[AnyOp, tuple[str, ...]] = {
     rat_attention: ("out",),
     local_linear_attention: ("*out",),
     rms_norm: ("out",),
+    dynamic_conv: ("out",),
     gated_delta_layer_step: ("out", ".state", ".conv_state"),
     token_split_attention: ("*out", ".state"),
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import fields, replace
 
+import bfloat16
 import pytest
 import torch
 from held import over_settings
@@ -140,6 +141,20 @@ def test_large_and_ragged_heads_are_right(sizes: tuple[int, int], device: str, d
         _assert_right(
             draw(gated_delta_rule, {"B": 1, "H": 1, "HV": 2, "K": K, "V": V, "T": 200}, dtype), device
         )
+
+
+@pytest.mark.parametrize("device", KERNEL_DEVICES)
+@pytest.mark.parametrize("split", [0, 1])
+def test_log_decays_of_a_short_last_chunk_are_right_in_bfloat16(
+    split: int, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if device == "cpu":
+        bfloat16.make_right(monkeypatch)
+        monkeypatch.setattr(_gated_delta_rule_launch, "_family", lambda _: HOPPER)
+    # Nothing fades between what its tokens write and the gradient of the final state.
+    shape = {"B": 1, "H": 1, "HV": 2, "K": 128, "V": 256, "T": 200}
+    with tuning(split=split):
+        _assert_right(draw(gated_delta_rule, shape, torch.bfloat16), device)
 
 
 @pytest.mark.parametrize("device", DEVICES)

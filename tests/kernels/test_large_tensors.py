@@ -13,6 +13,7 @@ from torch import Tensor
 
 from heddle.kernels import OPS, Op
 from heddle.kernels.accuracy import EPSILON, draw, worst_error
+from heddle.kernels.dynamic_conv import dynamic_conv
 from heddle.kernels.gated_delta_layer import gated_delta_layer_step
 from heddle.kernels.local_linear_attention import local_linear_attention
 from heddle.kernels.op import watch_paths
@@ -54,6 +55,7 @@ OTHERS = (
     ),
     Other(local_linear_attention, ("q", "k", "v"), {"q": "k", "v": "k"}, time=2),
     Other(rms_norm, ("x", "gate"), {"gate": "x"}),
+    Other(dynamic_conv, ("x", "weight"), {}),
     Other(gated_delta_layer_step, ("qkv", "z", "a", "b", "state", "conv_state"), {}, (0, 1), None),
 )
 over_others = pytest.mark.parametrize("other", OTHERS, ids=lambda other: other.op.name)

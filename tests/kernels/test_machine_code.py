@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -79,6 +80,18 @@ def test_a_step_of_landmarks_loads_sixteen_bytes_at_a_time() -> None:
     assert text.count("ld.global.v4.b32") >= 16
     # But for the query.
     assert text.count("ld.global.b16") <= 2
+
+
+@pytest.mark.slow
+def test_taps_of_a_dynamic_convolution_do_not_go_through_shared_memory() -> None:
+    # Each thread reads those of its tokens itself, and channels sixteen bytes at a time.
+    script = _script()
+    cases = [case for case in script.conv_cases(quick=True) if case.kernel != "taps"]
+    for case in [*cases, *(replace(case, K=16, V=16) for case in cases)]:
+        text, _ = script.ptx(case)
+        assert "shared" not in text, case
+        assert text.count("ld.global.v4.b32") >= 2, case
+        assert "ld.global.b16" not in text, case
 
 
 @pytest.mark.slow

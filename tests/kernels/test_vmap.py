@@ -12,6 +12,7 @@ from torch import Tensor
 from heddle.errors import HeddleError
 from heddle.kernels.causal_conv1d import causal_conv1d
 from heddle.kernels.dense_attention import dense_attention
+from heddle.kernels.dynamic_conv import dynamic_conv
 from heddle.kernels.gated_delta_rule import gated_delta_rule
 from heddle.kernels.op import Op
 from heddle.kernels.rat_attention import rat_attention
@@ -49,6 +50,7 @@ def _rows_masked(**given: Tensor) -> Tensor:
         pytest.param(
             causal_conv1d, lambda **given: causal_conv1d(**given, activation="silu")[0], id="causal_conv1d"
         ),
+        pytest.param(dynamic_conv, dynamic_conv, id="dynamic_conv"),
         pytest.param(rat_scan, _keys_and_summaries, id="rat_scan"),
         pytest.param(rat_attention, lambda **given: rat_attention(**given, chunk=5), id="rat_attention"),
         pytest.param(dense_attention, _causal, id="dense_attention"),

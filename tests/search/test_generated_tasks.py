@@ -175,8 +175,8 @@ def test_a_training_of_several_hops_sees_easier_rows_and_is_scored_on_full_ones_
     drawn = [
         batches(task, Recipe(tokens=12_800, batch_tokens=640, seed=3), CPU)(step)[0] for step in range(20)
     ]
-    # Three facts are the least.
-    assert {inputs.shape[1] for inputs in drawn[:8]} == {3 * 3 + 1}
+    # Three facts are the least of two hops.
+    assert {inputs.shape[1] for inputs in drawn[:8]} == {3 * 3 + 2}
     assert {inputs.shape[1] for inputs in drawn[8:]} == {64, 32, 16}
     assert task.held_out(CPU)[0].shape == (512, 64)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import product
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from heddle.compose.modules.running_means import affinities
 from heddle.compose.modules.site import Site
 from heddle.compose.modules.stretches import in_stretches
 from heddle.errors import HeddleError
+from heddle.kernels.dynamic_conv import dynamic_conv
 
 # Means, and the last values.
 States = tuple[Tensor, Tensor]
@@ -31,7 +31,7 @@ class ContMixModule(Initialised):
     With `grid`, in the paper's form, the means are those of k over summaries² regions of the image, the sum goes over squares
     around the token, of `taps` and `small_taps` for the two halves of a head's channels with a softmax each, and v is 0 beyond
     the edges; its state is empty. Padding and what is not written is in no mean and in no other token's sum. Weights and means
-    are float32. Training works the sums of long sequences out again.
+    are float32. Training works the weights of long sequences out again.
 
     Shapes:  x, y: [B, T, D];  P: [taps, summaries];  r: [H, taps];  u: [H, d, static_taps];  `heads_out` sees [B, T, H, d]
              states: means: [B, H, summaries, query_dim];  values: [B, most taps - 1, H d]
@@ -74,21 +74,19 @@ class ContMixModule(Initialised):
         q, k, v = (
             proj(x).view(*x.shape[:2], self.heads, -1) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        o = self._around(wide(q), wide(k), wide(v), call) if self.grid else self._behind(q, k, v, call)
+        o = self._around(wide(q), wide(k), v, call) if self.grid else self._behind(q, k, v, call)
         o = o.to(x.dtype)
         o = o * F.silu(self.g_proj(x)).view_as(o)
         y: Tensor = self.o_proj(self.heads_out(call.gated(o)).flatten(2))
         return y
 
     def _behind(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
-        """Shapes:  q, k: [B, T, H, query_dim];  v, out: [B, T, H, d], out wide"""
+        """Shapes:  q, k: [B, T, H, query_dim];  v, out: [B, T, H, d]"""
         means, past = call.state("means"), call.state("values")
         if means is None:
             shape = (len(q), self.heads, self.summaries, self.query_dim)
             means = q.new_zeros(shape, dtype=wide_dtype(q.dtype))
-        if past is None:
-            past = v.new_zeros(len(v), self.reach, self.heads * self.head_dim)
-        past = wide(past).view(len(v), -1, *v.shape[2:])
+        past = v[:, :0] if past is None else past.to(v.dtype).unflatten(-1, v.shape[2:])  # type: ignore[no-untyped-call]
         marks = () if call.written is None else (call.written,)
         o, (means, past) = in_stretches(self._stretch, (means, past), (q, k, v, *marks))
         call.keep(means=means, values=past.flatten(2).to(self.v_proj.weight.dtype))
@@ -98,50 +96,42 @@ class ContMixModule(Initialised):
         self, state: States, q: Tensor, k: Tensor, v: Tensor, written: Tensor | None = None
     ) -> tuple[Tensor, States]:
         """The sums of a stretch of tokens; the means, and the last values, before it and after it."""
-        (means, past), (q, k, v) = state, (wide(side) for side in (q, k, v))
-        heard = v
-        if written is not None:
-            k, heard = (side * written[..., None, None].to(side.dtype) for side in (k, v))
-        a, means = affinities(q * self.query_dim**-0.5, k, means)
+        (means, past), heard = state, _heard(v, written)
+        a, means = affinities(wide(q) * self.query_dim**-0.5, _heard(wide(k), written), means)
         w = torch.softmax(F.linear(a, wide(self.tap_weight)) + wide(self.tap_bias), dim=-1)
-        held = torch.cat((past, heard), dim=1)
-        # A view would keep all of a long prefill in memory.
-        return self._mixed(v, held, w), (means, held[:, held.shape[1] - self.reach :].clone())
+        held = torch.cat((past, heard), dim=1) if past.shape[1] else heard
+        o = dynamic_conv(held, w, static=self.static)
+        o = _with_own(o, v, heard, w[..., 0], None if self.static is None else self.static[..., 0])
+        # Zeros before the first token, and of more the last; a view would keep all of a long prefill in memory.
+        return o, (means, F.pad(held, (0, 0, 0, 0, self.reach - held.shape[1], 0)))
 
     def _around(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
-        """Shapes:  q, k: [B, T, H, query_dim];  v, out: [B, T, H, d];  all wide"""
+        """Shapes:  q, k: [B, T, H, query_dim], wide;  v, out: [B, T, H, d]"""
         if call.cache is not None and call.cache.get_seq_length() > 0:
             raise HeddleError("bad-argument", "kernels that see later tokens cannot go on from a cache")
         canvas = Canvas.of(call, v.shape[1], self.grid["width"])
-        weight = canvas.laid(call.hide_unwritten(call.hide_padding(v.new_ones(*v.shape[:2], 1))))
+        weight = canvas.laid(call.hide_unwritten(call.hide_padding(k.new_ones(*k.shape[:2], 1))))
         regions = canvas.region_means(canvas.laid(k.flatten(2)), weight, self.regions)
         regions = regions.unflatten(-1, (self.heads, -1))  # type: ignore[no-untyped-call]
         a = torch.einsum("bthq,bshq->bths", q * self.query_dim**-0.5, regions)
         w = F.linear(a, wide(self.tap_weight)) + wide(self.tap_bias)
-        image, large = canvas.laid(v.flatten(2)).unflatten(-1, (self.heads, -1)), self.taps**2  # type: ignore[no-untyped-call]
-        half, sides = self.head_dim // 2, (self.taps, self.grid["small_taps"])
+        half, large = self.head_dim // 2, self.taps**2
+        channels, taps = (slice(half), slice(half, None)), (w[..., :large], w[..., large:])
         o = [
-            _over_square(part, weight, canvas.laid(torch.softmax(made, dim=-1).flatten(2)), side)
-            for part, made, side in zip(
-                (image[..., :half], image[..., half:]), (w[..., :large], w[..., large:]), sides, strict=True
-            )
+            self._over_squares(v, torch.softmax(made, dim=-1), of, canvas, call.written)
+            for of, made in zip(channels, taps, strict=True)
         ]
-        out = torch.cat(o, dim=-1)
-        if self.static is not None:
-            out = out + _over_square(image, weight, wide(self.static), self.static_taps)
-        return canvas.taken(out.flatten(3)).unflatten(-1, (self.heads, -1))  # type: ignore[no-any-return, no-untyped-call]
+        return torch.cat(o, dim=-1)
 
-    def _mixed(self, v: Tensor, held: Tensor, w: Tensor) -> Tensor:
-        """Shapes:  v, out: [B, T, H, d];  held: [B, reach + T, H, d], what is heard of v;  w: [B, T, H, taps];  all wide"""
-        o = torch.zeros_like(v)
-        for tap in range(self.reach + 1):
-            # A token hears itself, whether later ones will or not.
-            row = v if tap == 0 else held[:, self.reach - tap : held.shape[1] - tap]
-            if tap < w.shape[-1]:
-                o = o + w[..., tap, None] * row
-            if self.static is not None and tap < self.static.shape[-1]:
-                o = o + wide(self.static[..., tap]) * row
-        return o
+    def _over_squares(
+        self, v: Tensor, w: Tensor, channels: slice, canvas: Canvas, written: Tensor | None
+    ) -> Tensor:
+        """The sums of some channels.  Shapes:  v: [B, T, H, d];  w: [B, T, H, taps];  out: [B, T, H, channels]"""
+        v, static = v[..., channels], None if self.static is None else self.static[:, channels]
+        heard = _heard(v, written)
+        o = dynamic_conv(canvas.begun(heard), canvas.begun(w), static=static, width=canvas.width)
+        fixed = None if static is None else static[..., static.shape[-1] // 2]
+        return _with_own(canvas.placed(o), v, heard, w[..., w.shape[-1] // 2], fixed)
 
     def initialise(self, std: float) -> None:
         normal(self.tap_weight, std)
@@ -164,24 +154,23 @@ class ContMixModule(Initialised):
         }
         return PreallocatedRecurrentLayer(states, context=context)
 
-    def kernel_path(self, device: torch.device, dtype: torch.dtype) -> str:  # noqa: ARG002
+    def kernel_path(self, device: torch.device, dtype: torch.dtype) -> str:
         """The name of the code that does the mixing."""
-        return "torch"
+        size = self.head_dim - self.head_dim // 2 if self.grid else self.head_dim
+        return dynamic_conv.path(device, dtype, K=size, W=len(self.tap_weight))
 
 
-def _over_square(image: Tensor, weight: Tensor, kernel: Tensor, side: int) -> Tensor:
-    """Sums over squares around each token; a token hears itself, and of others those with a weight.
+def _heard(x: Tensor, written: Tensor | None) -> Tensor:
+    """What other tokens hear.  Shapes:  x, out: [B, T, H, *];  written: [B, T]"""
+    return x if written is None else x * written[..., None, None].to(x.dtype)
 
-    Shapes:  image, out: [B, rows, width, H, d];  weight: [B, rows, width, 1] of 0 and 1
-             kernel: [B, rows, width, H side²], or one for all tokens, [H, d, side²]
+
+def _with_own(o: Tensor, v: Tensor, heard: Tensor, tap: Tensor, fixed: Tensor | None) -> Tensor:
+    """Sums over what is heard, in which each token hears itself, by its own tap, whether others do or not.
+
+    Shapes:  o, v, heard, out: [B, T, H, d];  tap: [B, T, H];  fixed: [H, d]
     """
-    rows, width, heads = image.shape[1:4]
-    kernel = kernel if kernel.dim() == 3 else kernel.unflatten(-1, (heads, 1, -1))  # type: ignore[no-untyped-call]
-    reach = side // 2
-    heard = F.pad(image * weight[..., None], (0, 0, 0, 0, reach, reach, reach, reach))
-    out = torch.zeros_like(image)
-    for tap, (down, right) in enumerate(product(range(side), repeat=2)):
-        is_own = down == right == reach
-        row = image if is_own else heard[:, down : down + rows, right : right + width]
-        out = out + kernel[..., tap] * row
-    return out
+    if heard is v:
+        return o
+    taps = tap[..., None] if fixed is None else tap[..., None] + wide(fixed)
+    return o + taps * (wide(v) - wide(heard))

@@ -16,6 +16,7 @@ from heddle.compose.modules.norm import RMSNorm, l2_norm
 from heddle.compose.modules.precision import Float32Kept, wide
 from heddle.compose.modules.short_conv import ShortConv
 from heddle.compose.modules.site import Site
+from heddle.compose.modules.stretches import in_stretches, is_long
 from heddle.kernels.gated_delta_layer import gated_delta_layer_step
 from heddle.kernels.gated_delta_rule import gated_delta_rule, gated_delta_rule_step
 
@@ -79,10 +80,29 @@ class GatedDeltaNetModule(Initialised, Float32Kept):
 
     def _memory(self, x: Tensor, call: Call) -> Tensor:
         """What the memory answers.  Shapes:  out: [B, T, HV, V]"""
-        q, k, v = self.conv(self.qkv_proj(x), call).split(self.sizes, dim=-1)
-        q, k = (l2_norm(side.unflatten(-1, (self.heads, -1))) for side in (q, k))
-        sides = (q, k, v.unflatten(-1, (self.value_heads, -1)), *self._gates(x, call))
-        return remember(gated_delta_rule, gated_delta_rule_step, *sides, call=call)
+        qkv, gates = self.qkv_proj(x), self._gates(x, call)
+        if call.written is not None and call.cu_seqlens is None and is_long(x.shape[1]):
+            # A router has another mixer beside this one, and both would hold all they work with.
+            past = call.state("conv"), call.state(MEMORY)
+            o, (conv, memory) = in_stretches(self._stretch, past, (qkv, *gates))
+            call.keep(conv=conv, memory=memory)
+            return o
+        sides = self._sides(self.conv(qkv, call))
+        return remember(gated_delta_rule, gated_delta_rule_step, *sides, *gates, call=call)
+
+    def _sides(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of heads behind the convolution, the first two of length 1."""
+        q, k, v = torch.split(qkv, list(self.sizes), dim=-1)
+        q, k = (l2_norm(side.view(*side.shape[:2], self.heads, -1)) for side in (q, k))
+        return q, k, v.view(*v.shape[:2], self.value_heads, -1)
+
+    def _stretch(
+        self, past: tuple[Tensor | None, Tensor | None], qkv: Tensor, log_decay: Tensor, beta: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """What the memory answers to some tokens, and the states of convolution and memory after them."""
+        y, conv = self.conv.after(qkv, past[0])
+        o, memory = gated_delta_rule(*self._sides(y), log_decay, beta, initial_state=past[1])
+        return o, (conv, memory)
 
     def _token(self, x: Tensor, call: Call, past: Tensor) -> Tensor:
         """The gated heads of one token after others: all between the projections in one op.  Shapes:  out: [B, 1, HV, V]"""

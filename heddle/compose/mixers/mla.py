@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from heddle.compose.cache import Call, KVLayer, PreallocatedKVLayer, StateLayer
 from heddle.compose.modules.head_mix import HeadMix
@@ -19,8 +20,10 @@ from heddle.compose.modules.rope import rotary_key, rotate
 from heddle.compose.modules.rows import RowsOut
 from heddle.compose.modules.site import Site
 from heddle.compose.modules.softmax import softmax_attention, softmax_weights
+from heddle.compose.modules.stretches import is_long
 
-# Queries, keys and values, and which keys are written: as `keys_so_far` has them.
+# Keys and values, or latents and what turns, and which keys are written: as `keys_so_far` has them; with queries before them.
+Keys = tuple[Tensor, Tensor, Tensor | None]
 Sides = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
 
@@ -84,23 +87,44 @@ class MlaModule(nn.Module):
         q = x if self.q_down is None or self.q_norm is None else self.q_norm(self.q_down(x))
         q, turning = self.q_proj(q).unflatten(-1, (self.heads, -1)).split((self.plain, self.shared), dim=-1)
         turning = self._turned(turning, call)
-        c, r = self.kv_down(x).split((self.rank, self.shared), dim=-1)
-        r = self._turned(r[:, :, None], call).transpose(1, 2)
-        held = keys_so_far(self.kv_norm(c)[:, None], r, call)
-        if self._absorbs(q.shape[1], held[0].shape[2]):
+        if self._makes_again(x.shape[1], call):
+            made = checkpoint(self._made, x, call, use_reentrant=False, preserve_rng_state=False)
+            o = self._attend((torch.cat((q, turning), -1).transpose(1, 2), *made), call)
+            o = self.head_mix(o, made[1])
+        else:
+            o = self._read(q, turning, self._held(x, call), call)
+        y: Tensor = self.o_proj(self.heads_out(call.gated(o.transpose(1, 2))).flatten(2))
+        return y
+
+    def _read(self, q: Tensor, turning: Tensor, held: Keys, call: Call) -> Tensor:
+        """What queries read of latents, in the cheaper way.  Shapes:  q, turning: [B, T, H, *];  out: [B, H, T, v_head_dim]"""
+        q, turning, tokens = q.transpose(1, 2), turning.transpose(1, 2), q.shape[1]
+        if self._absorbs(tokens, held[0].shape[2]):
             weight = self.kv_up.weight.view(self.heads, -1, self.rank)
             keys, values = torch.split(weight, [self.plain, self.value], dim=1)
             c, r, written = held
-            q, turning = q.transpose(1, 2), turning.transpose(1, 2)
             o = self._attend((torch.cat((q @ keys, turning), -1), torch.cat((c, r), -1), c, written), call)
             o = o @ values.mT
         else:
-            o = self._attend(self._expanded(torch.cat((q, turning), -1).transpose(1, 2), *held), call)
+            o = self._attend((torch.cat((q, turning), -1), *self._expanded(*held)), call)
         if self.head_mix.share is not None:
-            own = self.kv_up(held[0][:, 0, -x.shape[1] :]).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            own = self.kv_up(held[0][:, 0, -tokens:]).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             o = self.head_mix(o, own[..., self.plain :])
-        y: Tensor = self.o_proj(self.heads_out(call.gated(o.transpose(1, 2))).flatten(2))
-        return y
+        return o
+
+    def _held(self, x: Tensor, call: Call) -> Keys:
+        """The latents of all tokens so far, and what of their keys turns, as the cache has them."""
+        c, r = self.kv_down(x).split((self.rank, self.shared), dim=-1)
+        r = self._turned(r[:, :, None], call).transpose(1, 2)
+        return keys_so_far(self.kv_norm(c)[:, None], r, call)
+
+    def _made(self, x: Tensor, call: Call) -> Keys:
+        """Keys and values of each head, of the call's tokens."""
+        return self._expanded(*self._held(x, call))
+
+    def _makes_again(self, tokens: int, call: Call) -> bool:
+        """Whether the gradient finds no latents: their product, norm and turn are worked out again."""
+        return call.cache is None and is_long(tokens) and not self._absorbs(tokens, tokens)
 
     def _absorbs(self, queries: int, keys: int) -> bool:
         """Whether it is fewer FLOPs to bring the queries to the latents than the latents to the queries."""
@@ -111,13 +135,13 @@ class MlaModule(nn.Module):
         """Shapes:  x, out: [B, T, H or 1, qk_rope_head_dim]"""
         return x if self.rotary is None else rotate(wide(x), call.rotary_tables(*self.rotary)).to(x.dtype)
 
-    def _expanded(self, q: Tensor, c: Tensor, r: Tensor, written: Tensor | None) -> Sides:
+    def _expanded(self, c: Tensor, r: Tensor, written: Tensor | None) -> Keys:
         """The keys and values of each head.  Shapes:  c: [B, 1, S, kv_lora_rank];  r: [B, 1, S, qk_rope_head_dim]"""
         both = self.kv_up(c[:, 0]).unflatten(-1, (self.heads, -1))
         keys, values = both.split((self.plain, self.value), dim=-1)
         keys = torch.cat((keys, r.transpose(1, 2).expand(-1, -1, self.heads, -1)), dim=-1)
         # A view would keep the keys a second time.
-        return q, keys.transpose(1, 2), values.contiguous().transpose(1, 2), written
+        return keys.transpose(1, 2), values.contiguous().transpose(1, 2), written
 
     def _attend(self, sides: Sides, call: Call) -> Tensor:
         """Shapes:  q: [B, H, T, d];  k: [B, H or 1, S, d];  v: [B, H or 1, S, V];  out: [B, H, T, V]"""

@@ -10,6 +10,7 @@ from heddle.compose.cache import Call, PreallocatedRecurrentLayer, RecurrentLaye
 from heddle.compose.modules.clusters import Centroids, Members
 from heddle.compose.modules.precision import wide
 from heddle.compose.modules.site import Site
+from heddle.compose.modules.stretches import in_stretches, is_long
 from heddle.kernels.span_attention import TILE, span_attention
 
 
@@ -52,14 +53,47 @@ class RoutingModule(nn.Module):
         r, v = (
             proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for proj in (self.qk_proj, self.v_proj)
         )
-        placed = F.layer_norm(wide(r), (self.head_dim,))
-        unit = placed * self.head_dim**-0.5
-        z, real = self.centroids.nearest(unit), _real(x, call)
-        if self.training:
-            self._account(unit, z, real, call)
-        o = self._attend(placed.to(v.dtype), v, z, real, call)
+        real = _real(x, call)
+        r, z = self._clustered(r, real, call)
+        o = self._attend(r, v, z, real, call)
         y: Tensor = self.o_proj(self.heads_out(call.gated(o.transpose(1, 2))).flatten(2))
         return y
+
+    def _clustered(self, r: Tensor, real: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+        """Normed queries and the cluster of each token. Training hears how far they are apart; of long rows it works that, and
+        the norm, out again.
+
+        Shapes:  r, out: [B, H, T, d];  z: [B, H, T];  real: [B, T] bool
+        """
+        placed, unit = self._normed(r)
+        z = self.centroids.nearest(unit)
+        if not self.training:
+            return placed.to(r.dtype), z
+        call.members.append(self.centroids.summed(unit, z, real))
+        if is_long(r.shape[2]):
+            sides = (r.transpose(1, 2), z.transpose(1, 2), real)
+            rounded, distance = in_stretches(self._stretch, unit.new_zeros(()), sides)
+            rounded = rounded.transpose(1, 2)
+        else:
+            rounded, distance = placed.to(r.dtype), self._distance(unit, z, real)
+        self._account(distance, z, real, call)
+        return rounded, z
+
+    def _normed(self, r: Tensor) -> tuple[Tensor, Tensor]:
+        """Both wide, the second of length 1."""
+        placed = F.layer_norm(wide(r), (self.head_dim,))
+        return placed, placed * self.head_dim**-0.5
+
+    def _stretch(self, before: Tensor, r: Tensor, z: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+        """Normed queries, and `before` with their distance added.  Shapes:  r, out: [B, T, H, d];  z: [B, T, H];  real: [B, T]"""
+        placed, unit = self._normed(r)
+        distance = self._distance(unit.transpose(1, 2), z.transpose(1, 2), real)
+        return placed.to(r.dtype), before + distance
+
+    def _distance(self, unit: Tensor, z: Tensor, real: Tensor) -> Tensor:
+        """The sum of squares between tokens and their centroids.  Shapes:  unit: [B, H, T, d];  z: [B, H, T];  out: []"""
+        squares = (unit - self.centroids.of(z).to(unit.dtype)).square() * real[:, None, :, None]
+        return squares.sum()
 
     def _attend(self, r: Tensor, v: Tensor, z: Tensor, real: Tensor, call: Call) -> Tensor:
         """Shapes:  r, v, out: [B, H, T, d];  z: [B, H, T];  real: [B, T] bool"""
@@ -124,15 +158,13 @@ class RoutingModule(nn.Module):
         kept = {name: side.gather(2, index) * is_there for name, side in (("keys", keys), ("values", values))}
         call.keep(**kept, held=held)
 
-    def _account(self, unit: Tensor, z: Tensor, real: Tensor, call: Call) -> None:
+    def _account(self, distance: Tensor, z: Tensor, real: Tensor, call: Call) -> None:
         """Tells how far tokens are from their centroids, and how many fall on the largest cluster."""
-        call.members.append(self.centroids.summed(unit, z, real))
-        counts = torch.zeros(self.heads, self.clusters, dtype=unit.dtype, device=z.device)
-        marks = real[:, None].expand_as(z).to(unit.dtype).transpose(0, 1).flatten(1)
+        counts = torch.zeros(self.heads, self.clusters, dtype=distance.dtype, device=z.device)
+        marks = real[:, None].expand_as(z).to(distance.dtype).transpose(0, 1).flatten(1)
         counts = counts.scatter_add(1, z.transpose(0, 1).flatten(1), marks)
         total = real.sum().clamp(min=1)
-        distance = (unit - self.centroids.of(z).to(unit.dtype)).square() * real[:, None, :, None]
-        mean = distance.sum() / (total * self.heads * self.head_dim)
+        mean = distance / (total * self.heads * self.head_dim)
         call.add_loss("commitment", mean if self.commitment else mean.detach(), self.commitment)
         if self.clusters > 1:
             call.add_loss("largest_cluster", counts.amax(dim=1).mean() / total, 0.0)

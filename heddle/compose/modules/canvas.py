@@ -35,22 +35,24 @@ class Canvas:
     def rows(self) -> int:
         return -(-self.tokens // self.width)
 
+    def begun(self, x: Tensor) -> Tensor:
+        """Tokens from the first real one on, zeros behind the last.  Shapes:  x, out: [B, T, ...]"""
+        if self.shift is None or self.count is None:
+            return x
+        index = torch.arange(self.tokens, device=x.device)
+        real = (index < self.count).view(*x.shape[:2], *[1] * (x.dim() - 2))
+        return _moved(x, (index + self.shift) % self.tokens) * real.to(x.dtype)
+
     def laid(self, x: Tensor) -> Tensor:
         """Tokens as images, zeros where there is none.  Shapes:  x: [B, T, C];  out: [B, rows, width, C]"""
-        if self.shift is not None and self.count is not None:
-            index = torch.arange(self.tokens, device=x.device)
-            place = (index + self.shift) % self.tokens
-            x = x.gather(1, place[..., None].expand_as(x)) * (index < self.count)[..., None].to(x.dtype)
-        x = F.pad(x, (0, 0, 0, self.rows * self.width - self.tokens))
+        x = F.pad(self.begun(x), (0, 0, 0, self.rows * self.width - self.tokens))
         return x.unflatten(1, (self.rows, self.width))  # type: ignore[no-any-return, no-untyped-call]
 
-    def taken(self, image: Tensor) -> Tensor:
-        """Tokens of images; anything for one that is not real.  Shapes:  image: [B, rows, width, C];  out: [B, T, C]"""
-        x = image.flatten(1, 2)[:, : self.tokens]
+    def placed(self, x: Tensor) -> Tensor:
+        """What `begun` moved, where it was; anything for a token that is not real.  Shapes:  x, out: [B, T, ...]"""
         if self.shift is None:
             return x
-        place = (torch.arange(self.tokens, device=x.device) - self.shift).clamp(min=0)
-        return x.gather(1, place[..., None].expand_as(x))
+        return _moved(x, (torch.arange(self.tokens, device=x.device) - self.shift).clamp(min=0))
 
     def region_means(self, image: Tensor, weight: Tensor, regions: int) -> Tensor:
         """Means over regions x regions parts of each image, as adaptive average pooling cuts it; 0 where nothing counts.
@@ -66,6 +68,11 @@ class Canvas:
         summed = torch.einsum("brh,bhwc->brwc", down, counted)
         summed = torch.einsum("sw,brwc->brsc", across, summed).flatten(1, 2)
         return summed[..., :-1] / summed[..., -1:].clamp(min=1.0)
+
+
+def _moved(x: Tensor, place: Tensor) -> Tensor:
+    """Each row's tokens of these places.  Shapes:  x, out: [B, T, ...];  place: [B, T]"""
+    return x.gather(1, place.view(*place.shape, *[1] * (x.dim() - 2)).expand_as(x))
 
 
 def _inside(place: Tensor, size: Tensor, regions: int) -> Tensor:

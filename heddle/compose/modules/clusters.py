@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from heddle.compose.init import Initialised, fill
 from heddle.compose.modules.precision import Float32Kept
+from heddle.compose.modules.stretches import STRETCH
 
 
 class Centroids(Float32Kept, Initialised):
@@ -41,7 +42,12 @@ class Centroids(Float32Kept, Initialised):
 
     def nearest(self, x: Tensor) -> Tensor:
         """The cluster of each token.  Shapes:  x: [B, H, T, d], wide;  out: [B, H, T] int64"""
-        return (x.detach() @ self.centroids.to(x.dtype).mT).argmax(dim=-1)
+        directions = self.centroids.to(x.dtype).mT
+        if x.shape[2] <= STRETCH:
+            return (x.detach() @ directions).argmax(dim=-1)
+        # A number of each token and cluster is more than a layer's whole input.
+        parts = torch.split(x.detach(), STRETCH, dim=2)
+        return torch.cat([(part @ directions).argmax(dim=-1) for part in parts], dim=-1)
 
     def of(self, z: Tensor) -> Tensor:
         """The centroid of each token.  Shapes:  z: [B, H, T];  out: [B, H, T, d]"""

@@ -30,15 +30,22 @@ class ShortConv(Initialised):
         self.activation = activation
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
-        past, inside = call.state("conv"), self.activation if self.bias is None else None
-        y, state = causal_conv1d(
-            x, self.weight.to(x.dtype), initial_state=past, activation=inside, cu_seqlens=call.cu_seqlens
-        )
+        y, state = self.after(x, call.state("conv"), call.cu_seqlens)
         call.keep(conv=state)
+        return y
+
+    def after(
+        self, x: Tensor, past: Tensor | None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The tokens behind a state, and the state behind them."""
+        inside = self.activation if self.bias is None else None
+        y, state = causal_conv1d(
+            x, self.weight.to(x.dtype), initial_state=past, activation=inside, cu_seqlens=cu_seqlens
+        )
         if self.bias is None:
-            return y
+            return y, state
         y = y + self.bias.to(x.dtype)
-        return F.silu(y) if self.activation == "silu" else y
+        return F.silu(y) if self.activation == "silu" else y, state
 
     def state_shape(self) -> tuple[int, int]:
         """Channels and earlier tokens of one sequence's state."""

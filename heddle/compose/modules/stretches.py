@@ -13,6 +13,11 @@ from torch.utils.checkpoint import checkpoint
 STRETCH = 8192
 
 
+def is_long(tokens: int) -> bool:
+    """Whether parts of so many tokens are worked out again: where gradients are wanted of more than `STRETCH`."""
+    return torch.is_grad_enabled() and tokens > STRETCH
+
+
 def in_stretches(
     part: Callable[..., tuple[Tensor, Any]], state: Any, sides: Sequence[Tensor]
 ) -> tuple[Tensor, Any]:
@@ -23,7 +28,7 @@ def in_stretches(
 
     Shapes:  sides, out: [B, T, ...] each
     """
-    if not torch.is_grad_enabled() or sides[0].shape[1] <= STRETCH:
+    if not is_long(sides[0].shape[1]):
         return part(state, *sides)
     told = []
     # Of slices each gradient would be as long as the whole.

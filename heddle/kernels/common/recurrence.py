@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -17,30 +17,33 @@ def heads_of_values(x: Tensor, v: Tensor) -> Tensor:
 
 
 def walk(
-    update: Callable[[Tensor, int], Tensor],
-    q: Tensor,
-    v: Tensor,
+    update: Callable[..., Tensor],
+    sides: Sequence[Tensor],
     *,
     scale: float | None,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Outputs scale * S_tᵀ q_t, and the state at the end of each sequence, where S_t = update(S_(t-1), t).
+    """Outputs scale * S_tᵀ q_t, and the state at the end of each sequence, where S_t = update(S_(t-1), k_t, v_t, ...).
 
-    Shapes:  q: [B, T, HV, K], float64;  v: [B, T, HV, V];  states: [B, HV, K, V], or [N, HV, K, V] with cu_seqlens [N + 1]
+    Shapes:  sides: q, k [B, T, HV, K], v [B, T, HV, V] and what else a step takes, [B, T, ...], float64
+             states: [B, HV, K, V], or [N, HV, K, V] with cu_seqlens [N + 1]
     """
+    q, _, v, *_ = sides
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     ends = [q.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()[1:]
     rows = q.shape[0] if cu_seqlens is None else 1
+    # Cut up at once: of each part autograd makes a gradient as long as what it was cut from.
+    steps = list(zip(*(x.unbind(1) for x in sides), strict=True))
     outputs, states, begin = [], [], 0
     for index, end in enumerate(ends):
         if initial_state is None:
             state = q.new_zeros(rows, *q.shape[2:], v.shape[3])
         else:
             state = initial_state.double()[index * rows : (index + 1) * rows]
-        for t in range(begin, end):
-            state = update(state, t)
-            outputs.append(scale * torch.einsum("bhk,bhkv->bhv", q[:, t], state))
+        for query, *others in steps[begin:end]:
+            state = update(state, *others)
+            outputs.append(scale * torch.einsum("bhk,bhkv->bhv", query, state))
         states.append(state)
         begin = end
     return torch.stack(outputs, dim=1), torch.cat(states)

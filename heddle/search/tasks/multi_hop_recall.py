@@ -37,8 +37,9 @@ class MultiHopRecall(Generated[MultiHopRecallTask]):
     fourth hop would be the one fact that ends with the key.
 
     Training mixes in easier rows as `mqar` does: half of the batches are as above, a quarter has half the facts and
-    questions in half the length, a quarter a fourth, with fewer hops where there are too few facts for them. With `easy_first`
-    the first share of a training's steps has an eighth alone. The held-out rows are all full.
+    questions in half the length, a quarter a fourth, but one fact more than hops at least. With `easy_first` the first share of a
+    training's steps has an eighth alone. The held-out rows are all full. That the last hops of the easiest rows are lookups
+    backwards does no harm: with twice as many facts there, or with fewer hops, trainings learn fewer hops of full rows.
 
     Chance: 1/n, one of the symbols written. Who sees that the key itself is no answer scores 1/(n-1).
 
@@ -46,7 +47,7 @@ class MultiHopRecall(Generated[MultiHopRecallTask]):
     """
 
     name = "multi_hop_recall"
-    revision = 2
+    revision = 4
 
     def __init__(self, spec: MultiHopRecallTask, *, vocab_size: int) -> None:
         super().__init__(spec, vocab_size=vocab_size, sequence_length=spec.length)
@@ -92,7 +93,6 @@ class MultiHopRecall(Generated[MultiHopRecallTask]):
         self, form: MultiHopRecallTask, batch: int, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
         device, facts, hops = generator.device, form.facts, form.hops
-        # Of easier rows with fewer hops as well: a mark is never a symbol.
         cycle = self.spec.hops + distinct(batch, form.symbols, facts, generator)
         order = distinct(batch, facts, facts, generator)
         pair = [cycle.gather(1, order), cycle.gather(1, (order + 1) % facts)]
@@ -122,7 +122,6 @@ class MultiHopRecall(Generated[MultiHopRecallTask]):
 
 
 def divided(form: MultiHopRecallTask, by: int) -> MultiHopRecallTask:
-    """The form with a share of the facts, at least three, and of the questions, and with as many hops as these facts bear."""
-    facts = max(-(-form.facts // by), 3)
-    hops, questions = min(form.hops, (facts - 1) // 2), -(-form.questions // by)
-    return form.model_copy(update={"facts": facts, "hops": hops, "questions": questions})
+    """The form with a share of the questions and of the facts, one fact more than hops at least."""
+    facts, questions = max(-(-form.facts // by), form.hops + 1), -(-form.questions // by)
+    return form.model_copy(update={"facts": facts, "questions": questions})

@@ -47,6 +47,7 @@ class ContMix(HeadedMixer):
     of the released network are left out.
     """
 
+    ops: ClassVar[tuple[str, ...]] = ("dynamic_conv",)
     cases: ClassVar[tuple[Mapping[str, Any], ...]] = (
         {"heads": 4},
         {"heads": 3, "head_dim": 10, "query_dim": 6, "taps": 5, "summaries": 3, "static_taps": 0},
