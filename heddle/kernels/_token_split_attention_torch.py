@@ -77,10 +77,14 @@ class Grid:
 
     def of_queries(self, x: Tensor) -> tuple[Tensor, ...]:
         """Shapes:  x: [B, H, T, d];  out: C times [B, H, L, d], 0 in slots without a query"""
+        return self.slots(x).unbind(2)
+
+    def slots(self, x: Tensor) -> Tensor:
+        """Shapes:  x: [B, H, T, d];  out: [B, H, C, L, d], 0 in slots without a query"""
         if self.queries == 1:
-            return (x,)
+            return x[:, :, None]
         spread = _spread(x, self.base * self.length - self.first, self.chunks * self.length)
-        return spread.unflatten(2, (self.chunks, self.length)).unbind(2)  # type: ignore[no-any-return, no-untyped-call]
+        return spread.unflatten(2, (self.chunks, self.length))  # type: ignore[no-any-return, no-untyped-call]
 
     def of_keys(self, x: Tensor) -> Tensor:
         """Shapes:  x: [B, N, S, d];  out: [B, N, C + 1, l, d], 0 in slots without a key"""

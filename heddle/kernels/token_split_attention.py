@@ -1,7 +1,9 @@
 """Softmax attention over near tokens and over those that stay keys, beside a linear state of all others; and its reference.
 
-In plain torch on every device, a chunk after the other; nothing of T x T stands in memory. A decode step is a call with one
-query. Necessary work for a query that sees E keys of size d: 4 d E FLOPs and 2 f (d + 1), and as many once for its own token.
+The kernels hold a tile of queries of one head and walk over near keys and over a list of those that stay; products with the
+state are torch's. In plain torch a chunk comes after the other. Nothing of T x T stands in memory. A decode step is a call with
+one query, in plain torch. Necessary work for a query that sees E keys of size d: 4 d E FLOPs and 2 f (d + 1), and as many
+once for its own token.
 """
 
 from __future__ import annotations
@@ -29,6 +31,16 @@ from heddle.kernels.op import (
     register_composite,
     wide_dtype,
 )
+
+try:
+    from heddle.kernels._token_split_attention_op import attend
+
+    HAS_KERNELS = True
+except ImportError:
+    HAS_KERNELS = False
+
+# Of a key and of a value head, in the kernels.
+MAX_HEAD_SIZE = 256
 
 
 def token_split_attention_reference(
@@ -146,10 +158,17 @@ def _dispatch(
     begin: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    token_split_attention.choose(q.device, q.dtype)
     far = (far_k, far_v, far_written)
     given = Given(q, k, v, kept, gate, phi_q, phi_k, padding, written, *far)
-    return forward(given, Form(chunk, keep, begin, scale), state)
+    form = Form(chunk, keep, begin, scale)
+    # A step has one query, for which tiles of them are no use.
+    is_step = q.shape[2] == 1 and not torch.is_grad_enabled()
+    if (
+        not is_step
+        and token_split_attention.choose(q.device, q.dtype, K=q.shape[3], V=v.shape[3]) == "triton"
+    ):
+        return attend(given, form, state)
+    return forward(given, form, state)
 
 
 _op = register_composite(
@@ -233,7 +252,16 @@ _CASES = Traits(
 )
 
 
-@op(token_split_attention_reference, _CASES)
+def _fits(shape: Shape) -> bool:
+    return HAS_KERNELS and max(shape["K"], shape["V"]) <= MAX_HEAD_SIZE
+
+
+@op(
+    token_split_attention_reference,
+    _CASES,
+    kernel=_fits,
+    limits=f"K and V up to {MAX_HEAD_SIZE}",
+)
 def token_split_attention(
     q: Tensor,
     k: Tensor,
@@ -263,7 +291,8 @@ def token_split_attention(
     E: the query's own chunk up to itself, the chunk before that, and of all chunks before that the tokens that are `kept`, `keep`
     of each at most (of more the first). F: all others up to the query, so that each token counts once. E holds the query's own
     key, so its sum is at least 1; features are to be positive, or the sums may cancel. Features and gate come as they are,
-    whatever made them. All but `kept` have gradients, for which the weights of all but a few chunks are worked out again.
+    whatever made them. All but `kept` have gradients, m too: from the kernels that of the first key whose logit is m, and all the
+    same to the bit every time.
 
     The T queries are the last of the S tokens. The first token stands at the place `begin`, less a row's `padding`; at negative
     places there is none: no query sees it, and a query gives 0 there. A call goes on where another has ended with its state, with

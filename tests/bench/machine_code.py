@@ -59,6 +59,8 @@ from heddle.kernels import (
     _sliding_window_attention_fwd,
     _span_attention_bwd,
     _span_attention_fwd,
+    _token_split_attention_bwd,
+    _token_split_attention_fwd,
     _ttt_bwd,
     _ttt_fwd,
 )
@@ -85,6 +87,7 @@ from heddle.kernels.configs import (
     simple_gla,
     sliding_window_attention,
     span_attention,
+    token_split_attention,
     ttt,
 )
 from heddle.kernels.configs.launch import Launch
@@ -147,6 +150,10 @@ KERNELS = {
     ("span_attention", "step"): _span_attention_fwd._span_attention_fwd_kernel,
     ("span_attention", "queries"): _span_attention_bwd._span_attention_bwd_query_kernel,
     ("span_attention", "keys"): _span_attention_bwd._span_attention_bwd_key_kernel,
+    ("token_split_attention", "forward"): _token_split_attention_fwd._token_split_attention_fwd_kernel,
+    ("token_split_attention", "queries"): _token_split_attention_bwd._token_split_attention_bwd_query_kernel,
+    ("token_split_attention", "near"): _token_split_attention_bwd._token_split_attention_bwd_key_kernel,
+    ("token_split_attention", "far"): _token_split_attention_bwd._token_split_attention_bwd_key_kernel,
     ("kda", "prepare"): _kda_fwd._kda_prepare_kernel,
     ("kda", "forward"): _kda_fwd._kda_sweep_kernel,
     ("kda", "keep"): _kda_fwd._kda_sweep_kernel,
@@ -203,6 +210,10 @@ BLOCK_TYPES = {
     "held_ptr": "*u8", "ends_ptr": "*i32",
 }  # fmt: skip
 SPAN_TYPES = {"last_ptr": "*i32"}
+SPLIT_TYPES = {
+    "since_ptr": "*i32", "peak_ptr": "*i32", "total_ptr": "*fp32", "told_ptr": "*fp32", "d_told_ptr": "*fp32",
+    "gate_ptr": "*fp32", "d_gate_ptr": "*fp32", "d_most_ptr": "*fp32", "dk_ptr": "*fp32", "dv_ptr": "*fp32",
+}  # fmt: skip
 CONV_TYPES = {"d_weight_ptr": "*fp32", "sums_ptr": "*fp32"}
 # Attention that reads some keys has plans by the larger head size.
 SPARSE = {
@@ -212,6 +223,7 @@ SPARSE = {
     "landmark_attention": landmark_attention.HOPPER,
     "sliding_window_attention": sliding_window_attention.HOPPER,
     "span_attention": span_attention.HOPPER,
+    "token_split_attention": token_split_attention.HOPPER,
     "local_linear_attention": local_linear_attention.HOPPER,
 }
 # Of rat_scan and rat_attention, whose heads have one size.
@@ -256,6 +268,7 @@ def cases(*, quick: bool) -> Iterator[Case]:
     yield from window_cases("sliding_window_attention", quick=quick)
     yield from window_cases("head_sparse_attention", quick=quick)
     yield from window_cases("span_attention", quick=quick)
+    yield from window_cases("token_split_attention", quick=quick)
     yield from rat_cases(quick=quick)
     yield from landmark_cases(quick=quick)
     yield from memory_cases(quick=quick)
@@ -344,7 +357,7 @@ def window_cases(op: str, *, quick: bool) -> Iterator[Case]:
     for (K, V), kernel in itertools.product(
         [(128, 128)] if quick else itertools.product(sizes, sizes), kernels
     ):
-        backward = kernel in ("queries", "keys")
+        backward = kernel in ("queries", "keys", "near", "far")
         first = Case(op, kernel, "bf16", K, V, aligned=True, many=False, backward=backward)
         yield first
         if K == V and not quick:
@@ -500,6 +513,16 @@ def _span_constants(case: Case, launch: Launch) -> dict[str, Any]:
     return {name: value for name, value in constants.items() if name in names}
 
 
+def _split_constants(case: Case, launch: Launch) -> dict[str, Any]:
+    constants = {
+        "K": case.K, "V": case.V, "ROWS_K": block(case.K), "ROWS_V": block(case.V), "ROWS": launch.chunk,
+        "KEYS": launch.columns, "SEEN": case.many,
+        "KEPT": case.kernel != "near", "TRAINS": True, "BIAS": case.many, "LOST": case.dtype != "fp32", "PRECISION": "tf32x3",
+    }  # fmt: skip
+    names = KERNELS[case.op, case.kernel].arg_names
+    return {name: value for name, value in constants.items() if name in names}
+
+
 def _block_constants(case: Case, launch: Launch) -> dict[str, Any]:
     gated = case.kernel == "gated"
     # Gates are a head's own where NAtS-L has them.
@@ -570,6 +593,8 @@ def ptx(case: Case) -> tuple[str, dict[str, int | None]]:
         constants = _window_constants(case, launch)
     if case.op == "span_attention":
         constants = _span_constants(case, launch)
+    if case.op == "token_split_attention":
+        constants = _split_constants(case, launch)
     if case.op.startswith("rat_"):
         constants = _rat_constants(case, launch)
     if case.op == "landmark_attention":
@@ -598,6 +623,8 @@ def ptx(case: Case) -> tuple[str, dict[str, int | None]]:
             signature[name] = BLOCK_TYPES[name]
         if case.op == "span_attention" and name in SPAN_TYPES:
             signature[name] = SPAN_TYPES[name]
+        if case.op == "token_split_attention" and name in SPLIT_TYPES:
+            signature[name] = SPLIT_TYPES[name]
         if case.op == "dynamic_conv" and name in CONV_TYPES:
             signature[name] = CONV_TYPES[name]
         if case.op.startswith("rat_") and name in RAT_FLOATS:

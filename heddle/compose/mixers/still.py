@@ -25,6 +25,7 @@ from heddle.compose.modules.precision import wide, wide_dtype
 from heddle.compose.modules.rope import rotary_key, rotate
 from heddle.compose.modules.salient import Form, Near, Sides, attend_salient, self_weights
 from heddle.compose.modules.site import Site
+from heddle.kernels.token_split_attention import token_split_attention
 
 RECENT = "recent"
 
@@ -184,9 +185,9 @@ class StillModule(nn.Module):
         made.tokens, made.is_initialized = context, True
         return made
 
-    def kernel_path(self, device: torch.device, dtype: torch.dtype) -> str:  # noqa: ARG002
+    def kernel_path(self, device: torch.device, dtype: torch.dtype) -> str:
         """The name of the code that does the mixing."""
-        return "torch"
+        return token_split_attention.path(device, dtype, K=self.head_dim, V=self.head_dim)
 
 
 def _earlier(call: Call) -> int:

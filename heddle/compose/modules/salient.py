@@ -17,6 +17,10 @@ from heddle.kernels.token_split_attention import token_split_attention
 
 # Chunks of queries whose features and weights training keeps at once; those of the others are worked out again.
 CHUNKS = 8
+# On CUDA, where kernels hold no weights, more of few rows are taken at once: up to so many features of queries.
+MOST_FEATURES = 1 << 25
+# Logits by which tokens are scored that stand in memory at once.
+MOST_LOGITS = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,15 +130,20 @@ def self_weights(q: Tensor, k: Tensor, seen: Tensor, near: Near, form: Form) -> 
     """
     found, own, size, layout = [], near.own(), form.chunk, near.layout
     slots, rows, seen = layout.spread(q), near.rows(k), near.rows(seen[:, None])[:, 0]
-    slot = torch.arange(2 * size, device=q.device)
-    for i in range(slots.shape[1]):
-        keys, marks = wide(rows[:, :, i : i + 2].flatten(2, 3)), seen[:, i : i + 2].flatten(1)
-        is_seen = ((slot > own - size) & (slot < own) & (marks > 0.5)[:, None]) | (slot == own)
-        logits = torch.einsum("blngd,bnsd->bnlgs", _grouped(slots[:, i], k.shape[1]), keys) * form.scale
-        p = torch.softmax(logits.masked_fill(~is_seen[:, None, :, None], -torch.inf), dim=-1)
-        index = own[:, None, :, None].expand(*p.shape[:-1], 1)
-        found.append(p.gather(-1, index)[..., 0].mean(dim=-1).mT)
-    return layout.gather(torch.stack(found, dim=1)).transpose(1, 2)
+    slot, own = torch.arange(2 * size, device=q.device), own[:, None]
+    is_own, is_before = slot == own, (slot > own - size) & (slot < own)
+    together = max(1, MOST_LOGITS // (len(q) * q.shape[2] * slots.shape[2] * 2 * size))
+    for i in range(0, slots.shape[1], together):
+        end = min(i + together, slots.shape[1])
+        keys = wide(torch.cat((rows[:, :, i:end], rows[:, :, i + 1 : end + 1]), dim=3))
+        marks = torch.cat((seen[:, i:end], seen[:, i + 1 : end + 1]), dim=2)
+        is_seen = (is_before & (marks > 0.5)[:, :, None]) | is_own
+        queries = wide(slots[:, i:end]).unflatten(3, (k.shape[1], -1))  # type: ignore[no-untyped-call]
+        logits = torch.einsum("bclngd,bncsd->bnclgs", queries, keys) * form.scale
+        p = torch.softmax(logits.masked_fill(~is_seen[:, None, :, :, None], -torch.inf), dim=-1)
+        index = own[:, None, ..., None].expand(*p.shape[:-1], 1)
+        found.append(p.gather(-1, index)[..., 0].mean(dim=-1).movedim(1, -1))
+    return layout.gather(torch.cat(found, dim=1)).transpose(1, 2)
 
 
 def choose(scores: Tensor, keep: int) -> Tensor:
@@ -146,15 +155,16 @@ def choose(scores: Tensor, keep: int) -> Tensor:
 def attend_salient(sides: Sides, memory: Tensor | None, form: Form) -> tuple[Tensor, Tensor]:
     """What each query reads, and the state of the tokens that are no keys any more, by `token_split_attention`.
 
-    In training the op is called for a few chunks after the other, whose features are worked out again.
+    The op is called for some chunks after the other, whose features training works out again.
 
     Shapes:  memory: [B, N, 2 f, d + 1], wide;  out: [B, H, T, d], and as memory
     """
     tokens, held = sides.q.shape[2], sides.k.shape[2] - sides.q.shape[2]
-    first = CHUNKS * form.chunk - sides.earlier % form.chunk
+    size = _together(sides, form) * form.chunk
+    first = size - sides.earlier % form.chunk
     if tokens <= first:
         return _part(sides, form, 0, memory, sides.q, sides.gate, sides.k, sides.v)
-    ends = [*range(first, tokens, CHUNKS * form.chunk), tokens]
+    ends = [*range(first, tokens, size), tokens]
     sizes = [end - begin for begin, end in zip((0, *ends), ends, strict=False)]
     # Of slices each gradient would be as long as the whole.
     queries = (torch.split(side, sizes, dim=2) for side in (sides.q, sides.gate))
@@ -170,6 +180,12 @@ def attend_salient(sides: Sides, memory: Tensor | None, form: Form) -> tuple[Ten
         told.append(o)
     assert memory is not None
     return torch.cat(told, dim=2), memory
+
+
+def _together(sides: Sides, form: Form) -> int:
+    """Chunks of queries that the op is called for at once."""
+    B, H, _, d = sides.q.shape
+    return max(CHUNKS, MOST_FEATURES // (2 * B * H * d * form.chunk)) if sides.q.is_cuda else CHUNKS
 
 
 def _part(
@@ -207,8 +223,3 @@ def _part(
             scale=form.scale,
         )
     return o, state
-
-
-def _grouped(q: Tensor, stores: int) -> Tensor:
-    """Shapes:  q: [B, L, H, d];  out: [B, L, N, G, d], wide"""
-    return wide(q).unflatten(2, (stores, -1))  # type: ignore[no-any-return, no-untyped-call]

@@ -27,6 +27,7 @@ class Still(AttentionMixer):
     A chunk is sorted out when it leaves the two chunks in sight, so nothing that is read ever depends on later tokens.
     """
 
+    ops: ClassVar[tuple[str, ...]] = ("token_split_attention",)
     cases: ClassVar[tuple[Mapping[str, Any], ...]] = (
         {"heads": 4, "chunk": 16, "keep": 2},
         {
