@@ -77,6 +77,15 @@ def test_rows_of_the_truth_set_tell_its_ratio_curve_and_what_it_took() -> None:
     assert any("of 4 placements within the 25 % quantile" in line for line in truth_told.hardness(rows))
 
 
+def test_a_training_on_text_tells_of_recall_as_well() -> None:
+    extras = {"repeated_bits_per_byte": [1.5, 1.4, 1.6], "other_bits_per_byte": [2.0, 2.1, 2.2]}
+    text = {"scores": {"0.003": [1.9, 1.8, 2.0]}, "extras": {"0.003": extras}, "chance": 8.0}
+    rows = {"FL": {"placement": "FL", "full": 1, "text": text}}
+    assert truth_told.tasks_of(rows) == ["text", "text recall"]
+    assert truth_told.scores_of(rows, "text recall") == {"FL": [1.5, 1.4, 1.6]}
+    assert truth_told.sign("text recall") < 0.0
+
+
 def test_the_score_of_a_seed_is_its_mean_over_rates_and_a_failed_training_is_at_chance() -> None:
     told = {"scores": {"0.002": [0.9, None, 0.7], "0.003": [0.5, 0.4, 0.9]}, "chance": 0.2}
     assert truth_told.seed_scores(told) == pytest.approx([0.7, 0.3, 0.8])

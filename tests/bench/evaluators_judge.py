@@ -47,7 +47,7 @@ import numpy as np
 from evaluator_values import KINDS, SPENT, read_lines, value_all
 from truth_judge import made_up
 from truth_set import HERE, SPEC, Space
-from truth_told import Rows, latencies, read_rows, seed_scores, sign, tasks_of
+from truth_told import RECALL, Rows, latencies, read_rows, seed_scores, sign, tasks_of, told_of
 
 from heddle.search.rank_correlation import RESAMPLES, SEED, _taus, interval, tau_b
 from heddle.specs import load
@@ -71,12 +71,13 @@ class Truth:
 def truth_of(rows: Rows, task: str) -> Truth:
     score, seeds, seconds, timed = {}, {}, [0.0], latencies(rows)
     for name, row in rows.items():
-        if task not in row:
+        told = told_of(row, task)
+        if told is None:
             continue
-        seeds[name] = [sign(task) * one for one in seed_scores(row[task])]
+        seeds[name] = [sign(task) * one for one in seed_scores(told)]
         score[name] = mean(seeds[name])
-        trainings = sum(len(one) for one in row[task]["scores"].values())
-        seconds.append(row[task]["seconds"] / trainings / row[task].get("workers", 1))
+        trainings = sum(len(one) for one in told["scores"].values())
+        seconds.append(told["seconds"] / trainings / told.get("workers", 1))
     ms = {name: timed[name] for name in score if name in timed}
     return Truth(score, seeds, ms, mean(seconds[1:] or seconds))
 
@@ -157,7 +158,8 @@ def over(value: Sequence[float], counted: Sequence[float], score: Sequence[float
 
 def judged(rows: Sequence[Mapping[str, Any]], task: str, truth: Truth) -> Iterator[dict[str, Any]]:
     """A row for each evaluator that has valued all placements of the truth, and for one of the truth's own seeds."""
-    mine = [row for row in rows if row["task"] == task]
+    # Evaluators know the text; of recall on it they are asked the same.
+    mine = [row for row in rows if row["task"] == ("text" if task == RECALL else task)]
     values: dict[str, dict[str, float]] = {}
     for row in mine:
         # Scores of layers and counts are better higher at every task.

@@ -39,7 +39,7 @@ from typing import Any
 
 import numpy as np
 import optuna
-from truth_told import Rows, latencies, read_rows, seed_scores, sign, tasks_of
+from truth_told import Rows, latencies, read_rows, seed_scores, sign, tasks_of, told_of
 
 from heddle.errors import HeddleError
 from heddle.search.placement import Budget, History, Question, Seen, Timed, propose
@@ -223,15 +223,16 @@ def truth_of(rows: Rows, task: str) -> Truth:
     """What rows with the task's scores and a decode latency say; the seconds are those of a training alone at each rate."""
     scores, ms, seconds, timed = {}, {}, [], latencies(rows)
     for name, row in rows.items():
-        if name not in timed or task not in row:
+        told = told_of(row, task)
+        if name not in timed or told is None:
             continue
-        rates = row[task]["scores"].values()
+        rates = told["scores"].values()
         layers = tuple(int(letter == "F") for letter in name)
-        scores[layers] = [sign(task) * one for one in seed_scores(row[task])]
+        scores[layers] = [sign(task) * one for one in seed_scores(told)]
         ms[layers] = timed[name]
         # Workers that share a device share its time.
-        trainings = sum(len(seeds) for seeds in rates) * row[task].get("workers", 1)
-        seconds.append(len(rates) * row[task]["seconds"] / trainings)
+        trainings = sum(len(seeds) for seeds in rates) * told.get("workers", 1)
+        seconds.append(len(rates) * told["seconds"] / trainings)
     return Truth(scores, ms, mean(seconds or [0.0]))
 
 

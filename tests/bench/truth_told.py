@@ -12,8 +12,10 @@ from typing import Any
 Rows = dict[str, dict[str, Any]]
 # Full layers of a placement at the quartiles of all, which stand for those of latency until it is measured.
 QUARTILES = (3, 4, 5)
+# What a training on text tells of recall: bits at bytes whose last four stood earlier in the window (arXiv 2312.04927).
+RECALL, REPEATED = "text recall", "repeated_bits_per_byte"
 # Tasks whose score is better lower.
-LOWER = ("text",)
+LOWER = ("text", RECALL)
 
 
 def read_rows(path: Path) -> Rows:
@@ -39,10 +41,29 @@ def seed_scores(told: Mapping[str, Any]) -> list[float]:
     ]
 
 
+def told_of(row: Mapping[str, Any], task: str) -> dict[str, Any] | None:
+    """What a row tells of a task, if it does; of recall on text, what its training on text tells beside its score."""
+    if task != RECALL:
+        return row.get(task)
+    text = row.get("text", {})
+    extras = text.get("extras", {})
+    if not all(REPEATED in told for told in extras.values()) or not extras:
+        return None
+    return {**text, "scores": {rate: told[REPEATED] for rate, told in extras.items()}}
+
+
 def tasks_of(rows: Rows) -> list[str]:
     """The tasks that there are scores of."""
-    found = {key for row in rows.values() for key, told in row.items() if isinstance(told, dict)}
-    return sorted(task for task in found if any("scores" in row.get(task, {}) for row in rows.values()))
+    found = {key for row in rows.values() for key, told in row.items() if isinstance(told, dict)} | {RECALL}
+    return sorted(
+        task for task in found if any("scores" in (told_of(row, task) or {}) for row in rows.values())
+    )
+
+
+def scores_of(rows: Rows, task: str) -> dict[str, list[float]]:
+    """The scores of seeds at a task, by placement."""
+    told = ((name, told_of(row, task)) for name, row in rows.items())
+    return {name: seed_scores(one) for name, one in told if one is not None}
 
 
 def latencies(rows: Rows, phase: str = "decode") -> dict[str, float]:
@@ -62,7 +83,7 @@ def ratio_curve(rows: Rows) -> Iterator[str]:
     milliseconds."""
     told: dict[str, dict[str, float]] = {}
     for task in tasks_of(rows):
-        told[task] = {name: mean(seed_scores(row[task])) for name, row in rows.items() if task in row}
+        told[task] = {name: mean(seeds) for name, seeds in scores_of(rows, task).items()}
     for phase in ("decode", "prefill"):
         if ms := latencies(rows, phase):
             told[f"{phase}, ms"] = ms
@@ -119,7 +140,7 @@ def hardness(rows: Rows) -> Iterator[str]:
     trainings fared."""
     for task in tasks_of(rows):
         higher = task not in LOWER
-        told = {name: seed_scores(row[task]) for name, row in rows.items() if task in row}
+        told = scores_of(rows, task)
         for among, names in budgets(rows, list(told)):
             within = {name: told[name] for name in names}
             if len(within) > 1:
