@@ -16,7 +16,7 @@ from heddle.kernels.common.replay import derived, empty, replayed, start_kernel
 from heddle.kernels.common.tables import table_on
 from heddle.kernels.common.tuning import tuned
 from heddle.kernels.configs.launch import Launch
-from heddle.kernels.configs.rms_norm import INTERPRETER, Family, family
+from heddle.kernels.configs.rms_norm import FEWEST, INTERPRETER, Family, family
 from heddle.kernels.op import register
 
 _INPUTS = "Tensor x, Tensor? weight, Tensor? gate, bool silu, float eps, bool mean"
@@ -30,7 +30,9 @@ def _family(device: torch.device) -> Family:
 def plan(device: torch.device) -> Family:
     """The launches on `device`; overrides come first."""
     table = _family(device)
-    return Family(tuned("norm_forward", table.forward), tuned("norm_backward", table.backward))
+    backward = tuned("norm_backward", table.backward)
+    few = table.few if backward is table.backward else backward
+    return Family(tuned("norm_forward", table.forward), backward, few)
 
 
 def _as_rows(x: Tensor) -> tuple[Tensor, int, int]:
@@ -98,8 +100,12 @@ def launch_backward(
     d_out: Tensor, x: Tensor, weight: Tensor | None, gate: Tensor | None, silu: bool, eps: float, mean: bool
 ) -> tuple[Tensor, ...]:
     """Gradients of x, and of weight and gate, where there are such; arguments as those of the registered op."""
-    launch = plan(x.device).backward
+    launches = plan(x.device)
+    launch = launches.backward
     count, sizes = _sizes(x, launch)
+    if count < FEWEST * sizes["ROWS"] * launch.chunk:
+        launch = launches.few
+        count, sizes = _sizes(x, launch)
     d_out, (read, opened, heads, strides) = dense(d_out), _sides(x, gate)
     scale = read if weight is None else dense(weight)
     programs = -(-count // (sizes["ROWS"] * launch.chunk))
