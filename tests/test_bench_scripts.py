@@ -80,6 +80,8 @@ def test_rows_of_the_truth_set_tell_its_ratio_curve_and_what_it_took() -> None:
 def test_a_training_on_text_tells_of_recall_as_well() -> None:
     extras = {"repeated_bits_per_byte": [1.5, 1.4, 1.6], "other_bits_per_byte": [2.0, 2.1, 2.2]}
     text = {"scores": {"0.003": [1.9, 1.8, 2.0]}, "extras": {"0.003": extras}, "chance": 8.0}
+    failed = {"scores": {"0.01": [None] * 3, **text["scores"]}, "extras": {"0.01": {}, "0.003": extras}}
+    assert truth_told.told_of({"text": failed}, "text recall")["scores"]["0.01"] == [None] * 3
     rows = {"FL": {"placement": "FL", "full": 1, "text": text}}
     assert truth_told.tasks_of(rows) == ["text", "text recall"]
     assert truth_told.scores_of(rows, "text recall") == {"FL": [1.5, 1.4, 1.6]}

@@ -66,8 +66,8 @@ def _dynamic_conv_fwd_kernel(
     b = (tl.program_id(0) // H // tiles).to(tl.int64)
     here, columns = tile * ROWS + tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     in_columns = columns < K
-    x_ptr += b * stride_xb + head * stride_xh
-    weight_ptr += b * stride_wb + head * stride_wh
+    x_ptr += b * stride_xb + head.to(tl.int64) * stride_xh
+    weight_ptr += b * stride_wb + head.to(tl.int64) * stride_wh
     total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     for tap in range(SIDE * SIDE if GRID else SIDE):
         there, seen = neighbours(here, tap, shift, width, S, SIDE, GRID, BACKWARD)
@@ -102,7 +102,7 @@ def _dynamic_conv_bwd_kernel(
     b = (part // tiles).to(tl.int64)
     first, columns = part % tiles * STEPS * ROWS, tl.arange(0, COLUMNS)
     in_columns = columns < K
-    x_ptr += b * stride_xb + head * stride_xh
+    x_ptr += b * stride_xb + head.to(tl.int64) * stride_xh
     owns: tl.constexpr = TAPS * TAPS if GRID else TAPS
     shared: tl.constexpr = STATIC * STATIC if GRID else STATIC
     for tap in range(SIDE * SIDE if GRID else SIDE):

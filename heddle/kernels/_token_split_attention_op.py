@@ -42,7 +42,7 @@ def _like(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:  #
 def _gradients_like(d_out: Tensor, q: Tensor, *rest: Any) -> tuple[Tensor, ...]:  # noqa: ARG001
     *keys, told, gate = rest[:6]
     dq, *d_keys, d_gate = (_turned(x, x.shape[-1]) for x in (q, *keys, gate))
-    d_written, d_marks = (q.new_empty(0) if x is None else x.new_empty(x.shape) for x in rest[8:10])
+    d_written, d_marks = (told.new_empty(0) if x is None else x.new_empty(x.shape) for x in rest[8:10])
     return dq, *d_keys, told.new_empty(told.shape), d_gate, d_written, d_marks
 
 

@@ -60,7 +60,7 @@ ORDERS = 500
 @dataclass(frozen=True, slots=True)
 class Truth:
     """By placement: the mean score over seeds and learning rates (higher is better), one seed's and that of the others,
-    the decode latency where it was measured; and the seconds of a training."""
+    the decode latency where it was measured; and the seconds of a seed's trainings, one at each rate."""
 
     score: dict[str, float]
     seeds: dict[str, list[float]]
@@ -77,7 +77,7 @@ def truth_of(rows: Rows, task: str) -> Truth:
         seeds[name] = [sign(task) * one for one in seed_scores(told)]
         score[name] = mean(seeds[name])
         trainings = sum(len(one) for one in told["scores"].values())
-        seconds.append(told["seconds"] / trainings / told.get("workers", 1))
+        seconds.append(len(told["scores"]) * told["seconds"] / trainings / told.get("workers", 1))
     ms = {name: timed[name] for name in score if name in timed}
     return Truth(score, seeds, ms, mean(seconds[1:] or seconds))
 

@@ -47,9 +47,11 @@ def told_of(row: Mapping[str, Any], task: str) -> dict[str, Any] | None:
         return row.get(task)
     text = row.get("text", {})
     extras = text.get("extras", {})
-    if not all(REPEATED in told for told in extras.values()) or not extras:
+    if not any(REPEATED in told for told in extras.values()):
         return None
-    return {**text, "scores": {rate: told[REPEATED] for rate, told in extras.items()}}
+    # A rate at which all trainings failed tells nothing.
+    failed = {rate: [None] * len(seeds) for rate, seeds in text["scores"].items()}
+    return {**text, "scores": {rate: extras[rate].get(REPEATED, none) for rate, none in failed.items()}}
 
 
 def tasks_of(rows: Rows) -> list[str]:

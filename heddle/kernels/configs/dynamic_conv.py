@@ -1,4 +1,4 @@
-"""Launch configurations of dynamic_conv: plain data, guessed; no GPU has timed any.
+"""Launch configurations of dynamic_conv: plain data, guessed; an H200 timed these alone (tests/bench/run.py).
 
 `columns`: numbers that a program holds, the channels of a head for as many tokens as fit; `chunk`: tiles of tokens that a program
 goes through for each tap, which are as many fewer partial sums of the gradient of taps that all tokens share.
