@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -15,3 +16,23 @@ BENCH = Path(__file__).parent / "bench"
 def test_a_table_is_of_the_committed_rows(script: str) -> None:
     done = subprocess.run([sys.executable, str(BENCH / f"{script}.py"), "--check"], check=False)
     assert done.returncode == 0, f"python tests/bench/{script}.py writes it anew"
+
+
+@pytest.mark.parametrize(
+    ("impl", "times", "expected"),
+    [
+        ("fla", (1.0, 1.04, 1.1), 1.04),
+        ("fla", (1.0, 1.1, 1.2), 1.0),
+        ("fla, guard lifted", (1.0, 1.02, 2.0), 1.0),
+        ("heddle", (1.0, 1.1, 2.0), 1.1),
+    ],
+)
+def test_a_rival_that_waited_for_its_host_is_told_by_its_fastest_tenth(
+    impl: str, times: tuple[float, float, float], expected: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCH))
+    rivals = importlib.import_module("rivals")
+    row = dict(zip(("ms_p10", "ms", "ms_p90"), times, strict=True))
+    assert rivals.steadied({"impl": impl, "shape": {"T": 4096}, **row})["ms"] == expected
+    # An eager step is the host's time.
+    assert rivals.steadied({"impl": impl, "shape": {"T": 1}, **row})["ms"] == times[1]

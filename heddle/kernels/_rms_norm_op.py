@@ -16,7 +16,7 @@ from heddle.kernels.common.replay import derived, empty, replayed, start_kernel
 from heddle.kernels.common.tables import table_on
 from heddle.kernels.common.tuning import tuned
 from heddle.kernels.configs.launch import Launch
-from heddle.kernels.configs.rms_norm import FEWEST, INTERPRETER, Family, family
+from heddle.kernels.configs.rms_norm import INTERPRETER, Family, family
 from heddle.kernels.op import register
 
 _INPUTS = "Tensor x, Tensor? weight, Tensor? gate, bool silu, float eps, bool mean"
@@ -100,13 +100,8 @@ def launch_backward(
     d_out: Tensor, x: Tensor, weight: Tensor | None, gate: Tensor | None, silu: bool, eps: float, mean: bool
 ) -> tuple[Tensor, ...]:
     """Gradients of x, and of weight and gate, where there are such; arguments as those of the registered op."""
-    launches = plan(x.device)
-    launch = launches.backward
+    launch = plan(x.device).back(x.numel() // x.shape[-1], x.shape[-1])
     count, sizes = _sizes(x, launch)
-    # Long rows were not timed with few programs.
-    if sizes["ROWS"] == 1 or count < FEWEST * sizes["ROWS"] * launch.chunk:
-        launch = launches.few
-        count, sizes = _sizes(x, launch)
     d_out, (read, opened, heads, strides) = dense(d_out), _sides(x, gate)
     scale = read if weight is None else dense(weight)
     programs = -(-count // (sizes["ROWS"] * launch.chunk))

@@ -92,7 +92,7 @@ def main() -> int:
             continue
         beside[name] = found
         is_causal = MIXERS[fields["kind"]].model_validate(fields).is_causal
-        base = beside.get("attention" if is_causal else "attention, both sides", found)
+        base = beside.get("attention" if is_causal else "attention, both sides")
         for phase in ("fwd", "fwdbwd"):
             told = {
                 "impl": f"layer, {name}",
@@ -101,11 +101,12 @@ def main() -> int:
                 "mixer": fields,
                 "paths": found["paths"],
             }
-            told |= {**found[phase], "ratio": found[phase]["ms"] / base[phase]["ms"]}
+            ratio = found[phase]["ms"] / base[phase]["ms"] if base else float("nan")
+            told |= {**found[phase], "ratio": ratio if base else None}
             with (chosen.out / "evidence-layer-times.jsonl").open("a") as file:
                 file.write(json.dumps({**header, **told}) + "\n")
             log(
-                f"{name:26} {phase:7} {told['ms']:9.3f} ms {told['ratio']:6.2f} of attention  {', '.join(found['paths'])}"
+                f"{name:26} {phase:7} {told['ms']:9.3f} ms {ratio:6.2f} of attention  {', '.join(found['paths'])}"
             )
     for line in (*log.wrong, f"{len(log.wrong)} wrong, {time.monotonic() - begin:.0f} s"):
         log(line)

@@ -10,6 +10,8 @@ from held import assert_held, over_settings
 from torch import Tensor
 
 from heddle.errors import HeddleError
+from heddle.kernels.configs.launch import Launch
+from heddle.kernels.configs.rms_norm import HOPPER
 from heddle.kernels.op import INTERPRETED
 from heddle.kernels.rms_norm import rms_norm, rms_norm_reference
 
@@ -141,6 +143,21 @@ def test_a_length_is_not_among_what_kernels_are_compiled_for() -> None:
         ):
             assert op._sides(rows, None)[2] == 1, rows.shape
         assert op._sides(torch.ones(2, length, 5, 16)[:, :, :3], x)[2] == 3
+
+
+@pytest.mark.parametrize(
+    ("rows", "size", "launch"),
+    [
+        (1 << 19, 128, HOPPER.backward),
+        (1 << 18, 128, HOPPER.backward),
+        ((1 << 18) - 1, 128, HOPPER.few),
+        (1 << 20, 1024, HOPPER.few),
+    ],
+)
+def test_gradients_come_from_few_programs_where_there_are_rows_enough(
+    rows: int, size: int, launch: Launch
+) -> None:
+    assert HOPPER.back(rows, size) == launch
 
 
 def test_the_gradient_of_a_gradient_is_refused_by_kernels_and_not_lost() -> None:

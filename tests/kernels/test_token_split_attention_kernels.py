@@ -6,6 +6,7 @@ the real ones.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,7 @@ from toys import mixer_of, noise
 
 from heddle.compose.cache import Call
 from heddle.kernels import force_path, watch_paths
-from heddle.kernels.accuracy import EPSILON
+from heddle.kernels.accuracy import EPSILON, worst_error
 from heddle.kernels.configs.launch import Launch
 from heddle.kernels.op import INTERPRETED, LIBRARY, wide_dtype
 from heddle.kernels.token_split_attention import token_split_attention, token_split_attention_reference
@@ -118,6 +119,17 @@ def graded(function: Callable[..., tuple[Tensor, Tensor]], given: Given) -> dict
     return {**turned, "state": state.detach().flatten(0, 1)}
 
 
+def assert_as_near(
+    found: dict[str, Tensor], plain: dict[str, Tensor], exact: dict[str, Tensor], dtype: torch.dtype
+) -> None:
+    """All that is found within twice the error of plain torch, as house.md has it."""
+    for name, tensor in exact.items():
+        (error, worst), (allowed, _) = (
+            worst_error(x[name], tensor, timed=tensor.dim() > 2) for x in (found, plain)
+        )
+        assert error <= 2 * allowed + EPSILON[dtype], f"{name}: {error:.2e}, {allowed:.2e}, {worst}"
+
+
 def held_to_reference(form: str, dtype: torch.dtype, device: str, **overrides: Any) -> None:
     given = at(FORMS[form](), dtype, "cpu")
     wide = {
@@ -178,9 +190,10 @@ def test_of_equal_logits_the_first_key_has_the_gradient_of_the_largest(
     found = graded(token_split_attention, at(given, dtype, device))
     with force_path("torch"):
         plain = graded(token_split_attention, at(given, dtype, device))
-    sums = [x["k"].double().sum(1) for x in (found, plain)]
-    assert (sums[0] - sums[1]).abs().max() < 50 * EPSILON[dtype] * plain["k"].double().abs().max()
-    assert (found["q"].double() - plain["q"].double()).abs().max() < 50 * EPSILON[dtype]
+        exact = graded(token_split_attention, at(at(given, dtype, "cpu"), torch.float64, "cpu"))
+    assert_as_near(*({"k": x["k"].double().sum(1, keepdim=True)} for x in (found, plain, exact)), dtype)
+    # No query changes anything: what is left of its gradient is the rounding of terms as large as those of keys.
+    assert found["q"].abs().max() <= 2 * EPSILON[dtype] * exact["k"].abs().max()
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -195,8 +208,12 @@ def test_a_step_without_gradients_runs_in_torch(device: str) -> None:
     assert torch.equal(state, expected[1])
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_a_mixer_has_the_gradients_of_plain_torch(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "device", [*(["cpu"] if INTERPRETED else []), pytest.param("cuda", marks=pytest.mark.gpu)]
+)
+def test_a_mixer_has_gradients_as_near_as_those_of_plain_torch(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sizes = {
         "heads": 4,
         "kv_heads": 2,
@@ -206,20 +223,21 @@ def test_a_mixer_has_the_gradients_of_plain_torch(device: str, monkeypatch: pyte
         "features": 6,
         "chosen_by": "group",
     }
-    mixer = mixer_of(32, "still", **sizes).to(device, torch.float32)
+    exact = mixer_of(32, "still", **sizes)
+    mixer, x = copy.deepcopy(exact).to(device, torch.float32), noise(2, 150, 32)
     # Pieces that are worked out again, the last of a part of a chunk.
     monkeypatch.setattr("heddle.compose.modules.salient.MOST_FEATURES", 1)
-    x = noise(2, 150, 32).to(device, torch.float32)
     results = []
-    for path in ("torch", "triton" if device == "cuda" or INTERPRETED else "torch"):
+    for path, module in (("triton", mixer), ("torch", mixer), ("torch", exact)):
+        weight = next(module.parameters())
         with force_path(path), watch_paths() as seen:
-            leaf = x.clone().requires_grad_()
-            y = mixer(leaf, Call(torch.arange(150, device=device).expand(2, -1)))
-            grads = torch.autograd.grad(y.square().sum(), [leaf, *mixer.parameters()])
+            leaf = x.to(weight).requires_grad_()
+            y = module(leaf, Call(torch.arange(150, device=leaf.device).expand(2, -1)))
+            named = dict(module.named_parameters())
+            grads = torch.autograd.grad(y.square().sum(), [leaf, *named.values()])
         assert set(seen) == {("token_split_attention", path)}
-        results.append((y.detach(), *grads))
-    for plain, found in zip(*results, strict=True):
-        torch.testing.assert_close(found, plain, atol=2e-5, rtol=1e-4)
+        results.append({"y": y.detach(), **dict(zip(("x", *named), grads, strict=True))})
+    assert_as_near(*results, torch.float32)
 
 
 # Elsewhere the path in plain torch compiles: test_token_split_attention.py.

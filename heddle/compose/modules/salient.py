@@ -17,7 +17,8 @@ from heddle.kernels.token_split_attention import token_split_attention
 
 # Chunks of queries whose features and weights training keeps at once; those of the others are worked out again.
 CHUNKS = 8
-# On CUDA, where kernels hold no weights, more of few rows are taken at once: up to so many features of queries.
+# On CUDA, where kernels hold no weights, more of few rows are taken at once: up to so many features of queries, as if maps had as
+# many as a head has dimensions.
 MOST_FEATURES = 1 << 25
 # Logits by which tokens are scored that stand in memory at once.
 MOST_LOGITS = 1 << 24

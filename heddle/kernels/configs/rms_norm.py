@@ -14,12 +14,17 @@ FEWEST = 512
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """The launches of one device family; a program of the backward pass goes through `chunk` tiles of rows, and through those of
-    `few` where it would be one of fewer than `FEWEST`."""
+    """The launches of one device family; a program of the backward pass goes through `chunk` tiles of rows."""
 
     forward: Launch
     backward: Launch
     few: Launch
+
+    def back(self, rows: int, size: int) -> Launch:
+        """The launch of the gradients of so many rows of a size: `few` where there were too few programs otherwise, and for rows
+        that fill a tile, which were not timed with few programs."""
+        tile = self.backward.columns >> (size - 1).bit_length()
+        return self.few if tile < 2 or rows < FEWEST * tile * self.backward.chunk else self.backward
 
 
 HOPPER = Family(
