@@ -274,9 +274,9 @@ def work_all(space: Space, rows: Rows, chosen: argparse.Namespace, out: Path) ->
 
 
 def shared(names: Sequence[str], share: str) -> list[str]:
-    """Every Nth name from the Kth on, for "K/N"."""
-    first, of = map(int, share.split("/"))
-    return list(names[first::of])
+    """Every Nth name from the Kth on, for "K/N"; for "K,L/N" those from the Lth on as well."""
+    parts, of = share.split("/")
+    return [name for index, name in enumerate(names) if index % int(of) in map(int, parts.split(","))]
 
 
 def join(paths: Sequence[Path], rows: Rows) -> Rows:
@@ -299,7 +299,9 @@ def main() -> None:
     parser.add_argument("files", type=Path, nargs="*", help="rows to join")
     parser.add_argument("--tasks", nargs="+", help="tasks trained at or places timed; all if not given")
     parser.add_argument(
-        "--share", default="0/1", help="K/N: every Nth placement of the order from the Kth on"
+        "--share",
+        default="0/1",
+        help="K/N: every Nth placement of the order from the Kth on; K,L/N: several such",
     )
     parser.add_argument("--spec", type=Path, default=SPEC)
     parser.add_argument("--rows", type=Path, default=ROWS)
