@@ -49,12 +49,36 @@ class Candidate:
 
 
 def suggest_all(study: Study, number: int, space: Space) -> dict[str, Any]:
-    """The values of trial `number`, as the spec file spells them; what is not open beside them has none."""
+    """The values of trial `number`, as the spec file spells them; what is not open beside them has none.
+
+    Optuna draws each count of a placement for itself. Where they ask for more layers than there are, those that ask for most get
+    fewer.
+    """
+    fewer = dict[str, int]()
 
     def draw(parameter: Parameter) -> Any:
-        return study.suggest(number, parameter.name, partial(suggest, parameter=parameter))
+        drawn = study.suggest(number, parameter.name, partial(suggest, parameter=parameter))
+        return fewer.get(parameter.name, drawn)
 
-    return space.settle(draw)[0]
+    while True:
+        values, held = space.settle(draw)
+        cut = cut_to_room(space, values, held)
+        if not cut:
+            return values
+        fewer |= cut
+
+
+def cut_to_room(space: Space, values: Mapping[str, Any], held: Mapping[str, Any]) -> dict[str, int]:
+    """The next lower value of the highest count that has one, where the counts of a placement take more layers than there are."""
+    placement = space.placement
+    if placement is None or placement.count(held)[placement.rest] >= 0:
+        return {}
+    counts = [one for one in space.parameters if one.name in placement.counts.values() and one.name in values]
+    lower = {one.name: [value for value in one.values() if value < values[one.name]] for one in counts}
+    highest = max(
+        (name for name, below in lower.items() if below), key=lambda name: values[name], default=None
+    )
+    return {} if highest is None else {highest: max(lower[highest])}
 
 
 def suggest(trial: optuna.Trial, parameter: Parameter) -> Any:

@@ -103,7 +103,13 @@ class SpecFile:
         return order_at(self._open, values or {})
 
     def placed(self, values: Mapping[str, object] | None = None) -> list[str] | None:
-        """The layers of a placement at `values`: evenly spread, as far as their order lets them; None without a placement."""
+        """The layers of a placement at `values`: evenly spread, as far as their order lets them; None without a placement.
+
+        Raises:
+            HeddleErrors: "bad-placement" where the counts take more layers than there are.
+        """
+        if self.space.placement is not None:
+            self._check_room(self.space.placement, values or {})
         return arranged(self._open, values or {})
 
     def where(

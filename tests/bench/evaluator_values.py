@@ -194,9 +194,12 @@ def work(path: str, job: Job, device: str) -> list[dict[str, Any]]:
     return rows
 
 
-def jobs_of(space: Space, rows: Sequence[Mapping[str, Any]], only: Sequence[str]) -> list[Job]:
-    """What is left to do, the long ones first."""
-    tasks = [(index, task.name, task.metric) for index, (task, _) in enumerate(space.tasks())]
+def jobs_of(
+    space: Space, rows: Sequence[Mapping[str, Any]], only: Sequence[str], labels: Sequence[str] | None
+) -> list[Job]:
+    """What is left to do at the tasks `labels`, all if None, the long ones first."""
+    known = [(index, task.name, task.metric) for index, (task, _) in enumerate(space.tasks())]
+    tasks = [one for one in known if labels is None or one[1] in labels]
     found = []
     for kind, (index, task, metric) in product(only, tasks):
         if kind in OF_ANSWERS and metric != "accuracy":
@@ -219,7 +222,7 @@ def jobs_of(space: Space, rows: Sequence[Mapping[str, Any]], only: Sequence[str]
 
 def value_all(space: Space, rows: list[dict[str, Any]], chosen: argparse.Namespace, out: Path) -> None:
     device, until = pick_device(), time.monotonic() + chosen.seconds
-    left = iter(jobs_of(space, rows, chosen.only))
+    left = iter(jobs_of(space, rows, chosen.only, chosen.tasks))
     header = {"commit": chosen.commit, "device": device_name(device), "workers": chosen.workers}
     with ProcessPoolExecutor(chosen.workers, get_context("spawn")) as pool:
         running: dict[Future[list[dict[str, Any]]], Job] = {}

@@ -14,8 +14,8 @@ each task and evaluator is appended to evidence-evaluators.jsonl.
     supernet restoration    what they give back, each alone, where all others are linear; both are summed over full layers
     ablation, restoration   the same of an all-full model trained alone, whose mixers are replaced by nothing
     short 0.1, short 0.25   a training of its own, with this share of the tokens, and a seed that the truth has not
-    random_features         nothing is trained (recall alone)
-    reach                   nothing runs (recall alone); one value for all where no layer has a window
+    random_features         nothing is trained (recall alone: of recall on text, what they say of the spec's other task)
+    reach                   nothing runs (the same); one value for all where no layer has a window
     full layers, parameters counted
     random                  any order
     one seed                one of the truth's own seeds held against the others: how far a single whole training goes
@@ -44,7 +44,7 @@ from statistics import mean
 from typing import Any
 
 import numpy as np
-from evaluator_values import KINDS, SPENT, read_lines, value_all
+from evaluator_values import KINDS, OF_ANSWERS, SPENT, read_lines, value_all
 from truth_judge import made_up
 from truth_set import HERE, SPEC, Space
 from truth_told import RECALL, Rows, latencies, read_rows, seed_scores, sign, tasks_of, told_of
@@ -158,8 +158,7 @@ def over(value: Sequence[float], counted: Sequence[float], score: Sequence[float
 
 def judged(rows: Sequence[Mapping[str, Any]], task: str, truth: Truth) -> Iterator[dict[str, Any]]:
     """A row for each evaluator that has valued all placements of the truth, and for one of the truth's own seeds."""
-    # Evaluators know the text; of recall on it they are asked the same.
-    mine = [row for row in rows if row["task"] == ("text" if task == RECALL else task)]
+    mine = [row for row in rows if asked_of(row, task)]
     values: dict[str, dict[str, float]] = {}
     for row in mine:
         # Scores of layers and counts are better higher at every task.
@@ -191,6 +190,17 @@ def judged(rows: Sequence[Mapping[str, Any]], task: str, truth: Truth) -> Iterat
         "gpu_s": truth.seconds * len(seeds),
         "workers": 1,
     }
+
+
+def asked_of(row: Mapping[str, Any], task: str) -> bool:
+    """Whether an evaluator's row is held against a task's truth.
+
+    Of recall on text evaluators are asked what they say of the text, and those that read right and wrong answers what they
+    say of the spec's task of recall.
+    """
+    if task != RECALL:
+        return bool(row["task"] == task)
+    return bool(row["task"] == "text" or row["kind"] in OF_ANSWERS)
 
 
 def told(
@@ -264,6 +274,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=420.0, help="nothing is begun after so many")
     parser.add_argument("--workers", type=int, default=6)
     parser.add_argument("--only", nargs="*", default=list(KINDS), choices=list(KINDS))
+    parser.add_argument("--tasks", nargs="+", help="tasks that are valued; all of the spec if not given")
     parser.add_argument("--synthetic", action="store_true", help="judge made-up rows")
     parser.add_argument("--dry", action="store_true", help="judge, append nothing")
     parser.add_argument("--commit", help="what the code is")

@@ -133,7 +133,12 @@ def propose(question: Question, history: Sequence[Seen], *, seed: int, number: i
         layers = next(_unseen(region, draws), None)
         if layers is not None:
             return layers
-    return region.named(next(region.table(draws.last).ranked()))
+    last = next(region.table(draws.last).ranked(), None)
+    if last is None:
+        raise HeddleError(
+            "bad-placement", f"no placement has {dict(question.counts)} of {question.length} layers"
+        )
+    return region.named(last)
 
 
 def favourite(question: Question, history: Sequence[Seen]) -> Layers | None:
