@@ -10,10 +10,12 @@ can not win. What it found is the placement of the best score it was told; its g
 
     (best - found) / (best - median)
 
-in the means over seeds, among placements within the budget. A repeat draws which seed is told, and the way's own draws.
+in the means over seeds, among placements within the budget. A repeat draws which seed is told, and the way's own draws. With
+`--told all` an evaluation is the whole of a placement's trainings, and their mean is told. `gap_of_all` is the gap of one who
+asks for every placement within the budget: what seeds leave to luck.
 `gpu_s` is what the trainings asked for took, at each of the `evaluations` looked at: a ninth of a placement's for each learning
-rate and seed, over the workers that shared the device. `own_s` is what the way itself took of one core in the median, proposals
-and solving again included. Placements without a score at the task or without a latency are left out.
+rate and seed, over the workers that shared the device. `own_s` is what the way took of one core in the median, proposals and
+solving again included. Placements without a score at the task or without a latency are left out.
 
 `--control shuffled` gives the scores to other placements, and with `duplicate` both kinds are one: all placements are as fast and
 as good as each other, but for the noise of seeds. No way may then be ahead of random. With `infeasible` the budget is below the
@@ -69,8 +71,11 @@ class Truth:
 class Judge:
     """What a way may ask in one repeat, and a diary of it."""
 
-    def __init__(self, truth: Truth, budget: float, seed: int, timing_noise: float = 0.0) -> None:
+    def __init__(
+        self, truth: Truth, budget: float, seed: int, *, timing_noise: float = 0.0, tells_all: bool = False
+    ) -> None:
         self.truth, self.budget, self.rng = truth, budget, np.random.default_rng([seed, 11])
+        self._tells_all = tells_all
         self.told: dict[Layers, float] = {}
         self.diary: list[Layers] = []
         self._clock, self._noise = np.random.default_rng([seed, 13]), timing_noise
@@ -90,10 +95,10 @@ class Judge:
         return self.timed[layers]
 
     def __call__(self, layers: Layers) -> float:
-        """The score of one seed; a placement asked for again is answered without a training."""
+        """The score of one seed, or the mean of all; a placement asked for again is answered without a training."""
         if layers not in self.told:
             seeds = self.truth.scores[layers]
-            self.told[layers] = seeds[int(self.rng.integers(len(seeds)))]
+            self.told[layers] = mean(seeds) if self._tells_all else seeds[int(self.rng.integers(len(seeds)))]
             self.diary.append(layers)
         return self.told[layers]
 
@@ -289,13 +294,16 @@ def interval(gaps: Sequence[float]) -> list[float] | None:
 
 def judged(truths: Sequence[Truth], way: str, quantile: float, chosen: argparse.Namespace) -> dict[str, Any]:
     """One row: repeats of a way at a budget, in turns over `truths`."""
-    gaps, asked, timed, over, own = [], [], [], [], []
+    gaps, asked, timed, over, own, of_all, tells_all = [], [], [], [], [], [], chosen.told == "all"
     for repeat in range(chosen.repeats):
         truth = truths[repeat % len(truths)]
         budget = float(np.quantile(list(truth.ms.values()), quantile))
         if chosen.control == "infeasible":
             budget = BELOW * min(truth.ms.values())
-        ask = Judge(truth, budget, repeat, chosen.timing_noise)
+        ask, everything = (
+            Judge(truth, budget, repeat, timing_noise=chosen.timing_noise, tells_all=tells_all)
+            for _ in range(2)
+        )
         started = time.process_time()
         WAYS[way](ask, repeat)
         own.append(time.process_time() - started)
@@ -303,7 +311,11 @@ def judged(truths: Sequence[Truth], way: str, quantile: float, chosen: argparse.
         asked.append(len(ask.diary))
         timed.append(len(ask.timed))
         over.append(sum(ms > budget for ms in ask.timed.values()) / max(1, len(ask.timed)))
+        for layers in truth.within(budget):
+            everything(layers)
+        of_all.append(everything.gap(len(everything.diary)))
     by_look = list(zip(*gaps, strict=True))
+    each = len(next(iter(truths[0].scores.values()))) if tells_all else 1
     return {
         "impl": way,
         "budget_quantile": quantile,
@@ -312,10 +324,11 @@ def judged(truths: Sequence[Truth], way: str, quantile: float, chosen: argparse.
         "evaluations": list(LOOKS),
         "gap": [float(np.median(one)) if np.isfinite(np.median(one)) else None for one in by_look],
         "gap_interval": [interval(one) for one in by_look],
+        "gap_of_all": float(np.median(of_all)) if np.isfinite(of_all).all() else None,
         "gap_mean": [float(np.mean(one)) if np.isfinite(one).all() else None for one in by_look],
         **({"timed": float(np.median(timed)), "over": float(np.mean(over))} if any(timed) else {}),
         "asked": float(np.median(asked)),
-        "gpu_s": [float(np.median(np.minimum(asked, look))) * truths[0].seconds for look in LOOKS],
+        "gpu_s": [float(np.median(np.minimum(asked, look))) * truths[0].seconds * each for look in LOOKS],
         "own_s": float(np.median(own)),
     }
 
@@ -345,6 +358,7 @@ def rows(chosen: argparse.Namespace) -> Iterator[dict[str, Any]]:
             yield {
                 "task": task,
                 "control": chosen.control,
+                "told": chosen.told,
                 **({**made_of, "timing_noise": chosen.timing_noise} if chosen.synthetic else {}),
                 **judged(truths, way, quantile, chosen),
             }
@@ -360,6 +374,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--synthetic", action="store_true")
     parser.add_argument("--control", choices=list(CONTROLS))
+    parser.add_argument("--told", choices=["seed", "all"], default="seed", help="what an evaluation tells")
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--boundary", type=float, default=0.002)
     parser.add_argument("--timing-noise", type=float, default=0.0)
