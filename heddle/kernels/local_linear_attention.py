@@ -251,7 +251,7 @@ _CASES = Traits(
     # It has no state.
     initial_state=lambda shape, generator: normal(generator, 0),  # noqa: ARG005
     sequence=("q", "k", "v"),
-    rounded=("q", "k", "v"),
+    rounded=("q", "k", "v", "slope"),
     differentiable=("q", "k", "v", "slope"),
     output_like="q",
     test_shapes=({"B": 2, "H": 4, "N": 2, "T": 37, "S": 53, "K": 16, "V": 24},),

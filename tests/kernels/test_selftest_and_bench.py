@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 from bench import based, cold_start
+from torch import Tensor
 
 from heddle.kernels import OPS, bench, causal_conv1d, decay_attention, decay_attention_step, simple_gla, ttt
 from heddle.kernels.accuracy import EPSILON, draw
-from heddle.kernels.bench import bench_ops, table
+from heddle.kernels.bench import TIMED, bench_ops, table, timed_as, timing_sample
 from heddle.kernels.local_linear_attention import local_linear_attention, local_linear_attention_reference
 from heddle.kernels.selftest import check_op, self_test
 from heddle.kernels.simple_gla import simple_gla_reference
@@ -206,6 +207,17 @@ def test_a_benchmark_asks_for_the_path_at_the_whole_shape() -> None:
     # An MLP has no kernel, so its path in torch is timed under one name.
     assert [shape.get("M") for shape in asked] == [None, 256]
     assert {row["op"] for row in rows} == {"copy", "matmul"}
+
+
+OTHER_NAMES = {one.name: one for op in TIMED for one in timed_as(op)[1:]}
+
+
+@pytest.mark.parametrize("name", OTHER_NAMES)
+def test_what_is_timed_under_another_name_takes_its_inputs_in_half_precision(name: str) -> None:
+    op, cpu = OTHER_NAMES[name], torch.device("cpu")
+    shape = {letter: min(size, 16) for letter, size in op.cases.bench_shapes[0].items()}
+    found = op(**timing_sample(op, shape, torch.bfloat16, cpu).arguments)
+    assert (found if isinstance(found, Tensor) else found[0]).dtype == torch.bfloat16
 
 
 @pytest.mark.gpu
