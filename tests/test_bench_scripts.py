@@ -88,6 +88,29 @@ def test_a_training_on_text_tells_of_recall_as_well() -> None:
     assert truth_told.sign("text recall") < 0.0
 
 
+def test_more_seeds_stand_behind_the_first() -> None:
+    parts = []
+    for seeds, workers in (([1.9, 1.8, 2.0], 6), ([1.7, 1.6, 1.5], 3)):
+        extras = {"0.003": {"repeated_bits_per_byte": [one - 1.0 for one in seeds]}}
+        told = {"scores": {"0.003": seeds}, "extras": extras, "chance": 8.0}
+        parts.append({**told, "seconds": 30.0, "workers": workers, "job_seconds": 36.0, "device": "none"})
+    row = {"placement": "FL", "full": 1, "text": parts[0], "text, more seeds": parts[1]}
+    rows = {"FL": row, "LF": {**row, "placement": "LF"}}
+    assert truth_told.tasks_of(rows) == ["text", "text recall"]
+    assert truth_told.scores_of(rows, "text")["FL"] == [1.9, 1.8, 2.0, 1.7, 1.6, 1.5]
+    assert truth_told.scores_of(rows, "text recall")["FL"] == pytest.approx([0.9, 0.8, 1.0, 0.7, 0.6, 0.5])
+    assert truth_told.told_of(row, "text")["seconds"] == 90.0
+    assert list(truth_told.spent(rows))[-1] == "in all 36 GPU seconds, 0.01 hours"
+
+
+def test_what_all_placements_share_of_a_seed_is_no_noise() -> None:
+    scores = {"FL": [1.0, 2.0, 3.0], "LF": [1.5, 2.5, 3.5]}
+    assert truth_told.noise(scores) == pytest.approx(0.0)
+    scores["LF"] = [1.5, 2.5, 3.8]
+    # Two placements that differ by 0.5, 0.5 and 0.8: the standard error of the mean of three differences is 0.1.
+    assert truth_told.noise(scores) == pytest.approx(0.2)
+
+
 def test_the_score_of_a_seed_is_its_mean_over_rates_and_a_failed_training_is_at_chance() -> None:
     told = {"scores": {"0.002": [0.9, None, 0.7], "0.003": [0.5, 0.4, 0.9]}, "chance": 0.2}
     assert truth_told.seed_scores(told) == pytest.approx([0.7, 0.3, 0.8])

@@ -1,6 +1,7 @@
 """Trains and times every placement of a spec with two blocks: the truth that ways to search are judged by.
 
     python tests/bench/truth_set.py train --seconds 540 --workers 3 --commit SHA --out DIR
+    python tests/bench/truth_set.py train --more-seeds --seconds 540 --workers 6 --commit SHA --out DIR
     python tests/bench/truth_set.py time --seconds 540 --commit SHA --out DIR
     python tests/bench/truth_set.py join A/truth_8x2.jsonl B/truth_8x2.jsonl ... --out DIR
     python tests/bench/truth_set.py show
@@ -17,7 +18,8 @@ machines take `--share 0/4`, `--share 1/4` and so on of the order, with folders 
 took of GPUs; and how hard a task is: of the placements within the quartiles of decode latency (until all are timed, with at most
 3, 4 and 5 full layers), the share of the others that lies within seed noise of the best, that is no further from it than twice
 the standard error of a difference of two means over seeds, the deviation pooled over all placements. More than a tenth is too
-many: then the next harder form is taken (`--spec`). It also tells at which rates trainings learn the task at all, and whether
+many: then the next harder form is taken (`--spec`), or all placements are trained with three seeds more (`--more-seeds`), which
+count like the first. It also tells at which rates trainings learn the task at all, and whether
 seeds agree on it.
 
 At each task a placement is trained 9 times, 3 seeds at 3 learning rates, side by side (`heddle.compose.train_many`); its score is
@@ -52,7 +54,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from truth_pools import Job, Pace, Pools, Work, visible
-from truth_told import Rows, hardness, ratio_curve, read_rows, spent
+from truth_told import MORE, Rows, hardness, ratio_curve, read_rows, spent
 
 from heddle.compose.build import build_causal_lm
 from heddle.compose.train import IGNORE, Batches, Recipe
@@ -65,7 +67,7 @@ from heddle.specs import ModelSpec, SpecFile, load, spec_hash
 
 HERE = Path(__file__).parent
 SPEC, ROWS = HERE / "truth_8x2.yaml", HERE / "results" / "truth_8x2.jsonl"
-SEEDS, LEARNING_RATES = (0, 1, 2), (2e-3, 3e-3, 4.5e-3)
+SEEDS, MORE_SEEDS, LEARNING_RATES = (0, 1, 2), (4, 5, 6), (2e-3, 3e-3, 4.5e-3)
 ORDER_SEED = 8
 # Rows of recall that are mixed in have a quarter of the length at least.
 FILLED_UP = 4
@@ -152,10 +154,10 @@ def _examples(path: str, index: int, seed: int, device: str) -> Batches:
     return held.__getitem__
 
 
-def train(path: str, name: str, index: int, device: str) -> dict[str, Any]:
+def train(path: str, name: str, index: int, device: str, *, seeds: Sequence[int] = SEEDS) -> dict[str, Any]:
     """The scores of a placement at a task, by learning rate and seed; null where a training failed."""
     model, (task, recipe) = _space(path).model(name), _task(path, index)
-    kinds = list(product(LEARNING_RATES, SEEDS))
+    kinds = list(product(LEARNING_RATES, seeds))
     recipes = [replace(recipe, learning_rate=rate, seed=seed) for rate, seed in kinds]
     nets = [build_causal_lm(model, seed=seed, device=device) for _, seed in kinds]
     examples = [_examples(path, index, seed, device) for _, seed in kinds]
@@ -226,13 +228,17 @@ def kind_of(space: Space, chosen: argparse.Namespace) -> Kind:
         return Kind(timed, labels, [1] * len(labels), "median_ms", 1)
     tasks = space.tasks()
     labels, sizes = [task.name for task, _ in tasks], [recipe.tokens for _, recipe in tasks]
+    if chosen.more_seeds:
+        more = functools.partial(train, seeds=MORE_SEEDS)
+        return Kind(more, [label + MORE for label in labels], sizes, "scores", chosen.workers)
     return Kind(train, labels, sizes, "scores", chosen.workers)
 
 
 def jobs(space: Space, rows: Rows, kind: Kind, chosen: argparse.Namespace) -> list[Job]:
     """What is to be done and not in the rows: all placements at one task or place before the next, so that what is cut off is a
     sample of placements, not of tasks."""
-    wanted = [index for index, label in enumerate(kind.labels) if label in (chosen.tasks or kind.labels)]
+    named = chosen.tasks or kind.labels
+    wanted = [index for index, label in enumerate(kind.labels) if label.removesuffix(MORE) in named]
     names = shared(space.names()[: chosen.only], chosen.share)
     return [
         (name, index)
@@ -311,6 +317,7 @@ def main() -> None:
         "--until", type=float, default=float("inf"), help="no training is begun that would end after so many"
     )
     parser.add_argument("--workers", type=int, default=3, help="processes that train on a GPU")
+    parser.add_argument("--more-seeds", action="store_true", help="train with three seeds more")
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--only", type=int, help="so many placements of the order")
     parser.add_argument("--commit")

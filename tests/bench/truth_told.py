@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from statistics import mean, median, quantiles, variance
+from statistics import mean, median, quantiles
 from typing import Any
 
 Rows = dict[str, dict[str, Any]]
@@ -16,6 +16,8 @@ QUARTILES = (3, 4, 5)
 RECALL, REPEATED = "text recall", "repeated_bits_per_byte"
 # Tasks whose score is better lower.
 LOWER = ("text", RECALL)
+# Ends the label of what seeds beyond the first three gave.
+MORE = ", more seeds"
 
 
 def read_rows(path: Path) -> Rows:
@@ -41,11 +43,27 @@ def seed_scores(told: Mapping[str, Any]) -> list[float]:
     ]
 
 
+def with_more(row: Mapping[str, Any], label: str) -> dict[str, Any] | None:
+    """What a row tells of a task's trainings, those of more seeds behind the first."""
+    told, more = row.get(label), row.get(label + MORE)
+    if told is None or more is None:
+        return told
+
+    def both(first: Mapping[str, Any], then: Mapping[str, Any]) -> dict[str, Any]:
+        return {rate: [*seeds, *then[rate]] for rate, seeds in first.items() if rate in then}
+
+    extras = {
+        rate: both(first, more["extras"].get(rate, {})) for rate, first in told.get("extras", {}).items()
+    }
+    seconds = told["seconds"] + more["seconds"] * told.get("workers", 1) / more.get("workers", 1)
+    return {**told, "scores": both(told["scores"], more["scores"]), "extras": extras, "seconds": seconds}
+
+
 def told_of(row: Mapping[str, Any], task: str) -> dict[str, Any] | None:
     """What a row tells of a task, if it does; of recall on text, what its training on text tells beside its score."""
     if task != RECALL:
-        return row.get(task)
-    text = row.get("text", {})
+        return with_more(row, task)
+    text = with_more(row, "text") or {}
     extras = text.get("extras", {})
     if not any(REPEATED in told for told in extras.values()):
         return None
@@ -58,7 +76,9 @@ def tasks_of(rows: Rows) -> list[str]:
     """The tasks that there are scores of."""
     found = {key for row in rows.values() for key, told in row.items() if isinstance(told, dict)} | {RECALL}
     return sorted(
-        task for task in found if any("scores" in (told_of(row, task) or {}) for row in rows.values())
+        task
+        for task in found
+        if not task.endswith(MORE) and any("scores" in (told_of(row, task) or {}) for row in rows.values())
     )
 
 
@@ -124,10 +144,17 @@ def spent(rows: Rows) -> Iterator[str]:
 
 
 def noise(scores: Mapping[str, Sequence[float]]) -> float:
-    """How far from the best is within seed noise: twice the standard error of a difference of two means over seeds, the deviation
-    pooled over all placements."""
-    count = len(next(iter(scores.values())))
-    return 2.0 * math.sqrt(2.0 * mean(variance(seeds) for seeds in scores.values()) / count)
+    """How far from the best is within seed noise: twice the standard error of a difference of two means over seeds.
+
+    The deviation is pooled over all placements, without what they share of a seed, which moves no difference.
+    """
+    seeds = list(zip(*scores.values(), strict=True))
+    shared, whole = [mean(one) for one in seeds], mean(map(mean, seeds))
+    left = (
+        one - mean(mine) - shared[seed] + whole for mine in scores.values() for seed, one in enumerate(mine)
+    )
+    degrees = (len(scores) - 1) * (len(seeds) - 1)
+    return 2.0 * math.sqrt(2.0 * sum(one * one for one in left) / degrees / len(seeds))
 
 
 def near_best(scores: Mapping[str, Sequence[float]], *, higher: bool) -> float:
@@ -171,7 +198,7 @@ def budgets(rows: Rows, names: Sequence[str]) -> Iterator[tuple[str, Sequence[st
 def learned(rows: Rows, task: str) -> Iterator[str]:
     """The share of trainings that end nearer to the best score of all than to chance; and of placements whose seeds all do or
     all do not."""
-    found = [row[task] for row in rows.values() if task in row]
+    found = [told for row in rows.values() if (told := told_of(row, task)) is not None]
     every = [one for told in found for seeds in told["scores"].values() for one in seeds if one is not None]
     if not every or task in LOWER:
         return
