@@ -106,13 +106,16 @@ def _question(file: SpecFile, trial: Trial, run: Run) -> Question:
     """What the solver is asked at the counts and values of a trial, after all timings of the run."""
     from heddle.search.placement import Question, Timed
 
-    assert file.space.placement is not None
+    placement = file.space.placement
+    assert placement is not None
     timed = [
         Timed(one.layers, _outer(file, one), {label: 1.0 + over for label, over in one.constraints.items()})
         for one in run.trials
         if one.number >= 0 and one.constraints
     ]
-    counts = {name: trial.layers.count(name) for name in file.space.placement.of}
-    uniform = tuple(file.placed(trial.params) or trial.layers)
+    counts = {name: trial.layers.count(name) for name in placement.of}
     order = file.order(trial.params)
+    # By the layers: in runs of before, counts that were drawn could take more layers than there are.
+    counted = {name: count for name, count in counts.items() if name != placement.rest}
+    uniform = tuple(order.mended(specs.uniform_layers(placement.length, placement.rest, counted)))
     return Question(counts, _outer(file, trial), uniform, lambda _: False, order, timed)
