@@ -199,7 +199,7 @@ def _together(sides: Sides, form: Form) -> int:
 def _part(
     sides: Sides, form: Form, at: tuple[int, int], memory: Tensor | None, *rows: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`attend_salient` for the queries from a number on. `at`: that number, and how many keys come before the first of all queries.
+    """`attend_salient` for the queries from a number on; `at` is that number, and how many keys come before all queries.
 
     Shapes:  rows: q and gate, each [B, H, t, d]; pieces of k, and as many of v, the last of which end where q does
     """
