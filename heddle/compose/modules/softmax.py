@@ -51,8 +51,8 @@ def softmax_attention(
         mask = mask if mask.dtype == torch.bool else mask.to(q.dtype)
         mask = mask if mask.shape[1] == 1 else mask.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
         if mask.requires_grad and is_long(k.shape[2]):
-            # The one backend of torch 2.11 that makes gradients of a mask takes no groups of heads. For those the math path ran, which
-            # repeats keys and values in float32 and holds all weights several times.
+            # The one fused backend that gives a mask gradients takes no groups of heads (torch 2.11). The math path would repeat
+            # keys and values in float32 and hold all weights several times.
             k, v = (side.repeat_interleave(q.shape[1] // side.shape[1], dim=1) for side in (k, v))
     return dense_attention(q, k, v, mask, scale=scale)
 
