@@ -25,6 +25,7 @@ from heddle.compose.modules.precision import wide, wide_dtype
 from heddle.compose.modules.rope import rotary_key, rotate
 from heddle.compose.modules.salient import Form, Near, Sides, attend_salient, self_weights
 from heddle.compose.modules.site import Site
+from heddle.compose.modules.stretches import is_long
 from heddle.kernels.token_split_attention import token_split_attention
 
 RECENT = "recent"
@@ -150,9 +151,7 @@ class StillModule(nn.Module):
         slot = slot.clamp(min=0, max=near.layout.chunks)[:, None, :, None].expand(-1, k.shape[1], -1, keep)
         index, inside = (one.gather(2, slot).flatten(2) for one in chosen)
         marks = seen[:, None, :, None].expand(*k.shape[:3], 1)
-        # The gradient of a gather would keep all keys and values.
-        at = tuple(torch.arange(size, device=k.device) for size in k.shape[:2])
-        new = [one[at[0][:, None, None], at[1][:, None], index] for one in (k, v, marks)]
+        new = [_taken(one, index) for one in (k, v, marks)]
         new[2] = new[2] * inside[..., None].to(marks.dtype)
         found, names = [], ("salient_keys", "salient_values", "salient_written")
         for name, rows in zip(names, new, strict=True):
@@ -216,6 +215,15 @@ def _marked(chosen: tuple[Tensor, Tensor], keys: int) -> Tensor:
     # The last is for those that are not there.
     marks = torch.zeros(*index.shape[:2], keys + 1, dtype=torch.bool, device=index.device)
     return marks.scatter(2, index.masked_fill(~inside, keys), True)[:, :, :keys]
+
+
+def _taken(x: Tensor, index: Tensor) -> Tensor:
+    """Shapes:  x: [B, N, S, d];  index: [B, N, M];  out: [B, N, M, d]"""
+    if not is_long(x.shape[2]):
+        return x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[3]))
+    # The gradient of a gather would keep all keys or values.
+    row, head = (torch.arange(size, device=x.device) for size in x.shape[:2])
+    return x[row[:, None, None], head[:, None], index]
 
 
 def _padded(x: Tensor, chunks: int) -> Tensor:
