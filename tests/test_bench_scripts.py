@@ -6,12 +6,17 @@ import json
 import math
 import subprocess
 import sys
+from importlib import import_module
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from bench import evidence, truth_told
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from heddle.compose.modules.softmax import softmax_attention
 
 BENCH = Path(__file__).parent / "bench"
 
@@ -42,6 +47,30 @@ def test_a_script_for_the_gpu_finds_nothing_wrong_in_its_small_form(script: str,
     rows = [json.loads(line) for path in tmp_path.glob("*.jsonl") for line in path.read_text().splitlines()]
     assert rows
     assert all(row["commit"] == "none" for row in rows)
+
+
+@pytest.mark.parametrize("kind", ["still", pytest.param("token_router", marks=pytest.mark.long)])
+def test_a_layer_keeps_its_goal_of_memory_by_a_count_of_live_tensors(kind: str) -> None:
+    command = [sys.executable, str(BENCH / "live_tensors.py"), kind]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+def test_a_long_mask_that_wants_a_gradient_keeps_no_weights_of_grouped_heads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCH))
+    tensors = import_module("live_tensors")
+    with tensors.as_on_cuda(), FakeTensorMode(), tensors.Live() as live:
+        q, k, v = (
+            torch.empty(1, heads, count, 128, dtype=torch.bfloat16, requires_grad=True)
+            for heads, count in ((16, 128), (2, 16_384), (2, 16_384))
+        )
+        mask = torch.empty(1, 1, 128, 16_384, requires_grad=True)
+        o = softmax_attention(q, k, v, mask)
+        torch.autograd.grad(o, (q, k, v, mask), o)
+    # Keys, values, their gradients and one of each mask: 2.3 times the weights in float32. By the math path it was 6.5 times.
+    assert live.most < 3 * 16 * 128 * 16_384 * 4
 
 
 def test_rows_of_the_truth_set_are_joined_and_tell_how_hard_it_is(tmp_path: Path) -> None:

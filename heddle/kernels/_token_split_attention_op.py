@@ -140,7 +140,8 @@ def _told(given: Given, folded: Tensor, state: Tensor, grid: Grid) -> tuple[Tens
     # [B, N, C, G, L, f]
     features = features.unflatten(1, (state.shape[1], -1)).transpose(2, 3)  # type: ignore[no-untyped-call]
     told = features.flatten(3, 4) @ states[:, :, :-1]
-    return told.unflatten(3, features.shape[3:5]), states[:, :, -1]
+    # A view would keep the states before all chunks in memory, as long as the call that goes on from there.
+    return told.unflatten(3, features.shape[3:5]), states[:, :, -1].clone()
 
 
 def _kept(

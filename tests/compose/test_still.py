@@ -10,6 +10,7 @@ from torch import Tensor
 from toys import EXACT, call_at, mixer_of, noise, padded_call
 
 from heddle.compose.mixers.still import StillModule
+from heddle.compose.modules import stretches
 from heddle.search.peak import peak_bytes
 from heddle.specs import Site as SpecSite
 from heddle.specs.mixers.still import Still
@@ -235,6 +236,21 @@ def test_training_holds_few_copies_of_its_input() -> None:
 
     # 19.8 where each chunk's gradients were as long as all keys, the gate was kept in float32 and keys were gathered.
     assert peak_bytes(both_directions, (), "cpu") < 15 * x.nbytes
+
+
+def test_long_rows_give_back_what_has_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    mixer = mixer_of(64, "still", heads=2, chunk=16, keep=1, features=4).float()
+    x = noise(1, 1024, 64).float().requires_grad_()
+
+    def both_directions() -> tuple[Tensor, ...]:
+        y = mixer(x, call_at(0, 1024, rows=1))
+        return (y, *torch.autograd.grad(y.sin().sum(), [x, *mixer.parameters()]))
+
+    expected, before = both_directions(), peak_bytes(both_directions, (), "cpu")
+    monkeypatch.setattr(stretches, "STRETCH", 512)
+    assert all(torch.equal(one, other) for one, other in zip(both_directions(), expected, strict=True))
+    # Of queries, gates, keys and values and of their gradients one each: those of a piece go when these have come.
+    assert peak_bytes(both_directions, (), "cpu") < before - 1.5 * x.nbytes
 
 
 def test_it_costs_what_its_parts_do() -> None:

@@ -14,6 +14,7 @@ from heddle.compose.modules import in_view, selection, softmax, stretches
 from heddle.compose.modules.in_view import attend_in_view
 from heddle.compose.modules.masks import View
 from heddle.compose.modules.softmax import softmax_attention
+from heddle.kernels.accuracy import EPSILON, worst_error
 from heddle.search.peak import peak_bytes
 
 HIDDEN, LENGTH, STRETCH = 32, 300, 64
@@ -63,6 +64,28 @@ def test_a_memory_that_a_router_shares_tokens_with_holds_less(
     whole = peak_bytes(call, (), "cpu")
     monkeypatch.setattr(stretches, "STRETCH", 128)
     assert is_shared == (peak_bytes(call, (), "cpu") < whole / 2)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_long_mask_has_gradients_as_near_as_a_short_one(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sides = [noise(2, heads, count, 64, seed=heads) for heads, count in ((8, 70), (2, 90), (2, 90))]
+    mask = noise(2, 1, 70, 90, seed=5)
+    given = [*sides, mask.masked_fill(mask < -0.5, -torch.inf)]
+
+    def graded(dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
+        leaves = [one.to(device, dtype).requires_grad_() for one in given]
+        o = softmax_attention(*leaves)
+        return (o.detach(), *torch.autograd.grad(o.double().square().sum(), leaves))
+
+    exact, plain = graded(torch.float64, "cpu"), graded(torch.bfloat16, device)
+    monkeypatch.setattr(stretches, "STRETCH", 64)
+    for found, other, wanted in zip(graded(torch.bfloat16, device), plain, exact, strict=True):
+        error, allowed = (
+            worst_error(one.transpose(1, 2), wanted.transpose(1, 2), timed=True)[0] for one in (found, other)
+        )
+        assert error <= 2 * allowed + EPSILON[torch.bfloat16]
 
 
 def masked(causal: bool, keys: int, is_written: bool) -> tuple[list[Tensor], Any]:

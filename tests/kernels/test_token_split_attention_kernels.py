@@ -180,6 +180,12 @@ def test_later_tokens_change_no_bit(device: str, dtype: torch.dtype, monkeypatch
     assert not torch.equal(one[:, :, t:], changed[:, :, t:])
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_the_state_behind_all_does_not_hold_those_before_each_chunk(device: str) -> None:
+    state = token_split_attention(**at(drawn(), torch.float32, device))[1]
+    assert state.untyped_storage().nbytes() == state.nbytes
+
+
 @over_settings
 def test_of_equal_logits_the_first_key_has_the_gradient_of_the_largest(
     device: str, dtype: torch.dtype

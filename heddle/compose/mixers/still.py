@@ -25,6 +25,7 @@ from heddle.compose.modules.precision import wide, wide_dtype
 from heddle.compose.modules.rope import rotary_key, rotate
 from heddle.compose.modules.salient import Form, Near, Sides, attend_salient, self_weights
 from heddle.compose.modules.site import Site
+from heddle.compose.modules.stretches import is_long
 from heddle.kernels.token_split_attention import token_split_attention
 
 RECENT = "recent"
@@ -75,6 +76,13 @@ class StillModule(nn.Module):
         self.o_proj = nn.Linear(heads * head_dim, site.hidden_size, bias=False)
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
+        # Nothing here holds the sides, which long rows copy piece by piece.
+        o, memory = attend_salient(self._sides(x, call), call.state("memory"), self.form)
+        call.keep(memory=memory)
+        y: Tensor = self.o_proj(self.heads_out(call.gated(o.transpose(1, 2))).flatten(2))
+        return y
+
+    def _sides(self, x: Tensor, call: Call) -> Sides:
         q, k, v = self._projected(x, call)
         k, v, written = keys_so_far(k, v, call.part(RECENT))
         real = _real(call, k.shape[2])
@@ -86,7 +94,7 @@ class StillModule(nn.Module):
         far = self._far((k, v, seen), chosen, near, call)
         gate = self.g_proj(x).view(*x.shape[:2], self.heads, -1)
         padding = None if call.key_padding is None else _padding(call.key_padding)
-        sides = Sides(
+        return Sides(
             q.transpose(1, 2),
             gate.transpose(1, 2),
             k,
@@ -98,10 +106,6 @@ class StillModule(nn.Module):
             padding=padding,
             maps=(self.maps.of_queries, self.maps.of_keys),
         )
-        o, memory = attend_salient(sides, call.state("memory"), self.form)
-        call.keep(memory=memory)
-        y: Tensor = self.o_proj(self.heads_out(call.gated(o.transpose(1, 2))).flatten(2))
-        return y
 
     def _projected(self, x: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
         """Shapes:  out: [B, T, H, d], and twice [B, N, T, d]"""
@@ -145,10 +149,10 @@ class StillModule(nn.Module):
         slot = chunks + 1 - near.layout.base[:, None]
         is_new = (slot >= 0)[:, None, :, None, None]
         slot = slot.clamp(min=0, max=near.layout.chunks)[:, None, :, None].expand(-1, k.shape[1], -1, keep)
-        index, inside = (one.gather(2, slot).flatten(2)[..., None] for one in chosen)
+        index, inside = (one.gather(2, slot).flatten(2) for one in chosen)
         marks = seen[:, None, :, None].expand(*k.shape[:3], 1)
-        new = [one.gather(2, index.expand(-1, -1, -1, one.shape[-1])) for one in (k, v, marks)]
-        new[2] = new[2] * inside.to(marks.dtype)
+        new = [_taken(one, index) for one in (k, v, marks)]
+        new[2] = new[2] * inside[..., None].to(marks.dtype)
         found, names = [], ("salient_keys", "salient_values", "salient_written")
         for name, rows in zip(names, new, strict=True):
             rows, past = rows.unflatten(2, (len(chunks), keep)), call.state(name)  # type: ignore[no-untyped-call]
@@ -211,6 +215,15 @@ def _marked(chosen: tuple[Tensor, Tensor], keys: int) -> Tensor:
     # The last is for those that are not there.
     marks = torch.zeros(*index.shape[:2], keys + 1, dtype=torch.bool, device=index.device)
     return marks.scatter(2, index.masked_fill(~inside, keys), True)[:, :, :keys]
+
+
+def _taken(x: Tensor, index: Tensor) -> Tensor:
+    """Shapes:  x: [B, N, S, d];  index: [B, N, M];  out: [B, N, M, d]"""
+    if not is_long(x.shape[2]):
+        return x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[3]))
+    # The gradient of a gather would keep all keys or values.
+    row, head = (torch.arange(size, device=x.device) for size in x.shape[:2])
+    return x[row[:, None, None], head[:, None], index]
 
 
 def _padded(x: Tensor, chunks: int) -> Tensor:

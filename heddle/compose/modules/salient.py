@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,12 +13,13 @@ from torch.utils.checkpoint import checkpoint
 from heddle.compose.modules.experts import without_autocast
 from heddle.compose.modules.open_chunk import Layout
 from heddle.compose.modules.precision import wide
+from heddle.compose.modules.stretches import is_long
 from heddle.kernels.token_split_attention import token_split_attention
 
 # Chunks of queries whose features and weights training keeps at once; those of the others are worked out again.
 CHUNKS = 8
 # On CUDA, where kernels hold no weights, more of few rows are taken at once: up to so many features of queries, as if maps had as
-# many as a head has dimensions.
+# many as a head has dimensions; of long rows in training half as many, since the state before each chunk takes as much again.
 MOST_FEATURES = 1 << 25
 # Logits by which tokens are scored that stand in memory at once.
 MOST_LOGITS = 1 << 24
@@ -164,17 +165,22 @@ def attend_salient(sides: Sides, memory: Tensor | None, form: Form) -> tuple[Ten
     size = _together(sides, form) * form.chunk
     first = size - sides.earlier % form.chunk
     if tokens <= first:
-        return _part(sides, form, 0, memory, sides.q, sides.gate, sides.k, sides.v)
+        return _part(sides, form, (0, held), memory, sides.q, sides.gate, sides.k, sides.v)
     ends = [*range(first, tokens, size), tokens]
     sizes = [end - begin for begin, end in zip((0, *ends), ends, strict=False)]
     # Of slices each gradient would be as long as the whole.
-    queries = (torch.split(side, sizes, dim=2) for side in (sides.q, sides.gate))
-    keys = (torch.split(side, [held + sizes[0], *sizes[1:]], dim=2) for side in (sides.k, sides.v))
+    queries = [torch.split(side, sizes, dim=2) for side in (sides.q, sides.gate)]
+    keys = [torch.split(side, [held + sizes[0], *sizes[1:]], dim=2) for side in (sides.k, sides.v)]
+    if is_long(tokens):
+        # Views would keep the whole in memory until the last of them has its gradient.
+        queries, keys = ([tuple(map(torch.clone, side)) for side in both] for both in (queries, keys))
+        none = sides.q.new_empty(0)
+        sides = replace(sides, q=none, gate=none, k=none, v=none)
     run = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-    last = tuple(side.detach()[:, :, :0] for side in (sides.k, sides.v))
+    last = tuple(side[0].detach()[:, :, :0] for side in keys)
     told = []
     for end, q, gate, k, v in zip(ends, *queries, *keys, strict=True):
-        given = (sides, form, end - q.shape[2], memory, q, gate, last[0], k, last[1], v)
+        given = (sides, form, (end - q.shape[2], held), memory, q, gate, last[0], k, last[1], v)
         o, memory = run(_part, *given)
         reach = sides.reach(sides.earlier + end, form)
         last = tuple(side[:, :, -reach:] for side in (k, v))
@@ -185,23 +191,25 @@ def attend_salient(sides: Sides, memory: Tensor | None, form: Form) -> tuple[Ten
 
 def _together(sides: Sides, form: Form) -> int:
     """Chunks of queries that the op is called for at once."""
-    B, H, _, d = sides.q.shape
-    return max(CHUNKS, MOST_FEATURES // (2 * B * H * d * form.chunk)) if sides.q.is_cuda else CHUNKS
+    B, H, tokens, d = sides.q.shape
+    most = MOST_FEATURES // 2 if is_long(tokens) else MOST_FEATURES
+    return max(CHUNKS, most // (2 * B * H * d * form.chunk)) if sides.q.is_cuda else CHUNKS
 
 
 def _part(
-    sides: Sides, form: Form, begin: int, memory: Tensor | None, *rows: Tensor
+    sides: Sides, form: Form, at: tuple[int, int], memory: Tensor | None, *rows: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`attend_salient` for the queries from number `begin` on.
+    """`attend_salient` for the queries from a number on; `at` is that number, and how many keys come before all queries.
 
     Shapes:  rows: q and gate, each [B, H, t, d]; pieces of k, and as many of v, the last of which end where q does
     """
     (q, gate), pieces = rows[:2], (len(rows) - 2) // 2
     k, v = (x[0] if pieces == 1 else torch.cat(x, dim=2) for x in (rows[2 : 2 + pieces], rows[2 + pieces :]))
+    begin, held = at
     place = sides.earlier + begin
     reach = min(k.shape[2] - q.shape[2], sides.reach(place, form)) + q.shape[2]
     k, v = k[:, :, -reach:], v[:, :, -reach:]
-    end = sides.k.shape[2] - sides.q.shape[2] + begin + q.shape[2]
+    end = held + begin + q.shape[2]
     far_k, far_v, far_seen = sides.far(place, form)
     with without_autocast(q):
         o, state = token_split_attention(

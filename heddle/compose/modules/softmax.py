@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from heddle.compose.modules.masks import View, distances
 from heddle.compose.modules.packing import Packing
 from heddle.compose.modules.precision import wide
+from heddle.compose.modules.stretches import is_long
 from heddle.kernels.dense_attention import dense_attention
 
 # Weights that stand in memory at once; of more than these some queries are worked on after the others.
@@ -49,6 +50,10 @@ def softmax_attention(
     if mask is not None:
         mask = mask if mask.dtype == torch.bool else mask.to(q.dtype)
         mask = mask if mask.shape[1] == 1 else mask.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+        if mask.requires_grad and is_long(k.shape[2]):
+            # The one fused backend that gives a mask gradients takes no groups of heads (torch 2.11). The math path would repeat
+            # keys and values in float32 and hold all weights several times.
+            k, v = (side.repeat_interleave(q.shape[1] // side.shape[1], dim=1) for side in (k, v))
     return dense_attention(q, k, v, mask, scale=scale)
 
 
