@@ -20,7 +20,7 @@ each task and evaluator is appended to evidence-evaluators.jsonl.
     random                  any order
     one seed                one of the truth's own seeds held against the others: how far a single whole training goes
 
-Expected for 8x2 on one H100 or H200, not measured yet: 5 to 8 minutes with 6 workers on 16 cores. `gpu_s` is the wall time of
+Text of 8x2 took an H200 170 s with 6 workers, random features at MQAR a CPU 18 minutes. `gpu_s` is the wall time of
 the jobs over the workers that shared the device. `top5_regret` is of the best of an evaluator's first five,
 
     (best - found) / (best - median)
