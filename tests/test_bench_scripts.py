@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import json
 import math
 import subprocess
@@ -130,6 +132,26 @@ def test_more_seeds_stand_behind_the_first() -> None:
     assert truth_told.scores_of(rows, "text recall")["FL"] == pytest.approx([0.9, 0.8, 1.0, 0.7, 0.6, 0.5])
     assert truth_told.told_of(row, "text")["seconds"] == 90.0
     assert list(truth_told.spent(rows))[-1] == "in all 36 GPU seconds, 0.01 hours"
+    # A piece that was cut off: not all have them yet.
+    del rows["LF"]["text, more seeds"]
+    assert truth_told.scores_of(rows, "text")["FL"] == [1.9, 1.8, 2.0]
+    assert list(truth_told.hardness(rows))
+    # All trainings of the second three failed.
+    lost = {**parts[1], "scores": {"0.003": [None] * 3}, "extras": {"0.003": {}}}
+    told = truth_told.told_of({**row, "text, more seeds": lost}, "text recall")
+    first = parts[0]["extras"]["0.003"]["repeated_bits_per_byte"]
+    assert told["scores"]["0.003"] == [*first, None, None, None]
+
+
+def test_more_seeds_are_trained_of_all_tasks_where_none_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCH)
+    truth_set = importlib.import_module("truth_set")
+    kind = truth_set.Kind(truth_set.train, ["text" + truth_told.MORE], [1], "scores", 1)
+    space = truth_set.Space(truth_set.load(truth_set.SPEC))
+    chosen = argparse.Namespace(tasks=None, only=2, share="0/1")
+    assert len(truth_set.jobs(space, {}, kind, chosen)) == 2
+    with pytest.raises(SystemExit, match="no recal: there is text"):
+        truth_set.jobs(space, {}, kind, argparse.Namespace(tasks=["recal"], only=2, share="0/1"))
 
 
 def test_what_all_placements_share_of_a_seed_is_no_noise() -> None:

@@ -114,8 +114,6 @@ def _question(file: SpecFile, trial: Trial, run: Run) -> Question:
         if one.number >= 0 and one.constraints
     ]
     counts = {name: trial.layers.count(name) for name in placement.of}
-    order = file.order(trial.params)
     # By the layers: in runs of before, counts that were drawn could take more layers than there are.
-    counted = {name: count for name, count in counts.items() if name != placement.rest}
-    uniform = tuple(order.mended(specs.uniform_layers(placement.length, placement.rest, counted)))
+    order, uniform = file.order(trial.params), tuple(file.placed_as(trial.layers, trial.params))
     return Question(counts, _outer(file, trial), uniform, lambda _: False, order, timed)

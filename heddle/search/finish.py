@@ -115,7 +115,8 @@ def confirm(driver: Driver, number: int) -> None:
     if setting.file.space.placement is None or setting.confirm_seeds < 1:
         return
     winner = _candidate(driver, trial)
-    uniform = space.candidate(setting.file, winner.values, space.uniform(setting.file, winner.values))
+    evenly = setting.file.placed_as(winner.layers, winner.values)
+    uniform = space.candidate(setting.file, winner.values, evenly)
     same = uniform.hash == winner.hash
     seeds = unseen_seeds(setting.objectives[0].recipe.seed, setting.confirm_seeds)
     sides = [winner] if same else [winner, uniform]

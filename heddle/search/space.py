@@ -51,8 +51,8 @@ class Candidate:
 def suggest_all(study: Study, number: int, space: Space) -> dict[str, Any]:
     """The values of trial `number`, as the spec file spells them; what is not open beside them has none.
 
-    Optuna draws each count of a placement for itself. Where they ask for more layers than there are, those that ask for most get
-    fewer.
+    Optuna draws each count of a placement for itself. Where they take more layers than there are, all get fewer in proportion,
+    and the block without a count as many as one of them in the mean.
     """
     fewer = dict[str, int]()
 
@@ -69,16 +69,29 @@ def suggest_all(study: Study, number: int, space: Space) -> dict[str, Any]:
 
 
 def cut_to_room(space: Space, values: Mapping[str, Any], held: Mapping[str, Any]) -> dict[str, int]:
-    """The next lower value of the highest count that has one, where the counts of a placement take more layers than there are."""
+    """Lower values of the counts of a placement that take more layers than there are, where they have any: those that are closest
+    to equal shares of what was drawn, with the mean of the counts for the rest."""
     placement = space.placement
-    if placement is None or placement.count(held)[placement.rest] >= 0:
+    if placement is None or (over := -placement.count(held)[placement.rest]) <= 0:
         return {}
     counts = [one for one in space.parameters if one.name in placement.counts.values() and one.name in values]
-    lower = {one.name: [value for value in one.values() if value < values[one.name]] for one in counts}
-    highest = max(
-        (name for name, below in lower.items() if below), key=lambda name: values[name], default=None
-    )
-    return {} if highest is None else {highest: max(lower[highest])}
+    drawn = sum(values[one.name] for one in counts)
+    share = (drawn - over) / (drawn * (1.0 + 1.0 / len(counts))) if drawn else 0.0
+    for is_below in (False, True):
+        cut = {
+            one.name: _nearest(one, values[one.name], share * values[one.name], is_below=is_below)
+            for one in counts
+        }
+        if any(cut[one.name] < values[one.name] for one in counts):
+            return cut
+    return {}
+
+
+def _nearest(one: Parameter, drawn: int, wanted: float, *, is_below: bool) -> int:
+    """The value up to `drawn` that is closest to `wanted`, and not above it with `is_below` unless it is the least."""
+    allowed = sorted(value for value in one.values() if value <= drawn)
+    below = [value for value in allowed if value <= wanted] or allowed[:1]
+    return int(min(below if is_below else allowed, key=lambda value: abs(value - wanted)))
 
 
 def suggest(trial: optuna.Trial, parameter: Parameter) -> Any:

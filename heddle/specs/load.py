@@ -15,7 +15,7 @@ from heddle.specs.check_references import arranged, order_at
 from heddle.specs.model import ModelSpec
 from heddle.specs.open_values import OpenValues
 from heddle.specs.order import Order
-from heddle.specs.pattern import definition_of, expand_layers, layer_paths, layers_of
+from heddle.specs.pattern import definition_of, expand_layers, layer_paths, layers_of, uniform_layers
 from heddle.specs.places import Places
 from heddle.specs.reader import Path_, parse, read, steps_of
 from heddle.specs.shown import cell
@@ -111,6 +111,13 @@ class SpecFile:
         if self.space.placement is not None:
             self._check_room(self.space.placement, values or {})
         return arranged(self._open, values or {})
+
+    def placed_as(self, layers: Sequence[str], values: Mapping[str, object] | None = None) -> list[str]:
+        """As many layers of each block of a placement as in `layers`, evenly spread, as far as their order at `values` lets."""
+        placement = self.space.placement
+        assert placement is not None
+        counts = {name: layers.count(name) for name in placement.of if name != placement.rest}
+        return self.order(values or {}).mended(uniform_layers(placement.length, placement.rest, counts))
 
     def where(
         self, path: str, values: Mapping[str, object] | None = None, layers: Sequence[str] | None = None

@@ -47,7 +47,7 @@ import numpy as np
 from evaluator_values import KINDS, OF_ANSWERS, SPENT, read_lines, value_all
 from truth_judge import made_up
 from truth_set import HERE, SPEC, Space
-from truth_told import RECALL, Rows, latencies, read_rows, seed_scores, sign, tasks_of, told_of
+from truth_told import RECALL, Rows, latencies, read_rows, scores_of, sign, tasks_of, told_of
 
 from heddle.search.rank_correlation import RESAMPLES, SEED, _taus, interval, tau_b
 from heddle.specs import load
@@ -70,11 +70,11 @@ class Truth:
 
 def truth_of(rows: Rows, task: str) -> Truth:
     score, seeds, seconds, timed = {}, {}, [0.0], latencies(rows)
-    for name, row in rows.items():
-        told = told_of(row, task)
+    for name, found in scores_of(rows, task).items():
+        told = told_of(rows[name], task)
         if told is None:
             continue
-        seeds[name] = [sign(task) * one for one in seed_scores(told)]
+        seeds[name] = [sign(task) * one for one in found]
         score[name] = mean(seeds[name])
         trainings = sum(len(one) for one in told["scores"].values())
         seconds.append(len(told["scores"]) * told["seconds"] / trainings / told.get("workers", 1))
@@ -280,6 +280,9 @@ def main() -> None:
     parser.add_argument("--commit", help="what the code is")
     chosen = parser.parse_args()
     rows = read_lines(chosen.values)
+    known = [task.name for task, _ in Space(load(chosen.spec)).tasks()]
+    if strange := set(chosen.tasks or ()) - set(known):
+        parser.error(f"no {', '.join(sorted(strange))}: there is {', '.join(known)}")
     if chosen.seconds > 0 and not chosen.synthetic:
         value_all(Space(load(chosen.spec)), rows, chosen, chosen.out / VALUES)
     judge_all(rows, chosen, chosen.out / RESULTS)

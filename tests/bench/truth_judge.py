@@ -13,9 +13,9 @@ can not win. What it found is the placement of the best score it was told; its g
 in the means over seeds, among placements within the budget. A repeat draws which seed is told, and the way's own draws. With
 `--told all` an evaluation is the whole of a placement's trainings, and their mean is told. `gap_of_all` is the gap of one who
 asks for every placement within the budget: what seeds leave to luck.
-`gpu_s` is what the trainings asked for took, at each of the `evaluations` looked at: a ninth of a placement's for each learning
-rate and seed, over the workers that shared the device. `own_s` is what the way took of one core in the median, proposals and
-solving again included. Placements without a score at the task or without a latency are left out.
+`gpu_s` is what the trainings asked for took, at each of the `evaluations` looked at: an equal part of a placement's for each
+learning rate and seed, over the workers that shared the device. `own_s` is what the way took of one core in the median,
+proposals and solving again included. Placements without a score at the task or without a latency are left out.
 
 `--control shuffled` gives the scores to other placements, and with `duplicate` both kinds are one: all placements are as fast and
 as good as each other, but for the noise of seeds. No way may then be ahead of random. With `infeasible` the budget is below the
@@ -41,7 +41,7 @@ from typing import Any
 
 import numpy as np
 import optuna
-from truth_told import Rows, latencies, read_rows, seed_scores, sign, tasks_of, told_of
+from truth_told import Rows, latencies, read_rows, scores_of, sign, tasks_of, told_of
 
 from heddle.errors import HeddleError
 from heddle.search.placement import Budget, History, Question, Seen, Timed, propose
@@ -227,13 +227,13 @@ WAYS: dict[str, Way] = {
 def truth_of(rows: Rows, task: str) -> Truth:
     """What rows with the task's scores and a decode latency say; the seconds are those of a training alone at each rate."""
     scores, ms, seconds, timed = {}, {}, [], latencies(rows)
-    for name, row in rows.items():
-        told = told_of(row, task)
+    for name, seeds in scores_of(rows, task).items():
+        told = told_of(rows[name], task)
         if name not in timed or told is None:
             continue
         rates = told["scores"].values()
         layers = tuple(int(letter == "F") for letter in name)
-        scores[layers] = [sign(task) * one for one in seed_scores(told)]
+        scores[layers] = [sign(task) * one for one in seeds]
         ms[layers] = timed[name]
         # Workers that share a device share its time.
         trainings = sum(len(seeds) for seeds in rates) * told.get("workers", 1)

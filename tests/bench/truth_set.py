@@ -237,8 +237,10 @@ def kind_of(space: Space, chosen: argparse.Namespace) -> Kind:
 def jobs(space: Space, rows: Rows, kind: Kind, chosen: argparse.Namespace) -> list[Job]:
     """What is to be done and not in the rows: all placements at one task or place before the next, so that what is cut off is a
     sample of placements, not of tasks."""
-    named = chosen.tasks or kind.labels
-    wanted = [index for index, label in enumerate(kind.labels) if label.removesuffix(MORE) in named]
+    known = [label.removesuffix(MORE) for label in kind.labels]
+    if strange := set(chosen.tasks or ()) - set(known):
+        raise SystemExit(f"no {', '.join(sorted(strange))}: there is {', '.join(known)}")
+    wanted = [index for index, label in enumerate(known) if label in (chosen.tasks or known)]
     names = shared(space.names()[: chosen.only], chosen.share)
     return [
         (name, index)

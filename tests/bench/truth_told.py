@@ -49,12 +49,16 @@ def with_more(row: Mapping[str, Any], label: str) -> dict[str, Any] | None:
     if told is None or more is None:
         return told
 
-    def both(first: Mapping[str, Any], then: Mapping[str, Any]) -> dict[str, Any]:
-        return {rate: [*seeds, *then[rate]] for rate, seeds in first.items() if rate in then}
+    counts = [len(next(iter(one["scores"].values()))) for one in (told, more)]
 
-    extras = {
-        rate: both(first, more["extras"].get(rate, {})) for rate, first in told.get("extras", {}).items()
-    }
+    def both(first: Mapping[str, Any], then: Mapping[str, Any]) -> dict[str, Any]:
+        # Where all trainings of one failed it tells nothing beside its scores.
+        sides = zip((first, then), counts, strict=True)
+        parts = [{name: side.get(name, [None] * n) for name in {**first, **then}} for side, n in sides]
+        return {name: [*seeds, *parts[1][name]] for name, seeds in parts[0].items()}
+
+    others = more.get("extras", {})
+    extras = {rate: both(first, others.get(rate, {})) for rate, first in told.get("extras", {}).items()}
     seconds = told["seconds"] + more["seconds"] * told.get("workers", 1) / more.get("workers", 1)
     return {**told, "scores": both(told["scores"], more["scores"]), "extras": extras, "seconds": seconds}
 
@@ -83,9 +87,11 @@ def tasks_of(rows: Rows) -> list[str]:
 
 
 def scores_of(rows: Rows, task: str) -> dict[str, list[float]]:
-    """The scores of seeds at a task, by placement."""
+    """The scores of seeds at a task, by placement; of more seeds where all placements have them."""
     told = ((name, told_of(row, task)) for name, row in rows.items())
-    return {name: seed_scores(one) for name, one in told if one is not None}
+    scores = {name: seed_scores(one) for name, one in told if one is not None}
+    fewest = min(map(len, scores.values()), default=0)
+    return {name: seeds[:fewest] for name, seeds in scores.items()}
 
 
 def latencies(rows: Rows, phase: str = "decode") -> dict[str, float]:

@@ -8,7 +8,8 @@ from typing import Any, cast
 
 import pytest
 
-from heddle.errors import HeddleErrors
+from heddle.errors import HeddleError, HeddleErrors
+from heddle.search.placement import Question, propose
 from heddle.search.space import suggest_all
 from heddle.search.study import Study
 from heddle.specs import SpecFile, loads
@@ -32,6 +33,7 @@ model:
       count: {full: {int: [0, 3]}, wide: {int: [1, 3], step: 2}, linear: {int: [0, 3]}}
 """
 RANGES = {"full": range(4), "wide": range(1, 4, 2), "linear": range(4)}
+OVER = [counts for counts in product(*RANGES.values()) if sum(counts) > LENGTH]
 
 
 class Drawn:
@@ -58,17 +60,38 @@ def test_counts_are_cut_to_the_layers_there_are_and_only_then(file: SpecFile) ->
     for counts in product(*RANGES.values()):
         drawn = dict(zip(RANGES, counts, strict=True))
         kept = found(file, drawn)
-        assert sum(kept.values()) == min(LENGTH, sum(counts)) or kept["wide"] < drawn["wide"]
+        assert sum(kept.values()) <= LENGTH
         assert all(kept[name] in RANGES[name] and kept[name] <= drawn[name] for name in RANGES)
         assert kept == drawn or sum(counts) > LENGTH
 
 
-def test_those_that_ask_for_most_get_fewer(file: SpecFile) -> None:
-    assert found(file, {"full": 3, "wide": 1, "linear": 2}) == {"full": 1, "wide": 1, "linear": 2}
-    assert found(file, {"full": 3, "wide": 1, "linear": 3}) == {"full": 1, "wide": 1, "linear": 2}
+def test_the_rest_gets_its_share_where_counts_are_cut(file: SpecFile) -> None:
+    kept = [sum(found(file, dict(zip(RANGES, counts, strict=True))).values()) for counts in OVER]
+    assert sum(LENGTH - one > 0 for one in kept) > len(OVER) / 2
+
+
+def test_counts_are_cut_in_proportion() -> None:
+    wide = loads(TEXT.replace("length: 4", "length: 12").replace("[0, 3]", "[0, 9]"))
+    assert found(wide, {"full": 9, "wide": 3, "linear": 6}) == {"full": 4, "wide": 1, "linear": 3}
 
 
 def test_an_even_placement_of_more_layers_than_there_are_is_refused(file: SpecFile) -> None:
     counts = {f"layers.placement.count.{name}": 3 for name in RANGES}
     with pytest.raises(HeddleErrors, match="the counts take 9 of 4 layers"):
         file.placed(counts)
+
+
+def test_even_layers_are_counted_by_layers_where_the_values_of_a_run_of_before_count_more(
+    file: SpecFile,
+) -> None:
+    counts = {f"layers.placement.count.{name}": number for name, number in (("full", 2), ("linear", 3))}
+    layers = ["full", "linear", "rest", "wide"]
+    one_each = {f"layers.placement.count.{name}": 1 for name in RANGES}
+    assert file.placed_as(layers, counts) == file.placed(one_each)
+    assert sorted(file.placed_as(layers, counts)) == layers
+
+
+def test_counts_that_no_placement_has_are_refused() -> None:
+    question = Question({"full": 2, "rest": -1}, {}, ("full",), lambda _: True)
+    with pytest.raises(HeddleError, match=r"no placement has \{'full': 2, 'rest': -1\} of 1 layers"):
+        propose(question, [], seed=0, number=0)

@@ -50,7 +50,7 @@ def softmax_attention(
     if mask is not None:
         mask = mask if mask.dtype == torch.bool else mask.to(q.dtype)
         mask = mask if mask.shape[1] == 1 else mask.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-        if mask.requires_grad and is_long(k.shape[2]):
+        if mask.requires_grad and k.shape[1] < q.shape[1] and is_long(k.shape[2]):
             # The one fused backend that gives a mask gradients takes no groups of heads (torch 2.11). The math path would repeat
             # keys and values in float32 and hold all weights several times.
             k, v = (side.repeat_interleave(q.shape[1] // side.shape[1], dim=1) for side in (k, v))
