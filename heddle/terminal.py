@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from heddle.api import errors_as_data
 from heddle.dashboards import words
+from heddle.dashboards.doubts import closest_text
 from heddle.errors import NOWHERE, HeddleError, Where
 from heddle.specs import Difference, expand_layers
 from heddle.specs.space_cut import Cut
@@ -359,7 +360,8 @@ def _next_commands(run: Run, spec_path: Path) -> Iterable[str]:
         yield f"heddle search {spec_path} --out {run.path} --resume"
         return
     if run.best is None:
-        yield f"heddle search {spec_path} --trials 100   # or raise at_most under search.budgets"
+        close = closest_text(run)
+        yield f"heddle search {spec_path} --trials 100   # or raise at_most under search.budgets{close}"
         return
     yield f"heddle export {run.path} --trial best --out my-model"
     yield f"heddle train {run.path / 'best' / 'spec.yaml'} --out runs/longer"

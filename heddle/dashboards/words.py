@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from heddle.dashboards.doubts import at_chance
 from heddle.specs.open_values import RESERVED
 
 if TYPE_CHECKING:
@@ -271,7 +272,8 @@ def headline(run: Run) -> str:
             parts.append(f"{_measured(budget)} {measured_text(budget, latency)}{times}, allowed {allowed}")
         elif (known := best.figures.get(budget.label)) is not None:
             parts.append(f"{budget_name(budget)} {_known_text(budget, known)}, allowed {budget.at_most:g}")
-    return f"{'; '.join(parts)}. {counts}."
+    chance = "".join(f" At {name} no spec is above chance, so it orders nothing." for name in at_chance(run))
+    return f"{'; '.join(parts)}.{chance} {counts}."
 
 
 _NONE_MEASURED = "No trial was trained to its end; the reasons stand in the table of all trials."

@@ -104,7 +104,8 @@ def suggest(trial: optuna.Trial, parameter: Parameter) -> Any:
     assert low is not None
     assert high is not None
     if parameter.kind == "int":
-        return trial.suggest_int(name, int(low), int(high), step=int(parameter.step or 1))
+        values = parameter.values()
+        return trial.suggest_int(name, values[0], values[-1], step=int(parameter.step or 1))
     return trial.suggest_float(name, low, high, log=parameter.log)
 
 

@@ -124,6 +124,9 @@ class _Walk:
             members = _members(here)
             # A budget of a latency has two tags, and is no union by itself.
             if len({kind for _, kind in members}) > 1:
+                if all(typing.get_origin(kind) is typing.Literal for _, kind in members):
+                    # One list of names in two parts.
+                    continue
                 here = next((kind for tag, kind in members if tag == step), None)
                 continue
             kind = members[0][1] if members else None

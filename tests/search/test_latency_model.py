@@ -103,6 +103,12 @@ def test_a_space_of_few_specs_is_refused() -> None:
         design(loads(text))
 
 
+def test_too_few_stacks_for_a_space_that_has_more_are_no_fault_of_the_space(space: SpecFile) -> None:
+    with pytest.raises(HeddleError, match="4 stacks do not fit the 10 terms") as caught:
+        design(space, stacks=4)
+    assert "12 should do" in str(caught.value.hint)
+
+
 def test_terms_are_named_by_what_they_are(drawn: Design) -> None:
     labels = labels_of(drawn.fitted)
     assert sorted(labels.values()) == [

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from itertools import product
 from typing import Any, cast
 
+import optuna
 import pytest
 
 from heddle.errors import HeddleError, HeddleErrors
 from heddle.search.placement import Question, propose
-from heddle.search.space import suggest_all
+from heddle.search.space import suggest, suggest_all
 from heddle.search.study import Study
-from heddle.specs import SpecFile, loads
+from heddle.specs import Parameter, SpecFile, loads
 
 LENGTH = 4
 TEXT = """\
@@ -89,6 +91,13 @@ def test_even_layers_are_counted_by_layers_where_the_values_of_a_run_of_before_c
     one_each = {f"layers.placement.count.{name}": 1 for name in RANGES}
     assert file.placed_as(layers, counts) == file.placed(one_each)
     assert sorted(file.placed_as(layers, counts)) == layers
+
+
+def test_a_range_whose_step_misses_its_end_ends_at_the_last_value_before_it() -> None:
+    trial = optuna.create_study().ask()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert suggest(trial, Parameter("window", "int", low=16, high=50, step=16)) in (16, 32, 48)
 
 
 def test_counts_that_no_placement_has_are_refused() -> None:

@@ -737,3 +737,19 @@ def test_an_unused_block_is_a_warning() -> None:
 def test_hundreds_of_errors_are_told_as_the_first_hundred() -> None:
     text = GOOD + "".join(f"field{number}: 1\n" for number in range(3000))
     assert len(heads(text)) == 100
+
+
+def test_a_name_that_is_in_neither_part_of_a_list_is_told_both() -> None:
+    text = """\
+version: 1
+name: fits
+model:
+  vocab_size: 256
+  hidden_size: 16
+  blocks: {full: {mixer: {kind: attention, heads: {choice: [1, 2]}}, channel: {kind: swiglu}}}
+  layers: [full]
+search: {tasks: [text], export: {must_fit: [qwen4]}}
+"""
+    with pytest.raises(HeddleErrors, match=r"'qwen4' is not one of llama, qwen3, .*, vllm, sglang") as caught:
+        loads(text)
+    assert caught.value.hint == "did you mean qwen3?"

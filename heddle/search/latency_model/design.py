@@ -65,6 +65,10 @@ def design(file: SpecFile, *, stacks: int | None = None, held_out: int = 30, see
     chosen = choose(pool, wanted)
     taken = {stack.hash for stack in chosen}
     unseen = held_out_stacks(file, held_out, taken=taken, seed=seed)
+    if stacks is not None and stacks < coefficients <= len(pool):
+        what = f"{stacks} stacks do not fit the {coefficients} terms that these hold: their layers, pairs of layers and the rest"
+        hint = f"without --stacks {STACKS_EACH} a term are measured; {coefficients + coefficients // 4} should do"
+        raise HeddleError("bad-argument", what, hint=hint)
     if len(chosen) < coefficients or len(unseen) < 2:
         what = f"the space has too few specs: {len(chosen)} stacks to fit {coefficients} terms, {len(unseen)} held out"
         hint = "heddle bench SPEC times one spec; a search of so few times each"

@@ -1,0 +1,32 @@
+"""What the outcome of a run leaves open: budgets that nothing keeps, tasks that order nothing."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from heddle.search.record import Run
+
+
+def closest_text(run: Run) -> str:
+    """What the budgets would have to allow for the trial that missed them by least: ", to … for trial 3"; empty without one."""
+    least = next((run.trial(number) for number in run.least_violating), None)
+    over = {} if least is None else {label: one for label, one in least.constraints.items() if one > 0}
+    wanted = [
+        f"{budget.label} to {math.ceil(budget.at_most * (1 + over[budget.label]) * 1000) / 1000:g}"
+        for budget in run.budgets
+        if budget.label in over
+    ]
+    return f": {', '.join(wanted)} for trial {least.number}" if least and wanted else ""
+
+
+def at_chance(run: Run) -> list[str]:
+    """The tasks at which no spec that was trained to its end is above chance."""
+    trained = [trial for trial in run.trials if trial.state == "complete"]
+    return [
+        info.name
+        for info in run.tasks
+        if trained
+        and all(one.scores[info.name].normalised <= 0 for one in trained if info.name in one.scores)
+    ]
