@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def closest_text(run: Run) -> str:
-    """What the budgets would have to allow for the trial that missed them by least: ", to … for trial 3"; empty without one."""
+    """What the budgets would have to allow for the trial that missed them by least: ": LABEL to 0.77 for trial 3", or nothing."""
     least = next((run.trial(number) for number in run.least_violating), None)
     over = {} if least is None else {label: one for label, one in least.constraints.items() if one > 0}
     wanted = [
