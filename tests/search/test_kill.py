@@ -187,8 +187,11 @@ def test_a_search_killed_in_every_phase_ends_as_if_nothing_had_happened(
         assert {path: times[path] for path in each.ledger} == {path: each.begun[path] for path in each.ledger}
     # After the confirmation nothing was left to evaluate.
     assert left[2].ledger == kept
-    # What was in flight at the first two kills was begun anew, and what the killed worker trained; nothing else.
-    assert sum(times.values()) <= len(kept) + 2 * workers.parallel + 1
+    # What was begun and not written at a kill was begun anew, and what the killed worker trained; nothing else. Workers are
+    # handed the next before the answers of others are written, so twice as many as run side by side may be lost.
+    lost = [len(each.begun.keys() - each.ledger.keys()) for each in left]
+    assert max(lost) <= 2 * workers.parallel
+    assert 0 <= sum(times.values()) - len(kept) - sum(lost) <= 1
     assert run.confirm is not None
     assert sorted(path.name for path in (folder / "best").iterdir()) == [
         "export",
