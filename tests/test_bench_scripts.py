@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import math
 import subprocess
@@ -145,7 +144,7 @@ def test_more_seeds_stand_behind_the_first() -> None:
 
 def test_more_seeds_are_trained_of_all_tasks_where_none_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(BENCH)
-    truth_set = importlib.import_module("truth_set")
+    truth_set = import_module("truth_set")
     kind = truth_set.Kind(truth_set.train, ["text" + truth_told.MORE], [1], "scores", 1)
     space = truth_set.Space(truth_set.load(truth_set.SPEC))
     chosen = argparse.Namespace(tasks=None, only=2, share="0/1")

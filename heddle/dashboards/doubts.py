@@ -14,11 +14,16 @@ def closest_text(run: Run) -> str:
     least = next((run.trial(number) for number in run.least_violating), None)
     over = {} if least is None else {label: one for label, one in least.constraints.items() if one > 0}
     wanted = [
-        f"{budget.label} to {math.ceil(budget.at_most * (1 + over[budget.label]) * 1000) / 1000:g}"
+        f"{budget.label} to {_upwards(budget.at_most * (1 + over[budget.label]))}"
         for budget in run.budgets
         if budget.label in over
     ]
     return f": {', '.join(wanted)} for trial {least.number}" if least and wanted else ""
+
+
+def _upwards(value: float) -> str:
+    """With three digits behind the point at most, never below `value`."""
+    return f"{math.ceil(value * 1000) / 1000:.3f}".rstrip("0").rstrip(".")
 
 
 def at_chance(run: Run) -> list[str]:

@@ -17,7 +17,7 @@ def trial(number: int, constraints: dict[str, float], **normalised: float) -> Si
 def run_of(*trials: SimpleNamespace, least: tuple[int, ...] = ()) -> Run:
     budgets = [
         SimpleNamespace(label="decode_ms@1x64", at_most=0.01),
-        SimpleNamespace(label="cache_bytes", at_most=2),
+        SimpleNamespace(label="cache_bytes", at_most=2_000_000),
     ]
     tasks = [SimpleNamespace(name=name) for name in ("mqar", "text")]
     found = SimpleNamespace(
@@ -34,6 +34,8 @@ def test_the_budget_that_the_closest_trial_would_keep_is_told_rounded_up() -> No
     over = {"decode_ms@1x64": 75.31, "cache_bytes": -0.5}
     assert closest_text(run_of(trial(0, over), least=(0,))) == ": decode_ms@1x64 to 0.764 for trial 0"
     assert closest_text(run_of(trial(0, over))) == ""
+    bytes_over = {"decode_ms@1x64": -0.1, "cache_bytes": 0.2345675}
+    assert closest_text(run_of(trial(0, bytes_over), least=(0,))) == ": cache_bytes to 2469135 for trial 0"
 
 
 def test_a_task_at_which_no_trial_is_above_chance_is_told() -> None:

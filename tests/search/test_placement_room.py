@@ -1,4 +1,4 @@
-"""Counts of a placement that are drawn each for itself never take more layers than there are."""
+"""Counts of a placement that are drawn each for itself take no more layers than there are, where lower values find room."""
 
 from __future__ import annotations
 
