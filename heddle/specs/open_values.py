@@ -243,7 +243,7 @@ def _int(found: OpenValues, data: dict[str, Any], path: Path_, parameter: Parame
     step = data.get("step")
     if HOLE in (step, data.get("log")):
         return None
-    if step is None:
+    if "step" not in data:
         return _logged(found, data, path, parameter)
     if type(step) is not int or step < 1:
         found.fail("bad-space", f"step is a whole number of at least 1, got {shown(step)}", (*path, "step"))

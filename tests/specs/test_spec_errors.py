@@ -753,3 +753,17 @@ search: {tasks: [text], export: {must_fit: [qwen4]}}
     with pytest.raises(HeddleErrors, match=r"'qwen4' is not one of llama, qwen3, .*, vllm, sglang") as caught:
         loads(text)
     assert caught.value.hint == "did you mean qwen3?"
+
+
+def test_a_step_of_null_is_refused_as_by_the_schema() -> None:
+    text = """\
+version: 1
+name: steps
+model:
+  vocab_size: 256
+  hidden_size: {int: [16, 32], step: null}
+  blocks: {full: {mixer: {kind: attention, heads: 1}, channel: {kind: swiglu}}}
+  layers: [full]
+"""
+    with pytest.raises(HeddleErrors, match="step is a whole number of at least 1, got null"):
+        loads(text)
