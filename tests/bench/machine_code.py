@@ -118,6 +118,8 @@ KERNELS = {
     ("block_attention", "gated"): _block_attention_fwd._block_attention_fwd_kernel,
     ("block_attention", "queries"): _block_attention_bwd._block_attention_bwd_query_kernel,
     ("block_attention", "keys"): _block_attention_bwd._block_attention_bwd_key_kernel,
+    ("block_attention", "gated queries"): _block_attention_bwd._block_attention_bwd_query_kernel,
+    ("block_attention", "gated keys"): _block_attention_bwd._block_attention_bwd_key_kernel,
     ("block_choice", "mean"): _block_choice_kernels._block_choice_mean_kernel,
     ("block_choice", "logit"): _block_choice_kernels._block_choice_logit_kernel,
     ("block_choice", "pool"): _block_choice_kernels._block_choice_pool_kernel,
@@ -327,10 +329,11 @@ def _largest(case: Case) -> int:
 def block_cases(*, quick: bool) -> Iterator[Case]:
     """The kernels of block_attention; `many`: a token alone, its list split."""
     sizes = [size for size in SIZES if size >= LEAST_HEAD]
+    kernels = ("forward", "gated", "queries", "keys", "gated queries", "gated keys")
     for (K, V), kernel in itertools.product(
-        [(128, 128)] if quick else itertools.product(sizes, sizes), ("forward", "gated", "queries", "keys")
+        [(128, 128)] if quick else itertools.product(sizes, sizes), kernels
     ):
-        backward = kernel in ("queries", "keys")
+        backward = kernel.endswith(("queries", "keys"))
         first = Case("block_attention", kernel, "bf16", K, V, aligned=True, many=False, backward=backward)
         yield first
         if kernel == "forward":
@@ -524,7 +527,7 @@ def _split_constants(case: Case, launch: Launch) -> dict[str, Any]:
 
 
 def _block_constants(case: Case, launch: Launch) -> dict[str, Any]:
-    gated = case.kernel == "gated"
+    gated = case.kernel.startswith("gated")
     # Gates are a head's own where NAtS-L has them.
     group, most = (1, launch.chunk) if gated else (GROUP, MOST_QUERIES)
     queries = queries_of(launch, group, 1 if case.many else launch.chunk, most)
@@ -671,8 +674,8 @@ def _launch(case: Case) -> Launch:
         return getattr(rat_attention.HOPPER.plan(ELEMENTS[case.dtype], block(case.K)), case.kernel)
     elif case.op in SPARSE:
         size = max(block(case.K), block(case.V))
-        # Two kernels of block_choice share a launch, and two of local_linear_attention.
-        name = {"sum": "share", "middle": "mean"}.get(case.kernel, case.kernel)
+        # Two kernels of block_choice share a launch, and two of local_linear_attention; gates do with other choices.
+        name = {"sum": "share", "middle": "mean"}.get(case.kernel, case.kernel.removeprefix("gated "))
         return getattr(SPARSE[case.op].plan(ELEMENTS[case.dtype], size), name)
     elif case.op == "ttt":
         launch = getattr(ttt.HOPPER.plan(ELEMENTS[case.dtype], block(case.K)), case.kernel)
