@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from heddle.kernels._block_attention_fwd import LENGTHS, find_entries, reads, read_entry, rows_of, seen_keys
+from heddle.kernels._block_attention_fwd import LENGTHS, find_entries, read_entry, reads, rows_of, seen_keys
 from heddle.kernels.common.jit import LOG2_E
 
 
