@@ -132,7 +132,7 @@ class NatsLModule(GatedDeltaNetModule):
         Shapes:  out: [B, T, H V];  queries, keys and values of attention: [B, T, H K], twice, and [B, T, H V]
                  logits of shares: [B, T, 2 H split];  routes: [B, chunks, H, 2]
         """
-        sides, running = self.conv(self.qkv_proj(x), call).split(self.sizes, dim=-1), self._running(x, call)
+        sides, running = self._parted(self.conv(self.qkv_proj(x), call)), self._running(x, call)
         recalled, routes = self._recurrence(x, sides, running, layout, call)
         names = ("memory", "start", "faded")
         call.keep(**{name: getattr(running, name) for name in names}, open=running.opened)
@@ -151,13 +151,17 @@ class NatsLModule(GatedDeltaNetModule):
             y, conv = self.conv.after(self.qkv_proj(x), conv)
             here = Layout.regular(self.chunk, layout.first, layout.real[:, : x.shape[1]], 0)
             # What is worked out again begins where this began.
-            sides, running = y.split(self.sizes, dim=-1), replace(running)
+            sides, running = self._parted(y), replace(running)
             recalled, m = self._recurrence(x, sides, running, here, call)
             return torch.cat((recalled, *self._for_attention(sides)), dim=-1), (conv, running, *routes, m)
 
         held, (_, _, *routes) = in_stretches(stretch, (None, self._running(x, call)), (x,))
-        width = (self.heads * self.value_dim, *self.sizes, 2 * self.parts)
-        return held.split(width, dim=-1), torch.cat(routes, dim=1)
+        width = [self.heads * self.value_dim, *self.sizes, 2 * self.parts]
+        return torch.split(held, width, dim=-1), torch.cat(routes, dim=1)
+
+    def _parted(self, qkv: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values of what comes out of the convolution."""
+        return torch.split(qkv, list(self.sizes), dim=-1)
 
     def _for_attention(self, sides: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Queries, keys and values, the first two normed by parts of heads, and the logits of what each part takes of both.
