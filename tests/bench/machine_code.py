@@ -555,7 +555,8 @@ def _planned_constants(case: Case, launch: Launch) -> dict[str, Any]:
     constants = {
         "K": case.K, "V": case.V, "C": launch.chunk, "ROWS": block(case.K), "COLUMNS": launch.columns, "GROUP": 1,
         "GATED": True, "ROUTED": False, "VARLEN": False, "PRECISION": "tf32x3", "SOLVE": getattr(plan, "inverse", None),
-        "LEVELS": launch.chunk.bit_length() - 1,
+        "LEVELS": launch.chunk.bit_length() - 1, "MEMBERS": 1,
+        "LEAN": getattr(plan, "lean", False), "AHEAD": getattr(plan, "ahead", False),
         "KEEP": case.kernel in ("keep", "prepare") or (case.op == "gla" and case.backward),
         "SEGMENTED": False, "SUMMARY": False, "OUT": case.kernel != "keep", "BACKWARD": case.backward,
         "PARTS": case.kernel == "keep" and case.dtype != "fp32",
@@ -610,6 +611,8 @@ def ptx(case: Case) -> tuple[str, dict[str, int | None]]:
         constants = _conv_constants(case, launch)
     if case.kernel == "output" and case.op not in SPARSE:
         constants |= {"SEGMENTED": False, "HAS_INITIAL": True, "HAS_D_FINAL": case.backward}
+    if case.kernel == "output" and case.op == "simple_gla":
+        constants |= {"ONLY_STRONG": False, "AHEAD": simple_gla.HOPPER.ahead and not case.backward}
     if case.op == "simple_gla":
         constants |= {"PRECISE": case.dtype == "fp32", "H": 16 if case.many else 2}
         # As many heads as many models have, or heads that lie apart.
@@ -652,6 +655,7 @@ def _apart_constants(case: Case, launch: Launch) -> dict[str, Any]:
         "ROLE": APART.index(case.kernel), "DROPPED": {"bf16": 16, "fp16": 13, "fp32": 0}[case.dtype],
         "PRECISE": case.dtype == "fp32", "PRECISION": "tf32x3",
         "VARLEN": False, "SEGMENTED": False, "HAS_OUTSIDE": True, "HAS_D_FINAL": True,
+        "WEAK": simple_gla.HOPPER.strong_apart, "AHEAD": simple_gla.HOPPER.ahead,
     }  # fmt: skip
 
 
