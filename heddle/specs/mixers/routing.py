@@ -34,6 +34,7 @@ class Routing(HeadedMixer):
             "members": 6,
             "decay": 0.9,
             "commitment": 0.1,
+            "scale": 1.0,
         },
     )
     routes: ClassVar[bool] = True
@@ -61,8 +62,26 @@ class Routing(HeadedMixer):
         ),
     ] = 1e-4
 
+    scale: Annotated[
+        float | None,
+        Field(
+            gt=0,
+            le=1e6,
+            description="Factor of the logits; null: 1 / sqrt(head_dim). The paper's released code has none, so 1.",
+        ),
+    ] = None
+
     def resolved(self, site: Site) -> Routing:
         return self.model_copy(update={"head_dim": head_dim_of(self, site)})
+
+    def runtime(self, site: Site) -> dict[str, Any]:
+        data = super().runtime(site)
+        # A field that came later: at its default it is left out, as if it did not exist.
+        return {name: value for name, value in data.items() if name != "scale" or value is not None}
+
+    def canonical(self, site: Site) -> dict[str, Any]:
+        data = self.runtime(site)
+        return {k: v for k, v in data.items() if k != "scale" or v != head_dim_of(self, site) ** -0.5}
 
     def problems(self, site: Site) -> list[Problem]:
         found = heads_problems(self, site)
