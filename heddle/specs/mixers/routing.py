@@ -72,16 +72,15 @@ class Routing(HeadedMixer):
     ] = None
 
     def resolved(self, site: Site) -> Routing:
-        return self.model_copy(update={"head_dim": head_dim_of(self, site)})
+        dim = head_dim_of(self, site)
+        return self.model_copy(update={"head_dim": dim, "scale": self.scale or dim**-0.5})
 
     def runtime(self, site: Site) -> dict[str, Any]:
         data = super().runtime(site)
         # A field that came later: at its default it is left out, as if it did not exist.
-        return {name: value for name, value in data.items() if name != "scale" or value is not None}
-
-    def canonical(self, site: Site) -> dict[str, Any]:
-        data = self.runtime(site)
-        return {k: v for k, v in data.items() if k != "scale" or v != head_dim_of(self, site) ** -0.5}
+        if data["scale"] == data["head_dim"] ** -0.5:
+            del data["scale"]
+        return data
 
     def problems(self, site: Site) -> list[Problem]:
         found = heads_problems(self, site)
