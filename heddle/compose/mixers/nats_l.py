@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from heddle.compose.cache import Call, PreallocatedRecurrentLayer, StateLayer
 from heddle.compose.mixers.gated_deltanet import GatedDeltaNetModule
+from heddle.compose.modules.first_steps import first_steps, missed, routed
 from heddle.compose.modules.norm import RMSNorm, l2_norm
 from heddle.compose.modules.open_chunk import Layout
 from heddle.compose.modules.precision import wide, wide_dtype
@@ -46,6 +47,7 @@ class NatsLModule(GatedDeltaNetModule):
     """Chunks of tokens kept by softmax attention or folded into a Gated DeltaNet.        (arXiv 2602.03681)
 
         p_c = softmax(W mean_{t in c} x_t);   m_c = onehot(argmax p_c), its gradient that of p_c where it is 1
+              (in the first steps of a training, if so many are asked for, m_c = (1, 0) with that gradient)
         a_t = softmax attention over the own chunk and earlier chunks c with m_c,0 = 1
         S   = after each chunk, e^G S_start + m_c,1 (S_end - e^G S_start),   G the sum of the chunk's log-decays
         y   = W_o ((w_0 rms(S q) + w_1 rms(a)) * silu(W_z x)),   w = softmax(W_m q), for each head of attention
@@ -72,6 +74,7 @@ class NatsLModule(GatedDeltaNetModule):
         negative_eigenvalues: bool,
         budget: float | None,
         budget_factor: float,
+        dense_first: float | None = None,
     ) -> None:
         super().__init__(
             site,
@@ -87,7 +90,7 @@ class NatsLModule(GatedDeltaNetModule):
         self.share_proj = nn.Linear(heads * head_dim, 2 * self.parts, bias=False)
         self.q_norm, self.k_norm = (RMSNorm(head_dim // split, site.norm_eps) for _ in range(2))
         self.norm = RMSNorm(value_dim // split, site.norm_eps)
-        self.routes_out = nn.Identity()
+        self.routes_out, self.first = nn.Identity(), first_steps(dense_first)
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
         x = call.hide_padding(x)
@@ -284,7 +287,7 @@ class NatsLModule(GatedDeltaNetModule):
         """
         mean = opened[..., :-2] / opened[..., -2:-1].clamp(min=1.0)
         p = torch.softmax(_split(wide(self.router(mean.to(self.router.weight.dtype))), self.heads), dim=-1)
-        chosen = torch.zeros_like(p).scatter(-1, p.argmax(dim=-1, keepdim=True), 1.0)
+        chosen = routed(p, self.first if self.training else None)
         # The bracket is 0. A type that was not chosen hears nothing.
         return chosen * (1.0 + (p - p.detach())) * self._is_complete(opened)[..., None, None]
 
@@ -353,11 +356,12 @@ class NatsLModule(GatedDeltaNetModule):
 
         Shapes:  m: [B, chunks, H, 2]
         """
-        # Of a complete chunk one is 1.
-        share = m[..., 0].sum() / m.detach().sum().clamp(min=1.0)
+        # Of a complete chunk one is 1. A chunk of type linear has 0 for the other, and its gradient where that 1 is.
+        first, second = m.unbind(-1)
+        share = (first + (second.detach() - second)).sum() / m.detach().sum().clamp(min=1.0)
         call.add_loss("router_share", share.detach(), 0.0)
         if self.budget is not None:
-            call.add_loss("router_budget", (share - self.budget).square(), self.budget_factor)
+            call.add_loss("router_budget", missed(share, self.budget, self.first), self.budget_factor)
 
     def kernel_path(self, device: torch.device, dtype: torch.dtype) -> str:
         """The name of the code that does the mixing: of a part of a chunk, and of whole chunks."""
