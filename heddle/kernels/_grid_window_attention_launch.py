@@ -23,6 +23,8 @@ from heddle.kernels.configs.launch import Launch
 
 # Rows that the tokens make are not counted further where boxes are chosen: each choice is a compilation.
 MOST_ROWS = 64
+# Nor are places of other axes: more make no other choice.
+MOST_PLACES = 512
 
 
 @functools.cache
@@ -55,20 +57,43 @@ class Axis:
         """Whether a window leaves anything out."""
         return self.seen < self.size if self.slides else self.reach < self.size - 1
 
+    def within(self, most: int) -> Axis:
+        """No longer than this."""
+        size = min(self.size, most)
+        return replace(self, size=size, reach=min(self.reach, size - 1))
+
+    def window(self, place: int) -> tuple[int, int]:
+        """Its first place, and the one behind its last."""
+        first, end = max(place - self.reach, 0), min(place + self.reach + 1, self.size)
+        if self.slides:
+            first = min(first, self.size - self.seen)
+            end = first + self.seen
+        return first, end
+
+
+@functools.cache
+def walks(axis: Axis, held: int, walked: int) -> int:
+    """How many boxes of `walked` places the windows of each `held` neighbours fill, over the whole axis."""
+    found = 0
+    for begin in range(0, axis.size, held):
+        first, end = axis.window(begin)[0], axis.window(min(begin + held, axis.size) - 1)[1]
+        found += -(-(end - first) // walked)
+    return found
+
 
 @functools.cache
 def box_columns(held: int, walked: int, down: Axis, across: Axis) -> tuple[int, int]:
     """How many columns boxes of so many tokens have, those that programs hold and those that they walk over.
 
-    Of all powers of two those that need the fewest pairs of boxes, of equal ones the widest: columns are neighbours in memory.
+    Of all powers of two those that need the fewest boxes, of equal ones the widest: columns are neighbours in memory. Keys that
+    are held are taken to be seen by as many as a query sees.
     """
+    down, across = (axis.within(MOST_PLACES) for axis in (down, across))
 
     def cost(columns: tuple[int, int]) -> tuple[int, ...]:
         wide, other = columns
-        tall = held // wide
-        boxes = -(-down.size // tall) * -(-across.size // wide)
-        rows, places = min(tall - 1 + down.seen, down.size), min(wide - 1 + across.seen, across.size)
-        return boxes * -(-rows // (walked // other)) * -(-places // other), -wide, -other
+        boxes = walks(down, held // wide, walked // other) * walks(across, wide, other)
+        return boxes, -wide, -other
 
     both = ((1 << i, 1 << j) for i in range(held.bit_length()) for j in range(walked.bit_length()))
     return min(both, key=cost)
@@ -104,8 +129,7 @@ class Call:
         """The columns of boxes of so many tokens, as kernels are compiled for; boxes in all, in a column and in a row of them."""
         _, down, across = self.axes
         if not self.has_frames:
-            most = min(triton.next_power_of_2(down.size), MOST_ROWS)
-            down = replace(down, size=most, reach=min(down.reach, most - 1))
+            down = replace(down, size=triton.next_power_of_2(down.size)).within(MOST_ROWS)
         wide, other = box_columns(held, walked, down, across)
         high, broad = triton.cdiv(self.rows, held // wide), triton.cdiv(self.columns, wide)
         return {"BOX_C": wide, "WALKED_C": other}, (self.frames * high * broad, high, broad)

@@ -208,7 +208,8 @@ FLOATS = (
 DOUBLES = ("sums_ptr",)
 INTEGERS = (
     "table_ptr", "offsets_ptr", "cu_seqlens_ptr", "start_ptr", "entries_ptr", "before_ptr", "begins_ptr", "bits_ptr",
-    "lines_ptr", "begin_ptr", "count_ptr", "order_ptr", "queries_ptr", "first_ptr", "from_ptr", "to_ptr", "arrived_ptr", "listed_ptr",
+    "lines_ptr", "begin_ptr", "count_ptr", "order_ptr", "queries_ptr", "first_ptr", "from_ptr", "to_ptr", "arrived_ptr",
+    "listed_ptr",
 )  # fmt: skip
 # Where a name stands for something else than in the other ops.
 BLOCK_TYPES = {
