@@ -1,5 +1,5 @@
 """Launch configurations of grid_window_attention: plain data, all first guesses, begun from those that an H200 chose for
-span_attention, which gathers its keys as well."""
+span_attention and sliding_window_attention; tests/bench/grid_check.py times some."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ _WIDE_TALL = _even(Launch(chunk=16, columns=16, warps=8, stages=1))
 HOPPER = Family(
     half=Plan(
         forward=Launch(chunk=64, columns=64, warps=4, stages=2),
-        queries=Launch(chunk=64, columns=64, warps=8, stages=2),
-        keys=Launch(chunk=64, columns=64, warps=8, stages=2),
+        queries=Launch(chunk=64, columns=64, warps=4, stages=2),
+        keys=Launch(chunk=32, columns=64, warps=4, stages=2),
     ),
     half_tall=Plan(
         forward=Launch(chunk=64, columns=64, warps=8, stages=1),
