@@ -39,6 +39,8 @@ from heddle.kernels import (
     _gated_delta_rule_fwd,
     _gla_bwd,
     _gla_fwd,
+    _grid_window_attention_bwd,
+    _grid_window_attention_fwd,
     _head_sparse_attention_bwd,
     _head_sparse_attention_fwd,
     _kda_bwd,
@@ -78,6 +80,7 @@ from heddle.kernels.configs import (
     dynamic_conv,
     gated_delta_rule,
     gla,
+    grid_window_attention,
     head_sparse_attention,
     kda,
     landmark_attention,
@@ -152,6 +155,9 @@ KERNELS = {
     ("span_attention", "step"): _span_attention_fwd._span_attention_fwd_kernel,
     ("span_attention", "queries"): _span_attention_bwd._span_attention_bwd_query_kernel,
     ("span_attention", "keys"): _span_attention_bwd._span_attention_bwd_key_kernel,
+    ("grid_window_attention", "forward"): _grid_window_attention_fwd._grid_window_attention_fwd_kernel,
+    ("grid_window_attention", "queries"): _grid_window_attention_bwd._grid_window_attention_bwd_query_kernel,
+    ("grid_window_attention", "keys"): _grid_window_attention_bwd._grid_window_attention_bwd_key_kernel,
     ("token_split_attention", "forward"): _token_split_attention_fwd._token_split_attention_fwd_kernel,
     ("token_split_attention", "queries"): _token_split_attention_bwd._token_split_attention_bwd_query_kernel,
     ("token_split_attention", "near"): _token_split_attention_bwd._token_split_attention_bwd_key_kernel,
@@ -204,7 +210,8 @@ FLOATS = (
 DOUBLES = ("sums_ptr",)
 INTEGERS = (
     "table_ptr", "offsets_ptr", "cu_seqlens_ptr", "start_ptr", "entries_ptr", "before_ptr", "begins_ptr", "bits_ptr",
-    "lines_ptr", "order_ptr", "queries_ptr", "first_ptr", "from_ptr", "to_ptr", "arrived_ptr", "listed_ptr",
+    "lines_ptr", "begin_ptr", "count_ptr", "order_ptr", "queries_ptr", "first_ptr", "from_ptr", "to_ptr", "arrived_ptr",
+    "listed_ptr",
 )  # fmt: skip
 # Where a name stands for something else than in the other ops.
 BLOCK_TYPES = {
@@ -221,6 +228,7 @@ CONV_TYPES = {"d_weight_ptr": "*fp32", "sums_ptr": "*fp32"}
 SPARSE = {
     "block_attention": block_attention.HOPPER,
     "block_choice": block_choice.HOPPER,
+    "grid_window_attention": grid_window_attention.HOPPER,
     "head_sparse_attention": head_sparse_attention.HOPPER,
     "landmark_attention": landmark_attention.HOPPER,
     "sliding_window_attention": sliding_window_attention.HOPPER,
@@ -270,6 +278,7 @@ def cases(*, quick: bool) -> Iterator[Case]:
     yield from window_cases("sliding_window_attention", quick=quick)
     yield from window_cases("head_sparse_attention", quick=quick)
     yield from window_cases("span_attention", quick=quick)
+    yield from window_cases("grid_window_attention", quick=quick)
     yield from window_cases("token_split_attention", quick=quick)
     yield from rat_cases(quick=quick)
     yield from landmark_cases(quick=quick)
@@ -516,6 +525,18 @@ def _span_constants(case: Case, launch: Launch) -> dict[str, Any]:
     return {name: value for name, value in constants.items() if name in names}
 
 
+def _grid_constants(case: Case, launch: Launch) -> dict[str, Any]:
+    held, walked = (launch.columns, launch.chunk) if case.kernel == "keys" else (launch.chunk, launch.columns)
+    constants = {
+        "K": case.K, "V": case.V, "ROWS_K": block(case.K), "ROWS_V": block(case.V), "ROWS": launch.chunk,
+        "KEYS": launch.columns, "BOX_C": min(8, held), "WALKED_C": min(8, walked), "GROUP": 4 if case.many else 1,
+        "FRAMES": case.many, "ROW_WINDOW": True, "COLUMN_WINDOW": True, "INWARD": True, "PADDED": case.many,
+        "PRECISION": "tf32x3",
+    }  # fmt: skip
+    names = KERNELS[case.op, case.kernel].arg_names
+    return {name: value for name, value in constants.items() if name in names}
+
+
 def _split_constants(case: Case, launch: Launch) -> dict[str, Any]:
     constants = {
         "K": case.K, "V": case.V, "ROWS_K": block(case.K), "ROWS_V": block(case.V), "ROWS": launch.chunk,
@@ -597,6 +618,8 @@ def ptx(case: Case) -> tuple[str, dict[str, int | None]]:
         constants = _window_constants(case, launch)
     if case.op == "span_attention":
         constants = _span_constants(case, launch)
+    if case.op == "grid_window_attention":
+        constants = _grid_constants(case, launch)
     if case.op == "token_split_attention":
         constants = _split_constants(case, launch)
     if case.op.startswith("rat_"):
