@@ -273,7 +273,8 @@ def headline(run: Run) -> str:
         elif (known := best.figures.get(budget.label)) is not None:
             parts.append(f"{budget_name(budget)} {_known_text(budget, known)}, allowed {budget.at_most:g}")
     chance = "".join(f" At {name} no spec is above chance, so it orders nothing." for name in at_chance(run))
-    return f"{'; '.join(parts)}.{chance} {counts}."
+    stopped = " The search was stopped before its end; --resume goes on." if run.status == "stopped" else ""
+    return f"{'; '.join(parts)}.{chance} {counts}.{stopped}"
 
 
 _NONE_MEASURED = "No trial was trained to its end; the reasons stand in the table of all trials."

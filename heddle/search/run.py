@@ -5,10 +5,8 @@ from __future__ import annotations
 
 import math
 import secrets
-import signal
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack, closing
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -40,6 +38,7 @@ from heddle.search.progress import Progress, Silent
 from heddle.search.rank_correlation import compare_rungs
 from heddle.search.record import RUN_FILE, BudgetInfo, Run, read_meta, read_run
 from heddle.search.setting import Setting
+from heddle.search.stopping import Stopping
 from heddle.search.storage import StudyHold
 from heddle.search.study import Direction, RunLock, Study, open_storage
 from heddle.search.workers import Workers
@@ -76,8 +75,8 @@ def search(
     `deterministic` trains with deterministic kernels alone and lets no second timing choose the winner; `frozen` is the
     lockfile of a search that is made again, with its latencies (`heddle.search.replay`).
 
-    Ctrl-C once lets the running evaluations finish, twice stops at once; `resume=True` goes on from there, as
-    it does after a kill.
+    Ctrl-C once lets the running evaluations finish, twice stops at once; SIGTERM and SIGHUP give them 5 s. `resume=True` goes
+    on from there, as it does after a kill.
 
     Raises:
         HeddleError: "run-exists", "run-not-found", "run-mismatch", "run-locked", "bad-argument", "disk-full",
@@ -99,17 +98,23 @@ def search(
     with ExitStack() as stack:
         stack.enter_context(full_disk_told(out))
         stack.enter_context(RunLock(out))
-        driver = _open(stack, cut, out, given, asked=asked, progress=progress or Silent())
-        driver.progress.started(read_run(out), driver.setting.trials)
-        if not resume and not driver.setting.must_fit:
-            driver.progress.message(fits_line(target_rows(plan(file.spec.model, where=file.where).runtime())))
-        with _interrupts(driver, given.again(file, out)):
+        with Stopping(given.again(file, out)) as stopping:
+            driver = _open(stack, cut, out, given, asked=asked, progress=progress or Silent())
+            _greet(driver, file, resume=resume)
+            stopping.driver = driver
             _search(driver)
         driver.log.write("search_finished", status=_status(driver))
         driver.keeper.write()
     run = read_run(out)
     driver.progress.finished(run)
     return run
+
+
+def _greet(driver: Driver, file: SpecFile, *, resume: bool) -> None:
+    """Say where the search is, and of a new one which classes and servers its models fit."""
+    driver.progress.started(read_run(driver.setting.folder), driver.setting.trials)
+    if not resume and not driver.setting.must_fit:
+        driver.progress.message(fits_line(target_rows(plan(file.spec.model, where=file.where).runtime())))
 
 
 def _open(stack: ExitStack, cut: Cut, out: Path, given: Given, *, asked: Asked, progress: Progress) -> Driver:
@@ -205,32 +210,6 @@ def _status(driver: Driver) -> str:
     if driver.stopping:
         return "stopped"
     return "finished" if driver.log.last("front")["best"] is not None else "nothing-feasible"
-
-
-@contextmanager
-def _interrupts(driver: Driver, again: str) -> Iterator[None]:
-    """Ctrl-C or SIGTERM once asks the driver to stop after what is running, twice raises HeddleError."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupted(*_: object) -> None:
-        if driver.stopping:
-            raise HeddleError("interrupted", "the search was stopped", hint=f"go on with: {again}")
-        driver.stop()
-        driver.progress.message(
-            f"stopping once the running evaluations are done (Ctrl-C again stops now); go on with: {again}",
-            "warning",
-        )
-
-    # A cluster's scheduler asks with SIGTERM before it kills.
-    asked = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, interrupted) for number in asked]
-    try:
-        yield
-    finally:
-        for number, handler in zip(asked, before, strict=True):
-            signal.signal(number, handler)
 
 
 # What run.json says.

@@ -36,6 +36,7 @@ from heddle.search.cores import usable_cores
 from heddle.search.device_kinds import DeviceKind
 from heddle.search.in_worker import Outcome, guarded, limited
 from heddle.search.nodes import SameCode
+from heddle.search.own_session import own_session
 
 # A call whose process dies is made again this often.
 RETRIES = 2
@@ -158,13 +159,14 @@ class Workers:
             os.environ |= {name: os.environ.get(name, value) for name, value in self._env.items()}
             self._guard = watch.Guard()
             _set_token()
-            ray.init(
-                address="local",
-                include_dashboard=False,
-                num_cpus=cores,
-                _system_config={"idle_worker_killing_time_threshold_ms": KEEP_IDLE_MS},
-                **options,
-            )
+            with own_session():
+                ray.init(
+                    address="local",
+                    include_dashboard=False,
+                    num_cpus=cores,
+                    _system_config={"idle_worker_killing_time_threshold_ms": KEEP_IDLE_MS},
+                    **options,
+                )
             self._roots = watch.ray_roots(os.getpid())
             return
         self._nodes = cluster.join(self._address, self._env, **options)
