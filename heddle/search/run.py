@@ -29,7 +29,7 @@ from heddle.search.evaluators.supernet_run import prepare
 from heddle.search.events import EventLog
 from heddle.search.given import Given
 from heddle.search.latency import Effort
-from heddle.search.latency_model import at_start, find
+from heddle.search.latency_model import at_start, find, told
 from heddle.search.ledger import key_of
 from heddle.search.limits import Limits, budgets_on
 from heddle.search.lock import Frozen
@@ -111,8 +111,13 @@ def search(
 
 
 def _greet(driver: Driver, file: SpecFile, *, resume: bool) -> None:
-    """Say where the search is, and of a new one which classes and servers its models fit."""
-    driver.progress.started(read_run(driver.setting.folder), driver.setting.trials)
+    """Say where the search is, by which latency model it goes, and of a new one which classes and servers its models fit."""
+    run = read_run(driver.setting.folder)
+    driver.progress.started(run, driver.setting.trials)
+    if fits := run.meta.get("latency_model"):
+        driver.tell(told.which(fits, run.meta["environment"]["device_name"]), "info")
+        for doubt in told.doubts(fits):
+            driver.warn(doubt)
     if not resume and not driver.setting.must_fit:
         driver.progress.message(fits_line(target_rows(plan(file.spec.model, where=file.where).runtime())))
 
