@@ -26,7 +26,7 @@ os.register_at_fork(after_in_child=_leave)
 
 @contextmanager
 def own_session() -> Iterator[None]:
-    """What is forked here leaves for a session of its own.
+    """What Ray forks here leaves for a session of its own; to join a cluster it forks nothing.
 
     Ray's handler of SIGTERM, which leaves without a word, raises KeyboardInterrupt instead, and is taken back afterwards.
     """

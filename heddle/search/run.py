@@ -98,7 +98,7 @@ def search(
     with ExitStack() as stack:
         stack.enter_context(full_disk_told(out))
         stack.enter_context(RunLock(out))
-        with Stopping(given.again(file, out)) as stopping:
+        with Stopping(out, given.again(file, out)) as stopping:
             driver = _open(stack, cut, out, given, asked=asked, progress=progress or Silent())
             _greet(driver, file, resume=resume)
             stopping.driver = driver

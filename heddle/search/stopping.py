@@ -6,11 +6,13 @@ import contextlib
 import os
 import signal
 import threading
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from heddle.errors import HeddleError
 from heddle.search.driver import Driver
+from heddle.search.record import RUN_FILE
 
 # Whoever sends SIGTERM kills a while later, Docker after 10 s: what runs may take so long to end, and Ray takes some seconds.
 GRACE_S = 5.0
@@ -20,14 +22,14 @@ ASKING = (signal.SIGINT, *WITH_GRACE)
 
 
 class Stopping:
-    """What a search does when it is asked to stop; use it as a context. `again` is what to type to go on.
+    """What the search in `folder` does when it is asked to stop; use it as a context. `again` is what to type to go on.
 
     Before there is a `driver`, it ends at once. SIGINT lets it finish what runs, SIGTERM and SIGHUP the same for `GRACE_S`;
     a second SIGINT, or the end of that time, raises HeddleError "interrupted". In a thread no signal is heeded.
     """
 
-    def __init__(self, again: str) -> None:
-        self._again = again
+    def __init__(self, folder: Path, again: str) -> None:
+        self._folder, self._again = folder, again
         self.driver: Driver | None = None
         self._before: dict[signal.Signals, Any] = {}
         self._terminals = [number for number in (1, 2) if _is_terminal(number)]
@@ -50,9 +52,8 @@ class Stopping:
         if not isinstance(error, KeyboardInterrupt):
             return
         if self.driver is None:
-            raise HeddleError(
-                "interrupted", "the search was stopped as it started", hint=self._hint
-            ) from None
+            hint = self._hint if (self._folder / RUN_FILE).exists() else "nothing was begun yet"
+            raise HeddleError("interrupted", "the search was stopped as it started", hint=hint) from None
         self.driver.log.write("search_finished", status="stopped")
         raise HeddleError("interrupted", "the search was stopped", hint=self._hint) from None
 

@@ -122,7 +122,8 @@ class Workers:
     def __enter__(self) -> Workers:
         if not ray.is_initialized():
             self._owned = True
-            self._start()
+            with own_session():
+                self._start()
         self.device = self._wanted or ("cuda" if ray.cluster_resources().get("GPU", 0) >= 1 else "cpu")
         self.parallel = self._room()
         share = {"num_gpus": 1 / self._per_gpu} if self.device == "cuda" else {}
@@ -159,14 +160,13 @@ class Workers:
             os.environ |= {name: os.environ.get(name, value) for name, value in self._env.items()}
             self._guard = watch.Guard()
             _set_token()
-            with own_session():
-                ray.init(
-                    address="local",
-                    include_dashboard=False,
-                    num_cpus=cores,
-                    _system_config={"idle_worker_killing_time_threshold_ms": KEEP_IDLE_MS},
-                    **options,
-                )
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                num_cpus=cores,
+                _system_config={"idle_worker_killing_time_threshold_ms": KEEP_IDLE_MS},
+                **options,
+            )
             self._roots = watch.ray_roots(os.getpid())
             return
         self._nodes = cluster.join(self._address, self._env, **options)

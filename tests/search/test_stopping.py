@@ -20,7 +20,8 @@ from tiny_search import SEARCH, TINY_SEARCH, small_corpus
 from heddle.search.record import read_run
 from heddle.search.run import search
 
-pytestmark = pytest.mark.slow
+# They hold how long an end takes.
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 # From the signal to the end of the process; Ray was seen to take three of them to shut down.
 SOON_S = 20.0
@@ -131,3 +132,4 @@ def test_a_search_that_has_not_begun_stops_at_once(tmp_path: Path) -> None:
         said = ended(driver)
     assert events(folder) == []
     assert "[interrupted]" in said, said
+    assert "nothing was begun yet" in said
