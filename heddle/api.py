@@ -282,7 +282,7 @@ def search(
         HeddleErrors: as `check`; "run-exists", "run-mismatch", "run-locked", "disk-full" …
     """
     seconds = None if time is None else _seconds(time)
-    file = check(path)
+    file = _read(path)
     folder = run_folder(path, out, resume=resume)
     from heddle.search.record import RUN_FILE
     from heddle.search.run import search as search_spec

@@ -18,7 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 from heddle.compose.plan import plan
 from heddle.compose.targets.cut import cut_to_targets
 from heddle.compose.targets.report import fits_line, target_rows
-from heddle.errors import HeddleError
+from heddle.errors import HeddleError, HeddleErrors
 from heddle.search import changed_software, cluster, environment, finish, lock, longer, space
 from heddle.search.driver import Driver
 from heddle.search.durable import full_disk_told, write_json
@@ -45,6 +45,7 @@ from heddle.search.workers import Workers
 from heddle.specs import SpecFile, loads
 from heddle.specs.base import Duration
 from heddle.specs.beside import text_beside
+from heddle.specs.named_files import file_problems
 from heddle.specs.search import names_file
 from heddle.specs.space_cut import Cut
 
@@ -84,6 +85,8 @@ def search(
             nothing keeps, is no error: the run says so.
     """
     _check_folder(out, resume=resume)
+    if wrong := file_problems(file.spec, file.where):
+        raise HeddleErrors(wrong)
     # Before anything is written: a missing corpus or cluster leaves no folder behind.
     cut = cut_to_targets(file)
     asked = asked_of(file)
