@@ -23,10 +23,10 @@ from heddle.compose.means_cache import MeansLayer
 from heddle.compose.modules.choice_loss import choice_loss
 from heddle.compose.modules.chosen_heads import attend_chosen, has_routed_kernels, skips
 from heddle.compose.modules.first_steps import first_steps
-from heddle.compose.modules.grid_window import grid_keys
+from heddle.compose.modules.grid_window import grid_attention, grid_keys
 from heddle.compose.modules.head_mix import HeadMix
 from heddle.compose.modules.in_view import attend_in_view, keys_so_far
-from heddle.compose.modules.inward import inward_attention, inward_range, listed_attention
+from heddle.compose.modules.inward import inward_attention, inward_range
 from heddle.compose.modules.masks import View, distances, key_mask, real_keys, sink_keys
 from heddle.compose.modules.norm import RMSNorm
 from heddle.compose.modules.precision import wide
@@ -46,6 +46,7 @@ from heddle.compose.modules.sliding import attend_sliding, has_kernels, slides
 from heddle.compose.modules.softmax import softmax_attention, softmax_weights
 from heddle.compose.sink_cache import kept_tokens, new_layer
 from heddle.errors import HeddleError
+from heddle.kernels.grid_window_attention import grid_window_attention
 
 # The parts of a cache of one that chooses blocks.
 TOKENS, MEANS = "tokens", "means"
@@ -224,7 +225,7 @@ class AttentionModule(Initialised):
         if self.boundary == "inward" and self.view.window is not None:
             return inward_attention(q, k, v, call, window=self.view.window, scale=self.scale)
         if self.grid:
-            return listed_attention(q, k, v, self._grid_keys(keys, call), self.scale)
+            return grid_attention(q, k, v, call, grid=self.grid, boundary=self.boundary, scale=self.scale)
         if not self._selects(queries):
             if self.softcap is None and self.sinks is None and slides(q, (k, v, written), self.view, call):
                 return attend_sliding(q, (k, v, written), call, self.view, self.scale)
@@ -254,7 +255,7 @@ class AttentionModule(Initialised):
             place, view = torch.arange(keys, device=q.device), View(None, causal=False)
             chosen = (place >= first) & (place <= last)
         if self.grid:
-            index = self._grid_keys(keys, call)[:, rows]
+            index = grid_keys(call, keys, self.grid, inward=self.boundary == "inward")[:, rows]
             chosen = torch.zeros(*index.shape[:2], keys + 1, dtype=torch.bool, device=q.device)
             # What is none falls on the place behind the last.
             chosen = chosen.scatter(-1, index % (keys + 1), True)[:, None, :, :keys]
@@ -263,12 +264,6 @@ class AttentionModule(Initialised):
         mask = mask if mask.dim() == 4 else mask[None, None]
         p = softmax_weights(q[:, :, rows], k, mask, scale=self.scale, softcap=self.softcap, sinks=self.sinks)
         return p.flatten(1, 2)
-
-    def _grid_keys(self, tokens: int, call: Call) -> Tensor:
-        """Shapes:  out: [1 or B, T, keys] int64, -1 for none"""
-        inward = self.boundary == "inward"
-        key = ("grid", tokens, inward, *self.grid.items())
-        return call.once(key, lambda: grid_keys(call, tokens, self.grid, inward=inward))
 
     def _choice(self, q: Tensor, k: Tensor, written: Tensor | None, call: Call) -> tuple[Places, Tensor]:
         """The blocks of keys, and those that each query reads.
@@ -366,6 +361,8 @@ class AttentionModule(Initialised):
 
     def kernel_path(self, device: torch.device, dtype: torch.dtype) -> str:
         """The name of the code that does the mixing."""
+        if self.grid:
+            return grid_window_attention.path(device, dtype, K=self.head_dim, V=self.head_dim)
         is_fused = self._is_fused()
         if is_fused and self.view.window is not None and self.view.causal:
             group = self.heads // self.kv_heads
