@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 def conflicts(spec: Attention) -> list[Problem]:
     """Fields that ask for what another one rules out."""
     takes, selects, one = spec.keys_from is not None, spec.selection, "leave one of them out"
-    through = selects is not None and selects.straight_through
     slides, both = spec.boundary == "inward", "a window to both sides alone slides inward"
     bare, blind = "with keys_from there are no own keys", "blocks are selected among those before a query"
     no_values, dropped = (
@@ -31,12 +30,6 @@ def conflicts(spec: Attention) -> list[Problem]:
         (slides and spec.sinks, "boundary", "an inward window has no sinks", one),
         (selects and spec.window, "selection", dropped, one),
         (selects and not spec.causal, "selection", blind, "causal: true"),
-        (
-            through and (spec.softcap or spec.sinks),
-            "selection.straight_through",
-            "no logits are capped or sunk there",
-            one,
-        ),
         (sinks and spec.window is None, "sink_tokens", beside, "a window, or sink_tokens: 0"),
         (sinks and not spec.causal, "sink_tokens", beside, "causal: true, or sink_tokens: 0"),
     ]

@@ -12,7 +12,7 @@ from heddle.specs.kinds import Problem
 from heddle.specs.layer import Reference
 
 # Fields of the language that came later: at their defaults they are left out of the data, as if they did not exist.
-LATER = ("scores", "dense_length", "decode_only", "dense_first", "distillation", "straight_through")
+LATER = ("scores", "dense_length", "decode_only", "dense_first", "distillation")
 # Kernels are half a block long and a quarter apart.
 QUARTERS = 4
 
@@ -76,13 +76,6 @@ class Selection(Schema):
             "all keys would give them; null: no such loss. Not with a source.",
         ),
     ] = None
-    straight_through: Annotated[
-        bool,
-        Field(
-            description="In training a block's score has the gradient of a bias of the logits of its keys, as if it were added "
-            "to them. Not with a source."
-        ),
-    ] = False
     source: Annotated[
         Reference | None,
         Field(
@@ -132,8 +125,8 @@ class Selection(Schema):
                     "null",
                     "conflicting-fields",
                 )
-                for name in ("dense_first", "distillation", "straight_through")
-                if getattr(self, name)
+                for name in ("dense_first", "distillation")
+                if getattr(self, name) is not None
             ]
         if self.scores == "kernels" and self.block % QUARTERS:
             what = f"{self.block} keys of a block have no quarters, and kernels are a quarter apart"

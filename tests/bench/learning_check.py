@@ -150,19 +150,19 @@ def with_fields(mixer: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]
 # The share of the steps that are easy.
 EASY = 0.4
 # What was tried for kinds that missed their goal, of the same size and view. In training: dense in the first steps; a loss of the
-# choice; gradients straight through it. Of the method: no positions, also where features are made of turned keys; logits of the
-# Routing Transformer's code, and twice the clusters of half the size; as many features of a head as STILL's code has; single
-# tokens that are routed, as many of them visible as in blocks.
-FIRST, LEARNT, THROUGH = {"dense_first": 0.6}, {"distillation": 0.1}, {"straight_through": True}
+# choice. Of the method: no positions, also where features are made of turned keys; logits of the Routing Transformer's code, and
+# twice the clusters of half the size; as many features of a head as STILL's code has; single tokens that are routed, as many of
+# them visible as in blocks.
+FIRST, LEARNT = {"dense_first": 0.6}, {"distillation": 0.1}
 TRIED: dict[str, tuple[str, dict[str, Any]]] = {
-    "selection_through": ("selection", {"selection": THROUGH}),
+    "selection_first": ("selection", {"selection": FIRST}),
     "selection_both": ("selection", {"selection": FIRST | LEARNT}),
-    "selection_all": ("selection", {"selection": FIRST | THROUGH}),
-    "infllm_through": ("infllm", {"selection": THROUGH}),
+    "selection_strict": ("selection", {"selection": FIRST | {"distillation": 1.0}}),
+    "infllm_first": ("infllm", {"selection": FIRST}),
+    "infllm_both": ("infllm", {"selection": FIRST | LEARNT}),
     "infllm_nope": ("infllm", {"rope": None, "selection": FIRST | LEARNT}),
-    "infllm_all": ("infllm", {"selection": FIRST | THROUGH}),
-    "reuse_through": ("reuse", {"selection": THROUGH}),
-    "reuse_all": ("reuse", {"selection": FIRST | THROUGH}),
+    "reuse_first": ("reuse", {"selection": FIRST}),
+    "reuse_both": ("reuse", {"selection": FIRST | LEARNT}),
     "nats_l_first": ("nats_l", FIRST),
     "token_router_first": ("token_router", FIRST),
     "token_router_single": ("token_router", FIRST | {"chunk": 1}),

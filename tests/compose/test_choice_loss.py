@@ -10,8 +10,8 @@ from torch import Tensor
 from toys import EXACT, Largest, call_at, mixer_of, noise, padded_call
 
 from heddle.compose.modules import choice_loss as module
-from heddle.compose.modules.choice_loss import LOGITS, attend_through, choice_loss
-from heddle.compose.modules.selection import Places, Rule, attend_blocks, choose_blocks
+from heddle.compose.modules.choice_loss import LOGITS, choice_loss
+from heddle.compose.modules.selection import Places, Rule, choose_blocks
 from heddle.specs import Site
 from heddle.specs.mixers.attention import Attention
 
@@ -134,64 +134,9 @@ def test_training_alone_adds_it() -> None:
         assert all(one.abs().max() > 0 for one in found)
 
 
-@pytest.mark.parametrize("scores", ["mean", "kernels"])
-def test_what_blocks_were_worth_goes_straight_through_the_choice(
-    scores: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "QUERIES", 7)
-    rule, places = (
-        Rule(count=3, sink=1, recent=1, scores=scores),
-        Places(4, LENGTH, None, torch.device("cpu")),
-    )
-    q, k, v = (noise(2, heads, LENGTH, 5, seed=heads + 1) for heads in (4, 2, 2))
-    q, k, v = q.requires_grad_(), k.requires_grad_(), v.detach().roll(1, 2).requires_grad_()
-    chosen, grad = choose_blocks(q, k, places, rule), noise(2, 4, LENGTH, 5, seed=9)
-    o = attend_through(q, (k, v, None), places, chosen, rule)
-    assert (o - attend_blocks(q, (k, v, None), places, chosen, None)).abs().max() < EXACT
-    # The same by loops, with the scores of chosen blocks among the logits.
-    rows = []
-    for b, h, t in torch.cartesian_prod(*(torch.arange(size) for size in (2, 4, LENGTH))).tolist():
-        g, read = h // 2, [j for j in range(t + 1) if chosen[b, h // 2, t, j // 4]]
-        logits = k[b, g, read] @ q[b, h, t] / 5**0.5
-        for c in {j // 4 for j in read if 1 <= j // 4 < t // 4}:
-            s = score(q[b, 2 * g : 2 * g + 2, t], k[b, g], c, rule, 4, t)
-            logits = logits + (s - s.detach()) * q.new_tensor([float(j // 4 == c) for j in read])
-        rows.append(logits.softmax(0) @ v[b, g, read])
-    expected = torch.stack(rows).view_as(o)
-    assert (o - expected).abs().max() < EXACT
-    wanted = torch.autograd.grad((expected * grad).sum(), (q, k, v))
-    for one, other in zip(torch.autograd.grad((o * grad).sum(), (q, k, v)), wanted, strict=True):
-        assert (one - other).abs().max() < EXACT
-
-
-def test_the_layer_trains_straight_through_and_evaluates_as_ever() -> None:
-    how = {"block": 4, "count": 3, "sink": 1, "recent": 1}
-    plain = mixer_of(HIDDEN, "attention", heads=4, kv_heads=2, selection=how)
-    mixer = mixer_of(HIDDEN, "attention", heads=4, kv_heads=2, selection=how | {"straight_through": True})
-    real = torch.ones(2, LENGTH, dtype=torch.bool)
-    real[0, :7] = False
-    x = noise(2, LENGTH, HIDDEN)
-    for call in (lambda: call_at(0, LENGTH), lambda: padded_call(real)):
-        expected = plain(x, call())
-        assert torch.equal(mixer.eval()(x, call()), expected)
-        difference = (mixer.train()(x, call()) - expected)[real]
-        assert difference.abs().max() < EXACT
-    found, other = (
-        torch.autograd.grad(one.train()(x, call_at(0, LENGTH)).square().sum(), one.k_proj.weight)[0]
-        for one in (mixer, plain)
-    )
-    assert (found - other).abs().max() > 1e-6
-    assert torch.isfinite(found).all()
-
-
-def test_logits_that_are_capped_have_no_way_through() -> None:
-    mixer = Attention(heads=4, softcap=5.0, selection={"block": 4, "count": 3, "straight_through": True})
-    assert [one.field for one in mixer.problems(Site(HIDDEN))] == ["selection.straight_through"]
-
-
-@pytest.mark.parametrize("field", ["dense_first", "distillation", "straight_through"])
+@pytest.mark.parametrize("field", ["dense_first", "distillation"])
 def test_who_takes_blocks_of_another_layer_cannot_ask_for_it(field: str) -> None:
-    site, value = Site(HIDDEN), True if field == "straight_through" else 0.5
-    mixer = Attention(heads=4, selection={"block": 4, "count": 3, "source": "other", field: value})
+    site = Site(HIDDEN)
+    mixer = Attention(heads=4, selection={"block": 4, "count": 3, "source": "other", field: 0.5})
     (problem,) = mixer.problems(site)
     assert (problem.field, problem.code) == (f"selection.{field}", "conflicting-fields")

@@ -20,7 +20,7 @@ from heddle.compose.cache import (
 )
 from heddle.compose.init import Initialised, fill
 from heddle.compose.means_cache import MeansLayer
-from heddle.compose.modules.choice_loss import attend_through, choice_loss
+from heddle.compose.modules.choice_loss import choice_loss
 from heddle.compose.modules.chosen_heads import attend_chosen, has_routed_kernels, skips
 from heddle.compose.modules.first_steps import first_steps
 from heddle.compose.modules.grid_window import grid_attention, grid_keys
@@ -51,7 +51,7 @@ from heddle.kernels.grid_window_attention import grid_window_attention
 # The parts of a cache of one that chooses blocks.
 TOKENS, MEANS = "tokens", "means"
 # Fields of a selection that do not say which blocks are chosen.
-NOT_RULES = ("block", "decode_only", "dense_first", "distillation", "straight_through")
+NOT_RULES = ("block", "decode_only", "dense_first", "distillation")
 
 
 class AttentionModule(Initialised):
@@ -231,8 +231,6 @@ class AttentionModule(Initialised):
                 return attend_sliding(q, (k, v, written), call, self.view, self.scale)
             return attend_in_view(q, (k, v, written), call, self.view, attend)
         places, blocks = self._choice(q, k, written, call)
-        if self.training and self.rule is not None and self.selection.get("straight_through"):
-            return attend_through(q, (k, v, written), places, blocks, self.rule)
         if self.softcap is None and self.sinks is None:
             return attend_blocks(q, (k, v, written), places, blocks, self.scale)
         real = real_keys(call, keys)

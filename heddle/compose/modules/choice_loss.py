@@ -77,21 +77,8 @@ def _keys(k: Tensor, places: Places, rule: Rule, written: Tensor | None) -> _Key
 
 def _summed(q: Tensor, place: Tensor, keys: _Keys) -> Tensor:
     """The sum over some queries.  Shapes:  q: [B, H, t, d];  place: [B, t];  out: []"""
-    score, is_open = _logits(q, place, keys)
-    logits, weights = (
-        score.masked_fill(~is_open, torch.finfo(score.dtype).min),
-        _block_weights(q, place, keys),
-    )
-    return -(weights * torch.log_softmax(logits, dim=-1)).masked_fill(~is_open, 0.0).sum()
-
-
-def _logits(q: Tensor, place: Tensor, keys: _Keys) -> tuple[Tensor, Tensor]:
-    """Scores of blocks as logits, and which blocks a query chooses from.
-
-    Shapes:  q: [B, H, t, d];  place: [B, t];  out: [B, KV heads, t, blocks], [B, 1, t, blocks] bool
-    """
     places, rule, kernels = keys.places, keys.rule, keys.rule.scores == "kernels"
-    sizes = {"block": places.block, "blocks": places.blocks}
+    weights, sizes = _block_weights(q, place, keys), {"block": places.block, "blocks": places.blocks}
     score = block_scores(q, keys.means, place, **sizes, held=keys.held, kernels=kernels, scale=keys.scale)
     score = score.clamp(min=LEAST).log() if kernels else score * keys.scale
     block = torch.arange(places.blocks, device=q.device)
@@ -99,60 +86,8 @@ def _logits(q: Tensor, place: Tensor, keys: _Keys) -> tuple[Tensor, Tensor]:
     is_open = (block >= rule.sink) & (block <= last)
     if rule.dense_length:
         is_open = is_open & (place >= rule.dense_length)[:, None, :, None]
-    return score, is_open
-
-
-def attend_through(
-    q: Tensor, sides: tuple[Tensor, Tensor, Tensor | None], places: Places, chosen: Tensor, rule: Rule
-) -> Tensor:
-    """Attention over chosen blocks whose scores hear what the blocks were worth, straight through the choice.
-
-        o_t = sum_j p_tj v_j,   p_t = softmax_j(scale q_t · k_j + s_tb - stop(s_tb)),   j in the chosen blocks b, and t's own
-
-    s as in `choice_loss`; of blocks that are always read it is 0. The output is that of attention without it.
-
-    Shapes:  q, out: [B, H, T, d];  sides: keys and values [B, KV heads, S, d], and which are written, [B, S] or None;
-             chosen: [B, KV heads, T, blocks] bool
-    """
-    k, v, written = sides
-    first, told = places.first(q.shape[0], q.shape[2]), []
-    count = max(1, min(QUERIES, LOGITS // (q.shape[0] * q.shape[1] * places.keys)))
-    with without_autocast(q):
-        keys, values = _keys(k, places, rule, written), wide(places.aligned(v))
-        for begin in range(0, q.shape[2], count):
-            part, own = wide(q[:, :, begin : begin + count]), chosen[:, :, begin : begin + count]
-            place = (first + begin)[:, None] + torch.arange(part.shape[2], device=q.device)
-            given = (part, place, values, own, keys)
-            told.append(checkpoint(_read, *given, use_reentrant=False, preserve_rng_state=False))
-    return torch.cat(told, dim=2).to(v.dtype)
-
-
-def _read(q: Tensor, place: Tensor, v: Tensor, chosen: Tensor, keys: _Keys) -> Tensor:
-    """`attend_through` of some queries.  Shapes:  q, out: [B, H, t, d];  place: [B, t];  chosen: [B, KV heads, t, blocks]"""
-    score, is_open = _logits(q, place, keys)
-    bias = (score - score.detach()).masked_fill(~is_open, 0.0)
-    bias, chosen = (_of_keys(one, keys.places)[:, :, None] for one in (bias, chosen))
-    heads = q.unflatten(1, (keys.k.shape[1], -1))  # type: ignore[no-untyped-call]
-    logits = (heads @ keys.k[:, :, None].mT) * keys.scale + bias
-    seen = _seen(place, keys)[:, None, None] & (chosen | _own(place, keys)[:, None, None])
-    p = torch.softmax(logits.masked_fill(~seen, torch.finfo(logits.dtype).min), dim=-1)
-    return (p @ v[:, :, None]).flatten(1, 2)
-
-
-def _of_keys(x: Tensor, places: Places) -> Tensor:
-    """What each key has of its block.  Shapes:  x: [..., blocks];  out: [..., S]"""
-    return x.repeat_interleave(places.block, dim=-1)[..., : places.keys]
-
-
-def _own(place: Tensor, keys: _Keys) -> Tensor:
-    """Shapes:  place: [B, t];  out: [B, t, S] bool"""
-    return torch.arange(keys.places.keys, device=place.device) == place[..., None]
-
-
-def _seen(place: Tensor, keys: _Keys) -> Tensor:
-    """The keys up to a query's own that can be read.  Shapes:  place: [B, t];  out: [B, t, S] bool"""
-    seen = torch.arange(keys.places.keys, device=place.device) <= place[..., None]
-    return seen if keys.marks is None else seen & (keys.marks[:, None] | _own(place, keys))
+    logits = score.masked_fill(~is_open, torch.finfo(score.dtype).min)
+    return -(weights * torch.log_softmax(logits, dim=-1)).masked_fill(~is_open, 0.0).sum()
 
 
 @torch.no_grad()
@@ -164,7 +99,10 @@ def _block_weights(q: Tensor, place: Tensor, keys: _Keys) -> Tensor:
     places = keys.places
     heads = q.unflatten(1, (keys.k.shape[1], -1))  # type: ignore[no-untyped-call]
     logits = (heads @ keys.k[:, :, None].mT) * keys.scale
-    seen = _seen(place, keys)
+    index = torch.arange(places.keys, device=q.device)
+    seen = index <= place[..., None]
+    if keys.marks is not None:
+        seen = seen & (keys.marks[:, None] | (index == place[..., None]))
     p = torch.softmax(logits.masked_fill(~seen[:, None, None], torch.finfo(logits.dtype).min), dim=-1).mean(
         dim=2
     )
