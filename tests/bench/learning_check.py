@@ -149,21 +149,23 @@ def with_fields(mixer: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]
 
 # The share of the steps that are easy.
 EASY = 0.4
-# What was tried for kinds that missed their goal, of the same size and view. In training: dense in the first steps, a loss of
-# the choice. Of the method: no positions where blocks are chosen, as in MiniCPM-SALA, or features of positions made; the logits
-# of the Routing Transformer's code, and twice the clusters of half the size; as many features of a head as STILL's code has.
+# What was tried for kinds that missed their goal, of the same size and view. In training: dense in the first steps; a loss of the
+# choice. Of the method: no positions, also where features are made of turned keys; logits of the Routing Transformer's code, and
+# twice the clusters of half the size; as many features of a head as STILL's code has; single tokens that are routed, as many of
+# them visible as in blocks.
 FIRST, LEARNT = {"dense_first": 0.6}, {"distillation": 0.1}
 TRIED: dict[str, tuple[str, dict[str, Any]]] = {
     "selection_first": ("selection", {"selection": FIRST}),
-    "selection_learnt": ("selection", {"selection": LEARNT}),
     "selection_both": ("selection", {"selection": FIRST | LEARNT}),
-    "selection_nope": ("selection", {"rope": None, "selection": FIRST | LEARNT}),
+    "selection_strict": ("selection", {"selection": FIRST | {"distillation": 1.0}}),
+    "infllm_first": ("infllm", {"selection": FIRST}),
     "infllm_both": ("infllm", {"selection": FIRST | LEARNT}),
     "infllm_nope": ("infllm", {"rope": None, "selection": FIRST | LEARNT}),
+    "reuse_first": ("reuse", {"selection": FIRST}),
     "reuse_both": ("reuse", {"selection": FIRST | LEARNT}),
     "nats_l_first": ("nats_l", FIRST),
-    "nats_l_free": ("nats_l", FIRST | {"budget": None}),
     "token_router_first": ("token_router", FIRST),
+    "token_router_single": ("token_router", FIRST | {"chunk": 1}),
     "routing_scale": ("routing", {"scale": 1.0}),
     "routing_wide": ("routing", {"scale": 1.0, "clusters": 8, "decay": 0.99}),
     "still_nope": ("still", {"rope": None}),

@@ -85,6 +85,17 @@ def test_what_is_not_written_is_in_no_kernel_and_padding_in_no_block() -> None:
 
 
 @pytest.mark.parametrize("scores", ["mean", "kernels"])
+def test_autocast_rounds_no_score(scores: str) -> None:
+    q, k = (noise(2, heads, LENGTH, 5, seed=heads, dtype=torch.float32) for heads in (4, 2))
+    places, how = Places(4, LENGTH, None, q.device), rule(HOW | {"scores": scores})
+    # Keys that differ by less than bfloat16 tells apart.
+    k = k * 1e-3 + 1.0
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        chosen = choose_blocks(q, k, places, how)
+    assert torch.equal(chosen, choose_blocks(q, k, places, how))
+
+
+@pytest.mark.parametrize("scores", ["mean", "kernels"])
 def test_a_long_prompt_is_scored_in_parts(scores: str) -> None:
     # MiniCPM-SALA's heads and blocks; on the meta device nothing is computed.
     length, block = 65_536, 64

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from heddle.compose.cache import Call, PreallocatedRecurrentLayer, StateLayer
 from heddle.compose.mixers.gated_deltanet import GatedDeltaNetModule
-from heddle.compose.modules.first_steps import first_steps, missed, routed
+from heddle.compose.modules.first_steps import asked, first_steps, routed
 from heddle.compose.modules.norm import RMSNorm, l2_norm
 from heddle.compose.modules.open_chunk import Layout
 from heddle.compose.modules.precision import wide, wide_dtype
@@ -98,9 +98,9 @@ class NatsLModule(GatedDeltaNetModule):
         layout = self._layout(x, call, places)
         work = self._apart if self._is_apart(x, layout, call) else self._at_once
         (recalled, *sides, shares), made = work(x, layout, call)
-        made = self.routes_out(made)
         if self.training:
             self._account(made, call)
+        made = self.routes_out(made[..., :2])
         types = self._typed(types, made, layout, places)
         attended = self._attend(sides, types, places, call)
         shares = torch.softmax(_split(wide(shares), self.parts), dim=-1).to(x.dtype)
@@ -133,7 +133,7 @@ class NatsLModule(GatedDeltaNetModule):
         """All of a call but its attention: what the memory tells, what attention reads, and the routes.
 
         Shapes:  out: [B, T, H V];  queries, keys and values of attention: [B, T, H K], twice, and [B, T, H V]
-                 logits of shares: [B, T, 2 H split];  routes: [B, chunks, H, 2]
+                 logits of shares: [B, T, 2 H split];  routes: [B, chunks, H, 3]
         """
         sides, running = self._parted(self.conv(self.qkv_proj(x), call)), self._running(x, call)
         recalled, routes = self._recurrence(x, sides, running, layout, call)
@@ -181,7 +181,7 @@ class NatsLModule(GatedDeltaNetModule):
     ) -> tuple[Tensor, Tensor]:
         """What the memory tells each token, and the routes of the chunks, 0 where one is not complete; `running` goes on.
 
-        Shapes:  sides: [B, T, H K], twice, and [B, T, H V];  out: [B, T, H V], [B, chunks, H, 2]
+        Shapes:  sides: [B, T, H K], twice, and [B, T, H V];  out: [B, T, H V], [B, chunks, H, 3]
         """
         q, k, v = (_split(side, self.heads) for side in sides)
         log_decay, beta = self._gates(x, call)
@@ -199,7 +199,7 @@ class NatsLModule(GatedDeltaNetModule):
         """Goes on through chunks whose places are those of all rows: all at once but one that is open before or after the call.
 
         Shapes:  given: [B, chunks, slots, H, *], and at last inputs, [B, chunks, 1, D + 2]
-                 out: [B, chunks, slots, H, V], [B, chunks, H, 2]
+                 out: [B, chunks, slots, H, V], [B, chunks, H, 3]
         """
         is_begun, is_left = layout.offset != 0, layout.end != 0
         sizes = (int(is_begun), layout.chunks - is_begun - is_left, int(is_left))
@@ -234,7 +234,7 @@ class NatsLModule(GatedDeltaNetModule):
     def _whole_chunks(self, running: Running, given: list[Tensor], inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Goes on through chunks that begin at their first slot, all at once but each row's last one, which may stay open.
 
-        Shapes:  given: [B, chunks, slots, H, *];  inputs: [B, chunks, D + 2];  out: [B, chunks, slots, H, V], [B, chunks, H, 2]
+        Shapes:  given: [B, chunks, slots, H, *];  inputs: [B, chunks, D + 2];  out: [B, chunks, slots, H, V], [B, chunks, H, 3]
         """
         m = self._routes(inputs)
         # Of a row whose tokens were all in the piece before, none is.
@@ -261,7 +261,7 @@ class NatsLModule(GatedDeltaNetModule):
     def _piece(self, running: Running, given: list[Tensor], inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Goes on through a piece of one chunk, and past the chunk's end where it is complete: what is told, and the routes.
 
-        Shapes:  given: [B, slots, H, *];  inputs: [B, 1, D + 2];  out: [B, slots, H, V], [B, H, 2]
+        Shapes:  given: [B, slots, H, *];  inputs: [B, 1, D + 2];  out: [B, slots, H, V], [B, H, 3]
         """
         q, k, v, log_decay, beta = given
         o, end = gated_delta_rule(q, k, v, log_decay, beta, initial_state=running.memory)
@@ -281,15 +281,16 @@ class NatsLModule(GatedDeltaNetModule):
         return opened[..., -1] >= self.chunk
 
     def _routes(self, opened: Tensor) -> Tensor:
-        """m of chunks whose inputs have come to `opened`; 0 of one that is not complete.
+        """m of chunks whose inputs have come to `opened`, and what a budget asks for; 0 of one that is not complete.
 
-        Shapes:  opened: [B, chunks, D + 2];  out: [B, chunks, H, 2]
+        Shapes:  opened: [B, chunks, D + 2];  out: [B, chunks, H, 3]
         """
         mean = opened[..., :-2] / opened[..., -2:-1].clamp(min=1.0)
         p = torch.softmax(_split(wide(self.router(mean.to(self.router.weight.dtype))), self.heads), dim=-1)
         chosen = routed(p, self.first if self.training else None)
         # The bracket is 0. A type that was not chosen hears nothing.
-        return chosen * (1.0 + (p - p.detach())) * self._is_complete(opened)[..., None, None]
+        routes = torch.cat((chosen * (1.0 + (p - p.detach())), asked(p)[..., None]), dim=-1)
+        return routes * self._is_complete(opened)[..., None, None]
 
     def _running(self, x: Tensor, call: Call) -> Running:
         """Where earlier calls ended."""
@@ -351,17 +352,16 @@ class NatsLModule(GatedDeltaNetModule):
                 held = {name: one[:, :, is_kept if name == "types" else rows] for name, one in held.items()}
         call.keep(**held)
 
-    def _account(self, m: Tensor, call: Call) -> None:
-        """Tells the share of complete chunks that are of type softmax, and asks for the share that is wanted.
+    def _account(self, routes: Tensor, call: Call) -> None:
+        """Tells the share of complete chunks that the router would have softmax, and asks for the share that is wanted.
 
-        Shapes:  m: [B, chunks, H, 2]
+        Shapes:  routes: [B, chunks, H, 3]
         """
-        # Of a complete chunk one is 1. A chunk of type linear has 0 for the other, and its gradient where that 1 is.
-        first, second = m.unbind(-1)
-        share = (first + (second.detach() - second)).sum() / m.detach().sum().clamp(min=1.0)
+        # Of a complete chunk one of m is 1.
+        share = routes[..., 2].sum() / routes[..., :2].detach().sum().clamp(min=1.0)
         call.add_loss("router_share", share.detach(), 0.0)
         if self.budget is not None:
-            call.add_loss("router_budget", missed(share, self.budget, self.first), self.budget_factor)
+            call.add_loss("router_budget", (share - self.budget).square(), self.budget_factor)
 
     def kernel_path(self, device: torch.device, dtype: torch.dtype) -> str:
         """The name of the code that does the mixing: of a part of a chunk, and of whole chunks."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from heddle.compose.cache import Call, PreallocatedRecurrentLayer, RecurrentLayer, StateLayer
-from heddle.compose.modules.first_steps import first_steps, missed, routed
+from heddle.compose.modules.first_steps import asked, first_steps, routed
 from heddle.compose.modules.merge import MergingMixer
 from heddle.compose.modules.precision import wide, wide_dtype
 from heddle.compose.modules.site import Site
@@ -56,7 +56,8 @@ class TokenRouterModule(MergingMixer):
         # The bracket is exactly 0, which chosen + p - p is not in floating point.
         m: Tensor = self.routes_out(self._of_chunks(chosen + (p - p.detach()), call))
         if self.training:
-            self._account(m[..., 0], call)
+            # What is asked for is a share of what the router would choose, whatever is done at first.
+            self._account(self._firsts(asked(p)[..., None], call)[..., 0], call)
         return m
 
     def answer(self, x: Tensor, call: Call, m: Tensor) -> Tensor:
@@ -71,15 +72,21 @@ class TokenRouterModule(MergingMixer):
         """Gives each token the m of its chunk's first one, which may lie in an earlier call."""
         if self.chunk == 1:
             return m
-        batch, length, _ = m.shape
-        first = torch.arange(length, device=m.device) - call.positions % self.chunk
-        m = m.gather(1, first.clamp(min=0)[..., None].expand(batch, length, 2))
-        past = call.state("route")
+        first = self._first_places(m, call)
+        m, past = self._firsts(m, call), call.state("route")
         if past is not None:
             m = torch.where((first < 0)[..., None], past.to(m.dtype), m)
         # A view would keep all of the call's routes in memory.
         call.keep(route=m[:, -1:].clone())
         return m
+
+    def _first_places(self, m: Tensor, call: Call) -> Tensor:
+        """Where the first token of each token's chunk is, negative in an earlier call.  Shapes:  out: [B or 1, T]"""
+        return torch.arange(m.shape[1], device=m.device) - call.positions % self.chunk
+
+    def _firsts(self, m: Tensor, call: Call) -> Tensor:
+        """Rows of the first tokens of chunks, of an earlier call's that of this call's first.  Shapes:  m, out: [B, T, n]"""
+        return m.gather(1, self._first_places(m, call).clamp(min=0)[..., None].expand_as(m))
 
     def _account(self, first: Tensor, call: Call) -> None:
         """Tells the share of tokens that the first mixer remembers, and asks for the share that is wanted.
@@ -90,7 +97,7 @@ class TokenRouterModule(MergingMixer):
         share = (first * real).sum() / real.sum().clamp(min=1.0)
         call.add_loss("router_share", share.detach(), 0.0)
         if self.budget is not None:
-            call.add_loss("router_budget", missed(share, self.budget, self.first), self.budget_factor)
+            call.add_loss("router_budget", (share - self.budget).square(), self.budget_factor)
 
     def new_cache(self) -> StateLayer:
         made = super().new_cache()

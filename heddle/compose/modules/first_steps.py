@@ -51,10 +51,12 @@ def routed(p: Tensor, first: FirstSteps | None) -> Tensor:
     return torch.where(first.now(), dense, chosen)
 
 
-def missed(share: Tensor, budget: float, first: FirstSteps | None) -> Tensor:
-    """(share - budget)², and 0 in `first` steps, whose share nobody chose.  Shapes:  share, out: []"""
-    found = (share - budget).square()
-    return found if first is None else found.masked_fill(first.now(), 0.0)
+def asked(p: Tensor) -> Tensor:
+    """1 where the first of two choices is the most probable one, else 0, with the gradient of its probability.
+
+    What a budget asks for, in first steps as well, where it is not what is done.  Shapes:  p: [..., 2];  out: [...]
+    """
+    return (p[..., 0] >= p[..., 1]).to(p.dtype) + (p[..., 0] - p[..., 0].detach())
 
 
 def first_steps(share: float | None) -> FirstSteps | None:
