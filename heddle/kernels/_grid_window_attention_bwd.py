@@ -5,10 +5,11 @@ With p_j = 2^(c s_j - lse), c = scale log2(e), δ = o · do and ds_j = p_j (v_j 
 
     dq = scale Σ_j ds_j k_j        dk_j = scale Σ_rows ds_j q,   dv_j = Σ_rows p_j do
 
-The first walks over the same boxes of keys as the forward pass. The second holds a box of keys and walks over the box of
-queries whose windows hold any of them: along each axis those are neighbours, near an end as many as stand still there. It goes
-head after head of the group, in order, so that nothing is added by atomics. It makes the products with keys as rows: an
-accumulator that is turned before it is an operand is silently wrong on Hopper.
+An o of 16 bits is not exact enough for δ where few keys are seen: what rounding took from it is added. The first kernel walks
+over the same boxes of keys as the forward pass. The second holds a box of keys and walks over the box of queries whose windows
+hold any of them: along each axis those are neighbours, near an end as many as stand still there. It goes head after head of the
+group, in order, so that nothing is added by atomics. It makes the products with keys as rows: an accumulator that is turned
+before it is an operand is silently wrong on Hopper.
 """
 
 from __future__ import annotations
@@ -34,22 +35,23 @@ from heddle.kernels.common.jit import LOG2_E
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _grid_window_attention_bwd_query_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, d_out_ptr, lse_ptr, delta_ptr, dq_ptr, begin_ptr, count_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, lost_ptr, d_out_ptr, lse_ptr, delta_ptr, dq_ptr, begin_ptr, count_ptr,
     stride_qb, stride_qh, stride_qt,
     stride_kb, stride_kh, stride_kt,
     stride_vb, stride_vh, stride_vt,
     stride_ob, stride_oh, stride_ot,
+    stride_lb, stride_lh, stride_lt,
     stride_gb, stride_gh, stride_gt,
     stride_dqb, stride_dqh, stride_dqt,
     T, rows, columns, tiles, down, across, reach_f, reach_r, reach_c, H, scale,
     K: tl.constexpr, V: tl.constexpr, ROWS_K: tl.constexpr, ROWS_V: tl.constexpr, ROWS: tl.constexpr,
     KEYS: tl.constexpr, BOX_C: tl.constexpr, WALKED_C: tl.constexpr, GROUP: tl.constexpr, FRAMES: tl.constexpr,
     ROW_WINDOW: tl.constexpr, COLUMN_WINDOW: tl.constexpr, INWARD: tl.constexpr, PADDED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    LOST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One box of queries of one head, as in the forward pass; leaves δ for the other kernel.
 
-    Shapes:  out, d_out (strides g): [B, H, T, V];  lse, delta: [B, H, T] float32;  dq: [B, H, T, K]
+    Shapes:  out, lost (strides l, with LOST), d_out (strides g): [B, H, T, V];  lse, delta: [B, H, T] float32;  dq: [B, H, T, K]
     """
     unit, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
     b, h = unit // H, unit % H
@@ -68,6 +70,10 @@ def _grid_window_attention_bwd_query_kernel(
     out = tl.load(out_at, mask=present[:, None] & in_v, other=0.0)
     lse = tl.load(lse_ptr + unit * T + token, mask=present, other=float("inf"))
     delta = tl.sum(out.to(tl.float32) * g.to(tl.float32), axis=1)
+    if LOST:
+        lost_at = lost_ptr + b * stride_lb + h * stride_lh + (token * stride_lt)[:, None] + columns_v[None, :]
+        lost = tl.load(lost_at, mask=present[:, None] & in_v, other=0.0)
+        delta += tl.sum(lost.to(tl.float32) * g.to(tl.float32), axis=1)
     tl.store(delta_ptr + unit * T + token, delta, mask=on_grid)
     k_ptr += b * stride_kb + h // GROUP * stride_kh
     v_ptr += b * stride_vb + h // GROUP * stride_vh

@@ -147,20 +147,22 @@ def hide(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _grid_window_attention_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, begin_ptr, count_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, lost_ptr, lse_ptr, begin_ptr, count_ptr,
     stride_qb, stride_qh, stride_qt,
     stride_kb, stride_kh, stride_kt,
     stride_vb, stride_vh, stride_vt,
     stride_ob, stride_oh, stride_ot,
+    stride_lb, stride_lh, stride_lt,
     T, rows, columns, tiles, down, across, reach_f, reach_r, reach_c, H, scale,
     K: tl.constexpr, V: tl.constexpr, ROWS_K: tl.constexpr, ROWS_V: tl.constexpr, ROWS: tl.constexpr,
     KEYS: tl.constexpr, BOX_C: tl.constexpr, WALKED_C: tl.constexpr, GROUP: tl.constexpr, FRAMES: tl.constexpr,
     ROW_WINDOW: tl.constexpr, COLUMN_WINDOW: tl.constexpr, INWARD: tl.constexpr, PADDED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    LOST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One box of ROWS queries of one head, BOX_C columns wide; WALKED_C columns has a box of KEYS keys.
 
     Shapes:  out: [B, H, T, V];  lse: [B, H, T] float32, base 2, inf of padding;  begin, count: [B] int32, with PADDED
+             lost (strides l): what rounding took from out, with LOST
     """
     unit, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
     b, h = unit // H, unit % H
@@ -234,4 +236,9 @@ def _grid_window_attention_fwd_kernel(
     lse = tl.where(some, most + tl.log2(tl.where(some, total, 1.0)), float("inf"))
     tl.store(lse_ptr + unit * T + token, lse, mask=on_grid)
     out_at = out_ptr + b * stride_ob + h * stride_oh + (token * stride_ot)[:, None] + columns_v[None, :]
-    tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=on_grid[:, None] & in_v)
+    rounded = out.to(out_ptr.dtype.element_ty)
+    tl.store(out_at, rounded, mask=on_grid[:, None] & in_v)
+    if LOST:
+        at = lost_ptr + b * stride_lb + h * stride_lh + (token * stride_lt)[:, None] + columns_v[None, :]
+        lost = (out - rounded.to(tl.float32)).to(lost_ptr.dtype.element_ty)
+        tl.store(at, lost, mask=on_grid[:, None] & in_v)
