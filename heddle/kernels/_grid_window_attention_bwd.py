@@ -81,10 +81,10 @@ def _grid_window_attention_bwd_query_kernel(
     first_r, end_r = window_of(r, reach_r, height, INWARD)
     first_c, end_c = window_of(c, reach_c, columns, INWARD)
     from_f, to_f = window_of(f, reach_f, frames, INWARD)
-    from_r, _ = window_of(r0, reach_r, height, INWARD)
-    _, to_r = window_of(tl.minimum(r0 + ROWS // BOX_C, height) - 1, reach_r, height, INWARD)
-    from_c, _ = window_of(c0, reach_c, columns, INWARD)
-    _, to_c = window_of(tl.minimum(c0 + BOX_C, columns) - 1, reach_c, columns, INWARD)
+    from_r, all_end_r = window_of(r0, reach_r, height, INWARD)
+    all_r, to_r = window_of(tl.minimum(r0 + ROWS // BOX_C, height) - 1, reach_r, height, INWARD)
+    from_c, all_end_c = window_of(c0, reach_c, columns, INWARD)
+    all_c, to_c = window_of(tl.minimum(c0 + BOX_C, columns) - 1, reach_c, columns, INWARD)
     by_c = boxes_of(from_c, to_c, WALKED_C)
     in_frame = by_c * boxes_of(from_r, to_r, KEYS // WALKED_C)
     walked = tl.where((f < frames) & (r0 < height), (to_f - from_f) * in_frame, 0)
@@ -94,32 +94,21 @@ def _grid_window_attention_bwd_query_kernel(
     factor = scale * LOG2_E
     dq = tl.zeros([ROWS, ROWS_K], tl.float32)
     for index in range(0, walked):
-        key_r, key_c, key, inside = walked_box(
-            index,
-            from_f,
-            from_r,
-            to_r,
-            from_c,
-            to_c,
-            rows,
-            columns,
-            count,
-            by_c,
-            in_frame,
-            KEYS,
-            WALKED_C,
-            FRAMES,
-        )
+        key_r, key_c, key, inside, is_whole = walked_box(
+            index, from_f, from_r, to_r, from_c, to_c, rows, columns, count, by_c, in_frame,
+            all_r, all_end_r, all_c, all_end_c, KEYS, WALKED_C, FRAMES,
+        )  # fmt: skip
         at = (begin + key).to(tl.int64)
         k_at = k_ptr + at * stride_kt + k_ahead + columns_k[None, :]
         v_at = v_ptr + at * stride_vt + v_ahead + columns_v[None, :]
         k = tl.load(k_at, mask=inside[:, None] & in_k, other=0.0)
         v = tl.load(v_at, mask=inside[:, None] & in_v, other=0.0)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [ROWS, KEYS]
-        s = hide(
-            s, key_r[None, :], key_c[None, :], inside[None, :], first_r[:, None], (end_r - first_r)[:, None],
-            first_c[:, None], (end_c - first_c)[:, None], ROW_WINDOW, COLUMN_WINDOW,
-        )  # fmt: skip
+        if not is_whole:
+            s = hide(
+                s, key_r[None, :], key_c[None, :], inside[None, :], first_r[:, None], (end_r - first_r)[:, None],
+                first_c[:, None], (end_c - first_c)[:, None], ROW_WINDOW, COLUMN_WINDOW,
+            )  # fmt: skip
         p = tl.exp2(s * factor - lse[:, None])
         ds = p * (tl.dot(g, tl.trans(v), input_precision=PRECISION) - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
@@ -169,10 +158,10 @@ def _grid_window_attention_bwd_key_kernel(
     first_r, end_r = seers_of(r, reach_r, height, INWARD)
     first_c, end_c = seers_of(c, reach_c, columns, INWARD)
     from_f, to_f = seers_of(f, reach_f, frames, INWARD)
-    from_r, _ = seers_of(r0, reach_r, height, INWARD)
-    _, to_r = seers_of(tl.minimum(r0 + KEYS // BOX_C, height) - 1, reach_r, height, INWARD)
-    from_c, _ = seers_of(c0, reach_c, columns, INWARD)
-    _, to_c = seers_of(tl.minimum(c0 + BOX_C, columns) - 1, reach_c, columns, INWARD)
+    from_r, all_end_r = seers_of(r0, reach_r, height, INWARD)
+    all_r, to_r = seers_of(tl.minimum(r0 + KEYS // BOX_C, height) - 1, reach_r, height, INWARD)
+    from_c, all_end_c = seers_of(c0, reach_c, columns, INWARD)
+    all_c, to_c = seers_of(tl.minimum(c0 + BOX_C, columns) - 1, reach_c, columns, INWARD)
     by_c = boxes_of(from_c, to_c, WALKED_C)
     in_frame = by_c * boxes_of(from_r, to_r, ROWS // WALKED_C)
     walked = tl.where((f < frames) & (r0 < height), (to_f - from_f) * in_frame, 0)
@@ -187,22 +176,10 @@ def _grid_window_attention_bwd_key_kernel(
         head, index = tl.zeros((), tl.int64), turn
         if GROUP > 1:
             head, index = (turn // walked).to(tl.int64), turn % walked
-        query_r, query_c, query, inside = walked_box(
-            index,
-            from_f,
-            from_r,
-            to_r,
-            from_c,
-            to_c,
-            rows,
-            columns,
-            count,
-            by_c,
-            in_frame,
-            ROWS,
-            WALKED_C,
-            FRAMES,
-        )
+        query_r, query_c, query, inside, is_whole = walked_box(
+            index, from_f, from_r, to_r, from_c, to_c, rows, columns, count, by_c, in_frame,
+            all_r, all_end_r, all_c, all_end_c, ROWS, WALKED_C, FRAMES,
+        )  # fmt: skip
         at = (begin + query).to(tl.int64)
         q_at = q_ptr + head * stride_qh + at * stride_qt + q_ahead + columns_k[None, :]
         g_at = d_out_ptr + head * stride_gh + at * stride_gt + g_ahead + columns_v[None, :]
@@ -211,10 +188,11 @@ def _grid_window_attention_bwd_key_kernel(
         lse = tl.load(lse_ptr + head * T + at + ahead, mask=inside, other=float("inf"))
         delta = tl.load(delta_ptr + head * T + at + ahead, mask=inside, other=0.0)
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [KEYS, ROWS]
-        s = hide(
-            s, query_r[None, :], query_c[None, :], inside[None, :], first_r[:, None], (end_r - first_r)[:, None],
-            first_c[:, None], (end_c - first_c)[:, None], ROW_WINDOW, COLUMN_WINDOW,
-        )  # fmt: skip
+        if not is_whole:
+            s = hide(
+                s, query_r[None, :], query_c[None, :], inside[None, :], first_r[:, None], (end_r - first_r)[:, None],
+                first_c[:, None], (end_c - first_c)[:, None], ROW_WINDOW, COLUMN_WINDOW,
+            )  # fmt: skip
         p = tl.exp2(s * factor - lse[None, :])
         dv = tl.dot(p.to(g.dtype), g, dv, input_precision=PRECISION)
         ds = p * (tl.dot(v, tl.trans(g), input_precision=PRECISION) - delta[None, :])

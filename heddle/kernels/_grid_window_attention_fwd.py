@@ -101,10 +101,11 @@ def boxes_of(first, end, size: tl.constexpr):
 
 @triton.jit
 def walked_box(
-    index, from_f, from_r, end_r, from_c, end_c, rows, columns, count, by_c, in_frame,
+    index, from_f, from_r, end_r, from_c, end_c, rows, columns, count, by_c, in_frame, all_r, all_end_r, all_c, all_end_c,
     TOKENS: tl.constexpr, BOX_C: tl.constexpr, FRAMES: tl.constexpr,
 ):  # fmt: skip
-    """Row and column of each token of the box at hand, the place of its first one, and which of them are there."""
+    """Row and column of each token of the box at hand, the place of its first one, which of them are there, and whether all are
+    seen by all: rows and columns of these lie from `all_*` on, up to `all_end_*`."""
     f = from_f
     if FRAMES:
         f = from_f + index // in_frame
@@ -114,7 +115,9 @@ def walked_box(
     r, c = r0 + i // BOX_C, c0 + i % BOX_C
     place = (f * rows + r0) * columns + c0
     inside = (r < end_r) & (c < end_c) & (place + i // BOX_C * columns + i % BOX_C < count)
-    return r, c, place, inside
+    last_r, last_c = TOKENS // BOX_C - 1, BOX_C - 1
+    is_whole = (r0 >= all_r) & (r0 + last_r < all_end_r) & (c0 >= all_c) & (c0 + last_c < all_end_c)
+    return r, c, place, inside, is_whole & (place + last_r * columns + last_c < count)
 
 
 @triton.jit
@@ -181,10 +184,10 @@ def _grid_window_attention_fwd_kernel(
     first_r, end_r = window_of(r, reach_r, height, INWARD)
     first_c, end_c = window_of(c, reach_c, columns, INWARD)
     from_f, to_f = window_of(f, reach_f, frames, INWARD)
-    from_r, _ = window_of(r0, reach_r, height, INWARD)
-    _, to_r = window_of(tl.minimum(r0 + ROWS // BOX_C, height) - 1, reach_r, height, INWARD)
-    from_c, _ = window_of(c0, reach_c, columns, INWARD)
-    _, to_c = window_of(tl.minimum(c0 + BOX_C, columns) - 1, reach_c, columns, INWARD)
+    from_r, all_end_r = window_of(r0, reach_r, height, INWARD)
+    all_r, to_r = window_of(tl.minimum(r0 + ROWS // BOX_C, height) - 1, reach_r, height, INWARD)
+    from_c, all_end_c = window_of(c0, reach_c, columns, INWARD)
+    all_c, to_c = window_of(tl.minimum(c0 + BOX_C, columns) - 1, reach_c, columns, INWARD)
     by_c = boxes_of(from_c, to_c, WALKED_C)
     in_frame = by_c * boxes_of(from_r, to_r, KEYS // WALKED_C)
     walked = tl.where((f < frames) & (r0 < height), (to_f - from_f) * in_frame, 0)
@@ -196,32 +199,21 @@ def _grid_window_attention_fwd_kernel(
     total = tl.zeros([ROWS], tl.float32)
     sums = tl.zeros([ROWS, ROWS_V], tl.float32)
     for index in range(0, walked):
-        key_r, key_c, key, inside = walked_box(
-            index,
-            from_f,
-            from_r,
-            to_r,
-            from_c,
-            to_c,
-            rows,
-            columns,
-            count,
-            by_c,
-            in_frame,
-            KEYS,
-            WALKED_C,
-            FRAMES,
-        )
+        key_r, key_c, key, inside, is_whole = walked_box(
+            index, from_f, from_r, to_r, from_c, to_c, rows, columns, count, by_c, in_frame,
+            all_r, all_end_r, all_c, all_end_c, KEYS, WALKED_C, FRAMES,
+        )  # fmt: skip
         at = (begin + key).to(tl.int64)
         k_at = k_ptr + at * stride_kt + k_ahead + columns_k[None, :]
         v_at = v_ptr + at * stride_vt + v_ahead + columns_v[None, :]
         k = tl.load(k_at, mask=inside[:, None] & in_k, other=0.0)
         v = tl.load(v_at, mask=inside[:, None] & in_v, other=0.0)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [ROWS, KEYS]
-        s = hide(
-            s, key_r[None, :], key_c[None, :], inside[None, :], first_r[:, None], (end_r - first_r)[:, None],
-            first_c[:, None], (end_c - first_c)[:, None], ROW_WINDOW, COLUMN_WINDOW,
-        )  # fmt: skip
+        if not is_whole:
+            s = hide(
+                s, key_r[None, :], key_c[None, :], inside[None, :], first_r[:, None], (end_r - first_r)[:, None],
+                first_c[:, None], (end_c - first_c)[:, None], ROW_WINDOW, COLUMN_WINDOW,
+            )  # fmt: skip
         # Of logits times the factor: a fused product less itself rounded is not 0, and each box would fade the sums.
         higher = tl.maximum(most, tl.max(s, axis=1) * factor)
         base = tl.where(higher == float("-inf"), 0.0, higher)

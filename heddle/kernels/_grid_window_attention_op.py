@@ -1,4 +1,4 @@
-"""What torch knows of the kernels of grid_window_attention: an opaque op with gradients, for which it keeps more than the output."""
+"""What torch knows of the kernels of grid_window_attention: an opaque op, which keeps more than its output for gradients."""
 
 from __future__ import annotations
 
