@@ -117,7 +117,7 @@ def held_to_reference(given: Given, dtype: torch.dtype, device: str, **overrides
 
 
 def each(values: Iterable[Any], thorough: tuple[Any, ...]) -> list[Any]:
-    """Each value on all devices in all dtypes; on a GPU, where each is compiled, those beside bfloat16 for the thorough ones alone."""
+    """Each value on all devices in all dtypes; on a GPU, which compiles each, dtypes beside bfloat16 for the thorough alone."""
     return [
         pytest.param(value, *one.values, id=f"{value}-{one.id}", marks=one.marks)
         for value in values
