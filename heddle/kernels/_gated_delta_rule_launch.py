@@ -74,6 +74,9 @@ def plan(device: torch.device, element: int, rows: int, columns: int | None = No
         **{name: tuned(name, getattr(table, name)) for name in names},
         pairs=pairs,
         tile=tuned("tile", table.tile),
+        members=tuned("members", table.members),
+        lean=bool(tuned("lean", int(table.lean))),
+        ahead=bool(tuned("ahead", int(table.ahead))),
     )
 
 
@@ -232,10 +235,12 @@ def _solve(
     gate, beta = _gates(log_decay, beta)
     table, packed = layout.chunk_table(beta)
     exact = q.device.type == "cuda"
+    members = layout.plan.members or layout.HV // layout.H
     start_kernel(
-        _gated_delta_rule_fwd_solve_kernel, (layout.chunks.count * layout.H,),
+        _gated_delta_rule_fwd_solve_kernel, (layout.chunks.count * layout.HV // members,),
         q, k, gate, beta, kept.pairs, kept.gates, table, packed, *strides(q, k), *layout.numbers, scale,
         LEVELS=layout.chunk.bit_length() - 1, SOLVE=layout.plan.inverse if exact else "ieee",
+        MEMBERS=members, LEAN=layout.plan.lean,
         **layout.constants, **layout.plan.solve.options(),
     )  # fmt: skip
 
@@ -310,7 +315,7 @@ def _run_forward_state(
             q, k, v, kept.pairs, kept.gates, final if before is None else before, out, final,
             kept.states if keep else out, kept.new if keep else out, kept.last, kept.rest, kept.summary, starts,
             *layout.segment_table(final), *strides(q, k, v), *layout.along, int(before is not None), scale,
-            PARTS=parts, **constants, **layout.constants, **options,
+            PARTS=parts, AHEAD=layout.plan.ahead, **constants, **layout.constants, **options,
         )  # fmt: skip
 
     starts = final

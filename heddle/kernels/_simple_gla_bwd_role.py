@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from heddle.kernels._simple_gla_sweep import _first_slot, is_strong, strong_decays, undone
-from heddle.kernels.common.jit import find_sequence
+from heddle.kernels.common.jit import ask_for_rows, find_sequence
 
 # A new length must not mean a new compilation; the number of heads may, as in the sweep.
 LENGTHS = ("T", "slots", "segments", "sequences", "per_sequence", "segment_size")
@@ -34,7 +34,8 @@ def _walk(
     state, owed, a_ptr, b_ptr, c_ptr, e_ptr, out_ptr, gates_ptr, rows_ptr, columns,
     first, chunks, length, plane, scale, stride_at, stride_bt, stride_ct, stride_et,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr,
-    ROLE: tl.constexpr, DROPPED: tl.constexpr, STRONG: tl.constexpr, PRECISE: tl.constexpr, PRECISION: tl.constexpr,
+    ROLE: tl.constexpr, DROPPED: tl.constexpr, STRONG: tl.constexpr, AHEAD: tl.constexpr,
+    PRECISE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`_walk` of `_simple_gla_sweep.py` for one role: outputs and rows of the chunks of a segment, and the state behind them."""
     MIRRORED: tl.constexpr = ROLE != 0
@@ -51,9 +52,23 @@ def _walk(
     e_offsets = (i * stride_et)[:, None] + columns[None, :]
     out_offsets = (i * (H * V))[:, None] + columns[None, :]
     closing = 0.0
+    if AHEAD:
+        COLUMNS: tl.constexpr = columns.shape[0]
+        own_columns = tl.min(columns, axis=0)
     for index in range(0, chunks):
         t = first + (chunks - 1 - index if MIRRORED else index) * C
         moved = t.to(tl.int64)
+        if AHEAD:
+            # As in the kernel of outputs.
+            step = tl.where(index + 1 < chunks, C, 0)
+            ahead = t - step if MIRRORED else t + step
+            there = length - ahead
+            ahead = ahead.to(tl.int64)
+            ask_for_rows(a_ptr + ahead * stride_at, stride_at, there, C, K)
+            ask_for_rows(b_ptr + ahead * stride_bt, stride_bt, there, C, K)
+            ask_for_rows(c_ptr + (ahead * stride_ct + own_columns), stride_ct, there, C, COLUMNS)
+            if GATED:
+                ask_for_rows(e_ptr + (ahead * stride_et + own_columns), stride_et, there, C, COLUMNS)
         present = (i < length - t)[:, None]
         kept = present & (columns < V)[None, :]
         a = tl.load(a_ptr + moved * stride_at + a_offsets, mask=present & (rows < K)[None, :], other=0.0)
@@ -136,9 +151,11 @@ def _simple_gla_bwd_role_kernel(
     K: tl.constexpr, V: tl.constexpr,
     C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ROLE: tl.constexpr, DROPPED: tl.constexpr,
     VARLEN: tl.constexpr, SEGMENTED: tl.constexpr, HAS_OUTSIDE: tl.constexpr, HAS_D_FINAL: tl.constexpr,
-    PRECISE: tl.constexpr, PRECISION: tl.constexpr,
+    WEAK: tl.constexpr, AHEAD: tl.constexpr, PRECISE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The outputs of one segment, and role 2's final state where a sequence begins. K and V are those of a, b and of c.
+
+    WEAK: segments with strong decays are left to another kernel.
 
     e is what the output is multiplied with for rows[role, tile, head, slot, C] of roles 0 and 1; outside is a state that comes
     from there; role 0 writes ends[tile, sequence, head]: the final state times its gradient.
@@ -184,7 +201,10 @@ def _simple_gla_bwd_role_kernel(
     first = j * segment_size
     chunks = (tl.minimum(segment_size, length - first) + C - 1) // C
     strong = False
-    if GATED or DROPPED == NARROW:
+    if WEAK:
+        if is_strong(gates_ptr, gates_at + first, chunks, length - first, C):
+            return
+    elif GATED or DROPPED == NARROW:
         strong = is_strong(gates_ptr, gates_at + first, chunks, length - first, C)
     if strong:
         owed = 0.0
@@ -193,13 +213,13 @@ def _simple_gla_bwd_role_kernel(
         state = _walk(
             state, owed, a_ptr, b_ptr, c_ptr, e_ptr, out_ptr, gates_ptr + gates_at, rows_ptr + rows_at, columns,
             first, chunks, length, plane, scale, stride_at, stride_bt, stride_ct, stride_et,
-            H, K, V, C, ROWS, ROLE, DROPPED, True, PRECISE, PRECISION,
+            H, K, V, C, ROWS, ROLE, DROPPED, True, False, PRECISE, PRECISION,
         )  # fmt: skip
     else:
         state = _walk(
             state, 0.0, a_ptr, b_ptr, c_ptr, e_ptr, out_ptr, gates_ptr + gates_at, rows_ptr + rows_at, columns,
             first, chunks, length, plane, scale, stride_at, stride_bt, stride_ct, stride_et,
-            H, K, V, C, ROWS, ROLE, DROPPED, False, PRECISE, PRECISION,
+            H, K, V, C, ROWS, ROLE, DROPPED, False, AHEAD, PRECISE, PRECISION,
         )  # fmt: skip
 
     if ROLE == 2:

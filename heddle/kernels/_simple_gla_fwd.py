@@ -26,7 +26,7 @@ from heddle.kernels.common.segments import Segments, cut, lay_out
 from heddle.kernels.common.tables import table_on
 from heddle.kernels.common.tuning import tuned
 from heddle.kernels.configs.launch import Launch
-from heddle.kernels.configs.simple_gla import INTERPRETER, Family, family
+from heddle.kernels.configs.simple_gla import INTERPRETER, TALL, Family, family
 
 CARRY_BLOCK = 1024
 # Heads whose log-decays a program sums up side by side.
@@ -111,6 +111,9 @@ class Sweep:
         self.chunk = self._launch(self.output).chunk
         self.precise = self.inputs[0].element_size() > 2
         self.precision = "tf32x3" if q.device.type == "cuda" else "ieee"
+        small = not self.precise and max(self.K, self.V) <= TALL
+        self.ahead = bool(tuned("ahead", int(self.table.ahead))) and small
+        self.strong_apart = bool(tuned("strong_apart", int(self.table.strong_apart)))
         self.gates = self._sum_up(log_decay)
 
     def _sum_up(self, log_decay: Tensor) -> Tensor:
@@ -180,12 +183,13 @@ class Sweep:
         # The states before each segment that roles 0 and 1 started from.
         states, d_states, _ = (x for each in scratch for x in each) if segments.several else [self.gates] * 3
         table, packed = self._packed(segments)
+        summed = tuned("summed", self.table.summed)
         start_kernel(
             _simple_gla_gate_gradient_kernel, (segments.count * self.H,),
             rows, ends, states, d_states, d_gate, table, packed,
             self.T, self.H, self.gates.shape[2], self.sequences, segments.per_sequence, size,
-            C=self.chunk, TILES=tiles, SIZE=self.K * self.V, SEGMENTED=segments.several,
-            VARLEN=self.cu_seqlens is not None, HAS_D_FINAL=given.d_final is not None, num_warps=8,
+            C=self.chunk, TILES=tiles, SIZE=self.K * self.V, SUMMED=summed, SEGMENTED=segments.several,
+            VARLEN=self.cu_seqlens is not None, HAS_D_FINAL=given.d_final is not None, num_warps=min(16, summed // 128),
         )  # fmt: skip
 
     def _rows(self, tiles: int) -> tuple[Tensor, Tensor]:
@@ -227,13 +231,27 @@ class Sweep:
         self, roles: Roles, segments: Segments, scratch: Tensor, written: Written, given: Given
     ) -> None:
         """Starts what fills the outputs, from the states that the segments start from."""
+        self.start_all(roles, segments, scratch, written, given)
+
+    def start_all(
+        self,
+        roles: Roles,
+        segments: Segments,
+        scratch: Tensor,
+        written: Written,
+        given: Given,
+        *,
+        only_strong: bool = False,
+    ) -> None:
+        """One launch for all roles; with `only_strong` of segments with strong decays alone."""
         output, columns = self._launch(self.output), self.columns(roles)
         tiles = triton.cdiv(roles.V, columns)
         start_kernel(
             _simple_gla_output_kernel, (segments.count * self.H * roles.count * tiles,),
             *self.inputs, self.gates, *written.outputs, written.final, *written.rows, scratch,
             *given.tensors(self.gates), *self._packed(segments), *self._numbers(roles, segments), self.sequences,
-            COLUMNS=columns, SEGMENTED=segments.several, **self._constants(roles), **given.flags(), **output.options(),
+            COLUMNS=columns, SEGMENTED=segments.several, ONLY_STRONG=only_strong, AHEAD=self.ahead and not self.backward,
+            **self._constants(roles), **given.flags(), **output.options(),
         )  # fmt: skip
 
     def _numbers(self, roles: Roles, segments: Segments) -> list[Any]:

@@ -30,7 +30,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from heddle.kernels.common.jit import LOG2_E, by_role, find_sequence
+from heddle.kernels.common.jit import LOG2_E, ask_for_rows, by_role, find_sequence
 
 # What has halved this many times counts as nothing: it is far below the precision of float32 sums.
 HALVINGS = tl.constexpr(29.0)
@@ -40,8 +40,6 @@ STRONG_HALVINGS = tl.constexpr(2.0)
 FARTHEST = tl.constexpr(60.0)
 # Chunks looked at side by side for what is forgotten.
 WINDOW = tl.constexpr(64)
-# Tokens whose gradient of the log-decay is summed at a time.
-SUMMED = tl.constexpr(1024)
 # A new length must not mean a new compilation. A new number of heads may, and what lies between two tokens with it: to know
 # them saves a quarter of the registers, which are short.
 LENGTHS = ("T", "slots", "segments", "sequences", "per_sequence", "segment_size", "first_role")
@@ -298,7 +296,7 @@ def _walk(
     state, owed, role, a_ptr, b_ptr, c_ptr, e_ptr, out_ptr, gates_ptr, rows_ptr, columns,
     first, chunks, length, plane, scale, stride_at, stride_bt, stride_ct, stride_et,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr,
-    BACKWARD: tl.constexpr, STRONG: tl.constexpr, PRECISE: tl.constexpr, PRECISION: tl.constexpr,
+    BACKWARD: tl.constexpr, STRONG: tl.constexpr, AHEAD: tl.constexpr, PRECISE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Outputs and rows of the chunks of a segment, and the state behind them; STRONG as in `is_strong`.
 
@@ -317,9 +315,21 @@ def _walk(
     e_offsets = (i * stride_et)[:, None] + columns[None, :]
     out_offsets = (i * (H * V))[:, None] + columns[None, :]
     closing = 0.0
+    if AHEAD:
+        COLUMNS: tl.constexpr = columns.shape[0]
+        own_columns = tl.min(columns, axis=0)
     for index in range(0, chunks):
         t = first + tl.where(mirrored, chunks - 1 - index, index) * C
         moved = t.to(tl.int64)
+        if AHEAD:
+            # The pipeline asks for a chunk when the one before is done; from the L2 cache it comes sooner. The last one asks for
+            # itself.
+            ahead = t + tl.where(index + 1 < chunks, C, 0)
+            there = length - ahead
+            ahead = ahead.to(tl.int64)
+            ask_for_rows(a_ptr + ahead * stride_at, stride_at, there, C, K)
+            ask_for_rows(b_ptr + ahead * stride_bt, stride_bt, there, C, K)
+            ask_for_rows(c_ptr + (ahead * stride_ct + own_columns), stride_ct, there, C, COLUMNS)
         present = (i < length - t)[:, None]
         kept = present & (columns < V)[None, :]
         a = tl.load(a_ptr + moved * stride_at + a_offsets, mask=present & (rows < K)[None, :], other=0.0)
@@ -392,9 +402,12 @@ def _simple_gla_output_kernel(
     K: tl.constexpr, V: tl.constexpr,
     C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ROLES: tl.constexpr,
     BACKWARD: tl.constexpr, VARLEN: tl.constexpr, SEGMENTED: tl.constexpr,
-    HAS_INITIAL: tl.constexpr, HAS_D_FINAL: tl.constexpr, PRECISE: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_INITIAL: tl.constexpr, HAS_D_FINAL: tl.constexpr, ONLY_STRONG: tl.constexpr, AHEAD: tl.constexpr,
+    PRECISE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The outputs of one segment, and the final state where a sequence ends. K and V are those of a, b and of c.
+
+    ONLY_STRONG: of segments with strong decays alone.
 
     Backward also rows[role, tile, head, slot, C], and ends[tile, sequence, head]: the final state times its gradient.
     """
@@ -451,7 +464,9 @@ def _simple_gla_output_kernel(
     strong = False
     if BACKWARD:
         strong = is_strong(gates_ptr, gates_at + first, chunks, length - first, C)
-    if strong:
+    if ONLY_STRONG and not strong:
+        return
+    if ONLY_STRONG or strong:
         owed = 0.0
         if SEGMENTED:
             following = tl.where(mirrored, first + segment_size, length)
@@ -459,13 +474,13 @@ def _simple_gla_output_kernel(
         state = _walk(
             state, owed, role, a_ptr, b_ptr, c_ptr, e_ptr, out_ptr, gates_ptr + gates_at, rows_ptr + rows_at, columns,
             first, chunks, length, plane, scale, stride_at, stride_bt, stride_ct, stride_et,
-            H, K, V, C, ROWS, BACKWARD, True, PRECISE, PRECISION,
+            H, K, V, C, ROWS, BACKWARD, True, False, PRECISE, PRECISION,
         )  # fmt: skip
     else:
         state = _walk(
             state, 0.0, role, a_ptr, b_ptr, c_ptr, e_ptr, out_ptr, gates_ptr + gates_at, rows_ptr + rows_at, columns,
             first, chunks, length, plane, scale, stride_at, stride_bt, stride_ct, stride_et,
-            H, K, V, C, ROWS, BACKWARD, False, PRECISE, PRECISION,
+            H, K, V, C, ROWS, BACKWARD, False, AHEAD, PRECISE, PRECISION,
         )  # fmt: skip
 
     if BACKWARD:
@@ -483,12 +498,13 @@ def _simple_gla_output_kernel(
 def _simple_gla_gate_gradient_kernel(
     rows_ptr, ends_ptr, states_ptr, d_states_ptr, d_gate_ptr, table_ptr, cu_seqlens_ptr,
     T, H, slots, sequences, per_sequence, segment_size,
-    C: tl.constexpr, TILES: tl.constexpr, SIZE: tl.constexpr,
+    C: tl.constexpr, TILES: tl.constexpr, SIZE: tl.constexpr, SUMMED: tl.constexpr,
     VARLEN: tl.constexpr, SEGMENTED: tl.constexpr, HAS_D_FINAL: tl.constexpr,
 ):  # fmt: skip
     """Of each token of a segment: its rows and those of later ones, of role 0 less those of role 1, and what passes the end.
 
-    That is the state there times its gradient, which both kernels before have left: rounding adds up in no more than a segment.
+    SUMMED tokens at a time. What passes the end is the state there times its gradient, which both kernels before have left:
+    rounding adds up in no more than a segment.
     """
     head = tl.program_id(0) % H
     segment = tl.program_id(0) // H

@@ -56,7 +56,19 @@ TRIED = {
         Launch(64, 32, 8, 2),
     ),
 }  # fmt: skip
+TRIED_GATED = {
+    "gated_queries": (
+        Launch(64, 64, 4, 2), Launch(64, 64, 4, 3), Launch(64, 64, 8, 2), Launch(128, 64, 4, 2), Launch(128, 64, 8, 2),
+        Launch(128, 64, 8, 3),
+    ),
+    "gated_keys": (
+        Launch(64, 64, 4, 2), Launch(64, 64, 8, 3), Launch(64, 64, 4, 3), Launch(64, 32, 4, 2),
+        Launch(128, 64, 8, 2), Launch(128, 64, 4, 1),
+    ),
+}  # fmt: skip
 SPLITS = (1, 2, 4, 6, 8, 12, 16, 32)
+# Heads as NAtS-L has them, each with gates of its own, a quarter of them 1.
+GATED = {"B": 1, "H": 32, "N": 32, "T": 32768, "S": 32768, "K": 64, "V": 64, "block": 64, "L": 1}
 Given = dict[str, Any]
 
 
@@ -145,9 +157,11 @@ def phases(function: Callable[..., Tensor], given: Given) -> dict[str, Callable[
         with torch.no_grad():
             return function(**given)
 
+    wanted = [x for x in leaves.values() if isinstance(x, Tensor) and x.requires_grad]
+
     def both() -> object:
         found = function(**leaves)
-        return torch.autograd.grad(found, [leaves[name] for name in WANTED], upstream.view(found.shape))
+        return torch.autograd.grad(found, wanted, upstream.view(found.shape))
 
     return {"fwd": forward, "fwdbwd": both}
 
@@ -228,6 +242,46 @@ def decode(row: Callable[..., None]) -> None:
         row("heddle", "decode", shape, lambda: ours(**given))  # noqa: B023
 
 
+def gated(log: Log, row: Callable[..., None], late: Callable[[], bool]) -> None:
+    """Blocks behind gates; the same blocks as marks of each query, whose tiles hold eight; dense attention; and launches."""
+    given, generator = drawn(GATED, torch.bfloat16), torch.Generator(DEVICE).manual_seed(3)
+    del given["listed"]
+    blocks = torch.arange(GATED["T"] // GATED["block"], device=DEVICE)
+    gates = (torch.rand(1, GATED["N"], len(blocks), generator=generator, device=DEVICE) > 0.75).float()
+    own = torch.arange(GATED["T"], device=DEVICE)[:, None] // GATED["block"] == blocks
+    forms = {"gates": {"gates": gates.requires_grad_()}, "marks": {"chosen": (gates[:, :, None] > 0.5) | own}}
+    for (form, choice), phase in itertools.product(forms.items(), ("fwd", "fwdbwd")):
+        row(f"heddle, {form}", phase, GATED, phases(ours, given | choice)[phase])
+    for phase, call in phases(dense, given).items():
+        row("cudnn", phase, GATED, call)
+    sweep_gated(log, row, late, phases(ours, given | forms["gates"])["fwdbwd"])
+
+
+def sweep_gated(
+    log: Log, row: Callable[..., None], late: Callable[[], bool], call: Callable[[], object]
+) -> None:
+    """Launches of the gradients behind gates, pairs whose tiles are as tall: whether each is right, and its time."""
+    small = drawn({**LONG, "H": 4, "N": 4, "K": 64, "V": 64}, torch.bfloat16)
+    drawn_gates = torch.rand(1, 4, 24, generator=torch.Generator(DEVICE).manual_seed(3), device=DEVICE)
+    small |= {"gates": (drawn_gates > 0.75).float()}
+    del small["listed"]
+    exact = results(block_attention, small, torch.float64, str(DEVICE))
+    pairs = itertools.product(*(TRIED_GATED[name] for name in ("gated_queries", "gated_keys")))
+    for queries, keys in pairs:
+        if late():
+            log("gates: out of time")
+            return
+        if queries.chunk != keys.chunk:
+            continue
+        launches = {"gated_queries": queries, "gated_keys": keys}
+        try:
+            if judge(log, f"gates, {queries}, {keys}", small, exact, **launches):
+                with tuning(**launches):
+                    row(f"heddle, gates, {queries}, {keys}", "fwdbwd", GATED, call)
+        except Exception as error:
+            log(f"none  gates {queries} {keys}: {' '.join(str(error).split())[-200:]}")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -236,7 +290,9 @@ def main() -> int:
         "--budget", type=float, default=400.0, help="seconds after which nothing new is begun"
     )
     parser.add_argument("--out", type=Path, default=Path("."), help="folder for the log")
-    parser.add_argument("--skip", nargs="*", default=[], choices=["correctness", "decode", "speed", "sweep"])
+    parser.add_argument(
+        "--skip", nargs="*", default=[], choices=["correctness", "decode", "gates", "speed", "sweep"]
+    )
     parser.add_argument("--commit", help="what the code is")
     chosen = parser.parse_args()
     chosen.out.mkdir(parents=True, exist_ok=True)
@@ -269,6 +325,7 @@ def main() -> int:
     steps: dict[str, Callable[[], None]] = {
         "correctness": lambda: correctness(log, late(0.4)),
         "decode": lambda: decode(row),
+        "gates": lambda: gated(log, row, late(0.9)),
         "speed": lambda: compare_speed(log, row, late(0.8)),
         "sweep": lambda: sweep(log, row, late(1.0)),
     }

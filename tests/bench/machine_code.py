@@ -121,6 +121,8 @@ KERNELS = {
     ("block_attention", "gated"): _block_attention_fwd._block_attention_fwd_kernel,
     ("block_attention", "queries"): _block_attention_bwd._block_attention_bwd_query_kernel,
     ("block_attention", "keys"): _block_attention_bwd._block_attention_bwd_key_kernel,
+    ("block_attention", "gated queries"): _block_attention_bwd._block_attention_bwd_query_kernel,
+    ("block_attention", "gated keys"): _block_attention_bwd._block_attention_bwd_key_kernel,
     ("block_choice", "mean"): _block_choice_kernels._block_choice_mean_kernel,
     ("block_choice", "logit"): _block_choice_kernels._block_choice_logit_kernel,
     ("block_choice", "pool"): _block_choice_kernels._block_choice_pool_kernel,
@@ -336,10 +338,11 @@ def _largest(case: Case) -> int:
 def block_cases(*, quick: bool) -> Iterator[Case]:
     """The kernels of block_attention; `many`: a token alone, its list split."""
     sizes = [size for size in SIZES if size >= LEAST_HEAD]
+    kernels = ("forward", "gated", "queries", "keys", "gated queries", "gated keys")
     for (K, V), kernel in itertools.product(
-        [(128, 128)] if quick else itertools.product(sizes, sizes), ("forward", "gated", "queries", "keys")
+        [(128, 128)] if quick else itertools.product(sizes, sizes), kernels
     ):
-        backward = kernel in ("queries", "keys")
+        backward = kernel.endswith(("queries", "keys"))
         first = Case("block_attention", kernel, "bf16", K, V, aligned=True, many=False, backward=backward)
         yield first
         if kernel == "forward":
@@ -545,7 +548,7 @@ def _split_constants(case: Case, launch: Launch) -> dict[str, Any]:
 
 
 def _block_constants(case: Case, launch: Launch) -> dict[str, Any]:
-    gated = case.kernel == "gated"
+    gated = case.kernel.startswith("gated")
     # Gates are a head's own where NAtS-L has them.
     group, most = (1, launch.chunk) if gated else (GROUP, MOST_QUERIES)
     queries = queries_of(launch, group, 1 if case.many else launch.chunk, most)
@@ -573,7 +576,8 @@ def _planned_constants(case: Case, launch: Launch) -> dict[str, Any]:
     constants = {
         "K": case.K, "V": case.V, "C": launch.chunk, "ROWS": block(case.K), "COLUMNS": launch.columns, "GROUP": 1,
         "GATED": True, "ROUTED": False, "VARLEN": False, "PRECISION": "tf32x3", "SOLVE": getattr(plan, "inverse", None),
-        "LEVELS": launch.chunk.bit_length() - 1,
+        "LEVELS": launch.chunk.bit_length() - 1, "MEMBERS": 1,
+        "LEAN": getattr(plan, "lean", False), "AHEAD": getattr(plan, "ahead", False),
         "KEEP": case.kernel in ("keep", "prepare") or (case.op == "gla" and case.backward),
         "SEGMENTED": False, "SUMMARY": False, "OUT": case.kernel != "keep", "BACKWARD": case.backward,
         "PARTS": case.kernel == "keep" and case.dtype != "fp32",
@@ -630,6 +634,8 @@ def ptx(case: Case) -> tuple[str, dict[str, int | None]]:
         constants = _conv_constants(case, launch)
     if case.kernel == "output" and case.op not in SPARSE:
         constants |= {"SEGMENTED": False, "HAS_INITIAL": True, "HAS_D_FINAL": case.backward}
+    if case.kernel == "output" and case.op == "simple_gla":
+        constants |= {"ONLY_STRONG": False, "AHEAD": simple_gla.HOPPER.ahead and not case.backward}
     if case.op == "simple_gla":
         constants |= {"PRECISE": case.dtype == "fp32", "H": 16 if case.many else 2}
         # As many heads as many models have, or heads that lie apart.
@@ -672,6 +678,7 @@ def _apart_constants(case: Case, launch: Launch) -> dict[str, Any]:
         "ROLE": APART.index(case.kernel), "DROPPED": {"bf16": 16, "fp16": 13, "fp32": 0}[case.dtype],
         "PRECISE": case.dtype == "fp32", "PRECISION": "tf32x3",
         "VARLEN": False, "SEGMENTED": False, "HAS_OUTSIDE": True, "HAS_D_FINAL": True,
+        "WEAK": simple_gla.HOPPER.strong_apart, "AHEAD": simple_gla.HOPPER.ahead,
     }  # fmt: skip
 
 
@@ -695,7 +702,7 @@ def _launch(case: Case) -> Launch:
     elif case.op in SPARSE:
         size = max(block(case.K), block(case.V))
         # Two kernels of block_choice share a launch, and two of local_linear_attention.
-        name = {"sum": "share", "middle": "mean"}.get(case.kernel, case.kernel)
+        name = {"sum": "share", "middle": "mean"}.get(case.kernel, case.kernel.replace(" ", "_"))
         return getattr(SPARSE[case.op].plan(ELEMENTS[case.dtype], size), name)
     elif case.op == "ttt":
         launch = getattr(ttt.HOPPER.plan(ELEMENTS[case.dtype], block(case.K)), case.kernel)

@@ -83,6 +83,18 @@ def test_segments_change_nothing(device: str) -> None:
 
 @pytest.mark.parametrize("device", KERNEL_DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("members", [0, 1])
+def test_a_lean_inverse_is_right(members: int, dtype: torch.dtype, device: str) -> None:
+    packed = draw(gated_delta_rule, {**SHAPE, "T": 150}, dtype, cu_seqlens=[0, 1, 1, 140, 150])
+    decays = torch.tensor([0.0, -1e-6, -1e-4, -1.0, -20.0])
+    picked = torch.randint(5, packed.arguments["log_decay"].shape, generator=torch.Generator().manual_seed(1))
+    with tuning(lean=1, members=members, segment=64):
+        _assert_right(packed, device)
+        _assert_right(_changed(packed, log_decay=decays[picked]), device)
+
+
+@pytest.mark.parametrize("device", KERNEL_DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_gradients_by_two_kernels_are_right(dtype: torch.dtype, device: str) -> None:
     # On a CPU three tiles of keys, the last half empty; on a GPU none is narrower than a head.
     tile = 16 if device == "cpu" else LEAST_HEAD

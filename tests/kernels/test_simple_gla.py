@@ -129,6 +129,19 @@ def test_roles_launched_apart_are_right_at_the_sizes_of_models(
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("sizes", [(16, 16), (40, 24)])
+@pytest.mark.parametrize("segment", [64, 1000])
+def test_strong_decays_launched_apart_are_right(device: str, sizes: tuple[int, int], segment: int) -> None:
+    half = torch.float16 if INTERPRETED or device == "cuda" else torch.float32
+    shape = {**SMALL, "K": sizes[0], "V": sizes[1]}
+    packed = draw(simple_gla, {**shape, "HV": 4, "T": 290}, half, cu_seqlens=[0, 1, 1, 90, 290])
+    # All or no segments of a head are strong, or some of one head.
+    for choices in ((-1e-3, -0.1), (-3.0, -20.0), (0.0, -1e-6, -1.0, -2.0, -20.0)):
+        sample = _with_decays(packed, *choices)
+        _assert_right(sample, device, apart=1, strong_apart=1, segment=segment, summed=2048)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_tiles_of_a_state_add_up(device: str) -> None:
     narrow = Launch(chunk=32, columns=16, warps=4, stages=1)
     sample = draw(simple_gla, {**SMALL, "HV": 4, "K": 32, "V": 48, "T": 70}, torch.float32)

@@ -20,7 +20,9 @@ from heddle.compose.cache import (
 )
 from heddle.compose.init import Initialised, fill
 from heddle.compose.means_cache import MeansLayer
+from heddle.compose.modules.choice_loss import choice_loss
 from heddle.compose.modules.chosen_heads import attend_chosen, has_routed_kernels, skips
+from heddle.compose.modules.first_steps import first_steps
 from heddle.compose.modules.grid_window import grid_attention, grid_keys
 from heddle.compose.modules.head_mix import HeadMix
 from heddle.compose.modules.in_view import attend_in_view, keys_so_far
@@ -48,6 +50,8 @@ from heddle.kernels.grid_window_attention import grid_window_attention
 
 # The parts of a cache of one that chooses blocks.
 TOKENS, MEANS = "tokens", "means"
+# Fields of a selection that do not say which blocks are chosen.
+NOT_RULES = ("block", "decode_only", "dense_first", "distillation")
 
 
 class AttentionModule(Initialised):
@@ -69,6 +73,7 @@ class AttentionModule(Initialised):
     `values_from`: v = (1 - l) v + l v', v' those of an earlier layer, l learned from 1/2 on (arXiv 2410.17897).
     `qk_source`: what q (with its gate) and k are made of in the place of x; see `qk_input` (arXiv 2510.11602).
     `selection`: blocks of keys that a query reads; see `choose_blocks`. The means by which it chooses are cached beside the keys.
+    In training's first steps it may read all, and the scores may be taught what all keys would be given; see `choice_loss`.
     Kernels read the chosen blocks alone, PyTorch computes all products, and masks them with a soft-cap or sinks.
 
     Shapes:  x, y: [B, T, D];  `heads_out` sees [B, T, H, d], `rows_out` [B, H, queries, S];
@@ -115,6 +120,8 @@ class AttentionModule(Initialised):
         self.boundary, self.grid = boundary, dict(grid or {})
         self.keys_from, self.values_from, self.selection = keys_from, values_from, dict(selection or {})
         self.rule = None if not self.selection or "source" in self.selection else _rule(self.selection, scale)
+        self.first = first_steps(self.selection.get("dense_first"))
+        self.distillation = self.selection.get("distillation")
         self.takes = _taken(keys_from, values_from, self.selection.get("source"))
         self.qk_source = qk_source
         if qk_source == "embedding":
@@ -270,8 +277,27 @@ class AttentionModule(Initialised):
         choose = choose_for_step if q.shape[2] == 1 else choose_blocks
         means = kept.means() if isinstance(kept, MeansLayer) else None
         chosen = choose(q, k, places, self.rule, weights=written, means=means)
+        if self.training:
+            chosen = self._trained(chosen, (q, k, written), places, call)
         call.hand(indices=chosen)
         return places, chosen
+
+    def _trained(
+        self, chosen: Tensor, sides: tuple[Tensor, Tensor, Tensor | None], places: Places, call: Call
+    ) -> Tensor:
+        """What training reads of the chosen blocks: all in its first steps. Adds the loss of the choice, if one is asked for.
+
+        Shapes:  chosen, out: [B, KV heads, T, blocks] bool;  sides: queries, keys, and which of them are written
+        """
+        assert self.rule is not None
+        q, k, written = sides
+        if self.distillation:
+            call.add_loss("choice", choice_loss(q, k, places, self.rule, written), self.distillation)
+        if self.first is None:
+            return chosen
+        place = places.first(q.shape[0], q.shape[2])[:, None] + torch.arange(q.shape[2], device=q.device)
+        seen = torch.arange(places.blocks, device=q.device) <= (place // places.block)[:, None, :, None]
+        return chosen | (seen & self.first.now())
 
     def _places(self, k: Tensor, call: Call, queries: int) -> Places:
         keys = k.shape[2]
@@ -345,9 +371,7 @@ class AttentionModule(Initialised):
 
 
 def _rule(selection: Mapping[str, Any], scale: float | None) -> Rule:
-    return Rule(
-        **{name: one for name, one in selection.items() if name not in ("block", "decode_only")}, scale=scale
-    )
+    return Rule(**{name: one for name, one in selection.items() if name not in NOT_RULES}, scale=scale)
 
 
 def _taken(keys: int | None, values: int | None, indices: int | None) -> tuple[tuple[str, int], ...]:

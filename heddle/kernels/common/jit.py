@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+# Numbers of two bytes in a line of the cache.
+LINE = tl.constexpr(64)
 
 
 @triton.jit
@@ -44,6 +46,27 @@ def load_tile(
     rows = tl.arange(0, ROWS) * stride
     at = x_ptr + token.to(tl.int64) * stride + rows[:, None] + columns[None, :]
     return tl.load(at, mask=inside[:, None] & in_columns, other=0.0)
+
+
+@triton.jit
+def ask_for(pointers):
+    """Has the lines of memory at these addresses brought to the L2 cache; waits for nothing. Unknown to the interpreter."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+        "=r,l",
+        [pointers.to(tl.int64)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def ask_for_rows(x_ptr, stride, there, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Asks for ROWS rows of COLUMNS numbers of two bytes, of which so many are `there`."""
+    LINES: tl.constexpr = (COLUMNS + LINE - 1) // LINE
+    line = tl.arange(0, ROWS * LINES)
+    ask_for(x_ptr + (tl.minimum(line // LINES, there - 1) * stride + line % LINES * LINE))
 
 
 @triton.jit

@@ -13,7 +13,8 @@ class Plan:
 
     `keep` is `forward` where a backward pass will want the states. `inverse`: how products of the triangular inverse are
     computed. `pairs`: where two kernels make the gradients, that of the first; `gradient` is that of the second, which takes
-    `tile` channels of keys at a time. `narrow`: heads need not be LEAST_HEAD wide
+    `tile` channels of keys at a time. `narrow`: heads need not be LEAST_HEAD wide. `members`: value heads of a key head that one
+    program of `solve` treats (0: all), `lean`: it takes fewer registers. `ahead`: what follows is asked for in the L2 cache
     """
 
     solve: Launch
@@ -25,6 +26,9 @@ class Plan:
     pairs: Launch | None = None
     tile: int = 64
     narrow: bool = False
+    members: int = 0
+    lean: bool = False
+    ahead: bool = False
 
     @property
     def chunk(self) -> int:

@@ -17,7 +17,9 @@ class Family:
     `segment` tokens when there are fewer programs than `forward_places` or `backward_places` a multiprocessor: forward as
     many as it holds, backward more, since a last round that is half empty costs less after several full ones. The roles of the
     backward pass of two-byte elements are launched apart where heads are from the first of `apart` to the last of it wide, and
-    fill `apart_places` each then.
+    fill `apart_places` each then; with `strong_apart` a fourth launch treats segments with strong decays. `ahead`: in launches of
+    two-byte elements and heads up to `TALL` a program asks for its next chunk in the L2 cache. `summed`: tokens whose gradient of
+    the log-decay is summed at a time.
     """
 
     output: Launch
@@ -31,6 +33,9 @@ class Family:
     apart_places: int = 2
     segment: int = 256
     apart: tuple[int, int] = (0, 0)
+    strong_apart: bool = False
+    ahead: bool = False
+    summed: int = 1024
 
     def is_apart(self, element: int, K: int, V: int) -> bool:
         """Whether the roles of a backward pass are launched apart."""
