@@ -59,7 +59,7 @@ TRIED = {
         Launch(64, 64, 4, 2), Launch(64, 64, 4, 3), Launch(128, 64, 8, 2), Launch(128, 64, 8, 3), Launch(64, 32, 4, 3),
     ),
     "queries": (Launch(64, 64, 4, 2), Launch(64, 64, 8, 2), Launch(64, 32, 4, 2), Launch(64, 64, 4, 3)),
-    "keys": (Launch(32, 64, 4, 2), Launch(32, 64, 4, 3), Launch(64, 64, 8, 2), Launch(64, 64, 4, 2)),
+    "keys": (Launch(32, 64, 4, 2), Launch(32, 64, 4, 3), Launch(64, 64, 8, 2), Launch(32, 64, 8, 2)),
 }  # fmt: skip
 
 
