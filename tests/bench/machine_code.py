@@ -531,7 +531,7 @@ def _grid_constants(case: Case, launch: Launch) -> dict[str, Any]:
         "K": case.K, "V": case.V, "ROWS_K": block(case.K), "ROWS_V": block(case.V), "ROWS": launch.chunk,
         "KEYS": launch.columns, "BOX_C": min(8, held), "WALKED_C": min(8, walked), "GROUP": 4 if case.many else 1,
         "FRAMES": case.many, "ROW_WINDOW": True, "COLUMN_WINDOW": True, "INWARD": True, "PADDED": case.many,
-        "PRECISION": "tf32x3",
+        "LOST": case.dtype != "fp32", "PRECISION": "tf32x3",
     }  # fmt: skip
     names = KERNELS[case.op, case.kernel].arg_names
     return {name: value for name, value in constants.items() if name in names}
