@@ -159,6 +159,24 @@ def _gated_delta_rule_fwd_solve_kernel(
         tl.store(pairs_at, solved.to(k.dtype))
 
 
+@triton.jit
+def _ask_for_chunk(
+    q_ptr, k_ptr, v_ptr, pairs_ptr, stride_qt, stride_kt, stride_vt, remaining,
+    C: tl.constexpr, K: tl.constexpr, COLUMNS: tl.constexpr, SUMMARY: tl.constexpr,
+):  # fmt: skip
+    """Asks for what comes after the chunk at these pointers, but `pairs_ptr`, which is there already; the last one for itself.
+
+    The pipeline asks for a chunk when the one before is done; from the L2 cache it comes sooner.
+    """
+    step = tl.where(remaining > C, C, 0)
+    SQUARES: tl.constexpr = C if SUMMARY else 2 * C
+    ask_for_rows(k_ptr + step * stride_kt, stride_kt, remaining - step, C, K)
+    ask_for_rows(pairs_ptr, C, SQUARES, SQUARES, C)
+    if not SUMMARY:
+        ask_for_rows(q_ptr + step * stride_qt, stride_qt, remaining - step, C, K)
+        ask_for_rows(v_ptr + step * stride_vt, stride_vt, remaining - step, C, COLUMNS)
+
+
 @triton.jit(do_not_specialize=LENGTHS)
 def _gated_delta_rule_fwd_state_kernel(
     q_ptr, k_ptr, v_ptr, pairs_ptr, gates_ptr, initial_ptr, out_ptr, final_ptr, states_ptr, new_ptr, last_ptr,
@@ -236,16 +254,11 @@ def _gated_delta_rule_fwd_state_kernel(
         over = tl.load(gates_ptr + place * (3 * C) + 2 * C - 1, mask=length > 0, other=1.0)
     for t in range(0, length, C):
         if AHEAD:
-            # The pipeline asks for a chunk when the one before is done; from the L2 cache it comes sooner. The last one asks for
-            # itself.
-            step = tl.where(t + C < length, 1, 0)
-            there = length - t - step * C
-            SQUARES: tl.constexpr = C if SUMMARY else 2 * C
-            ask_for_rows(k_ptr + step * (C * stride_kt), stride_kt, there, C, K)
-            ask_for_rows(pairs_ptr + (place + step * HV) * (2 * C * C), C, SQUARES, SQUARES, C)
-            if not SUMMARY:
-                ask_for_rows(q_ptr + step * (C * stride_qt), stride_qt, there, C, K)
-                ask_for_rows(v_ptr + (step * (C * stride_vt) + tile * COLUMNS), stride_vt, there, C, COLUMNS)
+            pairs_at = pairs_ptr + tl.where(t + C < length, place + HV, place) * (2 * C * C)
+            _ask_for_chunk(
+                q_ptr, k_ptr, v_ptr + tile * COLUMNS, pairs_at, stride_qt, stride_kt, stride_vt, length - t,
+                C, K, COLUMNS, SUMMARY,
+            )  # fmt: skip
         present = i < length - t
         narrow = present[:, None] if K == ROWS else present[:, None] & in_k
         kept = in_v & present[None, :]
