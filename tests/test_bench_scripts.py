@@ -50,7 +50,7 @@ def test_a_script_for_the_gpu_finds_nothing_wrong_in_its_small_form(script: str,
     assert all(row["commit"] == "none" for row in rows)
 
 
-@pytest.mark.parametrize("kind", ["still", pytest.param("token_router", marks=pytest.mark.long)])
+@pytest.mark.parametrize("kind", ["still", "nats_l", pytest.param("token_router", marks=pytest.mark.long)])
 def test_a_layer_keeps_its_goal_of_memory_by_a_count_of_live_tensors(kind: str) -> None:
     command = [sys.executable, str(BENCH / "live_tensors.py"), kind]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

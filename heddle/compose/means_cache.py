@@ -40,6 +40,7 @@ class MeansLayer(StateLayer):
         assert self.rows is not None
         return Means(self.rows, None if self.held is None else self.held[:, 0, :, 0])
 
+    @torch.no_grad()
     def extend(self, k: Tensor, places: Places, *, weights: Tensor | None, new: int) -> None:
         """Adds the parts that the last `new` of all keys complete; arguments as those of `means_of`."""
         found, first = means_of(k, places, self.form, weights=weights, new=new)

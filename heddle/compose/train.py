@@ -3,7 +3,7 @@
 It knows no task and no spec. A model is anything with `.model(input_ids=...)` that gives `last_hidden_state`
 (and `aux_loss` and `aux_losses`, if its layers add something to the loss), and `.logits(hidden)`; or, where sequences are of
 classes, `.classified(input_ids=...)`, which gives scores of classes and that output. A module with a method `after_step` has it
-called after each step of the optimizer.
+called after each step of the optimizer, and one with `before_training` is told before the first step how many there will be.
 """
 
 from __future__ import annotations
@@ -255,6 +255,9 @@ class Trainer:
         self.aux: dict[str, Tensor] = {}
         acts = (getattr(module, "after_step", None) for module in model.modules())
         self.after_step: list[Callable[[], None]] = [act for act in acts if callable(act)]
+        for module in model.modules():
+            if callable(told := getattr(module, "before_training", None)):
+                told(steps)
         self.checked = 0
         # A graph for each shape of batches, and how many steps of each shape there were.
         self.captured: dict[tuple[torch.Size, int], _Captured] = {}

@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from heddle.kernels._block_attention_fwd import LENGTHS, find_entries, read_entry, rows_of, seen_keys
+from heddle.kernels._block_attention_fwd import LENGTHS, find_entries, read_entry, reads, rows_of, seen_keys
 from heddle.kernels.common.jit import LOG2_E
 
 
@@ -28,9 +28,9 @@ def _block_attention_bwd_query_kernel(
     T, S, N, tiles, stride_sb, scale,
     K: tl.constexpr, V: tl.constexpr, ROWS_K: tl.constexpr, ROWS_V: tl.constexpr, ROWS: tl.constexpr,
     QUERIES: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr,
-    SEEN: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    GATED: tl.constexpr, SEEN: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of queries of one key head; leaves δ for the other kernel.
+    """One tile of queries of one key head; leaves δ for the other kernel. GATED is as in `_block_attention_fwd_kernel`.
 
     What rounding took from the output is not in δ, and as large as gradients of biases may be that are sums over many
     logits. With BIAS the other kernel gets it added: it is Σ_j ds_j, which is 0 with the exact δ.
@@ -41,6 +41,9 @@ def _block_attention_bwd_query_kernel(
     tile = (row % tiles).to(tl.int32)
     n = row // tiles % N
     b = row // tiles // N
+    if GATED:
+        tile = tiles - 1 - tile
+        row += tiles - 1 - 2 * (row % tiles)
     start = tl.load(start_ptr + b)
     query, head, present, place = rows_of(tile, start, T, ROWS, QUERIES, HEADS, GROUP)
     columns_k, columns_v = tl.arange(0, ROWS_K), tl.arange(0, ROWS_V)
@@ -87,7 +90,7 @@ def _block_attention_bwd_query_kernel(
         k = tl.load(k_at, mask=inside[:, None] & in_k, other=0.0)  # [KEYS, ROWS_K]
         v = tl.load(v_at, mask=inside[:, None] & in_v, other=0.0)  # [KEYS, ROWS_V]
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor  # [ROWS, KEYS]
-        reach = tl.where((mark >> query) & 1 != 0, place, -1)
+        reach = tl.where(reads(mark, c, query, place, BLOCK, GATED), place, -1)
         p = tl.where(key[None, :] < reach[:, None], tl.exp2(s - lse[:, None]), 0.0)
         ds = p * (tl.dot(d_out, tl.trans(v), input_precision=PRECISION) - delta[:, None])
         if BIAS:
@@ -109,7 +112,7 @@ def _block_attention_bwd_key_kernel(
     T, S, N, count, stride_sb, scale,
     K: tl.constexpr, V: tl.constexpr, ROWS_K: tl.constexpr, ROWS_V: tl.constexpr, ROWS: tl.constexpr,
     QUERIES: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr,
-    SEEN: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    GATED: tl.constexpr, SEEN: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """KEYS keys of one of the `count` blocks of one key head.
 
@@ -153,7 +156,7 @@ def _block_attention_bwd_key_kernel(
         d_out = tl.load(d_out_at, mask=present[:, None] & in_v, other=0.0)  # [ROWS, ROWS_V]
         lse = tl.load(lse_ptr + at, mask=present, other=float("inf"))
         delta = tl.load(delta_ptr + at, mask=present, other=0.0)
-        reach = tl.where((mark >> query) & 1 != 0, place, -1)
+        reach = tl.where(reads(mark, c, query, place, BLOCK, GATED), place, -1)
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * factor  # [KEYS, ROWS]
         p = tl.where(key[:, None] < reach[None, :], tl.exp2(s - lse[None, :]), 0.0)
         dv = tl.dot(p.to(d_out.dtype), d_out, dv, input_precision=PRECISION)

@@ -93,6 +93,14 @@ def read_entry(entries_at, DIRECT: tl.constexpr):
 
 
 @triton.jit
+def reads(mark, c, query, place, BLOCK: tl.constexpr, GATED: tl.constexpr):
+    """Whether each row of a tile reads block c, of this mark."""
+    if GATED:
+        return ((mark & 1) != 0) | (place // BLOCK == c)
+    return (mark >> query) & 1 != 0
+
+
+@triton.jit
 def seen_keys(seen_ptr, first, part, S, BLOCK: tl.constexpr, KEYS: tl.constexpr, SEEN: tl.constexpr):
     """Of KEYS keys of a block from `first` on: whether there are any, and their places, NOWHERE for those nobody sees."""
     i = tl.arange(0, KEYS)
@@ -176,10 +184,10 @@ def _block_attention_fwd_kernel(
             if SEEN:
                 is_whole = False
             if not is_whole:
-                reads = ((mark & 1) != 0) | (place // BLOCK == c)
-                s = tl.where(key[None, :] < tl.where(reads, place, -1)[:, None], s, float("-inf"))
+                reach = tl.where(reads(mark, c, query, place, BLOCK, GATED), place, -1)
+                s = tl.where(key[None, :] < reach[:, None], s, float("-inf"))
         else:
-            reach = tl.where((mark >> query) & 1 != 0, place, -1)
+            reach = tl.where(reads(mark, c, query, place, BLOCK, GATED), place, -1)
             s = tl.where(key[None, :] < reach[:, None], s, float("-inf"))
         higher = tl.maximum(most, tl.max(s, axis=1) * late)
         base = tl.where(higher == float("-inf"), 0.0, higher)

@@ -103,8 +103,14 @@ class Call:
         self.seen, self.biased = _seen(*limits), limits[1] is not None
         self.plan = plan(self.q.device, self.q.element_size(), max(self.K, self.V))
 
-    def tiling(self, launch: Launch, most: int = MOST_QUERIES) -> Tiling:
-        """The tiles of this launch, of at most so many queries."""
+    @property
+    def gated(self) -> bool:
+        """Whether tiles have more queries than a mark has room for: all of them read the same, but for their own blocks."""
+        return self.choice.gates is not None and self.T > MOST_QUERIES
+
+    def tiling(self, launch: Launch) -> Tiling:
+        """The tiles of this launch."""
+        most = launch.chunk if self.gated else MOST_QUERIES
         queries = queries_of(launch, self.group, self.T, most)
         return Tiling(self.start, self.N, self.T, queries, self.block, self.blocks)
 
@@ -126,10 +132,9 @@ class Call:
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """Output, and the log-sum-exp of its logits to base 2."""
-        # A mark has no room for more queries, unless all of them read the same.
-        gated = self.choice.gates is not None and self.T > MOST_QUERIES
+        gated = self.gated
         launch = self.plan.gated if gated else self.plan.forward
-        tiling = self.tiling(launch, launch.chunk if gated else MOST_QUERIES)
+        tiling = self.tiling(launch)
         out = torch.empty(*self.q.shape[:3], self.V, dtype=self.v.dtype, device=self.q.device)
         lse = torch.empty(self.q.shape[:3], dtype=torch.float32, device=self.q.device)
         count, splits = self.B * self.N * tiling.tiles, self._splits(tiling)
@@ -140,7 +145,7 @@ class Call:
             entries = offsets = self.choice.listed.contiguous()
             width = entries.shape[-1]
         else:
-            marked, longest = self._marks(tiling, gated=gated), self.choice.longest(tiling.queries)
+            marked, longest = self._marks(tiling), self.choice.longest(tiling.queries)
             found = lists(marked, longest, parts=splits if placed else 1)
             entries, offsets, width = found.entries, found.offsets, 0
         parts = (splits, count, block(tiling.queries * triton.next_power_of_2(self.group)))
@@ -169,7 +174,7 @@ class Call:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Gradients of q, k and v, of biases of all keys' logits but own ones, and those of later blocks' queries alone."""
         tiling = self.tiling(self.plan.queries)
-        marked, longest = marks(self.choice, tiling), self.choice.longest(tiling.queries)
+        marked, longest = self._marks(tiling), self.choice.longest(tiling.queries)
         read = lists(marked, longest)
         # So many entries there are at most in all, however they lie.
         turned = lists(marked.mT, None, most=len(read.entries))
@@ -184,7 +189,7 @@ class Call:
         _block_attention_bwd_query_kernel[(self.B * self.N * tiling.tiles,)](
             self.q, self.k, self.v, out, d_out, lse, delta, dq, start, read.offsets, read.entries, seen, *sides,
             self.T, self.S, self.N, tiling.tiles, stride, self.scale,
-            BIAS=has_bias, **constants, **self.plan.queries.options(),
+            GATED=self.gated, BIAS=has_bias, **constants, **self.plan.queries.options(),
         )  # fmt: skip
         constants = self.constants(self.plan.keys, tiling)
         grid = (self.B * self.N * self.blocks, triton.cdiv(self.block, constants["KEYS"]))
@@ -192,13 +197,13 @@ class Call:
             self.q, self.k, self.v, d_out, lse, delta, dk, dv, *biases,
             start, turned.offsets, turned.entries, seen, *sides,
             self.T, self.S, self.N, self.blocks, stride, self.scale,
-            BIAS=has_bias, **constants, **self.plan.keys.options(),
+            GATED=self.gated, BIAS=has_bias, **constants, **self.plan.keys.options(),
         )  # fmt: skip
         return dq, dk, dv, biases[0], biases[1]
 
-    def _marks(self, tiling: Tiling, *, gated: bool) -> Tensor:
+    def _marks(self, tiling: Tiling) -> Tensor:
         """Shapes:  out: [B, N, tiles, C] uint8"""
-        if gated and self.choice.gates is not None:
+        if self.gated and self.choice.gates is not None:
             return gate_marks(self.choice.gates, tiling)
         return marks(self.choice, tiling)
 

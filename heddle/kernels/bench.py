@@ -27,6 +27,7 @@ from heddle.kernels import OPS
 from heddle.kernels.accuracy import Sample, draw
 from heddle.kernels.dynamic_conv import dynamic_conv
 from heddle.kernels.gated_delta_layer import gated_delta_layer_step
+from heddle.kernels.grid_window_attention import grid_window_attention
 from heddle.kernels.local_linear_attention import local_linear_attention
 from heddle.kernels.op import TRITON_VERSION, Op, Phase, Shape, force_path
 from heddle.kernels.rat_attention import rat_attention
@@ -54,6 +55,7 @@ TIMED: tuple[Op[..., Any], ...] = (
     rms_norm,
     dynamic_conv,
     token_split_attention,
+    grid_window_attention,
 )
 CALLED = (*TIMED, gated_delta_layer_step)
 

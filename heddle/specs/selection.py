@@ -12,7 +12,7 @@ from heddle.specs.kinds import Problem
 from heddle.specs.layer import Reference
 
 # Fields of the language that came later: at their defaults they are left out of the data, as if they did not exist.
-LATER = ("scores", "dense_length", "decode_only")
+LATER = ("scores", "dense_length", "decode_only", "dense_first", "distillation")
 # Kernels are half a block long and a quarter apart.
 QUARTERS = 4
 
@@ -58,6 +58,24 @@ class Selection(Schema):
             "source does the same."
         ),
     ] = False
+    dense_first: Annotated[
+        float | None,
+        Field(
+            ge=0,
+            le=1,
+            description="Share of a training's steps (0 to 1), the first ones, that read all keys, as InfLLM-V2's training "
+            "begins dense; null: none. A layer with a source does as the source.",
+        ),
+    ] = None
+    distillation: Annotated[
+        float | None,
+        Field(
+            ge=0,
+            le=1e6,
+            description="Factor, in the training loss, of the cross-entropy between the scores of blocks and what attention over "
+            "all keys would give them; null: no such loss. Not with a source.",
+        ),
+    ] = None
     source: Annotated[
         Reference | None,
         Field(
@@ -99,6 +117,17 @@ class Selection(Schema):
         if self.source is None and self.count < self.sink + self.recent:
             what = f"{self.count} blocks, and {self.sink + self.recent} are always read"
             found.append(Problem("selection.count", what, "at least sink + recent", "out-of-range"))
+        if self.source is not None:
+            found += [
+                Problem(
+                    f"selection.{name}",
+                    "the layer that chooses the blocks decides that",
+                    "null",
+                    "conflicting-fields",
+                )
+                for name in ("dense_first", "distillation")
+                if getattr(self, name) is not None
+            ]
         if self.scores == "kernels" and self.block % QUARTERS:
             what = f"{self.block} keys of a block have no quarters, and kernels are a quarter apart"
             found.append(Problem("selection.block", what, f"a multiple of {QUARTERS}, or scores: mean"))

@@ -57,6 +57,8 @@ TRIED = {
     ),
 }  # fmt: skip
 SPLITS = (1, 2, 4, 6, 8, 12, 16, 32)
+# Heads as NAtS-L has them, each with gates of its own, a quarter of them 1.
+GATED = {"B": 1, "H": 32, "N": 32, "T": 32768, "S": 32768, "K": 64, "V": 64, "block": 64, "L": 1}
 Given = dict[str, Any]
 
 
@@ -145,9 +147,11 @@ def phases(function: Callable[..., Tensor], given: Given) -> dict[str, Callable[
         with torch.no_grad():
             return function(**given)
 
+    wanted = [x for x in leaves.values() if isinstance(x, Tensor) and x.requires_grad]
+
     def both() -> object:
         found = function(**leaves)
-        return torch.autograd.grad(found, [leaves[name] for name in WANTED], upstream.view(found.shape))
+        return torch.autograd.grad(found, wanted, upstream.view(found.shape))
 
     return {"fwd": forward, "fwdbwd": both}
 
@@ -228,6 +232,20 @@ def decode(row: Callable[..., None]) -> None:
         row("heddle", "decode", shape, lambda: ours(**given))  # noqa: B023
 
 
+def gated(row: Callable[..., None]) -> None:
+    """Blocks behind gates; the same blocks as marks of each query, whose tiles hold eight; and dense attention."""
+    given, generator = drawn(GATED, torch.bfloat16), torch.Generator(DEVICE).manual_seed(3)
+    del given["listed"]
+    blocks = torch.arange(GATED["T"] // GATED["block"], device=DEVICE)
+    gates = (torch.rand(1, GATED["N"], len(blocks), generator=generator, device=DEVICE) > 0.75).float()
+    own = torch.arange(GATED["T"], device=DEVICE)[:, None] // GATED["block"] == blocks
+    forms = {"gates": {"gates": gates.requires_grad_()}, "marks": {"chosen": (gates[:, :, None] > 0.5) | own}}
+    for (form, choice), phase in itertools.product(forms.items(), ("fwd", "fwdbwd")):
+        row(f"heddle, {form}", phase, GATED, phases(ours, given | choice)[phase])
+    for phase, call in phases(dense, given).items():
+        row("cudnn", phase, GATED, call)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -236,7 +254,9 @@ def main() -> int:
         "--budget", type=float, default=400.0, help="seconds after which nothing new is begun"
     )
     parser.add_argument("--out", type=Path, default=Path("."), help="folder for the log")
-    parser.add_argument("--skip", nargs="*", default=[], choices=["correctness", "decode", "speed", "sweep"])
+    parser.add_argument(
+        "--skip", nargs="*", default=[], choices=["correctness", "decode", "gates", "speed", "sweep"]
+    )
     parser.add_argument("--commit", help="what the code is")
     chosen = parser.parse_args()
     chosen.out.mkdir(parents=True, exist_ok=True)
@@ -269,6 +289,7 @@ def main() -> int:
     steps: dict[str, Callable[[], None]] = {
         "correctness": lambda: correctness(log, late(0.4)),
         "decode": lambda: decode(row),
+        "gates": lambda: gated(row),
         "speed": lambda: compare_speed(log, row, late(0.8)),
         "sweep": lambda: sweep(log, row, late(1.0)),
     }

@@ -39,6 +39,8 @@ from heddle.kernels import (
     _gated_delta_rule_fwd,
     _gla_bwd,
     _gla_fwd,
+    _grid_window_attention_bwd,
+    _grid_window_attention_fwd,
     _head_sparse_attention_bwd,
     _head_sparse_attention_fwd,
     _kda_bwd,
@@ -78,6 +80,7 @@ from heddle.kernels.configs import (
     dynamic_conv,
     gated_delta_rule,
     gla,
+    grid_window_attention,
     head_sparse_attention,
     kda,
     landmark_attention,
@@ -118,6 +121,8 @@ KERNELS = {
     ("block_attention", "gated"): _block_attention_fwd._block_attention_fwd_kernel,
     ("block_attention", "queries"): _block_attention_bwd._block_attention_bwd_query_kernel,
     ("block_attention", "keys"): _block_attention_bwd._block_attention_bwd_key_kernel,
+    ("block_attention", "gated queries"): _block_attention_bwd._block_attention_bwd_query_kernel,
+    ("block_attention", "gated keys"): _block_attention_bwd._block_attention_bwd_key_kernel,
     ("block_choice", "mean"): _block_choice_kernels._block_choice_mean_kernel,
     ("block_choice", "logit"): _block_choice_kernels._block_choice_logit_kernel,
     ("block_choice", "pool"): _block_choice_kernels._block_choice_pool_kernel,
@@ -150,6 +155,9 @@ KERNELS = {
     ("span_attention", "step"): _span_attention_fwd._span_attention_fwd_kernel,
     ("span_attention", "queries"): _span_attention_bwd._span_attention_bwd_query_kernel,
     ("span_attention", "keys"): _span_attention_bwd._span_attention_bwd_key_kernel,
+    ("grid_window_attention", "forward"): _grid_window_attention_fwd._grid_window_attention_fwd_kernel,
+    ("grid_window_attention", "queries"): _grid_window_attention_bwd._grid_window_attention_bwd_query_kernel,
+    ("grid_window_attention", "keys"): _grid_window_attention_bwd._grid_window_attention_bwd_key_kernel,
     ("token_split_attention", "forward"): _token_split_attention_fwd._token_split_attention_fwd_kernel,
     ("token_split_attention", "queries"): _token_split_attention_bwd._token_split_attention_bwd_query_kernel,
     ("token_split_attention", "near"): _token_split_attention_bwd._token_split_attention_bwd_key_kernel,
@@ -202,7 +210,8 @@ FLOATS = (
 DOUBLES = ("sums_ptr",)
 INTEGERS = (
     "table_ptr", "offsets_ptr", "cu_seqlens_ptr", "start_ptr", "entries_ptr", "before_ptr", "begins_ptr", "bits_ptr",
-    "lines_ptr", "order_ptr", "queries_ptr", "first_ptr", "from_ptr", "to_ptr", "arrived_ptr", "listed_ptr",
+    "lines_ptr", "begin_ptr", "count_ptr", "order_ptr", "queries_ptr", "first_ptr", "from_ptr", "to_ptr", "arrived_ptr",
+    "listed_ptr",
 )  # fmt: skip
 # Where a name stands for something else than in the other ops.
 BLOCK_TYPES = {
@@ -219,6 +228,7 @@ CONV_TYPES = {"d_weight_ptr": "*fp32", "sums_ptr": "*fp32"}
 SPARSE = {
     "block_attention": block_attention.HOPPER,
     "block_choice": block_choice.HOPPER,
+    "grid_window_attention": grid_window_attention.HOPPER,
     "head_sparse_attention": head_sparse_attention.HOPPER,
     "landmark_attention": landmark_attention.HOPPER,
     "sliding_window_attention": sliding_window_attention.HOPPER,
@@ -268,6 +278,7 @@ def cases(*, quick: bool) -> Iterator[Case]:
     yield from window_cases("sliding_window_attention", quick=quick)
     yield from window_cases("head_sparse_attention", quick=quick)
     yield from window_cases("span_attention", quick=quick)
+    yield from window_cases("grid_window_attention", quick=quick)
     yield from window_cases("token_split_attention", quick=quick)
     yield from rat_cases(quick=quick)
     yield from landmark_cases(quick=quick)
@@ -327,10 +338,11 @@ def _largest(case: Case) -> int:
 def block_cases(*, quick: bool) -> Iterator[Case]:
     """The kernels of block_attention; `many`: a token alone, its list split."""
     sizes = [size for size in SIZES if size >= LEAST_HEAD]
+    kernels = ("forward", "gated", "queries", "keys", "gated queries", "gated keys")
     for (K, V), kernel in itertools.product(
-        [(128, 128)] if quick else itertools.product(sizes, sizes), ("forward", "gated", "queries", "keys")
+        [(128, 128)] if quick else itertools.product(sizes, sizes), kernels
     ):
-        backward = kernel in ("queries", "keys")
+        backward = kernel.endswith(("queries", "keys"))
         first = Case("block_attention", kernel, "bf16", K, V, aligned=True, many=False, backward=backward)
         yield first
         if kernel == "forward":
@@ -513,6 +525,18 @@ def _span_constants(case: Case, launch: Launch) -> dict[str, Any]:
     return {name: value for name, value in constants.items() if name in names}
 
 
+def _grid_constants(case: Case, launch: Launch) -> dict[str, Any]:
+    held, walked = (launch.columns, launch.chunk) if case.kernel == "keys" else (launch.chunk, launch.columns)
+    constants = {
+        "K": case.K, "V": case.V, "ROWS_K": block(case.K), "ROWS_V": block(case.V), "ROWS": launch.chunk,
+        "KEYS": launch.columns, "BOX_C": min(8, held), "WALKED_C": min(8, walked), "GROUP": 4 if case.many else 1,
+        "FRAMES": case.many, "ROW_WINDOW": True, "COLUMN_WINDOW": True, "INWARD": True, "PADDED": case.many,
+        "PRECISION": "tf32x3",
+    }  # fmt: skip
+    names = KERNELS[case.op, case.kernel].arg_names
+    return {name: value for name, value in constants.items() if name in names}
+
+
 def _split_constants(case: Case, launch: Launch) -> dict[str, Any]:
     constants = {
         "K": case.K, "V": case.V, "ROWS_K": block(case.K), "ROWS_V": block(case.V), "ROWS": launch.chunk,
@@ -524,7 +548,7 @@ def _split_constants(case: Case, launch: Launch) -> dict[str, Any]:
 
 
 def _block_constants(case: Case, launch: Launch) -> dict[str, Any]:
-    gated = case.kernel == "gated"
+    gated = case.kernel.startswith("gated")
     # Gates are a head's own where NAtS-L has them.
     group, most = (1, launch.chunk) if gated else (GROUP, MOST_QUERIES)
     queries = queries_of(launch, group, 1 if case.many else launch.chunk, most)
@@ -594,6 +618,8 @@ def ptx(case: Case) -> tuple[str, dict[str, int | None]]:
         constants = _window_constants(case, launch)
     if case.op == "span_attention":
         constants = _span_constants(case, launch)
+    if case.op == "grid_window_attention":
+        constants = _grid_constants(case, launch)
     if case.op == "token_split_attention":
         constants = _split_constants(case, launch)
     if case.op.startswith("rat_"):
@@ -675,8 +701,8 @@ def _launch(case: Case) -> Launch:
         return getattr(rat_attention.HOPPER.plan(ELEMENTS[case.dtype], block(case.K)), case.kernel)
     elif case.op in SPARSE:
         size = max(block(case.K), block(case.V))
-        # Two kernels of block_choice share a launch, and two of local_linear_attention.
-        name = {"sum": "share", "middle": "mean"}.get(case.kernel, case.kernel)
+        # Two kernels of block_choice share a launch, and two of local_linear_attention; gates do with other choices.
+        name = {"sum": "share", "middle": "mean"}.get(case.kernel, case.kernel.removeprefix("gated "))
         return getattr(SPARSE[case.op].plan(ELEMENTS[case.dtype], size), name)
     elif case.op == "ttt":
         launch = getattr(ttt.HOPPER.plan(ELEMENTS[case.dtype], block(case.K)), case.kernel)

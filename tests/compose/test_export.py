@@ -176,7 +176,7 @@ def test_only_the_kinds_in_use_travel(softmax: Any) -> None:
     assert {"compose_mixers_attention.py", "compose_channel_gelu.py"} <= names
     # Blocks that are chosen, windows, windows that slide inward, heads that are chosen: all are forms of attention.
     ops = {"op", "block_attention", "dense_attention", "member_attention", "sliding_window_attention"}
-    ops |= {"head_sparse_attention", "span_attention"}
+    ops |= {"head_sparse_attention", "span_attention", "grid_window_attention"}
     kernels = {name for name in names if name.startswith("kernels")}
     # Kernels come with what they share.
     shared = {name for name in kernels if name.startswith(("kernels_common", "kernels_configs"))}
@@ -185,7 +185,7 @@ def test_only_the_kinds_in_use_travel(softmax: Any) -> None:
     ops |= {f"_head_sparse_attention_{part}" for part in ("op", "launch", "fwd", "bwd", "lists")}
     # Every norm of rows has kernels too.
     ops |= {"_block_attention_lists", "rms_norm", "_rms_norm_op", "_rms_norm_kernels"}
-    ops |= {f"_span_attention_{part}" for part in ("op", "launch", "fwd", "bwd")}
+    ops |= {f"_{op}_{part}" for op in ("span_attention", "grid_window_attention") for part in parts[1:]}
     ops |= {"block_choice", "_block_choice_op", "_block_choice_launch", "_block_choice_kernels"}
     assert kernels - shared == {f"kernels_{op}.py" for op in ops}
     assert "kernels_configs_block_attention.py" in shared

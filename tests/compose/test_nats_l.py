@@ -208,6 +208,21 @@ def test_training_tells_the_share_of_softmax_and_asks_for_a_budget() -> None:
         assert told["router_budget"] == (pytest.approx((expected - 0.25) ** 2), 0.5)
 
 
+@pytest.mark.parametrize("linear", [-4.0, 4.0])
+def test_training_on_the_budget_alone_reaches_it(linear: float) -> None:
+    # From all chunks of one type: those that are linear hear of it as well.
+    mixer, x = ready(linear, budget=0.5).train(), inputs(400)
+    optimizer = torch.optim.SGD(mixer.router.parameters(), lr=3.0)
+    for _ in range(300):
+        call = call_at(0, 400)
+        mixer(x, call)
+        losses = {name: value for name, value, _ in call.losses}
+        optimizer.zero_grad()
+        losses["router_budget"].backward()
+        optimizer.step()
+    assert losses["router_share"].item() == pytest.approx(0.5, abs=0.1)
+
+
 def test_it_costs_what_its_parts_do() -> None:
     # The 340M model of the paper: D 1024, 6 heads of 128 and 256, each split in two.
     spec, site, D = NatsL(heads=6, head_dim=128, value_dim=256), SpecSite(1024), 1024

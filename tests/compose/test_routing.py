@@ -41,7 +41,8 @@ def by_loop(mixer: RoutingModule, x: Tensor, members: int) -> Tensor:
     for b, t, h in ((b, t, h) for b in range(len(x)) for t in range(x.shape[1]) for h in range(HEADS)):
         mates = [j for j in range(t) if z[b, j, h] == z[b, t, h]][-(members - 1) :]
         if mates:
-            out[b, t, h] = (r[b, mates, h] @ r[b, t, h] / SIZE**0.5).softmax(0) @ v[b, mates, h]
+            scale = SIZE**-0.5 if mixer.scale is None else mixer.scale
+            out[b, t, h] = (scale * r[b, mates, h] @ r[b, t, h]).softmax(0) @ v[b, mates, h]
     y: Tensor = mixer.o_proj(out.flatten(2))
     return y
 
@@ -59,7 +60,9 @@ def in_pieces(mixer: RoutingModule, x: Tensor, ends: list[int], real: Tensor | N
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("fields", [{}, {"clusters": 1, "members": 2}, {"clusters": 5, "members": 99}])
+@pytest.mark.parametrize(
+    "fields", [{"scale": 1.0}, {"clusters": 1, "members": 2}, {"clusters": 5, "members": 99}]
+)
 def test_it_equals_its_formula_at_every_token(fields: dict[str, Any]) -> None:
     mixer, x = ready(**fields), noise(2, LENGTH, HIDDEN)
     expected = by_loop(mixer, x, fields.get("members", 4))

@@ -20,6 +20,7 @@ from heddle.kernels import Op
 from heddle.kernels.accuracy import EPSILON
 from heddle.kernels.dynamic_conv import dynamic_conv
 from heddle.kernels.gated_delta_layer import gated_delta_layer_step
+from heddle.kernels.grid_window_attention import grid_window_attention
 from heddle.kernels.local_linear_attention import local_linear_attention
 from heddle.kernels.op import wide_dtype
 from heddle.kernels.rat_attention import rat_attention
@@ -40,10 +41,12 @@ RESULTS: dict[AnyOp, tuple[str, ...]] = {
     dynamic_conv: ("out",),
     gated_delta_layer_step: ("out", ".state", ".conv_state"),
     token_split_attention: ("*out", ".state"),
+    grid_window_attention: ("*out",),
 }
 HEADS_FIRST = {
     rat_attention: ("keys", "values"),
     local_linear_attention: ("q", "k", "v"),
+    grid_window_attention: ("q", "k", "v"),
     token_split_attention: ("q", "k", "v", "gate", "phi_q", "phi_k"),
 }
 SINGLE = dict.fromkeys(("B", "H", "HV", "N", "G"), 1)

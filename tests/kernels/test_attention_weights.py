@@ -19,6 +19,7 @@ from heddle.compose.modules.clusters import Members
 from heddle.kernels.accuracy import EPSILON
 from heddle.kernels.block_attention import block_attention
 from heddle.kernels.dense_attention import dense_attention
+from heddle.kernels.grid_window_attention import grid_window_attention
 from heddle.kernels.head_sparse_attention import head_sparse_attention
 from heddle.kernels.landmark_attention import landmark_attention
 from heddle.kernels.member_attention import member_attention
@@ -101,6 +102,10 @@ CASES: dict[str, tuple[Callable[..., Tensor], Callable[[], Given]]] = {
     "heads": (head_sparse_attention, heads),
     "spans": (span_attention, spans),
     "lists": (member_attention, lists),
+    "grid": (
+        grid_window_attention,
+        lambda: {**drawn(), "width": 9, "row_window": 2, "column_window": 3, "boundary": "inward"},
+    ),
     "summaries": (rat_attention, summaries),
 }
 # These have no kernels of their own.
@@ -139,8 +144,8 @@ def test_weights_of_a_query_sum_to_one(name: str, device: str, dtype: torch.dtyp
 
 
 @over_settings
-# Of spans and lists the caller says what is earlier; tests/kernels/test_span_attention.py has the clusters.
-@pytest.mark.parametrize("name", [name for name in CASES if name not in ("spans", "lists")])
+# Of spans and lists the caller says what is earlier, tests/kernels/test_span_attention.py has the clusters; a grid looks ahead.
+@pytest.mark.parametrize("name", [name for name in CASES if name not in ("spans", "lists", "grid")])
 @torch.no_grad()
 def test_what_later_tokens_say_changes_no_bit(
     name: str, device: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch

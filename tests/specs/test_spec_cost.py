@@ -176,6 +176,7 @@ def test_resolving_changes_no_cost_and_leaves_nothing_open(fields: dict[str, Any
             "softcap",
             "top",
             "budget",
+            "dense_first",
             "keys_from",
             "values_from",
             "selection",

@@ -20,11 +20,13 @@ from heddle.compose.cache import (
 )
 from heddle.compose.init import Initialised, fill
 from heddle.compose.means_cache import MeansLayer
+from heddle.compose.modules.choice_loss import choice_loss
 from heddle.compose.modules.chosen_heads import attend_chosen, has_routed_kernels, skips
-from heddle.compose.modules.grid_window import grid_keys
+from heddle.compose.modules.first_steps import first_steps
+from heddle.compose.modules.grid_window import grid_attention, grid_keys
 from heddle.compose.modules.head_mix import HeadMix
 from heddle.compose.modules.in_view import attend_in_view, keys_so_far
-from heddle.compose.modules.inward import inward_attention, inward_range, listed_attention
+from heddle.compose.modules.inward import inward_attention, inward_range
 from heddle.compose.modules.masks import View, distances, key_mask, real_keys, sink_keys
 from heddle.compose.modules.norm import RMSNorm
 from heddle.compose.modules.precision import wide
@@ -44,9 +46,12 @@ from heddle.compose.modules.sliding import attend_sliding, has_kernels, slides
 from heddle.compose.modules.softmax import softmax_attention, softmax_weights
 from heddle.compose.sink_cache import kept_tokens, new_layer
 from heddle.errors import HeddleError
+from heddle.kernels.grid_window_attention import grid_window_attention
 
 # The parts of a cache of one that chooses blocks.
 TOKENS, MEANS = "tokens", "means"
+# Fields of a selection that do not say which blocks are chosen.
+NOT_RULES = ("block", "decode_only", "dense_first", "distillation")
 
 
 class AttentionModule(Initialised):
@@ -68,6 +73,7 @@ class AttentionModule(Initialised):
     `values_from`: v = (1 - l) v + l v', v' those of an earlier layer, l learned from 1/2 on (arXiv 2410.17897).
     `qk_source`: what q (with its gate) and k are made of in the place of x; see `qk_input` (arXiv 2510.11602).
     `selection`: blocks of keys that a query reads; see `choose_blocks`. The means by which it chooses are cached beside the keys.
+    In training's first steps it may read all, and the scores may be taught what all keys would be given; see `choice_loss`.
     Kernels read the chosen blocks alone, PyTorch computes all products, and masks them with a soft-cap or sinks.
 
     Shapes:  x, y: [B, T, D];  `heads_out` sees [B, T, H, d], `rows_out` [B, H, queries, S];
@@ -114,6 +120,8 @@ class AttentionModule(Initialised):
         self.boundary, self.grid = boundary, dict(grid or {})
         self.keys_from, self.values_from, self.selection = keys_from, values_from, dict(selection or {})
         self.rule = None if not self.selection or "source" in self.selection else _rule(self.selection, scale)
+        self.first = first_steps(self.selection.get("dense_first"))
+        self.distillation = self.selection.get("distillation")
         self.takes = _taken(keys_from, values_from, self.selection.get("source"))
         self.qk_source = qk_source
         if qk_source == "embedding":
@@ -217,7 +225,7 @@ class AttentionModule(Initialised):
         if self.boundary == "inward" and self.view.window is not None:
             return inward_attention(q, k, v, call, window=self.view.window, scale=self.scale)
         if self.grid:
-            return listed_attention(q, k, v, self._grid_keys(keys, call), self.scale)
+            return grid_attention(q, k, v, call, grid=self.grid, boundary=self.boundary, scale=self.scale)
         if not self._selects(queries):
             if self.softcap is None and self.sinks is None and slides(q, (k, v, written), self.view, call):
                 return attend_sliding(q, (k, v, written), call, self.view, self.scale)
@@ -247,7 +255,7 @@ class AttentionModule(Initialised):
             place, view = torch.arange(keys, device=q.device), View(None, causal=False)
             chosen = (place >= first) & (place <= last)
         if self.grid:
-            index = self._grid_keys(keys, call)[:, rows]
+            index = grid_keys(call, keys, self.grid, inward=self.boundary == "inward")[:, rows]
             chosen = torch.zeros(*index.shape[:2], keys + 1, dtype=torch.bool, device=q.device)
             # What is none falls on the place behind the last.
             chosen = chosen.scatter(-1, index % (keys + 1), True)[:, None, :, :keys]
@@ -256,12 +264,6 @@ class AttentionModule(Initialised):
         mask = mask if mask.dim() == 4 else mask[None, None]
         p = softmax_weights(q[:, :, rows], k, mask, scale=self.scale, softcap=self.softcap, sinks=self.sinks)
         return p.flatten(1, 2)
-
-    def _grid_keys(self, tokens: int, call: Call) -> Tensor:
-        """Shapes:  out: [1 or B, T, keys] int64, -1 for none"""
-        inward = self.boundary == "inward"
-        key = ("grid", tokens, inward, *self.grid.items())
-        return call.once(key, lambda: grid_keys(call, tokens, self.grid, inward=inward))
 
     def _choice(self, q: Tensor, k: Tensor, written: Tensor | None, call: Call) -> tuple[Places, Tensor]:
         """The blocks of keys, and those that each query reads.
@@ -275,8 +277,27 @@ class AttentionModule(Initialised):
         choose = choose_for_step if q.shape[2] == 1 else choose_blocks
         means = kept.means() if isinstance(kept, MeansLayer) else None
         chosen = choose(q, k, places, self.rule, weights=written, means=means)
+        if self.training:
+            chosen = self._trained(chosen, (q, k, written), places, call)
         call.hand(indices=chosen)
         return places, chosen
+
+    def _trained(
+        self, chosen: Tensor, sides: tuple[Tensor, Tensor, Tensor | None], places: Places, call: Call
+    ) -> Tensor:
+        """What training reads of the chosen blocks: all in its first steps. Adds the loss of the choice, if one is asked for.
+
+        Shapes:  chosen, out: [B, KV heads, T, blocks] bool;  sides: queries, keys, and which of them are written
+        """
+        assert self.rule is not None
+        q, k, written = sides
+        if self.distillation:
+            call.add_loss("choice", choice_loss(q, k, places, self.rule, written), self.distillation)
+        if self.first is None:
+            return chosen
+        place = places.first(q.shape[0], q.shape[2])[:, None] + torch.arange(q.shape[2], device=q.device)
+        seen = torch.arange(places.blocks, device=q.device) <= (place // places.block)[:, None, :, None]
+        return chosen | (seen & self.first.now())
 
     def _places(self, k: Tensor, call: Call, queries: int) -> Places:
         keys = k.shape[2]
@@ -340,6 +361,8 @@ class AttentionModule(Initialised):
 
     def kernel_path(self, device: torch.device, dtype: torch.dtype) -> str:
         """The name of the code that does the mixing."""
+        if self.grid:
+            return grid_window_attention.path(device, dtype, K=self.head_dim, V=self.head_dim)
         is_fused = self._is_fused()
         if is_fused and self.view.window is not None and self.view.causal:
             group = self.heads // self.kv_heads
@@ -348,9 +371,7 @@ class AttentionModule(Initialised):
 
 
 def _rule(selection: Mapping[str, Any], scale: float | None) -> Rule:
-    return Rule(
-        **{name: one for name, one in selection.items() if name not in ("block", "decode_only")}, scale=scale
-    )
+    return Rule(**{name: one for name, one in selection.items() if name not in NOT_RULES}, scale=scale)
 
 
 def _taken(keys: int | None, values: int | None, indices: int | None) -> tuple[tuple[str, int], ...]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,11 +12,13 @@ from torch.nn import functional as F
 
 from heddle.compose.cache import Call, PreallocatedRecurrentLayer, StateLayer
 from heddle.compose.mixers.gated_deltanet import GatedDeltaNetModule
+from heddle.compose.modules.first_steps import first_steps, missed, routed
 from heddle.compose.modules.norm import RMSNorm, l2_norm
 from heddle.compose.modules.open_chunk import Layout
 from heddle.compose.modules.precision import wide, wide_dtype
 from heddle.compose.modules.selection import Places
 from heddle.compose.modules.site import Site
+from heddle.compose.modules.stretches import ends_chunks, in_stretches, is_long
 from heddle.compose.modules.waiting import can_wait
 from heddle.kernels.block_attention import block_attention
 from heddle.kernels.gated_delta_rule import gated_delta_rule
@@ -35,10 +39,15 @@ class Running:
     opened: Tensor
 
 
+# The state of the convolution, where the memory stands, and the routes of stretches.
+Past = tuple[Any, ...]
+
+
 class NatsLModule(GatedDeltaNetModule):
     """Chunks of tokens kept by softmax attention or folded into a Gated DeltaNet.        (arXiv 2602.03681)
 
         p_c = softmax(W mean_{t in c} x_t);   m_c = onehot(argmax p_c), its gradient that of p_c where it is 1
+              (in the first steps of a training, if so many are asked for, m_c = (1, 0) with that gradient)
         a_t = softmax attention over the own chunk and earlier chunks c with m_c,0 = 1
         S   = after each chunk, e^G S_start + m_c,1 (S_end - e^G S_start),   G the sum of the chunk's log-decays
         y   = W_o ((w_0 rms(S q) + w_1 rms(a)) * silu(W_z x)),   w = softmax(W_m q), for each head of attention
@@ -65,6 +74,7 @@ class NatsLModule(GatedDeltaNetModule):
         negative_eigenvalues: bool,
         budget: float | None,
         budget_factor: float,
+        dense_first: float | None = None,
     ) -> None:
         super().__init__(
             site,
@@ -80,20 +90,21 @@ class NatsLModule(GatedDeltaNetModule):
         self.share_proj = nn.Linear(heads * head_dim, 2 * self.parts, bias=False)
         self.q_norm, self.k_norm = (RMSNorm(head_dim // split, site.norm_eps) for _ in range(2))
         self.norm = RMSNorm(value_dim // split, site.norm_eps)
-        self.routes_out = nn.Identity()
+        self.routes_out, self.first = nn.Identity(), first_steps(dense_first)
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
         x = call.hide_padding(x)
-        q, k, v = self.conv(self.qkv_proj(x), call).split(self.sizes, dim=-1)
         types, places = self._held(x, call)
         layout = self._layout(x, call, places)
-        recalled, made = self._recurrence(x, (q, k, v), layout, call)
+        work = self._apart if self._is_apart(x, layout, call) else self._at_once
+        (recalled, *sides, shares), made = work(x, layout, call)
+        made = self.routes_out(made)
         if self.training:
             self._account(made, call)
         types = self._typed(types, made, layout, places)
-        attended = self._attend((q, k, v), types, places, call)
-        shares = torch.softmax(_split(wide(self.share_proj(q)), self.parts), dim=-1).to(x.dtype)
-        recalled, z = (_split(one, self.parts) for one in (recalled.flatten(2), self.z_proj(x)))
+        attended = self._attend(sides, types, places, call)
+        shares = torch.softmax(_split(wide(shares), self.parts), dim=-1).to(x.dtype)
+        recalled, z = (_split(one, self.parts) for one in (recalled, self.z_proj(x)))
         o = shares[..., :1] * self.norm(recalled, z) + shares[..., 1:] * self.norm(attended, z)
         y: Tensor = self.o_proj(self.heads_out(call.gated(o)).flatten(2))
         return y
@@ -118,12 +129,59 @@ class NatsLModule(GatedDeltaNetModule):
             return Layout.regular(self.chunk, first, real, (places.keys - x.shape[1]) % self.chunk)
         return Layout.of(self.chunk, first, real if call.padding is None else call.padding > 0, None)
 
-    def _recurrence(
-        self, x: Tensor, sides: tuple[Tensor, Tensor, Tensor], layout: Layout, call: Call
-    ) -> tuple[Tensor, Tensor]:
-        """What the memory tells each token, and the routes of the chunks, 0 where one is not complete.
+    def _at_once(self, x: Tensor, layout: Layout, call: Call) -> tuple[tuple[Tensor, ...], Tensor]:
+        """All of a call but its attention: what the memory tells, what attention reads, and the routes.
 
-        Shapes:  sides: [B, T, H K], twice, and [B, T, H V];  out: [B, T, H, V], [B, chunks, H, 2]
+        Shapes:  out: [B, T, H V];  queries, keys and values of attention: [B, T, H K], twice, and [B, T, H V]
+                 logits of shares: [B, T, 2 H split];  routes: [B, chunks, H, 2]
+        """
+        sides, running = self._parted(self.conv(self.qkv_proj(x), call)), self._running(x, call)
+        recalled, routes = self._recurrence(x, sides, running, layout, call)
+        names = ("memory", "start", "faded")
+        call.keep(**{name: getattr(running, name) for name in names}, open=running.opened)
+        return (recalled, *self._for_attention(sides)), routes
+
+    def _is_apart(self, x: Tensor, layout: Layout, call: Call) -> bool:
+        """Whether training works a long sequence out again, a stretch after the other: one that begins here, of whole rows."""
+        is_plain = call.cache is None and call.written is None and call.cu_seqlens is None
+        return is_plain and layout.offset == 0 and ends_chunks(self.chunk) and is_long(x.shape[1])
+
+    def _apart(self, x: Tensor, layout: Layout, call: Call) -> tuple[tuple[Tensor, ...], Tensor]:
+        """`_at_once` in stretches: what attention reads and what the memory tells is kept, the rest is worked out again."""
+
+        def stretch(past: Past, x: Tensor) -> tuple[Tensor, Past]:
+            conv, running, *routes = past
+            y, conv = self.conv.after(self.qkv_proj(x), conv)
+            here = Layout.regular(self.chunk, layout.first, layout.real[:, : x.shape[1]], 0)
+            # What is worked out again begins where this began.
+            sides, running = self._parted(y), replace(running)
+            recalled, m = self._recurrence(x, sides, running, here, call)
+            return torch.cat((recalled, *self._for_attention(sides)), dim=-1), (conv, running, *routes, m)
+
+        held, (_, _, *routes) = in_stretches(stretch, (None, self._running(x, call)), (x,))
+        width = [self.heads * self.value_dim, *self.sizes, 2 * self.parts]
+        return torch.split(held, width, dim=-1), torch.cat(routes, dim=1)
+
+    def _parted(self, qkv: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values of what comes out of the convolution."""
+        return torch.split(qkv, list(self.sizes), dim=-1)
+
+    def _for_attention(self, sides: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Queries, keys and values, the first two normed by parts of heads, and the logits of what each part takes of both.
+
+        Shapes:  sides, out: [B, T, H K], twice, and [B, T, H V];  logits: [B, T, 2 H split]
+        """
+        q, k, v = sides
+        normed = (norm(_split(side, self.parts)) for norm, side in ((self.q_norm, q), (self.k_norm, k)))
+        q_part, k_part = (side.to(v.dtype).flatten(2) for side in normed)
+        return q_part, k_part, v, self.share_proj(q)
+
+    def _recurrence(
+        self, x: Tensor, sides: Sequence[Tensor], running: Running, layout: Layout, call: Call
+    ) -> tuple[Tensor, Tensor]:
+        """What the memory tells each token, and the routes of the chunks, 0 where one is not complete; `running` goes on.
+
+        Shapes:  sides: [B, T, H K], twice, and [B, T, H V];  out: [B, T, H V], [B, chunks, H, 2]
         """
         q, k, v = (_split(side, self.heads) for side in sides)
         log_decay, beta = self._gates(x, call)
@@ -133,13 +191,9 @@ class NatsLModule(GatedDeltaNetModule):
         exact = wide_dtype(x.dtype)
         inputs = torch.cat([layout.spread(of).sum(2, keepdim=True, dtype=exact) for of in summed], dim=-1)
         given = [layout.spread(one) for one in (l2_norm(q), l2_norm(k), v, log_decay, beta)]
-        running = self._running(x, call)
         go_on = self._ragged if layout.offset is None or layout.chunks == 1 else self._even
         told, routes = go_on(running, (*given, inputs), layout)
-        names = ("memory", "start", "faded")
-        call.keep(**{name: getattr(running, name) for name in names}, open=running.opened)
-        m: Tensor = self.routes_out(routes)
-        return layout.gather(told), m
+        return layout.gather(told).flatten(2), routes
 
     def _even(self, running: Running, given: tuple[Tensor, ...], layout: Layout) -> tuple[Tensor, Tensor]:
         """Goes on through chunks whose places are those of all rows: all at once but one that is open before or after the call.
@@ -233,7 +287,7 @@ class NatsLModule(GatedDeltaNetModule):
         """
         mean = opened[..., :-2] / opened[..., -2:-1].clamp(min=1.0)
         p = torch.softmax(_split(wide(self.router(mean.to(self.router.weight.dtype))), self.heads), dim=-1)
-        chosen = torch.zeros_like(p).scatter(-1, p.argmax(dim=-1, keepdim=True), 1.0)
+        chosen = routed(p, self.first if self.training else None)
         # The bracket is 0. A type that was not chosen hears nothing.
         return chosen * (1.0 + (p - p.detach())) * self._is_complete(opened)[..., None, None]
 
@@ -256,13 +310,9 @@ class NatsLModule(GatedDeltaNetModule):
         index = index.clamp(max=places.blocks)[:, None].expand(-1, self.heads, -1)
         return held.scatter_add(2, index, m[..., 0].transpose(1, 2).to(held.dtype))[..., :-1]
 
-    def _attend(
-        self, sides: tuple[Tensor, Tensor, Tensor], types: Tensor, places: Places, call: Call
-    ) -> Tensor:
+    def _attend(self, sides: Sequence[Tensor], types: Tensor, places: Places, call: Call) -> Tensor:
         """Shapes:  sides: [B, T, H K], twice, and [B, T, H V];  types: [B, H, all chunks];  out: [B, T, H split, V / split]"""
-        q, k, v = (_split(side, self.parts) for side in sides)
-        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
-        q, k, v = (side.transpose(1, 2) for side in (q, k, v))
+        q, k, v = (_split(side, self.parts).transpose(1, 2) for side in sides)
         held, tokens = places.keys - q.shape[2], q.shape[2]
         written = v.new_ones(len(v), tokens) if call.written is None else call.written
         past = [call.state(name) for name in ("keys", "values", "written")]
@@ -306,11 +356,12 @@ class NatsLModule(GatedDeltaNetModule):
 
         Shapes:  m: [B, chunks, H, 2]
         """
-        # Of a complete chunk one is 1.
-        share = m[..., 0].sum() / m.detach().sum().clamp(min=1.0)
+        # Of a complete chunk one is 1. A chunk of type linear has 0 for the other, and its gradient where that 1 is.
+        first, second = m.unbind(-1)
+        share = (first + (second.detach() - second)).sum() / m.detach().sum().clamp(min=1.0)
         call.add_loss("router_share", share.detach(), 0.0)
         if self.budget is not None:
-            call.add_loss("router_budget", (share - self.budget).square(), self.budget_factor)
+            call.add_loss("router_budget", missed(share, self.budget, self.first), self.budget_factor)
 
     def kernel_path(self, device: torch.device, dtype: torch.dtype) -> str:
         """The name of the code that does the mixing: of a part of a chunk, and of whole chunks."""

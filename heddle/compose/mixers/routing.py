@@ -18,7 +18,7 @@ class RoutingModule(nn.Module):
     """Softmax attention inside clusters of online k-means, without a view of later tokens.        (after arXiv 2003.05997)
 
         r = layernorm(W_qk x), without weights;   z_t = argmax_c r_t · m_c
-        o_t = softmax_j(r_t · r_j / sqrt(d)) v_j over the latest `members` - 1 tokens j < t with z_j = z_t;  v_t if there is none
+        o_t = softmax_j(scale r_t · r_j) v_j over the latest `members` - 1 tokens j < t with z_j = z_t;  v_t if there is none
         y = W_o o
 
     Training adds `commitment` times the mean of (r / sqrt(d) - m_z)², and tells `largest_cluster`, the share of the tokens that
@@ -38,10 +38,11 @@ class RoutingModule(nn.Module):
         members: int,
         decay: float,
         commitment: float,
+        scale: float | None = None,
     ) -> None:
         super().__init__()
         self.heads, self.head_dim, self.clusters = heads, head_dim, clusters
-        self.kept, self.commitment = members - 1, commitment
+        self.kept, self.commitment, self.scale = members - 1, commitment, scale
         width = heads * head_dim
         self.qk_proj = nn.Linear(site.hidden_size, width, bias=False)
         self.v_proj = nn.Linear(site.hidden_size, width, bias=False)
@@ -125,6 +126,7 @@ class RoutingModule(nn.Module):
             width=self.kept,
             queries=by_cluster,
             weight=weight,
+            scale=self.scale,
         )
 
     def _step(
@@ -137,7 +139,9 @@ class RoutingModule(nn.Module):
         (r, v, z, is_member), (held, keys, values) = token, past
         count, last = held.gather(-1, z), (z + 1) * self.kept
         order = torch.arange(keys.shape[2], device=z.device).expand(*z.shape[:2], -1)
-        o = span_attention(r, keys, values, order, first=last - count, last=last, own=v, width=self.kept)
+        o = span_attention(
+            r, keys, values, order, first=last - count, last=last, own=v, width=self.kept, scale=self.scale
+        )
         place = z * self.kept + torch.arange(self.kept, device=z.device)
         index = place[..., None].expand(-1, -1, -1, r.shape[-1])
         kept = {}

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from heddle.compose.cache import Call, PreallocatedRecurrentLayer, RecurrentLayer, StateLayer
+from heddle.compose.modules.first_steps import first_steps, missed, routed
 from heddle.compose.modules.merge import MergingMixer
 from heddle.compose.modules.precision import wide, wide_dtype
 from heddle.compose.modules.site import Site
@@ -21,7 +22,8 @@ class TokenRouterModule(MergingMixer):
         y   = merge_i(norm_i(mixer_i(x, written=m_i)))
 
     Chunks are counted from each row's position 0. The choice of a chunk rests on its first token, so no later one is
-    seen. `routes_out` sees every m: its mean over time is the share of each mixer.
+    seen. In the first steps of a training, where that is asked for, onehot is (1, 0). `routes_out` sees every m: its mean
+    over time is the share of each mixer.
 
     Shapes:  x, y: [B, T, D];  m, p, and what `routes_out` sees: [B, T, 2], at least float32;  state: [B, 1, 2], the m of
              the open chunk
@@ -37,11 +39,12 @@ class TokenRouterModule(MergingMixer):
         norm: bool,
         budget: float | None,
         budget_factor: float,
+        dense_first: float | None = None,
     ) -> None:
         super().__init__(site, mixers=mixers, merge=merge, norm=norm)
         self.chunk, self.budget, self.budget_factor = chunk, budget, budget_factor
         self.router = nn.Linear(site.hidden_size, len(mixers), bias=False)
-        self.routes_out = nn.Identity()
+        self.routes_out, self.first = nn.Identity(), first_steps(dense_first)
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
         return self.answer(x, call, self.routes(x, call))
@@ -49,7 +52,7 @@ class TokenRouterModule(MergingMixer):
     def routes(self, x: Tensor, call: Call) -> Tensor:
         """Which mixer remembers each token: 1 for that one and 0 for the other, with the gradient of the softmax."""
         p = torch.softmax(wide(self.router(x)), dim=-1)
-        chosen = torch.zeros_like(p).scatter(-1, p.argmax(dim=-1, keepdim=True), 1.0)
+        chosen = routed(p, self.first if self.training else None)
         # The bracket is exactly 0, which chosen + p - p is not in floating point.
         m: Tensor = self.routes_out(self._of_chunks(chosen + (p - p.detach()), call))
         if self.training:
@@ -87,7 +90,7 @@ class TokenRouterModule(MergingMixer):
         share = (first * real).sum() / real.sum().clamp(min=1.0)
         call.add_loss("router_share", share.detach(), 0.0)
         if self.budget is not None:
-            call.add_loss("router_budget", (share - self.budget).square(), self.budget_factor)
+            call.add_loss("router_budget", missed(share, self.budget, self.first), self.budget_factor)
 
     def new_cache(self) -> StateLayer:
         made = super().new_cache()

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from heddle.compose.cache import Call
-from heddle.kernels.member_attention import member_attention
 from heddle.kernels.span_attention import span_attention
 
 
@@ -45,14 +44,3 @@ def inward_attention(
     )
     width = min(2 * window - 1, tokens)
     return span_attention(q, k, v, order, first=first, last=last, own=v, width=width, scale=scale)
-
-
-def listed_attention(q: Tensor, k: Tensor, v: Tensor, index: Tensor, scale: float | None) -> Tensor:
-    """Softmax attention of each token over the keys that are listed for it, -1 for none; its own is among them.
-
-    Shapes:  q, out: [B, H, T, d];  k, v: [B, KV heads, T, d];  index: [1 or B, T, keys] int64
-    """
-    index = index[:, None].expand(*q.shape[:2], -1, -1)
-    group = q.shape[1] // k.shape[1]
-    k, v = (side.repeat_interleave(group, dim=1) for side in (k, v))
-    return member_attention(q, k, v, index, own=v, scale=scale)

@@ -119,7 +119,6 @@ class Means:
     held: Tensor | None = None
 
 
-@torch.no_grad()
 def means_of(
     k: Tensor, places: Places, parts: Parts, *, weights: Tensor | None, new: int
 ) -> tuple[Means, int | Tensor]:

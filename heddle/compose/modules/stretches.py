@@ -18,6 +18,11 @@ def is_long(tokens: int) -> bool:
     return torch.is_grad_enabled() and tokens > STRETCH
 
 
+def ends_chunks(chunk: int) -> bool:
+    """Whether every stretch ends where a chunk of so many tokens does."""
+    return STRETCH % chunk == 0
+
+
 def in_stretches(
     part: Callable[..., tuple[Tensor, Any]], state: Any, sides: Sequence[Tensor]
 ) -> tuple[Tensor, Any]:

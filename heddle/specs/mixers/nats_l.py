@@ -44,7 +44,7 @@ class NatsL(HeadedMixer):
             "negative_eigenvalues": True,
             "budget": 0.25,
         },
-        {"heads": 2, "budget": 0.5, "budget_factor": 0.1},
+        {"heads": 2, "budget": 0.5, "budget_factor": 0.1, "dense_first": 0.5},
     )
     routes: ClassVar[bool] = True
     kind: Literal["nats_l"] = "nats_l"
@@ -83,6 +83,14 @@ class NatsL(HeadedMixer):
     budget_factor: Annotated[
         float, Field(ge=0, le=1e6, description="Factor of that loss in the training loss.")
     ] = 0.01
+    dense_first: Annotated[
+        float | None,
+        Field(
+            ge=0,
+            le=1,
+            description="Share of a training's steps (0 to 1), the first ones, with all chunks of type softmax; null: none.",
+        ),
+    ] = None
 
     def output_heads(self) -> int:
         return self.heads * self.split

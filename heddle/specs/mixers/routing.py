@@ -34,6 +34,7 @@ class Routing(HeadedMixer):
             "members": 6,
             "decay": 0.9,
             "commitment": 0.1,
+            "scale": 1.0,
         },
     )
     routes: ClassVar[bool] = True
@@ -61,8 +62,25 @@ class Routing(HeadedMixer):
         ),
     ] = 1e-4
 
+    scale: Annotated[
+        float | None,
+        Field(
+            gt=0,
+            le=1e6,
+            description="Factor of the logits; null: 1 / sqrt(head_dim). The paper's released code has none, so 1.",
+        ),
+    ] = None
+
     def resolved(self, site: Site) -> Routing:
-        return self.model_copy(update={"head_dim": head_dim_of(self, site)})
+        dim = head_dim_of(self, site)
+        return self.model_copy(update={"head_dim": dim, "scale": self.scale or dim**-0.5})
+
+    def runtime(self, site: Site) -> dict[str, Any]:
+        data = super().runtime(site)
+        # A field that came later: at its default it is left out, as if it did not exist.
+        if data["scale"] == data["head_dim"] ** -0.5:
+            del data["scale"]
+        return data
 
     def problems(self, site: Site) -> list[Problem]:
         found = heads_problems(self, site)

@@ -55,6 +55,15 @@ class TokenRouter(CompositeMixer):
     budget_factor: Annotated[
         float, Field(ge=0, le=1e6, description="Factor of that loss in the training loss.")
     ] = 0.01
+    dense_first: Annotated[
+        float | None,
+        Field(
+            ge=0,
+            le=1,
+            description="Share of a training's steps (0 to 1), the first ones, in which the first mixer remembers all "
+            "tokens; null: none.",
+        ),
+    ] = None
 
     def problems(self, site: Site) -> list[Problem]:
         return super().problems(site) + [
