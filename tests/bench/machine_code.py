@@ -701,8 +701,8 @@ def _launch(case: Case) -> Launch:
         return getattr(rat_attention.HOPPER.plan(ELEMENTS[case.dtype], block(case.K)), case.kernel)
     elif case.op in SPARSE:
         size = max(block(case.K), block(case.V))
-        # Two kernels of block_choice share a launch, and two of local_linear_attention; gates do with other choices.
-        name = {"sum": "share", "middle": "mean"}.get(case.kernel, case.kernel.removeprefix("gated "))
+        # Two kernels of block_choice share a launch, and two of local_linear_attention.
+        name = {"sum": "share", "middle": "mean"}.get(case.kernel, case.kernel.replace(" ", "_"))
         return getattr(SPARSE[case.op].plan(ELEMENTS[case.dtype], size), name)
     elif case.op == "ttt":
         launch = getattr(ttt.HOPPER.plan(ELEMENTS[case.dtype], block(case.K)), case.kernel)
