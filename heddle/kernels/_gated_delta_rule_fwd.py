@@ -80,13 +80,6 @@ def decay_from_column(total, rest, causal):
 
 
 @triton.jit
-def decay_until_row(total, rest, causal):
-    """As `decay_from_column`, by one mask: a power of -inf is 0."""
-    power = (total[:, None] - total[None, :]) + (rest[:, None] - rest[None, :])
-    return tl.exp2(tl.where(causal, power, float("-inf")))
-
-
-@triton.jit
 def decay_from_row(total, rest, causal):
     """The decay from the token of a row to that of a column, where `causal`; 0 elsewhere."""
     power = (total[None, :] - total[:, None]) + (rest[None, :] - rest[:, None])
@@ -101,18 +94,16 @@ def _gated_delta_rule_fwd_solve_kernel(
     T, H, per_sequence, scale,
     K: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr,
     GATED: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr, SOLVE: tl.constexpr,
-    MEMBERS: tl.constexpr, LEAN: tl.constexpr,
 ):  # fmt: skip
-    """T - I and P of one chunk, for MEMBERS value heads of a key head; and its gates as the other kernels want them.
+    """T - I and P of one chunk and value head; and its gates as the other kernels want them.
 
-    LEAN: P is gone before the inverse begins, so that it takes fewer registers.
+    P is gone before the inverse begins, so that four programs share a multiprocessor.
 
     Shapes:  pairs: [chunks, HV, 2, C, C];  gates: [chunks, HV, 3, C] (beta, seen, left), float32
     """
-    PROGRAMS = H * (GROUP // MEMBERS)
-    first_own = tl.program_id(0) % PROGRAMS * MEMBERS
-    head = first_own // GROUP
-    chunk = tl.program_id(0) // PROGRAMS
+    own = tl.program_id(0) % (H * GROUP)
+    head = own // GROUP
+    chunk = tl.program_id(0) // (H * GROUP)
     n, j, begin, length = find_sequence(chunk, table_ptr, cu_seqlens_ptr, T, per_sequence, VARLEN)
     # An empty sequence has a chunk as well, without a token.
     if (n < 0) | (j * C >= length):
@@ -131,32 +122,46 @@ def _gated_delta_rule_fwd_solve_kernel(
     keys = tl.dot(k, tl.trans(k), input_precision=PRECISION)  # [C, C]
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale  # [C, C]
 
-    square = i[:, None] * C + i[None, :]
-    for member in range(MEMBERS):
-        own = first_own + member
-        at = (row * T + first + i) * (H * GROUP) + own
-        place = chunk.to(tl.int64) * (H * GROUP) + own
-        beta = tl.load(beta_ptr + at, mask=present, other=0.0)
-        gates_at = gates_ptr + place * (3 * C) + i
-        if GATED:
-            total, rest, seen, left, _ = decays(log_decay_ptr, at, present)
-            causal = i[:, None] >= i[None, :]
-            within = decay_until_row(total, rest, causal) if LEAN else decay_from_column(total, rest, causal)
-            tl.store(gates_at + C, seen)
-            tl.store(gates_at + 2 * C, left)
-        else:
-            within = tl.where(i[:, None] >= i[None, :], 1.0, 0.0)
-        tl.store(gates_at, beta)
-        pairs_at = pairs_ptr + place * (2 * C * C) + square
-        if LEAN:
-            tl.store(pairs_at + C * C, (scores * within).to(k.dtype))
-        strict = tl.where(i[:, None] > i[None, :], beta[:, None] * keys * within, 0.0)
-        solved = unit_lower_inverse(strict, C, LEVELS, SOLVE)
-        if not LEAN:
-            tl.store(pairs_at + C * C, (scores * within).to(k.dtype))
-        # Without the diagonal: what goes through it need not be rounded.
-        solved = tl.where(i[:, None] == i[None, :], 0.0, solved)
-        tl.store(pairs_at, solved.to(k.dtype))
+    at = (row * T + first + i) * (H * GROUP) + own
+    place = chunk.to(tl.int64) * (H * GROUP) + own
+    beta = tl.load(beta_ptr + at, mask=present, other=0.0)
+    gates_at = gates_ptr + place * (3 * C) + i
+    if GATED:
+        total, rest, seen, left, _ = decays(log_decay_ptr, at, present)
+        # By one mask: a power of -inf is 0.
+        power = (total[:, None] - total[None, :]) + (rest[:, None] - rest[None, :])
+        within = tl.exp2(tl.where(i[:, None] >= i[None, :], power, float("-inf")))
+        tl.store(gates_at + C, seen)
+        tl.store(gates_at + 2 * C, left)
+    else:
+        within = tl.where(i[:, None] >= i[None, :], 1.0, 0.0)
+    tl.store(gates_at, beta)
+    pairs_at = pairs_ptr + place * (2 * C * C) + i[:, None] * C + i[None, :]
+    tl.store(pairs_at + C * C, (scores * within).to(k.dtype))
+    strict = tl.where(i[:, None] > i[None, :], beta[:, None] * keys * within, 0.0)
+    solved = unit_lower_inverse(strict, C, LEVELS, SOLVE)
+    # Without the diagonal: what goes through it need not be rounded.
+    solved = tl.where(i[:, None] == i[None, :], 0.0, solved)
+    tl.store(pairs_at, solved.to(k.dtype))
+
+
+@triton.jit
+def _ask_for_chunk(
+    q_ptr, k_ptr, v_ptr, pairs_ptr, stride_qt, stride_kt, stride_vt, t, length, place, tile, HV,
+    C: tl.constexpr, K: tl.constexpr, COLUMNS: tl.constexpr, SUMMARY: tl.constexpr,
+):  # fmt: skip
+    """Asks for the chunk after the one at these pointers (pairs: at `place`); the last one for itself.
+
+    The pipeline asks for a chunk when the one before is done; from the L2 cache it comes sooner.
+    """
+    step = tl.where(t + C < length, 1, 0)
+    there = length - t - step * C
+    SQUARES: tl.constexpr = C if SUMMARY else 2 * C
+    ask_for_rows(k_ptr + step * (C * stride_kt), stride_kt, there, C, K)
+    ask_for_rows(pairs_ptr + (place + step * HV) * (2 * C * C), C, SQUARES, SQUARES, C)
+    if not SUMMARY:
+        ask_for_rows(q_ptr + step * (C * stride_qt), stride_qt, there, C, K)
+        ask_for_rows(v_ptr + (step * (C * stride_vt) + tile * COLUMNS), stride_vt, there, C, COLUMNS)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -236,16 +241,10 @@ def _gated_delta_rule_fwd_state_kernel(
         over = tl.load(gates_ptr + place * (3 * C) + 2 * C - 1, mask=length > 0, other=1.0)
     for t in range(0, length, C):
         if AHEAD:
-            # The pipeline asks for a chunk when the one before is done; from the L2 cache it comes sooner. The last one asks for
-            # itself.
-            step = tl.where(t + C < length, 1, 0)
-            there = length - t - step * C
-            SQUARES: tl.constexpr = C if SUMMARY else 2 * C
-            ask_for_rows(k_ptr + step * (C * stride_kt), stride_kt, there, C, K)
-            ask_for_rows(pairs_ptr + (place + step * HV) * (2 * C * C), C, SQUARES, SQUARES, C)
-            if not SUMMARY:
-                ask_for_rows(q_ptr + step * (C * stride_qt), stride_qt, there, C, K)
-                ask_for_rows(v_ptr + (step * (C * stride_vt) + tile * COLUMNS), stride_vt, there, C, COLUMNS)
+            _ask_for_chunk(
+                q_ptr, k_ptr, v_ptr, pairs_ptr, stride_qt, stride_kt, stride_vt, t, length, place, tile, HV,
+                C, K, COLUMNS, SUMMARY,
+            )  # fmt: skip
         present = i < length - t
         narrow = present[:, None] if K == ROWS else present[:, None] & in_k
         kept = in_v & present[None, :]

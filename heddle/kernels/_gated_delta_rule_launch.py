@@ -74,8 +74,6 @@ def plan(device: torch.device, element: int, rows: int, columns: int | None = No
         **{name: tuned(name, getattr(table, name)) for name in names},
         pairs=pairs,
         tile=tuned("tile", table.tile),
-        members=tuned("members", table.members),
-        lean=bool(tuned("lean", int(table.lean))),
         ahead=bool(tuned("ahead", int(table.ahead))),
     )
 
@@ -235,12 +233,10 @@ def _solve(
     gate, beta = _gates(log_decay, beta)
     table, packed = layout.chunk_table(beta)
     exact = q.device.type == "cuda"
-    members = layout.plan.members or layout.HV // layout.H
     start_kernel(
-        _gated_delta_rule_fwd_solve_kernel, (layout.chunks.count * layout.HV // members,),
+        _gated_delta_rule_fwd_solve_kernel, (layout.chunks.count * layout.HV,),
         q, k, gate, beta, kept.pairs, kept.gates, table, packed, *strides(q, k), *layout.numbers, scale,
         LEVELS=layout.chunk.bit_length() - 1, SOLVE=layout.plan.inverse if exact else "ieee",
-        MEMBERS=members, LEAN=layout.plan.lean,
         **layout.constants, **layout.plan.solve.options(),
     )  # fmt: skip
 
@@ -305,6 +301,8 @@ def _run_forward_state(
     keep = kept.new.numel() > 0
     several, programs = layout.segments.several, layout.segments.count * layout.HV
     parts = keep and layout.constants["GATED"] and q.dtype != torch.float32
+    # One pass over whole sequences has no registers for it.
+    ahead = layout.plan.ahead and several
 
     def run(starts: Tensor, launch: Launch, **constants: bool) -> None:
         options = layout.tiles(launch)
@@ -315,7 +313,7 @@ def _run_forward_state(
             q, k, v, kept.pairs, kept.gates, final if before is None else before, out, final,
             kept.states if keep else out, kept.new if keep else out, kept.last, kept.rest, kept.summary, starts,
             *layout.segment_table(final), *strides(q, k, v), *layout.along, int(before is not None), scale,
-            PARTS=parts, AHEAD=layout.plan.ahead, **constants, **layout.constants, **options,
+            PARTS=parts, AHEAD=ahead and not constants["KEEP"], **constants, **layout.constants, **options,
         )  # fmt: skip
 
     starts = final

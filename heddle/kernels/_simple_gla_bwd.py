@@ -32,8 +32,8 @@ class ApartSweep(Sweep):
         for role in range(roles.first, roles.first + roles.count):
             states = scratch[role - roles.first] if segments.several else scratch
             self._start_role(replace(roles, first=role, count=1), segments, states, written, given)
-        if self.strong_apart:
-            self.start_all(roles, segments, scratch, written, given, only_strong=True)
+        # With both loops in it each role would spill.
+        self.start_all(roles, segments, scratch, written, given, only_strong=True)
 
     def _start_role(
         self, roles: Roles, segments: Segments, states: Tensor, written: Written, given: Given
@@ -52,7 +52,7 @@ class ApartSweep(Sweep):
             self.T, self.H, self.group, self.gates.shape[2],
             segments.count, segments.per_sequence, segments.size, self.scale, self.sequences,
             K=roles.K, V=roles.V, C=self.chunk, ROWS=block(roles.K), COLUMNS=columns, ROLE=role,
-            DROPPED=DROPPED.get(q.dtype, 0), WEAK=self.strong_apart, AHEAD=self.ahead,
+            DROPPED=DROPPED.get(q.dtype, 0), AHEAD=self.ahead,
             PRECISE=self.precise, PRECISION=self.precision, VARLEN=self.cu_seqlens is not None, SEGMENTED=segments.several,
             HAS_OUTSIDE=outside is not None, HAS_D_FINAL=given.d_final is not None, **launch.options(),
         )  # fmt: skip

@@ -11,13 +11,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from heddle.kernels._simple_gla_sweep import _first_slot, is_strong, strong_decays, undone
+from heddle.kernels._simple_gla_sweep import _first_slot, is_strong
 from heddle.kernels.common.jit import ask_for_rows, find_sequence
 
 # A new length must not mean a new compilation; the number of heads may, as in the sweep.
 LENGTHS = ("T", "slots", "segments", "sequences", "per_sequence", "segment_size")
-# What is dropped of a float32 for float16, whose numbers end at 6e-8.
-NARROW = tl.constexpr(13)
 
 
 @triton.jit
@@ -31,27 +29,23 @@ def _shortened(x, DROPPED: tl.constexpr, NEAREST: tl.constexpr):
 
 @triton.jit
 def _walk(
-    state, owed, a_ptr, b_ptr, c_ptr, e_ptr, out_ptr, gates_ptr, rows_ptr, columns,
+    state, a_ptr, b_ptr, c_ptr, e_ptr, out_ptr, gates_ptr, rows_ptr, columns,
     first, chunks, length, plane, scale, stride_at, stride_bt, stride_ct, stride_et,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr,
-    ROLE: tl.constexpr, DROPPED: tl.constexpr, STRONG: tl.constexpr, AHEAD: tl.constexpr,
+    ROLE: tl.constexpr, DROPPED: tl.constexpr, AHEAD: tl.constexpr,
     PRECISE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`_walk` of `_simple_gla_sweep.py` for one role: outputs and rows of the chunks of a segment, and the state behind them."""
     MIRRORED: tl.constexpr = ROLE != 0
     GATED: tl.constexpr = ROLE < 2
-    ALONE: tl.constexpr = GATED and STRONG
     i = tl.arange(0, C)
     rows = tl.arange(0, ROWS)
-    same = i[:, None] == i[None, :]
     causal = i[:, None] <= i[None, :] if MIRRORED else i[:, None] >= i[None, :]
-    apart = i[:, None] < i[None, :] if MIRRORED else i[:, None] > i[None, :]
     a_offsets = (i * stride_at)[:, None] + rows[None, :]
     b_offsets = (i * stride_bt)[:, None] + rows[None, :]
     c_offsets = (i * stride_ct)[:, None] + columns[None, :]
     e_offsets = (i * stride_et)[:, None] + columns[None, :]
     out_offsets = (i * (H * V))[:, None] + columns[None, :]
-    closing = 0.0
     if AHEAD:
         COLUMNS: tl.constexpr = columns.shape[0]
         own_columns = tl.min(columns, axis=0)
@@ -86,24 +80,14 @@ def _walk(
             low = tl.load(gates_ptr + plane + t + i)
             age += low[None, :] - low[:, None] if MIRRORED else low[:, None] - low[None, :]
             rest += tl.load(gates_ptr + plane + t + (C - 1)) - low
-        if STRONG:
-            opening, closing, nearest = strong_decays(gates_ptr + t, since, length - t, C)
-            before = owed + closing if MIRRORED else opening
-            seen = tl.exp2(rest - closing) if MIRRORED else tl.exp2(since - opening) * scale  # [C]
-            left = tl.exp2(since - opening) * scale if MIRRORED else tl.exp2(rest - closing)  # [C]
-            over = tl.exp2(end + owed - opening if MIRRORED else end - closing)
-        else:
-            seen = tl.exp2(rest) if MIRRORED else tl.exp2(since) * scale  # [C]
-            left = tl.exp2(since) * scale if MIRRORED else tl.exp2(rest)  # [C]
-            over = tl.exp2(end)
+        seen = tl.exp2(rest) if MIRRORED else tl.exp2(since) * scale  # [C]
+        left = tl.exp2(since) * scale if MIRRORED else tl.exp2(rest)  # [C]
         if GATED and not PRECISE:
             near = _shortened(state, DROPPED, False)
             read = tl.dot(a, near.to(a.dtype))  # [C, COLUMNS]
             read = tl.dot(a, (state - near).to(a.dtype), read)
         else:
             read = tl.dot(a, state.to(a.dtype), input_precision=PRECISION)
-        if STRONG:
-            read *= tl.exp2(before)
         if GATED:
             sums = tl.zeros([C], tl.float32)
             if not PRECISE:
@@ -112,31 +96,15 @@ def _walk(
                 sums += tl.sum((_shortened(aged, DROPPED, True) - aged) * read, axis=1)
         # Only now: registers are short. What a mask leaves out is 0 by its power.
         scores = tl.dot(a, tl.trans(b), input_precision=PRECISION)
-        if ALONE:
-            of_itself = tl.sum(tl.where(same, scores, 0.0), axis=1) * scale
-            scores *= tl.exp2(tl.where(apart, age - nearest, float("-inf"))) * scale
-            seen *= tl.exp2(-nearest)
-        else:
-            scores *= tl.exp2(tl.where(causal, age, float("-inf"))) * scale
+        scores *= tl.exp2(tl.where(causal, age, float("-inf"))) * scale
         out = tl.dot(scores.to(c.dtype), c, read * seen[:, None], input_precision=PRECISION)
-        if ALONE:
-            out *= tl.exp2(nearest)
         if GATED:
             sums += tl.sum(e * out, axis=1)
-            if ALONE and ROLE == 1:
-                # No decay lies between the last token and the final state.
-                sums = tl.where(t + i == length - 1, 0.0, sums)
             tl.store(rows_ptr + t + i, sums)
-        if ALONE:
-            out += of_itself[:, None] * c
         tl.store(out_ptr + moved * (H * V) + out_offsets, out.to(c.dtype), mask=kept)
-        if ALONE and ROLE == 0:
-            left = tl.where(t + i == length - 1, 0.0, left)
         weighted = (c * left[:, None]).to(c.dtype)
-        state = tl.dot(tl.trans(b), weighted, state * over, input_precision=PRECISION)
-        if STRONG and MIRRORED:
-            owed = opening
-    return state * tl.exp2(owed if MIRRORED else closing) if STRONG else state
+        state = tl.dot(tl.trans(b), weighted, state * tl.exp2(end), input_precision=PRECISION)
+    return state
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -151,17 +119,16 @@ def _simple_gla_bwd_role_kernel(
     K: tl.constexpr, V: tl.constexpr,
     C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ROLE: tl.constexpr, DROPPED: tl.constexpr,
     VARLEN: tl.constexpr, SEGMENTED: tl.constexpr, HAS_OUTSIDE: tl.constexpr, HAS_D_FINAL: tl.constexpr,
-    WEAK: tl.constexpr, AHEAD: tl.constexpr, PRECISE: tl.constexpr, PRECISION: tl.constexpr,
+    AHEAD: tl.constexpr, PRECISE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The outputs of one segment, and role 2's final state where a sequence begins. K and V are those of a, b and of c.
 
-    WEAK: segments with strong decays are left to another kernel.
+    Segments with strong decays are left to the kernel of the sweep.
 
     e is what the output is multiplied with for rows[role, tile, head, slot, C] of roles 0 and 1; outside is a state that comes
     from there; role 0 writes ends[tile, sequence, head]: the final state times its gradient.
     """
     TILES: tl.constexpr = (V + COLUMNS - 1) // COLUMNS
-    MIRRORED: tl.constexpr = ROLE != 0
     GATED: tl.constexpr = ROLE < 2
     pid = tl.program_id(0)
     tile = pid % TILES
@@ -200,27 +167,13 @@ def _simple_gla_bwd_role_kernel(
 
     first = j * segment_size
     chunks = (tl.minimum(segment_size, length - first) + C - 1) // C
-    strong = False
-    if WEAK:
-        if is_strong(gates_ptr, gates_at + first, chunks, length - first, C):
-            return
-    elif GATED or DROPPED == NARROW:
-        strong = is_strong(gates_ptr, gates_at + first, chunks, length - first, C)
-    if strong:
-        owed = 0.0
-        if MIRRORED and SEGMENTED:
-            state, owed = undone(state, gates_ptr, gates_at, first + segment_size, length)
-        state = _walk(
-            state, owed, a_ptr, b_ptr, c_ptr, e_ptr, out_ptr, gates_ptr + gates_at, rows_ptr + rows_at, columns,
-            first, chunks, length, plane, scale, stride_at, stride_bt, stride_ct, stride_et,
-            H, K, V, C, ROWS, ROLE, DROPPED, True, False, PRECISE, PRECISION,
-        )  # fmt: skip
-    else:
-        state = _walk(
-            state, 0.0, a_ptr, b_ptr, c_ptr, e_ptr, out_ptr, gates_ptr + gates_at, rows_ptr + rows_at, columns,
-            first, chunks, length, plane, scale, stride_at, stride_bt, stride_ct, stride_et,
-            H, K, V, C, ROWS, ROLE, DROPPED, False, AHEAD, PRECISE, PRECISION,
-        )  # fmt: skip
+    if is_strong(gates_ptr, gates_at + first, chunks, length - first, C):
+        return
+    state = _walk(
+        state, a_ptr, b_ptr, c_ptr, e_ptr, out_ptr, gates_ptr + gates_at, rows_ptr + rows_at, columns,
+        first, chunks, length, plane, scale, stride_at, stride_bt, stride_ct, stride_et,
+        H, K, V, C, ROWS, ROLE, DROPPED, AHEAD, PRECISE, PRECISION,
+    )  # fmt: skip
 
     if ROLE == 2:
         tl.store(final_ptr + own_state, state, mask=state_mask & (j == 0))

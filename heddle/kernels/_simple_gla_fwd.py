@@ -113,7 +113,6 @@ class Sweep:
         self.precision = "tf32x3" if q.device.type == "cuda" else "ieee"
         small = not self.precise and max(self.K, self.V) <= TALL
         self.ahead = bool(tuned("ahead", int(self.table.ahead))) and small
-        self.strong_apart = bool(tuned("strong_apart", int(self.table.strong_apart)))
         self.gates = self._sum_up(log_decay)
 
     def _sum_up(self, log_decay: Tensor) -> Tensor:
@@ -183,13 +182,12 @@ class Sweep:
         # The states before each segment that roles 0 and 1 started from.
         states, d_states, _ = (x for each in scratch for x in each) if segments.several else [self.gates] * 3
         table, packed = self._packed(segments)
-        summed = tuned("summed", self.table.summed)
         start_kernel(
             _simple_gla_gate_gradient_kernel, (segments.count * self.H,),
             rows, ends, states, d_states, d_gate, table, packed,
             self.T, self.H, self.gates.shape[2], self.sequences, segments.per_sequence, size,
-            C=self.chunk, TILES=tiles, SIZE=self.K * self.V, SUMMED=summed, SEGMENTED=segments.several,
-            VARLEN=self.cu_seqlens is not None, HAS_D_FINAL=given.d_final is not None, num_warps=min(16, summed // 128),
+            C=self.chunk, TILES=tiles, SIZE=self.K * self.V, SEGMENTED=segments.several,
+            VARLEN=self.cu_seqlens is not None, HAS_D_FINAL=given.d_final is not None, num_warps=8,
         )  # fmt: skip
 
     def _rows(self, tiles: int) -> tuple[Tensor, Tensor]:

@@ -40,6 +40,8 @@ STRONG_HALVINGS = tl.constexpr(2.0)
 FARTHEST = tl.constexpr(60.0)
 # Chunks looked at side by side for what is forgotten.
 WINDOW = tl.constexpr(64)
+# Tokens whose gradient of the log-decay is summed at a time.
+SUMMED = tl.constexpr(1024)
 # A new length must not mean a new compilation. A new number of heads may, and what lies between two tokens with it: to know
 # them saves a quarter of the registers, which are short.
 LENGTHS = ("T", "slots", "segments", "sequences", "per_sequence", "segment_size", "first_role")
@@ -498,13 +500,12 @@ def _simple_gla_output_kernel(
 def _simple_gla_gate_gradient_kernel(
     rows_ptr, ends_ptr, states_ptr, d_states_ptr, d_gate_ptr, table_ptr, cu_seqlens_ptr,
     T, H, slots, sequences, per_sequence, segment_size,
-    C: tl.constexpr, TILES: tl.constexpr, SIZE: tl.constexpr, SUMMED: tl.constexpr,
+    C: tl.constexpr, TILES: tl.constexpr, SIZE: tl.constexpr,
     VARLEN: tl.constexpr, SEGMENTED: tl.constexpr, HAS_D_FINAL: tl.constexpr,
 ):  # fmt: skip
     """Of each token of a segment: its rows and those of later ones, of role 0 less those of role 1, and what passes the end.
 
-    SUMMED tokens at a time. What passes the end is the state there times its gradient, which both kernels before have left:
-    rounding adds up in no more than a segment.
+    That is the state there times its gradient, which both kernels before have left: rounding adds up in no more than a segment.
     """
     head = tl.program_id(0) % H
     segment = tl.program_id(0) // H

@@ -576,8 +576,8 @@ def _planned_constants(case: Case, launch: Launch) -> dict[str, Any]:
     constants = {
         "K": case.K, "V": case.V, "C": launch.chunk, "ROWS": block(case.K), "COLUMNS": launch.columns, "GROUP": 1,
         "GATED": True, "ROUTED": False, "VARLEN": False, "PRECISION": "tf32x3", "SOLVE": getattr(plan, "inverse", None),
-        "LEVELS": launch.chunk.bit_length() - 1, "MEMBERS": 1,
-        "LEAN": getattr(plan, "lean", False), "AHEAD": getattr(plan, "ahead", False),
+        "LEVELS": launch.chunk.bit_length() - 1,
+        "AHEAD": getattr(plan, "ahead", False) and case.kernel == "forward",
         "KEEP": case.kernel in ("keep", "prepare") or (case.op == "gla" and case.backward),
         "SEGMENTED": False, "SUMMARY": False, "OUT": case.kernel != "keep", "BACKWARD": case.backward,
         "PARTS": case.kernel == "keep" and case.dtype != "fp32",
@@ -635,7 +635,7 @@ def ptx(case: Case) -> tuple[str, dict[str, int | None]]:
     if case.kernel == "output" and case.op not in SPARSE:
         constants |= {"SEGMENTED": False, "HAS_INITIAL": True, "HAS_D_FINAL": case.backward}
     if case.kernel == "output" and case.op == "simple_gla":
-        constants |= {"ONLY_STRONG": False, "AHEAD": simple_gla.HOPPER.ahead and not case.backward}
+        constants |= {"ONLY_STRONG": False, "AHEAD": _is_ahead(case) and not case.backward}
     if case.op == "simple_gla":
         constants |= {"PRECISE": case.dtype == "fp32", "H": 16 if case.many else 2}
         # As many heads as many models have, or heads that lie apart.
@@ -671,6 +671,11 @@ def ptx(case: Case) -> tuple[str, dict[str, int | None]]:
     return compiled.asm["ptx"], {"rows": rows, **asdict(launch)}
 
 
+def _is_ahead(case: Case) -> bool:
+    """Whether a launch of simple_gla asks for its next chunk, but for what the kernel is."""
+    return simple_gla.HOPPER.ahead and case.dtype != "fp32" and max(case.K, case.V) <= simple_gla.TALL
+
+
 def _apart_constants(case: Case, launch: Launch) -> dict[str, Any]:
     """What a backward role of simple_gla that is launched apart is told."""
     return {
@@ -678,7 +683,7 @@ def _apart_constants(case: Case, launch: Launch) -> dict[str, Any]:
         "ROLE": APART.index(case.kernel), "DROPPED": {"bf16": 16, "fp16": 13, "fp32": 0}[case.dtype],
         "PRECISE": case.dtype == "fp32", "PRECISION": "tf32x3",
         "VARLEN": False, "SEGMENTED": False, "HAS_OUTSIDE": True, "HAS_D_FINAL": True,
-        "WEAK": simple_gla.HOPPER.strong_apart, "AHEAD": simple_gla.HOPPER.ahead,
+        "AHEAD": _is_ahead(case),
     }  # fmt: skip
 
 

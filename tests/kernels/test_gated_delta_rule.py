@@ -83,12 +83,11 @@ def test_segments_change_nothing(device: str) -> None:
 
 @pytest.mark.parametrize("device", KERNEL_DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("members", [0, 1])
-def test_a_lean_inverse_is_right(members: int, dtype: torch.dtype, device: str) -> None:
+def test_packed_groups_of_heads_in_segments_are_right(dtype: torch.dtype, device: str) -> None:
     packed = draw(gated_delta_rule, {**SHAPE, "T": 150}, dtype, cu_seqlens=[0, 1, 1, 140, 150])
     decays = torch.tensor([0.0, -1e-6, -1e-4, -1.0, -20.0])
     picked = torch.randint(5, packed.arguments["log_decay"].shape, generator=torch.Generator().manual_seed(1))
-    with tuning(lean=1, members=members, segment=64):
+    with tuning(segment=64):
         _assert_right(packed, device)
         _assert_right(_changed(packed, log_decay=decays[picked]), device)
 

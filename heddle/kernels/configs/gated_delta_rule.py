@@ -13,8 +13,8 @@ class Plan:
 
     `keep` is `forward` where a backward pass will want the states. `inverse`: how products of the triangular inverse are
     computed. `pairs`: where two kernels make the gradients, that of the first; `gradient` is that of the second, which takes
-    `tile` channels of keys at a time. `narrow`: heads need not be LEAST_HEAD wide. `members`: value heads of a key head that one
-    program of `solve` treats (0: all), `lean`: it takes fewer registers. `ahead`: what follows is asked for in the L2 cache
+    `tile` channels of keys at a time. `narrow`: heads need not be LEAST_HEAD wide. `ahead`: where sequences are cut
+    into segments, forward passes ask for the next chunk in the L2 cache
     """
 
     solve: Launch
@@ -26,8 +26,6 @@ class Plan:
     pairs: Launch | None = None
     tile: int = 64
     narrow: bool = False
-    members: int = 0
-    lean: bool = False
     ahead: bool = False
 
     @property
@@ -68,7 +66,8 @@ _NARROW = Plan(
 
 HOPPER = Family(
     half=Plan(
-        solve=Launch(chunk=64, columns=64, warps=4, stages=1),
+        # Four programs on a multiprocessor.
+        solve=Launch(chunk=64, columns=64, warps=4, stages=1, registers=128),
         forward=Launch(chunk=64, columns=64, warps=4, stages=2),
         keep=Launch(chunk=64, columns=128, warps=8, stages=2),
         backward=Launch(chunk=64, columns=128, warps=8, stages=2),
@@ -76,6 +75,7 @@ HOPPER = Family(
         gradient=TOKENS,
         pairs=PAIRS,
         inverse="fp16",
+        ahead=True,
     ),
     half_tall=Plan(
         solve=Launch(chunk=64, columns=64, warps=4, stages=1),

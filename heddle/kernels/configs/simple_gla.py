@@ -17,9 +17,8 @@ class Family:
     `segment` tokens when there are fewer programs than `forward_places` or `backward_places` a multiprocessor: forward as
     many as it holds, backward more, since a last round that is half empty costs less after several full ones. The roles of the
     backward pass of two-byte elements are launched apart where heads are from the first of `apart` to the last of it wide, and
-    fill `apart_places` each then; with `strong_apart` a fourth launch treats segments with strong decays. `ahead`: in launches of
-    two-byte elements and heads up to `TALL` a program asks for its next chunk in the L2 cache. `summed`: tokens whose gradient of
-    the log-decay is summed at a time.
+    fill `apart_places` each then; a fourth launch treats segments with strong decays. `ahead`: in launches of two-byte elements
+    and heads up to `TALL` a program asks for its next chunk in the L2 cache.
     """
 
     output: Launch
@@ -33,9 +32,7 @@ class Family:
     apart_places: int = 2
     segment: int = 256
     apart: tuple[int, int] = (0, 0)
-    strong_apart: bool = False
     ahead: bool = False
-    summed: int = 1024
 
     def is_apart(self, element: int, K: int, V: int) -> bool:
         """Whether the roles of a backward pass are launched apart."""
@@ -58,6 +55,7 @@ HOPPER = Family(
     wide=Launch(chunk=16, columns=32, warps=8, stages=2),
     wide_tall=Launch(chunk=16, columns=32, warps=8, stages=1),
     apart=(64, 128),
+    ahead=True,
 )
 # Fits the 99 KiB of shared memory that every device since Ampere has.
 OTHER = Family(
