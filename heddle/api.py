@@ -24,7 +24,7 @@ from heddle.bench_api import bench_fit as bench_fit
 from heddle.bench_api import bench_ops as bench_ops
 from heddle.bench_api import bench_tune as bench_tune
 from heddle.compose.plan import Plan, plan
-from heddle.errors import HeddleError
+from heddle.errors import HeddleError, HeddleErrors
 from heddle.folder_api import dashboard as dashboard
 from heddle.folder_api import evaluate as evaluate
 from heddle.folder_api import event_files as event_files
@@ -37,6 +37,7 @@ from heddle.folder_api import table as table
 from heddle.folder_api import verify as verify
 from heddle.specs import Difference, SpecFile, differences
 from heddle.specs.base import Duration
+from heddle.specs.named_files import file_problems
 from heddle.specs.space_cut import Cut
 
 if TYPE_CHECKING:
@@ -77,17 +78,28 @@ def doctor() -> Diagnosis:
 
 
 def check(path: Path | str) -> SpecFile:
-    """The spec in `path`, read and planned, so that a file which passes can be built.
+    """The spec in `path`, read and planned, so that a file which passes can be built; text and tokenizer that it names are there.
 
     Raises:
-        HeddleErrors: every error of the file, each with its place.
+        HeddleErrors: every error of the file, each with its place; else what is wrong with the files that `data` and `tokenizer`
+            name, as far as their first bytes tell.
     """
-    return _planned(path)[0]
+    return _with_files(_read(path))
 
 
 def _planned(path: Path | str) -> tuple[SpecFile, Plan]:
     file = specs.load(path)
     return file, plan(file.spec.model, where=file.where)
+
+
+def _read(path: Path | str) -> SpecFile:
+    return _planned(path)[0]
+
+
+def _with_files(file: SpecFile, *, is_trained: bool = False) -> SpecFile:
+    if wrong := file_problems(file.spec, file.where, is_trained=is_trained):
+        raise HeddleErrors(wrong)
+    return file
 
 
 def cut(file: SpecFile) -> Cut:
@@ -107,9 +119,9 @@ def show(path: Path | str, *, context: int | None = None, batch: int = 1) -> dic
     """What a spec builds, as plain data: parameters, FLOPs, cache and state bytes, by layer and in total.
 
     Raises:
-        HeddleErrors: as `check`, and as `cut`.
+        HeddleErrors: as `check` of the file itself, and as `cut`.
     """
-    file = check(path)
+    file = _read(path)
     found = cut(file)
     model = file.spec.model
     planned = plan(model, where=file.where)
@@ -147,7 +159,7 @@ def graph(
     from heddle.compose.picture import svg
     from heddle.search.durable import write_whole
 
-    file = check(path)
+    file = _read(path)
     planned = plan(file.spec.model, where=file.where)
     drawn = {"mermaid": mermaid, "svg": svg}.get(form)
     text = f"{planned}\n" if drawn is None else drawn(planned)
@@ -165,7 +177,7 @@ def position_bias(path: Path | str, *, length: int | None = None) -> dict[str, A
     from heddle.compose.position_bias import MAX_LENGTH, POSITIONS
     from heddle.compose.position_bias import position_bias as analyse
 
-    file = check(path)
+    file = _read(path)
     length = min(POSITIONS, file.spec.model.context_length) if length is None else length
     if not 1 <= length <= MAX_LENGTH:
         raise HeddleError("bad-argument", f"position bias is for 1 to {MAX_LENGTH} tokens, not {length}")
@@ -181,14 +193,18 @@ def targets(path: Path | str) -> dict[str, Any]:
     Raises:
         HeddleErrors: as `check`.
     """
-    return check_with_targets(path)[1]
+    return _targets(*_planned(path))
 
 
 def check_with_targets(path: Path | str) -> tuple[SpecFile, dict[str, Any]]:
     """`check` and `targets` in one."""
+    file, planned = _planned(path)
+    return _with_files(file), _targets(file, planned)
+
+
+def _targets(file: SpecFile, planned: Plan) -> dict[str, Any]:
     from heddle.compose.targets.report import padding_warning, target_rows
 
-    file, planned = _planned(path)
     rows = target_rows(planned.runtime())
     for refused in (one for row in rows for one in row["refused"]):
         refused["line"] = file.where(refused["path"]).line if refused["path"] else None
@@ -197,7 +213,7 @@ def check_with_targets(path: Path | str) -> tuple[SpecFile, dict[str, Any]]:
         "hash": specs.spec_hash(file.spec.model),
         "defaults": file.space.size() > 1,
     }
-    return file, {**told, "warning": padding_warning(planned), "targets": rows}
+    return {**told, "warning": padding_warning(planned), "targets": rows}
 
 
 def diff(left: Path | str, right: Path | str) -> list[Difference]:
@@ -206,7 +222,7 @@ def diff(left: Path | str, right: Path | str) -> list[Difference]:
     Raises:
         HeddleErrors: as `check`.
     """
-    return differences(check(left).spec, check(right).spec)
+    return differences(_read(left).spec, _read(right).spec)
 
 
 def schema() -> dict[str, Any]:
@@ -228,7 +244,7 @@ def train(
     """
     from heddle.search.training import train as train_spec
 
-    file = check(path)
+    file = _with_files(_read(path), is_trained=True)
     folder = fresh_folder(f"{file.spec.name}-train") if out is None else Path(out)
     return train_spec(file, folder, seed=seed, on_step=on_step)
 
@@ -266,7 +282,7 @@ def search(
         HeddleErrors: as `check`; "run-exists", "run-mismatch", "run-locked", "disk-full" …
     """
     seconds = None if time is None else _seconds(time)
-    file = check(path)
+    file = _read(path)
     folder = run_folder(path, out, resume=resume)
     from heddle.search.record import RUN_FILE
     from heddle.search.run import search as search_spec

@@ -155,6 +155,8 @@ def _show_fit(model: LatencyModel, fit: PlaceFit) -> None:
 
 def held_out_lines(fit: PlaceFit) -> list[str]:
     """What the held-out errors are, and what they mean."""
+    from heddle.search.latency_model.told import no_better_than
+
     seen = fit.held_out
     lines = [
         f"fitted on {fit.measured} stacks: {fit.sum.way.told} (cross-validated error {_percent(fit.crossed)})",
@@ -172,8 +174,9 @@ def held_out_lines(fit: PlaceFit) -> list[str]:
             f"margin {_percent(seen.margin)} of the prediction: 95 of 100 specs like these are measured within it; a search "
             "leaves out what is over its budget by more"
         )
-    if seen.mape >= min(seen.constant_mape, seen.flops_mape):
-        lines.append("the model is no better than a simpler one: do not go by it here")
+    simpler = no_better_than(seen.mape, seen.constant_mape, seen.flops_mape)
+    if simpler is not None:
+        lines.append(f"the model is no better than {simpler}: do not go by it here")
     lines += [] if fit.timings is None else fit.timings.told
     if fit.method == "cpu-timer":
         lines.append("timed by the wall clock of a CPU, whatever else runs on it")

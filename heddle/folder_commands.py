@@ -15,7 +15,7 @@ from heddle.errors import FAILED, HeddleError
 if TYPE_CHECKING:
     from heddle.compose.hf.battery import Battery
     from heddle.compose.hf.card import ScoreRow
-    from heddle.search.replay import Replay
+    from heddle.search.replay import Moved, Replay
 
 FolderPath = Annotated[
     Path, typer.Argument(metavar="DIR", help="Folder of an exported model.", show_default=False)
@@ -147,16 +147,25 @@ def _show_replay(found: Replay) -> None:
     for change in found.changes:
         screen.print(str(change), style="bold red", soft_wrap=True, markup=False)
     for moved in found.moved:
-        name = "reference" if moved.number < 0 else f"trial {moved.number}"
-        share = moved.now_ms / moved.then_ms - 1
-        peak = (
-            f"; peak {moved.then_bytes:,} bytes then, {moved.now_bytes:,} now" if moved.is_peak_other else ""
-        )
-        screen.print(
-            f"{name}, {moved.label}: {moved.then_ms:.3g} ms then, {moved.now_ms:.3g} ms now ({share:+.1%}){peak}"
-        )
+        screen.print(_moved_text(moved), soft_wrap=True, markup=False)
     parts = dict.fromkeys(change.part for change in found.changes)
     screen.print(f"differs in: {', '.join(parts)}" if parts else "nothing differs", style="bold")
+
+
+def _moved_text(moved: Moved) -> str:
+    """A latency of then and of now: first in ratios to what it was timed in turns with, then in milliseconds."""
+    from heddle.dashboards import words
+
+    ratios = ""
+    if moved.then_ratio is not None and moved.now_ratio is not None:
+        share = moved.now_ratio.value / moved.then_ratio.value - 1
+        then, now = words.interval_text(*moved.then_ratio), words.interval_text(*moved.now_ratio)
+        ratios = f"{then} × {moved.relative_to} then, {now} now ({share:+.1%}); "
+    share = moved.now_ms / moved.then_ms - 1
+    peak = f"; peak {moved.then_bytes:,} bytes then, {moved.now_bytes:,} now" if moved.is_peak_other else ""
+    name = "reference" if moved.number < 0 else f"trial {moved.number}"
+    times = f"{moved.then_ms:.3g} ms then, {moved.now_ms:.3g} ms now ({share:+.1%})"
+    return f"{name}, {moved.label}: {ratios}{times}{peak}"
 
 
 def _show_scores(rows: list[ScoreRow]) -> None:

@@ -15,7 +15,7 @@ from rich.text import Text
 from heddle import terminal
 from heddle.dashboards import words
 from heddle.search.progress import Progress, Silent, Status
-from heddle.search.record import REFERENCE, Run, Score, Trial
+from heddle.search.record import Run, Score, Trial
 
 OnStep = Callable[[int, int, float], None]
 # A plain log gets a line about a training this often.
@@ -70,8 +70,6 @@ class Lines:
     def __init__(self, screen: Console) -> None:
         self._screen = screen
         self._status: Status | None = None
-        # Trials that ended after that status: a round ends all of its own at once, a status comes twice a second at most.
-        self._since = 0
 
     def started(self, run: Run, total: int) -> None:
         self._say(f"search {run.name} in {run.path}, {total} trials")
@@ -84,11 +82,10 @@ class Lines:
         pass
 
     def trial_finished(self, trial: Trial) -> None:
-        self._since += trial.number != REFERENCE
         self._say(f"{trial_line(trial)}{self._counts()}")
 
     def status(self, status: Status) -> None:
-        self._status, self._since = status, 0
+        self._status = status
 
     def message(self, text: str, level: str = "info") -> None:
         self._say(text if level == "info" else f"{level}: {text}")
@@ -101,8 +98,7 @@ class Lines:
         if status is None:
             return ""
         left = "" if status.seconds_left is None else f", {words.duration_text(status.seconds_left)} left"
-        done = status.done + self._since
-        counts = f"{done} of {status.total} done, {status.running} running, {status.failed} failed"
+        counts = f"{status.done} of {status.total} done, {status.running} running, {status.failed} failed"
         best = "" if status.best is None else f", best so far trial {status.best.number}"
         return f"   [{counts}{best}{left}]"
 

@@ -12,7 +12,7 @@ model:
   hidden_size: 32
   context_length: 256
 {model}
-data: {{source: corpus, sequence_length: 32}}
+data: {{source: python-stdlib, sequence_length: 32}}
 search: {{tasks: [text], trials: 4, export: {{must_fit: [{targets}]}}}}
 """
 HYBRID = """

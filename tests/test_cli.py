@@ -44,8 +44,9 @@ Heddle = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A plain spec in the current folder."""
+    """A plain spec in the current folder, beside a text that is too short to learn from."""
     monkeypatch.chdir(tmp_path)
+    Path("corpus.txt").write_text("words")
     path = Path("spec.yaml")
     path.write_text(PLAIN)
     return path

@@ -12,6 +12,7 @@ from heddle.dashboards.html import Html, element
 from heddle.search import changed_software
 from heddle.search.curse import Curse, compared, counted, curses, predicted, summary
 from heddle.search.expected_latency import expected_latencies
+from heddle.search.latency_model import told
 
 if TYPE_CHECKING:
     from heddle.search.record import Run
@@ -73,12 +74,13 @@ def expected_rows(run: Run) -> list[list[object]]:
 
 def sentences(run: Run) -> list[str]:
     """What the search did by predictions alone, and the winner's curse."""
-    told = summary(run)
-    if told is None:
+    found = summary(run)
+    if found is None:
         return []
-    never, changed = told["never_timed"], run.meta.get("latency_changed", {})
+    never, changed = found["never_timed"], run.meta.get("latency_changed", {})
     first = f"{never} specs were over a budget by more than the margin, by prediction: they were never timed, nor trained."
-    lines = [first] if never or not changed else []
+    lines = [f"{doubt[0].upper()}{doubt[1:]}." for doubt in told.doubts(run.meta.get("latency_model", []))]
+    lines += [first] if never or not changed else []
     if changed:
         lines += _software(changed, run.meta.get("latency_sentinels", {}))
     return [*lines, *map(_curse, curses(run))]

@@ -236,10 +236,14 @@ def latency_text(latency: Latency) -> str:
 
 def ratio_text(latency: Latency) -> str:
     """The ratio to the reference with the 95 % interval, or a dash when there is none."""
-    if latency.ratio is None:
-        return "–"
-    interval = "" if latency.ratio_low is None else f" [{latency.ratio_low:.3f}, {latency.ratio_high:.3f}]"
-    return f"{latency.ratio:.3f}{interval}"
+    return (
+        "–" if latency.ratio is None else interval_text(latency.ratio, latency.ratio_low, latency.ratio_high)
+    )
+
+
+def interval_text(value: float, low: float | None, high: float | None) -> str:
+    """A ratio with its interval, where that is known."""
+    return f"{value:.3f}" if low is None else f"{value:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def state_counts(run: Run) -> str:
@@ -273,7 +277,8 @@ def headline(run: Run) -> str:
         elif (known := best.figures.get(budget.label)) is not None:
             parts.append(f"{budget_name(budget)} {_known_text(budget, known)}, allowed {budget.at_most:g}")
     chance = "".join(f" At {name} no spec is above chance, so it orders nothing." for name in at_chance(run))
-    return f"{'; '.join(parts)}.{chance} {counts}."
+    stopped = " The search was stopped before its end; --resume goes on." if run.status == "stopped" else ""
+    return f"{'; '.join(parts)}.{chance} {counts}.{stopped}"
 
 
 _NONE_MEASURED = "No trial was trained to its end; the reasons stand in the table of all trials."

@@ -117,7 +117,8 @@ def _block_attention_bwd_key_kernel(
     """KEYS keys of one of the `count` blocks of one key head.
 
     Shapes:  delta, lse: [B, H, T];  dk: [B, N, S, K];  dv: [B, N, S, V]
-             d_bias: [B, N, S], without own keys;  d_gates: [B, N, S], of queries in later blocks: both only with BIAS
+             d_bias: [B, N, S], without own keys, and with GATED only if SEEN;  d_gates: [B, N, S], of queries in later blocks:
+             both only with BIAS
     """
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
@@ -163,7 +164,8 @@ def _block_attention_bwd_key_kernel(
         ds = p * (tl.dot(v, tl.trans(d_out), input_precision=PRECISION) - delta[None, :])
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
         if BIAS:
-            d_bias += tl.sum(ds, axis=1)
+            if SEEN or not GATED:
+                d_bias += tl.sum(ds, axis=1)
             d_gate += tl.sum(tl.where((place // BLOCK > c)[None, :], ds, 0.0), axis=1)
 
     # Each key is the own one of at most one query, whatever that chose.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -43,9 +43,8 @@ def _device(device: torch.device) -> tuple[Family, int]:
 def plan(device: torch.device, element: int, size: int) -> Plan:
     """The launches for tensors on `device`, elements of so many bytes and the larger head size; overrides come first."""
     table = _device(device)[0].plan(element, block(size))
-    return replace(
-        table, **{name: tuned(name, getattr(table, name)) for name in ("forward", "gated", "queries", "keys")}
-    )
+    names = (one.name for one in fields(table) if one.name != "gate_descriptors")
+    return replace(table, **{name: tuned(name, getattr(table, name)) for name in names})
 
 
 def queries_of(launch: Launch, group: int, length: int, most: int = MOST_QUERIES) -> int:
@@ -173,7 +172,10 @@ class Call:
         self, d_out: Tensor, out: Tensor, lse: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Gradients of q, k and v, of biases of all keys' logits but own ones, and those of later blocks' queries alone."""
-        tiling = self.tiling(self.plan.queries)
+        queries, keys = self.plan.queries, self.plan.keys
+        if self.gated:
+            queries, keys = self.plan.gated_queries, self.plan.gated_keys
+        tiling = self.tiling(queries)
         marked, longest = self._marks(tiling), self.choice.longest(tiling.queries)
         read = lists(marked, longest)
         # So many entries there are at most in all, however they lie.
@@ -185,19 +187,19 @@ class Call:
         biases = [make(dk.shape[:3] if has_bias else 0, dtype=torch.float32) for _ in range(2)]
         seen, stride = self.marks_seen()
         start, sides = self.start.to(torch.int32), strides(self.q, self.k, self.v)
-        constants = self.constants(self.plan.queries, tiling)
+        constants = self.constants(queries, tiling)
         _block_attention_bwd_query_kernel[(self.B * self.N * tiling.tiles,)](
             self.q, self.k, self.v, out, d_out, lse, delta, dq, start, read.offsets, read.entries, seen, *sides,
             self.T, self.S, self.N, tiling.tiles, stride, self.scale,
-            GATED=self.gated, BIAS=has_bias, **constants, **self.plan.queries.options(),
+            GATED=self.gated, BIAS=has_bias, **constants, **queries.options(),
         )  # fmt: skip
-        constants = self.constants(self.plan.keys, tiling)
+        constants = self.constants(keys, tiling)
         grid = (self.B * self.N * self.blocks, triton.cdiv(self.block, constants["KEYS"]))
         _block_attention_bwd_key_kernel[grid](
             self.q, self.k, self.v, d_out, lse, delta, dk, dv, *biases,
             start, turned.offsets, turned.entries, seen, *sides,
             self.T, self.S, self.N, self.blocks, stride, self.scale,
-            GATED=self.gated, BIAS=has_bias, **constants, **self.plan.keys.options(),
+            GATED=self.gated, BIAS=has_bias, **constants, **keys.options(),
         )  # fmt: skip
         return dq, dk, dv, biases[0], biases[1]
 

@@ -5,10 +5,11 @@ With p_j = 2^(c s_j - lse), c = scale log2(e), δ = o · do and ds_j = p_j (v_j 
 
     dq = scale Σ_j ds_j k_j        dk_j = scale Σ_rows ds_j q,   dv_j = Σ_rows p_j do
 
-The first walks over the same boxes of keys as the forward pass. The second holds a box of keys and walks over the box of
-queries whose windows hold any of them: along each axis those are neighbours, near an end as many as stand still there. It goes
-head after head of the group, in order, so that nothing is added by atomics. It makes the products with keys as rows: an
-accumulator that is turned before it is an operand is silently wrong on Hopper.
+An o of 16 bits is not exact enough for δ where few keys are seen: what rounding took from it is added. The first kernel walks
+over the same boxes of keys as the forward pass. The second holds a box of keys and walks over the box of queries whose windows
+hold any of them: along each axis those are neighbours, near an end as many as stand still there. It goes head after head of the
+group, in order, so that nothing is added by atomics. It makes the products with keys as rows: an accumulator that is turned
+before it is an operand is silently wrong on Hopper.
 """
 
 from __future__ import annotations
@@ -34,22 +35,23 @@ from heddle.kernels.common.jit import LOG2_E
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _grid_window_attention_bwd_query_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, d_out_ptr, lse_ptr, delta_ptr, dq_ptr, begin_ptr, count_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, lost_ptr, d_out_ptr, lse_ptr, delta_ptr, dq_ptr, begin_ptr, count_ptr,
     stride_qb, stride_qh, stride_qt,
     stride_kb, stride_kh, stride_kt,
     stride_vb, stride_vh, stride_vt,
     stride_ob, stride_oh, stride_ot,
+    stride_lb, stride_lh, stride_lt,
     stride_gb, stride_gh, stride_gt,
     stride_dqb, stride_dqh, stride_dqt,
     T, rows, columns, tiles, down, across, reach_f, reach_r, reach_c, H, scale,
     K: tl.constexpr, V: tl.constexpr, ROWS_K: tl.constexpr, ROWS_V: tl.constexpr, ROWS: tl.constexpr,
     KEYS: tl.constexpr, BOX_C: tl.constexpr, WALKED_C: tl.constexpr, GROUP: tl.constexpr, FRAMES: tl.constexpr,
     ROW_WINDOW: tl.constexpr, COLUMN_WINDOW: tl.constexpr, INWARD: tl.constexpr, PADDED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    LOST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One box of queries of one head, as in the forward pass; leaves δ for the other kernel.
 
-    Shapes:  out, d_out (strides g): [B, H, T, V];  lse, delta: [B, H, T] float32;  dq: [B, H, T, K]
+    Shapes:  out, lost (strides l, with LOST), d_out (strides g): [B, H, T, V];  lse, delta: [B, H, T] float32;  dq: [B, H, T, K]
     """
     unit, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
     b, h = unit // H, unit % H
@@ -68,6 +70,10 @@ def _grid_window_attention_bwd_query_kernel(
     out = tl.load(out_at, mask=present[:, None] & in_v, other=0.0)
     lse = tl.load(lse_ptr + unit * T + token, mask=present, other=float("inf"))
     delta = tl.sum(out.to(tl.float32) * g.to(tl.float32), axis=1)
+    if LOST:
+        lost_at = lost_ptr + b * stride_lb + h * stride_lh + (token * stride_lt)[:, None] + columns_v[None, :]
+        lost = tl.load(lost_at, mask=present[:, None] & in_v, other=0.0)
+        delta += tl.sum(lost.to(tl.float32) * g.to(tl.float32), axis=1)
     tl.store(delta_ptr + unit * T + token, delta, mask=on_grid)
     k_ptr += b * stride_kb + h // GROUP * stride_kh
     v_ptr += b * stride_vb + h // GROUP * stride_vh
@@ -75,10 +81,10 @@ def _grid_window_attention_bwd_query_kernel(
     first_r, end_r = window_of(r, reach_r, height, INWARD)
     first_c, end_c = window_of(c, reach_c, columns, INWARD)
     from_f, to_f = window_of(f, reach_f, frames, INWARD)
-    from_r, _ = window_of(r0, reach_r, height, INWARD)
-    _, to_r = window_of(tl.minimum(r0 + ROWS // BOX_C, height) - 1, reach_r, height, INWARD)
-    from_c, _ = window_of(c0, reach_c, columns, INWARD)
-    _, to_c = window_of(tl.minimum(c0 + BOX_C, columns) - 1, reach_c, columns, INWARD)
+    from_r, all_end_r = window_of(r0, reach_r, height, INWARD)
+    all_r, to_r = window_of(tl.minimum(r0 + ROWS // BOX_C, height) - 1, reach_r, height, INWARD)
+    from_c, all_end_c = window_of(c0, reach_c, columns, INWARD)
+    all_c, to_c = window_of(tl.minimum(c0 + BOX_C, columns) - 1, reach_c, columns, INWARD)
     by_c = boxes_of(from_c, to_c, WALKED_C)
     in_frame = by_c * boxes_of(from_r, to_r, KEYS // WALKED_C)
     walked = tl.where((f < frames) & (r0 < height), (to_f - from_f) * in_frame, 0)
@@ -88,32 +94,21 @@ def _grid_window_attention_bwd_query_kernel(
     factor = scale * LOG2_E
     dq = tl.zeros([ROWS, ROWS_K], tl.float32)
     for index in range(0, walked):
-        key_r, key_c, key, inside = walked_box(
-            index,
-            from_f,
-            from_r,
-            to_r,
-            from_c,
-            to_c,
-            rows,
-            columns,
-            count,
-            by_c,
-            in_frame,
-            KEYS,
-            WALKED_C,
-            FRAMES,
-        )
+        key_r, key_c, key, inside, is_whole = walked_box(
+            index, from_f, from_r, to_r, from_c, to_c, rows, columns, count, by_c, in_frame,
+            all_r, all_end_r, all_c, all_end_c, KEYS, WALKED_C, FRAMES,
+        )  # fmt: skip
         at = (begin + key).to(tl.int64)
         k_at = k_ptr + at * stride_kt + k_ahead + columns_k[None, :]
         v_at = v_ptr + at * stride_vt + v_ahead + columns_v[None, :]
         k = tl.load(k_at, mask=inside[:, None] & in_k, other=0.0)
         v = tl.load(v_at, mask=inside[:, None] & in_v, other=0.0)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [ROWS, KEYS]
-        s = hide(
-            s, key_r[None, :], key_c[None, :], inside[None, :], first_r[:, None], (end_r - first_r)[:, None],
-            first_c[:, None], (end_c - first_c)[:, None], ROW_WINDOW, COLUMN_WINDOW,
-        )  # fmt: skip
+        if not is_whole:
+            s = hide(
+                s, key_r[None, :], key_c[None, :], inside[None, :], first_r[:, None], (end_r - first_r)[:, None],
+                first_c[:, None], (end_c - first_c)[:, None], ROW_WINDOW, COLUMN_WINDOW,
+            )  # fmt: skip
         p = tl.exp2(s * factor - lse[:, None])
         ds = p * (tl.dot(g, tl.trans(v), input_precision=PRECISION) - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
@@ -163,10 +158,10 @@ def _grid_window_attention_bwd_key_kernel(
     first_r, end_r = seers_of(r, reach_r, height, INWARD)
     first_c, end_c = seers_of(c, reach_c, columns, INWARD)
     from_f, to_f = seers_of(f, reach_f, frames, INWARD)
-    from_r, _ = seers_of(r0, reach_r, height, INWARD)
-    _, to_r = seers_of(tl.minimum(r0 + KEYS // BOX_C, height) - 1, reach_r, height, INWARD)
-    from_c, _ = seers_of(c0, reach_c, columns, INWARD)
-    _, to_c = seers_of(tl.minimum(c0 + BOX_C, columns) - 1, reach_c, columns, INWARD)
+    from_r, all_end_r = seers_of(r0, reach_r, height, INWARD)
+    all_r, to_r = seers_of(tl.minimum(r0 + KEYS // BOX_C, height) - 1, reach_r, height, INWARD)
+    from_c, all_end_c = seers_of(c0, reach_c, columns, INWARD)
+    all_c, to_c = seers_of(tl.minimum(c0 + BOX_C, columns) - 1, reach_c, columns, INWARD)
     by_c = boxes_of(from_c, to_c, WALKED_C)
     in_frame = by_c * boxes_of(from_r, to_r, ROWS // WALKED_C)
     walked = tl.where((f < frames) & (r0 < height), (to_f - from_f) * in_frame, 0)
@@ -181,22 +176,10 @@ def _grid_window_attention_bwd_key_kernel(
         head, index = tl.zeros((), tl.int64), turn
         if GROUP > 1:
             head, index = (turn // walked).to(tl.int64), turn % walked
-        query_r, query_c, query, inside = walked_box(
-            index,
-            from_f,
-            from_r,
-            to_r,
-            from_c,
-            to_c,
-            rows,
-            columns,
-            count,
-            by_c,
-            in_frame,
-            ROWS,
-            WALKED_C,
-            FRAMES,
-        )
+        query_r, query_c, query, inside, is_whole = walked_box(
+            index, from_f, from_r, to_r, from_c, to_c, rows, columns, count, by_c, in_frame,
+            all_r, all_end_r, all_c, all_end_c, ROWS, WALKED_C, FRAMES,
+        )  # fmt: skip
         at = (begin + query).to(tl.int64)
         q_at = q_ptr + head * stride_qh + at * stride_qt + q_ahead + columns_k[None, :]
         g_at = d_out_ptr + head * stride_gh + at * stride_gt + g_ahead + columns_v[None, :]
@@ -205,10 +188,11 @@ def _grid_window_attention_bwd_key_kernel(
         lse = tl.load(lse_ptr + head * T + at + ahead, mask=inside, other=float("inf"))
         delta = tl.load(delta_ptr + head * T + at + ahead, mask=inside, other=0.0)
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [KEYS, ROWS]
-        s = hide(
-            s, query_r[None, :], query_c[None, :], inside[None, :], first_r[:, None], (end_r - first_r)[:, None],
-            first_c[:, None], (end_c - first_c)[:, None], ROW_WINDOW, COLUMN_WINDOW,
-        )  # fmt: skip
+        if not is_whole:
+            s = hide(
+                s, query_r[None, :], query_c[None, :], inside[None, :], first_r[:, None], (end_r - first_r)[:, None],
+                first_c[:, None], (end_c - first_c)[:, None], ROW_WINDOW, COLUMN_WINDOW,
+            )  # fmt: skip
         p = tl.exp2(s * factor - lse[None, :])
         dv = tl.dot(p.to(g.dtype), g, dv, input_precision=PRECISION)
         ds = p * (tl.dot(v, tl.trans(g), input_precision=PRECISION) - delta[None, :])

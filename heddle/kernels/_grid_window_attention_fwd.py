@@ -101,10 +101,11 @@ def boxes_of(first, end, size: tl.constexpr):
 
 @triton.jit
 def walked_box(
-    index, from_f, from_r, end_r, from_c, end_c, rows, columns, count, by_c, in_frame,
+    index, from_f, from_r, end_r, from_c, end_c, rows, columns, count, by_c, in_frame, all_r, all_end_r, all_c, all_end_c,
     TOKENS: tl.constexpr, BOX_C: tl.constexpr, FRAMES: tl.constexpr,
 ):  # fmt: skip
-    """Row and column of each token of the box at hand, the place of its first one, and which of them are there."""
+    """Row and column of each token of the box at hand, the place of its first one, which of them are there, and whether all are
+    seen by all: rows and columns of these lie from `all_*` on, up to `all_end_*`."""
     f = from_f
     if FRAMES:
         f = from_f + index // in_frame
@@ -114,7 +115,9 @@ def walked_box(
     r, c = r0 + i // BOX_C, c0 + i % BOX_C
     place = (f * rows + r0) * columns + c0
     inside = (r < end_r) & (c < end_c) & (place + i // BOX_C * columns + i % BOX_C < count)
-    return r, c, place, inside
+    last_r, last_c = TOKENS // BOX_C - 1, BOX_C - 1
+    is_whole = (r0 >= all_r) & (r0 + last_r < all_end_r) & (c0 >= all_c) & (c0 + last_c < all_end_c)
+    return r, c, place, inside, is_whole & (place + last_r * columns + last_c < count)
 
 
 @triton.jit
@@ -147,20 +150,22 @@ def hide(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _grid_window_attention_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, begin_ptr, count_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, lost_ptr, lse_ptr, begin_ptr, count_ptr,
     stride_qb, stride_qh, stride_qt,
     stride_kb, stride_kh, stride_kt,
     stride_vb, stride_vh, stride_vt,
     stride_ob, stride_oh, stride_ot,
+    stride_lb, stride_lh, stride_lt,
     T, rows, columns, tiles, down, across, reach_f, reach_r, reach_c, H, scale,
     K: tl.constexpr, V: tl.constexpr, ROWS_K: tl.constexpr, ROWS_V: tl.constexpr, ROWS: tl.constexpr,
     KEYS: tl.constexpr, BOX_C: tl.constexpr, WALKED_C: tl.constexpr, GROUP: tl.constexpr, FRAMES: tl.constexpr,
     ROW_WINDOW: tl.constexpr, COLUMN_WINDOW: tl.constexpr, INWARD: tl.constexpr, PADDED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    LOST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One box of ROWS queries of one head, BOX_C columns wide; WALKED_C columns has a box of KEYS keys.
 
     Shapes:  out: [B, H, T, V];  lse: [B, H, T] float32, base 2, inf of padding;  begin, count: [B] int32, with PADDED
+             lost (strides l): what rounding took from out, with LOST
     """
     unit, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
     b, h = unit // H, unit % H
@@ -179,10 +184,10 @@ def _grid_window_attention_fwd_kernel(
     first_r, end_r = window_of(r, reach_r, height, INWARD)
     first_c, end_c = window_of(c, reach_c, columns, INWARD)
     from_f, to_f = window_of(f, reach_f, frames, INWARD)
-    from_r, _ = window_of(r0, reach_r, height, INWARD)
-    _, to_r = window_of(tl.minimum(r0 + ROWS // BOX_C, height) - 1, reach_r, height, INWARD)
-    from_c, _ = window_of(c0, reach_c, columns, INWARD)
-    _, to_c = window_of(tl.minimum(c0 + BOX_C, columns) - 1, reach_c, columns, INWARD)
+    from_r, all_end_r = window_of(r0, reach_r, height, INWARD)
+    all_r, to_r = window_of(tl.minimum(r0 + ROWS // BOX_C, height) - 1, reach_r, height, INWARD)
+    from_c, all_end_c = window_of(c0, reach_c, columns, INWARD)
+    all_c, to_c = window_of(tl.minimum(c0 + BOX_C, columns) - 1, reach_c, columns, INWARD)
     by_c = boxes_of(from_c, to_c, WALKED_C)
     in_frame = by_c * boxes_of(from_r, to_r, KEYS // WALKED_C)
     walked = tl.where((f < frames) & (r0 < height), (to_f - from_f) * in_frame, 0)
@@ -194,32 +199,21 @@ def _grid_window_attention_fwd_kernel(
     total = tl.zeros([ROWS], tl.float32)
     sums = tl.zeros([ROWS, ROWS_V], tl.float32)
     for index in range(0, walked):
-        key_r, key_c, key, inside = walked_box(
-            index,
-            from_f,
-            from_r,
-            to_r,
-            from_c,
-            to_c,
-            rows,
-            columns,
-            count,
-            by_c,
-            in_frame,
-            KEYS,
-            WALKED_C,
-            FRAMES,
-        )
+        key_r, key_c, key, inside, is_whole = walked_box(
+            index, from_f, from_r, to_r, from_c, to_c, rows, columns, count, by_c, in_frame,
+            all_r, all_end_r, all_c, all_end_c, KEYS, WALKED_C, FRAMES,
+        )  # fmt: skip
         at = (begin + key).to(tl.int64)
         k_at = k_ptr + at * stride_kt + k_ahead + columns_k[None, :]
         v_at = v_ptr + at * stride_vt + v_ahead + columns_v[None, :]
         k = tl.load(k_at, mask=inside[:, None] & in_k, other=0.0)
         v = tl.load(v_at, mask=inside[:, None] & in_v, other=0.0)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [ROWS, KEYS]
-        s = hide(
-            s, key_r[None, :], key_c[None, :], inside[None, :], first_r[:, None], (end_r - first_r)[:, None],
-            first_c[:, None], (end_c - first_c)[:, None], ROW_WINDOW, COLUMN_WINDOW,
-        )  # fmt: skip
+        if not is_whole:
+            s = hide(
+                s, key_r[None, :], key_c[None, :], inside[None, :], first_r[:, None], (end_r - first_r)[:, None],
+                first_c[:, None], (end_c - first_c)[:, None], ROW_WINDOW, COLUMN_WINDOW,
+            )  # fmt: skip
         # Of logits times the factor: a fused product less itself rounded is not 0, and each box would fade the sums.
         higher = tl.maximum(most, tl.max(s, axis=1) * factor)
         base = tl.where(higher == float("-inf"), 0.0, higher)
@@ -234,4 +228,9 @@ def _grid_window_attention_fwd_kernel(
     lse = tl.where(some, most + tl.log2(tl.where(some, total, 1.0)), float("inf"))
     tl.store(lse_ptr + unit * T + token, lse, mask=on_grid)
     out_at = out_ptr + b * stride_ob + h * stride_oh + (token * stride_ot)[:, None] + columns_v[None, :]
-    tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=on_grid[:, None] & in_v)
+    rounded = out.to(out_ptr.dtype.element_ty)
+    tl.store(out_at, rounded, mask=on_grid[:, None] & in_v)
+    if LOST:
+        at = lost_ptr + b * stride_lb + h * stride_lh + (token * stride_lt)[:, None] + columns_v[None, :]
+        lost = (out - rounded.to(tl.float32)).to(lost_ptr.dtype.element_ty)
+        tl.store(at, lost, mask=on_grid[:, None] & in_v)

@@ -155,30 +155,35 @@ class Call:
         shape = (like.shape[0], like.shape[2], like.shape[1], size)
         return torch.empty(shape, dtype=like.dtype, device=like.device).transpose(1, 2)
 
-    def forward(self) -> tuple[Tensor, Tensor]:
-        """Output, and the log-sum-exp of its logits to base 2."""
+    def forward(self, trains: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Output, what rounding took from it if gradients will want it, and the log-sum-exp of its logits to base 2."""
         launch, out = self.plan.forward, self.empty(self.q, self.V)
         lse = torch.empty(self.q.shape[:3], dtype=torch.float32, device=self.q.device)
-        constants = self.constants(launch)
+        constants, is_kept = self.constants(launch), trains and out.element_size() < 4
+        lost = self.empty(self.q, self.V) if is_kept else out.new_empty(0)
+        place = lost if is_kept else out
         columns, boxes = self.boxes(constants["ROWS"], constants["KEYS"])
         _grid_window_attention_fwd_kernel[(self.B * self.H * boxes[0],)](
-            self.q, self.k, self.v, out, lse, self.begin, self.count,
-            *strides(self.q, self.k, self.v, out), *self.numbers(boxes), self.H, self.scale,
-            **columns, **constants, **launch.options(),
+            self.q, self.k, self.v, out, place, lse, self.begin, self.count,
+            *strides(self.q, self.k, self.v, out, place), *self.numbers(boxes), self.H, self.scale,
+            LOST=is_kept, **columns, **constants, **launch.options(),
         )  # fmt: skip
-        return out, lse
+        return out, lost, lse
 
-    def backward(self, d_out: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(
+        self, d_out: Tensor, out: Tensor, lost: Tensor | None, lse: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of q, k and v."""
         d_out, out, delta = aligned(d_out), aligned(out), torch.empty_like(lse)
+        place = out if lost is None else aligned(lost)
         dq, dk, dv = self.empty(self.q, self.K), self.empty(self.k, self.K), self.empty(self.v, self.V)
         launch = self.plan.queries
         constants = self.constants(launch)
         columns, boxes = self.boxes(constants["ROWS"], constants["KEYS"])
         _grid_window_attention_bwd_query_kernel[(self.B * self.H * boxes[0],)](
-            self.q, self.k, self.v, out, d_out, lse, delta, dq, self.begin, self.count,
-            *strides(self.q, self.k, self.v, out, d_out, dq), *self.numbers(boxes), self.H, self.scale,
-            **columns, **constants, **launch.options(),
+            self.q, self.k, self.v, out, place, d_out, lse, delta, dq, self.begin, self.count,
+            *strides(self.q, self.k, self.v, out, place, d_out, dq), *self.numbers(boxes), self.H, self.scale,
+            LOST=lost is not None, **columns, **constants, **launch.options(),
         )  # fmt: skip
         launch = self.plan.keys
         constants = self.constants(launch)
@@ -192,21 +197,23 @@ class Call:
 
 
 def launch_forward(
-    q: Tensor, k: Tensor, v: Tensor, begin: Tensor | None, count: Tensor | None, *numbers: Any
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, begin: Tensor | None, count: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     """Output, and what the backward pass wants; arguments as those of the registered op."""
-    out, lse = Call(_with_room(q, k, v), (begin, count), *numbers).forward()
-    return narrower(out, v.shape[3]), lse
+    *numbers, trains = rest
+    out, lost, lse = Call(_with_room(q, k, v), (begin, count), *numbers).forward(trains)
+    return narrower(out, v.shape[3]), narrower(lost, v.shape[3]) if lost.numel() else lost, lse
 
 
 def launch_backward(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, begin: Tensor | None, count: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v; arguments as those of the registered op."""
-    *numbers, out, lse = rest
+    *numbers, out, lost, lse = rest
     call = Call(_with_room(q, k, v), (begin, count), *numbers)
     d_out, out = (wider(x, call.V) for x in (d_out.to(v.dtype), out))
-    dq, dk, dv = call.backward(d_out, out, lse)
+    taken = wider(lost, call.V) if lost.numel() else None
+    dq, dk, dv = call.backward(d_out, out, taken, lse)
     return narrower(dq, q.shape[3]), narrower(dk, k.shape[3]), narrower(dv, v.shape[3])
 
 

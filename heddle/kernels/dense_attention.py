@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend
 
 from heddle.errors import HeddleError
+from heddle.kernels.common.autocast import autocasts
 from heddle.kernels.common.varlen import check_packing, each_alone, known_lengths
 from heddle.kernels.configs.dense_attention import Backend, Rule, rules_on
 from heddle.kernels.op import (
@@ -207,7 +208,7 @@ def _takes_packed(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
-    name, device = "dense_attention", q.device.type
+    name = "dense_attention"
     if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
         raise HeddleError("bad-argument", f"{name}: q, k, v must be [B, heads, tokens, *]")
     (B, H, T, d), (N, S) = q.shape, k.shape[1:3]
@@ -217,9 +218,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
     if mask is not None:
         rows, heads = mask.shape[:2] if mask.dim() == 4 else (B, H)
         check_shapes(name, {"mask": (mask, (1 if rows == 1 else B, 1 if heads == 1 else H, T, S))})
-    casts = device != "meta" and torch.is_autocast_enabled(device)
     keys = {"k": k, "v": v}
-    alike, floats = ({"q": q}, keys) if casts else ({"q": q, **keys}, {})
+    alike, floats = ({"q": q}, keys) if autocasts(q) else ({"q": q, **keys}, {})
     check_tensors(name, alike, floats=floats, masks={"mask": mask})
 
 
@@ -231,7 +231,7 @@ def _check_packed(q: Tensor, k: Tensor, mask: Tensor | None, cu_seqlens: Tensor)
     check_packing(name, q.shape[0], q.shape[2], cu_seqlens, keys=k.shape[2])
 
 
-@op(dense_attention_reference, _CASES)
+@op(dense_attention_reference, _CASES, is_cast=True)
 def dense_attention(
     q: Tensor,
     k: Tensor,

@@ -148,7 +148,8 @@ def _dispatch(
     run = None if real is None else real_run(real)
     if grid_window_attention.choose(q.device, q.dtype, K=q.shape[3], V=v.shape[3]) == "triton":
         begin, count = (None, None) if run is None else (x.expand(B).contiguous() for x in run)
-        return kernels(q, k, v, begin, count, *windows, slides, scale)[0]  # type: ignore[no-any-return]
+        trains = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+        return kernels(q, k, v, begin, count, *windows, slides, scale, trains)[0]  # type: ignore[no-any-return]
     if run is None:
         run = (torch.zeros(1, dtype=torch.int64, device=q.device), torch.full((1,), T, device=q.device))
     index = window_keys(T, windows, slides=slides, begin=run[0], count=run[1])[:, None].expand(B, H, -1, -1)

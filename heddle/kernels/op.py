@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from heddle.errors import HeddleError
+from heddle.kernels.common.autocast import autocasts, without_autocast
 
 try:
     import triton
@@ -107,7 +108,8 @@ class Op(Generic[P, R]):
 
     `kernel(shape)` says whether the Triton kernels take a shape; None, of all shapes or of one, that there are none yet. `limits`
     says in words which shapes they take. In the dtypes of `unproven` no GPU has held them to the reference yet: torch runs
-    there, unless Triton is forced, and so it does for shapes of which `unproven_shapes(shape)` says the same.
+    there, unless Triton is forced, and so it does for shapes of which `unproven_shapes(shape)` says the same. Products are in the
+    types that an op says of them, also under autocast, unless it is one that autocast casts the arguments of (`is_cast`).
     """
 
     name: str
@@ -119,9 +121,14 @@ class Op(Generic[P, R]):
     unproven: tuple[torch.dtype, ...] = ()
     unproven_shapes: Callable[[Shape], bool] | None = None
     limits: str = ""
+    is_cast: bool = False
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        return self.fast(*args, **kwargs)
+        x = next((one for one in (*args, *kwargs.values()) if isinstance(one, Tensor)), None)
+        if self.is_cast or x is None or not autocasts(x):
+            return self.fast(*args, **kwargs)
+        with without_autocast(x):
+            return self.fast(*args, **kwargs)
 
     def path(self, device: torch.device | str, dtype: torch.dtype, **shape: int) -> Path:
         """The code that runs on this device with this dtype and shape: "triton" or "torch"."""
@@ -191,11 +198,13 @@ def op(
     unproven: tuple[torch.dtype, ...] = (),
     unproven_shapes: Callable[[Shape], bool] | None = None,
     limits: str = "",
+    is_cast: bool = False,
 ) -> Callable[[Callable[P, R]], Op[P, R]]:
     """Makes the decorated function an `Op` of the same name and docstring."""
 
     def wrap(fast: Callable[P, R]) -> Op[P, R]:
-        made = Op(fast.__name__, fast, reference, cases, kernel, step, unproven, unproven_shapes, limits)
+        paths = (kernel, step, unproven, unproven_shapes, limits, is_cast)
+        made = Op(fast.__name__, fast, reference, cases, *paths)
         # What functools.update_wrapper would set; the class is frozen.
         vars(made).update(
             {name: getattr(fast, name) for name in functools.WRAPPER_ASSIGNMENTS}, __wrapped__=fast

@@ -7,8 +7,10 @@ makes a search the same whether or not it was interrupted.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from math import inf
 from typing import Any
 
 from heddle.search import longer, pareto, rates
@@ -49,6 +51,8 @@ class Driver:
         self.stopping = False
         self.trials: dict[int, Trial] = read_trials(setting.folder, log.events)
         self._ended = {e["number"]: e for e in log.events if e["event"] == "trial_finished"}
+        # How many ended in which way: to count thousands anew for each that ends takes as long as to make it.
+        self._states = Counter(event["state"] for number, event in self._ended.items() if number >= 0)
         own = [trial for number, trial in self.trials.items() if number >= 0]
         self.asking = Asking(setting, study, log, progress, self.trials)
         # Kept as trials come, since to look through thousands of them for each new one takes longer than to make it.
@@ -65,7 +69,7 @@ class Driver:
     @property
     def told(self) -> int:
         """Trials that have ended: complete, pruned, infeasible or failed."""
-        return sum(trial.state != "running" for number, trial in self.trials.items() if number >= 0)
+        return self._states.total()
 
     @property
     def elapsed_s(self) -> float:
@@ -105,15 +109,13 @@ class Driver:
         self.progress.message(text, level)
 
     def status(self) -> Status:
-        trials = [trial for number, trial in self.trials.items() if number >= 0]
-        states = [trial.state for trial in trials]
         return Status(
             phase=self._phase,
             done=self.told,
             running=self.evaluations.flying,
-            failed=states.count("failed"),
-            infeasible=states.count("infeasible"),
-            pruned=states.count("pruned"),
+            failed=self._states["failed"],
+            infeasible=self._states["infeasible"],
+            pruned=self._states["pruned"],
             total=self.setting.trials,
             best=pareto.best(self._front),
             elapsed_s=self.elapsed_s,
@@ -121,15 +123,15 @@ class Driver:
         )
 
     def _seconds_left(self) -> float | None:
-        """Of the rounds at the pace of this session's, and of the confirmation after them."""
-        told = self.told - self._told_before
-        if not told and self._phase in BEFORE_FINISH:
-            return None
-        rounds = 0.0
+        """Of the rounds, until the trials at the pace of this session's or the time are used up, and of the confirmation after
+        them."""
+        told, limit, rounds = self.told - self._told_before, self.setting.seconds, 0.0
         if self._phase in BEFORE_FINISH:
-            rounds = self.log.clock_s / told * max(0, self.setting.trials - self.told)
-            if self.setting.seconds is not None:
-                rounds = min(rounds, max(0.0, self.setting.seconds - self.elapsed_s))
+            if not told and limit is None:
+                return None
+            rounds = self.log.clock_s / told * max(0, self.setting.trials - self.told) if told else inf
+            if limit is not None:
+                rounds = min(rounds, max(0.0, limit - self.elapsed_s))
         confirming = 2 * self.setting.confirm_seeds * len(self.setting.objectives)
         done = self.evaluations.trained - self._trained_before
         if self._phase == "confirm":
@@ -217,6 +219,8 @@ class Driver:
         if timed is None or scored is None or self.ladder.is_open(number):
             return
         outcome = self._outcome(number, timed, scored)
+        # One that a driver recorded and died before it told Optuna is told again.
+        is_new = number >= 0 and number not in self._ended
         event = self._ended[number] = self.log.write("trial_finished", number=number, **outcome)
         self.trials[number] = trial = assemble(
             self.evaluations.ledger.folder, self.asking.events[number], event
@@ -225,10 +229,11 @@ class Driver:
             self._front = pareto.front([*self._front, trial], self.setting.infos)
             self._least = pareto.least_violating([*self._least, trial])
             self._tell_optuna(trial)
+        self._states[trial.state] += is_new
         # A spec takes tens of kilobytes, and nothing is asked about it any more.
         self.asking.ended(number)
+        self.progress.status(self.status())
         self.progress.trial_finished(trial)
-        self.tick()
 
     def _outcome(
         self, number: int, timed: Mapping[str, Entry], scored: Mapping[str, rates.Found]

@@ -10,7 +10,7 @@ from heddle.search.record import Run, Trial
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """Where the search stands now; `seconds_left` is None while nothing is known about the pace."""
+    """Where the search stands now; `seconds_left`, to the end of its trials or of its time, is None while neither is known."""
 
     phase: str
     done: int
@@ -39,7 +39,7 @@ class Progress(Protocol):
         """A spec was asked for; its layers and parameters are known, nothing is measured."""
 
     def trial_finished(self, trial: Trial) -> None:
-        """A trial was told: complete, pruned, infeasible or failed (then with its reason)."""
+        """A trial was told: complete, pruned, infeasible or failed (then with its reason). `status` has counted it before."""
 
     def status(self, status: Status) -> None:
         """The figures changed, also inside a phase."""

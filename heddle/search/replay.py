@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from heddle.errors import HeddleError
 from heddle.search.evaluate import Evaluate
@@ -35,10 +35,22 @@ class Change:
         return f"{self.part}: {self.what}: {self.then} then, {self.now} now"
 
 
+class Ratio(NamedTuple):
+    """To a reference that took turns, with the ends of its interval."""
+
+    value: float
+    low: float | None
+    high: float | None
+
+
 @dataclass(frozen=True, slots=True)
 class Moved:
     """A latency in milliseconds as the lockfile has it, and as this machine takes now; and the peak of bytes, None where a
-    lockfile of before has none."""
+    lockfile of before has none.
+
+    Where both were timed in turns with `relative_to`, the ratios to it with their 95 % intervals too: milliseconds are those of a
+    machine and its load, a ratio is the model's.
+    """
 
     number: int
     label: str
@@ -46,6 +58,9 @@ class Moved:
     now_ms: float
     then_bytes: int | None = None
     now_bytes: int | None = None
+    relative_to: str | None = None
+    then_ratio: Ratio | None = None
+    now_ratio: Ratio | None = None
 
     @property
     def is_peak_other(self) -> bool:
@@ -154,10 +169,18 @@ def _moved(run: Run) -> Iterator[Moved]:
     trials = {trial.number: trial for trial in (*run.trials, *([run.reference] if run.reference else []))}
     last = {event["number"]: event for event in run.events if event["event"] == "timed_now"}
     ledger = Ledger(run.path / LEDGER_FOLDER)
+    beside = {budget.timing: budget.relative_to for budget in run.budgets}
     for number, event in last.items():
         trial = trials[number]
         for label, key in event["latency"].items():
             entry = ledger.get(trial.hash, LATENCY, key)
             if label in trial.latency and entry is not None and entry.result is not None:
                 then, now = trial.latency[label], Latency(**entry.result)
-                yield Moved(number, label, then.median_ms, now.median_ms, then.peak_bytes, now.peak_bytes)
+                ratios = _ratio(then), _ratio(now)
+                told = (beside.get(label), *ratios) if None not in ratios else ()
+                peaks = then.peak_bytes, now.peak_bytes
+                yield Moved(number, label, then.median_ms, now.median_ms, *peaks, *told)
+
+
+def _ratio(row: Latency) -> Ratio | None:
+    return None if row.ratio is None else Ratio(row.ratio, row.ratio_low, row.ratio_high)

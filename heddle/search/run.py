@@ -5,10 +5,8 @@ from __future__ import annotations
 
 import math
 import secrets
-import signal
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack, closing
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,7 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 from heddle.compose.plan import plan
 from heddle.compose.targets.cut import cut_to_targets
 from heddle.compose.targets.report import fits_line, target_rows
-from heddle.errors import HeddleError
+from heddle.errors import HeddleError, HeddleErrors
 from heddle.search import changed_software, cluster, environment, finish, lock, longer, space
 from heddle.search.driver import Driver
 from heddle.search.durable import full_disk_told, write_json
@@ -31,7 +29,7 @@ from heddle.search.evaluators.supernet_run import prepare
 from heddle.search.events import EventLog
 from heddle.search.given import Given
 from heddle.search.latency import Effort
-from heddle.search.latency_model import at_start, find
+from heddle.search.latency_model import at_start, find, told
 from heddle.search.ledger import key_of
 from heddle.search.limits import Limits, budgets_on
 from heddle.search.lock import Frozen
@@ -40,12 +38,14 @@ from heddle.search.progress import Progress, Silent
 from heddle.search.rank_correlation import compare_rungs
 from heddle.search.record import RUN_FILE, BudgetInfo, Run, read_meta, read_run
 from heddle.search.setting import Setting
+from heddle.search.stopping import Stopping
 from heddle.search.storage import StudyHold
 from heddle.search.study import Direction, RunLock, Study, open_storage
 from heddle.search.workers import Workers
 from heddle.specs import SpecFile, loads
 from heddle.specs.base import Duration
 from heddle.specs.beside import text_beside
+from heddle.specs.named_files import file_problems
 from heddle.specs.search import names_file
 from heddle.specs.space_cut import Cut
 
@@ -76,8 +76,8 @@ def search(
     `deterministic` trains with deterministic kernels alone and lets no second timing choose the winner; `frozen` is the
     lockfile of a search that is made again, with its latencies (`heddle.search.replay`).
 
-    Ctrl-C once lets the running evaluations finish, twice stops at once; `resume=True` goes on from there, as
-    it does after a kill.
+    Ctrl-C once lets the running evaluations finish, twice stops at once; SIGTERM and SIGHUP give them 5 s. `resume=True` goes
+    on from there, as it does after a kill.
 
     Raises:
         HeddleError: "run-exists", "run-not-found", "run-mismatch", "run-locked", "bad-argument", "disk-full",
@@ -85,6 +85,8 @@ def search(
             nothing keeps, is no error: the run says so.
     """
     _check_folder(out, resume=resume)
+    if wrong := file_problems(file.spec, file.where):
+        raise HeddleErrors(wrong)
     # Before anything is written: a missing corpus or cluster leaves no folder behind.
     cut = cut_to_targets(file)
     asked = asked_of(file)
@@ -99,17 +101,28 @@ def search(
     with ExitStack() as stack:
         stack.enter_context(full_disk_told(out))
         stack.enter_context(RunLock(out))
-        driver = _open(stack, cut, out, given, asked=asked, progress=progress or Silent())
-        driver.progress.started(read_run(out), driver.setting.trials)
-        if not resume and not driver.setting.must_fit:
-            driver.progress.message(fits_line(target_rows(plan(file.spec.model, where=file.where).runtime())))
-        with _interrupts(driver, given.again(file, out)):
+        with Stopping(out, given.again(file, out)) as stopping:
+            driver = _open(stack, cut, out, given, asked=asked, progress=progress or Silent())
+            _greet(driver, file, resume=resume)
+            stopping.driver = driver
             _search(driver)
         driver.log.write("search_finished", status=_status(driver))
         driver.keeper.write()
     run = read_run(out)
     driver.progress.finished(run)
     return run
+
+
+def _greet(driver: Driver, file: SpecFile, *, resume: bool) -> None:
+    """Say where the search is, by which latency model it goes, and of a new one which classes and servers its models fit."""
+    run = read_run(driver.setting.folder)
+    driver.progress.started(run, driver.setting.trials)
+    if fits := run.meta.get("latency_model"):
+        driver.tell(told.which(fits, run.meta["environment"]["device_name"]), "info")
+        for doubt in told.doubts(fits):
+            driver.warn(doubt)
+    if not resume and not driver.setting.must_fit:
+        driver.progress.message(fits_line(target_rows(plan(file.spec.model, where=file.where).runtime())))
 
 
 def _open(stack: ExitStack, cut: Cut, out: Path, given: Given, *, asked: Asked, progress: Progress) -> Driver:
@@ -205,32 +218,6 @@ def _status(driver: Driver) -> str:
     if driver.stopping:
         return "stopped"
     return "finished" if driver.log.last("front")["best"] is not None else "nothing-feasible"
-
-
-@contextmanager
-def _interrupts(driver: Driver, again: str) -> Iterator[None]:
-    """Ctrl-C or SIGTERM once asks the driver to stop after what is running, twice raises HeddleError."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupted(*_: object) -> None:
-        if driver.stopping:
-            raise HeddleError("interrupted", "the search was stopped", hint=f"go on with: {again}")
-        driver.stop()
-        driver.progress.message(
-            f"stopping once the running evaluations are done (Ctrl-C again stops now); go on with: {again}",
-            "warning",
-        )
-
-    # A cluster's scheduler asks with SIGTERM before it kills.
-    asked = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, interrupted) for number in asked]
-    try:
-        yield
-    finally:
-        for number, handler in zip(asked, before, strict=True):
-            signal.signal(number, handler)
 
 
 # What run.json says.

@@ -36,6 +36,7 @@ from heddle.search.cores import usable_cores
 from heddle.search.device_kinds import DeviceKind
 from heddle.search.in_worker import Outcome, guarded, limited
 from heddle.search.nodes import SameCode
+from heddle.search.own_session import own_session
 
 # A call whose process dies is made again this often.
 RETRIES = 2
@@ -121,7 +122,8 @@ class Workers:
     def __enter__(self) -> Workers:
         if not ray.is_initialized():
             self._owned = True
-            self._start()
+            with own_session():
+                self._start()
         self.device = self._wanted or ("cuda" if ray.cluster_resources().get("GPU", 0) >= 1 else "cpu")
         self.parallel = self._room()
         share = {"num_gpus": 1 / self._per_gpu} if self.device == "cuda" else {}

@@ -273,7 +273,7 @@ class _Check:
         places = self.found.places(moves)
         own = []
         for one in findings:
-            source = places.source(one.path)
+            source = places.source(one.path, key=one.key)
             if source[: len(option.source)] == option.source:
                 own.append(Finding(one.code, one.what, source, one.hint, one.key))
         return own

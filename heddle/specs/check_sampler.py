@@ -18,8 +18,10 @@ def sampler_findings(search: SearchSpec, space: Space) -> Iterator[Finding]:
     most = MOST.get(search.sampler)
     if most is None:
         return
-    # The size of a space is that of its combinations and placements.
-    size = (space if search.sampler == "all" else Space(space.parameters)).size()
+    # The size of a space is that of its combinations and placements; of combinations without effect `all` goes through each, too.
+    size = combinations = Space(space.parameters).size()
+    if search.sampler == "all" and combinations <= MOST["grid"]:
+        size = space.size()
     if size <= most:
         return
     floats = [one.name for one in space.parameters if one.kind == "float" and one.size() == math.inf]

@@ -17,8 +17,12 @@ class Places:
     document: Document
     moves: Mapping[Path_, Path_]
 
-    def source(self, path: Path_) -> Path_:
-        """The path in the file of what stands at `path` in the checked data."""
+    def source(self, path: Path_, *, key: bool = False) -> Path_:
+        """The path in the file of what stands at `path` in the checked data; with `key` of its key, which an open value has once
+        for all its options."""
+        if key and path:
+            own = (*self.source(path[:-1]), path[-1])
+            return own if self.source(path)[: len(own)] == own else self.source(path)
         for size in range(len(path), 0, -1):
             if path[:size] in self.moves:
                 return (*self.moves[path[:size]], *path[size:])
@@ -26,7 +30,7 @@ class Places:
 
     def where(self, path: Path_, *, key: bool = False) -> Where:
         """The place in the file, called as it is called there."""
-        return self.document.where(self.source(path), key=key)
+        return self.document.where(self.source(path, key=key), key=key)
 
     def named(self, path: Path_, name: str) -> Where:
         """The place in the file, called `name`."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from heddle.specs.parameter import Parameter, Term, Way
 from heddle.specs.pattern import uniform_layers
-from heddle.specs.space_size import count_settings
+from heddle.specs.space_size import Placing, count_settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,13 +104,16 @@ class Space:
         return self.at(values)[1]
 
     def size(self) -> float:
-        """How many settings there are, whether or not each is a legal model; what is not open counts once.
+        """How many settings there are, whether or not each is a legal model; what is not open counts once, and so does what lies
+        in a block that the placement has no layer of.
 
-        Infinite with an open float, beyond 10^100, or where too many conditions cross for counting.
+        An upper bound where values of one block decide what is open in another. Infinite with an open float, beyond 10^100, or
+        where too many conditions cross for counting.
         """
-        placement = self.placement
-        length, counts = (0, {}) if placement is None else (placement.length, placement.counts)
-        return count_settings(self.parameters, length, counts)
+        one = self.placement
+        return count_settings(
+            self.parameters, Placing() if one is None else Placing(one.length, one.counts, one.rest)
+        )
 
     def opening(self, name: str) -> dict[str, Any] | None:
         """Values at which the parameter `name` is open, the others at their defaults; None if none are found."""

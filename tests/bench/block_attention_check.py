@@ -56,6 +56,16 @@ TRIED = {
         Launch(64, 32, 8, 2),
     ),
 }  # fmt: skip
+TRIED_GATED = {
+    "gated_queries": (
+        Launch(64, 64, 4, 2), Launch(64, 64, 4, 3), Launch(64, 64, 8, 2), Launch(128, 64, 4, 2), Launch(128, 64, 8, 2),
+        Launch(128, 64, 8, 3),
+    ),
+    "gated_keys": (
+        Launch(64, 64, 4, 2), Launch(64, 64, 8, 3), Launch(64, 64, 4, 3), Launch(64, 32, 4, 2),
+        Launch(128, 64, 8, 2), Launch(128, 64, 4, 1),
+    ),
+}  # fmt: skip
 SPLITS = (1, 2, 4, 6, 8, 12, 16, 32)
 # Heads as NAtS-L has them, each with gates of its own, a quarter of them 1.
 GATED = {"B": 1, "H": 32, "N": 32, "T": 32768, "S": 32768, "K": 64, "V": 64, "block": 64, "L": 1}
@@ -232,8 +242,8 @@ def decode(row: Callable[..., None]) -> None:
         row("heddle", "decode", shape, lambda: ours(**given))  # noqa: B023
 
 
-def gated(row: Callable[..., None]) -> None:
-    """Blocks behind gates; the same blocks as marks of each query, whose tiles hold eight; and dense attention."""
+def gated(log: Log, row: Callable[..., None], late: Callable[[], bool]) -> None:
+    """Blocks behind gates; the same blocks as marks of each query, whose tiles hold eight; dense attention; and launches."""
     given, generator = drawn(GATED, torch.bfloat16), torch.Generator(DEVICE).manual_seed(3)
     del given["listed"]
     blocks = torch.arange(GATED["T"] // GATED["block"], device=DEVICE)
@@ -244,6 +254,32 @@ def gated(row: Callable[..., None]) -> None:
         row(f"heddle, {form}", phase, GATED, phases(ours, given | choice)[phase])
     for phase, call in phases(dense, given).items():
         row("cudnn", phase, GATED, call)
+    sweep_gated(log, row, late, phases(ours, given | forms["gates"])["fwdbwd"])
+
+
+def sweep_gated(
+    log: Log, row: Callable[..., None], late: Callable[[], bool], call: Callable[[], object]
+) -> None:
+    """Launches of the gradients behind gates, pairs whose tiles are as tall: whether each is right, and its time."""
+    small = drawn({**LONG, "H": 4, "N": 4, "K": 64, "V": 64}, torch.bfloat16)
+    drawn_gates = torch.rand(1, 4, 24, generator=torch.Generator(DEVICE).manual_seed(3), device=DEVICE)
+    small |= {"gates": (drawn_gates > 0.75).float()}
+    del small["listed"]
+    exact = results(block_attention, small, torch.float64, str(DEVICE))
+    pairs = itertools.product(*(TRIED_GATED[name] for name in ("gated_queries", "gated_keys")))
+    for queries, keys in pairs:
+        if late():
+            log("gates: out of time")
+            return
+        if queries.chunk != keys.chunk:
+            continue
+        launches = {"gated_queries": queries, "gated_keys": keys}
+        try:
+            if judge(log, f"gates, {queries}, {keys}", small, exact, **launches):
+                with tuning(**launches):
+                    row(f"heddle, gates, {queries}, {keys}", "fwdbwd", GATED, call)
+        except Exception as error:
+            log(f"none  gates {queries} {keys}: {' '.join(str(error).split())[-200:]}")
 
 
 def main() -> int:
@@ -289,7 +325,7 @@ def main() -> int:
     steps: dict[str, Callable[[], None]] = {
         "correctness": lambda: correctness(log, late(0.4)),
         "decode": lambda: decode(row),
-        "gates": lambda: gated(row),
+        "gates": lambda: gated(log, row, late(0.9)),
         "speed": lambda: compare_speed(log, row, late(0.8)),
         "sweep": lambda: sweep(log, row, late(1.0)),
     }

@@ -531,7 +531,7 @@ def _grid_constants(case: Case, launch: Launch) -> dict[str, Any]:
         "K": case.K, "V": case.V, "ROWS_K": block(case.K), "ROWS_V": block(case.V), "ROWS": launch.chunk,
         "KEYS": launch.columns, "BOX_C": min(8, held), "WALKED_C": min(8, walked), "GROUP": 4 if case.many else 1,
         "FRAMES": case.many, "ROW_WINDOW": True, "COLUMN_WINDOW": True, "INWARD": True, "PADDED": case.many,
-        "PRECISION": "tf32x3",
+        "LOST": case.dtype != "fp32", "PRECISION": "tf32x3",
     }  # fmt: skip
     names = KERNELS[case.op, case.kernel].arg_names
     return {name: value for name, value in constants.items() if name in names}
@@ -701,8 +701,8 @@ def _launch(case: Case) -> Launch:
         return getattr(rat_attention.HOPPER.plan(ELEMENTS[case.dtype], block(case.K)), case.kernel)
     elif case.op in SPARSE:
         size = max(block(case.K), block(case.V))
-        # Two kernels of block_choice share a launch, and two of local_linear_attention; gates do with other choices.
-        name = {"sum": "share", "middle": "mean"}.get(case.kernel, case.kernel.removeprefix("gated "))
+        # Two kernels of block_choice share a launch, and two of local_linear_attention.
+        name = {"sum": "share", "middle": "mean"}.get(case.kernel, case.kernel.replace(" ", "_"))
         return getattr(SPARSE[case.op].plan(ELEMENTS[case.dtype], size), name)
     elif case.op == "ttt":
         launch = getattr(ttt.HOPPER.plan(ELEMENTS[case.dtype], block(case.K)), case.kernel)

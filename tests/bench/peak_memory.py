@@ -91,6 +91,7 @@ class Sizes:
             "attention, chosen blocks": {**full, "selection": chosen},
             "attention, blocks by kernels": {**full, "selection": {**chosen, "scores": "kernels"}},
             "attention, inward window": {**both, "window": self.block},
+            "attention, grid": {**both, "grid": {"width": 4 * self.block, "row_window": 4, "column_window": 4}},
             "attention, sink tokens": {**full, "window": window, "sink_tokens": 2 * self.block},
             "attention, soft-cap and sinks": {**full, "softcap": 50.0, "sinks": True},
             "landmark": {"kind": "landmark", "heads": H, "kv_heads": N, "block": self.block},

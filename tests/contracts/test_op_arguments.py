@@ -106,6 +106,22 @@ def test_integers_and_complex_numbers_are_refused_by_name(op: AnyOp) -> None:
             _refused(op, {**given, name: x.to(dtype)}, op, f"{_told_as(name)} is {told}, expected .*float32")
 
 
+def _told(found: Any) -> list[Tensor]:
+    parts = [found] if isinstance(found, Tensor) else found
+    return [one for one in parts if one is not None]
+
+
+@over_ops
+def test_products_are_those_of_the_arguments_types_under_autocast(op: AnyOp) -> None:
+    given = _given(op)
+    expected = _told(op(**given))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = _told(op(**given))
+    for one, wanted in zip(found, expected, strict=True):
+        assert one.dtype == (torch.bfloat16 if op.is_cast else wanted.dtype)
+        assert op.is_cast or torch.equal(one, wanted)
+
+
 @over_ops
 def test_floating_places_are_refused_by_name(op: AnyOp) -> None:
     given = _given(op)

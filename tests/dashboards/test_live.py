@@ -47,8 +47,7 @@ def test_a_log_gets_plain_lines(make_run: MakeRun) -> None:
     assert "timing: 2 specs" in told
     assert "trial 4 trained; mqar 90.0 ± 1.0 %" in told
     assert "trial 12 failed; loss-not-finite" in told
-    # One more than when the status came.
-    assert "[4 of 13 done, 2 running, 1 failed, 2 min 10 s left]" in told
+    assert "[3 of 13 done, 2 running, 1 failed, 2 min 10 s left]" in told
     assert "warning: [not markup] stays" in told
 
 

@@ -153,6 +153,19 @@ def test_two_runs_list_the_same_among_many(kernels: bool, device: str) -> None:
     assert torch.equal(first, lists(block_choice_reference, rounded, torch.float64, "cpu"))
 
 
+@pytest.mark.parametrize("kernels", [False, True])
+@pytest.mark.parametrize("device", DEVICES)
+def test_marks_are_the_same_under_autocast(kernels: bool, device: str) -> None:
+    given = {
+        name: x.to(device, torch.float32) if isinstance(x, Tensor) and x.is_floating_point() else x
+        for name, x in drawn(T=12, kernels=kernels).items()
+    }
+    given = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in given.items()}
+    expected = mark_blocks(**given)
+    with torch.autocast(device, torch.bfloat16):
+        assert torch.equal(mark_blocks(**given), expected)
+
+
 def test_a_choice_runs_in_kernels_unasked() -> None:
     assert block_choice.is_proven(torch.bfloat16, K=128, G=16, choice=2049)
 

@@ -6,16 +6,17 @@ the real ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import product
 from typing import Any
 
 import pytest
 import torch
-from held import assert_held, compiled, over_settings
+from held import assert_held, compiled, over_settings, settings
 from torch import Tensor
-from toys import call_at, mixer_of, noise
+from toys import mixer_of, noise
 
+from heddle.compose.cache import Call
 from heddle.errors import HeddleError
 from heddle.kernels import force_path, watch_paths
 from heddle.kernels.accuracy import EPSILON
@@ -115,14 +116,22 @@ def held_to_reference(given: Given, dtype: torch.dtype, device: str, **overrides
     )
 
 
-@over_settings
-@pytest.mark.parametrize("form", FORMS)
+def each(values: Iterable[Any], thorough: tuple[Any, ...]) -> list[Any]:
+    """Each value on all devices in all dtypes; on a GPU, which compiles each, dtypes beside bfloat16 for the thorough alone."""
+    return [
+        pytest.param(value, *one.values, id=f"{value}-{one.id}", marks=one.marks)
+        for value in values
+        for one in settings()
+        if one.values[0] == "cpu" or one.values[1] == torch.bfloat16 or value in thorough
+    ]
+
+
+@pytest.mark.parametrize(("form", "device", "dtype"), each(FORMS, ("ragged", "padded clipped video")))
 def test_results_and_gradients_are_those_of_the_reference(form: str, device: str, dtype: torch.dtype) -> None:
     held_to_reference(FORMS[form](), dtype, device)
 
 
-@over_settings
-@pytest.mark.parametrize("size", [64, 96, 128, 256])
+@pytest.mark.parametrize(("size", "device", "dtype"), each((64, 96, 128, 256), (256,)))
 def test_heads_of_every_size_are_right(size: int, device: str, dtype: torch.dtype) -> None:
     heads = (4, 2) if device == "cuda" else (1, 1)
     held_to_reference(drawn(93, size, size, heads, **VIDEO, **INWARD), dtype, device)
@@ -207,9 +216,7 @@ def test_a_mixer_has_the_gradients_of_plain_torch(device: str) -> None:
     for path in ("torch", "triton" if device == "cuda" or INTERPRETED else "torch"):
         with force_path(path), watch_paths() as seen:
             leaf = x.clone().requires_grad_()
-            call = call_at(0, 50)
-            call.positions = call.positions.to(device)
-            y = mixer(leaf, call)
+            y = mixer(leaf, Call(torch.arange(50, device=device).expand(2, -1)))
             grads = torch.autograd.grad(y.square().sum(), [leaf, *mixer.parameters()])
         assert ("grid_window_attention", path) in seen
         results.append((y.detach(), *grads))

@@ -60,6 +60,9 @@ OTHERS = {
     # Ragged heads and few keys in half precision, a step and keys of before, a window, tiles, later tokens; a mixer.
     "test_span_attention": "reference and ((ragged or few) and float16 or (step or past or window) and float32) "
     "or tiles and 16-64 and float32 or no_bit and float32 or mixer",
+    # Ragged groups and few keys in half precision, videos, clipped behind padding as well, boxes of unequal size, a mixer.
+    "test_grid_window_attention": "reference and ((ragged or few) and float16 or video and float32) "
+    "or boxes and 16-64 and float32 or mixer",
     # Sinks in half precision, packed sequences by descriptors, keys of a step in three parts, a mixer.
     "test_sliding_window_attention": "reference and many and float16 or descriptors and packed-1-cpu and float32 "
     "or split and 3-cpu and float32 or mixer",
@@ -133,6 +136,7 @@ def test_interpreted_kernels_of_a_contract_of_their_own_are_right() -> None:
         "block_choice",
         "gated_delta_layer",
         "landmark_attention",
+        "grid_window_attention",
         "head_sparse_attention",
         "sliding_window_attention",
         "rat_scan",

@@ -63,6 +63,23 @@ def test_all_takes_a_spec_once_that_has_many_placements() -> None:
     assert found[7:] == [None] * 13
 
 
+def test_all_lists_as_many_specs_as_the_size_says_where_blocks_have_no_layer() -> None:
+    file = listed_file("all", window="{int: [4, 8]}")
+    file = loads(file.text.replace("{int: [2, 2]}", "{int: [2, 4]}"), file="listed.yaml")
+    # Six and four placements at five windows each, and one of `full` alone, where no window has an effect.
+    assert file.space.size() == 5 * (6 + 4) + 1
+    listing = Listing(file, "all")
+    assert sum(listing.at(number) is not None for number in range(100)) == 51
+
+
+def test_a_block_without_layers_has_no_values_to_go_through() -> None:
+    text = listed_file("tpe", window="{int: [4, 1000000]}").text
+    text = text.replace("full: {int: [2, 2]}", "near: 0").replace("of: [near, full]", "of: [full, near]")
+    assert loads(text).space.size() == 1
+    with pytest.raises(HeddleErrors, match="this space has 999,997"):
+        loads(text.replace("sampler: tpe", "sampler: all"))
+
+
 def test_arrangements_are_all_permutations_in_order() -> None:
     names = ("a", "a", "b", "c", "c")
     assert list(arrangements({"a": 2, "b": 1, "c": 2})) == sorted(set(permutations(names)))

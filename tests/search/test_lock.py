@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 from fast_search import scored
 
+from heddle import folder_commands
 from heddle.errors import HeddleError
 from heddle.kernels.configs.found import running_digest
 from heddle.search.latency import Effort
 from heddle.search.lock import FOLLOWED_FILE, LOCK_FILE, Frozen, lock_of, plain, read_lock
 from heddle.search.record import Run, read_run
-from heddle.search.replay import Replay, compare, replay
+from heddle.search.replay import Moved, Ratio, Replay, compare, replay
 from heddle.search.run import search
 from heddle.specs import SpecFile, loads
 
@@ -82,6 +83,13 @@ def test_a_replay_times_nothing_but_the_front_of_now(tiny_run: Run, replayed: Re
         if moved.number >= 0:
             assert moved.then_ms == then[moved.number].latency[moved.label].median_ms
         assert moved.now_ms > 0
+        # Both were timed in turns with the reference of the budget.
+        assert moved.relative_to == "all-full"
+        assert moved.then_ratio is not None
+        assert moved.now_ratio is not None
+        if moved.number >= 0:
+            timed = then[moved.number].latency[moved.label]
+            assert moved.then_ratio == (timed.ratio, timed.ratio_low, timed.ratio_high)
     assert lock_of(replayed.run)["latencies"] == lock_of(tiny_run)["latencies"]
 
 
@@ -157,3 +165,31 @@ def test_a_run_begun_without_deterministic_does_not_become_so(tiny_run: Run, tin
     with pytest.raises(HeddleError, match="deterministic") as caught:
         search(tiny_file, tiny_run.path, resume=True, deterministic=True)
     assert caught.value.code == "run-mismatch"
+
+
+@pytest.mark.parametrize(
+    ("moved", "told"),
+    [
+        (
+            Moved(
+                3,
+                "decode_ms@1x64",
+                1.0,
+                1.5,
+                None,
+                None,
+                "all-full",
+                Ratio(0.9, 0.88, 0.92),
+                Ratio(0.945, None, None),
+            ),
+            "trial 3, decode_ms@1x64: 0.900 [0.880, 0.920] × all-full then, 0.945 now (+5.0%);"
+            " 1 ms then, 1.5 ms now (+50.0%)",
+        ),
+        (
+            Moved(-1, "decode_ms@1x64", 2.0, 1.0, 10_000, 20_000),
+            "reference, decode_ms@1x64: 2 ms then, 1 ms now (-50.0%); peak 10,000 bytes then, 20,000 now",
+        ),
+    ],
+)
+def test_a_timing_of_now_is_told_in_ratios_where_a_reference_took_turns(moved: Moved, told: str) -> None:
+    assert folder_commands._moved_text(moved) == told

@@ -10,10 +10,12 @@ import pytest
 from predicted_search import DECODE, QUICK, SPEC, model_of, scored, spec_with
 
 from heddle.compose.plan import plan
+from heddle.dashboards import latency_section
 from heddle.dashboards.report import write_report
 from heddle.errors import HeddleError
 from heddle.search import space
 from heddle.search.latency import Place
+from heddle.search.latency_model import told
 from heddle.search.latency_model.find import RUN_COPY, keep, kept_at
 from heddle.search.latency_model.model import RANDOM, LatencyModel, load_model
 from heddle.search.latency_model.table import timing_environment
@@ -166,6 +168,38 @@ def test_what_is_predicted_over_budget_is_never_timed_and_says_so(predicted_run:
         else:
             assert trial.latency
     assert load_model(run.path / RUN_COPY).fits
+
+
+def test_the_log_says_which_model_it_goes_by(predicted_run: Run) -> None:
+    texts = [event["text"] for event in predicted_run.events if event["event"] == "message"]
+    (line,) = (text for text in texts if text.startswith("latency model of "))
+    device = predicted_run.meta["environment"]["device_name"]
+    assert line == (
+        f"latency model of {device}: decode_ms@1x64 fitted on 20 stacks, error 2.0 % on 30 others (worst 6.0 %), margin 5.0 %"
+    )
+    assert not any("no better than" in text for text in texts)
+
+
+@pytest.mark.parametrize(
+    ("constant", "flops", "simpler"),
+    [(0.3, 0.1, "a line in FLOPs"), (0.08, 0.2, "one number for all"), (0.12, 0.12, "a line in FLOPs")],
+)
+def test_a_model_that_a_simpler_one_matches_is_doubted_in_log_and_report(
+    predicted_run: Run, constant: float, flops: float, simpler: str
+) -> None:
+    (fit,) = predicted_run.meta["latency_model"]
+    fit = {
+        **fit,
+        "held_out": {**fit["held_out"], "mape": 0.12, "constant_mape": constant, "flops_mape": flops},
+    }
+    (line,) = told.doubts([fit])
+    least = f"{100 * min(constant, flops):.1f} %"
+    assert line == (
+        f"at decode_ms@1x64 the latency model is no better than {simpler} (held-out error 12.0 %, and {least}): "
+        "do not go by it there"
+    )
+    shown = replace(predicted_run, meta={**predicted_run.meta, "latency_model": [fit]})
+    assert latency_section.sentences(shown)[0] == f"A{line[1:]}."
 
 
 def test_the_sampler_learns_the_predicted_violation_and_nothing_measured_again(predicted_run: Run) -> None:

@@ -554,6 +554,22 @@ def test_every_option_of_a_choice_is_checked_and_told_at_its_line() -> None:
     ]
 
 
+def test_a_misspelled_field_that_is_left_open_is_told_once() -> None:
+    text = GOOD.replace(
+        "        heads: 4\n      channel: {kind: gelu}",
+        "        heads: 4\n        windw: {int: [8, 64]}\n        gates: {choice: [null, sigmoid, tanh]}\n"
+        "      channel: {kind: gelu, ratoi: {float: [1.0, 4.0]}}",
+    )
+    assert [one.partition("  | known")[0] for one in heads(text)] == [
+        "a.yaml:14:9: blocks.full.mixer.windw: there is no field 'windw' here   [unknown-field]"
+        "  | did you mean window?",
+        "a.yaml:15:9: blocks.full.mixer.gates: there is no field 'gates' here   [unknown-field]"
+        "  | did you mean gate?",
+        "a.yaml:16:29: blocks.full.channel.ratoi: there is no field 'ratoi' here   [unknown-field]"
+        "  | did you mean ratio?",
+    ]
+
+
 def test_a_mistake_that_two_options_make_is_told_at_both() -> None:
     text = GOOD.replace(
         """\

@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from heddle.compose.modules.experts import without_autocast
 from heddle.compose.modules.precision import wide
 from heddle.compose.modules.selection import QUERIES, Places, Rule, means_of
 from heddle.kernels.block_choice import block_scores
+from heddle.kernels.common.autocast import without_autocast
 
 # Logits of queries that are worked on at once; of more, training works the scores out again.
 LOGITS = 1 << 26

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +10,7 @@ from torch.nn import functional as F
 
 from heddle.compose.init import Initialised, fill, normal
 from heddle.compose.modules.precision import Float32Kept, wide
+from heddle.kernels.common.autocast import autocasts, without_autocast
 
 # How far a step moves a correction bias (arXiv 2412.19437, section 4.2).
 BIAS_RATE = 1e-3
@@ -164,13 +164,4 @@ def even(total: int, count: int) -> list[int]:
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """What a matrix product of `x` computes in here."""
-    device = x.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return x.dtype
-
-
-def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """A context in which products on the device of `x` compute in the types of their arguments."""
-    device = x.device.type
-    return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
+    return torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype

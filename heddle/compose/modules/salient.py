@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from heddle.compose.modules.experts import without_autocast
 from heddle.compose.modules.open_chunk import Layout
 from heddle.compose.modules.precision import wide
 from heddle.compose.modules.stretches import is_long
+from heddle.kernels.common.autocast import without_autocast
 from heddle.kernels.token_split_attention import token_split_attention
 
 # Chunks of queries whose features and weights training keeps at once; those of the others are worked out again.

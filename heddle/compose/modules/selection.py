@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from heddle.compose.modules.experts import without_autocast
 from heddle.compose.modules.in_view import MOST
 from heddle.compose.modules.masks import View, key_mask
 from heddle.compose.modules.precision import wide, wide_dtype
@@ -226,22 +225,20 @@ def choose_blocks(
     width = k.shape[1] * places.blocks * (4 if kernels else 1)
     count = max(QUERIES, SCORES // (q.shape[0] * width))
     for start in range(0, q.shape[2], count):
-        # Autocast would round scores to its type.
-        with without_autocast(q):
-            marks = mark_blocks(
-                q[:, :, start : start + count],
-                means.keys,
-                start=first + start,
-                block=places.block,
-                blocks=places.blocks,
-                count=rule.count,
-                sink=rule.sink,
-                recent=rule.recent,
-                dense_length=rule.dense_length,
-                held=means.held,
-                kernels=kernels,
-                scale=rule.scale,
-            )
+        marks = mark_blocks(
+            q[:, :, start : start + count],
+            means.keys,
+            start=first + start,
+            block=places.block,
+            blocks=places.blocks,
+            count=rule.count,
+            sink=rule.sink,
+            recent=rule.recent,
+            dense_length=rule.dense_length,
+            held=means.held,
+            kernels=kernels,
+            scale=rule.scale,
+        )
         found.append(marks)
     return found[0] if len(found) == 1 else torch.cat(found, dim=2)
 
@@ -267,21 +264,20 @@ def choose_for_step(
     means = _all_means(k, places, rule, weights) if means is None else means
     # Without padding all queries are this far at least.
     is_dense = places.real is not None or places.keys - q.shape[2] < rule.dense_length
-    with without_autocast(q):
-        return block_choice(
-            q,
-            means.keys,
-            start=places.first(q.shape[0], q.shape[2]),
-            block=places.block,
-            blocks=places.blocks,
-            count=rule.count,
-            sink=rule.sink,
-            recent=rule.recent,
-            dense_length=rule.dense_length if is_dense else 0,
-            held=means.held,
-            kernels=rule.scores == "kernels",
-            scale=rule.scale,
-        )
+    return block_choice(
+        q,
+        means.keys,
+        start=places.first(q.shape[0], q.shape[2]),
+        block=places.block,
+        blocks=places.blocks,
+        count=rule.count,
+        sink=rule.sink,
+        recent=rule.recent,
+        dense_length=rule.dense_length if is_dense else 0,
+        held=means.held,
+        kernels=rule.scores == "kernels",
+        scale=rule.scale,
+    )
 
 
 def attend_blocks(

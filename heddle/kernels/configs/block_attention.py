@@ -12,7 +12,8 @@ from heddle.kernels.configs.launch import BySize, Launch
 class Plan:
     """The launches of one call. `chunk`: rows of a tile, queries times the heads of a group;  `columns`: keys at a time
 
-    The kernels of gradients walk over the same tiles, so their `chunk` is one. `gated` is `forward` where gates say what is read.
+    The kernels of gradients walk over the same tiles, so their `chunk` is one. `gated` is `forward` where gates say what is read,
+    and `gated_queries` and `gated_keys` are `queries` and `keys`.
     `gate_descriptors`: 1 where blocks with a gate are loaded by tensor descriptors, 0 where by pointers
     """
 
@@ -20,6 +21,8 @@ class Plan:
     gated: Launch
     queries: Launch
     keys: Launch
+    gated_queries: Launch
+    gated_keys: Launch
     gate_descriptors: int = 0
 
 
@@ -31,7 +34,7 @@ class Family(BySize[Plan]):
 
 
 def _even(launch: Launch) -> Plan:
-    return Plan(launch, launch, launch, launch)
+    return Plan(launch, launch, launch, launch, launch, launch)
 
 
 _WIDE = _even(Launch(chunk=32, columns=32, warps=4, stages=1))
@@ -43,6 +46,8 @@ HOPPER = Family(
         gated=Launch(chunk=128, columns=64, warps=4, stages=3),
         queries=Launch(chunk=64, columns=64, warps=4, stages=2),
         keys=Launch(chunk=64, columns=64, warps=8, stages=3),
+        gated_queries=Launch(chunk=64, columns=64, warps=4, stages=2),
+        gated_keys=Launch(chunk=64, columns=64, warps=8, stages=3),
         gate_descriptors=1,
     ),
     half_tall=Plan(
@@ -50,6 +55,8 @@ HOPPER = Family(
         gated=Launch(chunk=64, columns=64, warps=8, stages=2),
         queries=Launch(chunk=64, columns=64, warps=8, stages=1),
         keys=Launch(chunk=64, columns=64, warps=8, stages=1),
+        gated_queries=Launch(chunk=64, columns=64, warps=8, stages=1),
+        gated_keys=Launch(chunk=64, columns=64, warps=8, stages=1),
     ),
     wide=_WIDE,
     wide_tall=_WIDE_TALL,

@@ -27,7 +27,12 @@ def _even(launch: Launch) -> Plan:
     return Plan(launch, launch, launch)
 
 
-_WIDE = _even(Launch(chunk=32, columns=32, warps=8, stages=1))
+_WIDE = Plan(
+    forward=Launch(chunk=32, columns=32, warps=8, stages=1),
+    queries=Launch(chunk=32, columns=32, warps=8, stages=1),
+    # With 32 queries it spills.
+    keys=Launch(chunk=16, columns=32, warps=8, stages=1),
+)
 _WIDE_TALL = _even(Launch(chunk=16, columns=16, warps=8, stages=1))
 HOPPER = Family(
     half=Plan(

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Literal
 
 from heddle.errors import HeddleError, Where
+from heddle.specs.named_files import JSONL, PARQUET, STDLIB, choose_field, no_corpus, no_field
 
-STDLIB = "python-stdlib"
 # Tests and tools are not library text; encodings and pydoc_data are near-duplicate tables that leak across
 # the split.
 STDLIB_EXCLUDED = frozenset(
@@ -43,8 +43,6 @@ STDLIB_EXCLUDED = frozenset(
 )
 FEWEST_FILES = 20
 VALIDATION_SHARE = (0.02, 0.30)
-JSONL = frozenset({".jsonl", ".ndjson"})
-PARQUET = frozenset({".parquet", ".pq"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,12 +102,7 @@ def _stdlib_files() -> list[tuple[str, bytes]]:
 
 def _user_files(path: Path, text_field: str) -> list[tuple[str, bytes]]:
     if not path.exists():
-        raise HeddleError(
-            "corpus-missing",
-            f"no file or folder {path} (looked in {Path.cwd()})",
-            where=Where(path="data.source"),
-            hint=f"data.source is {STDLIB!r} or the path of a text, JSONL or Parquet file or folder",
-        )
+        raise no_corpus(path, Where(path="data.source"))
     if not path.is_dir():
         return [(path.name, _text_of(path, text_field))]
     return [(relative, _text_of(path / relative, text_field)) for relative in _walk(path)]
@@ -160,22 +153,9 @@ def _jsonl_documents(path: Path, text_field: str) -> Iterator[bytes]:
             ) from error
         text = row.get(text_field) if isinstance(row, dict) else None
         if not isinstance(text, str):
-            raise _unreadable(path, *_no_field(row, text_field), line=number)
+            raise _unreadable(path, *no_field(row, text_field), line=number)
         # A lone surrogate is legal JSON and not legal UTF-8.
         yield text.encode("utf-8", "replace")
-
-
-def _no_field(row: object, text_field: str) -> tuple[str, str | None]:
-    if not isinstance(row, dict):
-        return f"expected an object with a field {text_field!r}, found {type(row).__name__}", None
-    if text_field in row:
-        return f"field {text_field!r} is {type(row[text_field]).__name__}, not text", None
-    strings = [name for name, value in row.items() if isinstance(value, str)]
-    return f"no field {text_field!r}", _choose_field(strings)
-
-
-def _choose_field(names: Sequence[str]) -> str | None:
-    return f"set data.text_field to one of: {', '.join(names)}" if names else None
 
 
 def _parquet_documents(path: Path, text_field: str) -> Iterator[bytes]:
@@ -194,7 +174,7 @@ def _parquet_documents(path: Path, text_field: str) -> Iterator[bytes]:
         schema = parquet.read_schema(path)
         names = [field.name for field in schema if field.type in (arrow.string(), arrow.large_string())]
         if text_field not in names:
-            raise _unreadable(path, f"no text column {text_field!r}", _choose_field(names))
+            raise _unreadable(path, f"no text column {text_field!r}", choose_field(names))
         column = parquet.read_table(path, columns=[text_field]).column(text_field)
     except (arrow.ArrowException, OSError) as error:
         raise _unreadable(path, f"not a Parquet file: {error}") from error

@@ -13,8 +13,8 @@ import numpy.typing as npt
 
 from heddle.errors import HeddleError, Where
 from heddle.search.tasks.corpus import Corpus
+from heddle.specs.named_files import BYTES, no_tokenizer, tokenizer_file
 
-BYTES = "bytes"
 BYTE_VALUES = 256
 # Characters that are tokenised in one piece; pieces end at a newline and are worked on in parallel.
 PIECE = 1 << 16
@@ -57,14 +57,9 @@ def tokens_of(corpus: Corpus, tokenizer: str, vocab_size: int) -> Tokens:
 
 
 def _tokenizer_file(path: Path) -> Path:
-    file = path / "tokenizer.json" if path.is_dir() else path
+    file = tokenizer_file(path)
     if not file.is_file():
-        raise HeddleError(
-            "file-not-found",
-            f"no tokenizer at {path}",
-            where=Where(path="tokenizer"),
-            hint='tokenizer is "bytes", a tokenizer.json, or a folder that holds one',
-        )
+        raise no_tokenizer(path, Where(path="tokenizer"))
     return file
 
 
