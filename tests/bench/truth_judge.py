@@ -34,13 +34,14 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import pairwise, product
+from itertools import product
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import numpy as np
 import optuna
+from made_up import LANDSCAPES
 from truth_told import Rows, latencies, read_rows, scores_of, sign, tasks_of, told_of
 
 from heddle.errors import HeddleError
@@ -241,22 +242,6 @@ def truth_of(rows: Rows, task: str) -> Truth:
     return Truth(scores, ms, mean(seconds or [0.0]))
 
 
-def made_up(seed: int, length: int = 8, boundary: float = 0.002) -> Truth:
-    """Single layers, pairs that fall off with distance, returns that lessen with each full layer, and noise of seeds."""
-    rng = np.random.default_rng([seed, 3])
-    alone = rng.uniform(0.0, 1.0, length)
-    distance = np.abs(np.subtract.outer(np.arange(length), np.arange(length)))
-    pair = np.triu(rng.normal(size=(length, length)) * 2.0 ** (-distance), 1)
-    scores, ms = {}, {}
-    for layers in product((0, 1), repeat=length):
-        full = np.flatnonzero(layers)
-        worth = float(np.tanh(alone[full].sum() / 2) + 0.3 * pair[np.ix_(full, full)].sum())
-        scores[layers] = [worth + float(noise) for noise in 0.02 * rng.normal(size=3)]
-        boundaries = sum(one != other for one, other in pairwise(layers))
-        ms[layers] = 0.3 + 0.08 * len(full) + boundary * boundaries
-    return Truth(scores, ms, 1.0)
-
-
 def shuffled(truth: Truth, seed: int) -> Truth:
     """The same latencies, with the scores of other placements."""
     order = np.random.default_rng(seed).permutation(len(truth.scores))
@@ -338,16 +323,21 @@ def rows(chosen: argparse.Namespace) -> Iterator[dict[str, Any]]:
     if not chosen.synthetic and not known:
         print(f"no truth in {chosen.rows} yet")
     seeds = range(chosen.first_seed, chosen.first_seed + chosen.repeats)
+    make = LANDSCAPES[chosen.landscape]
     for task in ("synthetic",) if chosen.synthetic else tasks_of(known):
         truths = (
-            [made_up(seed, boundary=chosen.boundary) for seed in seeds]
+            [Truth(*make(seed, chosen.boundary), 1.0) for seed in seeds]
             if chosen.synthetic
             else [truth_of(known, task)]
         )
         if len(truths[0].scores) < 2:
             print(f"{task}: no placement of {chosen.rows} is trained and timed")
             continue
-        made_of = {"seeds": [seeds.start, seeds.stop], "boundary": chosen.boundary}
+        made_of = {
+            "landscape": chosen.landscape,
+            "seeds": [seeds.start, seeds.stop],
+            "boundary": chosen.boundary,
+        }
         if chosen.control:
             # One draw for each repeat: a single one would be what a way may find by luck.
             truths = [
@@ -373,6 +363,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--synthetic", action="store_true")
+    parser.add_argument("--landscape", choices=list(LANDSCAPES), default="plain", help="of what is made up")
     parser.add_argument("--control", choices=list(CONTROLS))
     parser.add_argument("--told", choices=["seed", "all"], default="seed", help="what an evaluation tells")
     parser.add_argument("--first-seed", type=int, default=0)
