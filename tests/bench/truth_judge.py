@@ -33,6 +33,7 @@ import json
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -47,6 +48,7 @@ from truth_told import Rows, latencies, read_rows, scores_of, sign, tasks_of, to
 from heddle.errors import HeddleError
 from heddle.search.placement import Budget, History, Question, Seen, Timed, propose
 from heddle.search.placement.loop import Effort, Loop
+from heddle.search.placement.seeds import is_seeded, solved
 from heddle.specs import uniform_layers
 
 HERE = Path(__file__).parent
@@ -167,23 +169,31 @@ def by_ranking(ask: Judge, seed: int) -> None:  # noqa: ARG001
 
 
 def by_search(ask: Judge, seed: int, margin: float = 0.0) -> None:
-    """What `heddle search` does, in rounds of 4: Optuna draws the number of full layers, the solver places them within what the
-    timings so far say, with `margin` as a share added to each. Trials over the budget are timed alone."""
+    """What `heddle search` does, in rounds of 4: Optuna has the number of full layers, which the solver puts to it in seeds, and
+    the solver places them within what the timings so far say, with `margin` as a share added to each. Trials over the budget are
+    timed alone."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     length, names = ask.truth.length, ("linear", "full")
     study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed))
     history, timed, seen = History(), list[Timed](), set[tuple[str, ...]]()
+
+    def question(count: int) -> Question:
+        counts = {"full": count, "linear": length - count}
+        uniform = tuple(names[kind] for kind in spread(length, count))
+        return Question(counts, {}, uniform, seen.__contains__, timed=costs, asked=tuple(asked))
+
     for number in range(4 * EVALUATIONS):
         if not ask.left:
             return
         if number % 4 == 0:
-            known, costs = History.of(list(history)), list(timed)
+            known, costs, asked = History.of(list(history)), list(timed), list[tuple[tuple[str, ...], Any]]()
+        questions = [question(count) for count in range(length + 1)] if is_seeded(number) else []
+        start = solved(questions, known)
+        if start is not None:
+            study.enqueue_trial({"full": start.count("full")})
         trial = study.ask()
         count = trial.suggest_int("full", 0, length)
-        uniform = tuple(names[kind] for kind in spread(length, count))
-        counts = {"full": count, "linear": length - count}
-        asked = Question(counts, {}, uniform, seen.__contains__, timed=costs)
-        layers = propose(asked, known, seed=seed, number=number)
+        layers = propose(replace(question(count), start=start), known, seed=seed, number=number)
         placed = tuple(names.index(name) for name in layers)
         timed.append(Timed(layers, {}, {"decode": (1.0 + margin) * ask.time(placed) / ask.budget}))
         if ask.time(placed) > ask.budget or layers in seen:
@@ -192,6 +202,7 @@ def by_search(ask: Judge, seed: int, margin: float = 0.0) -> None:
             history.append(Seen(layers, {}, ask(placed)))
             study.tell(trial, history[-1].quality)
         seen.add(layers)
+        asked.append((layers, {}))
 
 
 def by_loop(ask: Judge, seed: int) -> None:
