@@ -12,8 +12,8 @@ from heddle.search import listing, space
 from heddle.search.durable import write_whole
 from heddle.search.events import EventLog
 from heddle.search.learnt import Learnt
-from heddle.search.progress import Progress
 from heddle.search.placement.seeds import is_seeded
+from heddle.search.progress import Progress
 from heddle.search.record import LEDGER_FOLDER, REFERENCE, Figure, Trial, assemble, trial_file
 from heddle.search.seeding import seeded
 from heddle.search.setting import Setting

@@ -7,7 +7,6 @@ from itertools import product
 from math import prod
 from typing import Any
 
-from heddle.search.placement import Seen
 from heddle.search.placement.seeds import MOST_COUNTS, solved
 from heddle.search.space import Asked, Known, Layers, suggested
 from heddle.specs import Parameter, Space, SpecFile
@@ -49,7 +48,10 @@ def combinations(space: Space, best: Mapping[str, Any]) -> Iterator[dict[str, An
     if placement is None or not counts:
         return
     middle = [at[one.name] for one in counts]
-    allowed = [sorted(one.values(), key=lambda value: abs(value - own)) for one, own in zip(counts, middle)]
+    allowed = [
+        sorted(one.values(), key=lambda value: abs(value - own))
+        for one, own in zip(counts, middle, strict=True)
+    ]
     while prod(map(len, allowed)) > MOST_COMBINED:
         max(allowed, key=len).pop()
     found = 0

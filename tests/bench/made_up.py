@@ -1,23 +1,26 @@
 """Made-up landscapes of two kinds in 8 layers: scores of three seeds and latencies of every placement.
 
-Settings of a search are looked at on these, never on rows of trained models. Each seed gives another landscape; L is the number of
-layers, S the set of those that are full, n = |S|.
+Settings of a search are looked at on these, never on rows of trained models. Each seed gives another landscape; L is the number
+of layers, S the set of those that are full, n = |S|.
 
-`plain` – single layers, pairs that fall off with distance, returns that lessen with each full layer, and little noise:
+`plain`: single layers, pairs that fall off with distance, returns that lessen with each full layer, and little noise.
 
     score = tanh(Σ_S u_i / 2) + 0.3 Σ_{i<j in S} J_ij + 0.02 ε,   u ~ U(0, 1),   J_ij ~ N(0, 1) 2^-|i-j|
 
-`crowded` – many placements close to the best, a few far below:
+`crowded`: many placements close to the best, a few far below.
 
-    z = profile + counts + pairs + exceptions, each divided by its spread over all placements and multiplied by its weight;
-    score = 1 - e^(-z / 2), z of mean 0 and spread 1;   three seeds with noise of a third of the spread of the scores, which stays in the truth
+    score = 1 - e^(-z / 2) + noise,   z = profile + counts + 0.6 pairs + 0.3 exceptions
 
-* profile, weight 1: Σ_S w_i, where w is a rising, falling, U-shaped or arched function of depth (each as likely, its power drawn from
-  1/2 to 2, mean 0, spread 1), plus 0.5 N(0, 1) of each layer;
-* counts, weight 1: -(n - n*)², with n* drawn from 0.2 L to 0.7 L, so that the best count is inside and not at an end;
-* pairs, weight 0.6: J_ij x_i x_j with x = ±1 for full or not, J as above with 2^(1-|i-j|), and three pairs at least L/2 apart of weight 1;
-* exceptions, weight 0.3: six triples of layers with kinds drawn for each; a placement that has all three gets N(0, 1). Each holds
-  in an eighth of the placements, and no model of single layers and pairs can say so.
+Each part has mean 0 and spread 1 over all placements, and so has z; the noise of a seed is a third of the spread of scores. The
+mean of three seeds is the truth, so noise stays in it.
+
+* profile: Σ_S w_i, where w rises, falls, or is U-shaped or arched with depth, each as likely, to a power of 1/2 to 2, with
+  mean 0 and spread 1, plus 0.5 N(0, 1) at each layer;
+* counts: -(n - n*)², with n* from 0.2 L to 0.7 L, so that the best count is inside;
+* pairs: Σ_{i<j} J_ij x_i x_j with x = 1 for full layers, else -1, J_ij ~ N(0, 1) 2^(1-|i-j|), and N(0, 1) for three of the
+  pairs that are L/2 or more apart;
+* exceptions: six triples of layers with kinds drawn for each; a placement that has all three gets N(0, 1). It holds in an eighth
+  of the placements, and no model of single layers and pairs says so.
 
 Latencies of both are 0.3 ms, 0.08 ms for each full layer, and `boundary` ms for each change of kind.
 """

@@ -75,14 +75,19 @@ class Landscape:
         self._inverse = np.linalg.inv(self._covariance(self.prior)) if len(values) else np.zeros((0, 0))
         self.dual = self._inverse @ target
 
-    def spread(self, placed: NDArray[np.int64], told: NDArray[np.int64], beside: tuple[Array, Array]) -> Array:
+    def spread(
+        self, placed: NDArray[np.int64], told: NDArray[np.int64], beside: tuple[Array, Array]
+    ) -> Array:
         """The deviation of what is expected of `placed`, once the placements `told` have values: [m] of [m, L] and [n, L].
 
         `beside` is how alike all else is of `placed` and `told`, and of `told` among each other: [m, n] and [n, n].
         """
         cross = self._kernel(placed, told) + beside[0]
         among = self._kernel(told, told) + beside[1] + self.prior.noise * np.eye(len(told))
-        hot, pairs = np.moveaxis(np.eye(self.kinds)[placed], 2, 0), range(1, min(self.window, self.length - 1) + 1)
+        hot, pairs = (
+            np.moveaxis(np.eye(self.kinds)[placed], 2, 0),
+            range(1, min(self.window, self.length - 1) + 1),
+        )
         own = ((hot @ self.prior.unary(self.length)) * hot).sum(axis=(0, 2))
         own = own + sum((self.length - d) * self.prior.pair(self.length, d) for d in pairs)
         left = own - (cross * np.linalg.solve(among, cross.T).T).sum(axis=1)

@@ -58,7 +58,9 @@ class Timings:
             fit = float(target.mean()), features.mean(axis=0), _ridge(features, target)
             self._fits[label] = fit
 
-    def budgets(self, counts: Mapping[str, int], params: Mapping[str, Any], steps: int) -> tuple[Budget, ...]:
+    def budgets(
+        self, counts: Mapping[str, int], params: Mapping[str, Any], steps: int | None = None
+    ) -> tuple[Budget, ...]:
         """As `latency_budgets` gives them."""
         first, length, found = len(self._kinds), sum(counts.values()), []
         # All that the counts and the parameters settle, with no boundary yet.

@@ -43,7 +43,9 @@ class NearBest:
 
     def _alike(self, some: Sequence[Marks], others: Sequence[Marks]) -> Array:
         """The share of equal values, of trials with some of these values: [some, others]."""
-        places = {mark: place for place, mark in enumerate(frozenset[tuple[str, str]]().union(*some, *others))}
+        places = {
+            mark: place for place, mark in enumerate(frozenset[tuple[str, str]]().union(*some, *others))
+        }
         most = max(1, *(len(one) for one in (*some, *others, *self._params)))
         marked = [np.zeros((len(group), len(places))) for group in (some, others)]
         for group, rows in zip((some, others), marked, strict=True):

@@ -44,11 +44,11 @@ Layers = tuple[str, ...]
 class Question:
     """What Optuna asked for: how many layers of each block, and what else is set in this trial.
 
-    `uniform` is the placement tried first. `is_seen` says whether the spec with these layers was asked for
-    before. `start` is the placement to take where it is new and keeps the latency budgets (`heddle.search.placement.seeds`).
-    `asked` are layers and parameters of trials under way. `order` is what the layers take from each other; where no placement keeps it, none is spared. `timed` are
-    the trials of this run that were timed beside latency budgets, those over one among them; `predicted` are those budgets
-    that a latency model predicts, which go before what `timed` says of them.
+    `uniform` is the evenly spread placement. `is_seen` says whether the spec with these layers was asked for before. `order` is
+    what the layers take from each other; where no placement keeps it, none is spared. `timed` are the trials of this run that
+    were timed beside latency budgets, those over one among them; `predicted` are those budgets that a latency model predicts,
+    which go before what `timed` says of them. `start` is the placement to take where it is new and keeps the budgets
+    (`heddle.search.placement.seeds`); `asked` are layers and parameters of trials that are under way.
     """
 
     counts: Mapping[str, int]
@@ -164,9 +164,7 @@ def keeps(question: Question, layers: Layers, limits: Sequence[Budget]) -> bool:
     return all(budget.excess(budget.of(index)) == 0 for budget in limits)
 
 
-def most_hoped(
-    question: Question, history: Sequence[Seen], candidates: int
-) -> tuple[float, Layers] | None:
+def most_hoped(question: Question, history: Sequence[Seen], candidates: int) -> tuple[float, Layers] | None:
     """Of the new placements with these counts within the latency budgets the one of which most may be hoped, and how much.
 
     None while there are too few trials to tell, or where no such placement is left among those looked at.

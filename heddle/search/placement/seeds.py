@@ -1,17 +1,20 @@
-"""How many layers of each block a trial gets, where the solver says so: the counts that it puts to Optuna as seeds.
+"""How many layers of each block a trial gets where the solver says so: the counts that it puts to Optuna as seeds.
 
-First come simple placements at the costliest counts that keep the latency budgets, so that what is found is no worse than they
-are: blocks one after another, either way round, and evenly spread. After that the counts are those whose best new placement may be
-hoped most of (`most_hoped`), over all counts and placements within the budgets. Optuna keeps the other trials, and all other values.
+First come simple placements at the costliest counts that keep the latency budgets, so that what is found is no worse than
+they are: the evenly spread one, and blocks one after another, either way round. After that the counts are those whose best new
+placement may be hoped most of, over all counts and placements within the budgets. The other trials have counts that Optuna draws,
+and all trials the other values that it draws.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from heddle.search.placement.history import History, Seen
+from heddle.search.placement.limits import Timings
 from heddle.search.placement.problem import Budget
 from heddle.search.placement.proposals import Layers, Question, keeps, latency_limits, most_hoped, simple
 
@@ -28,6 +31,17 @@ MOST_CANDIDATES, LEAST_CANDIDATES = 640, 8
 def is_seeded(number: int) -> bool:
     """Whether the solver says how many layers of each block trial `number` gets, once it can tell."""
     return number % EVERY != EVERY - 1
+
+
+def _with_limits(questions: Sequence[Question]) -> list[Question]:
+    """The questions with what their timings predict, which are fitted once for all of them."""
+    found, fit = list[Question](), None
+    for one in questions:
+        fit = fit or Timings(one.timed, one.kinds)
+        known = {budget.name for budget in one.predicted}
+        more = (budget for budget in fit.budgets(one.counts, one.params) if budget.name not in known)
+        found.append(replace(one, timed=(), predicted=(*one.predicted, *more)))
+    return found
 
 
 def costliest(questions: Sequence[Question]) -> Layers | None:
@@ -56,6 +70,7 @@ def solved(questions: Sequence[Question], history: Sequence[Seen]) -> Layers | N
 
     The same for equal questions and history. None while nothing is known, or where no placement within the budgets is new.
     """
+    questions = _with_limits(questions)
     if len(history) < SIMPLE and (costly := costliest(questions)) is not None:
         return costly
     known, best = History.of(history), None
