@@ -84,12 +84,10 @@ class Landscape:
         """
         cross = self._kernel(placed, told) + beside[0]
         among = self._kernel(told, told) + beside[1] + self.prior.noise * np.eye(len(told))
-        hot, pairs = (
-            np.moveaxis(np.eye(self.kinds)[placed], 2, 0),
-            range(1, min(self.window, self.length - 1) + 1),
-        )
+        hot = np.moveaxis(np.eye(self.kinds)[placed], 2, 0)
         own = ((hot @ self.prior.unary(self.length)) * hot).sum(axis=(0, 2))
-        own = own + sum((self.length - d) * self.prior.pair(self.length, d) for d in pairs)
+        for d in range(1, min(self.window, self.length - 1) + 1):
+            own = own + (self.length - d) * self.prior.pair(self.length, d)
         left = own - (cross * np.linalg.solve(among, cross.T).T).sum(axis=1)
         return np.asarray(np.sqrt(self.scale * np.maximum(left, 0.0)))
 

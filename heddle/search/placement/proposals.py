@@ -1,10 +1,13 @@
 """Which placement a search tries next.
 
-Optuna chooses how many layers each block gets; where they stand is decided here, never by L free binaries.
-The first placement of every new count is the uniform one. After that a Bayesian linear model of the finished
-trials' quality is drawn from (Thompson sampling) and the draw is maximised exactly: near the best placement found so far,
-and within the latency budgets as far as a latency model, or the timings of this run, predict them. With enough trials that
-model knows pairs of layers at their place, and every second trial takes what it expects most of instead of a draw.
+How many layers each block gets is Optuna's, drawn by it or put to it (`heddle.search.placement.seeds`); where they stand is
+decided here, never by L free binaries.
+
+The first placements are simple ones by turns: evenly spread, and blocks one after another. From LEAST finished trials on a
+Bayesian linear model of their quality knows each kind at each layer and pairs of layers at their place; of the placements that
+it expects most of, exactly solved, the one is taken of which most may be hoped: what is expected, and twice its deviation. They
+are looked for near the best placement found so far, and within the latency budgets as far as a latency model, or the timings of
+this run, predict them. With fewer trials a simpler model is drawn from (Thompson sampling).
 """
 
 from __future__ import annotations
@@ -113,6 +116,13 @@ class Region:
         """The solver's table of a landscape here; with `bound` it reaches what rounding alone puts outside."""
         return Table(replace(drawn, budgets=self.budgets), bound=bound, gate=self.gate)
 
+    def widest(self, drawn: Problem) -> Table:
+        """The table with what rounding alone puts outside, or without it where it is too large with it."""
+        try:
+            return self.table(drawn, bound=True)
+        except HeddleError:
+            return self.table(drawn)
+
     def named(self, layers: Sequence[int]) -> Layers:
         return tuple(self.question.kinds[kind] for kind in layers)
 
@@ -145,17 +155,18 @@ def propose(question: Question, history: Sequence[Seen], *, seed: int, number: i
 
 def simple(question: Question) -> tuple[Layers, ...]:
     """The evenly spread placement, and the blocks one after another: the first kind last, and first."""
-    kinds, order = question.kinds, question.order
-    runs = [sorted(question.uniform, key=kinds.index, reverse=reverse) for reverse in (True, False)]
-    return (question.uniform, *(tuple(order.mended(one)) for one in runs))
+    kinds, order, even = question.kinds, question.order, question.uniform
+    runs = [order.mended(sorted(even, key=kinds.index, reverse=reverse)) for reverse in (True, False)]
+    return (even, *(tuple(one) for one in runs if order.keeps(one) or not order.keeps(even)))
 
 
 def _starts(question: Question, history: History, number: int) -> tuple[Layers, ...]:
     """What goes before all that is learnt: the start of the question, or simple placements by turns while little is known."""
     if question.start is not None:
         return (question.start,) if sorted(question.start) == sorted(question.uniform) else ()
-    even = simple(question) if len(history) < LEAST else ()
-    return (*even[number % 3 :], *even[: number % 3])
+    found = simple(question) if len(history) < LEAST else ()
+    turn = number % max(1, len(found))
+    return (*found[turn:], *found[:turn])
 
 
 def keeps(question: Question, layers: Layers, limits: Sequence[Budget]) -> bool:
@@ -194,7 +205,7 @@ def _hoped(region: Region, history: History, candidates: int) -> Iterator[tuple[
     near = near_best(history, question.kinds, window_of(question))
     if near is None:
         return
-    table = region.table(near.landscape.mean(), bound=True)
+    table = region.widest(near.landscape.mean())
     within = filter(table.problem.keeps, islice(table.ranked(table.tops), 4 * candidates))
     placed = np.array(list(islice(within, candidates)) if table.feasible else [], dtype=np.int64)
     if not len(placed):
@@ -215,11 +226,7 @@ def _unseen(region: Region, draws: Draws) -> Iterator[Layers]:
             break
         if not is_seen(region.named(best)):
             yield region.named(best)
-    try:
-        table = region.table(draws.last, bound=True)
-    except HeddleError:
-        # Too large with what rounding put outside: without it.
-        table = region.table(draws.last)
+    table = region.widest(draws.last)
     for layers in table.ranked(table.tops) if table.feasible else ():
         if table.problem.keeps(layers) and not is_seen(region.named(layers)):
             yield region.named(layers)
