@@ -11,12 +11,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from bench.engine_overhead import Here
+from fast_search import fast_file, scored
 
-from heddle.search import space
+from heddle.search import run, space
 from heddle.search.placement import Problem, Question, Seen, Timed
 from heddle.search.placement.proposals import simple
 from heddle.search.placement.seeds import MOST_COUNTS, solved
+from heddle.search.progress import Silent
+from heddle.search.record import Trial
 from heddle.search.seeding import combinations, seeded
+from heddle.search.study import open_storage
 from heddle.specs import loads, uniform_layers
 from heddle.specs.order import Order
 
@@ -150,3 +155,42 @@ def test_a_search_of_made_up_landscapes_is_ahead_of_every_simple_way(tmp_path: P
     for quantile in (0.25, 0.5, 0.75):
         own = gaps["heddle search", quantile]
         assert all(own < gaps[way, quantile] for way in ways[:-1]), gaps
+
+
+class Stopped(BaseException):
+    """A driver that ends."""
+
+
+class Stopping(Silent):
+    """Ends the driver when it has asked for so many trials."""
+
+    def __init__(self, after: int) -> None:
+        self.left = after
+
+    def trial_started(self, trial: Trial) -> None:  # noqa: ARG002
+        self.left -= 1
+        if self.left == 0:
+            raise Stopped
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "nsga2"])
+def test_a_search_that_goes_on_asks_for_the_seeds_of_the_uninterrupted_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sampler: str
+) -> None:
+    monkeypatch.setattr(run, "Workers", Here)
+    file = fast_file(trials=20, sampler=sampler)
+    whole = run.search(file, tmp_path / "whole", evaluate=scored, progress=Silent())
+    for number, after in enumerate((6, 3, 5)):
+        with pytest.raises(Stopped):
+            run.search(file, tmp_path / "parts", evaluate=scored, progress=Stopping(after), resume=number > 0)
+    parts = run.search(file, tmp_path / "parts", evaluate=scored, progress=Silent(), resume=True)
+    assert [(one.params, one.layers) for one in parts.trials] == [
+        (one.params, one.layers) for one in whole.trials
+    ]
+    assert [one.number for one in whole.trials] == list(range(20))
+    storage = open_storage(tmp_path / "whole")
+    (study,) = storage.get_all_studies()
+    fixed = [one.system_attrs.get("fixed_params") for one in storage.get_all_trials(study._study_id)]
+    seeds = [number for number, values in enumerate(fixed) if values is not None]
+    assert seeds
+    assert all(number % 2 == 0 for number in seeds)
