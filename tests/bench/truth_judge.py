@@ -21,7 +21,7 @@ proposals and solving again included. Placements without a score at the task or 
 as good as each other, but for the noise of seeds. No way may then be ahead of random. With `infeasible` the budget is below the
 fastest placement, and none may be found. `--synthetic` makes rows up (`made_up.py`): settings are looked at there, never at the
 truth. There each repeat has its own landscape, the first of `--first-seed` (settings were looked at from 1,000 on); `--boundary`
-is what a change of kind costs, in ms beside 0.08 for a full layer, and `--timing-noise` by which share a timing is off. `timed` is
+is what a change of kind costs, ms beside 0.08 for a full layer, and `--timing-noise` by which share a timing is off. `timed` is
 how many placements `heddle search` asked for in the median, `over` which share of them was over the budget in truth.
 """
 
@@ -168,7 +168,7 @@ def by_ranking(ask: Judge, seed: int) -> None:  # noqa: ARG001
 
 
 def by_search(ask: Judge, seed: int, margin: float = 0.0) -> None:
-    """What `heddle search` does, in rounds of 4, with `margin` as a share added to each timing: Optuna has the number of full
+    """What `heddle search` does, in rounds of 4, `margin` a share added to each timing: Optuna has the number of full
     layers, which the solver puts to it in seeds. Trials over the budget are timed alone."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     length, names = ask.truth.length, ("linear", "full")
