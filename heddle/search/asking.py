@@ -12,11 +12,16 @@ from heddle.search import listing, space
 from heddle.search.durable import write_whole
 from heddle.search.events import EventLog
 from heddle.search.learnt import Learnt
+from heddle.search.placement.seeds import is_seeded
 from heddle.search.progress import Progress
 from heddle.search.record import LEDGER_FOLDER, REFERENCE, Figure, Trial, assemble, trial_file
+from heddle.search.seeding import seeded
 from heddle.search.setting import Setting
 from heddle.search.study import Study
 from heddle.specs import to_yaml
+
+# Counts for Optuna, and layers.
+Seed = tuple[dict[str, Any], tuple[str, ...]]
 
 
 class Asking:
@@ -37,6 +42,9 @@ class Asking:
         self._learnt = Learnt(setting.file, len(setting.rungs))
         listed = search is not None and search.sampler in listing.SAMPLERS
         self._listing = listing.Listing(setting.file, search.sampler) if search and listed else None
+        # Random trials stay random.
+        self._takes_seeds = search is not None and search.sampler not in (*listing.SAMPLERS, "random")
+        self._seeds = dict[int, Seed | None]()
         self.events = {e["number"]: e for e in log.events if e["event"] == "trial_started"}
         self.running = {number for number, trial in trials.items() if trial.state == "running"}
         self.first: dict[str, int] = {}
@@ -77,7 +85,8 @@ class Asking:
             self.study.adopt(number)
             self._settle(number)
         while not was_told and count < last and not is_over() and not self._is_exhausted():
-            pending.append(self.study.ask())
+            seed = self._seed(count)
+            pending.append(self.study.ask(None if seed is None else seed[0]))
             self._settle(pending[-1])
             count += 1
         return pending
@@ -146,17 +155,36 @@ class Asking:
 
     def _place(self, number: int, values: Mapping[str, Any]) -> space.Candidate:
         """The layers for `values`."""
-        learnt, limits = self._learnt_for(number), self.setting.limits
+        seed = self._seed(number)
         return space.place(
             self.setting.file,
             values,
-            learnt.history,
-            lambda spec: self.first.get(spec, number) < number,
+            self._known(number),
             seed=self.setting.seed,
             number=number,
-            timed=learnt.timed,
-            is_tried=lambda values, layers: self._placed.get(_placing(values, layers), number) < number,
-            predict=limits.of_placements if limits.has_model else None,
+            start=None if seed is None else seed[1],
+        )
+
+    def _seed(self, number: int) -> Seed | None:
+        """The counts and the layers of a trial for which the solver says them."""
+        if number not in self._seeds:
+            takes = self._takes_seeds and is_seeded(number)
+            best = self._learnt_for(number).best or self.setting.file.space.defaults()
+            self._seeds = {number: seeded(self.setting.file, best, self._known(number)) if takes else None}
+        return self._seeds[number]
+
+    def _known(self, number: int) -> space.Known:
+        """What trial `number` may learn from: the rounds before its own, and what was asked for in its own before it."""
+        learnt, limits = self._learnt_for(number), self.setting.limits
+        first = number // self.setting.round * self.setting.round
+        mine = [self.trials[each] for each in range(first, number) if each in self.trials]
+        return space.Known(
+            learnt.history,
+            lambda spec: self.first.get(spec, number) < number,
+            learnt.timed,
+            [(one.layers, space.outer(self.setting.file, one.params)) for one in mine if one.layers],
+            lambda values, layers: self._placed.get(_placing(values, layers), number) < number,
+            limits.of_placements if limits.has_model else None,
         )
 
     def _learnt_for(self, number: int) -> Learnt:

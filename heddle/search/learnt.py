@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from math import inf
+from typing import Any
 
 from heddle.search import space
 from heddle.search.placement import History, Seen, Timed
@@ -13,12 +15,14 @@ from heddle.specs import SpecFile
 
 class Learnt:
     """The trained and the timed trials of a run, in the order of their numbers. With `rungs` before the last one, those that
-    were scored at one rung (`heddle.search.rungs.at_one_rung`)."""
+    were scored at one rung (`heddle.search.rungs.at_one_rung`). `best` are the values of the best of them."""
 
     def __init__(self, file: SpecFile, rungs: int = 0) -> None:
         self._file, self._rungs, self._next = file, rungs, 0
         self.history, self.timed = History(), list[Timed]()
         self._ended = list[Trial]()
+        self.best: Mapping[str, Any] = {}
+        self._quality = -inf
 
     def until(self, number: int, trials: Mapping[int, Trial]) -> Learnt:
         """This with all trials up to `number`, itself left out: they have ended, and change no more."""
@@ -33,10 +37,12 @@ class Learnt:
         elif new:
             # Which rung they learn from may have changed for all.
             self._ended += new
-            self.history = History()
+            self.history, self._quality = History(), -inf
             self._learn(at_one_rung(self._ended, self._rungs))
         return self
 
     def _learn(self, scored: Iterable[tuple[Trial, float]]) -> None:
         for trial, quality in scored:
             self.history.append(Seen(trial.layers, space.outer(self._file, trial.params), quality))
+            if quality > self._quality:
+                self._quality, self.best = quality, trial.params

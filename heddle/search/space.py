@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
@@ -32,6 +32,8 @@ from heddle.specs.sight import reach
 # Placements that turn out to be a spec that was asked for under another one, before the next of them is taken: blocks may be
 # written otherwise and compute the same, and to make the spec of each of 24 layers takes 0.7 ms of a core.
 TWINS = 200
+
+Layers = tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,55 +130,87 @@ def candidate(file: SpecFile, values: Mapping[str, Any], layers: Sequence[str]) 
     return Candidate(spec, dict(values), tuple(layers), spec_hash(spec.model))
 
 
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What the layers of a trial are proposed from.
+
+    `history` and `timed` are the trials of the rounds before, `asked` layers and outer values of those asked for in its own.
+    `predict` is what a latency model says of placements (`heddle.search.limits.Limits.of_placements`). `is_asked(hash)` tells
+    whether a trial of this run has that spec already; `is_tried(values, layers)` knows those that had it with these very layers.
+    """
+
+    history: Sequence[Seen]
+    is_asked: Callable[[str], bool]
+    timed: Sequence[Timed] = ()
+    asked: Sequence[tuple[Layers, Mapping[str, Any]]] = ()
+    is_tried: Callable[[Mapping[str, Any], Layers], bool] = lambda values, layers: False  # noqa: ARG005
+    predict: Callable[[ModelSpec, Sequence[str]], Sequence[Budget]] | None = None
+
+
+class Asked:
+    """The question at some values, with kinds for blocks that are equal. `like` is one of the same outer values, which has what
+    does not depend on counts. After TWINS of the specs that were asked for under other layers one of them may come again, which
+    the ledger answers."""
+
+    def __init__(
+        self, file: SpecFile, values: Mapping[str, Any], known: Known, like: Asked | None = None
+    ) -> None:
+        assert file.space.placement is not None
+        self.file, self.values, self._known = file, values, known
+        # The placement that is taken was looked at before.
+        self.at = cache(lambda layers: candidate(file, values, layers))
+        self._twins = set[Layers]()
+        counts = file.space.placement.count(file.space.held(values))
+        evenly = uniform(file, values)
+        if like is None:
+            model = self.at(evenly).model
+            self.blocks = merge(model, counts, evenly)
+            predicted = () if known.predict is None else known.predict(model, tuple(counts))
+            self.order, self.predicted = file.order(values), self.blocks.budgets(predicted)
+            self.timed = self.blocks.timed(known.timed)
+        else:
+            self.blocks = replace(like.blocks, counts=counts, uniform=evenly)
+            self.order, self.predicted, self.timed = like.order, like.predicted, like.timed
+        self.question = Question(
+            self.blocks.merged_counts(),
+            outer(file, values),
+            self.blocks.merged(evenly),
+            self._is_seen,
+            order=self.order,
+            timed=self.timed,
+            predicted=self.predicted,
+            asked=[(self.blocks.merged(layers), params) for layers, params in known.asked],
+        )
+
+    @property
+    def history(self) -> Sequence[Seen]:
+        return self.blocks.history(self._known.history)
+
+    def _is_seen(self, kinds: Layers) -> bool:
+        layers = self.blocks.layers(kinds)
+        if self._known.is_tried(self.values, layers):
+            return True
+        if not self._known.is_asked(self.at(layers).hash):
+            return False
+        self._twins.add(layers)
+        return len(self._twins) <= TWINS
+
+
 def place(
     file: SpecFile,
     values: Mapping[str, Any],
-    history: Sequence[Seen],
-    is_asked: Callable[[str], bool],
+    known: Known,
     *,
     seed: int,
     number: int,
-    timed: Sequence[Timed] = (),
-    is_tried: Callable[[Mapping[str, Any], tuple[str, ...]], bool] = lambda values, layers: False,  # noqa: ARG005
-    predict: Callable[[ModelSpec, Sequence[str]], Sequence[Budget]] | None = None,
+    start: Layers | None = None,
 ) -> Candidate:
-    """The candidate of trial `number`: `values` are Optuna's, the layers are proposed from `history`, from what was `timed`, and
-    from what a latency model can `predict` of placements (`heddle.search.limits.Limits.of_placements`).
-
-    `is_asked(hash)` tells whether a trial of this run has that spec already; `is_tried(values, layers)` knows those that had
-    it with these very layers. After TWINS of the others the spec may be one that was asked for, which the ledger answers.
-    """
-    placement = file.space.placement
-    if placement is None:
+    """The candidate of trial `number`: `values` are Optuna's, the layers are proposed from what is `known`, `start` the first."""
+    if file.space.placement is None:
         return candidate(file, values, expand_layers(file.resolve(values).model))
-    counts = placement.count(file.space.held(values))
-
-    # The placement that is taken was looked at before.
-    at = cache(lambda layers: candidate(file, values, layers))
-
-    twins = set[tuple[str, ...]]()
-    evenly = uniform(file, values)
-    blocks = merge(at(evenly).model, counts, evenly)
-
-    def is_seen(kinds: tuple[str, ...]) -> bool:
-        layers = blocks.layers(kinds)
-        if is_tried(values, layers):
-            return True
-        if not is_asked(at(layers).hash):
-            return False
-        twins.add(layers)
-        return len(twins) <= TWINS
-
-    question = Question(
-        blocks.merged_counts(),
-        outer(file, values),
-        blocks.merged(evenly),
-        is_seen,
-        order=file.order(values),
-        timed=blocks.timed(timed),
-        predicted=() if predict is None else blocks.budgets(predict(at(evenly).model, tuple(counts))),
-    )
-    return at(blocks.layers(propose(question, blocks.history(history), seed=seed, number=number)))
+    asked = Asked(file, values, known)
+    question = replace(asked.question, start=None if start is None else asked.blocks.merged(start))
+    return asked.at(asked.blocks.layers(propose(question, asked.history, seed=seed, number=number)))
 
 
 def uniform(file: SpecFile, values: Mapping[str, Any]) -> tuple[str, ...]:

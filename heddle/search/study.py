@@ -170,7 +170,9 @@ class Study:
         self._chosen: dict[int, Mapping[str, Any]] = {}
         # Of this driver's own: to list all trials takes a storage as long as they are many.
         trials = self.trials
-        self._count = len(trials)
+        # One that waits was put there by a driver that died before it asked for it.
+        self._waiting = {trial.number for trial in trials if trial.state == TrialState.WAITING}
+        self._count = len(trials) - len(self._waiting)
         self._unfinished = {trial.number for trial in trials if trial.state == TrialState.RUNNING}
         self._adopted: set[int] = set()
 
@@ -200,17 +202,20 @@ class Study:
         """The numbers of the trials that were asked for and not told, in their order."""
         return sorted(self._unfinished)
 
-    def ask(self) -> int:
-        """The number of a new trial; its values are drawn by `suggest`."""
+    def ask(self, fixed: Mapping[str, Any] | None = None) -> int:
+        """The number of a new trial; its values are drawn by `suggest`, but those of `fixed`, which go to Optuna as a seed."""
         number, tries = self._count, count()
 
         def attempt() -> int:
             if self._hold is not None:
                 self._hold.renew()
-            if next(tries) and len(self.trials) > number:
+            made = self.trials[number:] if next(tries) else []
+            if made and made[0].state != TrialState.WAITING:
                 # The storage made it, and went away before it could say so.
                 self.adopt(number)
                 return number
+            if fixed and not made and number not in self._waiting:
+                self._study.enqueue_trial(dict(fixed))
             return self._open(number, self._study.ask)
 
         self._count = self._patiently(attempt) + 1

@@ -20,6 +20,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import combinations, islice
 from pathlib import Path
 from typing import Any
@@ -164,7 +165,9 @@ def by_search(ask: Landscape, seed: int) -> None:
     uniform = tuple(uniform_layers(LENGTH, "linear", {"full": FULL}))
     question = Question({"full": FULL, "linear": LENGTH - FULL}, {}, uniform, seen.__contains__)
     for number in range(EVALUATIONS):
-        layers = propose(question, history[: number // 5 * 5], seed=seed, number=number)
+        told = number // 5 * 5
+        asked = [(one.layers, {}) for one in history[told:]]
+        layers = propose(replace(question, asked=asked), history[:told], seed=seed, number=number)
         seen.add(layers)
         history.append(Seen(layers, {}, ask(tuple(names.index(name) for name in layers))))
 

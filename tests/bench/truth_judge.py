@@ -19,11 +19,10 @@ proposals and solving again included. Placements without a score at the task or 
 
 `--control shuffled` gives the scores to other placements, and with `duplicate` both kinds are one: all placements are as fast and
 as good as each other, but for the noise of seeds. No way may then be ahead of random. With `infeasible` the budget is below the
-fastest placement, and none may be found. `--synthetic` makes rows up,
-of single layers, neighbours and noise: settings are looked at there, never at the truth. There each repeat has its own landscape,
-the first of `--first-seed` (settings were looked at from 1,000 on); `--boundary` is what a change of kind costs, in ms beside
-0.08 for a full layer, and `--timing-noise` by which share a timing is off. `timed` is how many placements `heddle search` asked
-for in the median, `over` which share of them was over the budget in truth.
+fastest placement, and none may be found. `--synthetic` makes rows up (`made_up.py`): settings are looked at there, never at the
+truth. There each repeat has its own landscape, the first of `--first-seed` (settings were looked at from 1,000 on); `--boundary`
+is what a change of kind costs, ms beside 0.08 for a full layer, and `--timing-noise` by which share a timing is off. `timed` is
+how many placements `heddle search` asked for in the median, `over` which share of them was over the budget in truth.
 """
 
 from __future__ import annotations
@@ -33,19 +32,22 @@ import json
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
-from itertools import pairwise, product
+from itertools import product
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import numpy as np
 import optuna
+from made_up import LANDSCAPES
 from truth_told import Rows, latencies, read_rows, scores_of, sign, tasks_of, told_of
 
 from heddle.errors import HeddleError
 from heddle.search.placement import Budget, History, Question, Seen, Timed, propose
 from heddle.search.placement.loop import Effort, Loop
+from heddle.search.placement.seeds import is_seeded, solved
 from heddle.specs import uniform_layers
 
 HERE = Path(__file__).parent
@@ -166,23 +168,30 @@ def by_ranking(ask: Judge, seed: int) -> None:  # noqa: ARG001
 
 
 def by_search(ask: Judge, seed: int, margin: float = 0.0) -> None:
-    """What `heddle search` does, in rounds of 4: Optuna draws the number of full layers, the solver places them within what the
-    timings so far say, with `margin` as a share added to each. Trials over the budget are timed alone."""
+    """What `heddle search` does, in rounds of 4, `margin` a share added to each timing: Optuna has the number of full
+    layers, which the solver puts to it in seeds. Trials over the budget are timed alone."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     length, names = ask.truth.length, ("linear", "full")
     study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed))
     history, timed, seen = History(), list[Timed](), set[tuple[str, ...]]()
+
+    def question(count: int) -> Question:
+        counts = {"full": count, "linear": length - count}
+        uniform = tuple(names[kind] for kind in spread(length, count))
+        return Question(counts, {}, uniform, seen.__contains__, timed=costs, asked=tuple(asked))
+
     for number in range(4 * EVALUATIONS):
         if not ask.left:
             return
         if number % 4 == 0:
-            known, costs = History.of(list(history)), list(timed)
+            known, costs, asked = History.of(list(history)), list(timed), list[Any]()
+        questions = [question(count) for count in range(length + 1)] if is_seeded(number) else []
+        start = solved(questions, known)
+        if start is not None:
+            study.enqueue_trial({"full": start.count("full")})
         trial = study.ask()
         count = trial.suggest_int("full", 0, length)
-        uniform = tuple(names[kind] for kind in spread(length, count))
-        counts = {"full": count, "linear": length - count}
-        asked = Question(counts, {}, uniform, seen.__contains__, timed=costs)
-        layers = propose(asked, known, seed=seed, number=number)
+        layers = propose(replace(question(count), start=start), known, seed=seed, number=number)
         placed = tuple(names.index(name) for name in layers)
         timed.append(Timed(layers, {}, {"decode": (1.0 + margin) * ask.time(placed) / ask.budget}))
         if ask.time(placed) > ask.budget or layers in seen:
@@ -191,6 +200,7 @@ def by_search(ask: Judge, seed: int, margin: float = 0.0) -> None:
             history.append(Seen(layers, {}, ask(placed)))
             study.tell(trial, history[-1].quality)
         seen.add(layers)
+        asked.append((layers, {}))
 
 
 def by_loop(ask: Judge, seed: int) -> None:
@@ -239,22 +249,6 @@ def truth_of(rows: Rows, task: str) -> Truth:
         trainings = sum(len(seeds) for seeds in rates) * told.get("workers", 1)
         seconds.append(len(rates) * told["seconds"] / trainings)
     return Truth(scores, ms, mean(seconds or [0.0]))
-
-
-def made_up(seed: int, length: int = 8, boundary: float = 0.002) -> Truth:
-    """Single layers, pairs that fall off with distance, returns that lessen with each full layer, and noise of seeds."""
-    rng = np.random.default_rng([seed, 3])
-    alone = rng.uniform(0.0, 1.0, length)
-    distance = np.abs(np.subtract.outer(np.arange(length), np.arange(length)))
-    pair = np.triu(rng.normal(size=(length, length)) * 2.0 ** (-distance), 1)
-    scores, ms = {}, {}
-    for layers in product((0, 1), repeat=length):
-        full = np.flatnonzero(layers)
-        worth = float(np.tanh(alone[full].sum() / 2) + 0.3 * pair[np.ix_(full, full)].sum())
-        scores[layers] = [worth + float(noise) for noise in 0.02 * rng.normal(size=3)]
-        boundaries = sum(one != other for one, other in pairwise(layers))
-        ms[layers] = 0.3 + 0.08 * len(full) + boundary * boundaries
-    return Truth(scores, ms, 1.0)
 
 
 def shuffled(truth: Truth, seed: int) -> Truth:
@@ -338,16 +332,21 @@ def rows(chosen: argparse.Namespace) -> Iterator[dict[str, Any]]:
     if not chosen.synthetic and not known:
         print(f"no truth in {chosen.rows} yet")
     seeds = range(chosen.first_seed, chosen.first_seed + chosen.repeats)
+    make = LANDSCAPES[chosen.landscape]
     for task in ("synthetic",) if chosen.synthetic else tasks_of(known):
         truths = (
-            [made_up(seed, boundary=chosen.boundary) for seed in seeds]
+            [Truth(*make(seed, chosen.boundary), 1.0) for seed in seeds]
             if chosen.synthetic
             else [truth_of(known, task)]
         )
         if len(truths[0].scores) < 2:
             print(f"{task}: no placement of {chosen.rows} is trained and timed")
             continue
-        made_of = {"seeds": [seeds.start, seeds.stop], "boundary": chosen.boundary}
+        made_of = {
+            "landscape": chosen.landscape,
+            "seeds": [seeds.start, seeds.stop],
+            "boundary": chosen.boundary,
+        }
         if chosen.control:
             # One draw for each repeat: a single one would be what a way may find by luck.
             truths = [
@@ -373,6 +372,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--synthetic", action="store_true")
+    parser.add_argument("--landscape", choices=list(LANDSCAPES), default="plain", help="of what is made up")
     parser.add_argument("--control", choices=list(CONTROLS))
     parser.add_argument("--told", choices=["seed", "all"], default="seed", help="what an evaluation tells")
     parser.add_argument("--first-seed", type=int, default=0)

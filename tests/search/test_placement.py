@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise, permutations
 from math import comb
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from heddle.search.placement import QualityModel, Question, Seen, best_assignment, propose
+from heddle.search.placement.proposals import simple
 from heddle.specs import uniform_layers
 
 
@@ -44,8 +46,20 @@ def question(seen: set[tuple[str, ...]], length: int = 8, full: int = 2) -> Ques
     return Question(counts, {}, uniform, seen.__contains__)
 
 
-def test_the_first_placement_of_a_count_is_uniform() -> None:
-    assert propose(question(set()), [], seed=0, number=0) == question(set()).uniform
+def test_the_first_placements_of_a_search_are_simple_ones_by_turns() -> None:
+    first, last = ("full",) * 2 + ("linear",) * 6, ("linear",) * 6 + ("full",) * 2
+    found = [propose(question(set()), [], seed=0, number=number) for number in range(4)]
+    assert found == [question(set()).uniform, last, first, question(set()).uniform]
+    # One that was asked for is passed over.
+    assert propose(question({last}), [], seed=0, number=1) == first
+
+
+def test_the_start_of_a_question_goes_before_all_else_where_it_is_new_and_has_its_counts() -> None:
+    start = ("linear", "full", "full", *("linear",) * 5)
+    asked = replace(question(set()), start=start)
+    assert propose(asked, [], seed=0, number=0) == start
+    assert propose(replace(asked, is_seen={start}.__contains__), [], seed=0, number=0) != start
+    assert propose(replace(asked, start=("full",) * 8), [], seed=0, number=0).count("full") == 2
 
 
 def test_no_placement_comes_twice_until_all_have_come() -> None:
@@ -61,11 +75,11 @@ def test_no_placement_comes_twice_until_all_have_come() -> None:
 
 
 def test_equal_history_and_seed_give_equal_proposals() -> None:
-    uniform = question(set()).uniform
-    history = [Seen(uniform, {"width": 4}, 0.3)]
-    first = [propose(question({uniform}), history, seed=7, number=n) for n in range(5)]
-    again = [propose(question({uniform}), history, seed=7, number=n) for n in range(5)]
-    other = [propose(question({uniform}), history, seed=8, number=n) for n in range(5)]
+    history = [Seen(one, {"width": 4}, 0.3) for one in simple(question(set()))]
+    asked = question({one.layers for one in history})
+    first = [propose(asked, history, seed=7, number=n) for n in range(5)]
+    again = [propose(asked, history, seed=7, number=n) for n in range(5)]
+    other = [propose(asked, history, seed=8, number=n) for n in range(5)]
     assert first == again
     assert first != other
 

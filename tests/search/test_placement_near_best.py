@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from itertools import pairwise, permutations
+from itertools import pairwise, permutations, product
 
 import numpy as np
 import pytest
 
 from heddle.search.placement import Budget, History, Problem, Question, Seen, propose
-from heddle.search.placement.near_best import LEAST, MOST, NearBest, near_best
+from heddle.search.placement.near_best import HOPE, LEAST, MOST, NearBest, near_best
 from heddle.search.placement.proposals import CELLS, STEPS, favourite, window_of
 from heddle.specs import uniform_layers
 
@@ -70,15 +70,38 @@ def test_of_a_long_run_the_trials_closest_to_the_best_are_looked_at() -> None:
     assert not (known.layers == [KINDS.index(name) for name in EVERY[-1]]).all(axis=1).any()
 
 
-def test_every_second_trial_takes_what_is_expected_most_of() -> None:
+def test_a_trial_takes_what_may_be_hoped_most_of() -> None:
     seen = some(30)
     known = NearBest(KINDS, seen, 2)
     left = [one for one in EVERY if not question(seen).is_seen(one)]
-    best = max(left, key=lambda one: known.predicted(one, {"width": 1}))
-    assert propose(question(seen), seen, seed=0, number=4) == best
-    few = some(LEAST, seed=3)
-    drawn = {propose(question(few), few, seed=0, number=number) for number in range(1, 20, 2)}
-    assert len(drawn) > 1
+    placed = np.array([[KINDS.index(name) for name in one] for one in left])
+    hoped = known.hoped(placed, {"width": 1}, [])
+    assert propose(question(seen), seen, seed=0, number=4) == left[int(hoped.argmax())]
+    # What is expected of them is at most that, and most where little is known.
+    expected = np.array([known.predicted(one, {"width": 1}) for one in left])
+    assert (hoped >= expected - 1e-12).all()
+
+
+def test_deviations_are_those_of_draws() -> None:
+    rng = np.random.default_rng(0)
+    every = rng.permutation(np.array(list(product((0, 1), repeat=8))))
+    seen = [Seen(tuple(KINDS[kind] for kind in one), {}, float(TRUTH.value(one))) for one in every[:12]]
+    known, placed = NearBest(KINDS, seen, 2), every[12:]
+    expected = np.array([known.predicted([KINDS[kind] for kind in one], {}) for one in placed])
+    told = (known.hoped(placed, {}, []) - expected) / HOPE
+    drawn = np.array([known.landscape.draw(rng).value(placed) for _ in range(4000)])
+    assert np.abs(told / drawn.std(axis=0) - 1.0).max() < 0.1
+
+
+def test_less_may_be_hoped_close_to_what_is_under_way() -> None:
+    seen = some(10)
+    known = NearBest(KINDS, seen, 2)
+    left = [one for one in EVERY if not question(seen).is_seen(one)]
+    placed = np.array([[KINDS.index(name) for name in one] for one in left])
+    alone = known.hoped(placed, {"width": 1}, [])
+    after = known.hoped(placed, {"width": 1}, [(left[0], {"width": 1})])
+    assert (after <= alone + 1e-9).all()
+    assert (alone - after).argmax() == 0
 
 
 def test_the_favourite_may_have_been_trained() -> None:

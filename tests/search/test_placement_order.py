@@ -9,7 +9,7 @@ import pytest
 
 from heddle.compose.plan import plan
 from heddle.search.placement import Question, Seen, best_assignment, propose
-from heddle.search.space import place, uniform
+from heddle.search.space import Known, place, uniform
 from heddle.specs import loads
 from heddle.specs.order import Order
 
@@ -72,7 +72,7 @@ def test_no_trial_of_a_search_is_a_model_that_cannot_be_built() -> None:
         assert uniform(file, values)[0] == "full"
         # Of the four or six places the full layers can have, those with a full layer first.
         for number in range((1, 3)[count - 1]):
-            one = place(file, values, [], asked.__contains__, seed=0, number=number)
+            one = place(file, values, Known([], asked.__contains__), seed=0, number=number)
             plan(one.model)
             assert one.hash not in asked
             asked.add(one.hash)

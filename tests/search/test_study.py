@@ -187,3 +187,31 @@ def test_a_database_url_is_taken_as_storage(tmp_path: Path) -> None:
     again = Study(open_storage(tmp_path, url), "run", TASKS, sampler="tpe", seed=0, startup=2)
     assert len(again.trials) == 1
     assert not (tmp_path / JOURNAL_FILE).exists()
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_seed_has_its_values_and_the_others_are_drawn(tmp_path: Path, sampler: str) -> None:
+    one = study(tmp_path, sampler)
+    for number in range(6):
+        assert one.ask({"width": 7} if number % 2 else None) == number
+        width, _kind = draw(one, number)
+        tell(one, number, width)
+    assert [trial.params["width"] for trial in one.trials][1::2] == [7, 7, 7]
+    assert len({trial.params["kind"] for trial in one.trials}) > 1
+
+
+def test_a_seed_whose_driver_died_before_it_asked_is_asked_for_once(tmp_path: Path) -> None:
+    whole, broken = study(tmp_path / "whole"), study(tmp_path / "broken")
+    for one in (whole, broken):
+        tell(one, one.ask(), draw(one, 0)[0])
+    broken._study.enqueue_trial({"width": 7})
+    again = study(tmp_path / "broken")
+    assert (again.count, again.unfinished) == (1, [])
+    assert again.ask({"width": 7}) == 1
+    assert draw(again, 1) == draw(whole, whole.ask({"width": 7}))
+    assert again.ask() == 2
+    assert [trial.state for trial in again.trials][1:] == [TrialState.RUNNING] * 2
+    # One that was asked for is adopted, with the values it was given.
+    third = study(tmp_path / "broken")
+    third.adopt(1)
+    assert draw(third, 1)[0] == 7

@@ -54,9 +54,8 @@ def test_a_placement_asked_for_before_is_no_twin_and_never_taken_again() -> None
     file = loads(TEXT.replace("length: 24", "length: 12").replace("window: {choice: [8]}", "window: 9"))
     tried = set[tuple[str, ...]]()
     for number in range(space.TWINS + 10):
-        one = space.place(
-            file, {}, [], lambda _: False, seed=0, number=number, is_tried=lambda _, layers: layers in tried
-        )
+        known = space.Known([], lambda _: False, is_tried=lambda _, layers: layers in tried)
+        one = space.place(file, {}, known, seed=0, number=number)
         assert one.layers not in tried
         tried.add(one.layers)
 
@@ -65,9 +64,10 @@ def test_of_three_blocks_of_which_two_are_equal_no_model_comes_twice_while_one_i
     more = "    far: {mixer: {kind: attention, heads: 2, window: 4}, channel: {kind: gelu, ratio: 1.0}}\n  layers:"
     text = TEXT.replace("  layers:", more).replace("length: 24, of: [near, full], count: {full: 6}", PLACED)
     file, asked, history = loads(text), set[str](), list[Seen]()
+    known = space.Known(history, asked.__contains__)
     # Ten places for two layers of `far`; which of the others are called near or full makes no other model.
     for number in range(10):
-        one = space.place(file, {}, history, asked.__contains__, seed=0, number=number)
+        one = space.place(file, {}, known, seed=0, number=number)
         assert one.hash not in asked
         assert {name: one.layers.count(name) for name in ("near", "full", "far")} == {
             "near": 2,
@@ -76,7 +76,7 @@ def test_of_three_blocks_of_which_two_are_equal_no_model_comes_twice_while_one_i
         }
         asked.add(one.hash)
         history.append(Seen(one.layers, {}, float(one.layers.index("far"))))
-    assert space.place(file, {}, history, asked.__contains__, seed=0, number=10).hash in asked
+    assert space.place(file, {}, known, seed=0, number=10).hash in asked
 
 
 def test_equal_blocks_that_share_weights_or_take_from_layers_are_not_merged() -> None:

@@ -73,7 +73,33 @@ class Landscape:
             if evidence > best:
                 best, self.prior, self.scale = evidence, prior, scale
         self._inverse = np.linalg.inv(self._covariance(self.prior)) if len(values) else np.zeros((0, 0))
-        self._dual = self._inverse @ target
+        self.dual = self._inverse @ target
+
+    def spread(
+        self, placed: NDArray[np.int64], told: NDArray[np.int64], beside: tuple[Array, Array]
+    ) -> Array:
+        """The deviation of what is expected of `placed`, once the placements `told` have values: [m] of [m, L] and [n, L].
+
+        `beside` is how alike all else is of `placed` and `told`, and of `told` among each other: [m, n] and [n, n].
+        """
+        cross = self._kernel(placed, told) + beside[0]
+        among = self._kernel(told, told) + beside[1] + self.prior.noise * np.eye(len(told))
+        hot = np.moveaxis(np.eye(self.kinds)[placed], 2, 0)
+        own = ((hot @ self.prior.unary(self.length)) * hot).sum(axis=(0, 2))
+        for d in range(1, min(self.window, self.length - 1) + 1):
+            own = own + (self.length - d) * self.prior.pair(self.length, d)
+        left = own - (cross * np.linalg.solve(among, cross.T).T).sum(axis=1)
+        return np.asarray(np.sqrt(self.scale * np.maximum(left, 0.0)))
+
+    def _kernel(self, rows: NDArray[np.int64], columns: NDArray[np.int64]) -> Array:
+        """The covariance of placements, as a share of the scale: [m, n] of [m, L] and [n, L]."""
+        hot = np.eye(self.kinds)
+        first, second = np.moveaxis(hot[rows], 2, 0), np.moveaxis(hot[columns], 2, 0)
+        total = (first @ self.prior.unary(self.length) @ second.transpose(0, 2, 1)).sum(axis=0)
+        same = rows[:, None] == columns[None]
+        for d in range(1, min(self.window, self.length - 1) + 1):
+            total = total + self.prior.pair(self.length, d) * (same[..., d:] & same[..., :-d]).sum(axis=-1)
+        return np.asarray(total, dtype=np.float64)
 
     def _unary_kernel(self, alike: float) -> Array:
         """How far placements have the same kinds at the same or at close layers: [n, n]."""
@@ -107,8 +133,11 @@ class Landscape:
 
     def mean(self, budgets: tuple[Budget, ...] = ()) -> Problem:
         """The expected landscape."""
-        unary, pair = self._weights(self._dual)
-        return Problem(unary, pair, budgets)
+        return Problem(*self._expected, budgets)
+
+    @cached_property
+    def _expected(self) -> tuple[Array, Array]:
+        return self._weights(self.dual)
 
     def draw(self, rng: np.random.Generator, budgets: tuple[Budget, ...] = ()) -> Problem:
         """One landscape of the posterior: a draw of the prior, corrected by what it gets wrong (Matheron's rule)."""
@@ -123,7 +152,7 @@ class Landscape:
         told = told + np.sqrt(self.prior.noise * self.scale) * rng.normal(size=told.shape)
         if self._beside is not None:
             told = told + spread * (self._beside_root @ rng.normal(size=told.shape))
-        more_unary, more_pair = self._weights(self._dual - self._inverse @ told)
+        more_unary, more_pair = self._weights(self.dual - self._inverse @ told)
         return Problem(unary + more_unary, pair + more_pair, budgets)
 
     @cached_property
@@ -135,7 +164,7 @@ class Landscape:
 
     def predicted(self, layers: Sequence[int], beside: Array | None = None) -> float:
         """The expected value of a placement; `beside` is how alike all else is to that of each placement evaluated: [n]."""
-        other = 0.0 if beside is None else float(beside @ self._dual)
+        other = 0.0 if beside is None else float(beside @ self.dual)
         return self.centre + float(self.mean().value(layers)) + other
 
 

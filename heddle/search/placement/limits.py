@@ -38,23 +38,40 @@ def latency_budgets(
     Ridge regression of the shares timed, its strength chosen by the errors of each trial predicted from the others. With
     the counts given, only the boundaries between kinds differ from placement to placement.
     """
-    kinds, length = tuple(counts), sum(counts.values())
-    known = sorted({(name, repr(value)) for one in timed for name, value in one.params.items()})
-    found = []
-    for label in sorted({label for one in timed for label in one.shares}):
-        mine = [one for one in timed if label in one.shares][-MOST_TIMED:]
-        if len(mine) < LEAST_TIMED:
-            continue
-        features = np.stack([_features(one.layers, one.params, kinds, known) for one in mine])
-        target = np.array([one.shares[label] for one in mine])
-        centre, weights = features.mean(axis=0), _ridge(features, target)
+    return Timings(timed, tuple(counts)).budgets(counts, params, steps)
+
+
+class Timings:
+    """Timed trials with layers of these kinds, fitted once for whatever counts and parameters are asked about."""
+
+    def __init__(self, timed: Sequence[Timed], kinds: tuple[str, ...]) -> None:
+        self._kinds = kinds
+        self._known = sorted({(name, repr(value)) for one in timed for name, value in one.params.items()})
+        # By label: the mean of the shares, the means of the features, the weights.
+        self._fits: dict[str, tuple[float, Array, Array]] = {}
+        for label in sorted({label for one in timed for label in one.shares}):
+            mine = [one for one in timed if label in one.shares][-MOST_TIMED:]
+            if len(mine) < LEAST_TIMED:
+                continue
+            features = np.stack([_features(one.layers, one.params, kinds, self._known) for one in mine])
+            target = np.array([one.shares[label] for one in mine])
+            fit = float(target.mean()), features.mean(axis=0), _ridge(features, target)
+            self._fits[label] = fit
+
+    def budgets(
+        self, counts: Mapping[str, int], params: Mapping[str, Any], steps: int | None = None
+    ) -> tuple[Budget, ...]:
+        """As `latency_budgets` gives them."""
+        first, length, found = len(self._kinds), sum(counts.values()), []
         # All that the counts and the parameters settle, with no boundary yet.
-        own = np.concatenate([_counted(counts, length), np.zeros(len(kinds) ** 2), _marks(params, known)])
-        constant = float(target.mean() + (own - centre) @ weights)
-        first = len(kinds)
-        pair = weights[first : first + first * first].reshape(first, first) / max(1, length - 1)
-        found.append(Budget(label, np.zeros((length, first)), 1.0, pair=pair, constant=constant, steps=steps))
-    return tuple(found)
+        own = np.concatenate([_counted(counts, length), np.zeros(first**2), _marks(params, self._known)])
+        for label, (mean, centre, weights) in self._fits.items():
+            constant = float(mean + (own - centre) @ weights)
+            pair = weights[first : first + first * first].reshape(first, first) / max(1, length - 1)
+            found.append(
+                Budget(label, np.zeros((length, first)), 1.0, pair=pair, constant=constant, steps=steps)
+            )
+        return tuple(found)
 
 
 def _features(

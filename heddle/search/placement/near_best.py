@@ -6,13 +6,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from heddle.search.placement.counts import Array
 from heddle.search.placement.history import History, Seen
 from heddle.search.placement.landscape import Landscape
 
 # Trials of which fewer say nothing of pairs; of more than MOST those closest to the best are taken, as each is held to each.
-LEAST, MOST = 8, 256
+LEAST, MOST = 4, 256
+# Deviations that may be hoped for beyond what is expected.
+HOPE = 2.0
+
+Marks = frozenset[tuple[str, str]]
 
 
 class NearBest:
@@ -30,23 +35,48 @@ class NearBest:
         # Of equally close ones the latest.
         kept = np.sort(np.lexsort((-np.arange(len(trials)), differ))[:MOST])
         self._params = [_marks(trials[place].params) for place in kept]
-        beside = np.array([self._alike(one) for one in self._params])
+        beside = self._alike(self._params, self._params)
         self.landscape = Landscape(placed[kept], quality[kept], len(kinds), window, beside=beside)
 
     def _kinds(self, layers: Sequence[str]) -> list[int]:
         return [self._index[name] for name in layers]
 
-    def _alike(self, marks: frozenset[tuple[str, str]]) -> Array:
-        """The share of equal values, of each trial here with one of these values."""
-        most = max(1, len(marks), *(len(one) for one in self._params))
-        return np.array([len(marks & one) / most for one in self._params])
+    def _alike(self, some: Sequence[Marks], others: Sequence[Marks]) -> Array:
+        """The share of equal values, of trials with some of these values: [some, others]."""
+        places = {
+            mark: place for place, mark in enumerate(frozenset[tuple[str, str]]().union(*some, *others))
+        }
+        most = max(1, *(len(one) for one in (*some, *others, *self._params)))
+        marked = [np.zeros((len(group), len(places))) for group in (some, others)]
+        for group, rows in zip((some, others), marked, strict=True):
+            for row, one in zip(rows, group, strict=True):
+                row[[places[mark] for mark in one]] = 1.0
+        return np.asarray(marked[0] @ marked[1].T / most)
 
     def predicted(self, layers: Sequence[str], params: Mapping[str, Any]) -> float:
         """The expected quality of a placement with these parameters."""
-        return self.landscape.predicted(self._kinds(layers), self._alike(_marks(params)))
+        return self.landscape.predicted(self._kinds(layers), self._alike([_marks(params)], self._params)[0])
+
+    def hoped(
+        self,
+        placed: NDArray[np.int64],
+        params: Mapping[str, Any],
+        asked: Sequence[tuple[Sequence[str], Mapping[str, Any]]],
+    ) -> Array:
+        """What placements with these parameters may reach: what is expected, and HOPE times its deviation. [m] of [m, L].
+
+        `asked` are layers and parameters of trials that are under way, whose values will be known: there is less to hope for
+        close to them (the confidence bound of arXiv 1206.6402, batches by the deviation alone).
+        """
+        known, mine = self.landscape, [_marks(params)]
+        marks = [*self._params, *(_marks(others) for _, others in asked)]
+        told = np.array([*known.layers, *(self._kinds(layers) for layers, _ in asked)], dtype=np.int64)
+        alike, among = self._alike(mine, marks), self._alike(marks, marks)
+        expected = known.centre + known.mean().value(placed) + alike[0, : len(self._params)] @ known.dual
+        return np.asarray(expected + HOPE * known.spread(placed, told, (alike, among)))
 
 
-def _marks(params: Mapping[str, Any]) -> frozenset[tuple[str, str]]:
+def _marks(params: Mapping[str, Any]) -> Marks:
     return frozenset((name, repr(value)) for name, value in params.items())
 
 

@@ -1,17 +1,20 @@
 """Which placement a search tries next.
 
-Optuna chooses how many layers each block gets; where they stand is decided here, never by L free binaries.
-The first placement of every new count is the uniform one. After that a Bayesian linear model of the finished
-trials' quality is drawn from (Thompson sampling) and the draw is maximised exactly: near the best placement found so far,
-and within the latency budgets as far as a latency model, or the timings of this run, predict them. With enough trials that
-model knows pairs of layers at their place, and every second trial takes what it expects most of instead of a draw.
+How many layers each block gets is Optuna's, drawn by it or put to it (`heddle.search.placement.seeds`); where they stand is
+decided here, never by L free binaries.
+
+The first placements are simple ones by turns: evenly spread, and blocks one after another. From LEAST finished trials on a
+Bayesian linear model of their quality knows each kind at each layer and pairs of layers at their place; of the placements that
+it expects most of, exactly solved, the one is taken of which most may be hoped: what is expected, and twice its deviation. They
+are looked for near the best placement found so far, and within the latency budgets as far as a latency model, or the timings of
+this run, predict them. With fewer trials a simpler model is drawn from (Thompson sampling).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import product
+from itertools import islice, product
 from typing import Any
 
 import numpy as np
@@ -20,7 +23,7 @@ from numpy.typing import NDArray
 from heddle.errors import HeddleError
 from heddle.search.placement.history import History, Seen
 from heddle.search.placement.limits import Timed, latency_budgets
-from heddle.search.placement.near_best import near_best
+from heddle.search.placement.near_best import LEAST, near_best
 from heddle.search.placement.problem import Budget, Problem, count_budget
 from heddle.search.placement.quality import QualityModel
 from heddle.search.placement.table import Gate, Table
@@ -28,6 +31,8 @@ from heddle.specs.order import Order
 
 # Draws from the posterior before the ranking of the last of them is gone down instead.
 DRAWS = 16
+# Placements that are looked at for what may be hoped of them: those that most is expected of.
+CANDIDATES = 128
 # Trials without a better one after which the trust region halves.
 PATIENCE = 4
 # Steps of a latency budget, fewer where the table would have more cells than this.
@@ -42,10 +47,11 @@ Layers = tuple[str, ...]
 class Question:
     """What Optuna asked for: how many layers of each block, and what else is set in this trial.
 
-    `uniform` is the placement tried first. `is_seen` says whether the spec with these layers was asked for
-    before. `order` is what the layers take from each other; where no placement keeps it, none is spared. `timed` are
-    the trials of this run that were timed beside latency budgets, those over one among them; `predicted` are those budgets
-    that a latency model predicts, which go before what `timed` says of them.
+    `uniform` is the evenly spread placement. `is_seen` says whether the spec with these layers was asked for before. `order` is
+    what the layers take from each other; where no placement keeps it, none is spared. `timed` are the trials of this run that
+    were timed beside latency budgets, those over one among them; `predicted` are those budgets that a latency model predicts,
+    which go before what `timed` says of them. `start` is the placement to take where it is new and keeps the budgets
+    (`heddle.search.placement.seeds`); `asked` are layers and parameters of trials that are under way.
     """
 
     counts: Mapping[str, int]
@@ -55,6 +61,8 @@ class Question:
     order: Order = field(default_factory=Order)
     timed: Sequence[Timed] = ()
     predicted: Sequence[Budget] = ()
+    start: Layers | None = None
+    asked: Sequence[tuple[Layers, Mapping[str, Any]]] = ()
 
     @property
     def kinds(self) -> Layers:
@@ -82,12 +90,11 @@ class Draws:
         return self(self.count - 1)
 
 
-def _draws(question: Question, history: History, rng: np.random.Generator, number: int) -> Draws:
-    """The landscapes of trial `number`: pairs at their place once there are trials enough, in even trials the expected one."""
+def _draws(question: Question, history: History, rng: np.random.Generator) -> Draws:
+    """The landscapes of trial `number`: the expected one with pairs at their place once there are trials enough."""
     near = near_best(history, question.kinds, window_of(question))
     if near is not None:
-        known = near.landscape
-        return Draws(known.mean, 1) if number % 2 == 0 else Draws(lambda: known.draw(rng), DRAWS)
+        return Draws(near.landscape.mean, 1)
     model = QualityModel(question.kinds, question.length, history)
 
     def drawn() -> Problem:
@@ -109,6 +116,13 @@ class Region:
         """The solver's table of a landscape here; with `bound` it reaches what rounding alone puts outside."""
         return Table(replace(drawn, budgets=self.budgets), bound=bound, gate=self.gate)
 
+    def widest(self, drawn: Problem) -> Table:
+        """The table with what rounding alone puts outside, or without it where it is too large with it."""
+        try:
+            return self.table(drawn, bound=True)
+        except HeddleError:
+            return self.table(drawn)
+
     def named(self, layers: Sequence[int]) -> Layers:
         return tuple(self.question.kinds[kind] for kind in layers)
 
@@ -120,17 +134,15 @@ def propose(question: Question, history: Sequence[Seen], *, seed: int, number: i
     to be over a latency budget, while one that is not is left.
     """
     history = History.of(history)
-    limits = _limits(question)
-    index = [question.kinds.index(name) for name in question.uniform]
-    fits = all(budget.excess(budget.of(index)) == 0 for budget in limits)
-    if fits and not question.is_seen(question.uniform):
-        return question.uniform
-    draws = _draws(question, history, np.random.default_rng([seed, number]), number)
+    limits = latency_limits(question)
+    for start in _starts(question, history, number):
+        if keeps(question, start, limits) and not question.is_seen(start):
+            return start
+    draws = _draws(question, history, np.random.default_rng([seed, number]))
     for budgets in _regions(question, history, limits):
-        if not budgets and not fits and not question.is_seen(question.uniform):
-            return question.uniform
         region = Region(question, (*_counted(question), *budgets), _gate(question, budgets))
-        layers = next(_unseen(region, draws), None)
+        hoped = next(_hoped(region, history, CANDIDATES), None)
+        layers = next(_unseen(region, draws), None) if hoped is None else hoped[1]
         if layers is not None:
             return layers
     last = next(region.table(draws.last).ranked(), None)
@@ -141,6 +153,38 @@ def propose(question: Question, history: Sequence[Seen], *, seed: int, number: i
     return region.named(last)
 
 
+def simple(question: Question) -> tuple[Layers, ...]:
+    """The evenly spread placement, and the blocks one after another: the first kind last, and first."""
+    kinds, order, even = question.kinds, question.order, question.uniform
+    runs = [order.mended(sorted(even, key=kinds.index, reverse=reverse)) for reverse in (True, False)]
+    return (even, *(tuple(one) for one in runs if order.keeps(one) or not order.keeps(even)))
+
+
+def _starts(question: Question, history: History, number: int) -> tuple[Layers, ...]:
+    """What goes before all that is learnt: the start of the question, or simple placements by turns while little is known."""
+    if question.start is not None:
+        return (question.start,) if sorted(question.start) == sorted(question.uniform) else ()
+    found = simple(question) if len(history) < LEAST else ()
+    turn = number % max(1, len(found))
+    return (*found[turn:], *found[:turn])
+
+
+def keeps(question: Question, layers: Layers, limits: Sequence[Budget]) -> bool:
+    """Whether a placement keeps these budgets."""
+    index = [question.kinds.index(name) for name in layers]
+    return all(budget.excess(budget.of(index)) == 0 for budget in limits)
+
+
+def most_hoped(question: Question, history: Sequence[Seen], candidates: int) -> tuple[float, Layers] | None:
+    """Of the new placements with these counts within the latency budgets the one of which most may be hoped, and how much.
+
+    None while there are too few trials to tell, or where no such placement is left among those looked at.
+    """
+    limits = latency_limits(question)
+    region = Region(question, (*_counted(question), *limits), _gate(question, limits))
+    return next(_hoped(region, History.of(history), candidates), None)
+
+
 def favourite(question: Question, history: Sequence[Seen]) -> Layers | None:
     """The placement of the highest expected quality with these counts within the latency budgets, asked for before or not.
 
@@ -149,10 +193,28 @@ def favourite(question: Question, history: Sequence[Seen]) -> Layers | None:
     near = near_best(History.of(history), question.kinds, window_of(question))
     if near is None:
         return None
-    limits = _limits(question)
+    limits = latency_limits(question)
     region = Region(question, (*_counted(question), *limits), _gate(question, limits))
     best = next(region.table(near.landscape.mean()).ranked(), None)
     return None if best is None else region.named(best)
+
+
+def _hoped(region: Region, history: History, candidates: int) -> Iterator[tuple[float, Layers]]:
+    """What is new of so many candidates that most is expected of, and what may be hoped of it, the most first."""
+    question = region.question
+    near = near_best(history, question.kinds, window_of(question))
+    if near is None:
+        return
+    table = region.widest(near.landscape.mean())
+    within = filter(table.problem.keeps, islice(table.ranked(table.tops), 4 * candidates))
+    placed = np.array(list(islice(within, candidates)) if table.feasible else [], dtype=np.int64)
+    if not len(placed):
+        return
+    hoped = near.hoped(placed, question.params, question.asked)
+    for place in np.argsort(-hoped, kind="stable"):
+        layers = region.named(placed[place])
+        if not question.is_seen(layers):
+            yield float(hoped[place]), layers
 
 
 def _unseen(region: Region, draws: Draws) -> Iterator[Layers]:
@@ -164,11 +226,7 @@ def _unseen(region: Region, draws: Draws) -> Iterator[Layers]:
             break
         if not is_seen(region.named(best)):
             yield region.named(best)
-    try:
-        table = region.table(draws.last, bound=True)
-    except HeddleError:
-        # Too large with what rounding put outside: without it.
-        table = region.table(draws.last)
+    table = region.widest(draws.last)
     for layers in table.ranked(table.tops) if table.feasible else ():
         if table.problem.keeps(layers) and not is_seen(region.named(layers)):
             yield region.named(layers)
@@ -213,7 +271,7 @@ def _counted(question: Question) -> tuple[Budget, ...]:
     return tuple(count_budget(kind, shape, count, count) for kind, count in enumerate(counts[:-1]))
 
 
-def _limits(question: Question) -> tuple[Budget, ...]:
+def latency_limits(question: Question) -> tuple[Budget, ...]:
     """The latency budgets as a latency model predicts them, or else this run's timings.
 
     No margin is kept: the best placements are often close to the budget, and on made-up landscapes with noisy timings what was
