@@ -21,6 +21,7 @@ from torch import Tensor
 
 from heddle.errors import HeddleError
 from heddle.kernels._decay_attention_torch import CHUNK, step, sweep
+from heddle.kernels.common.autocast import out_of_autocast
 from heddle.kernels.common.linear_op import (
     LIMITS,
     check_inputs,
@@ -138,6 +139,7 @@ def _check(
         )
 
 
+@out_of_autocast
 def decay_attention_step(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, *, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:

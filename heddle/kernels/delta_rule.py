@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from heddle.kernels._gated_delta_rule_torch import chunked, step
+from heddle.kernels.common.autocast import out_of_autocast
 from heddle.kernels.common.linear_op import LIMITS, check_inputs, check_one_token, draw_state, fits
 from heddle.kernels.common.recurrence import heads_of_values, walk
 from heddle.kernels.gated_delta_rule import work
@@ -79,6 +80,7 @@ _step_op = register_composite(
 )
 
 
+@out_of_autocast
 def delta_rule_step(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, state: Tensor, *, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from heddle.kernels._gated_delta_rule_torch import CHUNK, chunked, step
+from heddle.kernels.common.autocast import out_of_autocast
 from heddle.kernels.common.linear_op import LIMITS, check_inputs, check_one_token, draw_state, fits
 from heddle.kernels.common.recurrence import heads_of_values, walk
 from heddle.kernels.op import (
@@ -103,6 +104,7 @@ def _fits(shape: Shape) -> bool:
     return HAS_KERNELS and fits(shape)
 
 
+@out_of_autocast
 def gated_delta_rule_step(
     q: Tensor,
     k: Tensor,

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from heddle.kernels._gla_torch import CHUNK, chunked, step
+from heddle.kernels.common.autocast import out_of_autocast
 from heddle.kernels.common.linear_op import (
     LIMITS,
     check_inputs,
@@ -107,6 +108,7 @@ _step_op = register_composite(
 )
 
 
+@out_of_autocast
 def gla_step(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, *, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:

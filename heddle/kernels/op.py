@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from heddle.errors import HeddleError
-from heddle.kernels.common.autocast import autocasts, without_autocast
+from heddle.kernels.common.autocast import out_of_autocast
 
 try:
     import triton
@@ -124,11 +124,7 @@ class Op(Generic[P, R]):
     is_cast: bool = False
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        x = next((one for one in (*args, *kwargs.values()) if isinstance(one, Tensor)), None)
-        if self.is_cast or x is None or not autocasts(x):
-            return self.fast(*args, **kwargs)
-        with without_autocast(x):
-            return self.fast(*args, **kwargs)
+        return self.fast(*args, **kwargs)
 
     def path(self, device: torch.device | str, dtype: torch.dtype, **shape: int) -> Path:
         """The code that runs on this device with this dtype and shape: "triton" or "torch"."""
@@ -204,7 +200,8 @@ def op(
 
     def wrap(fast: Callable[P, R]) -> Op[P, R]:
         paths = (kernel, step, unproven, unproven_shapes, limits, is_cast)
-        made = Op(fast.__name__, fast, reference, cases, *paths)
+        call = fast if is_cast else out_of_autocast(fast)
+        made = Op(fast.__name__, call, reference, cases, *paths)
         # What functools.update_wrapper would set; the class is frozen.
         vars(made).update(
             {name: getattr(fast, name) for name in functools.WRAPPER_ASSIGNMENTS}, __wrapped__=fast

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from heddle.kernels._decay_attention_torch import CHUNK
 from heddle.kernels._simple_gla_torch import run_backward, run_forward, step
+from heddle.kernels.common.autocast import out_of_autocast
 from heddle.kernels.common.linear_op import (
     LIMITS,
     check_inputs,
@@ -93,6 +94,7 @@ def _step(
 _forward_op, _step_op = register_decaying("simple_gla", _forward, _backward, _step, learned=True)
 
 
+@out_of_autocast
 def simple_gla_step(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, *, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -22,6 +22,8 @@ PARQUET = frozenset({".parquet", ".pq"})
 # Tasks that read `data`.
 OF_TEXT = ("text", "masked_bytes")
 FIRST_BYTES = 1 << 16
+# What is wrong with a file that holds bytes of 0, and a hint.
+NO_TEXT = "this is not text: it holds zero bytes", "leave such files out of the folder"
 PARQUET_BEGINS = b"PAR1"
 
 
@@ -59,26 +61,29 @@ def tokenizer_file(path: Path) -> Path:
     return path / "tokenizer.json" if path.is_dir() else path
 
 
-def text_files(root: Path) -> Iterator[str]:
-    """Relative paths of the files of a corpus folder, in no order: at any depth, hidden ones left out."""
+def text_files(root: Path, excluded: frozenset[str] = frozenset()) -> Iterator[str]:
+    """Relative paths of the files of a corpus folder, at any depth, a folder's own first; hidden ones and `excluded` folders
+    are left out."""
     for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = sorted(name for name in folders if name not in excluded and not name.startswith("."))
         relative = Path(folder).relative_to(root)
-        yield from ((relative / name).as_posix() for name in names if not name.startswith("."))
+        yield from ((relative / name).as_posix() for name in sorted(names) if not name.startswith("."))
 
 
 def _data_problems(data: DataSpec, place: Where) -> Iterator[HeddleError]:
     if data.source == STDLIB:
         return
-    path = Path(data.source)
-    if not path.exists():
-        yield no_corpus(path, place)
-        return
-    first = path if not path.is_dir() else next((path / name for name in text_files(path)), None)
-    if first is None:
-        yield HeddleError("corpus-too-small", f"{path} holds no file", where=place)
-        return
+    first = path = Path(data.source)
     try:
+        if not path.exists():
+            yield no_corpus(path, place)
+            return
+        if path.is_dir():
+            name = next(text_files(path), None)
+            if name is None:
+                yield HeddleError("corpus-too-small", f"{path} holds no file", where=place)
+                return
+            first = path / name
         wrong = _wrong_beginning(first, data.text_field)
     except OSError as error:
         wrong = f"cannot be read: {error.strerror or error}", None
@@ -88,11 +93,13 @@ def _data_problems(data: DataSpec, place: Where) -> Iterator[HeddleError]:
 
 def _wrong_beginning(path: Path, text_field: str) -> tuple[str, str | None] | None:
     """What the first bytes of a file tell that it cannot be, and a hint."""
+    if not path.is_file():
+        return "no regular file", None
     begins, kind = _beginning(path), path.suffix.lower()
     if kind in PARQUET:
         return None if begins.startswith(PARQUET_BEGINS) else ("not a Parquet file", None)
     if kind not in JSONL:
-        return ("this is not text: it holds zero bytes", None) if b"\0" in begins else None
+        return NO_TEXT if b"\0" in begins else None
     line, end, _ = begins.lstrip().partition(b"\n")
     # A longer row than what was read is left to the search.
     return _wrong_row(line, text_field) if line and (end or len(begins) < FIRST_BYTES) else None
@@ -123,14 +130,14 @@ def choose_field(names: Sequence[str]) -> str | None:
 
 
 def _tokenizer_problems(path: Path, place: Where) -> Iterator[HeddleError]:
-    file = tokenizer_file(path)
-    if not file.is_file():
-        yield no_tokenizer(path, place)
-        return
     try:
+        file = tokenizer_file(path)
+        if not file.is_file():
+            yield no_tokenizer(path, place)
+            return
         is_json = _beginning(file).lstrip().startswith(b"{")
     except OSError as error:
-        yield HeddleError("file-not-readable", f"{file}: {error.strerror or error}", where=place)
+        yield HeddleError("file-not-readable", f"{path}: {error.strerror or error}", where=place)
         return
     if not is_json:
         yield HeddleError("file-not-readable", f"{file}: not a tokenizer.json", where=place)

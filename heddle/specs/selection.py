@@ -61,7 +61,7 @@ class Selection(Schema):
     dense_first: Annotated[
         float | None,
         Field(
-            ge=0,
+            gt=0,
             le=1,
             description="Share of a training's steps (0 to 1), the first ones, that read all keys, as InfLLM-V2's training "
             "begins dense; null: none. A layer with a source does as the source.",
@@ -70,7 +70,7 @@ class Selection(Schema):
     distillation: Annotated[
         float | None,
         Field(
-            ge=0,
+            gt=0,
             le=1e6,
             description="Factor, in the training loss, of the cross-entropy between the scores of blocks and what attention over "
             "all keys would give them; null: no such loss. Not with a source.",
@@ -117,14 +117,12 @@ class Selection(Schema):
         if self.source is None and self.count < self.sink + self.recent:
             what = f"{self.count} blocks, and {self.sink + self.recent} are always read"
             found.append(Problem("selection.count", what, "at least sink + recent", "out-of-range"))
-        if self.source is not None:
+        why = None if self.source is None else "the layer that chooses the blocks decides that"
+        if why is None and self.decode_only:
+            why = "with decode_only a training reads all keys, and chooses none"
+        if why is not None:
             found += [
-                Problem(
-                    f"selection.{name}",
-                    "the layer that chooses the blocks decides that",
-                    "null",
-                    "conflicting-fields",
-                )
+                Problem(f"selection.{name}", why, "null", "conflicting-fields")
                 for name in ("dense_first", "distillation")
                 if getattr(self, name) is not None
             ]

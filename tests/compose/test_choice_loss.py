@@ -134,9 +134,10 @@ def test_training_alone_adds_it() -> None:
         assert all(one.abs().max() > 0 for one in found)
 
 
+@pytest.mark.parametrize("how", [{"source": "other"}, {"decode_only": True}])
 @pytest.mark.parametrize("field", ["dense_first", "distillation"])
-def test_who_takes_blocks_of_another_layer_cannot_ask_for_it(field: str) -> None:
+def test_who_chooses_nothing_in_training_cannot_ask_for_it(field: str, how: dict[str, Any]) -> None:
     site = Site(HIDDEN)
-    mixer = Attention(heads=4, selection={"block": 4, "count": 3, "source": "other", field: 0.5})
+    mixer = Attention(heads=4, selection={"block": 4, "count": 3, field: 0.5, **how})
     (problem,) = mixer.problems(site)
     assert (problem.field, problem.code) == (f"selection.{field}", "conflicting-fields")

@@ -143,3 +143,15 @@ def test_a_router_sends_all_to_the_first_in_them_and_still_learns(kind: str) -> 
     later, told = routes_of(mixer, x)
     assert torch.equal(later, chosen)
     assert told["router_budget"].item() == pytest.approx((share - 0.25) ** 2)
+
+
+@torch.no_grad()
+def test_generation_in_train_mode_is_what_it_is_in_eval_mode() -> None:
+    kind = {
+        "kind": "attention",
+        "heads": 2,
+        "selection": SELECTION | {"dense_first": 0.5, "distillation": 0.1},
+    }
+    model, ids = build_causal_lm(model_with(kind, HIDDEN), seed=0), tokens(LENGTH, vocabulary=9, seed=0)
+    expected = model.eval().generate(ids, max_new_tokens=4, do_sample=False)
+    assert torch.equal(model.train().generate(ids, max_new_tokens=4, do_sample=False), expected)

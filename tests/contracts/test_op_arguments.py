@@ -106,6 +106,23 @@ def test_integers_and_complex_numbers_are_refused_by_name(op: AnyOp) -> None:
             _refused(op, {**given, name: x.to(dtype)}, op, f"{_told_as(name)} is {told}, expected .*float32")
 
 
+WITH_STEPS = tuple(op for op in EVERY_OP if op.step is not None)
+
+
+@pytest.mark.parametrize("op", WITH_STEPS, ids=lambda op: op.name)
+def test_products_of_a_step_are_those_of_the_arguments_types_under_autocast(op: AnyOp) -> None:
+    shape, generator = {**_shape(op), "T": 1}, torch.Generator().manual_seed(0)
+    drawn = {**op.cases.inputs(shape, generator), "state": op.cases.initial_state(shape, generator)}
+    assert op.step is not None
+    named = inspect.signature(op.step).parameters
+    given = {name: x.float() for name, x in drawn.items() if name in named}
+    expected = op.step(**given)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = op.step(**given)
+    for one, wanted in zip(found, expected, strict=True):
+        assert torch.equal(one, wanted)
+
+
 def _told(found: Any) -> list[Tensor]:
     parts = [found] if isinstance(found, Tensor) else found
     return [one for one in parts if one is not None]

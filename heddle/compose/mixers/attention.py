@@ -231,6 +231,9 @@ class AttentionModule(Initialised):
                 return attend_sliding(q, (k, v, written), call, self.view, self.scale)
             return attend_in_view(q, (k, v, written), call, self.view, attend)
         places, blocks = self._choice(q, k, written, call)
+        if self.training and self.rule is not None and call.cache is None and queries > 1:
+            blocks = self._trained(blocks, (q, k, written), places, call)
+            call.hand(indices=blocks)
         if self.softcap is None and self.sinks is None:
             return attend_blocks(q, (k, v, written), places, blocks, self.scale)
         real = real_keys(call, keys)
@@ -277,8 +280,6 @@ class AttentionModule(Initialised):
         choose = choose_for_step if q.shape[2] == 1 else choose_blocks
         means = kept.means() if isinstance(kept, MeansLayer) else None
         chosen = choose(q, k, places, self.rule, weights=written, means=means)
-        if self.training:
-            chosen = self._trained(chosen, (q, k, written), places, call)
         call.hand(indices=chosen)
         return places, chosen
 

@@ -57,9 +57,9 @@ def choice_loss(q: Tensor, k: Tensor, places: Places, rule: Rule, written: Tenso
     with without_autocast(q):
         keys = _keys(k, places, rule, written)
         total = keys.k.new_zeros(())
-        for begin in range(0, q.shape[2], count):
-            part = wide(q[:, :, begin : begin + count])
-            place = (first + begin)[:, None] + torch.arange(part.shape[2], device=q.device)
+        # Of slices each gradient would be as long as the whole.
+        for index, part in enumerate(torch.split(q, count, dim=2)):
+            place = (first + index * count)[:, None] + torch.arange(part.shape[2], device=q.device)
             total = total + checkpoint(
                 _summed, part, place, keys, use_reentrant=False, preserve_rng_state=False
             )
@@ -67,7 +67,8 @@ def choice_loss(q: Tensor, k: Tensor, places: Places, rule: Rule, written: Tenso
 
 
 def _keys(k: Tensor, places: Places, rule: Rule, written: Tensor | None) -> _Keys:
-    means = means_of(wide(k), places, rule.parts(places.block), weights=written, new=places.keys)[0]
+    weights = None if written is None else written.detach()
+    means = means_of(wide(k), places, rule.parts(places.block), weights=weights, new=places.keys)[0]
     marks = None if places.real is None else places.aligned_marks(places.real)
     if written is not None:
         own = places.aligned_marks(written) > 0.5
@@ -77,7 +78,7 @@ def _keys(k: Tensor, places: Places, rule: Rule, written: Tensor | None) -> _Key
 
 def _summed(q: Tensor, place: Tensor, keys: _Keys) -> Tensor:
     """The sum over some queries.  Shapes:  q: [B, H, t, d];  place: [B, t];  out: []"""
-    places, rule, kernels = keys.places, keys.rule, keys.rule.scores == "kernels"
+    q, places, rule, kernels = wide(q), keys.places, keys.rule, keys.rule.scores == "kernels"
     weights, sizes = _block_weights(q, place, keys), {"block": places.block, "blocks": places.blocks}
     score = block_scores(q, keys.means, place, **sizes, held=keys.held, kernels=kernels, scale=keys.scale)
     score = score.clamp(min=LEAST).log() if kernels else score * keys.scale

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import sysconfig
 from collections.abc import Iterator, Sequence
@@ -23,7 +22,16 @@ from pathlib import Path
 from typing import Literal
 
 from heddle.errors import HeddleError, Where
-from heddle.specs.named_files import JSONL, PARQUET, STDLIB, choose_field, no_corpus, no_field
+from heddle.specs.named_files import (
+    JSONL,
+    NO_TEXT,
+    PARQUET,
+    STDLIB,
+    choose_field,
+    no_corpus,
+    no_field,
+    text_files,
+)
 
 # Tests and tools are not library text; encodings and pydoc_data are near-duplicate tables that leak across
 # the split.
@@ -110,13 +118,7 @@ def _user_files(path: Path, text_field: str) -> list[tuple[str, bytes]]:
 
 def _walk(root: Path, *, suffix: str = "", excluded: frozenset[str] = frozenset()) -> list[str]:
     """Relative paths of the files below `root`, sorted; hidden ones and `excluded` folders left out."""
-    found: list[str] = []
-    for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if name not in excluded and not name.startswith(".")]
-        relative = Path(folder).relative_to(root)
-        names = [name for name in names if name.endswith(suffix) and not name.startswith(".")]
-        found += [(relative / name).as_posix() for name in names]
-    return sorted(found)
+    return sorted(name for name in text_files(root, excluded) if name.endswith(suffix))
 
 
 def _text_of(path: Path, text_field: str) -> bytes:
@@ -127,9 +129,7 @@ def _text_of(path: Path, text_field: str) -> bytes:
         return b"\n".join(_parquet_documents(path, text_field))
     text = _read(path)
     if b"\0" in text:
-        raise _unreadable(
-            path, "this is not text: it holds zero bytes", hint="leave such files out of the folder"
-        )
+        raise _unreadable(path, NO_TEXT[0], hint=NO_TEXT[1])
     return text
 
 

@@ -86,7 +86,7 @@ class NatsL(HeadedMixer):
     dense_first: Annotated[
         float | None,
         Field(
-            ge=0,
+            gt=0,
             le=1,
             description="Share of a training's steps (0 to 1), the first ones, with all chunks of type softmax; null: none.",
         ),

@@ -58,7 +58,7 @@ class TokenRouter(CompositeMixer):
     dense_first: Annotated[
         float | None,
         Field(
-            ge=0,
+            gt=0,
             le=1,
             description="Share of a training's steps (0 to 1), the first ones, in which the first mixer remembers all "
             "tokens; null: none.",
