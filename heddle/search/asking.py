@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from heddle.compose.plan import plan
@@ -20,6 +21,8 @@ from heddle.search.setting import Setting
 from heddle.search.study import Study
 from heddle.specs import to_yaml
 
+# Times that layers with some counts may come out as no model, and never as one, before the solver leaves those counts.
+REFUSALS = 2
 # Counts for Optuna, and layers.
 Seed = tuple[dict[str, Any], tuple[str, ...]]
 
@@ -28,9 +31,10 @@ class Asking:
     """The trials that were asked for, and those of the next round. `trials` is the driver's own record, which grows with them.
 
     `events` are those with which trials were asked for; `first` the number of the first trial with a spec's hash, and `_placed`
-    with values and layers, which are known without making a spec; `candidates` and `figures` the specs of trials that are under
-    way, and what is known of them without a measurement; `illegal` why a combination is no model; `running` the trials that have
-    not ended.
+    with values and layers, which are known without making a spec; `_refused` the trials in which layers of the solver with such
+    counts were no model, and `_legal` the first in which layers with these were one; `candidates` and `figures` the specs of
+    trials that are under way, and what is known of them without a measurement; `illegal` why a combination is no model;
+    `running` the trials that have not ended.
     """
 
     def __init__(
@@ -49,6 +53,8 @@ class Asking:
         self.running = {number for number, trial in trials.items() if trial.state == "running"}
         self.first: dict[str, int] = {}
         self._placed: dict[tuple[str, tuple[str, ...]], int] = {}
+        self._refused: dict[tuple[str, ...], set[int]] = {}
+        self._legal: dict[tuple[str, ...], int] = {}
         for _, event in sorted(self.events.items()):
             self._note(event)
         self.candidates: dict[int, space.Candidate] = {}
@@ -115,7 +121,8 @@ class Asking:
         except HeddleError as error:
             # A combination that the space allows and the model does not, such as heads that do not divide.
             self.illegal[number] = f"{error.code}: {error.what}"
-            self._start(number, values)
+            seed = self._seeds.get(number)
+            self._start(number, values, refused=() if seed is None else seed[1])
             return
         self.candidates[number] = one
         self.figures[number] = self.setting.limits.figures(one.model)
@@ -124,9 +131,15 @@ class Asking:
         study.set_attr(number, "layers", list(one.layers))
 
     def _start(
-        self, number: int, values: dict[str, Any], one: space.Candidate | None = None, parameters: int = 0
+        self,
+        number: int,
+        values: dict[str, Any],
+        one: space.Candidate | None = None,
+        parameters: int = 0,
+        *,
+        refused: Sequence[str] = (),
     ) -> None:
-        """Record what is asked in trial `number`; `one` is None where no legal model came of it."""
+        """Record what is asked in trial `number`; `one` is None where no legal model came of it, and of the layers `refused`."""
         text = to_yaml(self.setting.as_trained(one.spec)) if one else ""
         if number >= 0 and one:
             write_whole(trial_file(self.setting.folder, number), text.encode())
@@ -139,6 +152,7 @@ class Asking:
             hash=one.hash if one else "",
             spec=text,
             parameters=parameters,
+            **({"refused": list(refused)} if refused else {}),
         )
         self.events[number] = event
         self._note(event)
@@ -149,9 +163,12 @@ class Asking:
     def _note(self, event: Mapping[str, Any]) -> None:
         """Remember what the trial of "trial_started" is, for those after it."""
         number = event["number"]
+        if refused := event.get("refused"):
+            self._refused.setdefault(_counts(refused), set()).add(number)
         if number >= 0 and event["hash"]:
             self.first.setdefault(event["hash"], number)
             self._placed.setdefault(_placing(event["params"], event["layers"]), number)
+            self._legal.setdefault(_counts(event["layers"]), number)
 
     def _place(self, number: int, values: Mapping[str, Any]) -> space.Candidate:
         """The layers for `values`."""
@@ -169,9 +186,24 @@ class Asking:
         """The counts and the layers of a trial for which the solver says them."""
         if number not in self._seeds:
             takes = self._takes_seeds and is_seeded(number)
-            best = self._learnt_for(number).best or self.setting.file.space.defaults()
-            self._seeds = {number: seeded(self.setting.file, best, self._known(number)) if takes else None}
+            self._seeds = {number: self._solved(number) if takes else None}
         return self._seeds[number]
+
+    def _solved(self, number: int) -> Seed | None:
+        best = self._learnt_for(number).best or self.setting.file.space.defaults()
+        known = self._known(number)
+
+        def is_tried(values: Mapping[str, Any], layers: tuple[str, ...]) -> bool:
+            counts = _counts(layers)
+            refused = sum(one < number for one in self._refused.get(counts, ()))
+            is_barred = refused >= REFUSALS and self._legal.get(counts, number) >= number
+            return is_barred or known.is_tried(values, layers)
+
+        try:
+            return seeded(self.setting.file, best, replace(known, is_tried=is_tried))
+        except HeddleError:
+            # No counts that can be looked at, such as those with too large a table: they are Optuna's.
+            return None
 
     def _known(self, number: int) -> space.Known:
         """What trial `number` may learn from: the rounds before its own, and what was asked for in its own before it."""
@@ -194,3 +226,8 @@ class Asking:
 
 def _placing(values: Mapping[str, Any], layers: Sequence[str]) -> tuple[str, tuple[str, ...]]:
     return repr(sorted(values.items())), tuple(layers)
+
+
+def _counts(layers: Sequence[str]) -> tuple[str, ...]:
+    """The layers in an order of their own, which tells how many there are of each."""
+    return tuple(sorted(layers))

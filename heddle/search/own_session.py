@@ -12,11 +12,12 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_is_wanted = False
+# The thread whose forks leave.
+_thread: int | None = None
 
 
 def _leave() -> None:
-    if _is_wanted:
+    if _thread == threading.get_ident():
         os.setsid()
 
 
@@ -30,14 +31,14 @@ def own_session() -> Iterator[None]:
 
     Ray's handler of SIGTERM, which leaves without a word, raises KeyboardInterrupt instead, and is taken back afterwards.
     """
-    global _is_wanted
+    global _thread
     before = signal.getsignal(signal.SIGTERM)
-    _is_wanted = True
+    _thread = threading.get_ident()
     try:
         yield
     except SystemExit as asked:
         raise KeyboardInterrupt from asked
     finally:
-        _is_wanted = False
+        _thread = None
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, before)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)

@@ -56,8 +56,10 @@ def combinations(space: Space, best: Mapping[str, Any]) -> Iterator[dict[str, An
         max(allowed, key=len).pop()
     found = 0
     for chosen in sorted(product(*allowed), key=lambda values: _apart(values, middle)):
+        if found == MOST_COUNTS:
+            return
         values, held = space.at({**at, **dict(zip((one.name for one in counts), chosen, strict=True))})
-        if found < MOST_COUNTS and placement.count(held)[placement.rest] >= 0:
+        if placement.count(held)[placement.rest] >= 0:
             found += 1
             yield values
 

@@ -15,7 +15,7 @@ from heddle.search.driver import Driver
 from heddle.search.record import RUN_FILE
 
 # Whoever sends SIGTERM kills a while later, Docker after 10 s: what runs may take so long to end, and Ray takes some seconds.
-GRACE_S = 5.0
+GRACE_S, AGAIN_S = 5.0, 1.0
 # A second one of these changes nothing: `timeout` and a shell that is left send theirs twice.
 WITH_GRACE = (signal.SIGTERM, signal.SIGHUP)
 ASKING = (signal.SIGINT, *WITH_GRACE)
@@ -32,6 +32,8 @@ class Stopping:
         self._folder, self._again = folder, again
         self.driver: Driver | None = None
         self._before: dict[signal.Signals, Any] = {}
+        # The caller's alarm, which waits while what runs has its time to end.
+        self._timer = (0.0, 0.0)
         self._terminals = [number for number in (1, 2) if _is_terminal(number)]
 
     def __enter__(self) -> Stopping:
@@ -41,14 +43,14 @@ class Stopping:
                 one for one in ASKING if one != signal.SIGHUP or signal.getsignal(one) != signal.SIG_IGN
             ]
             self._before = {one: signal.signal(one, self._asked) for one in heeded}
-            self._before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._end)
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        if self._before:
-            signal.setitimer(signal.ITIMER_REAL, 0)
+        if signal.SIGALRM in self._before:
+            signal.setitimer(signal.ITIMER_REAL, *self._timer)
         for one, handler in self._before.items():
-            signal.signal(one, handler)
+            # None stands for a handler that was not set from Python.
+            signal.signal(one, signal.SIG_DFL if handler is None else handler)
         if not isinstance(error, KeyboardInterrupt):
             return
         if self.driver is None:
@@ -65,8 +67,10 @@ class Stopping:
         if asked not in WITH_GRACE and not is_first:
             self._end()
         self.driver.stop()
-        if asked in WITH_GRACE and not signal.getitimer(signal.ITIMER_REAL)[0]:
-            signal.setitimer(signal.ITIMER_REAL, GRACE_S)
+        if asked in WITH_GRACE and signal.SIGALRM not in self._before:
+            self._before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._end)
+            # Again and again: code that may not raise swallows it.
+            self._timer = signal.setitimer(signal.ITIMER_REAL, GRACE_S, AGAIN_S)
             self._tell(f"stopping ({asked.name}): what runs has {GRACE_S:g} s to end")
         elif is_first:
             self._tell("stopping once the running evaluations are done (Ctrl-C again stops now)")

@@ -169,7 +169,7 @@ def by_ranking(ask: Judge, seed: int) -> None:  # noqa: ARG001
 
 def by_search(ask: Judge, seed: int, margin: float = 0.0) -> None:
     """What `heddle search` does, in rounds of 4, `margin` a share added to each timing: Optuna has the number of full
-    layers, which the solver puts to it in seeds. Trials over the budget are timed alone."""
+    layers, which the solver puts to it in seeds. Trials over the budget are timed alone, and Optuna is told each at once."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     length, names = ask.truth.length, ("linear", "full")
     study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed))

@@ -75,20 +75,27 @@ class Landscape:
         self._inverse = np.linalg.inv(self._covariance(self.prior)) if len(values) else np.zeros((0, 0))
         self.dual = self._inverse @ target
 
+    def inverse(self, told: NDArray[np.int64], beside: Array) -> Array:
+        """Of the covariance of the values of the placements `told`: [n, n] of [n, L].
+
+        `beside` is how alike all else is of them: [n, n].
+        """
+        among = self._kernel(told, told) + beside + self.prior.noise * np.eye(len(told))
+        return np.asarray(np.linalg.inv(among))
+
     def spread(
-        self, placed: NDArray[np.int64], told: NDArray[np.int64], beside: tuple[Array, Array]
+        self, placed: NDArray[np.int64], told: NDArray[np.int64], beside: Array, inverse: Array
     ) -> Array:
         """The deviation of what is expected of `placed`, once the placements `told` have values: [m] of [m, L] and [n, L].
 
-        `beside` is how alike all else is of `placed` and `told`, and of `told` among each other: [m, n] and [n, n].
+        `beside` is how alike all else is of `placed` and `told`: [m, n]; `inverse` that of `told`.
         """
-        cross = self._kernel(placed, told) + beside[0]
-        among = self._kernel(told, told) + beside[1] + self.prior.noise * np.eye(len(told))
+        cross = self._kernel(placed, told) + beside
         hot = np.moveaxis(np.eye(self.kinds)[placed], 2, 0)
         own = ((hot @ self.prior.unary(self.length)) * hot).sum(axis=(0, 2))
         for d in range(1, min(self.window, self.length - 1) + 1):
             own = own + (self.length - d) * self.prior.pair(self.length, d)
-        left = own - (cross * np.linalg.solve(among, cross.T).T).sum(axis=1)
+        left = own - (cross @ inverse * cross).sum(axis=1)
         return np.asarray(np.sqrt(self.scale * np.maximum(left, 0.0)))
 
     def _kernel(self, rows: NDArray[np.int64], columns: NDArray[np.int64]) -> Array:

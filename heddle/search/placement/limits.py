@@ -46,13 +46,14 @@ class Timings:
 
     def __init__(self, timed: Sequence[Timed], kinds: tuple[str, ...]) -> None:
         self._kinds = kinds
-        self._known = sorted({(name, repr(value)) for one in timed for name, value in one.params.items()})
+        labels = sorted({label for one in timed for label in one.shares})
+        latest = {label: [one for one in timed if label in one.shares][-MOST_TIMED:] for label in labels}
+        fitted = {label: mine for label, mine in latest.items() if len(mine) >= LEAST_TIMED}
+        every = (one for mine in fitted.values() for one in mine)
+        self._known = sorted({(name, repr(value)) for one in every for name, value in one.params.items()})
         # By label: the mean of the shares, the means of the features, the weights.
         self._fits: dict[str, tuple[float, Array, Array]] = {}
-        for label in sorted({label for one in timed for label in one.shares}):
-            mine = [one for one in timed if label in one.shares][-MOST_TIMED:]
-            if len(mine) < LEAST_TIMED:
-                continue
+        for label, mine in fitted.items():
             features = np.stack([_features(one.layers, one.params, kinds, self._known) for one in mine])
             target = np.array([one.shares[label] for one in mine])
             fit = float(target.mean()), features.mean(axis=0), _ridge(features, target)

@@ -37,6 +37,7 @@ class NearBest:
         self._params = [_marks(trials[place].params) for place in kept]
         beside = self._alike(self._params, self._params)
         self.landscape = Landscape(placed[kept], quality[kept], len(kinds), window, beside=beside)
+        self._held: tuple[Any, Array] | None = None
 
     def _kinds(self, layers: Sequence[str]) -> list[int]:
         return [self._index[name] for name in layers]
@@ -68,12 +69,19 @@ class NearBest:
         `asked` are layers and parameters of trials that are under way, whose values will be known: there is less to hope for
         close to them (the confidence bound of arXiv 1206.6402, batches by the deviation alone).
         """
-        known, mine = self.landscape, [_marks(params)]
+        known = self.landscape
         marks = [*self._params, *(_marks(others) for _, others in asked)]
         told = np.array([*known.layers, *(self._kinds(layers) for layers, _ in asked)], dtype=np.int64)
-        alike, among = self._alike(mine, marks), self._alike(marks, marks)
+        alike = self._alike([_marks(params)], marks)
         expected = known.centre + known.mean().value(placed) + alike[0, : len(self._params)] @ known.dual
-        return np.asarray(expected + HOPE * known.spread(placed, told, (alike, among)))
+        return np.asarray(expected + HOPE * known.spread(placed, told, alike, self._inverse(told, marks)))
+
+    def _inverse(self, told: NDArray[np.int64], marks: Sequence[Marks]) -> Array:
+        """The landscape's, the same for all counts that are looked at beside each other."""
+        key = (told.tobytes(), tuple(marks))
+        if self._held is None or self._held[0] != key:
+            self._held = key, self.landscape.inverse(told, self._alike(marks, marks))
+        return self._held[1]
 
 
 def _marks(params: Mapping[str, Any]) -> Marks:

@@ -287,7 +287,10 @@ def latency_limits(question: Question) -> tuple[Budget, ...]:
 def _steps(question: Question) -> int:
     counts = list(question.counts.values())
     cells = float(np.prod([count + 1.0 for count in counts[:-1]])) * len(counts) * (question.length + 1)
-    return int(max(4, min(STEPS, CELLS / cells)))
+    limits = {budget.name for budget in question.predicted} | {
+        name for one in question.timed for name in one.shares
+    }
+    return int(max(4, min(STEPS, (CELLS / cells) ** (1.0 / max(1, len(limits))))))
 
 
 def window_of(question: Question) -> int:
