@@ -58,7 +58,7 @@ test-long: $(INSTALLED)
 	$(BIN)/python tests/bench/long_tests.py
 
 test-gpu:
-	PYTHONPATH=.:$$PYTHONPATH $(PYTHON) -m pytest -m gpu --no-skips -p no:cacheprovider $(GPU_TESTS)
+	PYTHONPATH=.:$$PYTHONPATH $(PYTHON) -m pytest -m gpu --no-skips -p no:cacheprovider -p no:benchmark $(GPU_TESTS)
 
 bench: $(INSTALLED)
 	$(BIN)/python tests/bench/run.py
