@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from heddle.errors import HeddleError
-from heddle.kernels.common.autocast import without_autocast
+from heddle.kernels.common.autocast import out_of_autocast
 from heddle.kernels.op import (
     Inputs,
     Shape,
@@ -85,6 +85,7 @@ def block_choice_reference(
     return found
 
 
+@out_of_autocast
 def block_scores(
     q: Tensor,
     means: Tensor,
@@ -100,22 +101,6 @@ def block_scores(
 
     Shapes:  q, means, held: as in `block_choice`;  place: [B, T];  out: [B, N, T, blocks], at least float32
     """
-    with without_autocast(q):
-        return _scores(q, means, place, held, block=block, blocks=blocks, kernels=kernels, scale=scale)
-
-
-def _scores(
-    q: Tensor,
-    means: Tensor,
-    place: Tensor,
-    held: Tensor | None,
-    *,
-    block: int,
-    blocks: int,
-    kernels: bool,
-    scale: float | None,
-) -> Tensor:
-    """As `block_scores`, which takes autocast off."""
     wide = wide_dtype(q.dtype)
     heads = q.to(wide).unflatten(1, (means.shape[1], -1))  # type: ignore[no-untyped-call]
     if not kernels:
