@@ -122,7 +122,7 @@ class Selection(Schema):
             why = "with decode_only a training reads all keys, and chooses none"
         if why is not None:
             found += [
-                Problem(f"selection.{name}", why, "null", "conflicting-fields")
+                Problem(f"selection.{name}", why, "leave it out", "conflicting-fields")
                 for name in ("dense_first", "distillation")
                 if getattr(self, name) is not None
             ]
