@@ -24,7 +24,8 @@ from heddle import api
 from heddle.search import watch
 from heddle.search.durable import read_lines
 from heddle.search.latency import Effort
-from heddle.search.record import EVENTS_FILE, Run
+from heddle.search.record import EVENTS_FILE
+from heddle.search.replay import replay
 from heddle.search.run import search
 from heddle.search.workers import Workers
 from heddle.specs import load
@@ -43,6 +44,8 @@ print("now the report", flush=True)
 api.report(folder)
 """
 
+# Of the tiny search: its trials, and the events by which the last of them has ended.
+TRIALS, ROUNDS_END = 6, 70
 Events = list[dict[str, Any]]
 Moment = Callable[[Events], bool]
 RANDOM = random.SystemRandom()
@@ -144,14 +147,13 @@ def in_phase(name: str, begun: int = 0) -> Moment:
 
 @pytest.mark.slow
 def test_a_search_killed_in_every_phase_ends_as_if_nothing_had_happened(
-    workers: Workers, tiny_run: Run, tiny_text: str, tmp_path: Path, full_counts: bool
+    workers: Workers, tiny_text: str, tmp_path: Path, full_counts: bool
 ) -> None:
     spec, folder = tmp_path / "tiny.yaml", tmp_path / "run"
     spec.write_text(tiny_text)
-    rounds = next(n for n, event in enumerate(tiny_run.events) if event.get("phase") == "remeasure")
     # Event 4 is the first timing; any of what follows may be cut, also the middle of a line.
     moment, trainings, delays = (
-        RANDOM.randint(4, rounds),
+        RANDOM.randint(4, ROUNDS_END),
         RANDOM.randint(0, 2),
         (RANDOM.random(), RANDOM.random()),
     )
@@ -176,11 +178,9 @@ def test_a_search_killed_in_every_phase_ends_as_if_nothing_had_happened(
     run = search(load(spec), folder, resume=True, effort=Effort(warmup=1, least=3, most=5, seconds=0.2))
 
     assert run.status == "finished"
-    assert [trial.number for trial in run.trials] == [trial.number for trial in tiny_run.trials]
-    # What was asked and how it scored is that of the uninterrupted search, to the last bit.
-    for ours, theirs in zip(run.trials, tiny_run.trials, strict=True):
-        assert (ours.params, ours.layers, ours.hash) == (theirs.params, theirs.layers, theirs.hash)
-        assert {t: s.value for t, s in ours.scores.items()} == {t: s.value for t, s in theirs.scores.items()}
+    assert len(run.trials) == TRIALS
+    # A search that nobody kills, and that measures the same latencies, asks the same and scores the same, to the last bit.
+    assert replay(folder, tmp_path / "uninterrupted").changes == ()
     kept, times = ledger(folder), begun(folder)
     for each in left:
         assert {path: data for path, data in kept.items() if path in each.ledger} == each.ledger
