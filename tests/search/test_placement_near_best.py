@@ -93,6 +93,39 @@ def test_deviations_are_those_of_draws() -> None:
     assert np.abs(told / drawn.std(axis=0) - 1.0).max() < 0.1
 
 
+def _features(layers: tuple[str, ...], width: int, depth: int) -> np.ndarray:
+    """A placement and its values as a linear model sees them: single layers, pairs at their place, and each value."""
+    hot = np.array([[name == kind for kind in KINDS] for name in layers], dtype=float)
+    pairs = [np.outer(hot[place - d], hot[place]) for d in (1, 2) for place in range(d, len(layers))]
+    values = [float(width == one) for one in (1, 2, 3)] + [float(depth == one) for one in (1, 2)]
+    return np.concatenate([hot.ravel(), *(one.ravel() for one in pairs), values])
+
+
+def test_deviations_are_those_of_a_linear_model_whatever_else_is_open() -> None:
+    rng = np.random.default_rng(2)
+    drawn = [
+        (EVERY[int(rng.integers(len(EVERY)))], int(rng.integers(1, 4)), int(rng.integers(1, 3)))
+        for _ in range(20)
+    ]
+    told, asked = drawn[:16], drawn[16:]
+    seen = [Seen(layers, {"width": w, "depth": d}, worth(layers, w) - d) for layers, w, d in told]
+    known = NearBest(KINDS, seen, 2)
+    prior, placed = known.landscape.prior, np.array([[KINDS.index(name) for name in one] for one in EVERY])
+    under_way = [(layers, {"width": w, "depth": d}) for layers, w, d in asked]
+    hoped = known.hoped(placed, {"width": 2, "depth": 1}, under_way)
+    expected = np.array([known.predicted(one, {"width": 2, "depth": 1}) for one in EVERY])
+    # Two values each: a placement has one of widths and one of depths, which say half of what else is open.
+    pairs = [np.full(4, prior.pair(8, d)) for d in (1, 2) for _ in range(d, 8)]
+    weights = np.diag(np.concatenate([np.zeros(16), *pairs, np.full(5, 0.5)]))
+    weights[:16, :16] = np.kron(prior.unary(8), np.eye(2))
+    x = np.array([_features(*one) for one in drawn])
+    new = np.array([_features(one, 2, 1) for one in EVERY])
+    gain = np.linalg.solve(x @ weights @ x.T + prior.noise * np.eye(len(x)), x @ weights)
+    left = np.einsum("nf,fg,ng->n", new, weights - weights @ x.T @ gain, new)
+    assert np.allclose((hoped - expected) / HOPE, np.sqrt(known.landscape.scale * left), rtol=1e-6)
+    assert left.min() > 0
+
+
 def test_less_may_be_hoped_close_to_what_is_under_way() -> None:
     seen = some(10)
     known = NearBest(KINDS, seen, 2)

@@ -84,15 +84,15 @@ class Landscape:
         return np.asarray(np.linalg.inv(among))
 
     def spread(
-        self, placed: NDArray[np.int64], told: NDArray[np.int64], beside: Array, inverse: Array
+        self, placed: NDArray[np.int64], told: NDArray[np.int64], beside: tuple[Array, float], inverse: Array
     ) -> Array:
         """The deviation of what is expected of `placed`, once the placements `told` have values: [m] of [m, L] and [n, L].
 
-        `beside` is how alike all else is of `placed` and `told`: [m, n]; `inverse` that of `told`.
+        `beside` is how alike all else is of `placed` and `told`, [m, n], and of `placed` itself; `inverse` that of `told`.
         """
-        cross = self._kernel(placed, told) + beside
+        cross = self._kernel(placed, told) + beside[0]
         hot = np.moveaxis(np.eye(self.kinds)[placed], 2, 0)
-        own = ((hot @ self.prior.unary(self.length)) * hot).sum(axis=(0, 2))
+        own = beside[1] + ((hot @ self.prior.unary(self.length)) * hot).sum(axis=(0, 2))
         for d in range(1, min(self.window, self.length - 1) + 1):
             own = own + (self.length - d) * self.prior.pair(self.length, d)
         left = own - (cross @ inverse * cross).sum(axis=1)

@@ -72,9 +72,13 @@ class NearBest:
         known = self.landscape
         marks = [*self._params, *(_marks(others) for _, others in asked)]
         told = np.array([*known.layers, *(self._kinds(layers) for layers, _ in asked)], dtype=np.int64)
-        alike = self._alike([_marks(params)], marks)
-        expected = known.centre + known.mean().value(placed) + alike[0, : len(self._params)] @ known.dual
-        return np.asarray(expected + HOPE * known.spread(placed, told, alike, self._inverse(told, marks)))
+        mine = _marks(params)
+        alike = self._alike([mine], [*marks, mine])
+        beside, own = alike[:, :-1], float(alike[0, -1])
+        expected = known.centre + known.mean().value(placed) + beside[0, : len(self._params)] @ known.dual
+        return np.asarray(
+            expected + HOPE * known.spread(placed, told, (beside, own), self._inverse(told, marks))
+        )
 
     def _inverse(self, told: NDArray[np.int64], marks: Sequence[Marks]) -> Array:
         """The landscape's, the same for all counts that are looked at beside each other."""
