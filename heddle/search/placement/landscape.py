@@ -15,6 +15,8 @@ from heddle.search.placement.problem import Budget, Problem
 
 # How alike close layers are, what pairs weigh beside single layers, how much is noise: those that explain the values best.
 ALIKE, PAIRS, NOISE = (0.0, 0.5), (0.01, 0.1, 0.4), (1e-3, 1e-2, 1e-1)
+# Digits, to the base 2, of what is expected; a sum of float64 holds 53.
+DIGITS = 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +159,11 @@ class Landscape:
 
     @cached_property
     def _expected(self) -> tuple[Array, Array]:
-        return self._weights(self.dual)
+        """Its terms, cut to digits that all their sums hold: so equals are equal in whatever order they are summed up."""
+        unary, pair = self._weights(self.dual)
+        most = np.abs(unary).max(axis=1).sum() + np.abs(pair).max(axis=(2, 3)).sum()
+        step = np.ldexp(1.0, np.frexp(most)[1] - DIGITS)
+        return np.rint(unary / step) * step, np.rint(pair / step) * step
 
     def draw(self, rng: np.random.Generator, budgets: tuple[Budget, ...] = ()) -> Problem:
         """One landscape of the posterior: a draw of the prior, corrected by what it gets wrong (Matheron's rule)."""

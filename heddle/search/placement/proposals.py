@@ -14,13 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice, product
+from itertools import product
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from heddle.errors import HeddleError
+from heddle.search.placement.foremost import best_within
+from heddle.search.placement.grid import Whole
 from heddle.search.placement.history import History, Seen
 from heddle.search.placement.limits import Timed, latency_budgets
 from heddle.search.placement.near_best import LEAST, near_best
@@ -39,6 +41,8 @@ PATIENCE = 4
 STEPS, CELLS = 64, 4 * 10**6
 # Layers so far apart have a worth together.
 WINDOW = 2
+# Digits, to the base 2, of what may be hoped for: what differs beyond them does so by its rounding.
+DIGITS = 36
 
 Layers = tuple[str, ...]
 
@@ -106,11 +110,15 @@ def _draws(question: Question, history: History, rng: np.random.Generator) -> Dr
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """Where a placement is looked for: budgets besides the counts."""
+    """Where a placement is looked for: among those with the counts of a question, within some limits."""
 
     question: Question
-    budgets: tuple[Budget, ...]
+    limits: tuple[Budget, ...]
     gate: Gate | None
+
+    @property
+    def budgets(self) -> tuple[Budget, ...]:
+        return (*_counted(self.question), *self.limits)
 
     def table(self, drawn: Problem, *, bound: bool = False) -> Table:
         """The solver's table of a landscape here; with `bound` it reaches what rounding alone puts outside."""
@@ -123,8 +131,18 @@ class Region:
         except HeddleError:
             return self.table(drawn)
 
-    def named(self, layers: Sequence[int]) -> Layers:
+    def likely(self, table: Table, candidates: int) -> tuple[Whole, bool]:
+        """As `best_within` gives them, of all that is in a table."""
+        starts = np.array([table.tops], dtype=np.int64)
+        return best_within(table, starts, [self.limits], candidates)[0]
+
+    def named(self, layers: Sequence[int] | Whole) -> Layers:
         return tuple(self.question.kinds[kind] for kind in layers)
+
+
+def region_of(question: Question, limits: Sequence[Budget]) -> Region:
+    """The placements with the counts of a question, in an order that its layers take, within some limits."""
+    return Region(question, tuple(limits), _gate(question, limits))
 
 
 def propose(question: Question, history: Sequence[Seen], *, seed: int, number: int) -> Layers:
@@ -140,9 +158,8 @@ def propose(question: Question, history: Sequence[Seen], *, seed: int, number: i
             return start
     draws = _draws(question, history, np.random.default_rng([seed, number]))
     for budgets in _regions(question, history, limits):
-        region = Region(question, (*_counted(question), *budgets), _gate(question, budgets))
-        hoped = next(_hoped(region, history, CANDIDATES), None)
-        layers = next(_unseen(region, draws), None) if hoped is None else hoped[1]
+        region = region_of(question, budgets)
+        layers = next(_hoped(region, history, CANDIDATES), None) or next(_unseen(region, draws), None)
         if layers is not None:
             return layers
     last = next(region.table(draws.last).ranked(), None)
@@ -175,16 +192,6 @@ def keeps(question: Question, layers: Layers, limits: Sequence[Budget]) -> bool:
     return all(budget.excess(budget.of(index)) == 0 for budget in limits)
 
 
-def most_hoped(question: Question, history: Sequence[Seen], candidates: int) -> tuple[float, Layers] | None:
-    """Of the new placements with these counts within the latency budgets the one of which most may be hoped, and how much.
-
-    None while there are too few trials to tell, or where no such placement is left among those looked at.
-    """
-    limits = latency_limits(question)
-    region = Region(question, (*_counted(question), *limits), _gate(question, limits))
-    return next(_hoped(region, History.of(history), candidates), None)
-
-
 def favourite(question: Question, history: Sequence[Seen]) -> Layers | None:
     """The placement of the highest expected quality with these counts within the latency budgets, asked for before or not.
 
@@ -193,28 +200,38 @@ def favourite(question: Question, history: Sequence[Seen]) -> Layers | None:
     near = near_best(History.of(history), question.kinds, window_of(question))
     if near is None:
         return None
-    limits = latency_limits(question)
-    region = Region(question, (*_counted(question), *limits), _gate(question, limits))
+    region = region_of(question, latency_limits(question))
     best = next(region.table(near.landscape.mean()).ranked(), None)
     return None if best is None else region.named(best)
 
 
-def _hoped(region: Region, history: History, candidates: int) -> Iterator[tuple[float, Layers]]:
-    """What is new of so many candidates that most is expected of, and what may be hoped of it, the most first."""
+def likely(region: Region, drawn: Problem, candidates: int) -> Whole:
+    """So many placements of a region that most is expected of, the most first: [at most `candidates`, L]."""
+    # Without the budgets whose costs are rounded there are far fewer cells, and often the same placements.
+    loose = region_of(region.question, [one for one in region.limits if one.steps is None])
+    found, is_all = region.likely(loose.table(drawn), candidates)
+    return found if is_all else region.likely(region.widest(drawn), candidates)[0]
+
+
+def in_order(hoped: NDArray[np.float64]) -> NDArray[np.intp]:
+    """Where the most may be hoped, where less, and so on; what differs by rounding alone stays in the order that it has."""
+    step = np.ldexp(1.0, np.frexp(np.abs(hoped).max(initial=0.0))[1] - DIGITS)
+    return np.argsort(-np.rint(hoped / step), kind="stable")
+
+
+def _hoped(region: Region, history: History, candidates: int) -> Iterator[Layers]:
+    """What is new of so many candidates that most is expected of, that of which most may be hoped first."""
     question = region.question
     near = near_best(history, question.kinds, window_of(question))
     if near is None:
         return
-    table = region.widest(near.landscape.mean())
-    within = filter(table.problem.keeps, islice(table.ranked(table.tops), 4 * candidates))
-    placed = np.array(list(islice(within, candidates)) if table.feasible else [], dtype=np.int64)
+    placed = likely(region, near.landscape.mean(), candidates)
     if not len(placed):
         return
-    hoped = near.hoped(placed, question.params, question.asked)
-    for place in np.argsort(-hoped, kind="stable"):
+    for place in in_order(near.hoped(placed, question.params, question.asked)):
         layers = region.named(placed[place])
         if not question.is_seen(layers):
-            yield float(hoped[place]), layers
+            yield layers
 
 
 def _unseen(region: Region, draws: Draws) -> Iterator[Layers]:

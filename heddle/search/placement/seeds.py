@@ -13,10 +13,11 @@ from dataclasses import replace
 
 import numpy as np
 
+from heddle.search.placement.all_counts import most_hoped
 from heddle.search.placement.history import History, Seen
 from heddle.search.placement.limits import Timings
 from heddle.search.placement.problem import Budget
-from heddle.search.placement.proposals import Layers, Question, keeps, latency_limits, most_hoped, simple
+from heddle.search.placement.proposals import Layers, Question, keeps, latency_limits, simple
 
 # Trained trials after which simple placements come no more.
 SIMPLE = 8
@@ -73,10 +74,5 @@ def solved(questions: Sequence[Question], history: Sequence[Seen]) -> Layers | N
     questions = _with_limits(questions)
     if len(history) < SIMPLE and (costly := costliest(questions)) is not None:
         return costly
-    known, best = History.of(history), None
     most = max(LEAST_CANDIDATES, MOST_CANDIDATES // max(1, len(questions)))
-    for question in questions:
-        found = most_hoped(question, known, most)
-        if found is not None and (best is None or found[0] > best[0]):
-            best = found
-    return None if best is None else best[1]
+    return most_hoped(questions, History.of(history), most)
