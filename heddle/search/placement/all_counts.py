@@ -22,16 +22,15 @@ from heddle.search.placement.proposals import (
     Layers,
     Question,
     Region,
+    cheapness,
     in_order,
+    is_over,
     latency_limits,
     likely,
     region_of,
     window_of,
 )
 from heddle.search.placement.table import Table
-
-# A cost that is over a budget by less than this share of it may be so by rounding.
-ROUNDED = 1e-9
 
 
 def most_hoped(questions: Sequence[Question], history: History, candidates: int) -> Layers | None:
@@ -93,16 +92,13 @@ class Least:
         """Whether every placement is over one of the limits of a region for certain."""
         (left,) = _counts([region.question])
         tables = ((budget, self._table(budget)) for budget in region.limits)
-        return any(
-            table is not None and budget.excess(budget.constant - table.at(tuple(left))) > ROUNDED
-            for budget, table in tables
-        )
+        return any(table is not None and is_over(budget, table.at(tuple(left))) for budget, table in tables)
 
     def _table(self, budget: Budget) -> Table | None:
-        pair = None if budget.pair is None else -budget.pair[None]
-        key = budget.cost.tobytes(), b"" if pair is None else pair.tobytes()
+        drawn = cheapness(budget)
+        key = drawn.unary.tobytes(), b"" if drawn.pair is None else drawn.pair.tobytes()
         if key not in self._tables:
-            self._tables[key] = _all_counts(self._questions, Problem(-budget.cost, pair))
+            self._tables[key] = _all_counts(self._questions, drawn)
         return self._tables[key]
 
 

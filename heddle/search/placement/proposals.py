@@ -24,7 +24,7 @@ from heddle.errors import HeddleError
 from heddle.search.placement.foremost import best_within
 from heddle.search.placement.grid import Whole
 from heddle.search.placement.history import History, Seen
-from heddle.search.placement.limits import Timed, latency_budgets
+from heddle.search.placement.limits import Timed, fit_of
 from heddle.search.placement.near_best import LEAST, near_best
 from heddle.search.placement.problem import Budget, Problem, count_budget
 from heddle.search.placement.quality import QualityModel
@@ -41,6 +41,8 @@ PATIENCE = 4
 STEPS, CELLS = 64, 4 * 10**6
 # Layers so far apart have a worth together.
 WINDOW = 2
+# A cost that is over a budget by less than this share of it may be so by rounding.
+ROUNDED = 1e-9
 # Digits, to the base 2, of what may be hoped for: what differs beyond them does so by its rounding.
 DIGITS = 36
 
@@ -131,6 +133,17 @@ class Region:
         except HeddleError:
             return self.table(drawn)
 
+    def loose(self) -> Region:
+        """The region without the budgets whose costs are rounded, which take far fewer cells."""
+        return region_of(self.question, [one for one in self.limits if one.steps is None])
+
+    def is_over(self) -> bool:
+        """Whether all that is in the loose region is over one of the others for certain."""
+        loose, others = self.loose(), [one for one in self.limits if one.steps is not None]
+        # Tables are filled when they are asked for.
+        tables = ((budget, loose.table(cheapness(budget))) for budget in others)
+        return any(is_over(budget, table.at(table.start)) for budget, table in tables)
+
     def likely(self, table: Table, candidates: int) -> tuple[Whole, bool]:
         """As `best_within` gives them, of all that is in a table."""
         starts = np.array([table.tops], dtype=np.int64)
@@ -143,6 +156,16 @@ class Region:
 def region_of(question: Question, limits: Sequence[Budget]) -> Region:
     """The placements with the counts of a question, in an order that its layers take, within some limits."""
     return Region(question, tuple(limits), _gate(question, limits))
+
+
+def cheapness(budget: Budget) -> Problem:
+    """The landscape on which a placement is worth what it costs less."""
+    return Problem(-budget.cost, None if budget.pair is None else -budget.pair[None])
+
+
+def is_over(budget: Budget, cheapest: float) -> bool:
+    """Whether a budget is missed, by more than rounding, where the best of its `cheapness` is this."""
+    return bool(budget.excess(budget.constant - cheapest) > ROUNDED)
 
 
 def propose(question: Question, history: Sequence[Seen], *, seed: int, number: int) -> Layers:
@@ -159,6 +182,8 @@ def propose(question: Question, history: Sequence[Seen], *, seed: int, number: i
     draws = _draws(question, history, np.random.default_rng([seed, number]))
     for budgets in _regions(question, history, limits):
         region = region_of(question, budgets)
+        if region.is_over():
+            continue
         layers = next(_hoped(region, history, CANDIDATES), None) or next(_unseen(region, draws), None)
         if layers is not None:
             return layers
@@ -207,9 +232,7 @@ def favourite(question: Question, history: Sequence[Seen]) -> Layers | None:
 
 def likely(region: Region, drawn: Problem, candidates: int) -> Whole:
     """So many placements of a region that most is expected of, the most first: [at most `candidates`, L]."""
-    # Without the budgets whose costs are rounded there are far fewer cells, and often the same placements.
-    loose = region_of(region.question, [one for one in region.limits if one.steps is None])
-    found, is_all = region.likely(loose.table(drawn), candidates)
+    found, is_all = region.likely(region.loose().table(drawn), candidates)
     return found if is_all else region.likely(region.widest(drawn), candidates)[0]
 
 
@@ -294,20 +317,17 @@ def latency_limits(question: Question) -> tuple[Budget, ...]:
     No margin is kept: the best placements are often close to the budget, and on made-up landscapes with noisy timings what was
     found was worse with one (docs/search.md).
     """
-    steps = _steps(question)
-    known = {budget.name for budget in question.predicted}
-    mine = latency_budgets(question.timed, question.counts, question.params, steps)
+    fit, known = fit_of(question.timed, question.kinds), {budget.name for budget in question.predicted}
+    steps = _steps(question, len(known.union(fit.labels)))
+    mine = fit.budgets(question.counts, question.params, steps)
     told = (replace(budget, steps=steps) for budget in question.predicted)
     return (*told, *(budget for budget in mine if budget.name not in known))
 
 
-def _steps(question: Question) -> int:
+def _steps(question: Question, limits: int) -> int:
     counts = list(question.counts.values())
     cells = float(np.prod([count + 1.0 for count in counts[:-1]])) * len(counts) * (question.length + 1)
-    limits = {budget.name for budget in question.predicted} | {
-        name for one in question.timed for name in one.shares
-    }
-    return int(max(4, min(STEPS, (CELLS / cells) ** (1.0 / max(1, len(limits))))))
+    return int(max(4, min(STEPS, (CELLS / cells) ** (1.0 / max(1, limits)))))
 
 
 def window_of(question: Question) -> int:

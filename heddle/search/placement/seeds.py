@@ -15,7 +15,7 @@ import numpy as np
 
 from heddle.search.placement.all_counts import most_hoped
 from heddle.search.placement.history import History, Seen
-from heddle.search.placement.limits import Timings
+from heddle.search.placement.limits import fit_of
 from heddle.search.placement.problem import Budget
 from heddle.search.placement.proposals import Layers, Question, keeps, latency_limits, simple
 
@@ -38,7 +38,7 @@ def _with_limits(questions: Sequence[Question]) -> list[Question]:
     """The questions with what their timings predict, which are fitted once for all of them."""
     found, fit = list[Question](), None
     for one in questions:
-        fit = fit or Timings(one.timed, one.kinds)
+        fit = fit or fit_of(one.timed, one.kinds)
         known = {budget.name for budget in one.predicted}
         more = (budget for budget in fit.budgets(one.counts, one.params) if budget.name not in known)
         found.append(replace(one, timed=(), predicted=(*one.predicted, *more)))
