@@ -39,6 +39,8 @@ class Merged:
 
     def layers(self, merged: Sequence[str]) -> Layers:
         """Layers of the blocks for those of the kinds: the uniform ones where they fit, else equal blocks one after the other."""
+        if not self.any:
+            return tuple(merged)
         if tuple(merged) == self.merged(self.uniform):
             return self.uniform
         left = {

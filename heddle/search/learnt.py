@@ -8,6 +8,7 @@ from typing import Any
 
 from heddle.search import space
 from heddle.search.placement import History, Seen, Timed
+from heddle.search.placement.limits import TimedTrials
 from heddle.search.record import Trial
 from heddle.search.rungs import at_one_rung
 from heddle.specs import SpecFile
@@ -19,7 +20,7 @@ class Learnt:
 
     def __init__(self, file: SpecFile, rungs: int = 0) -> None:
         self._file, self._rungs, self._next = file, rungs, 0
-        self.history, self.timed = History(), list[Timed]()
+        self.history, self.timed = History(), TimedTrials()
         self._ended = list[Trial]()
         self.best: Mapping[str, Any] = {}
         self._quality = -inf

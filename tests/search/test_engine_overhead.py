@@ -17,3 +17,4 @@ def test_a_search_is_timed_without_its_workers(tmp_path: Path) -> None:
     row = json.loads(rows.read_text())
     assert row["trials"] == 16
     assert row["wall_ms"]["engine"] > 0.0
+    assert row["wall_ms"]["without_sampler"] > row["wall_ms"]["placement"]

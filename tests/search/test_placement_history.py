@@ -97,3 +97,16 @@ def test_the_trust_region_is_around_the_first_of_equally_good_ones() -> None:
     assert region is not None
     assert region.of([0, 1, 1, 1]) == 0
     assert region.of([1, 1, 1, 0]) == 2
+
+
+def test_the_trials_closest_to_the_best_are_those_of_all_trials_gone_through() -> None:
+    seen = drawn(300, 5)
+    grown = History()
+    for count, one in enumerate(seen, start=1):
+        grown.append(one)
+        if count % 37:
+            continue
+        best = max(seen[:count], key=lambda trial: trial.quality)
+        apart = [sum(a != b for a, b in zip(each.layers, best.layers, strict=True)) for each in seen[:count]]
+        kept = sorted(sorted(range(count), key=lambda place: (apart[place], -place))[:50])
+        assert grown.closest(50) == [seen[place] for place in kept]

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise, permutations
 
 import numpy as np
 import pytest
 
 from heddle.search.placement import Question, Seen, Timed, propose
-from heddle.search.placement.limits import latency_budgets
+from heddle.search.placement.limits import TimedTrials, latency_budgets
 from heddle.search.placement.proposals import PATIENCE, trust_budget
+from heddle.search.placement.table import Table
 from heddle.specs import uniform_layers
 from heddle.specs.order import Order
 
@@ -46,6 +47,35 @@ def test_the_latency_model_finds_what_boundaries_cost_and_what_a_parameter_does(
         for layers in EVERY:
             index = [tuple(COUNTS).index(name) for name in layers]
             assert float(budget.of(index)) == pytest.approx(share(layers, width), abs=5e-3)
+
+
+def test_timings_as_they_come_are_fitted_as_all_of_them_together() -> None:
+    grown = TimedTrials()
+    for count, one in enumerate(timings(12), start=1):
+        grown.append(one)
+        for width in (1, 2):
+            mine, whole = (
+                latency_budgets(timed, COUNTS, {"width": width}, 64) for timed in (grown, timings(12)[:count])
+            )
+            assert [repr(budget) for budget in mine] == [repr(budget) for budget in whole]
+
+
+def test_a_budget_that_nothing_keeps_is_passed_over_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    # One that rounding alone would let in takes the solver down a whole ranking.
+    slow = [Timed(one.layers, one.params, {"decode_ms": 1.0 + share(one.layers)}) for one in timings(20)]
+    gone_through = list[int]()
+    whole = Table.ranked
+
+    def counted(self: Table, start: tuple[int, ...] | None = None) -> Iterator[tuple[int, ...]]:
+        for one in whole(self, start):
+            gone_through.append(1)
+            yield one
+
+    monkeypatch.setattr(Table, "ranked", counted)
+    seen = [Seen(one, {"width": 1}, float(one.index("full"))) for one in EVERY[::4]]
+    layers = propose(asked({one.layers for one in seen}, slow), seen, seed=0, number=0)
+    assert layers not in {one.layers for one in seen}
+    assert len(gone_through) < 4
 
 
 def test_a_handful_of_timings_is_needed() -> None:

@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import Any, TypeVar, overload
 
 import numpy as np
+from numpy.typing import NDArray
 
 from heddle.search.placement.counts import Array
 
@@ -122,6 +123,13 @@ class History(Sequence[Seen]):
     _sums: dict[tuple[tuple[str, ...], int], tuple[Sums, int]] = field(default_factory=dict)
     _groups: dict[Any, Group] = field(default_factory=dict)
     _made: dict[Any, tuple[Any, int]] = field(default_factory=dict)
+    # Each trial's layers, as numbers that stand for their names, a row a trial; room grows in steps.
+    _names: dict[str, int] = field(default_factory=dict)
+    _layers: NDArray[np.int16] = field(
+        default_factory=lambda: np.zeros((0, 1), dtype=np.int16), compare=False
+    )
+    # The first of the best ones.
+    _best: int = 0
 
     @staticmethod
     def of(trials: Iterable[Seen]) -> History:
@@ -134,12 +142,35 @@ class History(Sequence[Seen]):
         return made
 
     def append(self, one: Seen) -> None:
+        self._note(one)
         self.trials.append(one)
         counts = {kind: one.layers.count(kind) for kind in set(one.layers)}
         group = self._groups.setdefault(_key(counts, one.params), Group())
         if one.quality > group.quality:
             group.best, group.quality, group.layers = group.count, one.quality, one.layers
         group.count += 1
+
+    def _note(self, one: Seen) -> None:
+        """Remember the layers of the next trial, and whether it is the best so far."""
+        row = [self._names.setdefault(name, len(self._names)) for name in one.layers]
+        count = len(self.trials)
+        if count == len(self._layers):
+            held, self._layers = self._layers, np.zeros((max(64, 2 * count), len(row)), dtype=np.int16)
+            self._layers[:count] = held
+        self._layers[count] = row
+        if count and one.quality > self.trials[self._best].quality:
+            self._best = count
+
+    def closest(self, most: int) -> list[Seen]:
+        """The trials that differ in the fewest layers from the best one, in the order of their numbers.
+
+        Of equally good ones the first is the best; of equally close ones the latest are taken.
+        """
+        count = len(self.trials)
+        placed = self._layers[:count]
+        differ = (placed != placed[self._best : self._best + 1]).sum(axis=1)
+        kept = np.sort(np.lexsort((-np.arange(count), differ))[:most])
+        return [self.trials[place] for place in kept]
 
     def group(self, counts: Mapping[str, int], params: Mapping[str, Any]) -> Group | None:
         """The trials with these counts of each kind and these parameters; None without any."""

@@ -15,6 +15,8 @@ from heddle.search.placement.problem import Budget, Problem
 
 # How alike close layers are, what pairs weigh beside single layers, how much is noise: those that explain the values best.
 ALIKE, PAIRS, NOISE = (0.0, 0.5), (0.01, 0.1, 0.4), (1e-3, 1e-2, 1e-1)
+# Digits, to the base 2, of what is expected; a sum of float64 holds 53.
+DIGITS = 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +64,8 @@ class Landscape:
         self.layers, self.length = layers, int(layers.shape[1])
         self.centre = float(values.mean()) if len(values) else 0.0
         self._hot, self._beside = np.eye(kinds)[layers], beside
-        self._alike = {alike: self._unary_kernel(alike) for alike in ALIKE}
-        self._shared = self._pair_kernels()
+        self._alike = {alike: self._unary_kernel(alike, layers, layers) for alike in ALIKE}
+        self._shared = self._pair_kernels(layers, layers)
         target = values - self.centre
         self.prior, self.scale = _Prior(0.5, 0.1, 1e-2), 1.0
         best = -np.inf
@@ -72,7 +74,8 @@ class Landscape:
             evidence, scale = _evidence(self._covariance(prior), target)
             if evidence > best:
                 best, self.prior, self.scale = evidence, prior, scale
-        self._inverse = np.linalg.inv(self._covariance(self.prior)) if len(values) else np.zeros((0, 0))
+        # Without values it has no rows.
+        self._inverse: Array = np.asarray(np.linalg.inv(self._covariance(self.prior)))
         self.dual = self._inverse @ target
 
     def inverse(self, told: NDArray[np.int64], beside: Array) -> Array:
@@ -80,8 +83,14 @@ class Landscape:
 
         `beside` is how alike all else is of them: [n, n].
         """
-        among = self._kernel(told, told) + beside + self.prior.noise * np.eye(len(told))
-        return np.asarray(np.linalg.inv(among))
+        known = len(self.layers)
+        among = self._kernel(told[known:], told) + beside[known:]
+        among[:, known:] += self.prior.noise * np.eye(len(told) - known)
+        mine = np.zeros((known, known)) if self._beside is None else self._beside
+        if np.array_equal(told[:known], self.layers) and np.array_equal(beside[:known, :known], mine):
+            return _bordered(self._inverse, among[:, :known], among[:, known:])
+        whole = self._kernel(told, told) + beside + self.prior.noise * np.eye(len(told))
+        return np.asarray(np.linalg.inv(whole))
 
     def spread(
         self, placed: NDArray[np.int64], told: NDArray[np.int64], beside: tuple[Array, float], inverse: Array
@@ -100,25 +109,31 @@ class Landscape:
 
     def _kernel(self, rows: NDArray[np.int64], columns: NDArray[np.int64]) -> Array:
         """The covariance of placements, as a share of the scale: [m, n] of [m, L] and [n, L]."""
-        hot = np.eye(self.kinds)
-        first, second = np.moveaxis(hot[rows], 2, 0), np.moveaxis(hot[columns], 2, 0)
-        total = (first @ self.prior.unary(self.length) @ second.transpose(0, 2, 1)).sum(axis=0)
-        same = rows[:, None] == columns[None]
+        total = self._unary_kernel(self.prior.alike, rows, columns)
+        for distance, shared in enumerate(self._pair_kernels(rows, columns), start=1):
+            total = total + self.prior.pair(self.length, distance) * shared
+        return total
+
+    def _unary_kernel(self, alike: float, rows: NDArray[np.int64], columns: NDArray[np.int64]) -> Array:
+        """How far placements have the same kinds at the same or at close layers: [m, n] of [m, L] and [n, L]."""
+        hot, width = np.eye(self.kinds), self.kinds * self.length
+        first, second = (np.moveaxis(hot[each], 2, 1).reshape(-1, self.length) for each in (rows, columns))
+        wide = (first @ _Prior(alike, 0.0, 0.0).unary(self.length)).reshape(len(rows), width)
+        return np.asarray(wide @ second.reshape(len(columns), width).T)
+
+    def _pair_kernels(self, rows: NDArray[np.int64], columns: NDArray[np.int64]) -> list[Array]:
+        """How many pairs of layers at each distance placements share: [m, n] of [m, L] and [n, L] each."""
+        made, kinds = list[Array](), np.arange(self.kinds**2)
         for d in range(1, min(self.window, self.length - 1) + 1):
-            total = total + self.prior.pair(self.length, d) * (same[..., d:] & same[..., :-d]).sum(axis=-1)
-        return np.asarray(total, dtype=np.float64)
-
-    def _unary_kernel(self, alike: float) -> Array:
-        """How far placements have the same kinds at the same or at close layers: [n, n]."""
-        wide = np.moveaxis(self._hot, 2, 0)
-        prior = _Prior(alike, 0.0, 0.0).unary(self.length)
-        return np.asarray((wide @ prior @ wide.transpose(0, 2, 1)).sum(axis=0))
-
-    def _pair_kernels(self) -> list[Array]:
-        """How many pairs of layers at each distance placements share: [n, n] each."""
-        same = self.layers[:, None] == self.layers[None]
-        distances = range(1, min(self.window, self.length - 1) + 1)
-        return [(same[..., d:] & same[..., :-d]).sum(axis=-1).astype(np.float64) for d in distances]
+            # Numbers of pairs are whole: half the digits hold them, in half the time.
+            first, second = (
+                ((each[:, :-d] * self.kinds + each[:, d:])[..., None] == kinds)
+                .reshape(len(each), (self.length - d) * self.kinds**2)
+                .astype(np.float32)
+                for each in (rows, columns)
+            )
+            made.append((first @ second.T).astype(np.float64))
+        return made
 
     def _covariance(self, prior: _Prior) -> Array:
         """Of the values: [n, n]."""
@@ -144,7 +159,11 @@ class Landscape:
 
     @cached_property
     def _expected(self) -> tuple[Array, Array]:
-        return self._weights(self.dual)
+        """Its terms, cut to digits that all their sums hold: so equals are equal in whatever order they are summed up."""
+        unary, pair = self._weights(self.dual)
+        most = np.abs(unary).max(axis=1).sum() + np.abs(pair).max(axis=(2, 3)).sum()
+        step = np.ldexp(1.0, np.frexp(most)[1] - DIGITS)
+        return np.rint(unary / step) * step, np.rint(pair / step) * step
 
     def draw(self, rng: np.random.Generator, budgets: tuple[Budget, ...] = ()) -> Problem:
         """One landscape of the posterior: a draw of the prior, corrected by what it gets wrong (Matheron's rule)."""
@@ -177,9 +196,25 @@ class Landscape:
 
 def _evidence(covariance: Array, target: Array) -> tuple[float, float]:
     """Log marginal likelihood up to a constant, at the best scale of everything, and that scale."""
-    root = np.linalg.cholesky(covariance)
-    scale = max(float(np.square(np.linalg.solve(root, target)).sum()) / len(target), 1e-30)
-    return -0.5 * len(target) * np.log(scale) - float(np.log(np.diag(root)).sum()), scale
+    # The root of the covariance C = R Rᵀ with the target below it has R⁻¹ target as its last row. What stands in the corner
+    # plays no part, and is as large as the target's square over all that noise leaves C.
+    count = len(target)
+    bordered = np.zeros((count + 1, count + 1))
+    bordered[:count, :count], bordered[count, :count] = covariance, target
+    bordered[count, count] = 1.0 + 2.0 * float(target @ target) / min(NOISE)
+    root = np.linalg.cholesky(bordered)
+    scale = max(float(np.square(root[count, :count]).sum()) / count, 1e-30)
+    return -0.5 * count * np.log(scale) - float(np.log(np.diag(root)[:count]).sum()), scale
+
+
+def _bordered(inverse: Array, border: Array, corner: Array) -> Array:
+    """The inverse of [[C, borderᵀ], [border, corner]] from that of C: [n + a, n + a] of [n, n], [a, n] and [a, a]."""
+    if not len(corner):
+        return inverse
+    across = border @ inverse
+    below = np.linalg.inv(corner - across @ border.T)
+    beside = below @ across
+    return np.block([[inverse + across.T @ beside, -beside.T], [-beside, below]])
 
 
 def unseen(

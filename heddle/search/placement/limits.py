@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -28,6 +27,25 @@ class Timed:
     shares: Mapping[str, float]
 
 
+class TimedTrials(list[Timed]):
+    """Timed trials as they come, fitted once for all that is asked before the next one comes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._fits: dict[tuple[str, ...], tuple[Timings, int]] = {}
+
+    def fit(self, kinds: tuple[str, ...]) -> Timings:
+        """The fit of all of them."""
+        if kinds not in self._fits or self._fits[kinds][1] != len(self):
+            self._fits[kinds] = Timings(self, kinds), len(self)
+        return self._fits[kinds][0]
+
+
+def fit_of(timed: Sequence[Timed], kinds: tuple[str, ...]) -> Timings:
+    """The fit of timed trials with layers of these kinds."""
+    return timed.fit(kinds) if isinstance(timed, TimedTrials) else Timings(timed, kinds)
+
+
 def latency_budgets(
     timed: Sequence[Timed], counts: Mapping[str, int], params: Mapping[str, Any], steps: int
 ) -> tuple[Budget, ...]:
@@ -38,23 +56,26 @@ def latency_budgets(
     Ridge regression of the shares timed, its strength chosen by the errors of each trial predicted from the others. With
     the counts given, only the boundaries between kinds differ from placement to placement.
     """
-    return Timings(timed, tuple(counts)).budgets(counts, params, steps)
+    return fit_of(timed, tuple(counts)).budgets(counts, params, steps)
 
 
 class Timings:
-    """Timed trials with layers of these kinds, fitted once for whatever counts and parameters are asked about."""
+    """Timed trials with layers of these kinds, fitted once for whatever counts and parameters are asked about.
+
+    `labels` are the budgets that any of them was timed beside.
+    """
 
     def __init__(self, timed: Sequence[Timed], kinds: tuple[str, ...]) -> None:
         self._kinds = kinds
-        labels = sorted({label for one in timed for label in one.shares})
-        latest = {label: [one for one in timed if label in one.shares][-MOST_TIMED:] for label in labels}
+        self.labels = sorted({label for one in timed for label in one.shares})
+        latest = {label: [one for one in timed if label in one.shares][-MOST_TIMED:] for label in self.labels}
         fitted = {label: mine for label, mine in latest.items() if len(mine) >= LEAST_TIMED}
         every = (one for mine in fitted.values() for one in mine)
         self._known = sorted({(name, repr(value)) for one in every for name, value in one.params.items()})
         # By label: the mean of the shares, the means of the features, the weights.
         self._fits: dict[str, tuple[float, Array, Array]] = {}
         for label, mine in fitted.items():
-            features = np.stack([_features(one.layers, one.params, kinds, self._known) for one in mine])
+            features = _features(mine, kinds, self._known)
             target = np.array([one.shares[label] for one in mine])
             fit = float(target.mean()), features.mean(axis=0), _ridge(features, target)
             self._fits[label] = fit
@@ -75,14 +96,16 @@ class Timings:
         return tuple(found)
 
 
-def _features(
-    layers: Sequence[str], params: Mapping[str, Any], kinds: Sequence[str], known: Sequence[tuple[str, str]]
-) -> Array:
-    pair = np.zeros((len(kinds), len(kinds)))
-    for first, second in pairwise(kinds.index(name) for name in layers):
-        pair[first, second] += 1.0 / max(1, len(layers) - 1)
-    counts = {kind: layers.count(kind) for kind in kinds}
-    return np.concatenate([_counted(counts, len(layers)), pair.ravel(), _marks(params, known)])
+def _features(timed: Sequence[Timed], kinds: Sequence[str], known: Sequence[tuple[str, str]]) -> Array:
+    """A row for each trial: shares of kinds, shares of pairs that meet, and which values it had: [n, features]."""
+    length, index = len(timed[0].layers), {kind: place for place, kind in enumerate(kinds)}
+    hot = np.eye(len(kinds))[[[index[name] for name in one.layers] for one in timed]]
+    pairs = hot[:, :-1].transpose(0, 2, 1) @ hot[:, 1:] / max(1, length - 1)
+    marks = np.zeros((len(timed), len(known)))
+    places = {value: place for place, value in enumerate(known)}
+    for row, one in zip(marks, timed, strict=True):
+        row[[places[name, repr(value)] for name, value in one.params.items()]] = 1.0
+    return np.concatenate([hot.mean(axis=1), pairs.reshape(len(timed), len(kinds) ** 2), marks], axis=1)
 
 
 def _counted(counts: Mapping[str, int], length: int) -> Array:

@@ -50,8 +50,8 @@ class NearBest:
         most = max(1, *(len(one) for one in (*some, *others, *self._params)))
         marked = [np.zeros((len(group), len(places))) for group in (some, others)]
         for group, rows in zip((some, others), marked, strict=True):
-            for row, one in zip(rows, group, strict=True):
-                row[[places[mark] for mark in one]] = 1.0
+            at = [row for row, one in enumerate(group) for _ in one]
+            rows[at, [places[mark] for one in group for mark in one]] = 1.0
         return np.asarray(marked[0] @ marked[1].T / most)
 
     def predicted(self, layers: Sequence[str], params: Mapping[str, Any]) -> float:
@@ -96,4 +96,4 @@ def near_best(history: History, kinds: Sequence[str], window: int) -> NearBest |
     """What a history says around its best trial; None while it has too few."""
     if len(history) < LEAST:
         return None
-    return history.once((tuple(kinds), window), lambda: NearBest(kinds, history.trials, window))
+    return history.once((tuple(kinds), window), lambda: NearBest(kinds, history.closest(MOST), window))

@@ -59,6 +59,12 @@ class Budget:
         return np.where(over <= slack, 0.0, over / (abs(self.at_most) or 1.0))
 
 
+def within(budgets: Sequence[Budget], layers: Layers) -> NDArray[np.bool_]:
+    """Whether each row of layers keeps every budget."""
+    missed = [budget.excess(budget.of(layers)) > 0 for budget in budgets]
+    return ~np.any(missed, axis=0) if missed else np.ones(np.asarray(layers).shape[:-1], dtype=np.bool_)
+
+
 def count_budget(kind: int, shape: tuple[int, int], most: int, least: int | None = None) -> Budget:
     """At most `most`, and at least `least`, layers of a kind; `shape` is (L, kinds)."""
     cost = np.zeros(shape)
@@ -145,8 +151,7 @@ class Problem:
 
     def keeps(self, layers: Layers) -> NDArray[np.bool_]:
         """Whether each row of layers keeps every budget."""
-        missed = [budget.excess(budget.of(layers)) > 0 for budget in self.budgets]
-        return ~np.any(missed, axis=0) if missed else np.ones(np.asarray(layers).shape[:-1], dtype=np.bool_)
+        return within(self.budgets, layers)
 
     def over(self, costs: Mapping[str, float]) -> dict[str, float]:
         """By what share of it each budget that is not kept is missed."""

@@ -14,15 +14,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice, product
+from itertools import product
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from heddle.errors import HeddleError
+from heddle.search.placement.foremost import best_within
+from heddle.search.placement.grid import Whole
 from heddle.search.placement.history import History, Seen
-from heddle.search.placement.limits import Timed, latency_budgets
+from heddle.search.placement.limits import Timed, fit_of
 from heddle.search.placement.near_best import LEAST, near_best
 from heddle.search.placement.problem import Budget, Problem, count_budget
 from heddle.search.placement.quality import QualityModel
@@ -39,6 +41,10 @@ PATIENCE = 4
 STEPS, CELLS = 64, 4 * 10**6
 # Layers so far apart have a worth together.
 WINDOW = 2
+# A cost that is over a budget by less than this share of it may be so by rounding.
+ROUNDED = 1e-9
+# Digits, to the base 2, of what may be hoped for: what differs beyond them does so by its rounding.
+DIGITS = 36
 
 Layers = tuple[str, ...]
 
@@ -106,11 +112,15 @@ def _draws(question: Question, history: History, rng: np.random.Generator) -> Dr
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """Where a placement is looked for: budgets besides the counts."""
+    """Where a placement is looked for: among those with the counts of a question, within some limits."""
 
     question: Question
-    budgets: tuple[Budget, ...]
+    limits: tuple[Budget, ...]
     gate: Gate | None
+
+    @property
+    def budgets(self) -> tuple[Budget, ...]:
+        return (*_counted(self.question), *self.limits)
 
     def table(self, drawn: Problem, *, bound: bool = False) -> Table:
         """The solver's table of a landscape here; with `bound` it reaches what rounding alone puts outside."""
@@ -123,8 +133,39 @@ class Region:
         except HeddleError:
             return self.table(drawn)
 
-    def named(self, layers: Sequence[int]) -> Layers:
+    def loose(self) -> Region:
+        """The region without the budgets whose costs are rounded, which take far fewer cells."""
+        return region_of(self.question, [one for one in self.limits if one.steps is None])
+
+    def is_over(self) -> bool:
+        """Whether all that is in the loose region is over one of the others for certain."""
+        loose, others = self.loose(), [one for one in self.limits if one.steps is not None]
+        # Tables are filled when they are asked for.
+        tables = ((budget, loose.table(cheapness(budget))) for budget in others)
+        return any(is_over(budget, table.at(table.start)) for budget, table in tables)
+
+    def likely(self, table: Table, candidates: int) -> tuple[Whole, bool]:
+        """As `best_within` gives them, of all that is in a table."""
+        starts = np.array([table.tops], dtype=np.int64)
+        return best_within(table, starts, [self.limits], candidates)[0]
+
+    def named(self, layers: Sequence[int] | Whole) -> Layers:
         return tuple(self.question.kinds[kind] for kind in layers)
+
+
+def region_of(question: Question, limits: Sequence[Budget]) -> Region:
+    """The placements with the counts of a question, in an order that its layers take, within some limits."""
+    return Region(question, tuple(limits), _gate(question, limits))
+
+
+def cheapness(budget: Budget) -> Problem:
+    """The landscape on which a placement is worth what it costs less."""
+    return Problem(-budget.cost, None if budget.pair is None else -budget.pair[None])
+
+
+def is_over(budget: Budget, cheapest: float) -> bool:
+    """Whether a budget is missed, by more than rounding, where the best of its `cheapness` is this."""
+    return bool(budget.excess(budget.constant - cheapest) > ROUNDED)
 
 
 def propose(question: Question, history: Sequence[Seen], *, seed: int, number: int) -> Layers:
@@ -140,9 +181,10 @@ def propose(question: Question, history: Sequence[Seen], *, seed: int, number: i
             return start
     draws = _draws(question, history, np.random.default_rng([seed, number]))
     for budgets in _regions(question, history, limits):
-        region = Region(question, (*_counted(question), *budgets), _gate(question, budgets))
-        hoped = next(_hoped(region, history, CANDIDATES), None)
-        layers = next(_unseen(region, draws), None) if hoped is None else hoped[1]
+        region = region_of(question, budgets)
+        if region.is_over():
+            continue
+        layers = next(_hoped(region, history, CANDIDATES), None) or next(_unseen(region, draws), None)
         if layers is not None:
             return layers
     last = next(region.table(draws.last).ranked(), None)
@@ -175,16 +217,6 @@ def keeps(question: Question, layers: Layers, limits: Sequence[Budget]) -> bool:
     return all(budget.excess(budget.of(index)) == 0 for budget in limits)
 
 
-def most_hoped(question: Question, history: Sequence[Seen], candidates: int) -> tuple[float, Layers] | None:
-    """Of the new placements with these counts within the latency budgets the one of which most may be hoped, and how much.
-
-    None while there are too few trials to tell, or where no such placement is left among those looked at.
-    """
-    limits = latency_limits(question)
-    region = Region(question, (*_counted(question), *limits), _gate(question, limits))
-    return next(_hoped(region, History.of(history), candidates), None)
-
-
 def favourite(question: Question, history: Sequence[Seen]) -> Layers | None:
     """The placement of the highest expected quality with these counts within the latency budgets, asked for before or not.
 
@@ -193,28 +225,36 @@ def favourite(question: Question, history: Sequence[Seen]) -> Layers | None:
     near = near_best(History.of(history), question.kinds, window_of(question))
     if near is None:
         return None
-    limits = latency_limits(question)
-    region = Region(question, (*_counted(question), *limits), _gate(question, limits))
+    region = region_of(question, latency_limits(question))
     best = next(region.table(near.landscape.mean()).ranked(), None)
     return None if best is None else region.named(best)
 
 
-def _hoped(region: Region, history: History, candidates: int) -> Iterator[tuple[float, Layers]]:
-    """What is new of so many candidates that most is expected of, and what may be hoped of it, the most first."""
+def likely(region: Region, drawn: Problem, candidates: int) -> Whole:
+    """So many placements of a region that most is expected of, the most first: [at most `candidates`, L]."""
+    found, is_all = region.likely(region.loose().table(drawn), candidates)
+    return found if is_all else region.likely(region.widest(drawn), candidates)[0]
+
+
+def in_order(hoped: NDArray[np.float64]) -> NDArray[np.intp]:
+    """Where the most may be hoped, where less, and so on; what differs by rounding alone stays in the order that it has."""
+    step = np.ldexp(1.0, np.frexp(np.abs(hoped).max(initial=0.0))[1] - DIGITS)
+    return np.argsort(-np.rint(hoped / step), kind="stable")
+
+
+def _hoped(region: Region, history: History, candidates: int) -> Iterator[Layers]:
+    """What is new of so many candidates that most is expected of, that of which most may be hoped first."""
     question = region.question
     near = near_best(history, question.kinds, window_of(question))
     if near is None:
         return
-    table = region.widest(near.landscape.mean())
-    within = filter(table.problem.keeps, islice(table.ranked(table.tops), 4 * candidates))
-    placed = np.array(list(islice(within, candidates)) if table.feasible else [], dtype=np.int64)
+    placed = likely(region, near.landscape.mean(), candidates)
     if not len(placed):
         return
-    hoped = near.hoped(placed, question.params, question.asked)
-    for place in np.argsort(-hoped, kind="stable"):
+    for place in in_order(near.hoped(placed, question.params, question.asked)):
         layers = region.named(placed[place])
         if not question.is_seen(layers):
-            yield float(hoped[place]), layers
+            yield layers
 
 
 def _unseen(region: Region, draws: Draws) -> Iterator[Layers]:
@@ -277,20 +317,17 @@ def latency_limits(question: Question) -> tuple[Budget, ...]:
     No margin is kept: the best placements are often close to the budget, and on made-up landscapes with noisy timings what was
     found was worse with one (docs/search.md).
     """
-    steps = _steps(question)
-    known = {budget.name for budget in question.predicted}
-    mine = latency_budgets(question.timed, question.counts, question.params, steps)
+    fit, known = fit_of(question.timed, question.kinds), {budget.name for budget in question.predicted}
+    steps = _steps(question, len(known.union(fit.labels)))
+    mine = fit.budgets(question.counts, question.params, steps)
     told = (replace(budget, steps=steps) for budget in question.predicted)
     return (*told, *(budget for budget in mine if budget.name not in known))
 
 
-def _steps(question: Question) -> int:
+def _steps(question: Question, limits: int) -> int:
     counts = list(question.counts.values())
     cells = float(np.prod([count + 1.0 for count in counts[:-1]])) * len(counts) * (question.length + 1)
-    limits = {budget.name for budget in question.predicted} | {
-        name for one in question.timed for name in one.shares
-    }
-    return int(max(4, min(STEPS, (CELLS / cells) ** (1.0 / max(1, len(limits))))))
+    return int(max(4, min(STEPS, (CELLS / cells) ** (1.0 / max(1, limits)))))
 
 
 def window_of(question: Question) -> int:

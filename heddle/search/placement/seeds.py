@@ -13,10 +13,11 @@ from dataclasses import replace
 
 import numpy as np
 
+from heddle.search.placement.all_counts import most_hoped
 from heddle.search.placement.history import History, Seen
-from heddle.search.placement.limits import Timings
+from heddle.search.placement.limits import fit_of
 from heddle.search.placement.problem import Budget
-from heddle.search.placement.proposals import Layers, Question, keeps, latency_limits, most_hoped, simple
+from heddle.search.placement.proposals import Layers, Question, keeps, latency_limits, simple
 
 # Trained trials after which simple placements come no more.
 SIMPLE = 8
@@ -37,7 +38,7 @@ def _with_limits(questions: Sequence[Question]) -> list[Question]:
     """The questions with what their timings predict, which are fitted once for all of them."""
     found, fit = list[Question](), None
     for one in questions:
-        fit = fit or Timings(one.timed, one.kinds)
+        fit = fit or fit_of(one.timed, one.kinds)
         known = {budget.name for budget in one.predicted}
         more = (budget for budget in fit.budgets(one.counts, one.params) if budget.name not in known)
         found.append(replace(one, timed=(), predicted=(*one.predicted, *more)))
@@ -73,10 +74,5 @@ def solved(questions: Sequence[Question], history: Sequence[Seen]) -> Layers | N
     questions = _with_limits(questions)
     if len(history) < SIMPLE and (costly := costliest(questions)) is not None:
         return costly
-    known, best = History.of(history), None
     most = max(LEAST_CANDIDATES, MOST_CANDIDATES // max(1, len(questions)))
-    for question in questions:
-        found = most_hoped(question, known, most)
-        if found is not None and (best is None or found[0] > best[0]):
-            best = found
-    return None if best is None else best[1]
+    return most_hoped(questions, History.of(history), most)

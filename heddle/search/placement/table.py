@@ -77,7 +77,7 @@ class Table:
         gain = problem.gains[layer]
         best = np.full(after.shape, -np.inf)
         wide: Index = (...,) + (None,) * len(self.grids)
-        gates = [self._allowed(layer, kind) if self.gate else None for kind in range(problem.kinds)]
+        gates = [self.allowed(layer, kind) if self.gate else None for kind in range(problem.kinds)]
         for before, kind in product(range(problem.kinds), repeat=2):
             if np.isneginf(problem.unary[layer, kind]):
                 continue
@@ -97,7 +97,7 @@ class Table:
             np.maximum(target, value, out=target)
         return best
 
-    def _allowed(self, layer: int, kind: int) -> NDArray[np.bool_]:
+    def allowed(self, layer: int, kind: int) -> NDArray[np.bool_]:
         """What the gate says, for every number of steps left of each budget."""
         assert self.gate is not None
         return np.broadcast_to(self.gate(layer, kind), tuple(top + 1 for top in self.tops))
@@ -135,7 +135,7 @@ class Table:
         gains, after = self.problem.gains[layer][state], self.tails[layer + 1][state[1:]]
         for kind, *steps in self._choices(layer, state[-1]):
             rest = tuple([have - step for have, step in zip(left, steps, strict=True)])
-            if (rest and min(rest) < 0) or (self.gate and not self._allowed(layer, kind)[left]):
+            if (rest and min(rest) < 0) or (self.gate and not self.allowed(layer, kind)[left]):
                 continue
             sure = worth + float(gains[kind])
             reach = sure + float(after[(kind, *rest)])
@@ -167,7 +167,7 @@ class Table:
                 value = self.problem.gains[layer][(*state, kind)] + self.tails[layer + 1][after]
                 wrong = (rest < 0).any(axis=1)
                 if self.gate:
-                    wrong |= ~self._allowed(layer, kind)[tuple(left.T)]
+                    wrong |= ~self.allowed(layer, kind)[tuple(left.T)]
                 values.append(np.where(wrong, -np.inf, value))
                 rests.append(rest)
             chosen = np.stack(values).argmax(axis=0)
