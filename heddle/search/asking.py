@@ -53,6 +53,7 @@ class Asking:
         self.running = {number for number, trial in trials.items() if trial.state == "running"}
         self.first: dict[str, int] = {}
         self._placed: dict[tuple[str, tuple[str, ...]], int] = {}
+        self._layers: dict[tuple[str, ...], int] = {}
         self._refused: dict[tuple[str, ...], set[int]] = {}
         self._legal: dict[tuple[str, ...], int] = {}
         for _, event in sorted(self.events.items()):
@@ -168,6 +169,7 @@ class Asking:
         if number >= 0 and event["hash"]:
             self.first.setdefault(event["hash"], number)
             self._placed.setdefault(_placing(event["params"], event["layers"]), number)
+            self._layers.setdefault(tuple(event["layers"]), number)
             self._legal.setdefault(_counts(event["layers"]), number)
 
     def _place(self, number: int, values: Mapping[str, Any]) -> space.Candidate:
@@ -217,6 +219,7 @@ class Asking:
             [(one.layers, space.outer(self.setting.file, one.params)) for one in mine if one.layers],
             lambda values, layers: self._placed.get(_placing(values, layers), number) < number,
             limits.of_placements if limits.has_model else None,
+            lambda layers: self._layers.get(layers, number) < number,
         )
 
     def _learnt_for(self, number: int) -> Learnt:

@@ -16,12 +16,14 @@ from heddle.specs import SpecFile
 
 class Learnt:
     """The trained and the timed trials of a run, in the order of their numbers. With `rungs` before the last one, those that
-    were scored at one rung (`heddle.search.rungs.at_one_rung`). `best` are the values of the best of them."""
+    were scored at one rung (`heddle.search.rungs.at_one_rung`). `best` are the values of the best of them.
+
+    A spec teaches once: the same score again, from the ledger, would say that scores have no noise."""
 
     def __init__(self, file: SpecFile, rungs: int = 0) -> None:
         self._file, self._rungs, self._next = file, rungs, 0
         self.history, self.timed = History(), TimedTrials()
-        self._ended = list[Trial]()
+        self._ended, self._taught = list[Trial](), set[str]()
         self.best: Mapping[str, Any] = {}
         self._quality = -inf
 
@@ -38,12 +40,15 @@ class Learnt:
         elif new:
             # Which rung they learn from may have changed for all.
             self._ended += new
-            self.history, self._quality = History(), -inf
+            self.history, self._quality, self._taught = History(), -inf, set()
             self._learn(at_one_rung(self._ended, self._rungs))
         return self
 
     def _learn(self, scored: Iterable[tuple[Trial, float]]) -> None:
         for trial, quality in scored:
+            if trial.hash in self._taught:
+                continue
+            self._taught.add(trial.hash)
             self.history.append(Seen(trial.layers, space.outer(self._file, trial.params), quality))
             if quality > self._quality:
                 self._quality, self.best = quality, trial.params

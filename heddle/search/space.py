@@ -136,7 +136,8 @@ class Known:
 
     `history` and `timed` are the trials of the rounds before, `asked` layers and outer values of those asked for in its own.
     `predict` is what a latency model says of placements (`heddle.search.limits.Limits.of_placements`). `is_asked(hash)` tells
-    whether a trial of this run has that spec already; `is_tried(values, layers)` knows those that had it with these very layers.
+    whether a trial of this run has that spec already; `is_tried(values, layers)` knows those that had it with these very layers, and
+    `is_placed(layers)` those that had the layers, with whatever values.
     """
 
     history: Sequence[Seen]
@@ -145,6 +146,7 @@ class Known:
     asked: Sequence[tuple[Layers, Mapping[str, Any]]] = ()
     is_tried: Callable[[Mapping[str, Any], Layers], bool] = lambda values, layers: False  # noqa: ARG005
     predict: Callable[[ModelSpec, Sequence[str]], Sequence[Budget]] | None = None
+    is_placed: Callable[[Layers], bool] = lambda layers: False  # noqa: ARG005
 
 
 class Asked:
@@ -163,14 +165,16 @@ class Asked:
         counts = file.space.placement.count(file.space.held(values))
         evenly = uniform(file, values)
         if like is None:
-            model = self.at(evenly).model
-            self.blocks = merge(model, counts, evenly)
-            predicted = () if known.predict is None else known.predict(model, tuple(counts))
-            self.order, self.predicted = file.order(values), self.blocks.budgets(predicted)
-            self.timed = self.blocks.timed(known.timed)
+            self.blocks = merge(self.at(evenly).model, counts, evenly)
+            self.order, self.timed = file.order(values), self.blocks.timed(known.timed)
         else:
             self.blocks = replace(like.blocks, counts=counts, uniform=evenly)
-            self.order, self.predicted, self.timed = like.order, like.predicted, like.timed
+            self.order, self.timed = like.order, like.timed
+        # What a block costs is predicted from a model that has it.
+        is_told = like is not None and all(
+            like.blocks.counts[name] or not own for name, own in counts.items()
+        )
+        self.predicted = like.predicted if like is not None and is_told else self._predicted(counts, evenly)
         self.question = Question(
             self.blocks.merged_counts(),
             outer(file, values),
@@ -180,7 +184,12 @@ class Asked:
             timed=self.timed,
             predicted=self.predicted,
             asked=[(self.blocks.merged(layers), params) for layers, params in known.asked],
+            is_placed=lambda kinds: known.is_placed(self.blocks.layers(kinds)),
         )
+
+    def _predicted(self, counts: Mapping[str, int], evenly: Layers) -> Sequence[Budget]:
+        predict = self._known.predict
+        return () if predict is None else self.blocks.budgets(predict(self.at(evenly).model, tuple(counts)))
 
     @property
     def history(self) -> Sequence[Seen]:

@@ -7,7 +7,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from heddle.search.placement.landscape import ALIKE, NOISE, PAIRS, Landscape, _evidence, _Prior
+from heddle.search.placement.landscape import ALIKE, NOISE, OTHER, PAIRS, Landscape, _evidence, _Prior
 
 RNG = np.random.default_rng(7)
 
@@ -41,12 +41,15 @@ def test_kernels_and_inverses_are_those_of_plain_loops(length: int, kinds: int, 
     assert np.allclose(known.inverse(swapped, 2 * beside) @ whole, np.eye(23), atol=1e-9)
 
 
-def test_the_prior_is_that_of_the_highest_evidence() -> None:
+@pytest.mark.parametrize("is_other_open", [False, True])
+def test_the_prior_is_that_of_the_highest_evidence(is_other_open: bool) -> None:
     layers, values = RNG.integers(2, size=(40, 8)), RNG.normal(size=40)
-    known, found = Landscape(layers, values, 2, 2), {}
+    # Each trial has a value of its own, as of an open float; or all have the same.
+    beside = np.eye(40) if is_other_open else np.ones((40, 40))
+    known, found = Landscape(layers, values, 2, 2, beside=beside), {}
     target = values - values.mean()
-    for prior in (_Prior(*one) for one in product(ALIKE, PAIRS, NOISE)):
-        covariance = by_hand(prior, layers, layers, 2) + prior.noise * np.eye(40)
+    for prior in (_Prior(*one) for one in product(ALIKE, PAIRS, NOISE, OTHER if is_other_open else (1.0,))):
+        covariance = by_hand(prior, layers, layers, 2) + prior.other * beside + prior.noise * np.eye(40)
         scale = float(target @ np.linalg.solve(covariance, target)) / 40
         found[prior] = -20.0 * np.log(scale) - 0.5 * float(np.linalg.slogdet(covariance)[1])
         assert np.allclose(_evidence(covariance, target), (found[prior], scale), rtol=1e-9)

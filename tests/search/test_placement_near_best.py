@@ -116,7 +116,7 @@ def test_deviations_are_those_of_a_linear_model_whatever_else_is_open() -> None:
     expected = np.array([known.predicted(one, {"width": 2, "depth": 1}) for one in EVERY])
     # Two values each: a placement has one of widths and one of depths, which say half of what else is open.
     pairs = [np.full(4, prior.pair(8, d)) for d in (1, 2) for _ in range(d, 8)]
-    weights = np.diag(np.concatenate([np.zeros(16), *pairs, np.full(5, 0.5)]))
+    weights = np.diag(np.concatenate([np.zeros(16), *pairs, np.full(5, prior.other / 2)]))
     weights[:16, :16] = np.kron(prior.unary(8), np.eye(2))
     x = np.array([_features(*one) for one in drawn])
     new = np.array([_features(one, 2, 1) for one in EVERY])

@@ -13,8 +13,11 @@ from numpy.typing import NDArray
 from heddle.search.placement.counts import Array
 from heddle.search.placement.problem import Budget, Problem
 
-# How alike close layers are, what pairs weigh beside single layers, how much is noise: those that explain the values best.
-ALIKE, PAIRS, NOISE = (0.0, 0.5), (0.01, 0.1, 0.4), (1e-3, 1e-2, 1e-1)
+# How alike close layers are, what pairs weigh beside single layers, how much is noise, what all else weighs: those that explain
+# the values best.
+ALIKE, PAIRS, NOISE, OTHER = (0.0, 0.5), (0.01, 0.1, 0.4), (1e-3, 1e-2, 1e-1), (0.01, 0.1, 1.0)
+# How many times the noise of others is that of values out of line: as layers explain them, or as they do not.
+APART = (1.0, 1e4)
 # Digits, to the base 2, of what is expected; a sum of float64 holds 53.
 DIGITS = 40
 
@@ -23,12 +26,14 @@ DIGITS = 40
 class _Prior:
     """cov(unary[l, k], unary[l', k]) = ((1 - alike) [l = l'] + alike e^(-4|l - l'|/L)) / L;
 
-    each pair term at distance d has a variance of pairs · 2^(1-d) / (L - d).
+    each pair term at distance d has a variance of pairs · 2^(1-d) / (L - d), and all else, together, one of `other`.
     """
 
     alike: float
     pairs: float
     noise: float
+    other: float
+    apart: float = 1.0
 
     def unary(self, length: int) -> Array:
         place = np.arange(length)
@@ -46,9 +51,10 @@ class Landscape:
 
     The weights have a Gaussian prior of mean 0, chosen among a few by marginal likelihood. Worked in the space of the
     placements evaluated, so many kinds and layers cost little. `beside` is how alike all else is that the values depend on:
-    the covariance of what that adds to each.
+    the covariance of what that adds to each. `apart` says which values are out of line, such as those of trainings that
+    diverged: their noise may be far more than that of others.
 
-    Shapes:  layers: [n, L] of kinds;  values: [n];  beside: [n, n].
+    Shapes:  layers: [n, L] of kinds;  values, apart: [n];  beside: [n, n].
     """
 
     def __init__(
@@ -59,18 +65,23 @@ class Landscape:
         window: int,
         *,
         beside: Array | None = None,
+        apart: NDArray[np.bool_] | None = None,
     ) -> None:
         self.kinds, self.window = kinds, window
         self.layers, self.length = layers, int(layers.shape[1])
         self.centre = float(values.mean()) if len(values) else 0.0
         self._hot, self._beside = np.eye(kinds)[layers], beside
+        self._apart = np.zeros(len(values), np.bool_) if apart is None else apart
         self._alike = {alike: self._unary_kernel(alike, layers, layers) for alike in ALIKE}
         self._shared = self._pair_kernels(layers, layers)
         target = values - self.centre
-        self.prior, self.scale = _Prior(0.5, 0.1, 1e-2), 1.0
+        self.prior, self.scale = _Prior(0.5, 0.1, 1e-2, 1.0), 1.0
         best = -np.inf
-        for alike, pairs, noise in product(ALIKE, PAIRS, NOISE) if len(values) > 1 else ():
-            prior = _Prior(alike, pairs, noise)
+        # What is the same in all trials is as good at any weight.
+        others = (1.0,) if beside is None or np.ptp(beside) == 0 else OTHER
+        aparts = APART if self._apart.any() else (1.0,)
+        for chosen in product(ALIKE, PAIRS, NOISE, others, aparts) if len(values) > 1 else ():
+            prior = _Prior(*chosen)
             evidence, scale = _evidence(self._covariance(prior), target)
             if evidence > best:
                 best, self.prior, self.scale = evidence, prior, scale
@@ -84,12 +95,12 @@ class Landscape:
         `beside` is how alike all else is of them: [n, n].
         """
         known = len(self.layers)
-        among = self._kernel(told[known:], told) + beside[known:]
+        among = self._kernel(told[known:], told) + self.prior.other * beside[known:]
         among[:, known:] += self.prior.noise * np.eye(len(told) - known)
         mine = np.zeros((known, known)) if self._beside is None else self._beside
         if np.array_equal(told[:known], self.layers) and np.array_equal(beside[:known, :known], mine):
             return _bordered(self._inverse, among[:, :known], among[:, known:])
-        whole = self._kernel(told, told) + beside + self.prior.noise * np.eye(len(told))
+        whole = self._kernel(told, told) + self.prior.other * beside + self.prior.noise * np.eye(len(told))
         return np.asarray(np.linalg.inv(whole))
 
     def spread(
@@ -99,9 +110,9 @@ class Landscape:
 
         `beside` is how alike all else is of `placed` and `told`, [m, n], and of `placed` itself; `inverse` that of `told`.
         """
-        cross = self._kernel(placed, told) + beside[0]
+        cross = self._kernel(placed, told) + self.prior.other * beside[0]
         hot = np.moveaxis(np.eye(self.kinds)[placed], 2, 0)
-        own = beside[1] + ((hot @ self.prior.unary(self.length)) * hot).sum(axis=(0, 2))
+        own = self.prior.other * beside[1] + ((hot @ self.prior.unary(self.length)) * hot).sum(axis=(0, 2))
         for d in range(1, min(self.window, self.length - 1) + 1):
             own = own + (self.length - d) * self.prior.pair(self.length, d)
         left = own - (cross @ inverse * cross).sum(axis=1)
@@ -118,7 +129,7 @@ class Landscape:
         """How far placements have the same kinds at the same or at close layers: [m, n] of [m, L] and [n, L]."""
         hot, width = np.eye(self.kinds), self.kinds * self.length
         first, second = (np.moveaxis(hot[each], 2, 1).reshape(-1, self.length) for each in (rows, columns))
-        wide = (first @ _Prior(alike, 0.0, 0.0).unary(self.length)).reshape(len(rows), width)
+        wide = (first @ _Prior(alike, 0.0, 0.0, 0.0).unary(self.length)).reshape(len(rows), width)
         return np.asarray(wide @ second.reshape(len(columns), width).T)
 
     def _pair_kernels(self, rows: NDArray[np.int64], columns: NDArray[np.int64]) -> list[Array]:
@@ -135,10 +146,14 @@ class Landscape:
             made.append((first @ second.T).astype(np.float64))
         return made
 
+    def _noise(self, prior: _Prior) -> Array:
+        """The variance of each value about what is true, as a share of the scale: [n]."""
+        return np.where(self._apart, prior.apart, 1.0) * prior.noise
+
     def _covariance(self, prior: _Prior) -> Array:
         """Of the values: [n, n]."""
-        total = self._alike[prior.alike] + prior.noise * np.eye(len(self.layers))
-        total = total if self._beside is None else total + self._beside
+        total = self._alike[prior.alike] + np.diag(self._noise(prior))
+        total = total if self._beside is None else total + prior.other * self._beside
         for distance, shared in enumerate(self._shared, start=1):
             total = total + prior.pair(self.length, distance) * shared
         return total
@@ -175,9 +190,10 @@ class Landscape:
             pair[distance - 1] *= np.sqrt(self.prior.pair(self.length, distance))
             pair[distance - 1, :distance] = 0.0
         told = Problem(unary, pair).value(self.layers)
-        told = told + np.sqrt(self.prior.noise * self.scale) * rng.normal(size=told.shape)
+        told = told + np.sqrt(self.scale * self._noise(self.prior)) * rng.normal(size=told.shape)
         if self._beside is not None:
-            told = told + spread * (self._beside_root @ rng.normal(size=told.shape))
+            other = np.sqrt(self.prior.other) * rng.normal(size=told.shape)
+            told = told + spread * (self._beside_root @ other)
         more_unary, more_pair = self._weights(self.dual - self._inverse @ told)
         return Problem(unary + more_unary, pair + more_pair, budgets)
 
@@ -190,8 +206,13 @@ class Landscape:
 
     def predicted(self, layers: Sequence[int], beside: Array | None = None) -> float:
         """The expected value of a placement; `beside` is how alike all else is to that of each placement evaluated: [n]."""
-        other = 0.0 if beside is None else float(beside @ self.dual)
-        return self.centre + float(self.mean().value(layers)) + other
+        return (
+            self.centre + float(self.mean().value(layers)) + (0.0 if beside is None else self.beside(beside))
+        )
+
+    def beside(self, alike: Array) -> float:
+        """What all else is expected to add where it is so alike to that of each placement evaluated: [n]."""
+        return self.prior.other * float(alike @ self.dual)
 
 
 def _evidence(covariance: Array, target: Array) -> tuple[float, float]:

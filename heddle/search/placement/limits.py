@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -70,8 +71,10 @@ class Timings:
         self.labels = sorted({label for one in timed for label in one.shares})
         latest = {label: [one for one in timed if label in one.shares][-MOST_TIMED:] for label in self.labels}
         fitted = {label: mine for label, mine in latest.items() if len(mine) >= LEAST_TIMED}
-        every = (one for mine in fitted.values() for one in mine)
-        self._known = sorted({(name, repr(value)) for one in every for name, value in one.params.items()})
+        every = {id(one): one for mine in fitted.values() for one in mine}.values()
+        often = Counter((name, repr(value)) for one in every for name, value in one.params.items())
+        # What a value that was timed once takes is not known apart from its trial, and says nothing of another.
+        self._known = sorted(mark for mark, count in often.items() if count > 1)
         # By label: the mean of the shares, the means of the features, the weights.
         self._fits: dict[str, tuple[float, Array, Array]] = {}
         for label, mine in fitted.items():
@@ -104,7 +107,9 @@ def _features(timed: Sequence[Timed], kinds: Sequence[str], known: Sequence[tupl
     marks = np.zeros((len(timed), len(known)))
     places = {value: place for place, value in enumerate(known)}
     for row, one in zip(marks, timed, strict=True):
-        row[[places[name, repr(value)] for name, value in one.params.items()]] = 1.0
+        row[
+            [places[mark] for name, value in one.params.items() if (mark := (name, repr(value))) in places]
+        ] = 1.0
     return np.concatenate([hot.mean(axis=1), pairs.reshape(len(timed), len(kinds) ** 2), marks], axis=1)
 
 

@@ -16,6 +16,8 @@ from heddle.search.placement.landscape import Landscape
 LEAST, MOST = 4, 256
 # Deviations that may be hoped for beyond what is expected.
 HOPE = 2.0
+# So many times as far below the middle as the lower quartile is lies what is out of line, such as a training that diverged.
+OUT_OF_LINE = 6.0
 
 Marks = frozenset[tuple[str, str]]
 
@@ -36,7 +38,10 @@ class NearBest:
         kept = np.sort(np.lexsort((-np.arange(len(trials)), differ))[:MOST])
         self._params = [_marks(trials[place].params) for place in kept]
         beside = self._alike(self._params, self._params)
-        self.landscape = Landscape(placed[kept], quality[kept], len(kinds), window, beside=beside)
+        apart = out_of_line(quality[kept])
+        self.landscape = Landscape(
+            placed[kept], quality[kept], len(kinds), window, beside=beside, apart=apart
+        )
         self._held: tuple[Any, Array] | None = None
 
     def _kinds(self, layers: Sequence[str]) -> list[int]:
@@ -75,7 +80,8 @@ class NearBest:
         mine = _marks(params)
         alike = self._alike([mine], [*marks, mine])
         beside, own = alike[:, :-1], float(alike[0, -1])
-        expected = known.centre + known.mean().value(placed) + beside[0, : len(self._params)] @ known.dual
+        other = known.beside(beside[0, : len(self._params)])
+        expected = known.centre + known.mean().value(placed) + other
         return np.asarray(
             expected + HOPE * known.spread(placed, told, (beside, own), self._inverse(told, marks))
         )
@@ -86,6 +92,12 @@ class NearBest:
         if self._held is None or self._held[0] != key:
             self._held = key, self.landscape.inverse(told, self._alike(marks, marks))
         return self._held[1]
+
+
+def out_of_line(values: Array) -> NDArray[np.bool_]:
+    """Which values lie far below all others: [n] of [n]."""
+    low, middle = np.quantile(values, [0.25, 0.5])
+    return np.asarray(values < middle - OUT_OF_LINE * (middle - low))
 
 
 def _marks(params: Mapping[str, Any]) -> Marks:

@@ -28,7 +28,7 @@ from heddle.search.placement.limits import Timed, fit_of
 from heddle.search.placement.near_best import LEAST, near_best
 from heddle.search.placement.problem import Budget, Problem, count_budget
 from heddle.search.placement.quality import QualityModel
-from heddle.search.placement.table import Gate, Table
+from heddle.search.placement.table import MOST_CELLS, Gate, Table
 from heddle.specs.order import Order
 
 # Draws from the posterior before the ranking of the last of them is gone down instead.
@@ -57,7 +57,8 @@ class Question:
     what the layers take from each other; where no placement keeps it, none is spared. `timed` are the trials of this run that
     were timed beside latency budgets, those over one among them; `predicted` are those budgets that a latency model predicts,
     which go before what `timed` says of them. `start` is the placement to take where it is new and keeps the budgets
-    (`heddle.search.placement.seeds`); `asked` are layers and parameters of trials that are under way.
+    (`heddle.search.placement.seeds`); `asked` are layers and parameters of trials that are under way. `is_placed` says whether
+    any trial had these layers, whatever else was set.
     """
 
     counts: Mapping[str, int]
@@ -69,6 +70,7 @@ class Question:
     predicted: Sequence[Budget] = ()
     start: Layers | None = None
     asked: Sequence[tuple[Layers, Mapping[str, Any]]] = ()
+    is_placed: Callable[[Layers], bool] = lambda layers: False  # noqa: ARG005
 
     @property
     def kinds(self) -> Layers:
@@ -182,9 +184,15 @@ def propose(question: Question, history: Sequence[Seen], *, seed: int, number: i
     draws = _draws(question, history, np.random.default_rng([seed, number]))
     for budgets in _regions(question, history, limits):
         region = region_of(question, budgets)
-        if region.is_over():
+        try:
+            if region.is_over():
+                continue
+            layers = next(_hoped(region, history, CANDIDATES), None) or next(_unseen(region, draws), None)
+        except HeddleError as error:
+            # Three budgets of fine steps, say. One region more or less is no reason to end a trial.
+            if error.code != "bad-argument":
+                raise
             continue
-        layers = next(_hoped(region, history, CANDIDATES), None) or next(_unseen(region, draws), None)
         if layers is not None:
             return layers
     last = next(region.table(draws.last).ranked(), None)
@@ -325,9 +333,11 @@ def latency_limits(question: Question) -> tuple[Budget, ...]:
 
 
 def _steps(question: Question, limits: int) -> int:
-    counts = list(question.counts.values())
-    cells = float(np.prod([count + 1.0 for count in counts[:-1]])) * len(counts) * (question.length + 1)
-    return int(max(4, min(STEPS, (CELLS / cells) ** (1.0 / max(1, limits)))))
+    counts, length = list(question.counts.values()), question.length
+    # With the layers that differ from the best placement, of which half are the most that a region has.
+    states = float(len(counts)) ** window_of(question) * (length + 1) * (length // 2 + 1)
+    cells = float(np.prod([count + 1.0 for count in counts[:-1]])) * states
+    return int(max(4, min(STEPS, (MOST_CELLS / 4 / cells) ** (1.0 / max(1, limits)))))
 
 
 def window_of(question: Question) -> int:

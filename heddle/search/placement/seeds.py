@@ -56,7 +56,9 @@ def costliest(questions: Sequence[Question]) -> Layers | None:
         fitting = [one for one in simple(question) if keeps(question, one, limits)] if limits else []
         costs = [_share(question, one, limits) for one in fitting]
         if fitting and max(costs) > most:
-            most, found = max(costs), [one for one in fitting if not question.is_seen(one)]
+            # Of a seed Optuna draws all other values, so that the best one's, by which specs are seen, do not come with it.
+            most = max(costs)
+            found = [one for one in fitting if not (question.is_seen(one) or question.is_placed(one))]
     return next(iter(found), None)
 
 
