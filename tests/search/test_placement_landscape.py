@@ -7,12 +7,12 @@ from itertools import product
 import numpy as np
 import pytest
 
-from heddle.search.placement.landscape import ALIKE, NOISE, PAIRS, Landscape, _evidence, _Prior
+from heddle.search.placement.landscape import ALIKE, NOISE, PAIRS, Landscape, Prior, _evidence
 
 RNG = np.random.default_rng(7)
 
 
-def by_hand(prior: _Prior, rows: np.ndarray, columns: np.ndarray, window: int) -> np.ndarray:
+def by_hand(prior: Prior, rows: np.ndarray, columns: np.ndarray, window: int) -> np.ndarray:
     """The covariance, placement by placement and layer by layer."""
     length = rows.shape[1]
     unary = prior.unary(length)
@@ -45,7 +45,7 @@ def test_the_prior_is_that_of_the_highest_evidence() -> None:
     layers, values = RNG.integers(2, size=(40, 8)), RNG.normal(size=40)
     known, found = Landscape(layers, values, 2, 2), {}
     target = values - values.mean()
-    for prior in (_Prior(*one) for one in product(ALIKE, PAIRS, NOISE)):
+    for prior in (Prior(*one) for one in product(ALIKE, PAIRS, NOISE)):
         covariance = by_hand(prior, layers, layers, 2) + prior.noise * np.eye(40)
         scale = float(target @ np.linalg.solve(covariance, target)) / 40
         found[prior] = -20.0 * np.log(scale) - 0.5 * float(np.linalg.slogdet(covariance)[1])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from heddle.search.placement import Budget, History, Problem, Question, Seen, propose
-from heddle.search.placement.near_best import HOPE, LEAST, MOST, NearBest, near_best
+from heddle.search.placement.near_best import HOPE, LEAST, MOST, NearBest, chosen_at, near_best
 from heddle.search.placement.proposals import CELLS, STEPS, favourite, window_of
 from heddle.specs import uniform_layers
 
@@ -50,6 +50,23 @@ def test_pairs_at_their_place_are_learnt_from_trials_of_other_values_too() -> No
     assert abs(float((told - real).mean())) < 0.5
     # What the width does is not laid to the layers.
     assert known.predicted(others[0], {"width": 3}) > known.predicted(others[0], {"width": 1}) + 1.0
+
+
+def test_a_prior_is_chosen_now_and_then_and_is_the_same_however_the_trials_came() -> None:
+    seen, grown, chosen = some(56, (1, 2)) * 2, History(), set[int]()
+    for count, one in enumerate(seen, start=1):
+        grown.append(one)
+        # A search that is asked in rounds, and goes on after some.
+        if count % 8 and count > 40:
+            continue
+        mine, whole = near_best(grown, KINDS, 2), near_best(History.of(seen[:count]), KINDS, 2)
+        if mine is not None and whole is not None:
+            chosen.add(chosen_at(count))
+            first = NearBest(KINDS, seen[: chosen_at(count)], 2).landscape
+            assert mine.landscape.prior == whole.landscape.prior == first.prior
+            assert mine.landscape.dual.tobytes() == whole.landscape.dual.tobytes()
+    assert {*range(LEAST, 33)} <= chosen
+    assert all(count / chosen_at(count) < 17 / 16 + 1 / 32 for count in range(1, 5000))
 
 
 def test_draws_agree_with_trials_of_each_value() -> None:

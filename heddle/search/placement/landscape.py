@@ -20,7 +20,7 @@ DIGITS = 40
 
 
 @dataclass(frozen=True, slots=True)
-class _Prior:
+class Prior:
     """cov(unary[l, k], unary[l', k]) = ((1 - alike) [l = l'] + alike e^(-4|l - l'|/L)) / L;
 
     each pair term at distance d has a variance of pairs · 2^(1-d) / (L - d).
@@ -46,7 +46,7 @@ class Landscape:
 
     The weights have a Gaussian prior of mean 0, chosen among a few by marginal likelihood. Worked in the space of the
     placements evaluated, so many kinds and layers cost little. `beside` is how alike all else is that the values depend on:
-    the covariance of what that adds to each.
+    the covariance of what that adds to each. `prior` is one that was chosen before.
 
     Shapes:  layers: [n, L] of kinds;  values: [n];  beside: [n, n].
     """
@@ -59,6 +59,7 @@ class Landscape:
         window: int,
         *,
         beside: Array | None = None,
+        prior: Prior | None = None,
     ) -> None:
         self.kinds, self.window = kinds, window
         self.layers, self.length = layers, int(layers.shape[1])
@@ -67,13 +68,13 @@ class Landscape:
         self._alike = {alike: self._unary_kernel(alike, layers, layers) for alike in ALIKE}
         self._shared = self._pair_kernels(layers, layers)
         target = values - self.centre
-        self.prior, self.scale = _Prior(0.5, 0.1, 1e-2), 1.0
+        self.prior, self.scale = Prior(0.5, 0.1, 1e-2), 1.0
+        priors = (Prior(*one) for one in product(ALIKE, PAIRS, NOISE)) if prior is None else (prior,)
         best = -np.inf
-        for alike, pairs, noise in product(ALIKE, PAIRS, NOISE) if len(values) > 1 else ():
-            prior = _Prior(alike, pairs, noise)
-            evidence, scale = _evidence(self._covariance(prior), target)
+        for one in priors if len(values) > 1 else ():
+            evidence, scale = _evidence(self._covariance(one), target)
             if evidence > best:
-                best, self.prior, self.scale = evidence, prior, scale
+                best, self.prior, self.scale = evidence, one, scale
         # Without values it has no rows.
         self._inverse: Array = np.asarray(np.linalg.inv(self._covariance(self.prior)))
         self.dual = self._inverse @ target
@@ -118,7 +119,7 @@ class Landscape:
         """How far placements have the same kinds at the same or at close layers: [m, n] of [m, L] and [n, L]."""
         hot, width = np.eye(self.kinds), self.kinds * self.length
         first, second = (np.moveaxis(hot[each], 2, 1).reshape(-1, self.length) for each in (rows, columns))
-        wide = (first @ _Prior(alike, 0.0, 0.0).unary(self.length)).reshape(len(rows), width)
+        wide = (first @ Prior(alike, 0.0, 0.0).unary(self.length)).reshape(len(rows), width)
         return np.asarray(wide @ second.reshape(len(columns), width).T)
 
     def _pair_kernels(self, rows: NDArray[np.int64], columns: NDArray[np.int64]) -> list[Array]:
@@ -135,7 +136,7 @@ class Landscape:
             made.append((first @ second.T).astype(np.float64))
         return made
 
-    def _covariance(self, prior: _Prior) -> Array:
+    def _covariance(self, prior: Prior) -> Array:
         """Of the values: [n, n]."""
         total = self._alike[prior.alike] + prior.noise * np.eye(len(self.layers))
         total = total if self._beside is None else total + self._beside
