@@ -30,10 +30,11 @@ Seed = tuple[dict[str, Any], tuple[str, ...]]
 class Asking:
     """The trials that were asked for, and those of the next round. `trials` is the driver's own record, which grows with them.
 
-    `events` are those with which trials were asked for; `first` the number of the first trial with a spec's hash, and `_placed`
-    with values and layers, which are known without making a spec; `_refused` the trials in which layers of the solver with such
-    counts were no model, and `_legal` the first in which layers with these were one; `candidates` and `figures` the specs of
-    trials that are under way, and what is known of them without a measurement; `illegal` why a combination is no model;
+    `events` are those with which trials were asked for; `first` the number of the first trial with a spec's hash, `_placed`
+    with values and layers, which are known without making a spec, and `_layers` with layers alone; `_refused` the trials in which
+    layers of the solver with such counts were no model, and `_legal` the first in which layers with these were one; `candidates`
+    and `figures` the specs of trials that are under way, and what is known of them without a measurement; `illegal` why a
+    combination is no model;
     `running` the trials that have not ended.
     """
 

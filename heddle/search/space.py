@@ -136,8 +136,8 @@ class Known:
 
     `history` and `timed` are the trials of the rounds before, `asked` layers and outer values of those asked for in its own.
     `predict` is what a latency model says of placements (`heddle.search.limits.Limits.of_placements`). `is_asked(hash)` tells
-    whether a trial of this run has that spec already; `is_tried(values, layers)` knows those that had it with these very layers, and
-    `is_placed(layers)` those that had the layers, with whatever values.
+    whether a trial of this run has that spec already; `is_tried(values, layers)` knows those that had it with these very layers,
+    and `is_placed(layers)` those that had the layers, with whatever values.
     """
 
     history: Sequence[Seen]
@@ -171,10 +171,12 @@ class Asked:
             self.blocks = replace(like.blocks, counts=counts, uniform=evenly)
             self.order, self.timed = like.order, like.timed
         # What a block costs is predicted from a model that has it.
-        is_told = like is not None and all(
+        has_all = like is not None and all(
             like.blocks.counts[name] or not own for name, own in counts.items()
         )
-        self.predicted = like.predicted if like is not None and is_told else self._predicted(counts, evenly)
+        self.predicted: Sequence[Budget] = (
+            like.predicted if like is not None and has_all else self._predicted(counts, evenly)
+        )
         self.question = Question(
             self.blocks.merged_counts(),
             outer(file, values),

@@ -13,7 +13,13 @@ from heddle.search.placement import all_counts as counts_module
 from heddle.search.placement.all_counts import most_hoped
 from heddle.search.placement.foremost import foremost
 from heddle.search.placement.near_best import near_best
-from heddle.search.placement.proposals import in_order, latency_limits, likely, region_of, window_of
+from heddle.search.placement.proposals import (
+    in_order,
+    latency_limits,
+    likely,
+    region_of,
+    window_of,
+)
 from heddle.search.placement.table import Table
 from heddle.specs import uniform_layers
 from heddle.specs.order import Order
@@ -128,6 +134,23 @@ def test_all_counts_at_once_choose_what_each_count_alone_does(
             drawn = near_best(case.history, question.kinds, window_of(question)).landscape.mean()
             told = likely(region_of(question, latency_limits(question)), drawn, 8)
             assert [tuple(one) for one in told.tolist()] == ranked(question, case.history, 8)
+
+
+def test_more_steps_change_nothing_but_what_is_gone_through() -> None:
+    gone_through = {False: 0, True: 0}
+    for seed, room in product(range(3), (0.05, 0.2)):
+        case = Case(seed, 2, trials=30, room=room)
+        for question in case.questions:
+            drawn = near_best(case.history, question.kinds, window_of(question)).landscape.mean()
+            region, kept = region_of(question, latency_limits(question)), dict[bool, list[tuple[int, ...]]]()
+            for is_finer in (False, True):
+                table = (region.finer(drawn.window) if is_finer else region).widest(drawn)
+                listed = list(table.ranked(table.tops))
+                kept[is_finer] = [one for one in listed if table.problem.keeps(one)]
+                gone_through[is_finer] += len(listed)
+            assert kept[False] == kept[True]
+            assert region.is_over() <= (not kept[True])
+    assert gone_through[True] < 0.8 * gone_through[False]
 
 
 @pytest.mark.parametrize("cause", ["an order of layers", "neighbours alone", "too large a table"])

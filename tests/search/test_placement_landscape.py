@@ -7,12 +7,12 @@ from itertools import product
 import numpy as np
 import pytest
 
-from heddle.search.placement.landscape import ALIKE, NOISE, OTHER, PAIRS, Landscape, _evidence, _Prior
+from heddle.search.placement.landscape import ALIKE, NOISE, OTHER, PAIRS, Landscape, Prior, _evidence
 
 RNG = np.random.default_rng(7)
 
 
-def by_hand(prior: _Prior, rows: np.ndarray, columns: np.ndarray, window: int) -> np.ndarray:
+def by_hand(prior: Prior, rows: np.ndarray, columns: np.ndarray, window: int) -> np.ndarray:
     """The covariance, placement by placement and layer by layer."""
     length = rows.shape[1]
     unary = prior.unary(length)
@@ -48,7 +48,7 @@ def test_the_prior_is_that_of_the_highest_evidence(is_other_open: bool) -> None:
     beside = np.eye(40) if is_other_open else np.ones((40, 40))
     known, found = Landscape(layers, values, 2, 2, beside=beside), {}
     target = values - values.mean()
-    for prior in (_Prior(*one) for one in product(ALIKE, PAIRS, NOISE, OTHER if is_other_open else (1.0,))):
+    for prior in (Prior(*one) for one in product(ALIKE, PAIRS, NOISE, OTHER if is_other_open else (1.0,))):
         covariance = by_hand(prior, layers, layers, 2) + prior.other * beside + prior.noise * np.eye(40)
         scale = float(target @ np.linalg.solve(covariance, target)) / 40
         found[prior] = -20.0 * np.log(scale) - 0.5 * float(np.linalg.slogdet(covariance)[1])

@@ -8,7 +8,7 @@ from itertools import pairwise, permutations
 import numpy as np
 import pytest
 
-from heddle.search.placement import Question, Seen, Timed, propose
+from heddle.search.placement import Budget, Question, Seen, Timed, propose
 from heddle.search.placement.limits import TimedTrials, latency_budgets
 from heddle.search.placement.proposals import PATIENCE, trust_budget
 from heddle.search.placement.table import Table
@@ -47,6 +47,23 @@ def test_the_latency_model_finds_what_boundaries_cost_and_what_a_parameter_does(
         for layers in EVERY:
             index = [tuple(COUNTS).index(name) for name in layers]
             assert float(budget.of(index)) == pytest.approx(share(layers, width), abs=5e-3)
+
+
+def test_a_value_that_was_timed_once_says_nothing_of_others() -> None:
+    # As of an open float, which has nothing to do with what is timed here: counts alone decide it.
+    rng = np.random.default_rng(3)
+    placed = [
+        tuple(rng.permutation(["full"] * count + ["linear"] * (8 - count)).tolist())
+        for count in (1, 2, 3, 4, 5, 6) * 2
+    ]
+    timed = [
+        Timed(one, {"rate": float(rng.random())}, {"decode_ms": 0.4 + 0.1 * one.count("full")})
+        for one in placed
+    ]
+    for count in range(1, 7):
+        (budget,) = latency_budgets(timed, {"full": count, "linear": 8 - count}, {"rate": 0.5}, 64)
+        first = [0] * count + [1] * (8 - count)
+        assert float(budget.of(first)) == pytest.approx(0.4 + 0.1 * count, abs=0.02)
 
 
 def test_timings_as_they_come_are_fitted_as_all_of_them_together() -> None:
@@ -144,3 +161,24 @@ def test_the_trust_region_shrinks_around_the_best_and_opens_again() -> None:
     for number in range(5):
         layers = propose(asked(seen, []), history, seed=1, number=number)
         assert sum(a != b for a, b in zip(layers, best, strict=True)) == 2
+
+
+def test_tables_that_would_be_too_large_end_no_trial() -> None:
+    # 24 layers of three kinds, two budgets, and the layers that differ from the best: 2.3e8 cells at 64 steps each.
+    counts = {"a": 3, "b": 3, "rest": 18}
+    uniform = tuple(uniform_layers(24, "rest", {"a": 3, "b": 3}))
+    rng = np.random.default_rng(0)
+    history = [
+        Seen(tuple(rng.permutation(list(uniform)).tolist()), {}, -float(number)) for number in range(6)
+    ]
+    seen = {one.layers for one in history}
+    cost = rng.uniform(1.0, 2.0, size=(24, 3)) / 40
+    predicted = [
+        Budget(name, cost, 1.0, pair=rng.uniform(size=(3, 3)) / 1000) for name in ("decode", "prefill")
+    ]
+    asked = Question(counts, {}, uniform, seen.__contains__, predicted=predicted)
+    assert trust_budget(asked, history) is not None
+    for number in range(6, 8):
+        layers = propose(asked, history, seed=0, number=number)
+        assert sorted(layers) == sorted(uniform)
+        assert layers not in seen

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from heddle.search.placement import Budget, History, Problem, Question, Seen, propose
-from heddle.search.placement.near_best import HOPE, LEAST, MOST, NearBest, near_best
+from heddle.search.placement.near_best import HOPE, LEAST, MOST, NearBest, chosen_at, near_best
 from heddle.search.placement.proposals import CELLS, STEPS, favourite, window_of
 from heddle.specs import uniform_layers
 
@@ -50,6 +50,23 @@ def test_pairs_at_their_place_are_learnt_from_trials_of_other_values_too() -> No
     assert abs(float((told - real).mean())) < 0.5
     # What the width does is not laid to the layers.
     assert known.predicted(others[0], {"width": 3}) > known.predicted(others[0], {"width": 1}) + 1.0
+
+
+def test_a_prior_is_chosen_now_and_then_and_is_the_same_however_the_trials_came() -> None:
+    seen, grown, chosen = some(56, (1, 2)) * 2, History(), set[int]()
+    for count, one in enumerate(seen, start=1):
+        grown.append(one)
+        # A search that is asked in rounds, and goes on after some.
+        if count % 8 and count > 40:
+            continue
+        mine, whole = near_best(grown, KINDS, 2), near_best(History.of(seen[:count]), KINDS, 2)
+        if mine is not None and whole is not None:
+            chosen.add(chosen_at(count))
+            first = NearBest(KINDS, seen[: chosen_at(count)], 2).landscape
+            assert mine.landscape.prior == whole.landscape.prior == first.prior
+            assert mine.landscape.dual.tobytes() == whole.landscape.dual.tobytes()
+    assert {*range(LEAST, 33)} <= chosen
+    assert all(count / chosen_at(count) < 17 / 16 + 1 / 32 for count in range(1, 5000))
 
 
 def test_draws_agree_with_trials_of_each_value() -> None:
@@ -124,6 +141,33 @@ def test_deviations_are_those_of_a_linear_model_whatever_else_is_open() -> None:
     left = np.einsum("nf,fg,ng->n", new, weights - weights @ x.T @ gain, new)
     assert np.allclose((hoped - expected) / HOPE, np.sqrt(known.landscape.scale * left), rtol=1e-6)
     assert left.min() > 0
+
+
+@pytest.mark.parametrize("value", ["float", "choice"])
+def test_what_an_idle_value_takes_is_little(value: str) -> None:
+    rng = np.random.default_rng(0)
+    plain = some(40)
+    seen = [
+        Seen(
+            one.layers,
+            {value: float(rng.random()) if value == "float" else int(rng.integers(3))},
+            one.quality,
+        )
+        for one in plain
+    ]
+    others = [one for one in EVERY if all(one != trial.layers for trial in seen)]
+    told = np.array([NearBest(KINDS, seen, 2).predicted(one, {value: 0}) for one in others])
+    real = np.array([worth(one) for one in others])
+    assert np.abs(told - real).mean() < 0.1 * real.std()
+
+
+def test_a_training_that_diverged_hides_nothing_of_the_others() -> None:
+    seen = some(30)
+    qualities = np.array([one.quality for one in seen])
+    seen[7] = Seen(seen[7].layers, seen[7].params, float(qualities.mean() - 30 * qualities.std()))
+    others = [one for one in EVERY if all(one != trial.layers for trial in seen)]
+    told = np.array([NearBest(KINDS, seen, 2).predicted(one, {"width": 1}) for one in others])
+    assert np.corrcoef(told, [worth(one) for one in others])[0, 1] > 0.9
 
 
 def test_less_may_be_hoped_close_to_what_is_under_way() -> None:

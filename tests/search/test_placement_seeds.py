@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -15,14 +17,14 @@ from bench.engine_overhead import Here
 from fast_search import fast_file, scored
 
 from heddle.search import run, space
-from heddle.search.placement import Problem, Question, Seen, Timed
+from heddle.search.placement import Budget, Problem, Question, Seen, Timed
 from heddle.search.placement.proposals import simple
 from heddle.search.placement.seeds import MOST_COUNTS, solved
 from heddle.search.progress import Silent
 from heddle.search.record import Trial
 from heddle.search.seeding import combinations, seeded
 from heddle.search.study import open_storage
-from heddle.specs import loads, uniform_layers
+from heddle.specs import ModelSpec, expand_layers, loads, uniform_layers
 from heddle.specs.order import Order
 
 Layers = tuple[str, ...]
@@ -81,6 +83,29 @@ def test_simple_placements_at_the_costliest_counts_within_the_budget_come_first(
     # Nothing is known to choose by then.
     assert solved(questions(seen, TIMED), []) is None
     assert solved(questions(set(), []), []) is None
+
+
+def test_a_simple_placement_that_any_trial_had_does_not_come_again() -> None:
+    first = solved(questions(set(), TIMED), [])
+    asked = [replace(one, is_placed={first}.__contains__) for one in questions(set(), TIMED)]
+    assert solved(asked, []) == simple(asked[5])[1]
+
+
+def test_a_block_that_the_best_trial_has_none_of_costs_what_it_costs() -> None:
+    """A latency model tells what the blocks of a model cost, and nothing of others."""
+
+    def predict(model: ModelSpec, kinds: Sequence[str]) -> list[Budget]:
+        have = set(expand_layers(model))
+        each = [{"full": 0.4, "near": 0.2, "rest": 0.1}[kind] if kind in have else 0.0 for kind in kinds]
+        return [Budget("decode_ms", np.tile(each, (6, 1)), 1.0)]
+
+    file = loads(TEXT)
+    known = space.Known([], lambda _: False, predict=predict)
+    for best in ({WINDOW: 8, FULL: 0, NEAR: 0}, {WINDOW: 8, FULL: 2, NEAR: 0}, {WINDOW: 8, FULL: 2, NEAR: 2}):
+        made = seeded(file, best, known)
+        assert made is not None
+        cost = sum({"full": 0.4, "near": 0.2, "rest": 0.1}[name] for name in made[1])
+        assert 0.9 <= cost <= 1.0 + 1e-9
 
 
 def test_blocks_one_after_another_keep_the_order_of_layers() -> None:

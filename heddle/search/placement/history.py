@@ -161,14 +161,16 @@ class History(Sequence[Seen]):
         if count and one.quality > self.trials[self._best].quality:
             self._best = count
 
-    def closest(self, most: int) -> list[Seen]:
-        """The trials that differ in the fewest layers from the best one, in the order of their numbers.
+    def closest(self, most: int, first: int | None = None) -> list[Seen]:
+        """The trials, of the first so many, that differ in the fewest layers from the best one, in the order of their numbers.
 
         Of equally good ones the first is the best; of equally close ones the latest are taken.
         """
-        count = len(self.trials)
+        count, best = len(self.trials) if first is None else first, self._best
+        if best >= count:
+            best = max(range(count), key=lambda place: self.trials[place].quality)
         placed = self._layers[:count]
-        differ = (placed != placed[self._best : self._best + 1]).sum(axis=1)
+        differ = (placed != placed[best]).sum(axis=1)
         kept = np.sort(np.lexsort((-np.arange(count), differ))[:most])
         return [self.trials[place] for place in kept]
 
@@ -184,10 +186,11 @@ class History(Sequence[Seen]):
         self._sums[tuple(kinds), length] = made, len(self.trials)
         return made
 
-    def once(self, key: Any, make: Callable[[], Made]) -> Made:
-        """What `make` gives, made again only when trials have come since."""
-        if key not in self._made or self._made[key][1] != len(self.trials):
-            self._made[key] = make(), len(self.trials)
+    def once(self, key: Any, make: Callable[[], Made], *, count: int | None = None) -> Made:
+        """What `make` gives, made again only when trials have come since; with `count` only for another one."""
+        count = len(self.trials) if count is None else count
+        if key not in self._made or self._made[key][1] != count:
+            self._made[key] = make(), count
         made: Made = self._made[key][0]
         return made
 

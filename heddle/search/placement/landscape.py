@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 
@@ -23,7 +23,7 @@ DIGITS = 40
 
 
 @dataclass(frozen=True, slots=True)
-class _Prior:
+class Prior:
     """cov(unary[l, k], unary[l', k]) = ((1 - alike) [l = l'] + alike e^(-4|l - l'|/L)) / L;
 
     each pair term at distance d has a variance of pairs · 2^(1-d) / (L - d), and all else, together, one of `other`.
@@ -52,7 +52,7 @@ class Landscape:
     The weights have a Gaussian prior of mean 0, chosen among a few by marginal likelihood. Worked in the space of the
     placements evaluated, so many kinds and layers cost little. `beside` is how alike all else is that the values depend on:
     the covariance of what that adds to each. `apart` says which values are out of line, such as those of trainings that
-    diverged: their noise may be far more than that of others.
+    diverged: their noise may be far more than that of others. `prior` is one that was chosen before, all but for that.
 
     Shapes:  layers: [n, L] of kinds;  values, apart: [n];  beside: [n, n].
     """
@@ -66,6 +66,7 @@ class Landscape:
         *,
         beside: Array | None = None,
         apart: NDArray[np.bool_] | None = None,
+        prior: Prior | None = None,
     ) -> None:
         self.kinds, self.window = kinds, window
         self.layers, self.length = layers, int(layers.shape[1])
@@ -75,16 +76,12 @@ class Landscape:
         self._alike = {alike: self._unary_kernel(alike, layers, layers) for alike in ALIKE}
         self._shared = self._pair_kernels(layers, layers)
         target = values - self.centre
-        self.prior, self.scale = _Prior(0.5, 0.1, 1e-2, 1.0), 1.0
+        self.prior, self.scale = Prior(0.5, 0.1, 1e-2, 1.0), 1.0
         best = -np.inf
-        # What is the same in all trials is as good at any weight.
-        others = (1.0,) if beside is None or np.ptp(beside) == 0 else OTHER
-        aparts = APART if self._apart.any() else (1.0,)
-        for chosen in product(ALIKE, PAIRS, NOISE, others, aparts) if len(values) > 1 else ():
-            prior = _Prior(*chosen)
-            evidence, scale = _evidence(self._covariance(prior), target)
+        for one in self._priors(prior) if len(values) > 1 else ():
+            evidence, scale = _evidence(self._covariance(one), target)
             if evidence > best:
-                best, self.prior, self.scale = evidence, prior, scale
+                best, self.prior, self.scale = evidence, one, scale
         # Without values it has no rows.
         self._inverse: Array = np.asarray(np.linalg.inv(self._covariance(self.prior)))
         self.dual = self._inverse @ target
@@ -129,7 +126,7 @@ class Landscape:
         """How far placements have the same kinds at the same or at close layers: [m, n] of [m, L] and [n, L]."""
         hot, width = np.eye(self.kinds), self.kinds * self.length
         first, second = (np.moveaxis(hot[each], 2, 1).reshape(-1, self.length) for each in (rows, columns))
-        wide = (first @ _Prior(alike, 0.0, 0.0, 0.0).unary(self.length)).reshape(len(rows), width)
+        wide = (first @ Prior(alike, 0.0, 0.0, 0.0).unary(self.length)).reshape(len(rows), width)
         return np.asarray(wide @ second.reshape(len(columns), width).T)
 
     def _pair_kernels(self, rows: NDArray[np.int64], columns: NDArray[np.int64]) -> list[Array]:
@@ -146,11 +143,19 @@ class Landscape:
             made.append((first @ second.T).astype(np.float64))
         return made
 
-    def _noise(self, prior: _Prior) -> Array:
+    def _priors(self, chosen: Prior | None) -> Iterator[Prior]:
+        """Those to choose from."""
+        # What is the same in all trials is as good at any weight.
+        others = (1.0,) if self._beside is None or np.ptp(self._beside) == 0 else OTHER
+        grid = (Prior(*one) for one in product(ALIKE, PAIRS, NOISE, others))
+        for prior in grid if chosen is None else (chosen,):
+            yield from (replace(prior, apart=apart) for apart in (APART if self._apart.any() else APART[:1]))
+
+    def _noise(self, prior: Prior) -> Array:
         """The variance of each value about what is true, as a share of the scale: [n]."""
         return np.where(self._apart, prior.apart, 1.0) * prior.noise
 
-    def _covariance(self, prior: _Prior) -> Array:
+    def _covariance(self, prior: Prior) -> Array:
         """Of the values: [n, n]."""
         total = self._alike[prior.alike] + np.diag(self._noise(prior))
         total = total if self._beside is None else total + prior.other * self._beside

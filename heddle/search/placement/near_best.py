@@ -10,14 +10,17 @@ from numpy.typing import NDArray
 
 from heddle.search.placement.counts import Array
 from heddle.search.placement.history import History, Seen
-from heddle.search.placement.landscape import Landscape
+from heddle.search.placement.landscape import Landscape, Prior
 
 # Trials of which fewer say nothing of pairs; of more than MOST those closest to the best are taken, as each is held to each.
 LEAST, MOST = 4, 256
 # Deviations that may be hoped for beyond what is expected.
 HOPE = 2.0
 # So many times as far below the middle as the lower quartile is lies what is out of line, such as a training that diverged.
+# Where layers explain it, too, the best of others is found sooner by taking it for noise, though more of such is asked for.
 OUT_OF_LINE = 6.0
+# Up to EVERY_ONE trials the prior of a landscape is chosen anew with each, then whenever they are 17 / 16 times as many.
+EVERY_ONE, GROWN = 32, (17, 16)
 
 Marks = frozenset[tuple[str, str]]
 
@@ -28,7 +31,9 @@ class NearBest:
     What the other parameters do is one term for each value of each: trials share as much of it as they have equal values.
     """
 
-    def __init__(self, kinds: Sequence[str], trials: Sequence[Seen], window: int) -> None:
+    def __init__(
+        self, kinds: Sequence[str], trials: Sequence[Seen], window: int, *, prior: Prior | None = None
+    ) -> None:
         self._index = {name: place for place, name in enumerate(kinds)}
         placed = np.array([self._kinds(one.layers) for one in trials], dtype=np.int64)
         quality = np.array([one.quality for one in trials])
@@ -40,7 +45,7 @@ class NearBest:
         beside = self._alike(self._params, self._params)
         apart = out_of_line(quality[kept])
         self.landscape = Landscape(
-            placed[kept], quality[kept], len(kinds), window, beside=beside, apart=apart
+            placed[kept], quality[kept], len(kinds), window, beside=beside, apart=apart, prior=prior
         )
         self._held: tuple[Any, Array] | None = None
 
@@ -106,6 +111,26 @@ def _marks(params: Mapping[str, Any]) -> Marks:
 
 def near_best(history: History, kinds: Sequence[str], window: int) -> NearBest | None:
     """What a history says around its best trial; None while it has too few."""
-    if len(history) < LEAST:
+    count, asked = len(history), (tuple(kinds), window)
+    if count < LEAST:
         return None
-    return history.once((tuple(kinds), window), lambda: NearBest(kinds, history.closest(MOST), window))
+    # However a search came to have so many trials: one that goes on has the same.
+    first = chosen_at(count)
+
+    def chosen() -> Prior:
+        return NearBest(kinds, history.closest(MOST, first), window).landscape.prior
+
+    def made() -> NearBest:
+        prior = history.once(("prior", *asked), chosen, count=first) if first < count else None
+        return NearBest(kinds, history.closest(MOST), window, prior=prior)
+
+    return history.once(asked, made)
+
+
+def chosen_at(count: int) -> int:
+    """The prior of `count` trials is that of so many first ones: of all of them up to EVERY_ONE, and then of as many as there
+    were when they had last become GROWN times as many."""
+    first = min(count, EVERY_ONE)
+    while (after := -(-first * GROWN[0] // GROWN[1])) <= count:
+        first = after
+    return first if count > EVERY_ONE else count
