@@ -163,7 +163,7 @@ class Asked:
         counts = file.space.placement.count(file.space.held(values))
         evenly = uniform(file, values)
         if like is None:
-            model = self.at(evenly).model
+            model = file.resolve(values, layers=evenly).model
             self.blocks = merge(model, counts, evenly)
             predicted = () if known.predict is None else known.predict(model, tuple(counts))
             self.order, self.predicted = file.order(values), self.blocks.budgets(predicted)
