@@ -136,14 +136,15 @@ class Known:
 
     `history` and `timed` are the trials of the rounds before, `asked` layers and outer values of those asked for in its own.
     `predict` is what a latency model says of placements (`heddle.search.limits.Limits.of_placements`). `is_asked(hash)` tells
-    whether a trial of this run has that spec already; `is_tried(values, layers)` knows those that had it with these very layers.
+    whether a trial of this run has that spec already; `tried(values)` whether one had these very values, and what layers it is
+    asked about.
     """
 
     history: Sequence[Seen]
     is_asked: Callable[[str], bool]
     timed: Sequence[Timed] = ()
     asked: Sequence[tuple[Layers, Mapping[str, Any]]] = ()
-    is_tried: Callable[[Mapping[str, Any], Layers], bool] = lambda values, layers: False  # noqa: ARG005
+    tried: Callable[[Mapping[str, Any]], Callable[[Layers], bool]] = lambda values: lambda layers: False  # noqa: ARG005
     predict: Callable[[ModelSpec, Sequence[str]], Sequence[Budget]] | None = None
 
 
@@ -157,6 +158,8 @@ class Asked:
     ) -> None:
         assert file.space.placement is not None
         self.file, self.values, self._known = file, values, known
+        # Late in a search it is asked of hundreds of placements for one trial.
+        self._is_tried = known.tried(values)
         # The placement that is taken was looked at before.
         self.at = cache(lambda layers: candidate(file, values, layers))
         self._twins = set[Layers]()
@@ -188,7 +191,7 @@ class Asked:
 
     def _is_seen(self, kinds: Layers) -> bool:
         layers = self.blocks.layers(kinds)
-        if self._known.is_tried(self.values, layers):
+        if self._is_tried(layers):
             return True
         if not self._known.is_asked(self.at(layers).hash):
             return False
