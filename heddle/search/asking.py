@@ -23,15 +23,16 @@ from heddle.specs import to_yaml
 
 # Times that layers with some counts may come out as no model, and never as one, before the solver leaves those counts.
 REFUSALS = 2
+Layers = tuple[str, ...]
 # Counts for Optuna, and layers.
-Seed = tuple[dict[str, Any], tuple[str, ...]]
+Seed = tuple[dict[str, Any], Layers]
 
 
 class Asking:
     """The trials that were asked for, and those of the next round. `trials` is the driver's own record, which grows with them.
 
-    `events` are those with which trials were asked for; `first` the number of the first trial with a spec's hash, `_placed`
-    with values and layers, which are known without making a spec, and `_layers` with layers alone; `_refused` the trials in which
+    `events` are those with which trials were asked for; `first` the number of the first trial with a spec's hash, `_placed` with
+    values and then layers, which are known without making a spec, and `_layers` with layers alone; `_refused` the trials in which
     layers of the solver with such counts were no model, and `_legal` the first in which layers with these were one; `candidates`
     and `figures` the specs of trials that are under way, and what is known of them without a measurement; `illegal` why a
     combination is no model;
@@ -53,8 +54,8 @@ class Asking:
         self.events = {e["number"]: e for e in log.events if e["event"] == "trial_started"}
         self.running = {number for number, trial in trials.items() if trial.state == "running"}
         self.first: dict[str, int] = {}
-        self._placed: dict[tuple[str, tuple[str, ...]], int] = {}
-        self._layers: dict[tuple[str, ...], int] = {}
+        self._placed: dict[str, dict[Layers, int]] = {}
+        self._layers: dict[Layers, int] = {}
         self._refused: dict[tuple[str, ...], set[int]] = {}
         self._legal: dict[tuple[str, ...], int] = {}
         for _, event in sorted(self.events.items()):
@@ -169,7 +170,8 @@ class Asking:
             self._refused.setdefault(_counts(refused), set()).add(number)
         if number >= 0 and event["hash"]:
             self.first.setdefault(event["hash"], number)
-            self._placed.setdefault(_placing(event["params"], event["layers"]), number)
+            placed = self._placed.setdefault(_spelled(event["params"]), {})
+            placed.setdefault(tuple(event["layers"]), number)
             self._layers.setdefault(tuple(event["layers"]), number)
             self._legal.setdefault(_counts(event["layers"]), number)
 
@@ -196,14 +198,17 @@ class Asking:
         best = self._learnt_for(number).best or self.setting.file.space.defaults()
         known = self._known(number)
 
-        def is_tried(values: Mapping[str, Any], layers: tuple[str, ...]) -> bool:
+        def is_barred(layers: Layers) -> bool:
             counts = _counts(layers)
             refused = sum(one < number for one in self._refused.get(counts, ()))
-            is_barred = refused >= REFUSALS and self._legal.get(counts, number) >= number
-            return is_barred or known.is_tried(values, layers)
+            return refused >= REFUSALS and self._legal.get(counts, number) >= number
+
+        def tried(values: Mapping[str, Any]) -> Callable[[Layers], bool]:
+            is_tried = known.tried(values)
+            return lambda layers: is_tried(layers) or is_barred(layers)
 
         try:
-            return seeded(self.setting.file, best, replace(known, is_tried=is_tried))
+            return seeded(self.setting.file, best, replace(known, tried=tried))
         except HeddleError:
             # No counts that can be looked at, such as those with too large a table: they are Optuna's.
             return None
@@ -218,18 +223,23 @@ class Asking:
             lambda spec: self.first.get(spec, number) < number,
             learnt.timed,
             [(one.layers, space.outer(self.setting.file, one.params)) for one in mine if one.layers],
-            lambda values, layers: self._placed.get(_placing(values, layers), number) < number,
+            lambda values: self._tried(values, number),
             limits.of_placements if limits.has_model else None,
             lambda layers: self._layers.get(layers, number) < number,
         )
+
+    def _tried(self, values: Mapping[str, Any], number: int) -> Callable[[Layers], bool]:
+        """Whether layers were asked for with these values before trial `number`."""
+        mine = self._placed.get(_spelled(values), {})
+        return lambda layers: mine.get(layers, number) < number
 
     def _learnt_for(self, number: int) -> Learnt:
         """What the rounds before the trial's own say, and they alone."""
         return self._learnt.until(number // self.setting.round * self.setting.round, self.trials)
 
 
-def _placing(values: Mapping[str, Any], layers: Sequence[str]) -> tuple[str, tuple[str, ...]]:
-    return repr(sorted(values.items())), tuple(layers)
+def _spelled(values: Mapping[str, Any]) -> str:
+    return repr(sorted(values.items()))
 
 
 def _counts(layers: Sequence[str]) -> tuple[str, ...]:

@@ -136,15 +136,15 @@ class Known:
 
     `history` and `timed` are the trials of the rounds before, `asked` layers and outer values of those asked for in its own.
     `predict` is what a latency model says of placements (`heddle.search.limits.Limits.of_placements`). `is_asked(hash)` tells
-    whether a trial of this run has that spec already; `is_tried(values, layers)` knows those that had it with these very layers,
-    and `is_placed(layers)` those that had the layers, with whatever values.
+    whether a trial of this run has that spec already; `tried(values)` whether one had these very values, and what layers it is
+    asked about, and `is_placed(layers)` whether one had the layers, with whatever values.
     """
 
     history: Sequence[Seen]
     is_asked: Callable[[str], bool]
     timed: Sequence[Timed] = ()
     asked: Sequence[tuple[Layers, Mapping[str, Any]]] = ()
-    is_tried: Callable[[Mapping[str, Any], Layers], bool] = lambda values, layers: False  # noqa: ARG005
+    tried: Callable[[Mapping[str, Any]], Callable[[Layers], bool]] = lambda values: lambda layers: False  # noqa: ARG005
     predict: Callable[[ModelSpec, Sequence[str]], Sequence[Budget]] | None = None
     is_placed: Callable[[Layers], bool] = lambda layers: False  # noqa: ARG005
 
@@ -159,13 +159,15 @@ class Asked:
     ) -> None:
         assert file.space.placement is not None
         self.file, self.values, self._known = file, values, known
+        # Late in a search it is asked of hundreds of placements for one trial.
+        self._is_tried = known.tried(values)
         # The placement that is taken was looked at before.
         self.at = cache(lambda layers: candidate(file, values, layers))
         self._twins = set[Layers]()
         counts = file.space.placement.count(file.space.held(values))
         evenly = uniform(file, values)
         if like is None:
-            self.blocks = merge(self.at(evenly).model, counts, evenly)
+            self.blocks = merge(file.resolve(values, layers=evenly).model, counts, evenly)
             self.order, self.timed = file.order(values), self.blocks.timed(known.timed)
         else:
             self.blocks = replace(like.blocks, counts=counts, uniform=evenly)
@@ -191,7 +193,10 @@ class Asked:
 
     def _predicted(self, counts: Mapping[str, int], evenly: Layers) -> Sequence[Budget]:
         predict = self._known.predict
-        return () if predict is None else self.blocks.budgets(predict(self.at(evenly).model, tuple(counts)))
+        if predict is None:
+            return ()
+        model = self.file.resolve(self.values, layers=evenly).model
+        return self.blocks.budgets(predict(model, tuple(counts)))
 
     @property
     def history(self) -> Sequence[Seen]:
@@ -199,7 +204,7 @@ class Asked:
 
     def _is_seen(self, kinds: Layers) -> bool:
         layers = self.blocks.layers(kinds)
-        if self._known.is_tried(self.values, layers):
+        if self._is_tried(layers):
             return True
         if not self._known.is_asked(self.at(layers).hash):
             return False

@@ -26,7 +26,7 @@ def canonical(model: ModelSpec) -> str:
     later changes no hash of today. A reference becomes the index of the layer that it leads to.
     """
     layers = layers_of(model)
-    made: dict[int, dict[str, Any]] = {}
+    made: dict[int, str] = {}
     data = {
         "format": FORMAT,
         **{name: getattr(model, name) for name in SCALARS},
@@ -45,12 +45,12 @@ def spec_hash(model: ModelSpec) -> str:
     return hashlib.sha256(canonical(model).encode()).hexdigest()[:16]
 
 
-def _layer(model: ModelSpec, layer: Layer, made: dict[int, dict[str, Any]]) -> dict[str, Any]:
+def _layer(model: ModelSpec, layer: Layer, made: dict[int, str]) -> dict[str, Any]:
     # Sizes do not depend on the layer; what does (decay rates) follows from its place in the list.
     if id(layer.spec) not in made:
-        made[id(layer.spec)] = _block(model, layer.spec)
+        made[id(layer.spec)] = json.dumps(_block(model, layer.spec))
     # Names are resolved in a copy for each layer; deep, because they may stand inside the mixer.
-    copied: dict[str, Any] = json.loads(json.dumps(made[id(layer.spec)]))
+    copied: dict[str, Any] = json.loads(made[id(layer.spec)])
     return copied
 
 

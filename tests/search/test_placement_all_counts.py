@@ -11,7 +11,7 @@ import pytest
 from heddle.search.placement import Budget, History, Problem, Question, Seen, Timed, count_budget
 from heddle.search.placement import all_counts as counts_module
 from heddle.search.placement.all_counts import most_hoped
-from heddle.search.placement.foremost import foremost
+from heddle.search.placement.foremost import foremost, in_turn
 from heddle.search.placement.near_best import near_best
 from heddle.search.placement.proposals import (
     in_order,
@@ -172,7 +172,9 @@ def test_counts_that_one_table_does_not_hold_choose_the_same(
 
 @pytest.mark.parametrize("window", [1, 2])
 @pytest.mark.parametrize("kinds", [2, 3])
-def test_the_foremost_are_the_first_of_the_ranking(kinds: int, window: int) -> None:
+def test_the_foremost_are_the_first_of_the_ranking(
+    kinds: int, window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rng, length = np.random.default_rng(kinds), 7
     for ties in (False, True):
         # Whole worths make many ties, and sums that are exact.
@@ -186,6 +188,8 @@ def test_the_foremost_are_the_first_of_the_ranking(kinds: int, window: int) -> N
         starts = np.array([table.tops, table.start, (2, table.tops[1]), (0, 0)])
         for start, found in zip(starts, foremost(table, starts, 25), strict=True):
             assert [tuple(one) for one in found.tolist()] == list(islice(table.ranked(tuple(start)), 25))
+        monkeypatch.setattr("heddle.search.placement.foremost.AT_ONCE", (3, 40))
+        assert list(in_turn(table)) == list(table.ranked(table.tops))
     bare = Table(Problem(unary, pair))
     (found,) = foremost(bare, np.zeros((1, 0), dtype=np.int64), 10)
     assert [tuple(one) for one in found.tolist()] == list(islice(bare.ranked(), 10))

@@ -54,7 +54,7 @@ def test_a_placement_asked_for_before_is_no_twin_and_never_taken_again() -> None
     file = loads(TEXT.replace("length: 24", "length: 12").replace("window: {choice: [8]}", "window: 9"))
     tried = set[tuple[str, ...]]()
     for number in range(space.TWINS + 10):
-        known = space.Known([], lambda _: False, is_tried=lambda _, layers: layers in tried)
+        known = space.Known([], lambda _: False, tried=lambda _: tried.__contains__)
         one = space.place(file, {}, known, seed=0, number=number)
         assert one.layers not in tried
         tried.add(one.layers)

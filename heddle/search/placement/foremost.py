@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,9 @@ from heddle.search.placement.table import Table
 
 # Placements that are gone through, for each that is asked for within budgets that the table does not know to the last digit.
 FURTHER = 4
+
+# Placements of a ranking that are told at once, before the rest come one by one.
+AT_ONCE = (512, 8192)
 
 
 class Beginnings:
@@ -104,3 +107,16 @@ def best_within(
             found[place] = kept[:most], len(kept) >= most or len(rows) < asked
         left = [place for place in left if not found[place][1]]
     return [found[place] for place in range(len(starts))]
+
+
+def in_turn(table: Table) -> Iterator[tuple[int, ...]]:
+    """All placements of a table, the best first: as `table.ranked(table.tops)` tells them, the first ones sooner."""
+    told = dict[tuple[int, ...], None]()
+    for most in AT_ONCE:
+        (rows,) = foremost(table, np.array([table.tops], dtype=np.int64), most)
+        new = [one for one in map(tuple, rows.tolist()) if one not in told]
+        told |= dict.fromkeys(new)
+        yield from new
+        if len(rows) < most:
+            return
+    yield from (one for one in table.ranked(table.tops) if one not in told)

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from heddle.errors import HeddleError
-from heddle.search.placement.foremost import best_within
+from heddle.search.placement.foremost import best_within, in_turn
 from heddle.search.placement.grid import Whole
 from heddle.search.placement.history import History, Seen
 from heddle.search.placement.limits import Timed, fit_of
@@ -288,7 +288,7 @@ def _unseen(region: Region, draws: Draws) -> Iterator[Layers]:
             yield region.named(best)
     # What keeps the budgets is the same, and so is its order, but less is gone through that does not: millions, at 24 layers.
     table = region.finer(draws.last.window).widest(draws.last)
-    for layers in table.ranked(table.tops) if table.feasible else ():
+    for layers in in_turn(table):
         if table.problem.keeps(layers) and not is_seen(region.named(layers)):
             yield region.named(layers)
 
