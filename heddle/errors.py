@@ -64,6 +64,7 @@ CODES: dict[str, int] = {
     "system-error": FAILED,
     "loss-not-finite": FAILED,
     "out-of-memory": FAILED,
+    "evaluation-failed": FAILED,
     "worker-died": FAILED,
     "cluster-lost": FAILED,
     "other-device": FAILED,

@@ -332,7 +332,10 @@ def _answer(job: Job, reference: Any) -> Answer:
     except DIED as error:
         return Answer(job, code="worker-died", message=_first_line(error))
     except RayError as error:
-        return Answer(job, code="evaluation-failed", message=_first_line(error))
+        # Outside of the call: what it asks for could not be read there, say.
+        cause = getattr(error, "cause", None)
+        said = _first_line(error) if cause is None else f"{type(cause).__name__}: {_first_line(cause)}"
+        return Answer(job, code="evaluation-failed", message=said)
     if outcome.error is None:
         return Answer(job, value=outcome.value, log=outcome.log)
     if isinstance(outcome.error, HeddleError):

@@ -111,6 +111,23 @@ def test_an_error_of_the_call_is_final_and_keeps_its_code(workers: Workers) -> N
     assert found["bug"].job.attempt == 1
 
 
+class Unreadable:
+    """A call that a worker cannot be handed."""
+
+    def __reduce__(self) -> Any:
+        return fail, ("bug",)
+
+    def __call__(self) -> None:
+        raise AssertionError
+
+
+def test_what_a_worker_cannot_read_is_told_by_its_reason(workers: Workers) -> None:
+    (answer,) = workers.side_by_side([Job(Unreadable(), (), "lost")], Hearing())
+    assert answer.code == "evaluation-failed"
+    # And not by the name of Ray's call and the number of its process.
+    assert answer.message.endswith("by zero")
+
+
 @pytest.mark.parametrize("deaths", [1, RETRIES + 1])
 def test_a_call_whose_process_dies_is_made_again_twice(workers: Workers, tmp_path: Path, deaths: int) -> None:
     hearing = Hearing()

@@ -98,6 +98,19 @@ def _sections() -> dict[str, str]:
 
 def test_every_code_has_its_section_and_no_other_has() -> None:
     assert set(_sections()) == set(CODES)
+
+
+def test_every_code_that_is_written_anywhere_is_listed() -> None:
+    # Also those of answers and of the ledger, which become an error's only when something else needs what failed.
+    written = re.compile(r"""(?:HeddleError\(\s*|code=|"code": )"([a-z]+(?:-[a-z]+)+)\"""")
+    # mypy's own, in comments.
+    texts = [
+        "\n".join(line for line in file.read_text().splitlines() if "mypy:" not in line)
+        for file in (DOCS.parent / "heddle").rglob("*.py")
+    ]
+    found = {code for text in texts for code in written.findall(text)}
+    assert len(found) > 20
+    assert found <= set(CODES)
     assert list(_sections()) == sorted(_sections(), key=list(_sections()).index)
 
 
