@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import interpreted
 import pytest
 from filelock import FileLock
 from tiny_search import SEARCH, TINY_SEARCH, small_corpus
@@ -21,13 +22,31 @@ ROOT = Path(__file__).parents[1]
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full-counts", action="store_true", help="full counts where tests draw random cases")
+    parser.addoption("--half", action="store_true", help="half of what else is chosen (tests/interpreted.py)")
     parser.addoption("--no-skips", action="store_true", help="a skipped test is a failed one")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        interpreted.make_quick()
+    if config.getoption("--half"):
+        config.pluginmanager.register(_Half())
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes minutes must not begin last: first what needs Ray, then files with slow tests."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: (not uses_ray(item.nodeid), item.path not in slow))
+
+
+class _Half:
+    """Behind all other choices: draws half of what is left."""
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        kept = interpreted.half(items, _SEED)
+        config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+        items[:] = kept
 
 
 @functools.cache
