@@ -34,9 +34,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes minutes must not begin last: first what needs Ray, then files with slow tests."""
+    """What takes minutes must not begin last: first what needs Ray, what reads the one search, and files with slow tests."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: (not uses_ray(item.nodeid), item.path not in slow))
+    items.sort(
+        key=lambda item: (not uses_ray(item.nodeid), not reads_search(item.nodeid), item.path not in slow)
+    )
 
 
 class _Half:
@@ -50,9 +52,14 @@ class _Half:
 
 
 @functools.cache
+def _text(file: str) -> str:
+    path = ROOT / file
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+
 def _is_told_of_ray(file: str) -> bool:
-    text = (ROOT / file).read_text(encoding="utf-8")
-    return "workers: Workers" in text or 'usefixtures("workers")' in text or "tiny_run: Run" in text
+    asked = ("workers: Workers", 'usefixtures("workers")', "tiny_run: Run")
+    return any(one in _text(file) for one in asked)
 
 
 def uses_ray(nodeid: str) -> bool:
@@ -60,17 +67,25 @@ def uses_ray(nodeid: str) -> bool:
     return nodeid.startswith("tests/search/") and _is_told_of_ray(nodeid.partition("::")[0])
 
 
+def reads_search(nodeid: str) -> bool:
+    """Whether the test is of a file that reads the run of `search_run`."""
+    return "search_run: Path" in _text(nodeid.partition("::")[0])
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """A file for each worker at a time, and all that need Ray for one of them: Ray, its processes and the tiny search take
-    40 s of a core to start, and each worker would have its own."""
+    40 s of a core to start, and each worker would have its own. Likewise all that read the one search, which the others would
+    wait for while one of them makes it."""
     if config.getvalue("dist") != "loadfile":
         return None
     from xdist.scheduler import LoadFileScheduling
 
     class OneRay(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return "Ray" if uses_ray(nodeid) else str(super()._split_scope(nodeid))
+            if uses_ray(nodeid):
+                return "Ray"
+            return "search" if reads_search(nodeid) else str(super()._split_scope(nodeid))
 
     return OneRay(config, log)
 
