@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import interpreted
 import pytest
 from filelock import FileLock
 from tiny_search import SEARCH, TINY_SEARCH, small_corpus
@@ -21,19 +22,44 @@ ROOT = Path(__file__).parents[1]
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full-counts", action="store_true", help="full counts where tests draw random cases")
+    parser.addoption("--half", action="store_true", help="half of what else is chosen (tests/interpreted.py)")
     parser.addoption("--no-skips", action="store_true", help="a skipped test is a failed one")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        interpreted.make_quick()
+    if config.getoption("--half"):
+        config.pluginmanager.register(_Half())
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes minutes must not begin last: first what needs Ray, then files with slow tests."""
+    """What takes minutes must not begin last: first what needs Ray, what reads the one search, and files with slow tests."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: (not uses_ray(item.nodeid), item.path not in slow))
+    items.sort(
+        key=lambda item: (not uses_ray(item.nodeid), not reads_search(item.nodeid), item.path not in slow)
+    )
+
+
+class _Half:
+    """Behind all other choices: draws half of what is left."""
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        kept = interpreted.half(items, _SEED)
+        config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+        items[:] = kept
 
 
 @functools.cache
+def _text(file: str) -> str:
+    path = ROOT / file
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+
 def _is_told_of_ray(file: str) -> bool:
-    text = (ROOT / file).read_text(encoding="utf-8")
-    return "workers: Workers" in text or 'usefixtures("workers")' in text or "tiny_run: Run" in text
+    asked = ("workers: Workers", 'usefixtures("workers")', "tiny_run: Run")
+    return any(one in _text(file) for one in asked)
 
 
 def uses_ray(nodeid: str) -> bool:
@@ -41,17 +67,25 @@ def uses_ray(nodeid: str) -> bool:
     return nodeid.startswith("tests/search/") and _is_told_of_ray(nodeid.partition("::")[0])
 
 
+def reads_search(nodeid: str) -> bool:
+    """Whether the test is of a file that reads the run of `search_run`."""
+    return "search_run: Path" in _text(nodeid.partition("::")[0])
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """A file for each worker at a time, and all that need Ray for one of them: Ray, its processes and the tiny search take
-    40 s of a core to start, and each worker would have its own."""
+    40 s of a core to start, and each worker would have its own. Likewise all that read the one search, which the others would
+    wait for while one of them makes it."""
     if config.getvalue("dist") != "loadfile":
         return None
     from xdist.scheduler import LoadFileScheduling
 
     class OneRay(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return "Ray" if uses_ray(nodeid) else str(super()._split_scope(nodeid))
+            if uses_ray(nodeid):
+                return "Ray"
+            return "search" if reads_search(nodeid) else str(super()._split_scope(nodeid))
 
     return OneRay(config, log)
 

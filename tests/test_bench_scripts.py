@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from itertools import product
 from pathlib import Path
@@ -20,6 +21,44 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from heddle.compose.modules.softmax import softmax_attention
 
 BENCH = Path(__file__).parent / "bench"
+
+
+# Tells of each script that it is told how it ended. What all of them import takes seconds, so each is run by a fork that has it.
+FORKS = """
+import json, os, runpy, sys
+import heddle.compose.build, heddle.kernels.bench, heddle.search.tasks
+for line in sys.stdin:
+    told, *arguments = json.loads(line)
+    child = os.fork()
+    if child:
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        continue
+    file = os.open(told, os.O_WRONLY | os.O_CREAT)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    sys.argv = arguments
+    sys.path.insert(0, os.path.dirname(arguments[0]))
+    runpy.run_path(arguments[0], run_name="__main__")
+    sys.exit()
+"""
+Script = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture(scope="module")
+def run_script(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Script]:
+    """Runs a script of tests/bench in a process of its own; gives its exit status and what it told."""
+    told, pipe = tmp_path_factory.mktemp("told") / "told.txt", subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", FORKS], stdin=pipe, stdout=pipe, text=True) as forks:
+
+        def run(script: str, *arguments: str) -> tuple[int, str]:
+            assert forks.stdin is not None
+            assert forks.stdout is not None
+            told.unlink(missing_ok=True)
+            forks.stdin.write(json.dumps([str(told), str(BENCH / f"{script}.py"), *arguments]) + "\n")
+            forks.stdin.flush()
+            return int(forks.stdout.readline()), told.read_text()
+
+        yield run
 
 
 SCRIPTS = {
@@ -40,21 +79,21 @@ LONG = {"example_models", "truth_step"}
 @pytest.mark.parametrize(
     "script", [pytest.param(name, marks=pytest.mark.long if name in LONG else ()) for name in SCRIPTS]
 )
-def test_a_script_for_the_gpu_finds_nothing_wrong_in_its_small_form(script: str, tmp_path: Path) -> None:
-    command = [sys.executable, str(BENCH / f"{script}.py"), "--tiny", "--out", str(tmp_path)]
-    command += [*SCRIPTS[script], "--budget", "100", "--commit", "none"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+def test_a_script_for_the_gpu_finds_nothing_wrong_in_its_small_form(
+    script: str, run_script: Script, tmp_path: Path
+) -> None:
+    always = ("--tiny", "--out", str(tmp_path), "--budget", "100", "--commit", "none")
+    status, told = run_script(script, *SCRIPTS[script], *always)
+    assert status == 0, told[-6000:]
     rows = [json.loads(line) for path in tmp_path.glob("*.jsonl") for line in path.read_text().splitlines()]
     assert rows
     assert all(row["commit"] == "none" for row in rows)
 
 
 @pytest.mark.parametrize("kind", ["still", "nats_l", pytest.param("token_router", marks=pytest.mark.long)])
-def test_a_layer_keeps_its_goal_of_memory_by_a_count_of_live_tensors(kind: str) -> None:
-    command = [sys.executable, str(BENCH / "live_tensors.py"), kind]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+def test_a_layer_keeps_its_goal_of_memory_by_a_count_of_live_tensors(kind: str, run_script: Script) -> None:
+    status, told = run_script("live_tensors", kind)
+    assert status == 0, told[-6000:]
 
 
 def test_a_long_mask_that_wants_a_gradient_keeps_no_weights_of_grouped_heads(

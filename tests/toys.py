@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -113,14 +114,12 @@ def small_example(name: str) -> ModelSpec:
     return model.model_copy(update={"layers": kept})
 
 
-def every_layer() -> ModelSpec:
-    """One model of the layers of all examples that decode, with factors at both of its ends."""
+def every_layer(names: Iterable[str]) -> ModelSpec:
+    """One model of the layers of these examples, which decode, with factors at both of its ends."""
     blocks: dict[str, Any] = {}
     layers: list[Any] = []
-    for name in EXAMPLES:
+    for name in names:
         model = small_example(name)
-        if model.kind != "causal_lm":
-            continue
         blocks |= {f"{name}_{key}": _renamed(block.written(), name) for key, block in model.blocks.items()}
         for item in model.layers:
             held = {"block": item} if isinstance(item, str) else item.written()

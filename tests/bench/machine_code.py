@@ -1,6 +1,6 @@
 """Are our kernels kept away from what ptxas 12.8 gets wrong? Compiles them for Hopper; needs no GPU.
 
-    python tests/bench/machine_code.py --quick
+    python tests/bench/machine_code.py --quick [--drawn SEED]
     python tests/bench/machine_code.py --commit "$(git rev-parse --short=12 HEAD)" --append
 
 At risk is a kernel in whose PTX two descriptors of matrix operands with different layouts are built from one address
@@ -13,12 +13,13 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import random
 import re
 import secrets
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -303,6 +304,15 @@ def cases(*, quick: bool) -> Iterator[Case]:
         if K == V:
             yield from (replace(case, dtype="fp32") for case in both)
             yield from (replace(case, dtype="fp16") for case in both)
+
+
+def drawn_cases(found: Iterable[Case], seed: int) -> list[Case]:
+    """A third of the cases of each kernel, at least one, in either direction."""
+    groups = defaultdict[tuple[str, str, bool], list[Case]](list)
+    for case in found:
+        groups[case.op, case.kernel, case.backward].append(case)
+    dice = random.Random(seed)
+    return [case for group in groups.values() for case in dice.sample(group, -(-len(group) // 3))]
 
 
 def planned_cases(*, quick: bool) -> Iterator[Case]:
@@ -767,6 +777,7 @@ def main() -> int:
     parser.add_argument(
         "--quick", action="store_true", help="a few sizes, only as they are launched, and no machine code"
     )
+    parser.add_argument("--drawn", type=int, help="a third of the cases of each kernel, drawn by this seed")
     parser.add_argument("--append", action="store_true", help="append rows to evidence-machine-code.jsonl")
     parser.add_argument("--commit", help="what the code is")
     chosen = parser.parse_args()
@@ -777,7 +788,8 @@ def main() -> int:
               "target": "sm_90a"}  # fmt: skip
     counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     totals = {True: [0, 0], False: [0, 0]}
-    for case in cases(quick=chosen.quick):
+    found_cases = cases(quick=chosen.quick)
+    for case in found_cases if chosen.drawn is None else drawn_cases(found_cases, chosen.drawn):
         text, launch = ptx(case)
         found = layouts_of_one_address(text)
         about = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import random
 from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
@@ -228,12 +230,12 @@ every_encoder = pytest.mark.parametrize(
 )
 
 
-def of_each_kind(cases: list[Any]) -> list[Any]:
-    """The case of each kind that sets most; the others are long: to trace takes seconds a case."""
+def of_each_kind(cases: list[Any], kinds: set[str]) -> list[Any]:
+    """The case of each of these kinds that sets most; the others are long: to trace takes seconds a case."""
     most: dict[str, Any] = {}
     for one in cases:
         kind = one.values[0]["kind"]
-        if kind not in most or len(one.values[0]) > len(most[kind].values[0]):
+        if kind in kinds and (kind not in most or len(one.values[0]) > len(most[kind].values[0])):
             most[kind] = one
     long = [
         pytest.param(*one.values, id=one.id, marks=pytest.mark.long)
@@ -243,8 +245,11 @@ def of_each_kind(cases: list[Any]) -> list[Any]:
     return [*most.values(), *long]
 
 
-each_mixer = pytest.mark.parametrize("fields", of_each_kind(EVERY_MIXER))
-each_decoder = pytest.mark.parametrize("fields", of_each_kind(every_decoder.args[1]))
+# Of half of the kinds, drawn by the seed of a run, it traces a decode step, and of the others the whole model.
+DECODE = {one.values[0]["kind"] for one in every_decoder.args[1]}
+STEPS = set(random.Random(os.environ["HEDDLE_TEST_SEED"]).sample(sorted(DECODE), len(DECODE) // 2))
+each_mixer = pytest.mark.parametrize("fields", of_each_kind(EVERY_MIXER, set(HERE) - STEPS))
+each_decoder = pytest.mark.parametrize("fields", of_each_kind(every_decoder.args[1], STEPS))
 
 
 def model_of(fields: dict[str, Any], dtype: torch.dtype = torch.float64, *, layers: int = 2) -> Any:

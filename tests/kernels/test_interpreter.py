@@ -1,4 +1,4 @@
-"""The Triton paths, run by Triton's interpreter: the same tests, in a process of their own.
+"""The Triton paths, run by Triton's interpreter: the same tests, in a process of their own, and by default half of them.
 
 Triton decides when it is imported whether kernels are compiled or interpreted, so this cannot be switched for one test.
 """
@@ -92,13 +92,15 @@ OTHERS = {
 }
 
 
-def test_interpreted_kernels_keep_the_contract_and_are_repeated(full_counts: bool) -> None:
+def test_interpreted_kernels_keep_the_contract_and_are_repeated(full_counts: bool, random_seed: int) -> None:
     # In one process: each imports torch anew, and collects all tests.
     chosen = [f"test_ops and {op}" + ("" if full_counts else f" and ({some})") for op, some in OPS.items()]
     chosen += ["test_replay and cpu", "test_other_ops" + ("" if full_counts else f" and ({SOME_OTHERS})")]
     chosen += ["test_packed_ops" + ("" if full_counts else f" and ({SOME_PACKED})")]
     files = [CONTRACTS, OTHER_CONTRACTS, PACKED_CONTRACT, REPLAY]
-    done = _run_interpreted(files, " or ".join(f"({one})" for one in chosen))
+    done = _run_interpreted(
+        files, " or ".join(f"({one})" for one in chosen), _drawn(full_counts, random_seed)
+    )
     for op in (
         "decay_attention",
         "simple_gla",
@@ -115,9 +117,12 @@ def test_interpreted_kernels_keep_the_contract_and_are_repeated(full_counts: boo
     assert all(f"PASSED {file}" in done for file in files[1:])
 
 
-def test_interpreted_kernels_of_a_contract_of_their_own_are_right() -> None:
+def test_interpreted_kernels_of_a_contract_of_their_own_are_right(
+    full_counts: bool, random_seed: int
+) -> None:
     files = [f"tests/kernels/{name}.py" for name in OTHERS]
-    done = _run_interpreted(files, " or ".join(f"({name} and ({some}))" for name, some in OTHERS.items()))
+    chosen = " or ".join(f"({name} and ({some}))" for name, some in OTHERS.items())
+    done = _run_interpreted(files, chosen, _drawn(full_counts, random_seed))
     for file in files:
         assert f"PASSED {file}" in done
 
@@ -150,13 +155,19 @@ def test_interpreted_kernels_are_right_where_they_are_peculiar(op: str) -> None:
     _run_interpreted([f"tests/kernels/test_{op}.py"], op)
 
 
-def _run_interpreted(files: list[str], chosen: str) -> str:
-    """What pytest tells of those tests, all of which pass."""
+def _drawn(full_counts: bool, random_seed: int) -> int | None:
+    return None if full_counts else random_seed
+
+
+def _run_interpreted(files: list[str], chosen: str, drawn: int | None = None) -> str:
+    """What pytest tells of those tests, or of half of them, drawn by a seed: all of them pass."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     # What xdist tells its own workers is not for this process.
     environment = {name: value for name, value in environment.items() if not name.startswith("PYTEST_")}
+    if drawn is not None:
+        environment["HEDDLE_TEST_SEED"] = str(drawn)
     choice = ["-m", "not gpu and not long", "-k", chosen]
-    told = ["-p", "no:cacheprovider", "-q", "-rAp", "--no-header"]
+    told = ["-p", "no:cacheprovider", "-q", "-rAp", *([] if drawn is None else ["--half"])]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *files, *choice, *told],
         cwd=ROOT,
@@ -166,5 +177,6 @@ def _run_interpreted(files: list[str], chosen: str) -> str:
         timeout=1800,
         check=False,
     )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    seed = "" if drawn is None else f"half of them, drawn by HEDDLE_TEST_SEED={drawn}\n"
+    assert done.returncode == 0, seed + done.stdout[-4000:] + done.stderr[-2000:]
     return done.stdout

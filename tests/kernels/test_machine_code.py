@@ -64,11 +64,27 @@ def test_an_unchanged_maximum_fades_no_sums(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_no_kernel_is_launched_that_ptxas_may_get_wrong(tmp_path: Path) -> None:
+def test_no_kernel_is_launched_that_ptxas_may_get_wrong(
+    tmp_path: Path, full_counts: bool, random_seed: int
+) -> None:
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, str(SCRIPT), "--quick"]
+    command = [
+        sys.executable,
+        str(SCRIPT),
+        "--quick",
+        *([] if full_counts else ["--drawn", str(random_seed)]),
+    ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert done.returncode == 0, f"{command[1:]}\n{done.stdout[-4000:]}{done.stderr[-2000:]}"
+
+
+def test_each_kernel_is_drawn_in_each_direction() -> None:
+    script = _script()
+    every = list(script.cases(quick=True))
+    drawn = script.drawn_cases(every, seed=0)
+    kernels = [{(case.op, case.kernel, case.backward) for case in some} for some in (every, drawn)]
+    assert kernels[0] == kernels[1]
+    assert set(drawn) < set(every)
 
 
 @pytest.mark.slow
