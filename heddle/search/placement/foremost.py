@@ -110,13 +110,15 @@ def best_within(
 
 
 def in_turn(table: Table) -> Iterator[tuple[int, ...]]:
-    """All placements of a table, the best first: as `table.ranked(table.tops)` tells them, the first ones sooner."""
+    """All placements of a table that keep the true budgets, the best first: as `table.ranked(table.tops)` tells them, the first
+    ones sooner."""
     told = dict[tuple[int, ...], None]()
     for most in AT_ONCE:
         (rows,) = foremost(table, np.array([table.tops], dtype=np.int64), most)
-        new = [one for one in map(tuple, rows.tolist()) if one not in told]
+        kept = rows[table.problem.keeps(rows)]
+        new = [one for one in map(tuple, kept.tolist()) if one not in told]
         told |= dict.fromkeys(new)
         yield from new
         if len(rows) < most:
             return
-    yield from (one for one in table.ranked(table.tops) if one not in told)
+    yield from (one for one in table.ranked(table.tops) if one not in told and table.problem.keeps(one))

@@ -164,7 +164,8 @@ class Region:
         return best_within(table, starts, [self.limits], candidates)[0]
 
     def named(self, layers: Sequence[int] | Whole) -> Layers:
-        return tuple(self.question.kinds[kind] for kind in layers)
+        kinds = self.question.kinds
+        return tuple([kinds[kind] for kind in layers])
 
 
 def region_of(question: Question, limits: Sequence[Budget]) -> Region:
@@ -288,9 +289,9 @@ def _unseen(region: Region, draws: Draws) -> Iterator[Layers]:
             yield region.named(best)
     # What keeps the budgets is the same, and so is its order, but less is gone through that does not: millions, at 24 layers.
     table = region.finer(draws.last.window).widest(draws.last)
-    for layers in in_turn(table):
-        if table.problem.keeps(layers) and not is_seen(region.named(layers)):
-            yield region.named(layers)
+    for layers in map(region.named, in_turn(table)):
+        if not is_seen(layers):
+            yield layers
 
 
 def _regions(
