@@ -99,7 +99,11 @@ def _outer(file: SpecFile, trial: Trial) -> dict[str, str]:
 def _history(file: SpecFile, trials: list[Trial]) -> History:
     from heddle.search.placement import History, Seen
 
-    return History.of(Seen(one.layers, _outer(file, one), _quality(one)) for one in trials)
+    # A spec teaches once, as in the search.
+    first = {one.hash: one for one in reversed(trials)}
+    return History.of(
+        Seen(one.layers, _outer(file, one), _quality(one)) for one in trials if first[one.hash] is one
+    )
 
 
 def _question(file: SpecFile, trial: Trial, run: Run) -> Question:

@@ -44,7 +44,7 @@ print("now the report", flush=True)
 api.report(folder)
 """
 
-# Of the tiny search: its trials, and the events by which the last of them has ended.
+# Of the tiny search: its trials, and the events by which the last of them has ended, three rounds of some twenty each.
 TRIALS, ROUNDS_END = 6, 70
 Events = list[dict[str, Any]]
 Moment = Callable[[Events], bool]

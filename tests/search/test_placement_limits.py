@@ -10,7 +10,7 @@ import pytest
 
 from heddle.search.placement import Budget, Question, Seen, Timed, propose
 from heddle.search.placement.limits import TimedTrials, latency_budgets
-from heddle.search.placement.proposals import PATIENCE, trust_budget
+from heddle.search.placement.proposals import PATIENCE, latency_limits, region_of, trust_budget
 from heddle.search.placement.table import Table
 from heddle.specs import uniform_layers
 from heddle.specs.order import Order
@@ -89,6 +89,9 @@ def test_a_budget_that_nothing_keeps_is_passed_over_at_once(monkeypatch: pytest.
             yield one
 
     monkeypatch.setattr(Table, "ranked", counted)
+    question = asked(set(), slow)
+    assert region_of(question, latency_limits(question)).is_over()
+    assert not region_of(asked(set(), timings(20)), latency_limits(asked(set(), timings(20)))).is_over()
     seen = [Seen(one, {"width": 1}, float(one.index("full"))) for one in EVERY[::4]]
     layers = propose(asked({one.layers for one in seen}, slow), seen, seed=0, number=0)
     assert layers not in {one.layers for one in seen}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from heddle.search.placement import Budget, History, Problem, Question, Seen, propose
-from heddle.search.placement.near_best import HOPE, LEAST, MOST, NearBest, chosen_at, near_best
+from heddle.search.placement.near_best import HOPE, LEAST, MOST, NearBest, chosen_at, in_line, near_best
 from heddle.search.placement.proposals import CELLS, STEPS, favourite, window_of
 from heddle.specs import uniform_layers
 
@@ -161,13 +161,25 @@ def test_what_an_idle_value_takes_is_little(value: str) -> None:
     assert np.abs(told - real).mean() < 0.1 * real.std()
 
 
-def test_a_training_that_diverged_hides_nothing_of_the_others() -> None:
+@pytest.mark.parametrize("far", [30, 3000, 1e6])
+def test_a_training_that_diverged_hides_nothing_of_the_others(far: float) -> None:
     seen = some(30)
     qualities = np.array([one.quality for one in seen])
-    seen[7] = Seen(seen[7].layers, seen[7].params, float(qualities.mean() - 30 * qualities.std()))
+    seen[7] = Seen(seen[7].layers, seen[7].params, float(qualities.mean() - far * qualities.std()))
     others = [one for one in EVERY if all(one != trial.layers for trial in seen)]
     told = np.array([NearBest(KINDS, seen, 2).predicted(one, {"width": 1}) for one in others])
     assert np.corrcoef(told, [worth(one) for one in others])[0, 1] > 0.9
+
+
+def test_scores_at_a_cap_put_no_others_out_of_line() -> None:
+    for values in ([1.0] * 10 + [0.9, 0.8], [0.0] * 12):
+        kept, apart = in_line(np.array(values))
+        assert kept.tolist() == values
+        assert not apart.any()
+    kept, apart = in_line(np.array([0.9, 1.0, 1.1, 1.2, -50.0]))
+    assert apart.tolist() == [False] * 4 + [True]
+    assert kept[:4].tolist() == [0.9, 1.0, 1.1, 1.2]
+    assert -1.0 < kept[4] < 0.0
 
 
 def test_less_may_be_hoped_close_to_what_is_under_way() -> None:

@@ -52,7 +52,7 @@ class Landscape:
     The weights have a Gaussian prior of mean 0, chosen among a few by marginal likelihood. Worked in the space of the
     placements evaluated, so many kinds and layers cost little. `beside` is how alike all else is that the values depend on:
     the covariance of what that adds to each. `apart` says which values are out of line, such as those of trainings that
-    diverged: their noise may be far more than that of others. `prior` is one that was chosen before, all but for that.
+    diverged: their noise may be far more than that of others. `prior` is one that was chosen before, all but for how much.
 
     Shapes:  layers: [n, L] of kinds;  values, apart: [n];  beside: [n, n].
     """
@@ -97,8 +97,10 @@ class Landscape:
         mine = np.zeros((known, known)) if self._beside is None else self._beside
         if np.array_equal(told[:known], self.layers) and np.array_equal(beside[:known, :known], mine):
             return _bordered(self._inverse, among[:, :known], among[:, known:])
-        whole = self._kernel(told, told) + self.prior.other * beside + self.prior.noise * np.eye(len(told))
-        return np.asarray(np.linalg.inv(whole))
+        whole = self._kernel(told, told) + self.prior.other * beside
+        noise = np.full(len(told), self.prior.noise)
+        noise[:known] = self._noise(self.prior)
+        return np.asarray(np.linalg.inv(whole + np.diag(noise)))
 
     def spread(
         self, placed: NDArray[np.int64], told: NDArray[np.int64], beside: tuple[Array, float], inverse: Array

@@ -43,9 +43,9 @@ class NearBest:
         kept = np.sort(np.lexsort((-np.arange(len(trials)), differ))[:MOST])
         self._params = [_marks(trials[place].params) for place in kept]
         beside = self._alike(self._params, self._params)
-        apart = out_of_line(quality[kept])
+        values, apart = in_line(quality[kept])
         self.landscape = Landscape(
-            placed[kept], quality[kept], len(kinds), window, beside=beside, apart=apart, prior=prior
+            placed[kept], values, len(kinds), window, beside=beside, apart=apart, prior=prior
         )
         self._held: tuple[Any, Array] | None = None
 
@@ -57,7 +57,7 @@ class NearBest:
         places = {
             mark: place for place, mark in enumerate(frozenset[tuple[str, str]]().union(*some, *others))
         }
-        most = max(1, *(len(one) for one in (*some, *others, *self._params)))
+        most = max(1, *map(len, self._params))
         marked = [np.zeros((len(group), len(places))) for group in (some, others)]
         for group, rows in zip((some, others), marked, strict=True):
             at = [row for row, one in enumerate(group) for _ in one]
@@ -99,10 +99,17 @@ class NearBest:
         return self._held[1]
 
 
-def out_of_line(values: Array) -> NDArray[np.bool_]:
-    """Which values lie far below all others: [n] of [n]."""
+def in_line(values: Array) -> tuple[Array, NDArray[np.bool_]]:
+    """Values, and which of them are out of line: far below the middle. [n] and [n] of [n].
+
+    Those come no lower than twice as far, so that neither their mean nor their spread is that of a few. None is out of line
+    where a quarter lie as high as the middle and say nothing of how far values spread, or where a quarter and more are so low.
+    """
     low, middle = np.quantile(values, [0.25, 0.5])
-    return np.asarray(values < middle - OUT_OF_LINE * (middle - low))
+    far = OUT_OF_LINE * float(middle - low)
+    if far <= 1e-9 * abs(float(middle)):
+        return values, np.zeros(len(values), np.bool_)
+    return np.maximum(values, middle - 2 * far), np.asarray(values < middle - far)
 
 
 def _marks(params: Mapping[str, Any]) -> Marks:

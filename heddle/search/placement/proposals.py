@@ -187,7 +187,7 @@ def propose(question: Question, history: Sequence[Seen], *, seed: int, number: i
     """The layers of trial `number`: the same for equal (question, history, seed, number).
 
     Never a spec that was asked for before, while one with these counts and parameters is left; never one that is predicted
-    to be over a latency budget, while one that is not is left.
+    to be over a latency budget, while one that is not is left (unless budgets are so many that they have no table).
     """
     history = History.of(history)
     limits = latency_limits(question)
@@ -247,8 +247,8 @@ def favourite(question: Question, history: Sequence[Seen]) -> Layers | None:
     if near is None:
         return None
     region = region_of(question, latency_limits(question))
-    best = next(region.table(near.landscape.mean()).ranked(), None)
-    return None if best is None else region.named(best)
+    best = likely(region, near.landscape.mean(), 1)
+    return region.named(best[0]) if len(best) else None
 
 
 def likely(region: Region, drawn: Problem, candidates: int) -> Whole:
@@ -287,11 +287,18 @@ def _unseen(region: Region, draws: Draws) -> Iterator[Layers]:
             break
         if not is_seen(region.named(best)):
             yield region.named(best)
-    # What keeps the budgets is the same, and so is its order, but less is gone through that does not: millions, at 24 layers.
-    table = region.finer(draws.last.window).widest(draws.last)
-    for layers in map(region.named, in_turn(table)):
+    for layers in map(region.named, in_turn(_fine(region, draws.last))):
         if not is_seen(layers):
             yield layers
+
+
+def _fine(region: Region, drawn: Problem) -> Table:
+    """The widest table, in finer steps where one with its bound has room: what keeps the budgets is the same, and so is its
+    order, but less is gone through that does not: millions, at 24 layers."""
+    try:
+        return region.finer(drawn.window).table(drawn, bound=True)
+    except HeddleError:
+        return region.widest(drawn)
 
 
 def _regions(
