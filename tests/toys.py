@@ -114,12 +114,14 @@ def small_example(name: str) -> ModelSpec:
     return model.model_copy(update={"layers": kept})
 
 
-def every_layer(names: Iterable[str]) -> ModelSpec:
-    """One model of the layers of these examples, which decode, with factors at both of its ends."""
+def every_layer(names: Iterable[str] | None = None) -> ModelSpec:
+    """One model of the layers of these examples, or of all that decode, with factors at both of its ends."""
     blocks: dict[str, Any] = {}
     layers: list[Any] = []
-    for name in names:
+    for name in EXAMPLES if names is None else names:
         model = small_example(name)
+        if model.kind != "causal_lm":
+            continue
         blocks |= {f"{name}_{key}": _renamed(block.written(), name) for key, block in model.blocks.items()}
         for item in model.layers:
             held = {"block": item} if isinstance(item, str) else item.written()

@@ -41,6 +41,7 @@ def trained(folder: Path, order: Callable[[int], int], count: int = 56) -> Run:
         score = Score("mqar", "accuracy", 0.0, 0.0, 1, worth(layers), 0, 1, 1, 0.0, ())
         params = {"layers.placement.count.full": layers.count("full")}
         told = {"params": params, "scores": {"mqar": score}, "constraints": {}, "round": number // 8}
+        told["hash"] = f"{order(number):016x}"
         trials.append(replace(run.trials[4], number=number, layers=layers, **told))
     return replace(run, trials=tuple(trials), meta={**run.meta, "spec": SPEC})
 
