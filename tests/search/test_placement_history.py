@@ -110,3 +110,13 @@ def test_the_trials_closest_to_the_best_are_those_of_all_trials_gone_through() -
         apart = [sum(a != b for a, b in zip(each.layers, best.layers, strict=True)) for each in seen[:count]]
         kept = sorted(sorted(range(count), key=lambda place: (apart[place], -place))[:50])
         assert grown.closest(50) == [seen[place] for place in kept]
+
+
+def test_specs_of_different_depth_are_remembered_side_by_side() -> None:
+    # As of a spec that leaves its whole list of layers open.
+    history = History()
+    for number in range(130):
+        history.append(Seen(("a", "b", "a", "b")[: 2 + number % 3], {}, float(number == 64)))
+    assert len(history) == 130
+    # The best has three layers; its equals differ in none, and the others in the one that is there or not.
+    assert [one.layers for one in history.closest(43)] == [("a", "b", "a")] * 43

@@ -126,7 +126,7 @@ class History(Sequence[Seen]):
     # Each trial's layers, as numbers that stand for their names, a row a trial; room grows in steps.
     _names: dict[str, int] = field(default_factory=dict)
     _layers: NDArray[np.int16] = field(
-        default_factory=lambda: np.zeros((0, 1), dtype=np.int16), compare=False
+        default_factory=lambda: np.zeros((0, 0), dtype=np.int16), compare=False
     )
     # The first of the best ones.
     _best: int = 0
@@ -153,11 +153,13 @@ class History(Sequence[Seen]):
     def _note(self, one: Seen) -> None:
         """Remember the layers of the next trial, and whether it is the best so far."""
         row = [self._names.setdefault(name, len(self._names)) for name in one.layers]
-        count = len(self.trials)
-        if count == len(self._layers):
-            held, self._layers = self._layers, np.zeros((max(64, 2 * count), len(row)), dtype=np.int16)
-            self._layers[:count] = held
-        self._layers[count] = row
+        count, (room, width) = len(self.trials), self._layers.shape
+        if count == room or len(row) > width:
+            shape = max(64, 2 * count, room), max(width, len(row))
+            held, self._layers = self._layers, np.full(shape, -1, dtype=np.int16)
+            self._layers[:room, :width] = held
+        # Without a placement specs may be of different depth; what is not there is no layer.
+        self._layers[count, : len(row)] = row
         if count and one.quality > self.trials[self._best].quality:
             self._best = count
 
