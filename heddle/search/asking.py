@@ -35,8 +35,7 @@ class Asking:
     values and then layers, which are known without making a spec, and `_layers` with layers alone; `_refused` the trials in which
     layers of the solver with such counts were no model, and `_legal` the first in which layers with these were one; `candidates`
     and `figures` the specs of trials that are under way, and what is known of them without a measurement; `illegal` why a
-    combination is no model;
-    `running` the trials that have not ended.
+    combination is no model; `running` the trials that have not ended.
     """
 
     def __init__(

@@ -18,7 +18,8 @@ class Learnt:
     """The trained and the timed trials of a run, in the order of their numbers. With `rungs` before the last one, those that
     were scored at one rung (`heddle.search.rungs.at_one_rung`). `best` are the values of the best of them.
 
-    A spec teaches once: the same score again, from the ledger, would say that scores have no noise."""
+    A spec teaches once: the same score again, from the ledger, would say that scores have no noise.
+    """
 
     def __init__(self, file: SpecFile, rungs: int = 0) -> None:
         self._file, self._rungs, self._next = file, rungs, 0
