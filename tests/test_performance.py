@@ -36,3 +36,27 @@ def test_a_rival_that_waited_for_its_host_is_told_by_its_fastest_tenth(
     assert rivals.steadied({"impl": impl, "shape": {"T": 4096}, **row})["ms"] == expected
     # An eager step is the host's time.
     assert rivals.steadied({"impl": impl, "shape": {"T": 1}, **row})["ms"] == times[1]
+
+
+def test_a_shape_that_the_last_run_left_out_is_of_the_last_run_that_timed_both(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCH))
+    rivals = importlib.import_module("rivals")
+    short, long = ({"B": 1, "T": T, "H": 16} for T in (4096, 32768))
+    runs = {
+        run: [
+            {"run": run, "commit": "c", "op": "gla", "phase": "fwd", "impl": impl, "shape": shape, "ms": ms}
+            for impl, shape, ms in timed
+        ]
+        for run, timed in {
+            "first": [("heddle", short, 3.0), ("heddle", long, 4.0), ("fla", short, 5.0), ("fla", long, 6.0)],
+            "second": [("heddle", short, 1.0), ("heddle", long, 2.0), ("fla, guard lifted", short, 5.0)],
+        }.items()
+    }
+    monkeypatch.setattr(rivals, "all_runs", lambda: runs)
+    pairs = list(rivals.pairs("gla", "fwd"))
+    told = [(ours["run"], theirs["run"], theirs["earlier"]) for ours, theirs in pairs]
+    assert told == [("second", "second", False), ("first", "first", True)]
+    assert rivals.alone_since("gla", "fwd", pairs[1][0])["ms"] == 2.0
+    assert "at 1 × 32,768 `first` at `c`, ours alone since 2.000 ms in `second` at `c`" in rivals.earlier()[0]
