@@ -72,6 +72,7 @@ WRITTEN: dict[str, dict[str, Any]] = {
     "contmix": {"heads": 2, "head_dim": 64},
     "mla": {"heads": 2, "kv_lora_rank": 64, "qk_nope_head_dim": 64, "v_head_dim": 64},
     "gla": {"heads": 2, "head_dim": 64},
+    "gated_retention": {"kind": "retnet", "heads": 2, "head_dim": 64, "value_dim": 64, "decay": "gate"},
     "kda": {"heads": 2, "head_dim": 64},
     "mamba2": {"heads": 4, "head_dim": 64, "state_dim": 64},
     "hgrn2": {"heads": 2, "head_dim": 64},
