@@ -204,8 +204,8 @@ def test_training_tells_the_share_of_softmax_and_asks_for_a_budget() -> None:
         call = call_at(0, length)
         mixer.train()(x[:, :length], call)
         told = {name: (value.item(), factor) for name, value, factor in call.losses}
-        assert told["router_share"] == (pytest.approx(expected), 0.0)
-        assert told["router_budget"] == (pytest.approx((expected - 0.25) ** 2), 0.5)
+        assert told["nats_l_share"] == (pytest.approx(expected), 0.0)
+        assert told["nats_l_budget"] == (pytest.approx((expected - 0.25) ** 2), 0.5)
 
 
 @pytest.mark.parametrize("linear", [-4.0, 4.0])
@@ -218,9 +218,9 @@ def test_training_on_the_budget_alone_reaches_it(linear: float) -> None:
         mixer(x, call)
         losses = {name: value for name, value, _ in call.losses}
         optimizer.zero_grad()
-        losses["router_budget"].backward()
+        losses["nats_l_budget"].backward()
         optimizer.step()
-    assert losses["router_share"].item() == pytest.approx(0.5, abs=0.1)
+    assert losses["nats_l_share"].item() == pytest.approx(0.5, abs=0.1)
 
 
 def test_it_costs_what_its_parts_do() -> None:
