@@ -91,5 +91,5 @@ def _gather(call: Call, calls: Sequence[Call]) -> None:
     call.members += [torch.stack(sums).sum(0) for sums in zip(*(one.members for one in calls), strict=True)]
     # With `decode_only` documents of one token choose blocks and the others none.
     for what in dict.fromkeys(name for one in calls for name in one.given):
-        values = [one.given.get(what) for one in calls]
+        values: list[Any] = [one.given.get(what) for one in calls]
         call.given[what] = torch.cat(values, dim=TOKENS[what]) if what in TOKENS else values
