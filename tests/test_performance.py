@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,21 @@ def test_a_goal_is_told_of_the_newest_run_that_timed_both_sides(monkeypatch: pyt
     assert told[2:] == ["2.00", "fla", "5.00", "**2.50**", "≥ 2", "something; then", "`new` at `of new`"]
     rows[:] = [row for row in rows if row["run"] == "alone"]
     assert table.cells(line, table.runs_of(line.file))[2:4] == ["not timed", "fla"]
+    assert table.cells(replace(line, told_once_timed=True), table.runs_of(line.file)) is None
+
+
+def test_times_of_parts_are_added_up_unless_a_run_timed_them_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCH))
+    table, goals = (importlib.import_module(name) for name in ("sparse_table", "sparse_goals"))
+    line = goals.Line(
+        "", "", "a file", "an op", "fwd", {"B": 1}, "fla", ours=("heddle", "router"), instead="both"
+    )
+    rows = timed_run("a run", "2026-11-28T03:10:00Z", 2.0, 6.0, "NVIDIA H200")
+    rows.append({**rows[0], "impl": "router", "ms": 1.0})
+    monkeypatch.setattr(table, "rows_of", lambda _: rows)
+    assert table.cells(line, table.runs_of(line.file))[2:6] == ["3.00", "fla", "6.00", "2.00"]
+    rows.append({**rows[0], "impl": "both", "ms": 2.5})
+    assert table.cells(line, table.runs_of(line.file))[2:6] == ["2.50", "fla", "6.00", "2.40"]
 
 
 @pytest.mark.parametrize(

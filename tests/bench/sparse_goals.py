@@ -1,12 +1,14 @@
 """What issue 5 asks of the speed of sparse, routed and token-hybrid attention, line by line: for `sparse_table.py`.
 
 A line names the rows that answer it: file, op, phase, the sizes that a shape must have, ours (the times of several are added) and
-what they stand beside. `limit` says what bounds the ratio and stands whatever the row; what is so of the code of one commit alone
-stands in `noted` under that commit, and goes by itself when a newer run has the line.
+what they stand beside. Where newer runs time the same as one call, `instead` is its name. As long as no run has a line it is told
+as not timed, or left out if it is `told_once_timed`. `limit` says what bounds the ratio and stands whatever the row; what is so of
+the code of one commit alone stands in `noted` under that commit, and goes by itself when a newer run has the line.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -15,6 +17,7 @@ FLOOR = "floor_ms"
 NAMES = {
     FLOOR: "copy of the bytes",
     "cudnn": "dense, cuDNN",
+    "cudnn, graph": "dense, cuDNN, in a graph",
     "dense": "dense",
     "fla": "fla",
     "flex": "FlexAttention",
@@ -36,6 +39,8 @@ class Line:
     shape: Mapping[str, int]
     rival: str
     ours: tuple[str, ...] = ("heddle",)
+    instead: str | None = None
+    told_once_timed: bool = False
     goal: float | None = None
     at_most: bool = False
     limit: str = ""
@@ -44,7 +49,13 @@ class Line:
 
 CACHE = "loads from the L2 cache: each query reads its own blocks"
 PRODUCTS = "products of the tensor cores"
-ROUTER = "the router, some 35 small operations that the host starts one at a time"
+ROUTER, HOST = "the router, some 35 small operations", "which the host starts one at a time"
+# Router and op in one call, as routed_heads.py names them.
+ROUTED = {
+    "in a CUDA graph": "router + op, graph",
+    "compiled": "router, compiled + op",
+    "compiled, in a CUDA graph": "router, compiled + op, graph",
+}
 SEVEN = "the backward pass makes seven products where five would do"
 
 
@@ -143,13 +154,18 @@ def heads() -> list[Line]:
         shape = {"B": batch, "T": length, "H": 16, "N": 16, "K": 128, "active": 8}
         file, op = "evidence-head-sparse-attention", "head_sparse_attention"
         line = Line("", f"{batch} × {length:,}", file, op, "", shape, "cudnn")
-        layer = replace(line, shape={**shape, "hidden": 2048}, ours=("layer, moh",), rival="layer, dense")
         for phase, name in PHASES.items():
-            both = replace(line, phase=phase, ours=("heddle", "router"), goal=1.6, limit=ROUTER)
-            found.append(replace(both, what=f"MoH, 8 of 16 heads, with its router, {name}"))
+            both = replace(line, phase=phase, ours=("heddle", "router"), goal=1.6, limit=f"{ROUTER}, {HOST}")
+            told = f"MoH, 8 of 16 heads, with its router, {name}"
+            found.append(replace(both, what=told, instead="router + op"))
+        for (form, ours), (phase, name) in itertools.product(ROUTED.items(), PHASES.items()):
+            routed = replace(line, phase=phase, ours=(ours,), goal=1.6, limit=ROUTER, told_once_timed=True)
+            dense = "cudnn, graph" if ours.endswith("graph") else "cudnn"
+            found.append(replace(routed, what=f"with its router {form}, {name}", rival=dense))
         for phase, name in PHASES.items():
             limit = "masked tiles of keys" if phase == "fwd" else SEVEN
             found.append(replace(line, what=f"without its router, {name}", phase=phase, limit=limit))
+        layer = replace(line, shape={**shape, "hidden": 2048}, ours=("layer, moh",), rival="layer, dense")
         for phase, name in PHASES.items():
             limit = "projections and rotation of all heads, the router"
             found.append(replace(layer, what=f"the whole layer, {name}", phase=phase, limit=limit))

@@ -37,7 +37,7 @@ def runs_of(file: str) -> list[list[Row]]:
     found: dict[str, list[Row]] = {}
     for row in rows_of(file):
         dtype = str(row.get("dtype", "")).removeprefix("torch.")
-        if row["device"] == DEVICE and "ms" in row and dtype == "bfloat16":
+        if row["device"] == DEVICE and row.get("ms") is not None and dtype == "bfloat16":
             found.setdefault(row.get("run") or row["commit"], []).append(row)
     return sorted(found.values(), key=lambda rows: max(row["time"] for row in rows), reverse=True)
 
@@ -54,8 +54,10 @@ def row_of(rows: list[Row], line: Line, impl: str) -> Row | None:
 def sides_of(rows: list[Row], line: Line) -> tuple[list[Row], float] | None:
     """Our rows and the rival's time in a run that timed all of them."""
     ours = [row for impl in line.ours if (row := row_of(rows, line, impl)) is not None]
-    if len(ours) < len(line.ours):
+    once = None if line.instead is None else row_of(rows, line, line.instead)
+    if once is None and len(ours) < len(line.ours):
         return None
+    ours = ours if once is None else [once]
     if line.rival == FLOOR:
         return (ours, ours[0][FLOOR]) if ours[0].get(FLOOR) else None
     theirs = row_of(rows, line, line.rival)
@@ -78,7 +80,7 @@ def goal_of(line: Line) -> str:
     return "" if line.goal is None else f"{'≤' if line.at_most else '≥'} {line.goal:g}"
 
 
-def cells(line: Line, runs: list[list[Row]]) -> list[str]:
+def cells(line: Line, runs: list[list[Row]]) -> list[str] | None:
     for rows in runs:
         sides = sides_of(rows, line)
         if sides is None:
@@ -91,13 +93,15 @@ def cells(line: Line, runs: list[list[Row]]) -> list[str]:
         run = f"`{first['run']}` at `{first['commit']}`" if first.get("run") else f"`{first['commit']}`"
         times = [milliseconds(ours), NAMES[line.rival], beside, ratio_of(line, ours, theirs)]
         return [line.what, line.size, *times, goal_of(line), limit, run]
+    if line.told_once_timed:
+        return None
     return [line.what, line.size, "not timed", NAMES[line.rival], "", "", goal_of(line), line.limit, ""]
 
 
 def text() -> str:
     """The table."""
     runs: Mapping[str, list[list[Row]]] = {file: runs_of(file) for file in {line.file for line in lines()}}
-    table = [HEAD, *(cells(line, runs[line.file]) for line in lines())]
+    table = [HEAD, *(row for line in lines() if (row := cells(line, runs[line.file])) is not None)]
     told = [f"| {' | '.join(row)} |" for row in table]
     return "\n".join([told[0], "|" + "---|" * len(HEAD), *told[1:]])
 
