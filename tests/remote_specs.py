@@ -19,6 +19,7 @@ from heddle.compose.targets.verdict import verdicts
 from heddle.errors import HeddleError
 from heddle.specs import CHANNELS, MIXERS, ModelSpec, Site
 from heddle.specs.kinds import HeadedMixer
+from heddle.specs.mixers import Ttt
 from heddle.specs.plugins import OPTIONAL
 
 Data = dict[str, Any]
@@ -171,7 +172,20 @@ def plain(some: random.Random, kind: str, *, encodes: bool = False) -> Data:
             "window": None,
             "selection": {"block": 4, "count": 3, "scores": some.choice(["mean", "kernels"])},
         }
-    return data
+    return data | (within_float32(data) if kind == "ttt" else {})
+
+
+def within_float32(data: Data) -> Data:
+    """What a drawn `ttt` takes instead, so that its weights stay within float32 for the tokens of a test.
+
+    Gradients are taken at weights that only `normalise: after` has brought back to their first norm. Otherwise those of an MLP
+    grow with a power of the weights, whose exponent doubles with every chunk, in float64 too; those of a linear memory and the
+    loss `l2` multiply them by a factor a chunk, of which a test of few chunks holds enough. Those of `dot` see no weights there.
+    """
+    held = Ttt.model_validate(data)
+    if held.normalise == "after" or (held.memory, held.loss) == ("linear", "dot"):
+        return {}
+    return {"normalise": "after"} if held.memory == "mlp" else {"chunk": max(held.chunk, 16)}
 
 
 def few(name: str, annotation: Any) -> list[Any]:

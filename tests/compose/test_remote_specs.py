@@ -13,8 +13,9 @@ from typing import Any, cast
 import pytest
 import torch
 from native_versions import install
-from remote_specs import COMPOSED, KINDS, SITE, mixer, ready, spec
+from remote_specs import COMPOSED, HIDDEN, KINDS, SITE, mixer, plain, ready, spec
 from remote_versions import Folders
+from toys import call_at, mixer_of, noise, shaken
 
 from heddle.compose.build import build
 from heddle.compose.hf import parity
@@ -105,6 +106,40 @@ def test_a_verdict_warns_of_padding_where_the_battery_expects_it_to_fail() -> No
 def test_every_composition_of_mixers_can_be_drawn(kind: str) -> None:
     drawn = [MIXERS[kind].model_validate(mixer(random.Random(seed), kind)) for seed in range(5)]
     assert all(not one.problems(SITE) for one in drawn)
+
+
+@torch.no_grad()
+def test_no_memory_that_is_drawn_leaves_float32() -> None:
+    drawn = [plain(random.Random(seed), "ttt") for seed in range(200)]
+    # Inputs of a layer without a norm before it may be as large; the widest range is that of writes after each token.
+    x = 3 * noise(2, 74, HIDDEN, dtype=torch.float32)
+    for fields in drawn:
+        if not MIXERS["ttt"].model_validate(fields).problems(SITE):
+            made = shaken(mixer_of(HIDDEN, **fields)).float()
+            cache = made.new_cache()
+            y = made(x, call_at(0, 74, cache))
+            assert y.isfinite().all(), fields
+            # Squares, which norms sum up, are within float32 as well.
+            assert cache.states["memory"].abs().max() < 1e15, fields
+    ways = {(one.get("normalise", "after"), one.get("memory", "mlp")) for one in drawn}
+    assert {("after", "mlp"), ("after", "linear"), ("before", "linear"), ("none", "linear")} == ways
+
+
+@torch.no_grad()
+def test_a_spec_whose_memory_ran_away_is_drawn_within_float32() -> None:
+    ids = torch.randint(1, 256, (2, 70), generator=torch.Generator().manual_seed(0))
+    assert ready(spec(651956), 651956)(ids).logits.isfinite().all()
+
+
+@pytest.mark.slow
+def test_logits_that_are_no_numbers_are_told(folders: Folders) -> None:
+    key = next(iter(folders.right))
+    nothing = torch.full_like(folders.right[key]["logits"], torch.nan)
+    told = {"keys": [], "bare_agrees": True, "cache_agrees": True}
+    found = {"logits": nothing, "bfloat16": folders.right[key]["exact"]}
+    found |= {"tokens": folders.right[key]["tokens"]} if "tokens" in folders.right[key] else {}
+    figure = folders.figure(key, told, {f"{key}.{name}": one for name, one in found.items()})
+    assert figure.wrong == ("logits nan apart",)
 
 
 @pytest.mark.filterwarnings("ignore")

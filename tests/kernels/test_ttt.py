@@ -152,6 +152,39 @@ def test_padding_of_a_linear_memory_leaves_no_trace_on_any_path(device: str) -> 
         assert (one - other).abs().max() < 20 * EPSILON[torch.float32] * other.abs().max()
 
 
+def largest(shape: dict[str, int], dtype: torch.dtype, loss: str, normalise: str) -> list[float]:
+    """The largest number of the state after each of 14 chunks, at a rate at which a write is as large as the weights."""
+    given = draw(ttt, {**shape, "T": 14 * 4}, torch.float64, initial_state=False).arguments
+    given = {name: x.to(dtype) for name, x in given.items()}
+    given["rates"] = torch.ones_like(given["rates"])
+    ends = range(4, 15 * 4, 4)
+    cut = [
+        {name: x[:, :end] if name in ttt.cases.sequence else x for name, x in given.items()} for end in ends
+    ]
+    states = [ttt(**one, chunk=4, loss=loss, normalise=normalise)[1] for one in cut]
+    return [float(state.abs().max()) if state.isfinite().all() else torch.inf for state in states]
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("normalise", ["before", "none"])
+def test_writes_of_an_mlp_that_no_norm_follows_run_away_in_every_dtype(loss: str, normalise: str) -> None:
+    narrow, wide = (largest(MLP, dtype, loss, normalise) for dtype in (torch.float32, torch.float64))
+    assert wide[-1] == torch.inf
+    # Float32 is right for as long as what stands there is within its range.
+    for one, other in zip(narrow, wide, strict=True):
+        assert one == torch.inf if other > 1e38 else abs(one / other - 1) < 1e-3
+    large = [x for x in wide if 1e6 < x < torch.inf]
+    assert large[-1] > large[-2] ** 1.9
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_writes_that_a_norm_follows_or_that_see_no_weights_stay_small(loss: str) -> None:
+    for shape in (LINEAR, MLP):
+        assert max(largest(shape, torch.float32, loss, "after")) < 30
+    for normalise in NORMALISE:
+        assert max(largest(LINEAR, torch.float32, "dot", normalise)) < 30
+
+
 def test_what_a_chunk_makes_is_not_kept_for_its_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
     whole = _ttt_torch._written
