@@ -47,7 +47,7 @@ def _taylor_attention_bwd_query_kernel(
     q_ptr, k_ptr, v_ptr, w_ptr, d_out_ptr, total_ptr, before_ptr, own_ptr, dq_ptr, r_ptr, g_ptr, table_ptr, cu_seqlens_ptr,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     stride_wb, stride_wt, stride_wh, stride_gb, stride_gt, stride_gh,
-    T, H, segments, per_sequence, size, scale,
+    T, H, per_sequence, size, scale,
     V: tl.constexpr, ROWS_V: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     WEIGHTED: tl.constexpr, VARLEN: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, BEFORE: tl.constexpr,
 ):  # fmt: skip
@@ -115,7 +115,9 @@ def _taylor_attention_bwd_query_kernel(
     # A query that sees nothing has an output of 0, and hands nothing on.
     inverse = tl.where(total == 0.0, 0.0, 1.0 / tl.where(total == 0.0, 1.0, total))
     dq = (read - (both * inverse)[:, None] * weights) * (scale * inverse)[:, None]
-    tl.store(dq_ptr + rows[:, None] * K + dims[None, :], dq.to(dq_ptr.dtype.element_ty), mask=present[:, None])
+    tl.store(
+        dq_ptr + rows[:, None] * K + dims[None, :], dq.to(dq_ptr.dtype.element_ty), mask=present[:, None]
+    )
     tl.store(r_ptr + rows, inverse, mask=present)
     tl.store(g_ptr + rows, -both * inverse * inverse, mask=present)
 
@@ -125,7 +127,7 @@ def _taylor_attention_bwd_key_kernel(
     q_ptr, k_ptr, v_ptr, w_ptr, d_out_ptr, r_ptr, g_ptr, after_ptr, own_ptr, dk_ptr, dv_ptr, table_ptr, cu_seqlens_ptr,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     stride_wb, stride_wt, stride_wh, stride_gb, stride_gt, stride_gh,
-    T, H, segments, per_sequence, size, scale,
+    T, H, per_sequence, size, scale,
     V: tl.constexpr, ROWS_V: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     WEIGHTED: tl.constexpr, VARLEN: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, AFTER: tl.constexpr,
 ):  # fmt: skip
@@ -195,4 +197,8 @@ def _taylor_attention_bwd_key_kernel(
         dv *= w[:, None]
     rows = (b * T + begin + from_) * H + h
     tl.store(dk_ptr + rows[:, None] * K + dims[None, :], dk.to(dk_ptr.dtype.element_ty), mask=there[:, None])
-    tl.store(dv_ptr + rows[:, None] * V + columns[None, :], dv.to(dv_ptr.dtype.element_ty), mask=there[:, None] & in_v)
+    tl.store(
+        dv_ptr + rows[:, None] * V + columns[None, :],
+        dv.to(dv_ptr.dtype.element_ty),
+        mask=there[:, None] & in_v,
+    )

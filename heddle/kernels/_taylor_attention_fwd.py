@@ -8,7 +8,8 @@ softmax attention. What was before is known by the sums over all earlier keys
 
 so that Σ f x = S0 + scale Σ_i q_i S1_i + scale² / 2 Σ_ij q_i q_j S2_ij. Forward r and g are the weight of a token; backward the
 same kernel sums over queries, with r = 1 / d and g = -(do · n) / d², d and n being denominator and numerator. A state is
-FEATURES rows of V numbers, S2 before S1 before S0, and OWN numbers behind them, as many of the column of its own and some of none.
+FEATURES rows of V numbers, S2 before S1 before S0, and OWN numbers behind them, of
+the column of its own and of none.
 
 FLOP for a token and head: 2 (K + V) L / 2 inside of a segment of L tokens, 4 K² V to read a state and to write it.
 """
@@ -27,13 +28,15 @@ OWN = tl.constexpr(288)
 # Rows of S2 that are read or written at a time: four dimensions with each of the sixteen.
 GROUP = tl.constexpr(4)
 PAIRS = tl.constexpr(64)
-LENGTHS = ("T", "segments", "per_sequence", "size")
+LENGTHS = ("T", "per_sequence", "size")
 
 
 @triton.jit
 def load_heads(x_ptr, rows, stride, present, columns, in_columns, WIDE: tl.constexpr):
     """Rows of one head; in float32 with WIDE.  Shapes:  rows, present: [R];  out: [R, C]"""
-    x = tl.load(x_ptr + (rows * stride)[:, None] + columns[None, :], mask=present[:, None] & in_columns, other=0.0)
+    x = tl.load(
+        x_ptr + (rows * stride)[:, None] + columns[None, :], mask=present[:, None] & in_columns, other=0.0
+    )
     return x.to(tl.float32) if WIDE else x
 
 
@@ -64,7 +67,7 @@ def load_turned(x_ptr, rows, stride, present, dims, WIDE: tl.constexpr):
 def _taylor_attention_state_kernel(
     x_ptr, y_ptr, r_ptr, g_ptr, out_ptr, table_ptr, cu_seqlens_ptr,
     stride_xb, stride_xt, stride_xh, stride_yb, stride_yt, stride_yh, stride_rb, stride_rt, stride_rh,
-    T, H, segments, per_sequence, size,
+    T, H, per_sequence, size,
     V: tl.constexpr, COLUMNS: tl.constexpr, C: tl.constexpr,
     WEIGHTED: tl.constexpr, VARLEN: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -158,7 +161,7 @@ def _taylor_attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, w_ptr, before_ptr, own_ptr, out_ptr, total_ptr, table_ptr, cu_seqlens_ptr,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     stride_wb, stride_wt, stride_wh,
-    T, H, segments, per_sequence, size, scale,
+    T, H, per_sequence, size, scale,
     V: tl.constexpr, ROWS_V: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     WEIGHTED: tl.constexpr, VARLEN: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, BEFORE: tl.constexpr,
 ):  # fmt: skip
@@ -210,7 +213,9 @@ def _taylor_attention_fwd_kernel(
             sums = tl.dot(scaled, state.to(q.dtype), sums, input_precision=PRECISION)
             total += tl.sum(two.to(tl.float32) * tl.load(own_ptr + pair)[None, :], axis=1) * half
         state = tl.load(before_ptr + (dims + K * K)[:, None] * V + columns[None, :], mask=in_v, other=0.0)
-        sums = tl.dot((q.to(tl.float32) * scale).to(q.dtype), state.to(q.dtype), sums, input_precision=PRECISION)
+        sums = tl.dot(
+            (q.to(tl.float32) * scale).to(q.dtype), state.to(q.dtype), sums, input_precision=PRECISION
+        )
         total += tl.sum(q.to(tl.float32) * tl.load(own_ptr + dims + K * K)[None, :], axis=1) * scale
         ones = tl.load(before_ptr + (K * K + K) * V + columns, mask=columns < V, other=0.0)
         sums += ones.to(tl.float32)[None, :]
@@ -218,5 +223,9 @@ def _taylor_attention_fwd_kernel(
     # Where nothing is written yet both sums are 0, and so is their ratio.
     out = sums / tl.where(total == 0.0, 1.0, total)[:, None]
     rows = (b * T + begin + at) * H + h
-    tl.store(out_ptr + rows[:, None] * V + columns[None, :], out.to(out_ptr.dtype.element_ty), mask=present[:, None] & in_v)
+    tl.store(
+        out_ptr + rows[:, None] * V + columns[None, :],
+        out.to(out_ptr.dtype.element_ty),
+        mask=present[:, None] & in_v,
+    )
     tl.store(total_ptr + rows, total, mask=present)

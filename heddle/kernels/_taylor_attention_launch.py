@@ -82,7 +82,9 @@ class Call:
         size = triton.cdiv(self.plan.segment, 64) * 64
         self.segments = lay_out(self.T, self.sequences, size, self.packed)
 
-    def states(self, x: Tensor, y: Tensor, factors: tuple[Tensor, Tensor] | None, given: Tensor | None) -> States:
+    def states(
+        self, x: Tensor, y: Tensor, factors: tuple[Tensor, Tensor] | None, given: Tensor | None
+    ) -> States:
         """The sums over x and y; of what comes later where there are `factors` of queries.
 
         Shapes:  x: [B, T, H, SIZE];  y: [B, T, H, V];  factors: two of [B, T, H];  given: [N, H, FEATURES V + OWN]
@@ -164,7 +166,7 @@ class Call:
         return (instead, instead) if table is None or self.packed is None else (table, self.packed)
 
     def _numbers(self) -> tuple[int, ...]:
-        return self.T, self.H, self.segments.count, self.segments.per_sequence, self.segments.size
+        return self.T, self.H, self.segments.per_sequence, self.segments.size
 
     def _constants(self, weighted: bool) -> dict[str, Any]:
         wide = self.q.dtype == torch.float16

@@ -10,7 +10,9 @@ from torch import Tensor
 from heddle.kernels._taylor_attention_launch import FEATURES, launch_backward, launch_forward
 from heddle.kernels.op import register
 
-_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? weight, float scale, Tensor? initial_state, Tensor? cu_seqlens"
+_INPUTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor? weight, float scale, Tensor? initial_state, Tensor? cu_seqlens"
+)
 
 
 def _state_like(v: Tensor, cu_seqlens: Tensor | None) -> Tensor:

@@ -50,9 +50,7 @@ def remembered(
     if one_token and state is not None:
         sums, last = simple_gla_step(q, k, values, still, state, scale=1.0)
     else:
-        sums, last = simple_gla(
-            q, k, values, still, scale=1.0, initial_state=state, cu_seqlens=cu_seqlens
-        )
+        sums, last = simple_gla(q, k, values, still, scale=1.0, initial_state=state, cu_seqlens=cu_seqlens)
     # Where nothing is written yet both sums are 0, and so is their ratio.
     out = sums[..., :-1] / sums[..., -1:].clamp(min=torch.finfo(wide).tiny)
     return out.to(v.dtype), last
@@ -72,7 +70,9 @@ def _places(size: int, most: int, device: torch.device) -> tuple[Tensor, Tensor,
     of_pairs = torch.where(low == high, 2.0**0.5, 1.0).double() * size**0.5 * known
     outward = torch.cat((of_pairs, size**0.25 * there, torch.ones(1, dtype=torch.float64)))
     first, second = torch.triu_indices(size, size)
-    back = torch.cat((torch.tensor([most * most + most]), most * most + torch.arange(size), first * most + second))
+    back = torch.cat(
+        (torch.tensor([most * most + most]), most * most + torch.arange(size), first * most + second)
+    )
     inward = torch.cat(
         (
             torch.ones(1, dtype=torch.float64),

@@ -5,21 +5,23 @@ Predicted cost for a token and head (K = 16, V = 128, bfloat16, segments of 512)
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from heddle.errors import HeddleError
-from heddle.kernels._taylor_attention_torch import feature_count, gathered, remembered, spread
+from heddle.kernels._taylor_attention_torch import feature_count, gathered, remembered, spread, taylor2
 from heddle.kernels.common.autocast import out_of_autocast
 from heddle.kernels.common.linear_op import check_inputs, check_one_token
 from heddle.kernels.op import (
-    FLOATS,
     Inputs,
     Phase,
     Shape,
     Traits,
     Work,
+    check_shapes,
+    check_tensors,
     in_dtype,
     normal,
     op,
@@ -34,6 +36,14 @@ try:
     HAS_KERNELS = True
 except ImportError:
     HAS_KERNELS = False
+
+__all__ = [
+    "feature_count",
+    "taylor2",
+    "taylor_attention",
+    "taylor_attention_reference",
+    "taylor_attention_step",
+]
 
 # Dimensions of a query and of a value, in the kernels.
 MOST_DIMENSIONS, MAX_VALUE_SIZE = 16, 256
@@ -53,7 +63,7 @@ def taylor_attention_reference(
     ends = [0, q.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
     written = torch.ones(q.shape[:2], dtype=torch.float64) if weight is None else weight.double()
     outs, states = [], []
-    for number, (begin, end) in enumerate(zip(ends[:-1], ends[1:], strict=True)):
+    for number, (begin, end) in enumerate(pairwise(ends)):
         rows = slice(None) if cu_seqlens is None else slice(number, number + 1)
         past = None if initial_state is None else initial_state[rows].double()
         sides = [x[:, begin:end] for x in (q, k, v, written)]
@@ -72,7 +82,9 @@ def _one_sequence(
     root = torch.where(first == second, 0.5, 1.0).double().sqrt() * size**-0.5
 
     def products(x: Tensor) -> Tensor:
-        return torch.cat((torch.ones_like(x[..., :1]), x * size**-0.25, root * x[..., first] * x[..., second]), -1)
+        return torch.cat(
+            (torch.ones_like(x[..., :1]), x * size**-0.25, root * x[..., first] * x[..., second]), -1
+        )
 
     y = torch.einsum("bthk,bshk->bhts", q, k) * size**-0.5
     sums = torch.einsum("bhts,bshv->bthv", (1 + y + y**2 / 2).tril(), values)
@@ -97,7 +109,11 @@ def _dispatch(
     q, k = (F.pad(x, (0, SIZE - size)) if size < SIZE else x for x in (q, k))
     past = None if initial_state is None else spread(initial_state, size, SIZE)
     out, last = kernels(q, k, v, weight, size**-0.5, past, cu_seqlens)[:2]
-    return out, gathered(last, size, SIZE)
+    last = gathered(last, size, SIZE)
+    if cu_seqlens is not None and initial_state is not None:
+        # There and back is not the same to the bit.
+        last = torch.where((cu_seqlens.diff() == 0)[:, None, None, None], initial_state, last)
+    return out, last
 
 
 _op = register_composite(
@@ -134,17 +150,11 @@ def _check(
     name = "taylor_attention"
     check_inputs(name, q, k, v, {}, state=None, cu_seqlens=cu_seqlens)
     (B, T, H, K), V = q.shape, v.shape[3]
-    if v.shape[2] != H:
-        raise HeddleError("bad-argument", f"{name}: v has {v.shape[2]} heads, q {H}")
     count = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    expected = {"weight": (weight, (B, T)), "state": (state, (count, H, feature_count(K), V + 1))}
-    for side, (x, shape) in expected.items():
-        if x is not None and (tuple(x.shape) != shape or x.dtype not in FLOATS or x.device != q.device):
-            raise HeddleError(
-                "bad-argument",
-                f"{name}: {side} must be {list(shape)} of floats on {q.device}, "
-                f"not {list(x.shape)} of {x.dtype} on {x.device}",
-            )
+    features = (count, H, feature_count(K), V + 1)
+    check_shapes(name, {"v": (v, (B, T, H, V)), "weight": (weight, (B, T)), "state": (state, features)})
+    floats = {"weight": weight, "state": state}
+    check_tensors(name, {"q": q, "k": k, "v": v}, floats=floats, integers={"cu_seqlens": cu_seqlens})
 
 
 def _draw(shape: Shape, generator: torch.Generator) -> Inputs:
@@ -170,6 +180,7 @@ def _work(shape: Shape, phase: Phase, element: int) -> Work:
     return Work(times * 4 * B * T * H * state, (1 + more) * 2 * B * T * H * (K + V) * element)
 
 
+# Sixteen dimensions are all that the chunks of flash-linear-attention take.
 _SHAPES = tuple({"B": B, "T": T, "H": 16, "K": 16, "V": 128} for B, T in ((8, 4096), (1, 32768)))
 _CASES = Traits(
     inputs=_draw,
@@ -179,8 +190,10 @@ _CASES = Traits(
     differentiable=("q", "k", "v"),
     output_like="v",
     test_shapes=({"B": 2, "H": 2, "K": 16, "V": 24}, {"B": 1, "H": 2, "K": 9, "V": 16}),
-    # Sixteen dimensions are all that the chunks of flash-linear-attention take; it has two functions for them.
-    variants={"based": (_draw, _SHAPES), "based_fused_chunk": (_draw, _SHAPES)},
+    bench_shapes=_SHAPES,
+    decode_shapes=tuple({**_SHAPES[1], "B": B, "T": 1} for B in (1, 64)),
+    # Beside the other function for it that flash-linear-attention has.
+    variants={"taylor_attention_chunks": (_draw, _SHAPES)},
     work=_work,
 )
 
