@@ -152,7 +152,8 @@ def _taylor_attention_carry_kernel(
         unit = segment * H + h
         tl.store(before_ptr + unit * ROWS + place, state.to(before_ptr.dtype.element_ty), mask=place < ROWS)
         tl.store(own_ptr + unit * OWN + place - ROWS, state, mask=(place >= ROWS) & inside)
-        state += tl.load(added_ptr + unit * SIZE + place, mask=inside, other=0.0)
+        # Behind the last number there is nothing.
+        state += tl.load(added_ptr + unit * SIZE + place, mask=place < ROWS + FEATURES, other=0.0)
     tl.store(last_ptr + (n * H + h) * SIZE + place, state, mask=inside)
 
 

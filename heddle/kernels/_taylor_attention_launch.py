@@ -192,7 +192,7 @@ def _flat(state: Tensor | None, V: int) -> Tensor | None:
 
 def _square(flat: Tensor, V: int) -> Tensor:
     """The reverse of `_flat`, for values of V numbers."""
-    rows, own = flat[..., :-OWN].unflatten(-1, (FEATURES, -1)), flat[..., -OWN : FEATURES - OWN]
+    rows, own = flat[..., :-OWN].view(*flat.shape[:2], FEATURES, -1), flat[..., -OWN : FEATURES - OWN]
     return torch.cat((rows[..., :V], own[..., None]), dim=-1)
 
 
@@ -236,7 +236,7 @@ def launch_backward(
     after = None
     if d_final is not None:
         # A pair of dimensions stands twice in a state, and both are one number.
-        pairs = d_final[:, :, : SIZE * SIZE].unflatten(2, (SIZE, SIZE))
+        pairs = d_final[:, :, : SIZE * SIZE].reshape(*d_final.shape[:2], SIZE, SIZE, -1)
         even = (0.5 * (pairs + pairs.transpose(2, 3))).flatten(2, 3)
         after = _flat(torch.cat((even, d_final[:, :, SIZE * SIZE :]), dim=2) / factors, call.V)
     dq, dk, dv, first = call.backward(d_out, after, _flat(initial, call.V), total)

@@ -5,6 +5,7 @@ Predicted cost for a token and head (K = 16, V = 128, bfloat16, segments of 512)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -66,16 +67,14 @@ def taylor_attention_reference(
     for number, (begin, end) in enumerate(pairwise(ends)):
         rows = slice(None) if cu_seqlens is None else slice(number, number + 1)
         past = None if initial_state is None else initial_state[rows].double()
-        sides = [x[:, begin:end] for x in (q, k, v, written)]
-        out, state = _one_sequence(*sides, past)
+        out, state = _one_sequence([x[:, begin:end] for x in (q, k, v)], written[:, begin:end], past)
         outs.append(out)
         states.append(state)
     return torch.cat(outs, dim=1), torch.cat(states)
 
 
-def _one_sequence(
-    q: Tensor, k: Tensor, v: Tensor, written: Tensor, past: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _one_sequence(sides: Sequence[Tensor], written: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor]:
+    q, k, v = sides
     size = q.shape[-1]
     values = torch.cat((v, torch.ones_like(v[..., :1])), dim=-1) * written[:, :, None, None]
     first, second = torch.triu_indices(size, size)
