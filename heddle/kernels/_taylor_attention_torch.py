@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-from heddle.kernels.op import wide_dtype
+from heddle.kernels.op import are_plain, wide_dtype
 from heddle.kernels.simple_gla import simple_gla, simple_gla_step
 
 
@@ -56,8 +56,13 @@ def remembered(
     return out.to(v.dtype), last
 
 
-@functools.cache
-def _places(size: int, most: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _places(state: Tensor, size: int, most: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    # What a tracer makes is of its own kind, and must not be kept.
+    find = _kept_places if are_plain((state,)) else _find_places
+    return find(size, most, state.device)
+
+
+def _find_places(size: int, most: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Where rows of a state of `most` dimensions are in features of `size`, and back, and what they are multiplied with."""
     pair = torch.arange(most * most)
     i, j = pair // most, pair % most
@@ -83,16 +88,19 @@ def _places(size: int, most: int, device: torch.device) -> tuple[Tensor, Tensor,
     return at.to(device), outward.to(device), back.to(device), inward.to(device)
 
 
+_kept_places = functools.cache(_find_places)
+
+
 def spread(state: Tensor, size: int, most: int) -> Tensor:
     """Sums over features of `size` dimensions as sums over products of pairs of `most`, in which each pair stands twice.
 
     Shapes:  state: [N, H, F, *];  out: [N, H, most² + most + 1, *]
     """
-    at, factors, _, _ = _places(size, most, state.device)
+    at, factors, _, _ = _places(state, size, most)
     return state[:, :, at] * factors.to(state.dtype)[:, None]
 
 
 def gathered(state: Tensor, size: int, most: int) -> Tensor:
     """The reverse of `spread`, of sums in which both of a pair are one number."""
-    _, _, at, factors = _places(size, most, state.device)
+    _, _, at, factors = _places(state, size, most)
     return state[:, :, at] * factors.to(state.dtype)[:, None]
