@@ -51,9 +51,13 @@ def remembered(
         sums, last = simple_gla_step(q, k, values, still, state, scale=1.0)
     else:
         sums, last = simple_gla(q, k, values, still, scale=1.0, initial_state=state, cu_seqlens=cu_seqlens)
-    # Where nothing is written yet both sums are 0, and so is their ratio.
-    out = sums[..., :-1] / sums[..., -1:].clamp(min=torch.finfo(wide).tiny)
-    return out.to(v.dtype), last
+    return normed(sums).to(v.dtype), last
+
+
+def normed(sums: Tensor) -> Tensor:
+    """Sums of values over those of weights, which stand last; 0 where nothing is written yet, as both sums are."""
+    weights = sums[..., -1:]
+    return sums[..., :-1] / torch.where(weights == 0, torch.ones_like(weights), weights)
 
 
 def _places(state: Tensor, size: int, most: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
