@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from heddle.kernels._taylor_attention_torch import feature_count, gathered, remembered, spread, taylor2
+from heddle.kernels._taylor_attention_torch import (
+    feature_count,
+    gathered,
+    normed,
+    remembered,
+    spread,
+    taylor2,
+)
 from heddle.kernels.common.autocast import out_of_autocast
 from heddle.kernels.common.linear_op import check_inputs, check_one_token
 from heddle.kernels.op import (
@@ -40,6 +47,7 @@ except ImportError:
 
 __all__ = [
     "feature_count",
+    "normed",
     "taylor2",
     "taylor_attention",
     "taylor_attention_reference",
@@ -91,7 +99,8 @@ def _one_sequence(sides: Sequence[Tensor], written: Tensor, past: Tensor | None)
     if past is not None:
         sums = sums + torch.einsum("bthf,bhfv->bthv", products(q), past)
         state = state + past
-    return sums[..., :-1] / sums[..., -1:].clamp(min=torch.finfo(torch.float64).tiny), state
+    # Where nothing is written yet both sums are 0.
+    return sums[..., :-1] / (sums[..., -1:] + (sums[..., -1:] == 0).double()), state
 
 
 def _dispatch(

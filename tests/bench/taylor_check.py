@@ -25,7 +25,7 @@ from gpu_check import Log
 
 from heddle.kernels import taylor_attention
 from heddle.kernels.accuracy import Measured, compare, draw
-from heddle.kernels.bench import _call, machine, timed, timing_sample
+from heddle.kernels.bench import _call_of, machine, timed, timing_sample
 from heddle.kernels.common.tuning import tuning
 from heddle.kernels.configs.launch import Launch
 
@@ -111,7 +111,7 @@ def times(overrides: Overrides) -> Iterator[dict[str, Any]]:
     """A variant at each shape, forward and in both directions."""
     for shape, phase in itertools.product(SHAPES, ("fwd", "fwdbwd")):
         sample = timing_sample(taylor_attention, shape, HALF, DEVICE)
-        call = _call(taylor_attention, sample, phase)
+        call = _call_of(taylor_attention, taylor_attention, "heddle", sample, phase)
         with tuning(**overrides):
             yield {"phase": phase, "shape": dict(shape), "variant": told(overrides), **timed(call, DEVICE)}
 

@@ -65,7 +65,7 @@ def test_weights_and_states_are_those_of_features() -> None:
 
 @over_settings
 def test_the_mixer_runs_on_it(device: str, dtype: torch.dtype) -> None:
-    mixer = mixer_of({"kind": "linear_attention", "heads": 2, "head_dim": 8, "value_dim": 16}, width=32)
+    mixer = mixer_of(32, "linear_attention", heads=2, head_dim=8, value_dim=16)
     mixer = mixer.to(device, dtype)
     x = torch.randn(1, 20, 32, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     with watch_paths() as seen, torch.no_grad():

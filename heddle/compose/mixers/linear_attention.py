@@ -17,7 +17,7 @@ from heddle.compose.modules.rope import rotary_key, rotate
 from heddle.compose.modules.short_conv import ShortConv
 from heddle.compose.modules.site import Site
 from heddle.kernels.simple_gla import simple_gla, simple_gla_step
-from heddle.kernels.taylor_attention import taylor_attention, taylor_attention_step
+from heddle.kernels.taylor_attention import normed, taylor_attention, taylor_attention_step
 
 
 class LinearAttentionModule(nn.Module):
@@ -84,8 +84,7 @@ class LinearAttentionModule(nn.Module):
         values = torch.cat((values, torch.ones_like(values[..., :1])), dim=-1) * weight[..., None]
         still = torch.zeros_like(values[..., 0])
         sums = remember(simple_gla, simple_gla_step, q, k, values, still, call=call, scale=1.0)
-        # Where nothing is written yet both sums are 0, and so is their ratio.
-        return (sums[..., :-1] / sums[..., -1:].clamp(min=torch.finfo(sums.dtype).tiny)).to(v.dtype)
+        return normed(sums).to(v.dtype)
 
     def new_cache(self) -> StateLayer:
         return RecurrentLayer()
