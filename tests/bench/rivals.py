@@ -57,8 +57,8 @@ RATIOS = {
     "mamba2": (1.5, 1.3),
     "retention": (1.5, 1.3),
     "linear_attention": (1.5, 1.3),
-    "based": (1.5, 1.3),
-    "based_fused_chunk": (1.5, 1.3),
+    "taylor_attention": (1.5, 1.3),
+    "taylor_attention_chunks": (1.5, 1.3),
     "parallax": (1.5, 1.3),
 }
 # Decays of which nothing is asked: what counts are those that checkpoints have.

@@ -28,6 +28,7 @@ OPS = {
     "kda": "kda-cpu-float32 and 65 or kda-cpu-float16 and packed_sequences or one_decay or one_beta and float16",
     "ttt": "ttt-cpu-float32 and 65 or ttt-cpu-float16 and packed_sequences",
     "causal_conv1d": "causal_conv1d-cpu-float32 and 65 or causal_conv1d-cpu-float16 and packed_sequences",
+    "taylor_attention": "taylor_attention-cpu-float32 and 65 or taylor_attention-cpu-float16 and packed_sequences",
 }
 CONTRACTS, REPLAY = "tests/contracts/test_ops.py", "tests/kernels/test_replay.py"
 # Of ops with calls of their own, what files of theirs do not run here.
@@ -110,6 +111,7 @@ def test_interpreted_kernels_keep_the_contract_and_are_repeated(full_counts: boo
         "kda",
         "ttt",
         "causal_conv1d",
+        "taylor_attention",
     ):
         assert re.search(rf"PASSED .*test_ops.py::.*[-\[]{op}-cpu", done), (
             f"no test of {op} in:\n{done[-4000:]}"
