@@ -112,6 +112,14 @@ def results(
     return {"out": out.detach(), **dict(zip(wanted, found, strict=True))}
 
 
+def dense_plainly(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False) -> Tensor:
+    """Dense attention by products of the arguments' type, as one writes it."""
+    k, v = (side.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for side in (k, v))
+    later = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).triu(1)
+    logits = (q @ k.mT).float() * q.shape[-1] ** -0.5
+    return F.softmax(logits.masked_fill(later & is_causal, -torch.inf), dim=-1).to(q.dtype) @ v
+
+
 def gradient(tokens: int) -> Tensor:
     """What is sent back; of halves that are the same in every dtype."""
     generator = torch.Generator().manual_seed(7)

@@ -11,10 +11,20 @@ from typing import Any
 
 import pytest
 import torch
-from chosen_keys import FORMS, Given, N, gradient, grouped, in_time, landmark, over_blocks, results
+from chosen_keys import (
+    FORMS,
+    Given,
+    N,
+    dense_plainly,
+    gradient,
+    grouped,
+    in_time,
+    landmark,
+    over_blocks,
+    results,
+)
 from held import assert_held, assert_near, over_settings
 from torch import Tensor
-from torch.nn import functional as F
 
 from heddle.kernels import force_path
 from heddle.kernels.accuracy import EPSILON
@@ -87,18 +97,6 @@ def test_results_and_gradients_are_those_of_the_reference(
     assert_nothing(found[0], nothing, dtype)
 
 
-def plainly(given: Given, rest: Given) -> dict[str, Tensor]:
-    """Dense attention by products of the arguments' type, as one writes it."""
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool) -> Tensor:
-        k, v = (side.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for side in (k, v))
-        later = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).triu(1)
-        logits = (q @ k.mT).float() * q.shape[-1] ** -0.5
-        return F.softmax(logits.masked_fill(later & is_causal, -torch.inf), dim=-1).to(q.dtype) @ v
-
-    return told(attend, given, rest)
-
-
 @over_settings
 @over_lengths
 @pytest.mark.parametrize("form", IN_TORCH)
@@ -113,5 +111,5 @@ def test_what_has_no_kernels_of_its_own_is_the_reference_too(
     with force_path("torch"):
         found = told(fast, there, rest)
     rounded = {name: x.to(dtype) for name, x in exact.items()}
-    assert_near(exact, found, plainly(there, rest) if form == "dense" else rounded, dtype)
+    assert_near(exact, found, told(dense_plainly, there, rest) if form == "dense" else rounded, dtype)
     assert_nothing(found, nothing, dtype)
