@@ -92,7 +92,7 @@ class Sizes:
         chosen = {"block": self.block, "count": self.count, "sink": 1, "recent": min(4, self.count - 1)}
         window, both = 8 * self.block, {**full, "causal": False, "boundary": "inward"}
         near, taught = {**full, "window": window}, {**chosen, "distillation": 0.1}
-        memory = {"kind": "ttt", "heads": H, "chunk": window // 2, "rate": 0.01, "scale": 0.01}
+        memory = {"kind": "ttt", "heads": H, "chunk": window, "rate": 0.01, "scale": 0.01}
         by_matrix = {**memory, "memory": "linear", "loss": "l2", "rate": 0.05}
         kinds: dict[str, Row] = {
             "attention": full,
