@@ -70,7 +70,8 @@ SCRIPTS = {
     "truth_step": (),
     "packed_check": (),
     "padded_check": (),
-    "peak_memory": ("--only", "head_sparse_attention", "layer, landmark"),
+    "peak_memory": ("--only", "head_sparse_attention", "token_split_attention", "layer, landmark"),
+    "window_check": ("--only", "capped"),
     "example_models": ("--workers", "1", "--kinds", "layer_router", "--rows", "none.jsonl"),
 }
 LONG = {"example_models", "truth_step"}
