@@ -8,6 +8,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from importlib import import_module
 from itertools import product
 from pathlib import Path
@@ -15,10 +16,13 @@ from typing import Any
 
 import pytest
 import torch
-from bench import evidence, truth_told
+from bench import evidence, latency_row, truth_told
+from predicted_search import DECODE, model_of, spec_with
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from heddle.compose.modules.softmax import softmax_attention
+from heddle.search.timing_quality import TimingQuality
+from heddle.specs import loads
 
 BENCH = Path(__file__).parent / "bench"
 
@@ -144,6 +148,18 @@ def test_rows_of_the_truth_set_tell_its_ratio_curve_and_what_it_took() -> None:
     assert curve[4] == "| 2 | 3 | 0.2100 (0.2100 – 0.2100) | 5.0000 (5.0000 – 5.0000) |"
     assert list(truth_told.spent(rows))[-1] == "in all 24 GPU seconds, 0.01 hours"
     assert any("of 4 placements within the 25 % quantile" in line for line in truth_told.hardness(rows))
+
+
+def test_a_row_of_a_latency_model_tells_how_wide_its_timings_were() -> None:
+    model = model_of(loads(spec_with(DECODE)))
+    labels = {name[1]: name[1] for name in model.fits[0].sum.weights}
+    seen = TimingQuality(n=50, median_width=0.012, wide=31, foreign=0, throttled=0, unchecked=50, repeated=0)
+    (fit,) = model.fits
+    row = json.loads(
+        json.dumps(latency_row.of_fit(replace(model, labels=labels), replace(fit, timings=seen)))
+    )
+    assert row["timings"] == asdict(seen)
+    assert len(row["held_out"]["pairs"]) == 4
 
 
 def test_a_training_on_text_tells_of_recall_as_well() -> None:
