@@ -3,9 +3,9 @@
     taskset -c 0 python tests/bench/latency_row.py examples/quickstart.yaml --commit "$(git rev-parse --short=12 HEAD)"
 
 What the user's table (HEDDLE_CACHE) holds is not measured again. `effort` says when a timing stops: at the width `precision` or
-when `seconds` are over; `timings` which width was reached (`heddle.search.timing_quality`). `load` is the least and the greatest load average of a minute
-while stacks were timed, null where all were in the table: of a machine that others use, the figures are worth no more than it
-lets them be.
+when `seconds` are over; `timings` what came of it (`heddle.search.timing_quality`). `load` is the least and the greatest load
+average of a minute while stacks were timed, null where all were in the table: of a machine that others use, the figures are
+worth no more than it lets them be.
 """
 
 from __future__ import annotations
