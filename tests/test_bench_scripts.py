@@ -240,6 +240,21 @@ def test_ways_to_search_are_judged_at_the_tasks_of_the_rows(control: str | None,
     assert (set(gaps.values()) == {None}) == (control == "infeasible")
 
 
+def test_a_regret_has_an_interval_over_draws_of_placements(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCH)
+    judge = import_module("evaluators_judge")
+    names = list(map("".join, product("LF", repeat=6)))
+    score = {name: float(int(name.replace("F", "1").replace("L", "0"), 2)) for name in names}
+    assert judge.regret_interval(score, score, names) == [0.0, 0.0]
+    low, high = judge.regret_interval({name: -one for name, one in score.items()}, score, names)
+    # The worst five: twice the way from the best to the median, less four of 31.5 steps.
+    assert low < judge.regret({name: -one for name, one in score.items()}, score, names) == 59 / 31.5 < high
+    equal = dict.fromkeys(names, 0.0)
+    low, high = judge.regret_interval(equal, score, names)
+    assert 0.0 < low < judge.regret(equal, score, names) < high < 1.0
+    assert judge.regret_interval(score, equal, names) is None
+
+
 def test_evaluators_value_each_placement_of_a_spec(tmp_path: Path) -> None:
     none, spec = str(tmp_path / "none.jsonl"), str(BENCH / "truth_tiny.yaml")
     command = [
