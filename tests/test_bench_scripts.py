@@ -162,6 +162,24 @@ def test_a_row_of_a_latency_model_tells_how_wide_its_timings_were() -> None:
     assert len(row["held_out"]["pairs"]) == 4
 
 
+def test_rows_of_the_truth_set_tell_which_rate_was_best() -> None:
+    # At the second rate all do better, and the order of the first is turned round.
+    rows = {name: truth_row(name) for name in map("".join, product("LF", repeat=3))}
+    for row in rows.values():
+        scores = row["multi_hop_recall"]["scores"]
+        scores["0.009"] = [2.0 - one for one in scores["0.003"]]
+    rate, *_, whole = truth_told.by_rate(rows)
+    assert (
+        "of 8 placements is 0.003 of 0 (mean 0.1600), 0.009 of 8 (mean 1.8400); tau-b between two rates -1.00"
+        in rate
+    )
+    # In the mean over rates all are equal, so the first counts.
+    assert whole.startswith(
+        "multi_hop_recall: at 0.009 alone the best is LLL, and the best of all rates, LLL, 0% off"
+    )
+    assert not list(truth_told.by_rate({name: truth_row(name) for name in ("LF", "FF")}))
+
+
 def test_a_training_on_text_tells_of_recall_as_well() -> None:
     extras = {"repeated_bits_per_byte": [1.5, 1.4, 1.6], "other_bits_per_byte": [2.0, 2.1, 2.2]}
     text = {"scores": {"0.003": [1.9, 1.8, 2.0]}, "extras": {"0.003": extras}, "chance": 8.0}
