@@ -128,7 +128,9 @@ def test_features_that_are_no_numbers_have_no_score(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(probe, "_features", broken)
     task = drawn("common_words", symbols=8, words=4, repeats=1, common_repeats=8)
-    with pytest.raises(HeddleError, match="features that the random-feature probe reads are not finite") as told:
+    with pytest.raises(
+        HeddleError, match="features that the random-feature probe reads are not finite"
+    ) as told:
         random_feature_score(model("{kind: attention, heads: 2}"), task)
     assert told.value.code == "loss-not-finite"
 

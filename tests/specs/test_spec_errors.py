@@ -769,7 +769,9 @@ model:
 
 
 def test_writes_of_an_mlp_that_no_norm_follows_are_a_warning() -> None:
-    assert [str(one) for one in loads(mixed(TTT, "[fast]"), file="a.yaml").warnings if one.code == "runs-away"] == [
+    assert [
+        str(one) for one in loads(mixed(TTT, "[fast]"), file="a.yaml").warnings if one.code == "runs-away"
+    ] == [
         "a.yaml:8:52: blocks.fast.mixer.normalise: writes of an mlp with normalise: before may run away until outputs are no "
         "numbers, in every dtype   [runs-away]\n"
         "    8 |     fast: {mixer: {kind: ttt, heads: 4, normalise: before}, channel: {kind: none}}\n"

@@ -98,7 +98,9 @@ def _rows(network: HeddleForCausalLM, inputs: Tensor, targets: Tensor, mixed: _M
     )
     # The likeliest answer of what is no number would be the first.
     if not bool(features.isfinite().all()):
-        raise HeddleError("loss-not-finite", "the features that the random-feature probe reads are not finite")
+        raise HeddleError(
+            "loss-not-finite", "the features that the random-feature probe reads are not finite"
+        )
     asked = (targets >= 0).cpu()
     ones = torch.ones(len(features), 1, dtype=features.dtype)
     answers, sequence = targets.cpu()[asked], asked.nonzero()[:, 0]
