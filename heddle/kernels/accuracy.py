@@ -151,9 +151,7 @@ def worst_error(found: Tensor, exact: Tensor, *, timed: bool) -> tuple[float, st
     if not bool(torch.isfinite(found).all()):
         return float("inf"), f"not finite at {_first(~torch.isfinite(found))}"
     if not bool(torch.isfinite(exact).all()):
-        return float(
-            "inf"
-        ), f"nothing to compare with: the exact value is not finite at {_first(~torch.isfinite(exact))}"
+        return float("inf"), f"what it is held to is not finite at {_first(~torch.isfinite(exact))}"
     difference, floor = (found - exact).abs(), exact.square().mean().sqrt()
     errors = torch.stack([
         part.norm() / (whole.square().mean().sqrt().maximum(floor) * whole.numel() ** 0.5).clamp_min(1e-300)
