@@ -39,6 +39,7 @@ CODES: dict[str, int] = {
     # A warning: it ends no command.
     "unused-block": 0,
     "reach-too-short": 0,
+    "runs-away": 0,
     "bad-placement": BAD_INPUT,
     "bad-space": BAD_INPUT,
     "version-not-supported": BAD_INPUT,

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers as hf
 from native_rounding import RESULTS, class_of, in_float64, largest
@@ -338,8 +339,8 @@ class Compared:
 
     @property
     def least(self) -> float:
-        """By what it is judged: where float32 rounds weights that all count by more than 1e-5, float64 tells."""
-        return min(self.float32, self.float64)
+        """By what it is judged: where float32 rounds weights that all count by more than 1e-5, float64 tells. NaN if one is."""
+        return float(np.min([self.float32, self.float64]))
 
     @property
     def holds(self) -> bool:
@@ -380,8 +381,8 @@ def main(options: Any) -> None:
                 dtype, size = (torch.bfloat16, "20KB") if seed % 2 else (torch.float32, "5GB")
                 found.append(imported(name, seed, Path(scratch), dtype=dtype, max_shard_size=size))
         names = ("begun", "float32", "float64", "least", "bfloat16")
-        worst = {one: max(getattr(held, one) for held in found) for one in names}
-        over = sum(one.float32 > TOLERANCE for one in found)
+        worst = {one: float(np.max([getattr(held, one) for held in found])) for one in names}
+        over = sum(not one.float32 <= TOLERANCE for one in found)
         by_target[name] = {
             "configurations": len(found),
             **worst,

@@ -26,7 +26,7 @@ from typing import Any
 import remote_spec_checks
 import torch
 from native_specs import IDS
-from native_versions import RESULTS, TOKENS, install, path_of
+from native_versions import RESULTS, TOKENS, greatest, install, path_of
 from remote_specs import ready, spec
 from safetensors.torch import load_file, save_file
 
@@ -138,9 +138,9 @@ def row_of(version: str, figures: Sequence[Figure]) -> dict[str, Any]:
         "transformers": version,
         "remote_specs": len(figures),
         "wrong": [asdict(one) for one in figures if one.wrong],
-        "worst_logit_apart": max(one.apart for one in figures),
+        "worst_logit_apart": greatest(one.apart for one in figures),
         "median_bfloat16": median(one.bfloat16 for one in figures),
-        "worst_bfloat16": max(one.bfloat16 for one in figures),
+        "worst_bfloat16": greatest(one.bfloat16 for one in figures),
     }
 
 

@@ -223,7 +223,8 @@ def _grid_window_attention_fwd_kernel(
         sums = tl.dot(p.to(v.dtype), v, sums * faded[:, None], input_precision=PRECISION)
         most = higher
 
-    some = present & (total > 0.0)
+    # NaN as well, which is handed on.
+    some = present & (total != 0.0)
     out = tl.where(some[:, None], sums / tl.where(some, total, 1.0)[:, None], 0.0)
     lse = tl.where(some, most + tl.log2(tl.where(some, total, 1.0)), float("inf"))
     tl.store(lse_ptr + unit * T + token, lse, mask=on_grid)

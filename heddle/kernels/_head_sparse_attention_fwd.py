@@ -193,9 +193,9 @@ def _head_sparse_attention_fwd_kernel(
         room = (split * programs + program) * ROWS + tl.arange(0, ROWS)
         tl.store(most_ptr + room, most)
         tl.store(most_ptr + splits * programs * ROWS + room, total)
-        # Of heads that are not chosen nothing is merged.
+        # Of heads that are not chosen nothing is merged; of NaN all.
         tl.store(
-            sums_ptr + (room * V)[:, None] + columns_v[None, :], sums, mask=(total > 0.0)[:, None] & in_v
+            sums_ptr + (room * V)[:, None] + columns_v[None, :], sums, mask=(total != 0.0)[:, None] & in_v
         )
     else:
         at_lse = (b * H + first_head + head) * T + token
@@ -240,7 +240,7 @@ def _head_sparse_attention_fwd_merge_kernel(
         room = (split * programs + program) * ROWS + tl.arange(0, ROWS)
         its_most = tl.load(most_ptr + room)
         its_total = tl.load(most_ptr + splits * programs * ROWS + room)
-        here = (its_total > 0.0)[:, None] & in_v
+        here = (its_total != 0.0)[:, None] & in_v
         its_sums = tl.load(sums_ptr + (room * V)[:, None] + columns[None, :], mask=here, other=0.0)
         higher = tl.maximum(most, its_most)
         base = tl.where(higher == float("-inf"), 0.0, higher)

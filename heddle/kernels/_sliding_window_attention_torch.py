@@ -34,6 +34,8 @@ def attend(
     key = torch.arange(width, device=device) + query[:, :1] - reach
     distance, is_real = query - key, F.pad(real, (left, tail)).unfold(1, width, QUERIES)[:, :, None]
     seen = (distance >= 0) & (distance <= reach) & (key >= sinks) & (is_real | (distance == 0))
+    # A query that is only there to fill its block would see nothing, and its gradients be no numbers.
+    seen = seen | (query >= S)
     grouped = F.pad(q.to(wide), (0, 0, 0, tail)).unflatten(1, (k.shape[1], -1))  # type: ignore[no-untyped-call]
     grouped = grouped.unflatten(3, (blocks, QUERIES))  # [B, N, G, blocks, QUERIES, d]
     logits = grouped @ near_k[:, :, None]
@@ -43,8 +45,7 @@ def attend(
         seen = (key <= query) & (real[:, None, None, :sinks] | (key == query))
         to_sinks = grouped @ k[:, :, None, None, :sinks].to(wide).mT
         logits = torch.cat((to_sinks.masked_fill(~seen[:, None, None], -torch.inf), logits), dim=-1)
-    # A query that is only there to fill its block may see nothing at all.
-    p = torch.softmax(logits * scale, dim=-1).nan_to_num(0.0).to(q.dtype).to(wide)
+    p = torch.softmax(logits * scale, dim=-1).to(q.dtype).to(wide)
     o = p[..., sinks:] @ near_v[:, :, None].mT
     if sinks:
         o = o + p[..., :sinks] @ v[:, :, None, None, :sinks].to(wide)

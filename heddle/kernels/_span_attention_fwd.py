@@ -96,7 +96,8 @@ def _span_attention_fwd_kernel(
         sums = tl.dot(p.to(v.dtype), v, sums * faded[:, None], input_precision=PRECISION)
         most = higher
 
-    some = total > 0.0
+    # NaN as well, which is handed on.
+    some = total != 0.0
     own_ptr += b * stride_wb + h * stride_wh
     own = load_rows(own_ptr, token, stride_wt, present & (total == 0.0), columns_v, in_v)
     out = tl.where(some[:, None], sums / tl.where(some, total, 1.0)[:, None], own.to(tl.float32))

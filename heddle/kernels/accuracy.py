@@ -51,7 +51,8 @@ class Measured:
 
     @property
     def ok(self) -> bool:
-        return self.error <= self.bound
+        # A baseline that is not finite allows nothing.
+        return self.error <= self.bound < float("inf")
 
     def __str__(self) -> str:
         verdict = "ok" if self.ok else f"too far, {self.worst}"
@@ -149,6 +150,8 @@ def worst_error(found: Tensor, exact: Tensor, *, timed: bool) -> tuple[float, st
         return float("inf"), f"shape {list(found.shape)} instead of {list(exact.shape)}"
     if not bool(torch.isfinite(found).all()):
         return float("inf"), f"not finite at {_first(~torch.isfinite(found))}"
+    if not bool(torch.isfinite(exact).all()):
+        return float("inf"), f"what it is held to is not finite at {_first(~torch.isfinite(exact))}"
     difference, floor = (found - exact).abs(), exact.square().mean().sqrt()
     errors = torch.stack([
         part.norm() / (whole.square().mean().sqrt().maximum(floor) * whole.numel() ** 0.5).clamp_min(1e-300)

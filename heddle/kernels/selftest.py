@@ -68,6 +68,7 @@ def _compare_step(
 
 
 def _worst(name: str, dtype: torch.dtype, measured: list[Measured]) -> SelfTest:
-    worst = max(measured, key=lambda one: one.error / one.bound)
+    # Of what is too far one that is: of infinities the share may be NaN.
+    worst = max(measured, key=lambda one: (not one.ok, one.error / one.bound))
     told = str(dtype).removeprefix("torch.")
     return SelfTest(name, worst.path, told, worst.error, worst.baseline, all(one.ok for one in measured))

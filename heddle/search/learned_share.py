@@ -38,7 +38,8 @@ def learned_shares(model: nn.Module) -> Iterator[Shares]:
     routers = dict(model.named_modules())
     for name, both in sums.items():
         whole = float(both.sum())
-        if whole > 0:
+        # NaN is told, and no figure at all.
+        if whole != 0:
             found.append((_layer(name), float(both[getattr(routers[name], "asked", 0)]) / whole))
     found.sort()
 

@@ -14,7 +14,7 @@ from heddle.specs.check_rungs import rung_findings
 from heddle.specs.check_sampler import sampler_findings
 from heddle.specs.check_tasks import task_findings
 from heddle.specs.check_training import training_findings
-from heddle.specs.checks import reach_problems, search_findings, vocabulary_findings
+from heddle.specs.checks import reach_problems, risk_problems, search_findings, vocabulary_findings
 from heddle.specs.explain import Finding, check_fields, shown, without_echoes
 from heddle.specs.migrate import migrated
 from heddle.specs.model import ModelSpec
@@ -23,7 +23,7 @@ from heddle.specs.open_values import MODEL, OpenValues, find_open_values
 from heddle.specs.pattern import expand_layers
 from heddle.specs.placement import find_placement
 from heddle.specs.places import Places
-from heddle.specs.reader import HOLE, MAX_ERRORS, Document, Path_
+from heddle.specs.reader import HOLE, MAX_ERRORS, Document, Path_, steps_of
 from heddle.specs.recipe import DataSpec, TrainSpec
 from heddle.specs.search import SearchSpec
 from heddle.specs.short_forms import full_search
@@ -178,9 +178,13 @@ def _warnings(found: OpenValues, spec: Spec, places: Places) -> Iterator[HeddleE
             used.update(str(choice) for choice in parameter.choices)
     for path, what, hint in reach_problems(spec):
         yield HeddleError("reach-too-short", what, where=places.where(path), hint=hint)
-    for name in spec.model.blocks:
+    for name, block in spec.model.blocks.items():
         if name not in used:
             where = places.where((*MODEL, "blocks", name), key=True)
             yield HeddleError(
                 "unused-block", f"no layer uses the block {name!r}", where=where, hint="remove it, or use it"
             )
+            continue
+        for one in risk_problems(block.mixer):
+            where = places.where((*MODEL, "blocks", name, "mixer", *steps_of(one.field)))
+            yield HeddleError(one.code, one.what, where=where, hint=one.hint)

@@ -196,6 +196,13 @@ def reach_problems(spec: Spec) -> Iterator[tuple[Path_, str, str]]:
             yield ("search", "tasks", index), what, "a wider window, one layer without, or more layers"
 
 
+def risk_problems(mixer: MixerSpec, path: str = "") -> Iterator[Problem]:
+    """What may go wrong of a mixer and of those that it is made of, by path inside it."""
+    yield from (replace(one, field=f"{path}{one.field}") for one in mixer.risks())
+    for name, part in mixer.parts().items():
+        yield from risk_problems(part, f"{path}{name}.")
+
+
 def items_of(search: Any, key: str) -> Iterator[tuple[Path_, Mapping[str, Any]]]:
     """The mappings in a list of `search`, each with its path below it."""
     items = search.get(key) if isinstance(search, Mapping) else None

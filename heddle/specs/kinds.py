@@ -116,6 +116,10 @@ class MixerSpec(Schema):
         """What cannot be built at `site`."""
         raise NotImplementedError
 
+    def risks(self) -> list[Problem]:
+        """What can be built and may go wrong, of its own fields alone: what a check warns of."""
+        return []
+
     def runtime(self, site: Site) -> dict[str, Any]:
         """Plain data for the torch module: every field, resolved."""
         return self.resolved(site).plain()

@@ -125,7 +125,10 @@ def right_or_wrong(log: Log, rows: Rows, late: Callable[[], bool], first: str) -
                     ]
                     for side in (packed, alone)
                 )
-                worst = max(one - 2 * bound for one, bound in zip(errors, bounds, strict=True))
+                # One that is NaN is the worst.
+                worst = float(
+                    torch.tensor([one - 2 * bound for one, bound in zip(errors, bounds, strict=True)]).max()
+                )
                 is_wrong = not worst <= EPSILON[dtype]
                 line = f"{name} in {dtype}: logits {errors[0]:.1e} (alone {bounds[0]:.1e}), worst over twice alone {worst:.1e}"
             except Exception as error:

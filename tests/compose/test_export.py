@@ -6,6 +6,7 @@ import ast
 import copy
 import errno
 import json
+import math
 import random
 import shutil
 import sys
@@ -28,7 +29,8 @@ from transformers.dynamic_module_utils import get_imports, get_relative_imports
 
 from heddle.compose.build import build
 from heddle.compose.hf import export as export_file
-from heddle.compose.hf import shards
+from heddle.compose.hf import reload, shards
+from heddle.compose.hf import verify as verify_file
 from heddle.compose.hf.card import Card
 from heddle.compose.hf.config import HeddleConfig
 from heddle.compose.hf.export import ExportResult, export, is_export, write_remote
@@ -271,6 +273,33 @@ def test_a_changed_weight_is_noticed(hybrid: Any, tmp_path: Path) -> None:
     with pytest.raises(HeddleError, match="differ by") as error:
         verify(model, folder, battery="none")
     assert error.value.code == "export-mismatch"
+
+
+@pytest.mark.parametrize("name", ["ids_1", "ids_33", "ids_130"])
+def test_logits_that_are_no_numbers_in_one_of_several_inputs_are_noticed(
+    hybrid: Any, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def with_nan(*given: Any) -> dict[str, torch.Tensor]:
+        found = logits_of(*given)
+        found[name][-1, -1, -1] = torch.nan
+        return found
+
+    monkeypatch.setattr(verify_file, "logits_of", with_nan)
+    model, result = hybrid
+    with pytest.raises(HeddleError, match="differ by nan") as error:
+        verify(model, result.path, battery="none")
+    assert error.value.code == "export-mismatch"
+
+
+@pytest.mark.parametrize("apart", [verify_file.apart, reload.apart])
+def test_the_largest_difference_is_nan_wherever_one_is(apart: Any) -> None:
+    expected = {name: torch.zeros(2, 3, 4) for name in ("a", "b", "c")}
+    found = {name: torch.full((2, 3, 4), value) for name, value in zip("abc", (0.1, 0.5, 0.2), strict=True)}
+    assert apart(found, expected) == pytest.approx(0.5)
+    for name in found:
+        broken = {**found, name: torch.full((2, 3, 4), torch.nan)}
+        assert math.isnan(apart(broken, expected))
+        assert math.isnan(apart(expected, broken))
 
 
 def test_a_missing_file_is_noticed(hybrid: Any, tmp_path: Path) -> None:

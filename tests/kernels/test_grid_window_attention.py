@@ -137,6 +137,16 @@ def test_heads_of_every_size_are_right(size: int, device: str, dtype: torch.dtyp
     held_to_reference(drawn(93, size, size, heads, **VIDEO, **INWARD), dtype, device)
 
 
+# The interpreter's maximum says so.
+@pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")
+def test_what_is_no_number_gives_none() -> None:
+    given = {name: x.float() if isinstance(x, Tensor) else x for name, x in FORMS["image"]().items()}
+    given["q"][0, 1, 30] = torch.nan
+    out = grid_window_attention(**given)
+    assert out[0, 1, 30].isnan().all()
+    assert int(out.isnan().any(dim=-1).sum()) == 1
+
+
 @over_settings
 @pytest.mark.parametrize(("queries", "keys"), [(16, 64), (64, 16), (32, 128)])
 def test_boxes_of_any_size_give_the_same(queries: int, keys: int, device: str, dtype: torch.dtype) -> None:

@@ -133,6 +133,20 @@ def test_launches_may_differ_from_kernel_to_kernel(device: str, dtype: torch.dty
     assert_right(drawn(T=150, S=160, active=1), dtype, device, **launches)
 
 
+# The interpreter's maximum says so.
+@pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")
+@pytest.mark.parametrize("side", ["q", "k"])
+@pytest.mark.parametrize("splits", [1, 3])
+def test_what_is_no_number_gives_none(splits: int, side: str) -> None:
+    given = drawn(T=1, S=150)
+    given = {name: x.float() for name, x in given.items()}
+    chosen = int(given["weights"][0, 0].argmax())
+    given[side][0, chosen if side == "q" else chosen // 2, 0] = torch.nan
+    with tuning(splits=splits):
+        out = head_sparse_attention(**given)
+    assert out[0, chosen].isnan().all()
+
+
 @over_settings
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("queries", [1, 20])

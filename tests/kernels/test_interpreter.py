@@ -61,16 +61,16 @@ OTHERS = {
     "test_gated_delta_layer": "odd and float32 or plain and float16 or tiles or window_moves or mixer and float32",
     # Ragged heads in half precision, packed sequences by descriptors in two loops, keys of a step in three parts, lists, a mixer.
     "test_head_sparse_attention": "reference and ragged and float16 or two_loops and packed-1-1 and float32 "
-    "or split and 1-3-cpu and float32 or list or mixer and 20-learned and float32",
+    "or split and 1-3-cpu and float32 or list or mixer and 20-learned and float32 or no_number",
     # Ragged heads and few keys in half precision, a step and keys of before, a window, tiles, later tokens; a mixer.
     "test_span_attention": "reference and ((ragged or few) and float16 or (step or past or window) and float32) "
-    "or tiles and 16-64 and float32 or no_bit and float32 or mixer",
+    "or tiles and 16-64 and float32 or no_bit and float32 or mixer or no_number",
     # Ragged groups and few keys in half precision, videos, clipped behind padding as well, boxes of unequal size, a mixer.
     "test_grid_window_attention": "reference and ((ragged or few) and float16 or video and float32) "
-    "or boxes and 16-64 and float32 or mixer",
+    "or boxes and 16-64 and float32 or mixer or no_number",
     # Sinks in half precision, packed sequences by descriptors, keys of a step in three parts, a mixer.
     "test_sliding_window_attention": "reference and many and float16 or descriptors and packed-1-cpu and float32 "
-    "or split and 3-cpu and float32 or mixer",
+    "or split and 3-cpu and float32 or mixer or no_number",
     # A chunk that goes on in half precision, packed sequences.
     "test_rat_scan": "reference and (goes and float16 or packed and float32)",
     # Of chosen blocks, which each query has its own of.

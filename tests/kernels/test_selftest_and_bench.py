@@ -14,7 +14,7 @@ from bench import cold_start
 from torch import Tensor
 
 from heddle.kernels import OPS, bench, causal_conv1d, decay_attention, decay_attention_step, simple_gla, ttt
-from heddle.kernels.accuracy import draw
+from heddle.kernels.accuracy import EPSILON, Measured, draw, worst_error
 from heddle.kernels.bench import TIMED, bench_ops, table, timed_as, timing_sample
 from heddle.kernels.local_linear_attention import local_linear_attention, local_linear_attention_reference
 from heddle.kernels.selftest import check_op, self_test
@@ -41,6 +41,21 @@ def test_the_self_test_finds_a_wrong_op() -> None:
 
     (found,) = check_op(replace(causal_conv1d, fast=off), torch.device("cpu"), torch.float32)
     assert not found.ok
+
+
+def test_the_self_test_finds_what_is_no_number_also_where_all_paths_agree() -> None:
+    def broken(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        out, state = causal_conv1d(*args, **kwargs)
+        return out, state * torch.nan
+
+    (found,) = check_op(replace(causal_conv1d, fast=broken), torch.device("cpu"), torch.float32)
+    assert not found.ok
+    assert found.error == torch.inf
+    # What is compared with may be at fault as well.
+    assert not Measured("out", "triton", torch.inf, torch.inf, torch.inf, "").ok
+    numbers, nothing = torch.zeros(1, 3, 1, 2), torch.full((1, 3, 1, 2), torch.nan)
+    for one, other in ((nothing, numbers), (numbers, nothing), (nothing, nothing)):
+        assert worst_error(one, other, timed=True)[0] == torch.inf
 
 
 def wrong_in(result: int) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
@@ -125,7 +140,7 @@ def test_a_rival_that_knows_no_groups_is_given_copies_of_keys(monkeypatch: pytes
     )
     apart = bench._apart(simple_gla, "fwd", simple_gla, sample.arguments)
     assert seen == [((1, 9, 4, 8), (1, 9, 4, 8), (1, 9, 4), {"output_final_state": True})]
-    assert max(apart.values()) < 1e-6
+    assert all(one < 1e-6 for one in apart.values())
     assert set(apart) == {"out", "final_state"}
     assert bench._label("fla", "simple_gla", "fwd", sample.arguments) == "fla, keys copied"
 

@@ -118,6 +118,19 @@ def test_a_decode_step_is_right_however_its_keys_are_split(
     assert_right(given, dtype, device, splits=splits)
 
 
+# The interpreter's maximum says so.
+@pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")
+@pytest.mark.parametrize("side", ["q", "k"])
+def test_what_is_no_number_gives_none(side: str) -> None:
+    given = drawn(T=70, S=80, window=9, sinks=2, G=1)
+    given[side][0, 1, -20] = torch.nan
+    out = sliding_window_attention(**given)
+    # The query there, or those that have the key in view.
+    seen = range(-20, -19 if side == "q" else -11)
+    assert out[0, 1].isnan().any(dim=-1).nonzero().flatten().tolist() == [place + 70 for place in seen]
+    assert not out[0, 0].isnan().any()
+
+
 def test_steps_give_what_the_whole_gives() -> None:
     given = padded(drawn(B=2, T=30, S=30, window=7, sinks=2))
     whole = sliding_window_attention(**given)

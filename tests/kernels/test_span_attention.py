@@ -106,6 +106,16 @@ def in_time(x: Tensor) -> Tensor:
     return x.transpose(1, 2) if x.dim() == 4 else x
 
 
+# The interpreter's maximum says so.
+@pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")
+def test_what_is_no_number_gives_none() -> None:
+    given = {name: x.float() if name in WANTED else x for name, x in windowed().items()}
+    given["q"][0, 1, 30] = torch.nan
+    out = span_attention(**given)
+    assert out[0, 1, 30].isnan().all()
+    assert int(out.isnan().any(dim=-1).sum()) == 1
+
+
 @over_settings
 @pytest.mark.parametrize("form", FORMS)
 def test_results_and_gradients_are_those_of_the_reference(form: str, device: str, dtype: torch.dtype) -> None:

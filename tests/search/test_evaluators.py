@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -109,6 +110,29 @@ def test_random_features_count_words_without_training_and_the_same_each_time() -
     first, second = (random_feature_score(model("{kind: attention, heads: 2}"), task) for _ in range(2))
     assert first == second
     assert task.normalised(first) > 0.9
+
+
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize("call", [0, 1, 2])
+def test_features_that_are_no_numbers_have_no_score(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
+    """In what is fitted, in what the penalty is chosen on, and in what is judged."""
+    calls: list[int] = []
+    features = probe._features
+
+    def broken(*given: Any) -> torch.Tensor:
+        found = features(*given)
+        if len(calls) == call:
+            found[-1, -1] = torch.nan
+        calls.append(len(found))
+        return found
+
+    monkeypatch.setattr(probe, "_features", broken)
+    task = drawn("common_words", symbols=8, words=4, repeats=1, common_repeats=8)
+    with pytest.raises(
+        HeddleError, match="features that the random-feature probe reads are not finite"
+    ) as told:
+        random_feature_score(model("{kind: attention, heads: 2}"), task)
+    assert told.value.code == "loss-not-finite"
 
 
 def test_the_readout_is_the_ridge_regression_of_the_answers() -> None:

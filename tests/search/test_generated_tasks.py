@@ -325,6 +325,13 @@ def test_regression_lines_lie_where_they_were_found(line: str) -> None:
     assert float(errors.mean()) == pytest.approx(LINES[line], abs=4 * spread)
 
 
+def test_a_rate_at_which_a_line_diverges_is_not_the_best() -> None:
+    def predict(*, rate: float) -> torch.Tensor:
+        return torch.full((3,), torch.nan if rate < 0.08 or rate > 1.5 else rate)
+
+    assert lines.best_rate(predict, torch.full((3,), 0.4)) == pytest.approx(0.4)
+
+
 def test_regression_scores_the_lines_in_their_order() -> None:
     task = InContextRegression(InContextRegressionTask(), vocab_size=256)
     found = {name: task.normalised(Score(value, 0.0, 1)) for name, value in task.line_scores.items()}

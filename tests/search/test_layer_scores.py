@@ -111,6 +111,15 @@ def chosen(row: Tensor, query: int) -> tuple[set[int], float]:
     return forced | set(free[: max(0, BLOCKS.top - len(forced))]), needed / count
 
 
+def test_attention_that_is_no_number_has_no_profile() -> None:
+    model = built("full, full")
+    with torch.no_grad():
+        next(iter(model.model.layers[1].mixer.parameters())).fill_(torch.nan)
+    with pytest.raises(HeddleError, match="the attention of layer 1 is not finite") as told:
+        layer_profile(model, INPUTS, QUERIES, BLOCKS)
+    assert told.value.code == "loss-not-finite"
+
+
 @torch.no_grad()
 def test_the_profile_is_what_loops_over_dense_rows_find() -> None:
     model = built("full, linear, full, full")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict
 
 import pytest
@@ -53,6 +54,16 @@ def test_each_router_of_each_layer_tells_its_own_share() -> None:
     # The prompt's router begins at the first mixer, and what can be asked of it is the share of the second.
     assert found[4] == 0.0
     assert found[0] != found[3]
+
+
+def test_a_share_that_is_no_number_is_told() -> None:
+    model = build_causal_lm(loads(SPEC).spec.model, seed=0).eval()
+    for name, router in model.named_modules():
+        if name.endswith("layers.3.mixer"):
+            router.routes_out.register_forward_hook(lambda _, __, routes: routes * torch.nan)
+    with learned_shares(model) as shares, torch.inference_mode():
+        model(torch.randint(256, (2, 16)))
+    assert math.isnan(dict(shares)[3])
 
 
 def test_nothing_is_watched_afterwards() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -78,6 +79,14 @@ def test_a_fit_is_trusted_where_every_sentinel_is_within_its_margin(
     found = verdict(site(), off_by(*shares))
     assert found.errors == pytest.approx(shares)
     assert found.is_trusted is trusted
+
+
+@pytest.mark.parametrize("shares", [(math.nan, 0.01), (0.01, math.nan, -0.02)])
+def test_an_error_that_is_no_number_is_the_worst_and_trusts_nothing(shares: tuple[float, ...]) -> None:
+    for is_ratio in (True, False):
+        found = verdict(site(is_ratio=is_ratio), off_by(*shares))
+        assert math.isnan(found.worst)
+        assert not found.is_trusted
 
 
 def test_a_slower_machine_is_seen_where_milliseconds_are_limited_and_not_in_a_ratio() -> None:

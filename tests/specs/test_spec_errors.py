@@ -750,6 +750,57 @@ def test_an_unused_block_is_a_warning() -> None:
     assert loads(kept + budget).warnings == ()
 
 
+TTT = "{kind: ttt, heads: 4, normalise: before}"
+NEAR = "{kind: attention, heads: 4, window: 8}"
+
+
+def mixed(mixer: str, layers: str = "[full]") -> str:
+    return f"""\
+version: 1
+name: mixed
+model:
+  vocab_size: 256
+  hidden_size: 32
+  blocks:
+    full: {{mixer: {NEAR}, channel: {{kind: none}}}}
+    fast: {{mixer: {mixer}, channel: {{kind: none}}}}
+  layers: {layers}
+"""
+
+
+def test_writes_of_an_mlp_that_no_norm_follows_are_a_warning() -> None:
+    assert [
+        str(one) for one in loads(mixed(TTT, "[fast]"), file="a.yaml").warnings if one.code == "runs-away"
+    ] == [
+        "a.yaml:8:52: blocks.fast.mixer.normalise: writes of an mlp with normalise: before may run away until outputs are no "
+        "numbers, in every dtype   [runs-away]\n"
+        "    8 |     fast: {mixer: {kind: ttt, heads: 4, normalise: before}, channel: {kind: none}}\n"
+        "      |                                                    ^\n"
+        "  hint: normalise: after, or memory: linear with loss: dot"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("mixer", "layers", "paths"),
+    [
+        (TTT, "[full, fast]", ["blocks.fast.mixer.normalise"]),
+        (TTT.replace("before", "none"), "[full, fast]", ["blocks.fast.mixer.normalise"]),
+        (TTT.replace("before", "after"), "[full, fast]", []),
+        ("{kind: ttt, heads: 4}", "[full, fast]", []),
+        (TTT.replace("heads", "memory: linear, heads"), "[full, fast]", []),
+        # Inside another mixer, and as the first of what is open; of a block that no layer uses nothing is said but that.
+        (f"{{kind: parallel, mixers: [{NEAR}, {TTT}]}}", "[full, fast]", ["blocks.fast.mixer.mixers.1.normalise"]),
+        (f"{{choice: [{TTT}, {NEAR}]}}", "[full, fast]", ["blocks.fast.mixer.choice.0.normalise"]),
+        (TTT.replace("before", "{choice: [none, after]}"), "[full, fast]", ["blocks.fast.mixer.normalise.choice.0"]),
+        (TTT, "[full]", []),
+    ],
+)  # fmt: skip
+def test_what_may_run_away_is_told_where_it_stands(mixer: str, layers: str, paths: list[str]) -> None:
+    warnings = loads(mixed(mixer, layers)).warnings
+    assert [one.where.path for one in warnings if one.code == "runs-away"] == paths
+    assert all(one.where.line == 8 for one in warnings)
+
+
 def test_hundreds_of_errors_are_told_as_the_first_hundred() -> None:
     text = GOOD + "".join(f"field{number}: 1\n" for number in range(3000))
     assert len(heads(text)) == 100

@@ -104,6 +104,13 @@ def loader(task: dict[str, Any]) -> Callable[[str], tuple[Any, dict[str, Any]]]:
     return load
 
 
+def apart(found: dict[str, Any], expected: dict[str, Any]) -> float:
+    """The largest difference between two sets of logits; NaN if there is one anywhere, which Python's max may pass over."""
+    import torch
+
+    return float(torch.stack([(found[name] - expected[name]).abs().max() for name in expected]).max())
+
+
 def looked_at(task: dict[str, Any], load: Callable[[str], tuple[Any, dict[str, Any]]]) -> dict[str, Any]:
     """What the model computes, writes and gives when it is saved again; it is gone from memory afterwards."""
     import torch
@@ -128,7 +135,7 @@ def looked_at(task: dict[str, Any], load: Callable[[str], tuple[Any, dict[str, A
     gc.collect()
     return {
         "text": text,
-        "saved_again": max(float((again[name] - logits[name]).abs().max()) for name in logits),
+        "saved_again": apart(again, logits),
         "tokens_differ": differing,
         "cache_excuse": excuse,
         "keys": sorted(str(key) for kind in KEYS for key in loading[kind]),

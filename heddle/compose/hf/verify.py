@@ -209,8 +209,8 @@ def rounded_apart(
 
 
 def apart(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """The largest difference between two sets of logits."""
-    return max(float((found[name] - expected[name]).abs().max()) for name in expected)
+    """The largest difference between two sets of logits; NaN if there is one anywhere, which Python's max may pass over."""
+    return float(torch.stack([(found[name] - expected[name]).abs().max() for name in expected]).max())
 
 
 def auto_class(model: HeddlePreTrainedModel) -> str:

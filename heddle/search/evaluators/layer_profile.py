@@ -59,7 +59,8 @@ def layer_profile(
     queries. Coverage is averaged over queries, outliers brought to 1.5 interquartile ranges beyond the quartiles, then over
     heads.
 
-    Raises `bad-argument` if no layer hands out attention rows, or layers are shared or differ in heads of keys.
+    Raises `bad-argument` if no layer hands out attention rows, or layers are shared or differ in heads of keys, and
+    `loss-not-finite`.
     """
     mixers = {index: model.model.layer_at(index).mixer for index in range(len(model.model.layers))}
     kept = {index: mixer for index, mixer in mixers.items() if hasattr(mixer, "rows_out")}
@@ -99,6 +100,9 @@ def _rows_reduced(
     def reduce(index: int, heads: int) -> Any:
         def add(_: object, __: object, rows: Tensor) -> None:
             if is_text():
+                # What is no number would count as attention to one block.
+                if not bool(rows.isfinite().all()):
+                    raise HeddleError("loss-not-finite", f"the attention of layer {index} is not finite")
                 found[index].append(_reduced(rows[0], heads, places, blocks))
 
         return add

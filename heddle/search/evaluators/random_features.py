@@ -47,7 +47,7 @@ def random_feature_score(model: ModelSpec, task: Task, *, seed: int = 0, device:
     convolutions and the size of states. It is blind to what weights could learn to select, and to what several layers could
     do together: a filter, never an objective. `normalised` of the score is 0 at the task's chance, and may lie below it.
 
-    Raises `bad-argument` for a task that is not scored by accuracy.
+    Raises `bad-argument` for a task that is not scored by accuracy, and `loss-not-finite`.
     """
     if task.metric != "accuracy":
         what = f"the random-feature probe reads answers, and {task.name} is scored by {task.metric}"
@@ -96,6 +96,11 @@ def _rows(network: HeddleForCausalLM, inputs: Tensor, targets: Tensor, mixed: _M
             for start in range(0, len(inputs), at_once)
         ]
     )
+    # The likeliest answer of what is no number would be the first.
+    if not bool(features.isfinite().all()):
+        raise HeddleError(
+            "loss-not-finite", "the features that the random-feature probe reads are not finite"
+        )
     asked = (targets >= 0).cpu()
     ones = torch.ones(len(features), 1, dtype=features.dtype)
     answers, sequence = targets.cpu()[asked], asked.nonzero()[:, 0]

@@ -8,7 +8,8 @@ as large as what was left of the margin. Five specs see no change that slows few
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -54,7 +55,7 @@ class Verdict:
     @property
     def worst(self) -> float:
         """The greatest error by size; 0 without any."""
-        return max(self.errors, key=abs, default=0.0)
+        return _greatest(self.errors)
 
     @property
     def is_trusted(self) -> bool:
@@ -92,10 +93,15 @@ def verdict(site: Site, rows: Sequence[tuple[Stack, Latency]], failure: str | No
             continue
         found = [] if row.ratio is None else [row.ratio * fit.reference_ms / predicted.ms - 1]
         found += [] if site.is_ratio else [row.median_ms / predicted.ms - 1]
-        errors.append(max(found, key=abs))
+        errors.append(_greatest(found))
     margin = fit.held_out.margin
     assert margin is not None
     return Verdict(site.label, fit.place, fit.reference_hash, margin, tuple(errors), failure)
+
+
+def _greatest(errors: Iterable[float]) -> float:
+    """The greatest by size, which NaN is; 0 without any."""
+    return max(errors, key=lambda one: math.inf if math.isnan(one) else abs(one), default=0.0)
 
 
 def timer(workers: Workers) -> Time:

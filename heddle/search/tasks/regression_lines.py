@@ -44,5 +44,6 @@ def delta_rule_pass(x: Tensor, y: Tensor, query: Tensor, *, rate: float) -> Tens
 
 def best_rate(predict: Callable[..., Tensor], y: Tensor) -> float:
     """The rate of `RATES` with which `predict(rate=…)` errs least."""
-    errors = [float((predict(rate=rate) - y).square().mean()) for rate in RATES]
-    return RATES[errors.index(min(errors))]
+    errors = torch.stack([(predict(rate=rate) - y).square().mean() for rate in RATES])
+    # A rate at which it diverges is none of the best.
+    return RATES[int(errors.nan_to_num(nan=torch.inf).argmin())]

@@ -89,6 +89,12 @@ class Ttt(HeadedMixer):
             found.append(Problem("width", what, "null, or memory: mlp", "out-of-range"))
         return found
 
+    def risks(self) -> list[Problem]:
+        if self.memory == "linear" or self.normalise == "after":
+            return []
+        what = f"writes of an mlp with normalise: {self.normalise} may run away until outputs are no numbers, in every dtype"
+        return [Problem("normalise", what, "normalise: after, or memory: linear with loss: dot", "runs-away")]
+
     def kernels(self) -> tuple[str, ...]:
         return self.ops if self.short_conv is None else (*self.ops, "causal_conv1d")
 
