@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -169,10 +170,15 @@ def _walk(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The outputs of all parts, and the states of all rows or sequences at the end; `sides` begin with the axis of parts."""
     begun, found, after = state, [], []
-    part = partial(_part, weight=weight, rule=rule)
+
+    # One by one: a list would be kept where a whole stretch of tokens is worked out again as well.
+    def part(full: Tensor, *given: Any) -> tuple[Tensor, list[Tensor]]:
+        return _part(given[:5], list(given[5:]), full, weight=weight, rule=rule)
+
+    run = part
     if torch.is_grad_enabled() and are_plain((*sides, weight)):
         # What a part makes is made again for its gradients; kept are what it begins with and its tokens.
-        part = partial(checkpoint, part, use_reentrant=False, preserve_rng_state=False)
+        run = partial(checkpoint, part, use_reentrant=False, preserve_rng_state=False)
     # Of slices each gradient would be as long as the whole.
     pieces = ([None] * len(sides[0]) if side is None else side.unbind() for side in sides)
     for m, tokens in enumerate(zip(*pieces, strict=True)):
@@ -182,7 +188,7 @@ def _walk(
                 torch.where(layout.first[m], one[own], held[:1])
                 for one, held in zip(begun, state, strict=True)
             ]
-        out, state = part(tokens, state, layout.full[:, m, None, None])
+        out, state = run(layout.full[:, m, None, None], *tokens, *state)
         found.append(out)
         after.append(state)
     if layout.last is None:

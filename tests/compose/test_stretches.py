@@ -24,7 +24,7 @@ MIXERS: dict[str, dict[str, Any]] = {
 }
 DELTA: dict[str, Any] = {"kind": "gated_deltanet", "heads": 2, "head_dim": 8}
 CHUNKS: dict[str, Any] = {"heads": 2, "head_dim": 8, "chunk": 8}
-FAST: dict[str, Any] = {"heads": 2, "chunk": 32, "memory": "linear", "rate": 0.05}
+FAST: dict[str, Any] = {"heads": 2, "chunk": 32, "rate": 0.01}
 ROUTED: dict[str, Any] = {"mixers": [{"kind": "attention", "heads": 4, "kv_heads": 2}, DELTA], "chunk": 8}
 
 
@@ -33,15 +33,36 @@ def both_directions(mixer: Any, x: Tensor) -> tuple[Tensor, ...]:
     return (y, *torch.autograd.grad(y.sin().sum(), [x, *mixer.parameters()]))
 
 
-@pytest.mark.parametrize("kind", [*MIXERS, "nats_l", "token_router", "ttt"])
+@pytest.mark.parametrize("kind", [*MIXERS, "nats_l", "token_router"])
 def test_a_mixer_in_stretches_is_the_mixer(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    mixers = MIXERS | {"nats_l": CHUNKS, "token_router": ROUTED, "ttt": FAST}
+    mixers = MIXERS | {"nats_l": CHUNKS, "token_router": ROUTED}
     mixer = mixer_of(HIDDEN, kind, **mixers[kind])
     x = noise(2, LENGTH, HIDDEN).requires_grad_()
     expected = both_directions(mixer, x)
     monkeypatch.setattr(stretches, "STRETCH", STRETCH)
     for found, wanted in zip(both_directions(mixer, x), expected, strict=True):
         assert (found - wanted).abs().max() < EXACT * wanted.abs().max().clamp(min=1.0)
+
+
+@pytest.mark.parametrize("memory", ["linear", "mlp"])
+@pytest.mark.parametrize("momentum", [True, False])
+def test_fast_weights_in_stretches_are_the_same(
+    memory: str, momentum: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mixer = mixer_of(HIDDEN, "ttt", **FAST, memory=memory, momentum=momentum)
+    x = noise(2, LENGTH, HIDDEN).requires_grad_()
+    expected = both_directions(mixer, x)
+    monkeypatch.setattr(stretches, "STRETCH", STRETCH)
+    for found, wanted in zip(both_directions(mixer, x), expected, strict=True):
+        assert (found - wanted).abs().max() < EXACT * wanted.abs().max().clamp(min=1.0)
+
+
+def test_an_mlp_of_fast_weights_in_stretches_holds_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    mixer, x = mixer_of(HIDDEN, "ttt", **FAST).float(), noise(1, 2048, HIDDEN).float().requires_grad_()
+    call = partial(both_directions, mixer, x)
+    whole = peak_bytes(call, (), "cpu")
+    monkeypatch.setattr(stretches, "STRETCH", 128)
+    assert peak_bytes(call, (), "cpu") < 0.7 * whole
 
 
 @pytest.mark.parametrize("kind", MIXERS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from heddle.compose.modules.norm import RMSNorm, l2_norm
 from heddle.compose.modules.precision import wide
 from heddle.compose.modules.short_conv import ShortConv
 from heddle.compose.modules.site import Site
-from heddle.compose.modules.stretches import in_stretches
+from heddle.compose.modules.stretches import ends_chunks, in_stretches
 from heddle.kernels.ttt import shape_of, ttt
 
 
@@ -73,23 +74,33 @@ class TttModule(Initialised):
         q, k = (l2_norm(side) if self.conv is not None else self._activated(side) for side in (q, k))
         rates = F.softplus(wide(self.rate_proj(x)) + self.rate_bias).view(*x.shape[:2], self.heads, -1)
         gates = None if self.momentum_proj is None else torch.sigmoid(wide(self.momentum_proj(x)))
-        o, memory = ttt(
-            q,
-            k,
-            v,
-            call.hide_unwritten(rates),
-            gates,
-            wide(self.weight),
-            chunk=self.chunk,
-            loss=self.loss,
-            normalise=self.normalise,
-            initial_state=call.state("memory"),
-            cu_seqlens=call.cu_seqlens,
-            real=call.padding,
-        )
+        sides = (q, k, v, call.hide_unwritten(rates), *(() if gates is None else (gates,)))
+        o, memory = self._learning(sides, call)
         call.keep(memory=memory)
         y: Tensor = self.o_proj(self.heads_out(call.gated(self.norm(o))).flatten(2))
         return y * self.scale.to(y.dtype)
+
+    def _learning(self, sides: Sequence[Tensor], call: Call) -> tuple[Tensor, Tensor]:
+        """What `ttt` gives of q, k, v, rates and gates, if any; training works long sequences of an MLP out again."""
+        weight, state = wide(self.weight), call.state("memory")
+
+        def part(state: Tensor | None, *tokens: Tensor) -> tuple[Tensor, Tensor]:
+            q, k, v, rates, *gates = tokens
+            return ttt(
+                *(q, k, v, rates, gates[0] if gates else None, weight),
+                chunk=self.chunk,
+                loss=self.loss,
+                normalise=self.normalise,
+                initial_state=state,
+                cu_seqlens=call.cu_seqlens,
+                real=call.padding,
+            )
+
+        # Stretches would cut documents in two, and know no padding. A linear memory has kernels.
+        is_plain = call.cu_seqlens is None and call.padding is None and state is None
+        if self.weight.shape[1] > 1 and is_plain and ends_chunks(self.chunk):
+            return in_stretches(part, None, sides)
+        return part(state, *sides)
 
     @staticmethod
     def _activated(x: Tensor) -> Tensor:
