@@ -64,7 +64,7 @@ def said(mixer: nn.Module, tokens: Tensor) -> Tensor:
     ("kind", "heads", "steps", "signs"),
     [
         pytest.param("attention", 1, 2000, (1,), marks=pytest.mark.slow),
-        pytest.param("attention", 4, 3500, (1, -1), marks=pytest.mark.long),
+        pytest.param("attention", 4, 5000, (1, -1), marks=pytest.mark.long),
         pytest.param("linear_attention", 4, 1200, (1, -1), marks=pytest.mark.long),
     ],
 )
