@@ -55,7 +55,7 @@ def bench(
     precision: Annotated[
         float | None,
         typer.Option(
-            min=1e-3, max=1.0, help="With --fit: width of a 95 % interval over its median to stop at; 0.02."
+            min=1e-3, max=1.0, help="With --fit: width of a 95 % interval over its median to stop at; 0.01."
         ),
     ] = None,
     json: Json = False,

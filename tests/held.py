@@ -75,9 +75,14 @@ def assert_held(
     assert path == ("triton" if has_kernels and (INTERPRETED or device == "cuda") else "torch")
     with force_path("torch"):
         plain = run()
+    baseline = plain if path == "triton" else {name: x.to(dtype) for name, x in exact.items()}
+    assert_near(exact, found, baseline, dtype)
+
+
+def assert_near(exact: Results, found: Results, baseline: Results, dtype: torch.dtype) -> None:
+    """Every result within twice the error of the baseline."""
     for name, tensor in exact.items():
         timed = tensor.dim() == 4
-        baseline = plain[name] if path == "triton" else tensor.to(dtype)
         error, worst = worst_error(found[name], tensor, timed=timed)
-        allowed, _ = worst_error(baseline, tensor, timed=timed)
+        allowed, _ = worst_error(baseline[name], tensor, timed=timed)
         assert error <= 2 * allowed + EPSILON[dtype], f"{name}: {error:.2e}, {allowed:.2e}, {worst}"

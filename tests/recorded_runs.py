@@ -117,6 +117,8 @@ class Recorded:
         }
         unseen |= {"constant_mape": 0.31, "flops_mape": 0.08, "spearman": 0.997, "margin": 3 * OFF}
         unseen["measured_over_predicted"] = fmean(errors)
+        unseen["bias"] = fmean(predicted / measured - 1 for predicted, measured in pairs)
+        unseen |= {"bias_near_budget": unseen["bias"], "near_budget": len(pairs)}
         return {"label": BUDGET.label, "method": "cpu-timer", "held_out": unseen}
 
     def front(self) -> dict[str, Any]:

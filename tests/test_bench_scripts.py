@@ -8,6 +8,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from importlib import import_module
 from itertools import product
 from pathlib import Path
@@ -15,10 +16,13 @@ from typing import Any
 
 import pytest
 import torch
-from bench import evidence, truth_told
+from bench import evidence, latency_row, truth_told
+from predicted_search import DECODE, model_of, spec_with
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from heddle.compose.modules.softmax import softmax_attention
+from heddle.search.timing_quality import TimingQuality
+from heddle.specs import loads
 
 BENCH = Path(__file__).parent / "bench"
 
@@ -70,7 +74,8 @@ SCRIPTS = {
     "truth_step": (),
     "packed_check": (),
     "padded_check": (),
-    "peak_memory": ("--only", "head_sparse_attention", "layer, landmark"),
+    "peak_memory": ("--only", "head_sparse_attention", "token_split_attention", "layer, landmark"),
+    "window_check": ("--only", "capped"),
     "example_models": ("--workers", "1", "--kinds", "layer_router", "--rows", "none.jsonl"),
 }
 LONG = {"example_models", "truth_step"}
@@ -144,6 +149,36 @@ def test_rows_of_the_truth_set_tell_its_ratio_curve_and_what_it_took() -> None:
     assert curve[4] == "| 2 | 3 | 0.2100 (0.2100 – 0.2100) | 5.0000 (5.0000 – 5.0000) |"
     assert list(truth_told.spent(rows))[-1] == "in all 24 GPU seconds, 0.01 hours"
     assert any("of 4 placements within the 25 % quantile" in line for line in truth_told.hardness(rows))
+
+
+def test_a_row_of_a_latency_model_tells_how_wide_its_timings_were() -> None:
+    model = model_of(loads(spec_with(DECODE)))
+    labels = {name[1]: name[1] for name in model.fits[0].sum.weights}
+    seen = TimingQuality(n=50, median_width=0.012, wide=31, foreign=0, throttled=0, unchecked=50, repeated=0)
+    (fit,) = model.fits
+    row = json.loads(
+        json.dumps(latency_row.of_fit(replace(model, labels=labels), replace(fit, timings=seen)))
+    )
+    assert row["timings"] == asdict(seen)
+    assert len(row["held_out"]["pairs"]) == 4
+
+
+def test_rows_of_the_truth_set_tell_which_rate_was_best() -> None:
+    # At the second rate all do better, and the order of the first is turned round.
+    rows = {name: truth_row(name) for name in map("".join, product("LF", repeat=3))}
+    for row in rows.values():
+        scores = row["multi_hop_recall"]["scores"]
+        scores["0.009"] = [2.0 - one for one in scores["0.003"]]
+    rate, *_, whole = truth_told.by_rate(rows)
+    assert (
+        "of 8 placements is 0.003 of 0 (mean 0.1600), 0.009 of 8 (mean 1.8400); tau-b between two rates -1.00"
+        in rate
+    )
+    # In the mean over rates all are equal, so the first counts.
+    assert whole.startswith(
+        "multi_hop_recall: at 0.009 alone the best is LLL, and the best of all rates, LLL, 0% off"
+    )
+    assert not list(truth_told.by_rate({name: truth_row(name) for name in ("LF", "FF")}))
 
 
 def test_a_training_on_text_tells_of_recall_as_well() -> None:
@@ -222,6 +257,21 @@ def test_ways_to_search_are_judged_at_the_tasks_of_the_rows(control: str | None,
         # Full layers alone decide: whatever places as many as fit is right.
         assert gaps["first K", 0.5] == gaps["loop", 0.5] == gaps["heddle search", 0.5] == 0.0
     assert (set(gaps.values()) == {None}) == (control == "infeasible")
+
+
+def test_a_regret_has_an_interval_over_draws_of_placements(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCH)
+    judge = import_module("evaluators_judge")
+    names = list(map("".join, product("LF", repeat=6)))
+    score = {name: float(int(name.replace("F", "1").replace("L", "0"), 2)) for name in names}
+    assert judge.regret_interval(score, score, names) == [0.0, 0.0]
+    low, high = judge.regret_interval({name: -one for name, one in score.items()}, score, names)
+    # The worst five: twice the way from the best to the median, less four of 31.5 steps.
+    assert low < judge.regret({name: -one for name, one in score.items()}, score, names) == 59 / 31.5 < high
+    equal = dict.fromkeys(names, 0.0)
+    low, high = judge.regret_interval(equal, score, names)
+    assert 0.0 < low < judge.regret(equal, score, names) < high < 1.0
+    assert judge.regret_interval(score, equal, names) is None
 
 
 def test_evaluators_value_each_placement_of_a_spec(tmp_path: Path) -> None:

@@ -25,8 +25,15 @@ def rows_of_fits(run: Run) -> list[list[object]]:
         unseen = fit["held_out"]
         margin = "none" if unseen["margin"] is None else percent(unseen["margin"])
         errors = [percent(unseen[name]) for name in ("mape", "worst", "constant_mape", "flops_mape")]
-        rows.append([fit["label"], fit["method"], unseen["n"], *errors, f"{unseen['spearman']:.3f}", margin])
+        bias = [percent(unseen["bias"], sign=True), _near(unseen)]
+        order = f"{unseen['spearman']:.3f}"
+        rows.append([fit["label"], fit["method"], unseen["n"], *errors, *bias, order, margin])
     return rows
+
+
+def _near(unseen: Mapping[str, Any]) -> str:
+    """The bias near the budget, and of how many stacks; a dash where they are too few to say."""
+    return f"{percent(unseen['bias_near_budget'], sign=True)} ({unseen['near_budget']})"
 
 
 FIT_HEADER = [
@@ -37,6 +44,8 @@ FIT_HEADER = [
     "Worst",
     "MAPE of a constant",
     "MAPE of FLOPs",
+    "Bias",
+    "Bias near the budget (stacks)",
     "Spearman",
     "Margin",
 ]

@@ -14,6 +14,11 @@ from heddle.kernels.gla import gla, gla_reference, gla_step
 from heddle.kernels.kda import kda, kda_reference, kda_step
 from heddle.kernels.op import Op, force_path, watch_paths
 from heddle.kernels.simple_gla import simple_gla, simple_gla_reference, simple_gla_step
+from heddle.kernels.taylor_attention import (
+    taylor_attention,
+    taylor_attention_reference,
+    taylor_attention_step,
+)
 from heddle.kernels.ttt import ttt, ttt_reference
 
 OPS: tuple[Op[Any, Any], ...] = (
@@ -25,6 +30,7 @@ OPS: tuple[Op[Any, Any], ...] = (
     kda,
     ttt,
     causal_conv1d,
+    taylor_attention,
 )
 
 __all__ = [
@@ -51,6 +57,9 @@ __all__ = [
     "simple_gla",
     "simple_gla_reference",
     "simple_gla_step",
+    "taylor_attention",
+    "taylor_attention_reference",
+    "taylor_attention_step",
     "ttt",
     "ttt_reference",
     "watch_paths",

@@ -6,6 +6,7 @@ to the dtype of the inputs, and so do those of their gradients.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -172,14 +173,15 @@ def _walk(
     if torch.is_grad_enabled() and are_plain((*sides, weight)):
         # What a part makes is made again for its gradients; kept are what it begins with and its tokens.
         part = partial(checkpoint, part, use_reentrant=False, preserve_rng_state=False)
-    for m in range(sides[0].shape[0]):
+    # Of slices each gradient would be as long as the whole.
+    pieces = ([None] * len(sides[0]) if side is None else side.unbind() for side in sides)
+    for m, tokens in enumerate(zip(*pieces, strict=True)):
         if layout.sequence is not None and layout.first is not None:
             own = layout.sequence[m : m + 1]
             state = [
                 torch.where(layout.first[m], one[own], held[:1])
                 for one, held in zip(begun, state, strict=True)
             ]
-        tokens = [None if side is None else side[m] for side in sides]
         out, state = part(tokens, state, layout.full[:, m, None, None])
         found.append(out)
         after.append(state)
@@ -190,7 +192,7 @@ def _walk(
 
 
 def _part(
-    tokens: list[Tensor | None], state: list[Tensor], full: Tensor, weight: Tensor, rule: Rule
+    tokens: Sequence[Tensor | None], state: list[Tensor], full: Tensor, weight: Tensor, rule: Rule
 ) -> tuple[Tensor, list[Tensor]]:
     """The output of a part, and the state after it."""
     q, k, v, rates, gates = tokens

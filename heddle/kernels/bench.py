@@ -372,9 +372,11 @@ _PEERS = {
         turned=True,
         stateless=True,
     ),
-    # The Taylor features of linear attention: all pairs of tokens, or chunk by chunk.
-    "based": _Peer("fla.ops.based", "parallel_based", "parallel_based", {}, stateless=True),
-    "based_fused_chunk": _Peer("fla.ops.based", "fused_chunk_based", "fused_chunk_based", {}, stateless=True),
+    # All pairs of tokens, or chunk by chunk.
+    "taylor_attention": _Peer("fla.ops.based", "parallel_based", "parallel_based", {}, stateless=True),
+    "taylor_attention_chunks": _Peer(
+        "fla.ops.based", "fused_chunk_based", "fused_chunk_based", {}, stateless=True
+    ),
 }
 
 

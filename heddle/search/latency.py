@@ -31,6 +31,7 @@ from heddle.search.intervals import Array, summary, width
 from heddle.search.peak import peak_bytes
 from heddle.search.record import Latency
 from heddle.search.results import PHASES
+from heddle.search.timing_quality import NARROW
 from heddle.search.timing_subject import Ids, Subject, routes, shares_of, subject_of
 from heddle.search.training_step import TrainingStep
 from heddle.specs import ModelSpec
@@ -71,13 +72,13 @@ class Place:
 @dataclass(frozen=True, slots=True)
 class Effort:
     """When to stop: at `precision` (width of the interval over the median), or after `seconds`, or at `most`
-    turns, over all `builds` of the models."""
+    turns, over all `builds` of the models. The width that was reached is in the row."""
 
     warmup: int = 3
     least: int = 10
     most: int = 200
     seconds: float = 2.0
-    precision: float = 0.02
+    precision: float = NARROW
     builds: int = 3
 
     def to(self, precision: float) -> Effort:

@@ -11,6 +11,7 @@ Each file is written whole or not at all. A training that was stopped leaves no 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -46,16 +47,19 @@ BUSIEST = {
     "turns on; a larger mixer.balance evens the load",
     "largest_cluster": "the clusters of routing have collapsed: {:.0%} of the tokens of a head fall on one of them",
 }
-# Likewise of the share of one of two mixers: the name, the loss that asks for a share, the mixer, and what is said.
+# Likewise of the share of one of two sides: the name, by what square it misses what was asked for, if anything was (that of an
+# older version behind it), the side, the other one, and what is said.
 TOKENS = (
     "a token router has collapsed: {:.0%} of the tokens go to the {} mixer; mixer.budget asks for a share"
 )
+CHUNKS = "the router of nats_l has collapsed: {:.0%} of the chunks go to {}; mixer.budget asks for a share"
 PROMPTS = (
     "a layer router has collapsed: {:.0%} of the prompts go to the {} mixer; mixer.target asks for a share"
 )
 SIDES = (
-    ("router_share", "router_budget", 0, TOKENS),
-    ("layer_router_share", "layer_router", 1, PROMPTS),
+    ("router_share", ("router_budget",), ("first", "second"), TOKENS),
+    ("nats_l_share", ("nats_l_budget",), ("softmax attention", "the recurrence"), CHUNKS),
+    ("layer_router_share", ("layer_router_missed", "layer_router"), ("second", "first"), PROMPTS),
 )
 
 
@@ -181,12 +185,12 @@ def collapsed_routers(aux: Mapping[str, Sequence[float]]) -> list[str]:
     tails = {name: held[len(held) * 9 // 10 :] for name, held in aux.items()}
     last = {name: sum(tail) / len(tail) for name, tail in tails.items()}
     found = [line.format(last[name]) for name, line in BUSIEST.items() if last.get(name, 0.0) > COLLAPSED]
-    for name, asked, mixer, line in SIDES:
+    for name, squares, (side, other), line in SIDES:
         share = last.get(name, 0.5)
-        # What was asked for is no collapse.
-        if asked not in aux and max(share, 1.0 - share) > COLLAPSED:
-            side = mixer if share > COLLAPSED else 1 - mixer
-            found.append(line.format(max(share, 1.0 - share), ("first", "second")[side]))
+        missed = next((last[one] for one in squares if one in last), math.inf)
+        # What was asked for is no collapse, as long as it is what came.
+        if max(share, 1.0 - share) > COLLAPSED and missed > (1.0 - COLLAPSED) ** 2:
+            found.append(line.format(max(share, 1.0 - share), side if share > COLLAPSED else other))
     return found
 
 

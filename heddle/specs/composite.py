@@ -46,6 +46,10 @@ class CompositeMixer(MixerSpec):
         inner = {name: why for part in self.parts().values() for name, why in part.exemptions().items()}
         return {**inner, **self.exempt}
 
+    def roundings(self) -> Mapping[Contract, str]:
+        inner = {name: why for part in self.parts().values() for name, why in part.roundings().items()}
+        return {**inner, **self.rounded}
+
     def kernels(self) -> tuple[str, ...]:
         inner = [name for part in self.parts().values() for name in part.kernels()]
         return tuple(dict.fromkeys([*self.ops, *inner]))

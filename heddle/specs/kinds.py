@@ -16,6 +16,11 @@ Handed = Literal["keys", "values", "indices", "stream"]
 # What every mixer keeps unless its kind says otherwise: earlier outputs do not depend on later tokens; decoding equals
 # one pass; a prompt in pieces equals a whole one; `Call.written` decides what is remembered.
 Contract = Literal["causality", "step", "chunks", "written"]
+# Why kinds behind the ops `gla` and `kda` are `rounded` in causality.
+FROM_MIDDLE = (
+    "kernels take the decays of a chunk (of at most 64 tokens) from its middle: on a GPU, where a later token of the same chunk "
+    "changes, outputs may differ by rounding; outputs of earlier chunks are equal to the bit"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +54,9 @@ class MixerSpec(Schema):
     ops: ClassVar[tuple[str, ...]] = ()
     # Contracts that it cannot keep, each with the reason and what holds instead.
     exempt: ClassVar[Mapping[Contract, str]] = {}
+    # Contracts that it keeps to the bit in PyTorch alone, each with the reason and what holds of its kernels instead. That is
+    # less than is asked of every kind, and no exemption: tests of what PyTorch computes hold it.
+    rounded: ClassVar[Mapping[Contract, str]] = {}
     # Fields that make it take each of its roads, in sizes for a hidden size of 48: what the contracts are held over.
     cases: ClassVar[tuple[Mapping[str, Any], ...]] = ({"heads": 4},)
     # Whether what tokens say decides what is computed, or read, for them.
@@ -71,6 +79,10 @@ class MixerSpec(Schema):
     def exemptions(self) -> Mapping[Contract, str]:
         """The contracts that it, or a part of it, cannot keep."""
         return self.exempt
+
+    def roundings(self) -> Mapping[Contract, str]:
+        """The contracts that it, or a part of it, keeps but for rounding where its kernels run."""
+        return self.rounded
 
     def kernels(self) -> tuple[str, ...]:
         """The ops that it and its parts call, each once."""

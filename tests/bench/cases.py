@@ -7,17 +7,13 @@ from __future__ import annotations
 
 import itertools
 
-from based import based
-
 from heddle.kernels.bench import PHASES, TIMED, timed_as
-
-ALL = (*TIMED, based)
 
 
 def cases() -> list[tuple[str, str, dict[str, int]]]:
     """(op, phase, shape) of everything that `run.py` times on a GPU."""
     found = []
-    for op in itertools.chain.from_iterable(map(timed_as, ALL)):
+    for op in itertools.chain.from_iterable(map(timed_as, TIMED)):
         for phase in PHASES if op.step else PHASES[:2]:
             shapes = op.cases.decode_shapes if phase.startswith("decode") else op.cases.bench_shapes
             found += [(op.name, phase, dict(shape)) for shape in shapes]

@@ -2,12 +2,14 @@
 
     python tests/bench/head_sparse_check.py --out "$OUT" --budget 500 --commit "$(git rev-parse --short=12 HEAD)"
     python tests/bench/head_sparse_check.py --only sums --out "$OUT" --budget 90 --commit "$(git rev-parse --short=12 HEAD)"
+    python tests/bench/head_sparse_check.py --only graph --out "$OUT" --budget 200 --commit "$(git rev-parse --short=12 HEAD)"
     TRITON_INTERPRET=1 python tests/bench/head_sparse_check.py --out /tmp/tiny --budget 60 --commit none --tiny
 
 Compiles side by side first, then checks every dtype and form against masked softmax in float64, twice, the second time with fresh
 memory full of NaN, and each launch before its time. Times the op with lists and all, the lists alone, and a whole moh layer,
 with the launches of the table and with the best ones, beside dense attention and its layer. Of 16 heads 8 are chosen at random.
-`sums`: gradients of keys that load sums of queries by descriptors, held and timed, and nothing else.
+`sums`: gradients of keys that load sums of queries by descriptors, held and timed, and nothing else. `graph`: router and op in a
+CUDA graph and compiled (routed_heads.py), and nothing else.
 Writes head_sparse_check.log and rows to evidence-head-sparse-attention.jsonl; exits with 1 if anything was wrong. `--tiny` tries
 the script itself on a CPU, with interpreted kernels.
 """
@@ -94,6 +96,12 @@ def tiny() -> None:
     SHAPES, STEPS = ({**PLAIN, "N": 4},), (dict(STEP),)
     TRIED = {name: (Launch(16, 16, 4, 1), Launch(32, 16, 4, 1)) for name in TRIED}
     BY_SUMS = ({"sums": 1},)
+
+
+def routed_shapes() -> tuple[dict[str, int], ...]:
+    """Those with a router, which of one shared head would have no weights for it."""
+    few = {"H": 8, "N": 8, "active": 4}
+    return SHAPES if ON_GPU else tuple(one | few for one in SHAPES)
 
 
 def drawn(shape: dict[str, int], dtype: torch.dtype | None = None, **rest: Any) -> Given:
@@ -432,6 +440,11 @@ def told(bench: Bench) -> Iterator[str]:
 
 def warm(index: int, only: str | None) -> None:
     """Compiles every `WORKERS`th thing that will run, into Triton's cache on disk."""
+    if only == "graph":
+        from routed_heads import warm as warm_routers
+
+        warm_routers(routed_shapes(), index, WORKERS)
+        return
     small = drawn(PLAIN)
     things = [*samples()]
     things += [("", small, {name: one}) for name, launches in TRIED.items() for one in launches]
@@ -458,7 +471,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("."), help="folder for the log and the rows")
     parser.add_argument("--commit", help="what the code is")
     parser.add_argument("--tiny", action="store_true", help="try the script itself")
-    parser.add_argument("--only", choices=["sums"], help="sums of queries by descriptors, and nothing else")
+    parser.add_argument("--only", choices=["sums", "graph"], help="this part, and nothing else")
     parser.add_argument("--warm", type=int, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.tiny:
@@ -484,7 +497,13 @@ def main() -> int:
     done("warm")
     bench.gbps, bench.tflops = (float(row["gbps"] or row["tflops"]) for row in ceilings(DEVICE))
     best = dict[str, Any]()
-    if chosen.only == "sums":
+    if chosen.only == "graph":
+        from routed_heads import graph, lines
+
+        graph(bench, late(1.0), routed_shapes())
+        for line in lines(bench, routed_shapes()):
+            log(line)
+    elif chosen.only == "sums":
         sums(bench, late(1.0))
     else:
         correctness(log, late(0.65))
@@ -496,7 +515,8 @@ def main() -> int:
         speed(bench, late(0.97), "heddle, best launches", best)
         layers(bench, late(1.0), best)
     log(f"ceilings: {bench.tflops:.0f} TFLOP/s, {bench.gbps:.0f} GB/s")
-    for line in (*told(bench), f"best launches: {best}", *log.wrong):
+    ratios = () if chosen.only == "graph" else told(bench)
+    for line in (*ratios, f"best launches: {best}", *log.wrong):
         log(line)
     log(f"{len(log.wrong)} wrong, {time.monotonic() - begin:.0f} s")
     return 1 if log.wrong else 0

@@ -2,9 +2,10 @@
 
     taskset -c 0 python tests/bench/latency_row.py examples/quickstart.yaml --commit "$(git rev-parse --short=12 HEAD)"
 
-What the user's table (HEDDLE_CACHE) holds is not measured again. `load` is the least and the greatest load average of a minute
-while stacks were timed, null where all were in the table: of a machine that others use, the figures are worth no more than it
-lets them be.
+What the user's table (HEDDLE_CACHE) holds is not measured again. `effort` says when a timing stops: at the width `precision` or
+when `seconds` are over; `timings` what came of it (`heddle.search.timing_quality`). `load` is the least and the greatest load
+average of a minute while stacks were timed, null where all were in the table: of a machine that others use, the figures are
+worth no more than it lets them be.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ import os
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from heddle import api
 from heddle.bench_commands import held_out_lines
 from heddle.search.latency import Effort
+from heddle.search.latency_model.model import LatencyModel, PlaceFit
 from heddle.specs import load
 
 RESULTS = Path(__file__).parent / "results"
@@ -44,32 +47,39 @@ def main() -> None:
             loads.append(round(os.getloadavg()[0], 1))
         print(f"stack {done} of {total}", flush=True)
 
-    effort = None if chosen.seconds is None else Effort(warmup=2, most=100, seconds=chosen.seconds, builds=1)
+    how = {} if chosen.seconds is None else {"warmup": 2, "most": 100, "seconds": chosen.seconds, "builds": 1}
+    effort = Effort(**how)
     model, _ = api.bench_fit(chosen.spec, stacks=chosen.stacks, effort=effort, on_stack=seen)
+    head = {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": chosen.commit,
+        "environment": model.environment,
+        "spec": load(chosen.spec).spec.name,
+        "effort": asdict(effort),
+    }
+    tail = {"load": [min(loads), max(loads)] if loads else None, "note": chosen.note}
     for fit in model.fits:
-        terms = {
-            model.labels[name[1]]: round(ms, 4) for name, ms in fit.sum.weights.items() if name[0] == "term"
-        }
-        row = {
-            "time": datetime.now(UTC).isoformat(timespec="seconds"),
-            "commit": chosen.commit,
-            "environment": model.environment,
-            "spec": load(chosen.spec).spec.name,
-            "place": fit.place.label,
-            "method": fit.method,
-            "reference": fit.reference,
-            "reference_ms": round(fit.reference_ms, 4),
-            "stacks": fit.measured,
-            "way": fit.sum.way.told,
-            "cross_validated": round(fit.crossed, 4),
-            "terms_ms": terms,
-            "held_out": asdict(fit.held_out),
-            "load": [min(loads), max(loads)] if loads else None,
-            "note": chosen.note,
-        }
         with (chosen.out / "evidence-latency.jsonl").open("a") as rows:
-            rows.write(json.dumps(row) + "\n")
+            rows.write(json.dumps({**head, **of_fit(model, fit), **tail}) + "\n")
         print(fit.place.label, *held_out_lines(fit), sep="\n")
+
+
+def of_fit(model: LatencyModel, fit: PlaceFit) -> dict[str, Any]:
+    """What a row says of a fit. `timings` are those that it was fitted on and held against: the median width of their 95 %
+    intervals, and how many were wider than 1 %."""
+    terms = {model.labels[name[1]]: round(ms, 4) for name, ms in fit.sum.weights.items() if name[0] == "term"}
+    return {
+        "place": fit.place.label,
+        "method": fit.method,
+        "reference": fit.reference,
+        "reference_ms": round(fit.reference_ms, 4),
+        "stacks": fit.measured,
+        "way": fit.sum.way.told,
+        "cross_validated": round(fit.crossed, 4),
+        "terms_ms": terms,
+        "held_out": asdict(fit.held_out),
+        "timings": None if fit.timings is None else asdict(fit.timings),
+    }
 
 
 if __name__ == "__main__":

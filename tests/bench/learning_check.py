@@ -90,6 +90,17 @@ class Sizes:
         # STILL sees its own chunk and the one before whole.
         kept = max(1, (visible - 2 * self.block) // (blocks - 2))
         near = {**attention, "window": visible}
+        # As examples/specs/ttt.yaml has them.
+        memory = {
+            "kind": "ttt",
+            "heads": self.heads,
+            "memory": "mlp",
+            "chunk": self.block,
+            "rate": 0.01,
+            "scale": 0.01,
+        }
+        # One matrix, by a kernel, which has its say from the first step on.
+        by_matrix = {"memory": "linear", "loss": "l2", "rate": 0.05, "scale": 1.0}
         by_gate = {"chunk": self.block, "merge": "gate", "budget": 0.25}
         return {
             "dense": [attention],
@@ -106,6 +117,8 @@ class Sizes:
             "token_router": [{"kind": "token_router", "mixers": [attention, linear], **by_gate}],
             "layer_router": [{"kind": "layer_router", "mixers": [attention, near], "target": 0.5, "straight_through": True}],
             "liger": [{"kind": "liger", "heads": self.heads, "window": visible}],
+            "allmem": [{"kind": "parallel", "mixers": [near, memory]}],
+            "allmem_linear": [{"kind": "parallel", "mixers": [near, {**memory, **by_matrix}]}],
         }  # fmt: skip
 
     def model(self, kind: str) -> ModelSpec:
@@ -152,7 +165,8 @@ EASY = 0.4
 # What was tried for kinds that missed their goal, of the same size and view. In training: dense in the first steps; a loss of the
 # choice. Of the method: no positions, also where features are made of turned keys; logits of the Routing Transformer's code, and
 # twice the clusters of half the size; as many features of a head as STILL's code has; single tokens that are routed, as many of
-# them visible as in blocks.
+# them visible as in blocks; a bias of Liger's keys, which its softmaxes do not see and which keeps its gates open, beside its
+# window and without one.
 FIRST, LEARNT = {"dense_first": 0.6}, {"distillation": 0.1}
 TRIED: dict[str, tuple[str, dict[str, Any]]] = {
     "selection_first": ("selection", {"selection": FIRST}),
@@ -170,6 +184,8 @@ TRIED: dict[str, tuple[str, dict[str, Any]]] = {
     "routing_wide": ("routing", {"scale": 1.0, "clusters": 8, "decay": 0.99}),
     "still_nope": ("still", {"rope": None}),
     "still_wide": ("still", {"rope": None, "features": 128}),
+    "liger_bias": ("liger", {"bias": "qkv"}),
+    "liger_alone": ("liger", {"bias": "qkv", "share": 1.0}),
 }
 WHOLE = Sizes(128, 2, 1024, 64, 1024, 32, 8, 32_000_000, 16_384)
 TINY = Sizes(16, 2, 32, 2, 32, 4, 4, 512, 128)

@@ -133,11 +133,12 @@ class Live(TorchDispatchMode):
 @contextmanager
 def as_on_cuda() -> Iterator[None]:
     """Ops take the path that they take there, of which `rms_norm` has another one for tensors that are not plain."""
-    names = ("op", "rms_norm", "dense_attention", "routed_delta_rule")
-    op, norm, dense, routed = (import_module(f"heddle.kernels.{name}") for name in names)
+    names = ("op", "rms_norm", "dense_attention", "routed_delta_rule", "_ttt_torch")
+    op, norm, dense, routed, fast = (import_module(f"heddle.kernels.{name}") for name in names)
     with (
         patch.object(op, "_triton_runs", lambda *_: True),
         patch.object(norm, "are_plain", lambda _: True),
+        patch.object(fast, "are_plain", lambda _: True),
         patch.object(dense, "_attend", attend),
         patch.object(routed, "_room", lambda *_: 64),
         patch.object(Tensor, "is_cuda", True),

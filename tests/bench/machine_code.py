@@ -62,6 +62,8 @@ from heddle.kernels import (
     _sliding_window_attention_fwd,
     _span_attention_bwd,
     _span_attention_fwd,
+    _taylor_attention_bwd,
+    _taylor_attention_fwd,
     _token_split_attention_bwd,
     _token_split_attention_fwd,
     _ttt_bwd,
@@ -91,6 +93,7 @@ from heddle.kernels.configs import (
     simple_gla,
     sliding_window_attention,
     span_attention,
+    taylor_attention,
     token_split_attention,
     ttt,
 )
@@ -175,6 +178,10 @@ KERNELS = {
     ("rat_attention", "step"): _rat_attention_fwd._rat_attention_fwd_kernel,
     ("rat_attention", "queries"): _rat_attention_bwd._rat_attention_bwd_query_kernel,
     ("rat_attention", "keys"): _rat_attention_bwd._rat_attention_bwd_key_kernel,
+    ("taylor_attention", "state"): _taylor_attention_fwd._taylor_attention_state_kernel,
+    ("taylor_attention", "forward"): _taylor_attention_fwd._taylor_attention_fwd_kernel,
+    ("taylor_attention", "queries"): _taylor_attention_bwd._taylor_attention_bwd_query_kernel,
+    ("taylor_attention", "keys"): _taylor_attention_bwd._taylor_attention_bwd_key_kernel,
     ("rat_scan", "forward"): _rat_scan_fwd._rat_scan_fwd_kernel,
     ("rat_scan", "backward"): _rat_scan_bwd._rat_scan_bwd_kernel,
     ("ttt", "forward"): _ttt_fwd._ttt_sweep_kernel,
@@ -224,6 +231,7 @@ SPLIT_TYPES = {
     "since_ptr": "*i32", "peak_ptr": "*i32", "total_ptr": "*fp32", "told_ptr": "*fp32", "d_told_ptr": "*fp32",
     "gate_ptr": "*fp32", "d_gate_ptr": "*fp32", "d_most_ptr": "*fp32", "dk_ptr": "*fp32", "dv_ptr": "*fp32",
 }  # fmt: skip
+TAYLOR_TYPES = {"r_ptr": "*fp32", "g_ptr": "*fp32", "total_ptr": "*fp32", "own_ptr": "*fp32"}
 CONV_TYPES = {"d_weight_ptr": "*fp32", "sums_ptr": "*fp32"}
 # Attention that reads some keys has plans by the larger head size.
 SPARSE = {
@@ -234,6 +242,7 @@ SPARSE = {
     "landmark_attention": landmark_attention.HOPPER,
     "sliding_window_attention": sliding_window_attention.HOPPER,
     "span_attention": span_attention.HOPPER,
+    "taylor_attention": taylor_attention.HOPPER,
     "token_split_attention": token_split_attention.HOPPER,
     "local_linear_attention": local_linear_attention.HOPPER,
 }
@@ -281,6 +290,7 @@ def cases(*, quick: bool) -> Iterator[Case]:
     yield from window_cases("span_attention", quick=quick)
     yield from window_cases("grid_window_attention", quick=quick)
     yield from window_cases("token_split_attention", quick=quick)
+    yield from taylor_cases(quick=quick)
     yield from rat_cases(quick=quick)
     yield from landmark_cases(quick=quick)
     yield from memory_cases(quick=quick)
@@ -384,6 +394,28 @@ def window_cases(op: str, *, quick: bool) -> Iterator[Case]:
         yield first
         if K == V and not quick:
             yield from (replace(first, many=True), replace(first, dtype="fp32"), replace(first, dtype="fp16"))
+
+
+def taylor_cases(*, quick: bool) -> Iterator[Case]:
+    """The kernels of taylor_attention, whose queries have 16 dimensions; `many`: packed sequences, and weights of tokens."""
+    kernels = [name for op, name in KERNELS if op == "taylor_attention"]
+    for V, kernel in itertools.product((128,) if quick else SIZES, kernels):
+        backward = kernel in ("queries", "keys")
+        first = Case("taylor_attention", kernel, "bf16", 16, V, aligned=True, many=False, backward=backward)
+        yield first
+        if not quick:
+            yield from (replace(first, many=True), replace(first, dtype="fp32"), replace(first, dtype="fp16"))
+
+
+def _taylor_constants(case: Case, launch: Launch) -> dict[str, Any]:
+    is_wide = case.dtype == "fp16"
+    constants = {
+        "V": case.V, "ROWS_V": block(case.V), "COLUMNS": launch.columns, "C": launch.chunk, "ROWS": launch.chunk,
+        "KEYS": launch.columns, "WEIGHTED": case.many, "VARLEN": case.many, "WIDE": is_wide, "BEFORE": True, "AFTER": True,
+        "PRECISION": "tf32" if is_wide else "tf32x3",
+    }  # fmt: skip
+    names = KERNELS[case.op, case.kernel].arg_names
+    return {name: value for name, value in constants.items() if name in names}
 
 
 def rat_cases(*, quick: bool) -> Iterator[Case]:
@@ -628,6 +660,8 @@ def ptx(case: Case) -> tuple[str, dict[str, int | None]]:
         constants = _window_constants(case, launch)
     if case.op == "span_attention":
         constants = _span_constants(case, launch)
+    if case.op == "taylor_attention":
+        constants = _taylor_constants(case, launch)
     if case.op == "grid_window_attention":
         constants = _grid_constants(case, launch)
     if case.op == "token_split_attention":
@@ -662,6 +696,12 @@ def ptx(case: Case) -> tuple[str, dict[str, int | None]]:
             signature[name] = BLOCK_TYPES[name]
         if case.op == "span_attention" and name in SPAN_TYPES:
             signature[name] = SPAN_TYPES[name]
+        if case.op == "taylor_attention" and name in TAYLOR_TYPES:
+            signature[name] = TAYLOR_TYPES[name]
+        if case.op == "taylor_attention" and case.kernel == "state" and name == "out_ptr":
+            signature[name] = "*fp32"
+        if case.op == "taylor_attention" and name in ("before_ptr", "after_ptr"):
+            signature[name] = f"*{case.dtype}"
         if case.op == "token_split_attention" and name in SPLIT_TYPES:
             signature[name] = SPLIT_TYPES[name]
         if case.op == "dynamic_conv" and name in CONV_TYPES:

@@ -43,6 +43,8 @@ ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 HALF = torch.bfloat16 if ON_GPU else torch.float32
 GOAL = 4.0
+# What ops take as numbers, of the letters of their shapes.
+NUMBERS = ("block", "window", "sinks", "chunk", "keep")
 # A part that has not ended after so many seconds is ended.
 LONGEST = 120.0
 Row = dict[str, Any]
@@ -77,6 +79,10 @@ class Sizes:
             "routed_delta_rule": (
                 "routed_delta_rule", {**long, "H": max(1, 3 * H // 8), "V": 2 * self.head_dim, "chunk": self.block}
             ),
+            "token_split_attention": (
+                "token_split_attention",
+                {**long, "H": 2 * H, "N": 4 * N, "F": 2 * self.head_dim, "chunk": self.block, "keep": self.block // 16 or 1},
+            ),
         }  # fmt: skip
 
     def layers(self) -> dict[str, Row]:
@@ -85,11 +91,16 @@ class Sizes:
         full = {"kind": "attention", "heads": H, "kv_heads": N}
         chosen = {"block": self.block, "count": self.count, "sink": 1, "recent": min(4, self.count - 1)}
         window, both = 8 * self.block, {**full, "causal": False, "boundary": "inward"}
+        near, taught = {**full, "window": window}, {**chosen, "distillation": 0.1}
+        memory = {"kind": "ttt", "heads": H, "chunk": window, "rate": 0.01, "scale": 0.01}
+        by_matrix = {**memory, "memory": "linear", "loss": "l2", "rate": 0.05}
         kinds: dict[str, Row] = {
             "attention": full,
-            "attention, window": {**full, "window": window},
+            "attention, window": near,
             "attention, chosen blocks": {**full, "selection": chosen},
             "attention, blocks by kernels": {**full, "selection": {**chosen, "scores": "kernels"}},
+            "attention, blocks by a loss": {**full, "selection": taught},
+            "attention, blocks by kernels, by a loss": {**full, "selection": {**taught, "scores": "kernels"}},
             "attention, inward window": {**both, "window": self.block},
             "attention, grid": {**both, "grid": {"width": 4 * self.block, "row_window": 4, "column_window": 4}},
             "attention, sink tokens": {**full, "window": window, "sink_tokens": 2 * self.block},
@@ -105,7 +116,10 @@ class Sizes:
             },
             "routing": {"kind": "routing", "heads": H, "clusters": self.clusters},
             "contmix": {"kind": "contmix", "heads": H},
-            "layer_router": {"kind": "layer_router", "mixers": [full, {**full, "window": window}], "straight_through": True},
+            "contmix, grid": {"kind": "contmix", "heads": H, "taps": 7, "summaries": 7, "grid": {"width": 4 * self.block}},
+            "window and ttt": {"kind": "parallel", "mixers": [near, memory]},
+            "window and ttt, linear": {"kind": "parallel", "mixers": [near, by_matrix]},
+            "layer_router": {"kind": "layer_router", "mixers": [full, near], "straight_through": True},
             "token_router": {
                 "kind": "token_router", "mixers": [full, {"kind": "gated_deltanet", "heads": H}], "chunk": self.block,
             },
@@ -129,7 +143,7 @@ def op_call(sizes: Sizes, part: str) -> tuple[Callable[[], int], int, Row]:
     name, shape = sizes.ops()[part]
     op = getattr(importlib.import_module(f"heddle.kernels.{name}"), name)
     sample = draw(op, shape, HALF, initial_state=False, device=DEVICE)
-    rest = {letter: shape[letter] for letter in ("block", "window", "sinks", "chunk") if letter in shape}
+    rest = {letter: shape[letter] for letter in NUMBERS if letter in shape}
     given = {
         name: x.to(torch.int32 if name == "listed" else torch.int64) if name in ("listed", "start") else x
         for name, x in sample.arguments.items()

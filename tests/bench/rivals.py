@@ -2,8 +2,8 @@
 
     python tests/bench/rivals.py
 
-For each op and direction the last run on an H200 that timed both. Ratios are of one run: fla's time over ours. `--check` writes
-nothing and exits with 1 if the page says something else.
+For each op, direction and shape the last run on an H200 that timed both. Ratios are of one run: fla's time over ours.
+`--check` writes nothing and exits with 1 if the page says something else.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import argparse
 import functools
 import itertools
 import json
-import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -58,8 +57,8 @@ RATIOS = {
     "mamba2": (1.5, 1.3),
     "retention": (1.5, 1.3),
     "linear_attention": (1.5, 1.3),
-    "based": (1.5, 1.3),
-    "based_fused_chunk": (1.5, 1.3),
+    "taylor_attention": (1.5, 1.3),
+    "taylor_attention_chunks": (1.5, 1.3),
     "parallax": (1.5, 1.3),
 }
 # Decays of which nothing is asked: what counts are those that checkpoints have.
@@ -75,6 +74,8 @@ STEPS = {
 PHASES = {"fwd": "forward", "fwdbwd": "forward + backward", "decode_graph": "step", "decode": "eager step"}
 # A call that took less had been compiled before, all of it or most.
 COLD_S = 1.0
+# `6729b7b0ef94`, since which the kernels of a launcher are compiled side by side.
+SIDE_BY_SIDE = "2026-11-27T08:31:50Z"
 # How far the median of a call's times is from their fastest tenth where the host was busy, or the slowest tenth from the median.
 WAITED, WAITED_AT_TIMES = 1.05, 1.5
 
@@ -113,19 +114,36 @@ def run_of(op: str, phase: str) -> list[Row]:
     return []
 
 
+def made(row: Row) -> str:
+    """The run and the commit of a row."""
+    return f"`{row['run']}` at `{row['commit']}`"
+
+
 def impl_of(row: Row) -> str:
     return str(row["impl"].partition(",")[0])
 
 
 def pairs(op: str, phase: str) -> Iterator[tuple[Row, Row]]:
-    """Ours and fla's row of each shape, of one run; a goal in milliseconds needs none of fla, whose time is NaN then."""
-    mine = [row for row in run_of(op, phase) if row["op"] == op and row["phase"] == phase]
-    for ours in mine:
-        theirs = [row for row in mine if impl_of(row) == "fla" and row["shape"] == ours["shape"]]
-        if not theirs and is_grouped(op, ours["shape"]) and GROUPED.get(phase, Goal()).ms:
-            theirs = [{"impl": "fla", "shape": ours["shape"], "ms": math.nan}]
-        if ours["impl"] == "heddle" and theirs:
-            yield ours, theirs[0]
+    """Ours and fla's row of each shape, of the last run that timed both; `earlier` where that is not `run_of`."""
+    found: dict[str, tuple[Row, Row]] = {}
+    last = {row["run"] for row in run_of(op, phase)}
+    for rows in all_runs().values():
+        mine = [row for row in rows if row["op"] == op and row["phase"] == phase]
+        for ours, theirs in itertools.product(mine, mine):
+            if ours["impl"] == "heddle" and impl_of(theirs) == "fla" and theirs["shape"] == ours["shape"]:
+                found[size(ours["shape"])] = ours, {**theirs, "earlier": theirs["run"] not in last}
+    yield from found.values()
+
+
+def alone_since(op: str, phase: str, pair: Row) -> Row | None:
+    """Our last row of a shape that a run after its pair's timed without fla."""
+    alike = [
+        row
+        for rows in all_runs().values()
+        for row in rows
+        if (row["op"], row["phase"], row["impl"], row["shape"]) == (op, phase, "heddle", pair["shape"])
+    ]
+    return alike[-1] if alike[-1]["run"] != pair["run"] else None
 
 
 def of_floor(ours: Row) -> str:
@@ -156,13 +174,11 @@ def goal_of(op: str, phase: str, shape: dict[str, int]) -> Goal:
 def times(ours: Row, theirs: Row, goal: Goal, digits: int = 3) -> list[str]:
     """Ours, fla's, and their ratio, in bold where a goal is kept."""
     theirs_ms, ratio = f"{theirs['ms']:.{digits}f}", f"{theirs['ms'] / ours['ms']:.2f}"
-    if math.isnan(theirs["ms"]):
-        theirs_ms, ratio = "not reached", ""
     kept = (goal.ratio or goal.ms) and not goal.missed_by(ours["ms"], theirs["ms"])
     # Which of the two numbers the goal is about.
     bold = ["**" if kept and limit else "" for limit in (goal.ms, goal.ratio)]
     marks = ("*" if "lifted" in theirs["impl"] else "") + ("†" if "copied" in theirs["impl"] else "")
-    marks += "‡" if theirs.get("waited") else ""
+    marks += ("‡" if theirs.get("waited") else "") + ("§" if theirs["earlier"] else "")
     own = f"{bold[0]}{ours['ms']:.{digits}f}{bold[0]}"
     return [own, f"{theirs_ms}{marks}", f"{bold[1]}{ratio}{bold[1]}"]
 
@@ -234,14 +250,17 @@ def first_calls() -> list[str]:
     """Seconds of the first call of each op and direction, in the runs of the table."""
     lines = head("op", "forward", "fla", "then both directions", "fla")
     for op in RATIOS:
-        cells = [
-            f"{row['first_call_s']:.1f}" if row["first_call_s"] > COLD_S else "warm"
-            for phase in ("fwd", "fwdbwd")
-            for row in next(pairs(op, phase), ())
-        ]
+        cells = [first_call(row) for phase in ("fwd", "fwdbwd") for row in next(pairs(op, phase), ())]
         if cells:
             lines.append(row_of(op, *cells, *[""] * (4 - len(cells))))
     return lines
+
+
+def first_call(row: Row) -> str:
+    if row["first_call_s"] <= COLD_S:
+        return "warm"
+    mark = "¶" if row["impl"] == "heddle" and row["time"] < SIDE_BY_SIDE else ""
+    return f"{row['first_call_s']:.1f}{mark}"
 
 
 def lasting() -> list[str]:
@@ -259,8 +278,10 @@ def lasting() -> list[str]:
         for row in whole[-1]
         if row["op"] in names and row["impl"] == "heddle"
     }
-    made = f"`{whole[-1][0]['run']}` at `{whole[-1][0]['commit']}`"
-    lines = [f"Heddle's times by decays, of run {made}; gain: over decays that forget nothing.", ""]
+    lines = [
+        f"Heddle's times by decays, of run {made(whole[-1][0])}; gain: over decays that forget nothing.",
+        "",
+    ]
     lines += head("B × T", "", "nothing is forgotten", "geometric table", "gain", "linear table", "gain")
     for (op, phase, shape), base in ours.items():
         if op != "linear_attention" or any((name, phase, shape) not in ours for name in names):
@@ -279,9 +300,7 @@ def other_decays() -> list[str]:
     found = {phase: pair for phase, pair in timed.items() if pair}
     if not found:
         return []
-    runs = ", ".join(
-        f"{PHASES[phase]} `{pair[0][0]['run']}` at `{pair[0][0]['commit']}`" for phase, pair in found.items()
-    )
+    runs = ", ".join(f"{PHASES[phase]} {made(pair[0][0])}" for phase, pair in found.items())
     lines = [f"Lightning's linear table of decays, of which no goal was set; runs: {runs}.", ""]
     lines += head("B × T", *[name for phase in found for name in (PHASES[phase], "fla", "ratio", "of floor")])
     for shape in [ours["shape"] for ours, _ in next(iter(found.values()))]:
@@ -291,6 +310,19 @@ def other_decays() -> list[str]:
             cells += [*times(*here, Goal()), of_floor(here[0])] if here else [""] * 4
         lines.append(row_of(*cells))
     return [*lines, ""]
+
+
+def earlier() -> list[str]:
+    """Shapes that the last run of an op did not time beside fla: which run did, and what ours takes since."""
+    told = []
+    for op, phase in itertools.product(RATIOS, PHASES):
+        for ours, theirs in pairs(op, phase):
+            if not theirs["earlier"]:
+                continue
+            since = alone_since(op, phase, ours)
+            later = f", ours alone since {since['ms']:.3f} ms in {made(since)}" if since else ""
+            told.append(f"`{op}` {PHASES[phase]} at {size(ours['shape'])} {made(ours)}{later}")
+    return [f"§ The last run that timed both there: {'; '.join(told)}.", ""] if told else []
 
 
 def misses() -> list[str]:
@@ -307,8 +339,8 @@ def misses() -> list[str]:
                 name = f"{op}_step" if phase.startswith("decode") else op
                 cause = CAUSES.get((op, phase), "not looked into")
                 tried = " ".join(text for _, shape in found if (text := launches(op, phase, shape)))
-                by = ", ".join(text for text, _ in found)
-                lines.append(row_of(f"`{name}` {PHASES[phase]}", by, f"{cause} {tried}".strip()))
+                parts = ", ".join(text for text, _ in found)
+                lines.append(row_of(f"`{name}` {PHASES[phase]}", parts, f"{cause} {tried}".strip()))
     return lines
 
 
@@ -344,17 +376,16 @@ def rivals() -> str:
     told = []
     for op in RATIOS:
         found = {phase: run_of(op, phase) for phase in ("fwd", "fwdbwd", "decode_graph")}
-        names = {
-            phase: f"`{rows[0]['run']}` at `{rows[0]['commit']}`" for phase, rows in found.items() if rows
-        }
+        names = {phase: made(rows[0]) for phase, rows in found.items() if rows}
         if len(set(names.values())) == 1:
             told.append(f"`{op}` {next(iter(names.values()))}")
         else:
             told += [f"`{op}` {PHASES[phase]} {name}" for phase, name in names.items()]
     return "\n".join([
-        f"Runs: {', '.join(told)}.", "", *table(), "", *step_table(), "", *apart(), *misses(), "",
+        f"Runs: {', '.join(told)}.", "", *table(), "", *earlier(), *step_table(), "", *apart(), *misses(), "",
         *lasting(), *other_decays(),
-        "Seconds of a first call, fla's with its tuning; \"warm\": these kernels had run before.", "",
+        "Seconds of a first call, fla's with its tuning; \"warm\": these kernels had run before;",
+        "¶ before `6729b7b0ef94`, when ours were compiled one after the other ([of now](#the-first-call)).", "",
         *first_calls(),
     ])  # fmt: skip
 

@@ -54,7 +54,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from truth_pools import Job, Pace, Pools, Work, visible
-from truth_told import MORE, Rows, hardness, ratio_curve, read_rows, spent
+from truth_told import MORE, Rows, by_rate, hardness, ratio_curve, read_rows, spent
 
 from heddle.compose.build import build_causal_lm
 from heddle.compose.train import IGNORE, Batches, Recipe
@@ -330,7 +330,7 @@ def main() -> None:
         work_all(space, rows, chosen, out)
     elif chosen.what == "join":
         write_rows(join(chosen.files, rows), out)
-    print("\n".join((*ratio_curve(rows), *hardness(rows), *spent(rows))))
+    print("\n".join((*ratio_curve(rows), *hardness(rows), *by_rate(rows), *spent(rows))))
 
 
 if __name__ == "__main__":

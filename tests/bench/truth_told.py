@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 from statistics import mean, median, quantiles
 from typing import Any
+
+from heddle.search.rank_correlation import tau_b
 
 Rows = dict[str, dict[str, Any]]
 # Full layers of a placement at the quartiles of all, which stand for those of latency until it is measured.
@@ -187,6 +191,46 @@ def hardness(rows: Rows) -> Iterator[str]:
                     f"(best {best:.4f}, median {median(means):.4f}, noise {noise(within):.4f})"
                 )
         yield from learned(rows, task)
+
+
+def by_rate(rows: Rows) -> Iterator[str]:
+    """Of each task with several learning rates how often each was a placement's best, how far two of them order placements alike,
+    and within each budget what is best at the last."""
+    for task in tasks_of(rows):
+        values = at_rates(rows, task)
+        whole = {name: sign(task) * mean(seeds) for name, seeds in scores_of(rows, task).items()}
+        if len(values) < 2 or len(whole) < 2:
+            continue
+        best = Counter(max(values, key=lambda rate: values[rate][name]) for name in whole)
+        often = (
+            f"{rate} of {best[rate]} (mean {sign(task) * mean(one.values()):.4f})"
+            for rate, one in values.items()
+        )
+        pairs = combinations([[one[name] for name in whole] for one in values.values()], 2)
+        taus = [tau_b(*pair) or 0.0 for pair in pairs]
+        yield (
+            f"{task}: the best rate of {len(whole)} placements is {', '.join(often)}; tau-b between two rates "
+            f"{min(taus):.2f} to {max(taus):.2f}"
+        )
+        rate, last = list(values.items())[-1]
+        for among, names in budgets(rows, list(whole)):
+            first, usual = (max(names, key=side.__getitem__) for side in (last, whole))
+            off = (last[first] - last[usual]) / (last[first] - median(last[name] for name in names) or 1.0)
+            yield f"{task}{among}: at {rate} alone the best is {first}, and the best of all rates, {usual}, {off:.0%} off"
+
+
+def at_rates(rows: Rows, task: str) -> dict[str, dict[str, float]]:
+    """By learning rate and placement the mean score over the seeds that `scores_of` counts, higher is better."""
+    counted = {name: len(seeds) for name, seeds in scores_of(rows, task).items()}
+    told = {name: one for name in counted if (one := told_of(rows[name], task)) is not None}
+    return {
+        rate: {
+            name: sign(task)
+            * mean(seed_scores({**one, "scores": {rate: one["scores"][rate]}})[: counted[name]])
+            for name, one in told.items()
+        }
+        for rate in next((one["scores"] for one in told.values()), ())
+    }
 
 
 def budgets(rows: Rows, names: Sequence[str]) -> Iterator[tuple[str, Sequence[str]]]:

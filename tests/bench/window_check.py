@@ -2,18 +2,22 @@
 
     python tests/bench/window_check.py --budget 240 --out "$OUT"
     python tests/bench/window_check.py --only backward --budget 150 --out "$OUT" --commit "$(git rev-parse --short=12 HEAD)"
+    python tests/bench/window_check.py --only more_windows --budget 240 --out "$OUT" --commit "$(git rev-parse --short=12 HEAD)"
+    python tests/bench/window_check.py --only capped --budget 150 --out "$OUT" --commit "$(git rev-parse --short=12 HEAD)"
     TRITON_INTERPRET=1 python tests/bench/window_check.py --only backward --tiny --out /tmp/window
 
 Compiles side by side first, then checks every dtype and form against masked softmax in float64, and each launch before its time.
 Times windows beside compiled FlexAttention and dense attention, then the backends of dense attention: causal, masked, in groups,
 a decode step, and the first call of a length, for which cuDNN makes a plan. `backward`, alone: launches of each kernel for
-each window (window_backward.py); with `--tiny` they are only held, on a CPU. Writes window_check.log and rows to
-evidence-window-attention.jsonl; exits with 1 if anything was wrong.
+each window (window_backward.py); with `--tiny` they are only held, on a CPU. `more_windows` and `capped`, alone: windows from 256
+to 4,096 (more_windows.py), and soft-caps and sink logits (capped.py), beside FlexAttention and cuDNN. Writes window_check.log and
+rows to evidence-window-attention.jsonl; exits with 1 if anything was wrong.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import itertools
 import json
 import subprocess
@@ -52,7 +56,9 @@ from heddle.kernels.configs.launch import Launch
 from heddle.kernels.dense_attention import dense_attention, dense_attention_reference
 from heddle.kernels.sliding_window_attention import sliding_window_attention
 
-WORKERS = 8
+OP, WORKERS = "sliding_window_attention", 8
+# What runs alone, and where it is.
+PARTS = {"backward": "window_backward", "more_windows": "more_windows", "capped": "capped"}
 MAIN = {"B": 1, "H": 8, "N": 2, "T": 1000, "S": 1500, "K": 128, "V": 128, "window": 200, "sinks": 4}
 PLAIN = {**MAIN, "N": 8, "T": 1000, "S": 1000, "window": 512, "sinks": 0}
 STEP = {**MAIN, "B": 3, "T": 1, "window": 1000}
@@ -170,14 +176,16 @@ def block_mask(length: int, window: int) -> Any:
     def seen(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:  # noqa: ARG001
         return (key <= query) & (query - key < window)
 
-    return create_block_mask(seen, None, None, length, length, device="cuda", _compile=True)
+    on_gpu = DEVICE.type == "cuda"
+    return create_block_mask(seen, None, None, length, length, device=DEVICE.type, _compile=on_gpu)
 
 
 @cache
 def compiled(length: int, window: int) -> Any:  # noqa: ARG001
     """One each, or dynamic shapes would be compiled for, which are slower."""
     torch._dynamo.reset()
-    return torch.compile(flex_attention, dynamic=False)
+    # On a CPU compiling takes longer than all else.
+    return torch.compile(flex_attention, dynamic=False) if DEVICE.type == "cuda" else flex_attention
 
 
 def flex(*, q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int) -> Tensor:  # noqa: ARG001
@@ -241,32 +249,46 @@ def every_launch() -> Iterator[tuple[str, Launch, int]]:
         yield from ((name, launch, tiles) for name, launches in TRIED.items() for launch in launches)
 
 
-def backward(log: Log, rows: Path, header: Row, budget: float, *, tiny: bool) -> list[str]:
-    """The launches of each kernel for each window; gives the table."""
-    from window_backward import launches_by_window
+def reports(log: Log, rows: Path, header: Row) -> tuple[Report, Callable[..., None]]:
+    """What times a call and tells of it, and what tells of a time alone."""
 
-    begin = time.monotonic()
-
-    def report(impl: str, phase: str, shape: dict[str, int], times: Row) -> None:
-        about: Row = {"op": "sliding_window_attention", "impl": impl, "phase": phase, "shape": shape}
+    def report(impl: str, phase: str, shape: dict[str, int], times: Row, op: str = OP) -> None:
+        about: Row = {"op": op, "impl": impl, "phase": phase, "shape": shape}
         with rows.open("a") as file:
             file.write(json.dumps({**header, **about, "dtype": "bfloat16", **times}) + "\n")
-        log(f"{phase:8} window {shape['window']:4} {times['ms'] or 0.0:9.4f} ms  {impl}")
+        sizes = f"{shape['B']} x {shape['T']:6} " + (
+            f"window {shape['window']:4}" if "window" in shape else ""
+        )
+        log(f"{phase:8} {sizes:23} {times['ms'] or 0.0:9.4f} ms  {impl}")
 
-    def row(op: str, impl: str, phase: str, shape: dict[str, int], call: Callable[[], object]) -> float:  # noqa: ARG001
+    def row(op: str, impl: str, phase: str, shape: dict[str, int], call: Callable[[], object]) -> float:
         call()
         times = timed(call, DEVICE)
-        report(impl, phase, shape, times)
+        report(impl, phase, shape, times, op)
         return float(times["ms"])
 
+    return row, report
+
+
+def part(name: str, log: Log, rows: Path, header: Row, *, budget: float, tiny: bool) -> list[str]:
+    """A part of its own, compiled side by side first; gives its table."""
+    begin = time.monotonic()
+    row, report = reports(log, rows, header)
     if not tiny:
-        command = [sys.executable, __file__, "--only", "backward", "--warm"]
+        command = [sys.executable, __file__, "--only", name, "--warm"]
         for process in [subprocess.Popen([*command, str(index)]) for index in range(WORKERS)]:
             process.wait()
         log(f"compiled after {time.monotonic() - begin:.0f} s")
-    return launches_by_window(
-        log, row, report, lambda share: lambda: time.monotonic() - begin > share * budget
-    )
+
+    def late(share: float) -> Callable[[], bool]:
+        return lambda: time.monotonic() - begin > share * budget
+
+    module = importlib.import_module(PARTS[name])
+    if name == "backward":
+        lines: list[str] = module.launches_by_window(log, row, report, late)
+    else:
+        lines = module.run(log, row, late)
+    return lines
 
 
 def warm(index: int) -> None:
@@ -290,7 +312,7 @@ def main() -> int:
     )
     parser.add_argument("--out", type=Path, default=Path("."), help="folder for the log")
     parser.add_argument("--skip", nargs="*", default=[])
-    parser.add_argument("--only", choices=["backward"], help="the launches by windows, and nothing else")
+    parser.add_argument("--only", choices=list(PARTS), help="this part, and nothing else")
     parser.add_argument("--commit", help="the code that runs")
     parser.add_argument("--tiny", action="store_true", help="small, on a CPU")
     parser.add_argument("--warm", type=int, help=argparse.SUPPRESS)
@@ -302,7 +324,7 @@ def main() -> int:
     header |= {"commit": chosen.commit or header["commit"]}
     rows = chosen.out / "evidence-window-attention.jsonl"
     if chosen.only:
-        lines = backward(log, rows, header, chosen.budget, tiny=chosen.tiny)
+        lines = part(chosen.only, log, rows, header, budget=chosen.budget, tiny=chosen.tiny)
         return told(log, lines, begin)
 
     def row(op: str, impl: str, phase: str, shape: dict[str, int], call: Callable[[], object]) -> float:
@@ -347,9 +369,7 @@ def warm_up_to(index: int, only: str | None) -> int:
     if only is None:
         warm(index)
     else:
-        from window_backward import warm as warm_backward
-
-        warm_backward(index, WORKERS)
+        importlib.import_module(PARTS[only]).warm(index, WORKERS)
     return 0
 
 

@@ -7,9 +7,22 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from toys import EXACT, Largest, call_at, mixer_of, noise, padded_call
+from toys import (
+    EXACT,
+    Largest,
+    call_at,
+    gradients,
+    in_pieces,
+    mixer_of,
+    noise,
+    padded_call,
+    shaken,
+    tokens,
+)
 
+from heddle.compose.build import build
 from heddle.compose.modules.selection import SCORES, Places, Rule, choose_blocks
+from heddle.specs import ModelSpec
 from heddle.specs import Site as SpecSite
 from heddle.specs.mixers.attention import Attention
 from heddle.specs.selection import Selection
@@ -129,6 +142,39 @@ def test_the_layer_reads_them_whole_in_pieces_and_behind_padding(monkeypatch: py
     padded, alone = mixer(x, padded_call(real)), mixer(x[:1, 7:], call_at(0, LENGTH - 7, rows=1))
     assert padded.isfinite().all()
     assert (padded[:1, 7:] - alone).abs().max() < EXACT
+
+
+def two_layers(how: dict[str, Any] | None) -> Any:
+    """One that chooses and one that reuses its choice, or two dense ones, of the same weights."""
+    reuses = how and {"block": how["block"], "count": how["count"], "source": "a"}
+    blocks = {
+        name: {
+            "mixer": {"kind": "attention", "heads": 4, "kv_heads": 2, "selection": one},
+            "channel": {"kind": "none"},
+        }
+        for name, one in (("a", how), ("b", reuses))
+    }
+    sizes = {"vocab_size": 9, "hidden_size": HIDDEN, "blocks": blocks, "layers": list(blocks)}
+    return shaken(build(ModelSpec.model_validate(sizes)))
+
+
+@pytest.mark.parametrize("scores", ["mean", "kernels"])
+def test_with_room_for_every_block_who_chooses_and_who_reuses_the_choice_are_dense(scores: str) -> None:
+    # As many as there are at last; before that there is room for more.
+    how = HOW | {"count": -(-LENGTH // 4), "scores": scores}
+    ids, wanted, told = tokens(LENGTH, vocabulary=9), noise(2, LENGTH, 9), []
+    for one in (how, None):
+        model = two_layers(one)
+        logits = model(ids).logits
+        found = gradients(model, (logits * wanted).sum())
+        with torch.no_grad():
+            found["steps"], _ = in_pieces(model, ids, [7, 30, *range(31, LENGTH + 1)])
+        told.append(found | {"logits": logits.detach()})
+    assert told[0].keys() == told[1].keys()
+    for name, dense in told[1].items():
+        assert (told[0][name] - dense).abs().max() < EXACT * max(1.0, dense.abs().max()), name
+    fewer = two_layers(how | {"count": how["count"] - 1})(ids).logits
+    assert (fewer - told[1]["logits"])[:, -1].abs().max() > 1e-3
 
 
 @torch.no_grad()

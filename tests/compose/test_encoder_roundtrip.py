@@ -14,7 +14,7 @@ from heddle.search.export import export_run
 from heddle.search.training import train
 from heddle.specs import loads
 
-# A layer of each kind that sees both sides.
+# A layer of each kind that sees both sides; of `film` the last frame of 40 tokens is a third there.
 SPEC = """
 version: 1
 name: small
@@ -27,10 +27,13 @@ model:
   blocks:
     full: {{mixer: {{kind: attention, heads: 2, causal: false}}, channel: {{kind: gelu, ratio: 1.0}}}}
     near: {{mixer: {{kind: attention, heads: 2, causal: false, window: 4, boundary: inward}}, channel: {{kind: none}}}}
+    film:
+      channel: {{kind: none}}
+      mixer: {{kind: attention, heads: 2, causal: false, boundary: inward, grid: {{width: 6, height: 2, frame_window: 2}}}}
     tree: {{mixer: {{kind: hierarchical_attention, heads: 2, branching: 4}}, channel: {{kind: none}}}}
     means: {{mixer: {{kind: inline, heads: 2, causal: false, local: 3}}, channel: {{kind: none}}}}
     image: {{mixer: {{kind: contmix, heads: 2, taps: 3, summaries: 1, grid: {{width: 8}}}}, channel: {{kind: none}}}}
-  layers: [near, tree, means, image, full]
+  layers: [near, film, tree, means, image, full]
 data: {{source: {corpus}, sequence_length: 32}}
 train: {{tokens: 4096, batch_tokens: 512, learning_rate: 1.0e-2}}
 """

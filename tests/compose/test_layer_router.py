@@ -198,7 +198,7 @@ def test_with_single_the_costs_are_those_of_the_first_mixer() -> None:
     assert cache_bytes([made]) == 3 * spec.state_bytes(site, 40 + 1, 4)
 
 
-def model_of(*targets: float | None) -> Any:
+def model_of(*targets: float | None, **fields: Any) -> Any:
     """A model of one layer for each target."""
     blocks = {
         f"b{index}": {
@@ -208,6 +208,7 @@ def model_of(*targets: float | None) -> Any:
                 "router_dim": 4,
                 "target": target,
                 "target_factor": 2.0,
+                **fields,
             },
             "channel": {"kind": "none"},
         }
@@ -217,34 +218,76 @@ def model_of(*targets: float | None) -> Any:
     return build(ModelSpec.model_validate(sizes), dtype=torch.float64)
 
 
-def test_a_target_holds_for_all_its_layers_together() -> None:
-    model, ids = model_of(0.5, 0.5, 0.125, None).train(), torch.arange(40).view(2, 20) % 20
+def with_gaps(model: Any, gaps: tuple[float, ...]) -> Any:
+    """The model with so much between the logits of each layer's mixers, whatever the prompt."""
     with torch.no_grad():
-        for layer, gap in zip(model.model.layers, (4.0, -2.0, 0.0, 3.0), strict=True):
+        for layer, gap in zip(model.model.layers, gaps, strict=True):
             layer.mixer.router.last_bias.copy_(torch.tensor([gap, 0.0]))
+    return model
+
+
+@pytest.mark.parametrize("hard", [False, True])
+def test_a_target_holds_for_all_its_layers_together(hard: bool) -> None:
+    gaps = (4.0, -2.0, 0.5, 3.0)
+    model = with_gaps(model_of(0.5, 0.5, 0.125, None, straight_through=hard), gaps).train()
+    ids = torch.arange(40).view(2, 20) % 20
     found = model.model(ids)
-    cheap = [1 / (1 + torch.tensor(gap).double().exp().item()) for gap in (4.0, -2.0, 0.0, 3.0)]
-    missed = [((cheap[0] + cheap[1]) / 2 - 0.5) ** 2, (cheap[2] - 0.125) ** 2]
-    assert found.aux_loss.item() == pytest.approx(2.0 * sum(missed))
-    assert found.aux_losses["layer_router"].item() == pytest.approx(sum(missed) / 2)
-    assert found.aux_losses["layer_router_share"].item() == pytest.approx(sum(cheap) / 4)
+    soft = [1 / (1 + torch.tensor(gap).double().exp().item()) for gap in gaps]
+    chosen = [float(gap < 0) for gap in gaps]
+
+    def missed(cheap: list[float]) -> list[float]:
+        return [((cheap[0] + cheap[1]) / 2 - 0.5) ** 2, (cheap[2] - 0.125) ** 2]
+
+    asked = missed(chosen if hard else soft)
+    assert found.aux_loss.item() == pytest.approx(2.0 * sum(asked))
+    assert found.aux_losses["layer_router"].item() == pytest.approx(sum(asked) / 2)
+    # What is told is what evaluation does, and how far that is from the target.
+    assert found.aux_losses["layer_router_share"].item() == 0.25
+    assert found.aux_losses["layer_router_missed"].item() == pytest.approx(sum(missed(chosen)) / 2)
     found.aux_loss.backward()
     gradients = [layer.mixer.router.last_bias.grad for layer in model.model.layers]
-    assert gradients[0].abs().min() > 0
+    # With one of two layers at either mixer half of the choices are what is asked for.
+    assert (gradients[0].abs().max() == 0) == hard
     assert gradients[2].abs().min() > 0
     assert gradients[3] is None or gradients[3].abs().max() == 0
     assert model.eval().model(ids).aux_loss is None
 
 
-def test_training_on_the_target_alone_reaches_it() -> None:
-    model, ids = model_of(0.75, 0.75).train(), torch.arange(40).view(2, 20) % 20
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.005)
-    for _ in range(200):
+def test_with_straight_through_a_target_hears_of_choices_with_the_gradient_of_the_mix() -> None:
+    """A router a hair from the middle sends every prompt to one mixer, which a mean of shares does not see."""
+    told, gradients = {}, {}
+    for hard in (False, True):
+        model = with_gaps(model_of(0.5, straight_through=hard), (0.02,)).train()
+        found = model.model(torch.arange(40).view(2, 20) % 20)
+        found.aux_loss.backward()
+        told[hard], gradients[hard] = found.aux_losses, model.model.layers[0].mixer.router.last_bias.grad
+    assert told[False]["layer_router"].item() == pytest.approx(2.5e-5, rel=1e-3)
+    assert told[True]["layer_router"].item() == 0.25
+    for one in told.values():
+        assert (one["layer_router_share"].item(), one["layer_router_missed"].item()) == (0.0, 0.25)
+    # (share - target)² has a slope of twice what is missed, and the share that of the softmax.
+    cheap = 1 / (1 + torch.tensor(0.02).double().exp().item())
+    slope = cheap * (1 - cheap)
+    for hard, share in ((False, cheap), (True, 0.0)):
+        expected = 2.0 * 2 * (share - 0.5) * slope
+        assert gradients[hard].tolist() == pytest.approx([-expected, expected])
+
+
+@pytest.mark.parametrize("hard", [False, True])
+def test_training_on_the_target_alone_reaches_it(hard: bool) -> None:
+    model, ids = model_of(0.75, 0.75, straight_through=hard).train(), tokens(20, vocabulary=20)
+    optimizer, seen = torch.optim.Adam(model.parameters(), lr=0.005), []
+    for _ in range(300):
         found = model.model(ids)
         optimizer.zero_grad()
         found.aux_loss.backward()
         optimizer.step()
-    assert found.aux_losses["layer_router_share"].item() == pytest.approx(0.75, abs=0.05)
+        seen.append({name: value.item() for name, value in found.aux_losses.items()})
+    if not hard:
+        assert seen[-1]["layer_router"] < 0.05**2
+    else:
+        # A router that does not tell prompts apart flickers about it.
+        assert sum(one["layer_router_share"] for one in seen[-100:]) / 100 == pytest.approx(0.75, abs=0.05)
 
 
 def test_a_factor_without_a_target_computes_nothing() -> None:

@@ -72,6 +72,7 @@ WRITTEN: dict[str, dict[str, Any]] = {
     "contmix": {"heads": 2, "head_dim": 64},
     "mla": {"heads": 2, "kv_lora_rank": 64, "qk_nope_head_dim": 64, "v_head_dim": 64},
     "gla": {"heads": 2, "head_dim": 64},
+    "gated_retention": {"kind": "retnet", "heads": 2, "head_dim": 64, "value_dim": 64, "decay": "gate"},
     "kda": {"heads": 2, "head_dim": 64},
     "mamba2": {"heads": 4, "head_dim": 64, "state_dim": 64},
     "hgrn2": {"heads": 2, "head_dim": 64},
@@ -112,8 +113,11 @@ OTHERS, WAITING = (
     }
     for written in (WRITTEN, FETCHED)
 )
-# The kernels of these take decays of a chunk from a token in its middle (`_gla_fwd`): where that stands, later tokens say, too.
-FROM_MIDDLE, CHUNK = ("gla", "kda", "hgrn2", "liger"), 64
+# What the schemas of these say is causal but for rounding: kernels take decays of a chunk from its middle (`_gla_fwd`).
+FROM_MIDDLE, CHUNK = (
+    tuple(name for name in WRITTEN if name in KINDS and "causality" in KINDS[name].rounded),
+    64,
+)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 every_mixer = pytest.mark.parametrize("name", [*MIXERS, *OTHERS])
 every_setting = pytest.mark.parametrize(

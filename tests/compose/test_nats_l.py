@@ -13,6 +13,7 @@ from toys import EXACT, Largest, call_at, mixer_of, noise, padded_call
 
 from heddle.compose.mixers.nats_l import NatsLModule
 from heddle.compose.modules.norm import l2_norm
+from heddle.kernels import gated_delta_rule
 from heddle.specs import Site as SpecSite
 from heddle.specs.mixers.nats_l import NatsL
 
@@ -152,6 +153,55 @@ def test_gradients_are_those_of_the_formula_and_routes_have_those_of_a_weight(le
     assert told.abs().max() > 1e-3
 
 
+def of_one_type(mixer: NatsLModule, x: Tensor, *, softmax: bool) -> Tensor:
+    """All chunks remembered by attention, beside a memory of the own chunk; or by Gated DeltaNet, beside attention to it."""
+    length = x.shape[1]
+    flat = mixer.conv(mixer.qkv_proj(x), call_at(0, length, rows=len(x))).split(mixer.sizes, dim=-1)
+    q, k, v = (side.unflatten(-1, (HEADS, -1)) for side in flat)
+    gates = (-mixer.A_log.exp() * F.softplus(mixer.a_proj(x) + mixer.dt_bias), mixer.b_proj(x).sigmoid())
+    sides = [one.split(CHUNK if softmax else length, dim=1) for one in (l2_norm(q), l2_norm(k), v, *gates)]
+    recalled = torch.cat([gated_delta_rule(*part)[0] for part in zip(*sides, strict=True)], dim=1)
+    q, k, v = (side.unflatten(-1, (HEADS * SPLIT, -1)) for side in flat)
+    q, k, v = (side.transpose(1, 2) for side in (mixer.q_norm(q), mixer.k_norm(k), v))
+    place = torch.arange(length)
+    seen = (place <= place[:, None]) & (softmax | (place // CHUNK == place[:, None] // CHUNK))
+    attended = F.scaled_dot_product_attention(q, k, v, seen).transpose(1, 2)
+    recalled, attended = mixer.norm(recalled.reshape_as(attended)), mixer.norm(attended)
+    shares = mixer.share_proj(flat[0]).unflatten(-1, (HEADS * SPLIT, 2)).softmax(-1)
+    told = shares[..., :1] * recalled + shares[..., 1:] * attended
+    y: Tensor = mixer.o_proj(told.flatten(2) * F.silu(mixer.z_proj(x)))
+    return y
+
+
+@pytest.mark.parametrize("softmax", [True, False])
+def test_all_of_one_type_is_dense_attention_or_gated_deltanet(softmax: bool) -> None:
+    mixer, x = ready(-99.0 if softmax else 99.0), inputs()
+    weight = noise(2, LENGTH, HIDDEN, seed=4)
+    others = [one for name, one in mixer.named_parameters() if name != "router.weight"]
+    results = []
+    for y in (mixer(x, call_at(0, LENGTH)), of_one_type(mixer, x, softmax=softmax)):
+        results.append((y.detach(), *torch.autograd.grad((y * weight).sum(), others)))
+    for found, expected in zip(*results, strict=True):
+        assert (found - expected).abs().max() < EXACT * max(1.0, expected.abs().max())
+    with torch.no_grad():
+        for ends in (list(range(1, LENGTH + 1)), [3, 17, LENGTH]):
+            assert (in_pieces(mixer, x, ends)[0] - results[1][0]).abs().max() < EXACT
+
+
+def test_of_equal_types_softmax_is_chosen_and_told() -> None:
+    mixer, x = ready().train(), inputs(4 * CHUNK)
+    with torch.no_grad():
+        # All logits are one number, through the constant feature.
+        mixer.router.weight.zero_()[:, 0] = 3.0
+    m = routes_of(mixer, x)
+    assert torch.equal(m.detach(), torch.tensor([1.0, 0.0]).to(m).expand_as(m))
+    call = call_at(0, 4 * CHUNK)
+    y = mixer(x, call)
+    assert {name: value.item() for name, value, _ in call.losses}["router_share"] == 1.0
+    assert (y - of_one_type(mixer, x, softmax=True)).abs().max() < EXACT
+    assert (in_pieces(mixer.eval(), x, list(range(1, 4 * CHUNK + 1)))[0] - y).abs().max() < EXACT
+
+
 def test_whole_chunks_are_not_picked_out_and_memory_grows_with_tokens_alone() -> None:
     length, chunk, width = 16_384, 64, HEADS * (2 * K + V)
     mixer = ready(chunk=chunk).to("meta").train()
@@ -204,8 +254,8 @@ def test_training_tells_the_share_of_softmax_and_asks_for_a_budget() -> None:
         call = call_at(0, length)
         mixer.train()(x[:, :length], call)
         told = {name: (value.item(), factor) for name, value, factor in call.losses}
-        assert told["router_share"] == (pytest.approx(expected), 0.0)
-        assert told["router_budget"] == (pytest.approx((expected - 0.25) ** 2), 0.5)
+        assert told["nats_l_share"] == (pytest.approx(expected), 0.0)
+        assert told["nats_l_budget"] == (pytest.approx((expected - 0.25) ** 2), 0.5)
 
 
 @pytest.mark.parametrize("linear", [-4.0, 4.0])
@@ -218,9 +268,9 @@ def test_training_on_the_budget_alone_reaches_it(linear: float) -> None:
         mixer(x, call)
         losses = {name: value for name, value, _ in call.losses}
         optimizer.zero_grad()
-        losses["router_budget"].backward()
+        losses["nats_l_budget"].backward()
         optimizer.step()
-    assert losses["router_share"].item() == pytest.approx(0.5, abs=0.1)
+    assert losses["nats_l_share"].item() == pytest.approx(0.5, abs=0.1)
 
 
 def test_it_costs_what_its_parts_do() -> None:

@@ -51,7 +51,7 @@ def test_what_layers_hand_on_stays_within_a_document() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["constant_stream", "index_reuse", "kv_sharing", "value_residual", "shared_block"]
+    "name", ["constant_stream", "decode_only", "index_reuse", "kv_sharing", "value_residual", "shared_block"]
 )
 def test_gradients_of_what_is_handed_on_are_those_of_each_document(name: str) -> None:
     model = example_of(name).train()
@@ -70,6 +70,15 @@ def test_gradients_of_what_is_handed_on_are_those_of_each_document(name: str) ->
         assert told.keys() == expected.keys()
         for one, gradient in expected.items():
             assert (told[one] - gradient).abs().max() < EXACT * (1 + gradient.abs().max()), one
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("lengths", [(1, 8), (8, 1), (4, 1, 4)])
+def test_where_decoded_tokens_alone_choose_a_document_of_one_token_stands_anywhere(lengths: Any) -> None:
+    model, ids = example_of("decode_only"), tokens(9, 1)
+    packed = model(ids, cu_seqlens=torch.tensor([0, *accumulate(lengths)])).logits
+    apart = torch.cat([model(own).logits for own in ids.split(lengths, dim=1)], dim=1)
+    assert (packed - apart).abs().max() < EXACT
 
 
 @torch.no_grad()

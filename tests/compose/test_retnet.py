@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -34,10 +35,14 @@ def ready(**fields: Any) -> RetNetModule:
     mixer = RetNetModule(Site(HIDDEN, 1, 3, norm_eps=1e-5), **{**sizes, **fields})
     for module in mixer.modules():
         initialise(module, std=HIDDEN**-0.5)
+    if mixer.log_decay is None:
+        # Gates from those that forget to those that keep.
+        nn.init.normal_(mixer.decay_proj.weight, std=8.0)
     nn.init.uniform_(mixer.norm.weight, 0.5, 1.5)
     mixer.double()
-    # The decays are float32; here their own rounding is not what is asked about.
-    mixer.log_decay = log_decays(HEADS)
+    if mixer.log_decay is not None:
+        # The decays are float32; here their own rounding is not what is asked about.
+        mixer.log_decay = log_decays(HEADS)
     return mixer
 
 
@@ -60,7 +65,7 @@ def turned(x: Tensor, rope: dict[str, float]) -> Tensor:
 
 
 def by_formula(mixer: RetNetModule, x: Tensor, rope: dict[str, float] | None) -> Tensor:
-    """The parallel form, head by head: (q kᵀ * D) v, D_ij = γ^(i-j); from the weights alone."""
+    """The parallel form, head by head: (q kᵀ * D) v, D_ij = γ^(i-j), of gates γ_(j+1) ... γ_i; from the weights alone."""
     projected = x @ mixer.qkv_proj.weight.T
     if mixer.conv is not None:
         past = torch.cat((torch.zeros_like(projected[:, :3]), projected), dim=1)
@@ -76,7 +81,12 @@ def by_formula(mixer: RetNetModule, x: Tensor, rope: dict[str, float] | None) ->
         q, k = queries[..., own], keys[..., own]
         if rope is not None:
             q, k = turned(q, rope), turned(k, rope)
-        fading = ((1 - 2.0 ** (-5 - head)) ** age.clamp(min=0)).tril()
+        if mixer.log_decay is None:
+            kept = (1 / (1 + torch.exp(-(x @ mixer.decay_proj.weight[head])))) ** (1 / 16)
+            total = torch.log(kept).cumsum(-1)
+            fading = torch.exp(total[:, :, None] - total[:, None]).tril()
+        else:
+            fading = ((1 - 2.0 ** (-5 - head)) ** age.clamp(min=0)).tril()
         o = (q @ k.mT * KEYS**-0.5 * fading) @ values[..., wide]
         o = o / (o.square().mean(-1, keepdim=True) + 1e-5).sqrt() * mixer.norm.weight
         outputs.append(o * gates[..., wide] / (1 + torch.exp(-gates[..., wide])))
@@ -84,16 +94,18 @@ def by_formula(mixer: RetNetModule, x: Tensor, rope: dict[str, float] | None) ->
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("decay", ["fixed", "gate"])
 @pytest.mark.parametrize("short_conv", [None, 4])
-def test_it_equals_its_parallel_form(short_conv: int | None) -> None:
-    mixer, x = ready(short_conv=short_conv), noise()
+def test_it_equals_its_parallel_form(short_conv: int | None, decay: str) -> None:
+    mixer, x = ready(short_conv=short_conv, decay=decay), noise()
     assert (mixer(x, at()) - by_formula(mixer, x, None)).abs().max() < EXACT
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("decay", ["fixed", "gate"])
 @pytest.mark.parametrize("rope", [ROPE, {"theta": 100.0, "fraction": 0.5}])
-def test_it_equals_its_parallel_form_with_rotary_positions(rope: dict[str, float]) -> None:
-    mixer, x = ready(rope=rope), noise()
+def test_it_equals_its_parallel_form_with_rotary_positions(rope: dict[str, float], decay: str) -> None:
+    mixer, x = ready(rope=rope, decay=decay), noise()
     expected = by_formula(mixer, x, rope)
     assert (mixer(x, at()) - expected).abs().max() <= ANGLE * expected.abs().max()
 
@@ -123,6 +135,20 @@ def test_it_costs_what_the_sheet_says() -> None:
     assert spec.state_bytes(site, 1, 2) == 4 * 2**20
     assert spec.flops(site, 9) == 2 * 8 * 2048**2 + 5 * 8 * 256 * 512
     assert spec.prefill_flops(site, 64) - 2 * 8 * 2048**2 == 8 * 2 * (64 * 768 + 2 * 256 * 512)
+
+
+def test_a_gate_costs_a_row_for_each_head_and_fixed_decays_have_the_hash_they_had() -> None:
+    site = SpecSite(hidden_size=3072)
+    plain, gated = (
+        RetNet.model_validate({"heads": 24, "value_dim": 128, **decay}) for decay in ({}, {"decay": "gate"})
+    )
+    assert gated.params(site) == 5 * 3072**2 + 24 * 3072 + 128 == plain.params(site) + 24 * 3072
+    assert gated.flops(site, 9) == plain.flops(site, 9) + 2 * 24 * 3072
+    assert "decay" not in plain.canonical(site)
+    assert gated.canonical(site)["decay"] == "gate"
+    assert (plain.kernels(), gated.kernels()) == (("decay_attention",), ("simple_gla",))
+    # A gate of 1/2, with which training begins.
+    assert [one.log_decay for one in gated.sights(site)] == [pytest.approx(math.log(0.5) / 16)]
 
 
 def test_what_turns_must_be_pairs() -> None:

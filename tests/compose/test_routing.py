@@ -102,6 +102,26 @@ def test_one_cluster_is_softmax_attention_that_leaves_itself_out() -> None:
 
 
 @torch.no_grad()
+def test_of_clusters_that_are_equally_near_the_first_has_the_token() -> None:
+    mixer, alone, x = ready(clusters=4), ready(clusters=1), noise(2, LENGTH, HIDDEN)
+    # All centroids are one direction, along which a product is the number that stands there.
+    mixer.centroids.centroids.copy_(F.one_hot(torch.tensor(2), SIZE))
+    weights = {name: one for name, one in mixer.state_dict().items() if "centroids" not in name}
+    alone.load_state_dict(weights | {"centroids.centroids": mixer.centroids.centroids[:, :1]})
+    expected = alone(x, call_at(0, LENGTH))
+    assert (mixer(x, call_at(0, LENGTH)) - expected).abs().max() < EXACT
+    assert (in_pieces(mixer, x, list(range(1, LENGTH + 1))) - expected).abs().max() < EXACT
+    call = call_at(0, LENGTH, mixer.new_cache())
+    mixer(x, call)
+    assert call.cache.tensors()["held"].tolist() == [[[3, 0, 0, 0]] * HEADS] * 2
+    # One after the other, however many tokens are asked about at once.
+    unit = noise(2, HEADS, LENGTH, SIZE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(clusters, "STRETCH", 5)
+        assert not mixer.centroids.nearest(unit).any()
+
+
+@torch.no_grad()
 def test_padding_is_of_no_cluster() -> None:
     mixer, x = ready(), noise(2, LENGTH, HIDDEN)
     real = torch.ones(2, LENGTH, dtype=torch.bool)

@@ -153,6 +153,29 @@ def test_who_keeps_every_token_is_softmax_attention() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("chosen_by", ["head", "group"])
+def test_of_equal_tokens_of_a_chunk_the_later_stay(chosen_by: str) -> None:
+    mixer, x = ready(chosen_by=chosen_by, keep=2), noise(2, LENGTH, HIDDEN)
+    # Queries and keys have no direction in common: a token is one of those that it sees. Those of the first chunk weigh 1, 1/2,
+    # 1/3, 1/4, all others 1/4.
+    mixer.q_proj.weight.view(HEADS, SIZE, HIDDEN)[:, 3:] = 0.0
+    mixer.k_proj.weight.view(KV, SIZE, HIDDEN)[:, :3] = 0.0
+    expected = by_loop(mixer, x)
+    assert (mixer(x, call_at(0, LENGTH)) - expected).abs().max() < EXACT
+    assert (in_pieces(mixer, x, list(range(1, LENGTH + 1))) - expected).abs().max() < EXACT
+    for ends in (list(range(1, LENGTH + 1)), [LENGTH]):
+        cache, start = mixer.new_cache(), 0
+        for end in ends:
+            mixer(x[:, start:end], call_at(start, end - start, cache))
+            cache.advance(end - start)
+            start = end
+        stay = [[0, 1], *([last, last - 1] for last in range(7, 20, CHUNK))]
+        k = mixer.k_proj(x).unflatten(-1, (KV, -1)).repeat_interleave(mixer.stores // KV, dim=2)
+        wanted = k[:, stay].permute(0, 3, 1, 2, 4).flatten(2, 3)
+        assert (cache.tensors()["salient_keys"] - wanted).abs().max() < EXACT
+
+
+@torch.no_grad()
 def test_weights_sum_to_one_where_the_gate_is_open() -> None:
     mixer, x, seen = ready(), noise(2, LENGTH, HIDDEN), []
     # A constant feature opens all gates and is the value of every token.

@@ -24,6 +24,7 @@ MIXERS: dict[str, dict[str, Any]] = {
 }
 DELTA: dict[str, Any] = {"kind": "gated_deltanet", "heads": 2, "head_dim": 8}
 CHUNKS: dict[str, Any] = {"heads": 2, "head_dim": 8, "chunk": 8}
+FAST: dict[str, Any] = {"heads": 2, "chunk": 32, "memory": "linear", "rate": 0.05}
 ROUTED: dict[str, Any] = {"mixers": [{"kind": "attention", "heads": 4, "kv_heads": 2}, DELTA], "chunk": 8}
 
 
@@ -32,9 +33,10 @@ def both_directions(mixer: Any, x: Tensor) -> tuple[Tensor, ...]:
     return (y, *torch.autograd.grad(y.sin().sum(), [x, *mixer.parameters()]))
 
 
-@pytest.mark.parametrize("kind", [*MIXERS, "nats_l", "token_router"])
+@pytest.mark.parametrize("kind", [*MIXERS, "nats_l", "token_router", "ttt"])
 def test_a_mixer_in_stretches_is_the_mixer(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    mixer = mixer_of(HIDDEN, kind, **(MIXERS | {"nats_l": CHUNKS, "token_router": ROUTED})[kind])
+    mixers = MIXERS | {"nats_l": CHUNKS, "token_router": ROUTED, "ttt": FAST}
+    mixer = mixer_of(HIDDEN, kind, **mixers[kind])
     x = noise(2, LENGTH, HIDDEN).requires_grad_()
     expected = both_directions(mixer, x)
     monkeypatch.setattr(stretches, "STRETCH", STRETCH)

@@ -150,8 +150,15 @@ def yoco_3b_window() -> int:
     return 2 * vocabulary * width + 13 * (6 * width**2 + 2 * half) + 2 * width * kv + width
 
 
-# No count is published: the shapes of the released code are counted here.
-RELEASED = {"yoco-3b-window": yoco_3b_window()}
+def yoco_3b() -> int:
+    """The same with gated retention: five matrices of the width in the place of four, a gate of each head, and our norm of heads,
+    which has no weights there."""
+    width, heads = 3072, 24
+    return yoco_3b_window() + 13 * (width**2 + heads * width + width // heads)
+
+
+# No exact count is published: the shapes of the released code are counted here.
+RELEASED = {"yoco-3b": yoco_3b(), "yoco-3b-window": yoco_3b_window()}
 
 
 def of(name: str) -> dict[str, Any]:

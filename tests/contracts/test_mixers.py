@@ -824,6 +824,23 @@ def test_no_kind_is_exempt_but_these() -> None:
     assert set(MIXERS["attention"](heads=4, keys_from="it").exemptions()) == {"written"}
 
 
+def test_no_kind_is_causal_but_for_rounding_but_these() -> None:
+    """On a GPU, which tests/compose/test_model_gpu.py holds to no more than that. Here they are causal to the bit, as all are."""
+    rounded = {kind: set(found.rounded) for kind, found in HERE.items() if found.rounded}
+    assert rounded == {kind: {"causality"} for kind in ("gla", "hgrn2", "kda", "liger")}
+    assert not {*rounded} & {kind for kind, found in HERE.items() if "causality" in found.exempt}
+    assert MIXERS["gla"](heads=2, gate="head").roundings() == {}
+    for one in EVERY_MIXER:
+        spec = schema_of(one.values[0])
+        inner = [spec, *spec.parts().values()]
+        is_rounded = any(part.kind in rounded and getattr(part, "gate", None) != "head" for part in inner)
+        assert set(spec.roundings()) == ({"causality"} if is_rounded else set()), spec.kind
+    held = MIXERS["parallel"].model_validate(
+        {"mixers": [{"kind": "liger", "heads": 2}, {"kind": "attention", "heads": 2}]}
+    )
+    assert set(held.roundings()) == {"causality"}
+
+
 def test_who_says_more_than_its_class_has_said_it_here() -> None:
     """A kind that works its exemptions out must be known to the test above, which sees only the fields of `VARIANTS`."""
     own = {kind for kind, found in MIXERS.items() if "exemptions" in vars(found)}

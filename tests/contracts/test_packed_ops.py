@@ -8,106 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any
 
 import pytest
 import torch
+from chosen_keys import BLOCK, FORMS, Given, gradient, in_time, results
 from held import assert_held, compiled, over_settings
 from torch import Tensor
 from torch.nn import functional as F
 
 from heddle.errors import HeddleError
 from heddle.kernels.accuracy import EPSILON, worst_error
-from heddle.kernels.block_attention import block_attention, block_attention_reference
-from heddle.kernels.dense_attention import dense_attention, dense_attention_reference
-from heddle.kernels.landmark_attention import landmark_attention, landmark_attention_reference
-from heddle.kernels.member_attention import member_attention, member_attention_reference
-from heddle.kernels.span_attention import span_attention, span_attention_reference
 
 pytestmark = pytest.mark.usefixtures("kernels_on_gpu")
 
-# As in tests/kernels, so that a GPU compiles little anew.
-H, N, D, V, BLOCK = 4, 2, 16, 16, 8
 # Nothing at the beginning, at the end and twice between; one token, less than a block, a block that is not full.
 ENDS = (0, 0, 1, 4, 4, 4, 34, 34)
 FLOAT64 = EPSILON[torch.float64]
-Given = dict[str, Any]
-Draw = Callable[[int, torch.Generator], Given]
-
-
-def grouped(length: int, generator: torch.Generator, keys: int = N) -> Given:
-    sizes = {"q": (H, length, D), "k": (keys, length, D), "v": (keys, length, V)}
-    return {
-        name: torch.randn(1, *size, generator=generator, dtype=torch.float64) for name, size in sizes.items()
-    }
-
-
-def over_blocks(form: str) -> Draw:
-    """The keys of chosen blocks, some of them not real and some not written."""
-
-    def draw(length: int, generator: torch.Generator) -> Given:
-        count = -(-length // BLOCK)
-        read = torch.rand(1, N, length, count, generator=generator) > 0.4
-        choice = {
-            "listed": F.pad(torch.where(read, torch.arange(count), -1), (0, 4 - count), value=-1),
-            "chosen": read,
-            "gates": read[:, :, :1].any(2).double(),
-            "landmarks": torch.randn(1, N, count, D, generator=generator, dtype=torch.float64),
-        }
-        given = grouped(length, generator) | {"start": torch.zeros(1, dtype=torch.int64)}
-        given |= {name: torch.rand(1, length, generator=generator) > 0.2 for name in ("real", "written")}
-        given["written"] = given["written"].double()
-        return given | ({form: choice[form]} if form in choice else {})
-
-    return draw
-
-
-def listed_keys(length: int, generator: torch.Generator) -> Given:
-    """Entries may be none, keys may stand twice; the first query has none at all."""
-    index = torch.randint(-2, length, (1, H, length, 3), generator=generator)
-    index[:, :, 0] = -1
-    return {**_with_own(length, generator), "index": index}
-
-
-def spans_of_clusters(length: int, generator: torch.Generator) -> Given:
-    """Earlier tokens of the same cluster, three at most."""
-    z = torch.randint(3, (1, H, length), generator=generator)
-    order = z.argsort(dim=-1, stable=True)
-    rank = torch.empty_like(order).scatter_(-1, order, torch.arange(length).expand_as(order))
-    begin = (z[..., None, :] < z[..., None]).sum(-1)
-    spans = {"order": order, "first": torch.maximum(begin, rank - 3), "last": rank, "queries": order}
-    return {**_with_own(length, generator), **spans}
-
-
-def spans_of_a_window(length: int, generator: torch.Generator) -> Given:
-    """Both neighbours, in the order that is there."""
-    place = torch.arange(length).expand(1, H, -1)
-    spans = {"order": place, "first": (place - 1).clamp(min=0), "last": (place + 2).clamp(max=length)}
-    return {**_with_own(length, generator), **spans}
-
-
-def _with_own(length: int, generator: torch.Generator) -> Given:
-    own = torch.randn(1, H, length, V, generator=generator, dtype=torch.float64)
-    weight = torch.ones(1, length, dtype=torch.float64)
-    return {**grouped(length, generator, H), "own": own, "weight": weight}
-
-
-block = (block_attention, block_attention_reference)
-landmark = (landmark_attention, landmark_attention_reference)
-span = (span_attention, span_attention_reference)
-# The op and its reference, what draws the arguments of one sequence, and those that are no tensors.
-FORMS: dict[str, tuple[tuple[Any, Any], Draw, Given]] = {
-    "all": (block, over_blocks("all"), {"block": BLOCK}),
-    "listed": (block, over_blocks("listed"), {"block": BLOCK, "scale": 0.3}),
-    "chosen": (block, over_blocks("chosen"), {"block": BLOCK}),
-    "gates": (block, over_blocks("gates"), {"block": BLOCK}),
-    "landmarks": (landmark, over_blocks("landmarks"), {"block": BLOCK, "scale": 0.3}),
-    "best": (landmark, over_blocks("landmarks"), {"block": BLOCK, "top": 2}),
-    "members": ((member_attention, member_attention_reference), listed_keys, {"scale": 0.3}),
-    "clusters": (span, spans_of_clusters, {"width": 3}),
-    "window": (span, spans_of_a_window, {"width": 3, "scale": 0.3}),
-    "dense": ((dense_attention, dense_attention_reference), grouped, {"is_causal": True}),
-}
+UPSTREAM = gradient(ENDS[-1])
 # With kernels: one sequence after the other, and all in one call.
 IN_TURN, AT_ONCE = ("listed", "chosen", "gates", "landmarks", "best"), ("clusters", "window")
 # Of which the host reads nothing.
@@ -153,44 +70,18 @@ def apart(given: Given) -> list[Given]:
 
 def of_each(function: Callable[..., Tensor], sequences: list[Given], rest: Given) -> dict[str, Tensor]:
     """Results of every sequence alone, one behind the other."""
-    upstream = gradient().split([one["q"].shape[2] for one in sequences], 2)
+    upstream = UPSTREAM.split([one["q"].shape[2] for one in sequences], 2)
     alone = [results(function, one, rest, part) for one, part in zip(sequences, upstream, strict=True)]
     return {
         name: torch.cat([one[name] for one in alone], dim=min(x.dim() - 1, 2)) for name, x in alone[0].items()
     }
 
 
-def results(
-    function: Callable[..., Tensor], given: Given, rest: Given, upstream: Tensor
-) -> dict[str, Tensor]:
-    """Output and every gradient."""
-    leaves = {
-        name: x.detach().requires_grad_(x.is_floating_point()) if isinstance(x, Tensor) else x
-        for name, x in given.items()
-    }
-    wanted = [name for name, x in leaves.items() if x.requires_grad]
-    out = function(**leaves, **rest)
-    found = torch.autograd.grad(
-        out, [leaves[name] for name in wanted], upstream.to(out), allow_unused=True, materialize_grads=True
-    )
-    return {"out": out.detach(), **dict(zip(wanted, found, strict=True))}
-
-
-def gradient(tokens: int = ENDS[-1]) -> Tensor:
-    """What is sent back; of halves that are the same in every dtype."""
-    generator = torch.Generator().manual_seed(7)
-    return torch.randn(1, H, tokens, V, generator=generator).bfloat16().double()
-
-
-def in_time(found: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: x.transpose(1, 2) if x.dim() == 4 else x for name, x in found.items()}
-
-
 @pytest.mark.parametrize("way", [0, 1], ids=["op", "reference"])
 @pytest.mark.parametrize("form", FORMS)
 def test_packed_sequences_are_each_alone_with_all_gradients(form: str, way: int) -> None:
     (functions, _, rest), sequences = FORMS[form], drawn(form)
-    together = results(functions[way], packed(sequences), rest, gradient())
+    together = results(functions[way], packed(sequences), rest, UPSTREAM)
     for name, expected in of_each(functions[way], sequences, rest).items():
         assert (together[name] - expected).abs().max() < FLOAT64 * max(1.0, expected.abs().max()), name
 
@@ -201,7 +92,7 @@ def test_what_goes_one_by_one_is_each_alone_to_the_bit(form: str, device: str, d
     (fast, _), _, rest = FORMS[form]
     given = packed(drawn(form))
     there = {name: (x.to(dtype) if x.is_floating_point() else x).to(device) for name, x in given.items()}
-    together, alone = results(fast, there, rest, gradient()), of_each(fast, apart(there), rest)
+    together, alone = results(fast, there, rest, UPSTREAM), of_each(fast, apart(there), rest)
     assert all(torch.equal(together[name], expected) for name, expected in alone.items())
 
 
@@ -213,8 +104,8 @@ def test_sequences_of_one_call_are_those_of_the_reference(form: str, device: str
     rounded = {name: x.to(dtype) if x.is_floating_point() else x for name, x in given.items()}
     wide = {name: x.double() if x.is_floating_point() else x for name, x in rounded.items()}
     there = {name: x.to(device) for name, x in rounded.items()}
-    exact = in_time(results(reference, wide, rest, gradient()))
-    assert_held(exact, lambda: in_time(results(fast, there, rest, gradient())), dtype, device)
+    exact = in_time(results(reference, wide, rest, UPSTREAM))
+    assert_held(exact, lambda: in_time(results(fast, there, rest, UPSTREAM)), dtype, device)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -222,9 +113,9 @@ def test_sequences_of_one_call_are_those_of_the_reference(form: str, device: str
 def test_where_places_alone_move_nothing_waits_and_all_compiles(form: str, device: str) -> None:
     (fast, reference), _, rest = FORMS[form]
     given = packed(drawn(form))
-    exact = results(reference, given, rest, gradient())
+    exact = results(reference, given, rest, UPSTREAM)
     there = {name: (x.float() if x.is_floating_point() else x).to(device) for name, x in given.items()}
-    found = results(compiled(fast), there, rest, gradient())
+    found = results(compiled(fast), there, rest, UPSTREAM)
     for name, x in exact.items():
         error, worst = worst_error(found[name].cpu(), x, timed=False)
         assert error <= EPSILON[torch.float32], f"{name}: {error:.1e}, {worst}"

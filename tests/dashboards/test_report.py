@@ -152,6 +152,15 @@ def test_a_report_of_a_thousand_trials_holds_every_plot_in_five_megabytes(
     assert {name.partition("-")[0] for name in names} == {*kinds, "latency"}
 
 
+def test_a_latency_model_stands_with_its_bias_over_all_and_near_the_budget(make_run: MakeRun) -> None:
+    run = read_run(with_predictions(with_model(make_run())))
+    text = _Page(page(run)).text
+    assert "Bias Bias near the budget (stacks)" in text
+    assert "-1.2 % -3.4 % (7)" in text
+    run.meta["latency_model"][0]["held_out"] |= {"bias_near_budget": None, "near_budget": 2}
+    assert "-1.2 % – (2)" in _Page(page(run)).text
+
+
 def test_numbers_that_stand_in_no_table_are_told_where_scripts_are_off(make_run: MakeRun) -> None:
     run = read_run(with_predictions(with_model(make_run())))
     hidden = _Page("".join(re.findall(r"<noscript>(.*?)</noscript>", page(run), re.DOTALL))).text

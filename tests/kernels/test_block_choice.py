@@ -102,6 +102,27 @@ def test_lists_are_those_of_the_reference(form: str, kernels: bool, device: str,
     assert torch.equal(found, lists(block_choice_reference, rounded, torch.float64, "cpu"))
 
 
+# Of blocks of 8 the last one of 63 and of 65 is a part.
+LENGTHS = (1, 63, 64, 65, pytest.param(1000, marks=pytest.mark.long))
+
+
+@over_settings
+@pytest.mark.parametrize("kernels", [False, True])
+@pytest.mark.parametrize("length", LENGTHS)
+def test_every_query_of_a_whole_sequence_has_the_list_of_the_reference(
+    length: int, kernels: bool, device: str, dtype: torch.dtype
+) -> None:
+    # The reference goes head by head.
+    given = drawn(B=1, T=length, S=length, G=2 if length <= 65 else 1, kernels=kernels)
+    rounded = given | {name: given[name].to(dtype).double() for name in ("q", "means")}
+    with force_path("triton" if INTERPRETED or device == "cuda" else "torch"):
+        found = lists(block_choice, given, dtype, device)
+        marks = lists(mark_blocks, given, dtype, device)
+    exact = lists(block_choice_reference, rounded, torch.float64, "cpu")
+    assert torch.equal(found, exact)
+    assert torch.equal(marks, (exact[..., None] == torch.arange(given["blocks"])).any(-2))
+
+
 @over_settings
 @pytest.mark.parametrize("kernels", [False, True])
 @pytest.mark.parametrize("form", [*FORMS, "long"])

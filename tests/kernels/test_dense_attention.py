@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from chosen_keys import dense_plainly
+from held import assert_near, over_settings
 from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends, sdpa_kernel
 
 from heddle.errors import HeddleError
@@ -69,6 +71,34 @@ def test_results_and_gradients_are_those_of_the_reference_plainly_and_compiled(
     for function in (dense_attention, compiled) if kind in ("causal", "bias") else (dense_attention,):
         for found, wanted in zip(results(function), exact, strict=True):
             assert (found - wanted).abs().max() < EPSILON[torch.float64]
+
+
+# As many as cuDNN is asked for, and no whole tiles; fewer queries than keys; a step.
+LENGTHS = {"causal": (577, 577), "plain": (577, 700), "step": (1, 700)}
+
+
+@over_settings
+@pytest.mark.parametrize("sizes", [(64, 64), (128, 128), (192, 128), (192, 192), (256, 256)], ids=str)
+@pytest.mark.parametrize("kind", LENGTHS)
+def test_heads_as_models_have_them_are_right(
+    kind: str, sizes: tuple[int, int], device: str, dtype: torch.dtype
+) -> None:
+    (T, S), (d, V), generator = LENGTHS[kind], sizes, torch.Generator().manual_seed(0)
+    shapes = {"q": (4, T, d), "k": (2, S, d), "v": (2, S, V), "upstream": (4, T, V)}
+    given = {name: torch.randn(2, *size, generator=generator).to(dtype) for name, size in shapes.items()}
+
+    def results(function: Any, given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        leaves = {name: given[name].detach().requires_grad_() for name in ("q", "k", "v")}
+        out = function(**leaves, is_causal=kind == "causal")
+        gradients = torch.autograd.grad(out, list(leaves.values()), given["upstream"])
+        with torch.no_grad():
+            alone = function(**leaves, is_causal=kind == "causal")
+        named = {"out": out.detach(), "without gradients": alone, **dict(zip(leaves, gradients, strict=True))}
+        return {name: x.transpose(1, 2) for name, x in named.items()}
+
+    exact = results(dense_attention_reference, {name: x.double() for name, x in given.items()})
+    there = {name: x.to(device) for name, x in given.items()}
+    assert_near(exact, results(dense_attention, there), results(dense_plainly, there), dtype)
 
 
 PACKED = [0, 1, 1, 41, 106]

@@ -28,6 +28,7 @@ OPS = {
     "kda": "kda-cpu-float32 and 65 or kda-cpu-float16 and packed_sequences or one_decay or one_beta and float16",
     "ttt": "ttt-cpu-float32 and 65 or ttt-cpu-float16 and packed_sequences",
     "causal_conv1d": "causal_conv1d-cpu-float32 and 65 or causal_conv1d-cpu-float16 and packed_sequences",
+    "taylor_attention": "taylor_attention-cpu-float32 and 65 or taylor_attention-cpu-float16 and packed_sequences",
 }
 CONTRACTS, REPLAY = "tests/contracts/test_ops.py", "tests/kernels/test_replay.py"
 # Of ops with calls of their own, what files of theirs do not run here.
@@ -36,14 +37,18 @@ SOME_OTHERS = "local_linear_attention and (empty and float16 or 1-cpu) or dynami
 # Gates in half precision one sequence after the other, clusters in one call.
 PACKED_CONTRACT = "tests/contracts/test_packed_ops.py"
 SOME_PACKED = "one_by_one and gates and float16 or one_call and clusters and float16"
+# A token more than a tile in half precision, and one alone.
+LENGTHS_CONTRACT = "tests/contracts/test_attention_lengths.py"
+SOME_LENGTHS = "65-cpu and float16 and not best or (best or sinks) and 1-cpu and float32"
 # Attention and a layer's step, whose contract is their own, and forms of ops that contracts do not have.
 OTHERS = {
     # All gradients of one form, those of gates that cancel, tall tiles, ragged heads in half precision, a list in three parts.
     "test_block_attention_kernels": "reference and gates and float32 or cancel and 26 and float16 or gated_tiles and float16 "
     "or odd and group and float16 or split and 3-listed and float32",
-    # Ragged heads and groups in half precision, marks, a dense list, both ways of scoring; tiles of many queries.
+    # Ragged heads and groups in half precision, marks, a dense list, both ways of scoring; tiles of many queries, one more
+    # than blocks hold.
     "test_block_choice": "reference and (odd and float16 or (marked or dense) and float32) or equal_blocks "
-    "or many_queries and (long and float32 or odd and float16)",
+    "or many_queries and (long and float32 or odd and float16) or whole_sequence and 65-False-cpu and float16",
     # A choice in both directions with all limits, ragged heads and blocks in half precision, a step in three parts, merged as it
     # is read, by a list, of equal landmarks; what only kernels have: a choice part by part, and how often a gradient is rounded.
     "test_landmark_attention": "results and reference and 1-cpu and float32 or odd and group and float16 "
@@ -75,8 +80,9 @@ OTHERS = {
     "or split and 3-cpu and float32 or mixer",
     # A step in full precision, a given slope and a window in half, logits of hundreds.
     "test_local_linear_attention": "kernels_are and (step and float32 or slope and float16 and not peaked or peaked and float32)",
-    # Segments in full precision, ragged heads and a part of a tile in half, in both directions; routes of a repeated call.
-    "test_routed_delta_rule": "reference and (whole and float32 or ragged and float16) or repeated",
+    # Segments in full precision, ragged heads and a part of a tile in half, in both directions; odd lengths; routes of a repeated
+    # call.
+    "test_routed_delta_rule": "reference and (whole and float32 or ragged and float16) or every_length and float16 or repeated",
     # The widest window in half precision, one of a single token; packed sequences with an empty one.
     "test_causal_conv1d": "reference and (8-packed and float16 or 1-dense and float32 or 3-packed and float32)",
     # Taps of both sorts that are not as many, along a line in half precision and over images; tokens that are read alone.
@@ -97,7 +103,8 @@ def test_interpreted_kernels_keep_the_contract_and_are_repeated(full_counts: boo
     chosen = [f"test_ops and {op}" + ("" if full_counts else f" and ({some})") for op, some in OPS.items()]
     chosen += ["test_replay and cpu", "test_other_ops" + ("" if full_counts else f" and ({SOME_OTHERS})")]
     chosen += ["test_packed_ops" + ("" if full_counts else f" and ({SOME_PACKED})")]
-    files = [CONTRACTS, OTHER_CONTRACTS, PACKED_CONTRACT, REPLAY]
+    chosen += ["test_attention_lengths" + ("" if full_counts else f" and ({SOME_LENGTHS})")]
+    files = [CONTRACTS, OTHER_CONTRACTS, PACKED_CONTRACT, LENGTHS_CONTRACT, REPLAY]
     done = _run_interpreted(
         files, " or ".join(f"({one})" for one in chosen), _drawn(full_counts, random_seed)
     )
@@ -110,6 +117,7 @@ def test_interpreted_kernels_keep_the_contract_and_are_repeated(full_counts: boo
         "kda",
         "ttt",
         "causal_conv1d",
+        "taylor_attention",
     ):
         assert re.search(rf"PASSED .*test_ops.py::.*[-\[]{op}-cpu", done), (
             f"no test of {op} in:\n{done[-4000:]}"

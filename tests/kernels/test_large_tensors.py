@@ -2,73 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
 import torch
-from filelock import FileLock
+from large import (
+    COMPARED,
+    LENGTH,
+    MORE_SIZES,
+    OTHERS,
+    PACKED,
+    ROWS,
+    SIZES,
+    STEP_ROWS,
+    AnyOp,
+    Other,
+    cut,
+    drawn,
+    in_a_row,
+    last_tokens,
+)
 from torch import Tensor
 
-from heddle.kernels import OPS, Op
+from heddle.kernels import OPS
 from heddle.kernels.accuracy import EPSILON, draw, worst_error
-from heddle.kernels.dynamic_conv import dynamic_conv
-from heddle.kernels.gated_delta_layer import gated_delta_layer_step
-from heddle.kernels.local_linear_attention import local_linear_attention
 from heddle.kernels.op import watch_paths
-from heddle.kernels.rat_attention import rat_attention
-from heddle.kernels.rat_scan import rat_scan
-from heddle.kernels.rms_norm import rms_norm
 
-AnyOp = Op[..., Any]
-# 257 rows of 2²³ elements: the last one begins at element 2³¹.
-SIZES = {"H": 16, "HV": 16, "K": 128, "V": 128, "C": 2048, "W": 4}
-ROWS, LENGTH = 257, 4096
-# Two chunks and a part of one.
-COMPARED = 130
-
-
-@dataclass(frozen=True, slots=True)
-class Other:
-    """An op with a call of its own: arguments that have rows, those that are others once more, results that are compared.
-
-    `time`: the axis of tokens of what has rows and such an axis, which what is `untimed` has not.
-    """
-
-    op: AnyOp
-    rows: tuple[str, ...]
-    same: Mapping[str, str]
-    compared: tuple[int, ...] = (0,)
-    time: int | None = 1
-    untimed: tuple[str, ...] = ()
-
-
-# Two groups, chunks of 16 tokens.
-MORE_SIZES = {"G": 2, "chunk": 16, "N": 16}
-# A state of 2¹⁸ elements.
-STEP_ROWS = 8193
-OTHERS = (
-    Other(rat_scan, ("q", "k", "x", "gate"), {"gate": "x"}, (1, 2)),
-    Other(
-        rat_attention, ("q", "key", "value", "keys", "values"), {"value": "key"}, untimed=("keys", "values")
-    ),
-    Other(local_linear_attention, ("q", "k", "v"), {"q": "k", "v": "k"}, time=2),
-    Other(rms_norm, ("x", "gate"), {"gate": "x"}),
-    Other(dynamic_conv, ("x", "weight"), {}),
-    Other(gated_delta_layer_step, ("qkv", "z", "a", "b", "state", "conv_state"), {}, (0, 1), None),
-)
 over_others = pytest.mark.parametrize("other", OTHERS, ids=lambda other: other.op.name)
-
-
-@pytest.fixture
-def one_at_a_time(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Iterator[None]:
-    """The most of them takes 40 GB."""
-    base = tmp_path_factory.getbasetemp()
-    with FileLock((base if worker_id == "master" else base.parent) / "large.lock"):
-        torch.cuda.empty_cache()
-        yield
-        torch.cuda.empty_cache()
 
 
 def _assert_right(op: AnyOp, found: Tensor, alone: Mapping[str, Tensor]) -> None:
@@ -127,33 +88,15 @@ def test_a_small_one_is_compared_alike(op: AnyOp, monkeypatch: pytest.MonkeyPatc
 
 def check_last_row(other: Other, rows: int, length: int, device: str) -> None:
     """Many equal rows and a last one of its own: its first tokens; where sequences may be packed, its last ones too."""
-    op, shape = other.op, {**SIZES, **MORE_SIZES, "B": 1, "T": length, "S": length}
-    many, last = (
-        draw(op, shape, torch.bfloat16, seed=seed, initial_state=other.time is None, device=device).arguments
-        for seed in (0, 1)
-    )
-    for each in (many, last):
-        each |= {name: each[like] for name, like in other.same.items()}
-        if other.time is None:
-            each["state"] = each.pop("initial_state")
-    numbers = op.cases.numbers(shape)
-    given = {
-        name: torch.cat((many[name].expand(rows - 1, *x.shape[1:]), x))
-        if name in other.rows and name not in other.same
-        else x
-        for name, x in last.items()
-    }
-    given |= {name: given[like] for name, like in other.same.items()}
+    op, (_, last, given, numbers) = other.op, drawn(other, rows, length, device)
     found = [x[-1:] if other.time is None else x[-1:, :COMPARED] for x in _results(other, given, numbers)]
-    _assert_row_right(other, found, _cut(other, last, slice(COMPARED)), numbers)
-    if op in (rat_scan, rat_attention):
-        tokens, begin = rows * length, length - COMPARED
-        packed = {name: _in_a_row(other, name, x) for name, x in given.items()}
+    _assert_row_right(other, found, cut(other, last, slice(COMPARED)), numbers)
+    if op in PACKED:
+        tokens = rows * length
+        packed = in_a_row(other, given)
         ends = torch.tensor([*range(0, tokens, length), tokens - COMPARED, tokens], device=device)
         found = [x[:, -COMPARED:] for x in _results(other, packed, {**numbers, "cu_seqlens": ends})]
-        alone = _cut(other, last, slice(begin, None))
-        first = -(-begin // MORE_SIZES["chunk"])
-        alone |= {name: alone[name][:, :, first:] for name in other.untimed}
+        alone = last_tokens(other, last, length)
         _assert_row_right(other, found, alone, numbers)
 
 
@@ -162,22 +105,6 @@ def _results(other: Other, given: Mapping[str, Tensor], numbers: Mapping[str, An
     found = other.op(**given, **numbers)
     chosen = [found] if isinstance(found, Tensor) else [found[index] for index in other.compared]
     return [x.transpose(1, 2) if other.time == 2 else x for x in chosen]
-
-
-def _cut(other: Other, given: Mapping[str, Tensor], which: slice) -> dict[str, Tensor]:
-    """These tokens of a row."""
-    if other.time is None:
-        return dict(given)
-    at = (slice(None),) * other.time + (which,)
-    return {
-        name: x[at] if name in other.rows and name not in other.untimed else x for name, x in given.items()
-    }
-
-
-def _in_a_row(other: Other, name: str, x: Tensor) -> Tensor:
-    if name in other.untimed:
-        return x.transpose(0, 1).flatten(1, 2)[None]
-    return x.flatten(0, 1)[None] if name in other.rows else x
 
 
 def _assert_row_right(

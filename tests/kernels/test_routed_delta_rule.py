@@ -90,6 +90,38 @@ def test_gradients_of_the_kernels_are_those_of_the_reference_for_routes_between_
     assert_held(exact, run, dtype, device, split=split, **({"segment": 64} if name == "whole" else {}))
 
 
+# Tokens, and a chunk that they are whole ones of: other lengths are refused. A chunk of 64 fills a tile.
+LENGTHS = [(1, 1), (63, 9), (64, 16), (64, 64), (65, 13), pytest.param((1000, 10), marks=pytest.mark.long)]
+
+
+@over_settings
+@pytest.mark.parametrize("sizes", LENGTHS, ids=str)
+def test_every_length_of_whole_chunks_is_right_in_both_directions(
+    sizes: tuple[int, int], device: str, dtype: torch.dtype
+) -> None:
+    exact, run = _whole_chunks(*sizes, dtype, device)
+    tile = 16 if device == "cuda" and dtype == torch.float32 else 64
+    assert_held(exact, run, dtype, device, has_kernels=sizes[1] <= tile)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_chunk_that_is_longer_than_a_tile_is_right_in_torch(device: str) -> None:
+    # In half precision what plain torch gives is what others are held to.
+    exact, run = _whole_chunks(65, 65, torch.float32, device)
+    assert_held(exact, run, torch.float32, device, has_kernels=False)
+
+
+def _whole_chunks(
+    T: int, chunk: int, dtype: torch.dtype, device: str
+) -> tuple[Results, Callable[[], Results]]:
+    # The gradient of a route is one number of a chunk and head, and how far one is off is luck of rounding.
+    heads = 8 if chunk == T else 2
+    given = soft(drawn({"B": 1, "T": T, "H": heads, "HV": heads, "K": 16, "V": 16, "chunk": chunk}))
+    given |= {side: given[side].to(dtype).double() for side in "qkv"}
+    exact = both_directions(routed_delta_rule_reference, given, chunk, torch.float64, "cpu")
+    return exact, partial(both_directions, routed_delta_rule, given, chunk, dtype, device)
+
+
 # All of one number, or strong decays beside weak ones, which their sums hide.
 HARD = {
     "kept": ("log_decay", (-1e-6,)),

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from bench import based, cold_start
+from bench import cold_start
 from torch import Tensor
 
 from heddle.kernels import OPS, bench, causal_conv1d, decay_attention, decay_attention_step, simple_gla, ttt
@@ -187,13 +187,6 @@ def test_what_is_no_op_with_a_state_is_called_for_the_first_time_too(op: Any) ->
     row = cold_start.measured(op.name, "heddle", True)
     assert row["op"] == op.name
     assert row["first_s"] >= 0  # type: ignore[operator]
-
-
-def test_taylor_features_are_timed_as_what_they_stand_for() -> None:
-    op = based.based
-    sample = draw(op, op.cases.test_shapes[0], torch.float64, initial_state=False)
-    error = (op(**sample.arguments) - op.reference(**sample.arguments)).abs().max()
-    assert error < EPSILON[torch.float64]
 
 
 def test_a_row_is_told_before_the_next_is_timed() -> None:

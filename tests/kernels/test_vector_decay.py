@@ -10,9 +10,10 @@ import torch
 
 from heddle.errors import HeddleError
 from heddle.kernels import Op, gated_delta_rule, gla, kda, simple_gla
-from heddle.kernels.accuracy import Sample, compare, draw, results
+from heddle.kernels.accuracy import EPSILON, Sample, compare, draw, results
 
 SMALL = {"B": 1, "H": 2, "HV": 2, "K": 16, "V": 24}
+CHUNK = 64
 every_op = pytest.mark.parametrize("op", [gla, kda], ids=lambda op: op.name)
 
 
@@ -32,6 +33,25 @@ def test_strong_decays_beside_weak_ones_are_right(op: Op[..., Any], choices: tup
     sample = with_decays(draw(op, {**SMALL, "T": 130}, torch.float32), *choices)
     wrong = [str(one) for one in compare(op, sample, "cpu") if not one.ok]
     assert not wrong, "\n".join(wrong)
+
+
+@every_op
+@torch.no_grad()
+def test_a_changed_token_moves_its_own_chunk_by_rounding_and_an_earlier_one_in_no_bit(
+    op: Op[..., Any],
+) -> None:
+    """Kernels take a chunk's decays from its middle, so its earlier outputs are causal but for rounding."""
+    place, begin = 80, 80 // CHUNK * CHUNK
+    sample = with_decays(draw(op, {**SMALL, "T": 130}, torch.float32), -1e-3, -0.1)
+    other = {name: tensor.clone() for name, tensor in sample.arguments.items()}
+    other["log_decay"][:, place] *= 3.0
+    exact = op.reference(**{name: tensor.double() for name, tensor in sample.arguments.items()})[0]
+    before, after = (op(**arguments)[0] for arguments in (sample.arguments, other))
+    assert torch.equal(before[:, :begin], after[:, :begin])
+    assert not torch.equal(before[:, place], after[:, place])
+    first, second, exact = (one[:, begin:place].double() for one in (before, after, exact))
+    error = (first - exact).norm() / exact.norm()
+    assert (second - first).norm() / first.norm() <= 2 * error + EPSILON[torch.float32]
 
 
 @pytest.mark.parametrize(("op", "simple"), [(gla, simple_gla), (kda, gated_delta_rule)], ids=["gla", "kda"])

@@ -151,6 +151,8 @@ def test_noise_costs_about_as_much_as_it_is_and_the_margin_covers_it(drawn: Desi
     assert told.flops_mape == pytest.approx(0.1)
     assert told.constant_mape > told.mape
     assert told.near_budget >= 3
+    assert held_out(measured, predicted, baselines, limit=None).near(float(np.median(measured))) == told
+    assert (told.near(1e3).bias_near_budget, told.near(1e3).near_budget) == (None, 0)
     # The promise is one over draws of the held-out measurements: each draw's margin covers a fresh one more or less often.
     truth, shape = times(drawn.held_out, of), (400, len(drawn.held_out))
     seen, fresh = (np.abs(truth * rng.normal(1, 0.02, shape) / predicted - 1) for _ in range(2))

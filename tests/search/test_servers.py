@@ -18,7 +18,8 @@ from heddle.search.record import Run, Trial
 from heddle.search.run import search
 from heddle.search.storage import StudyHold, connect
 
-TRIALS, AWAY_S = 6, 1.5
+TRIALS = 6
+AWAY_S, A_MINUTE_S = 1.5, 61.0
 
 
 @pytest.fixture(scope="module", params=list(SERVERS))
@@ -48,9 +49,9 @@ def undisturbed(workers: object, tmp_path_factory: pytest.TempPathFactory) -> Ru
 class StoppedAtTrial(Silent):
     """Kills the server when trial 2 is told, and starts it again a while later."""
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: Server, away_s: float) -> None:
         self.server, self.said = server, list[str]()
-        self.again = threading.Timer(AWAY_S, server.start)
+        self.again = threading.Timer(away_s, server.start)
 
     def trial_finished(self, trial: Trial) -> None:
         if trial.number == 2:
@@ -61,10 +62,11 @@ class StoppedAtTrial(Silent):
         self.said.append(f"{level}: {text}")
 
 
+@pytest.mark.parametrize("away_s", [AWAY_S, pytest.param(A_MINUTE_S, marks=pytest.mark.long)])
 def test_a_server_that_is_stopped_and_started_disturbs_no_search(
-    server: Server, undisturbed: Run, tmp_path: Path
+    away_s: float, server: Server, undisturbed: Run, tmp_path: Path
 ) -> None:
-    progress = StoppedAtTrial(server)
+    progress = StoppedAtTrial(server, away_s)
     file = fast_file(trials=TRIALS, round=2)
     run = search(file, tmp_path / "run", evaluate=scored, storage=server.url, progress=progress)
     progress.again.join()

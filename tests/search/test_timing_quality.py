@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import Any
 
+import numpy as np
 import pytest
 
-from heddle.search.latency import AGAIN, Effort, Place, measure, undisturbed
+from heddle.search.intervals import median_interval
+from heddle.search.latency import AGAIN, Effort, Place, measure, take_turns, undisturbed
 from heddle.search.record import Latency
-from heddle.search.timing_quality import from_data, quality_of, width
+from heddle.search.timing_quality import NARROW, from_data, quality_of, width
 from heddle.specs import loads
 
 SPEC = """
@@ -83,5 +85,16 @@ def test_quality_counts_what_was_seen_and_says_what_nobody_looked_at(timed: Late
 def test_a_narrower_interval_is_given_more_time_and_turns() -> None:
     usual = Effort()
     asked = usual.to(usual.precision / 2)
-    assert (asked.precision, asked.seconds, asked.most) == (0.01, 4 * usual.seconds, 4 * usual.most)
+    assert (asked.precision, asked.seconds, asked.most) == (0.005, 4 * usual.seconds, 4 * usual.most)
     assert usual.to(0.1).seconds == usual.seconds
+
+
+def test_a_timing_stops_where_its_interval_is_no_longer_counted_as_wide(timed: Latency) -> None:
+    assert Effort().precision == NARROW == 0.01
+    calm, ended = np.random.default_rng(0), Effort(warmup=0, most=1000, seconds=60, builds=1)
+    times = take_turns([lambda: float(calm.normal(1, 0.02))], ended)
+    low, high = median_interval(times[0])
+    assert 10 < times.shape[1] < 1000
+    found = quality_of([replace(timed, median_ms=float(np.median(times)), low_ms=low, high_ms=high)])
+    assert found is not None
+    assert found.wide == 0

@@ -37,7 +37,10 @@ class LayerRouterModule(CompositeMixer):
         training:    r = softmax(z / temperature),  y = r_0 mixers_0(x) + r_1 mixers_1(x)
         evaluation:  y = mixers_i(x),  i = argmax z
 
-    With `straight_through` training computes the y of evaluation, with the gradient of r.
+    With `straight_through` training computes the y of evaluation, with the gradient of r, and `target` asks for a share of its
+    choices, with that gradient; else for a mean of r. What is told is the share of choices in either case.
+
+    The paper's router reads queries before their rotation, and what a missed target costs is learned; here x and a fixed factor.
 
     z comes from the tokens of the first call (`PromptRouter`), one decision a row, which the cache keeps for all later
     calls. Both mixers are computed and both keep their states, so rows of a batch may disagree; with `single` the picked one
@@ -83,11 +86,15 @@ class LayerRouterModule(CompositeMixer):
         if not self.training:
             return chosen[:, None]
         r = torch.softmax(z / self.temperature, dim=-1)
-        cheap = r[:, 1].mean()
-        call.add_loss("layer_router_share", cheap.detach(), 0.0)
+        # Computes what evaluation does: the bracket is exactly 0.
+        hard = chosen + (r - r.detach())
+        trained = hard if self.straight_through else r
+        share = hard[:, 1].detach().mean()
+        call.add_loss("layer_router_share", share, 0.0)
         if self.target is not None:
-            call.add_target("layer_router", cheap, self.target, self.target_factor)
-        return (chosen + (r - r.detach()) if self.straight_through else r)[:, None]
+            call.add_target("layer_router", trained[:, 1].mean(), self.target, self.target_factor)
+            call.add_target("layer_router_missed", share, self.target, 0.0)
+        return trained[:, None]
 
     def answer(self, x: Tensor, call: Call, route: Tensor) -> Tensor:
         """The layer's output under given shares; in evaluation that of the larger share."""

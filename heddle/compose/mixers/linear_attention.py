@@ -17,6 +17,7 @@ from heddle.compose.modules.rope import rotary_key, rotate
 from heddle.compose.modules.short_conv import ShortConv
 from heddle.compose.modules.site import Site
 from heddle.kernels.simple_gla import simple_gla, simple_gla_step
+from heddle.kernels.taylor_attention import normed, taylor_attention, taylor_attention_step
 
 
 class LinearAttentionModule(nn.Module):
@@ -25,7 +26,8 @@ class LinearAttentionModule(nn.Module):
         S_t = S_{t-1} + φ(k_t) [v_t; 1]ᵀ,   [n; z] = S_tᵀ φ(q_t),   y = W_o (n / z)
 
     q and k are normed by `qk_norm` and turned by `rope` before φ. Rows of `qkv_proj` and channels of the convolution stand in
-    the order q, k, v. Features, sums and state are float32. Padding and what is not written weighs nothing.
+    the order q, k, v. Features, sums and state are float32; `taylor2` takes q and k in the dtype of the model. Padding and what
+    is not written weighs nothing.
 
     Shapes:  x, y: [B, T, D];  state: [B, H, F, V + 1] of F features;  `heads_out` sees [B, T, H, V]
     """
@@ -60,22 +62,29 @@ class LinearAttentionModule(nn.Module):
         x = call.hide_padding(x)
         qkv = self.qkv_proj(x)
         qkv = qkv if self.conv is None else self.conv(qkv, call)
-        q, k, v = (wide(side.unflatten(-1, (self.heads, -1))) for side in qkv.split(self.sizes, dim=-1))
-        q, k = self._features(self.q_norm(q), call), self._features(self.k_norm(k), call)
-        weight = call.hide_unwritten(call.hide_padding(v.new_ones(*x.shape[:2], 1)))[..., None]
-        v = torch.cat((v, torch.ones_like(v[..., :1])), dim=-1) * weight
-        sums = remember(
-            simple_gla, simple_gla_step, q, k, v, torch.zeros_like(v[..., 0]), call=call, scale=1.0
-        )
-        # Where nothing is written yet both sums are 0, and so is their ratio.
-        o = sums[..., :-1] / sums[..., -1:].clamp(min=torch.finfo(sums.dtype).tiny)
-        y: Tensor = self.o_proj(self.heads_out(call.gated(o.to(x.dtype))).flatten(2))
+        q, k, v = (side.unflatten(-1, (self.heads, -1)) for side in qkv.split(self.sizes, dim=-1))
+        q, k = (self._placed(norm(wide(side)), call) for side, norm in ((q, self.q_norm), (k, self.k_norm)))
+        weight = call.hide_unwritten(call.hide_padding(q.new_ones(*x.shape[:2], 1)))
+        mix = self._by_products if self.feature == "taylor2" else self._by_features
+        y: Tensor = self.o_proj(self.heads_out(call.gated(mix(q, k, v, weight, call))).flatten(2))
         return y
 
-    def _features(self, x: Tensor, call: Call) -> Tensor:
-        """Shapes:  x: [B, T, H, K], wide;  out: [B, T, H, F]"""
-        x = x if self.rotary is None else rotate(x, call.rotary_tables(*self.rotary))
-        return FEATURES[self.feature](x)
+    def _placed(self, x: Tensor, call: Call) -> Tensor:
+        return x if self.rotary is None else rotate(x, call.rotary_tables(*self.rotary))
+
+    def _by_products(self, q: Tensor, k: Tensor, v: Tensor, weight: Tensor, call: Call) -> Tensor:
+        """Shapes:  q, k: [B, T, H, K], wide;  v, out: [B, T, H, V];  weight: [B, T, 1]"""
+        sides = (q.to(v.dtype), k.to(v.dtype), v)
+        return remember(taylor_attention, taylor_attention_step, *sides, call=call, weight=weight[..., 0])
+
+    def _by_features(self, q: Tensor, k: Tensor, v: Tensor, weight: Tensor, call: Call) -> Tensor:
+        """Shapes as `_by_products`."""
+        q, k = (FEATURES[self.feature](x) for x in (q, k))
+        values = wide(v)
+        values = torch.cat((values, torch.ones_like(values[..., :1])), dim=-1) * weight[..., None]
+        still = torch.zeros_like(values[..., 0])
+        sums = remember(simple_gla, simple_gla_step, q, k, values, still, call=call, scale=1.0)
+        return normed(sums).to(v.dtype)
 
     def new_cache(self) -> StateLayer:
         return RecurrentLayer()
@@ -91,5 +100,9 @@ class LinearAttentionModule(nn.Module):
 
     def kernel_path(self, device: torch.device, dtype: torch.dtype) -> str:
         """The name of the code that does the mixing."""
+        if self.feature == "taylor2":
+            path = taylor_attention.path(device, dtype, K=self.head_dim, V=self.value_dim)
+            if path == "triton":
+                return path
         F = feature_count(self.feature, self.head_dim)
         return simple_gla.path(device, wide_dtype(dtype), K=F, V=self.value_dim + 1)

@@ -359,9 +359,9 @@ class NatsLModule(GatedDeltaNetModule):
         """
         # Of a complete chunk one of m is 1.
         share = routes[..., 2].sum() / routes[..., :2].detach().sum().clamp(min=1.0)
-        call.add_loss("router_share", share.detach(), 0.0)
+        call.add_loss("nats_l_share", share.detach(), 0.0)
         if self.budget is not None:
-            call.add_loss("router_budget", (share - self.budget).square(), self.budget_factor)
+            call.add_loss("nats_l_budget", (share - self.budget).square(), self.budget_factor)
 
     def kernel_path(self, device: torch.device, dtype: torch.dtype) -> str:
         """The name of the code that does the mixing: of a part of a chunk, and of whole chunks."""

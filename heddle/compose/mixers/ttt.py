@@ -15,6 +15,7 @@ from heddle.compose.modules.norm import RMSNorm, l2_norm
 from heddle.compose.modules.precision import wide
 from heddle.compose.modules.short_conv import ShortConv
 from heddle.compose.modules.site import Site
+from heddle.compose.modules.stretches import in_stretches
 from heddle.kernels.ttt import shape_of, ttt
 
 
@@ -69,13 +70,12 @@ class TttModule(Initialised):
         qkv = self.qkv_proj(x)
         qkv = qkv if self.conv is None else self.conv(qkv, call)
         q, k, v = (side.unflatten(-1, (self.heads, -1)) for side in qkv.chunk(3, dim=-1))
-        if self.conv is None:
-            q, k = F.silu(q), F.silu(k)
+        q, k = (l2_norm(side) if self.conv is not None else self._activated(side) for side in (q, k))
         rates = F.softplus(wide(self.rate_proj(x)) + self.rate_bias).view(*x.shape[:2], self.heads, -1)
         gates = None if self.momentum_proj is None else torch.sigmoid(wide(self.momentum_proj(x)))
         o, memory = ttt(
-            l2_norm(q),
-            l2_norm(k),
+            q,
+            k,
             v,
             call.hide_unwritten(rates),
             gates,
@@ -90,6 +90,12 @@ class TttModule(Initialised):
         call.keep(memory=memory)
         y: Tensor = self.o_proj(self.heads_out(call.gated(self.norm(o))).flatten(2))
         return y * self.scale.to(y.dtype)
+
+    @staticmethod
+    def _activated(x: Tensor) -> Tensor:
+        """Training works the activations of long sequences out again."""
+        o, _ = in_stretches(lambda _, part: (l2_norm(F.silu(part)), None), None, (x,))
+        return o
 
     def initialise(self, std: float) -> None:  # noqa: ARG002 - a memory keeps the scale of what it reads
         _, count, width, size = self.weight.shape

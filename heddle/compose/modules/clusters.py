@@ -41,7 +41,7 @@ class Centroids(Float32Kept, Initialised):
         fill(self.sums, torch.zeros_like(self.sums))
 
     def nearest(self, x: Tensor) -> Tensor:
-        """The cluster of each token.  Shapes:  x: [B, H, T, d], wide;  out: [B, H, T] int64"""
+        """The cluster of each token, of equally near ones the first.  Shapes:  x: [B, H, T, d], wide;  out: [B, H, T] int64"""
         directions = self.centroids.to(x.dtype).mT
         if x.shape[2] <= STRETCH:
             return (x.detach() @ directions).argmax(dim=-1)

@@ -89,6 +89,7 @@ def _gather(call: Call, calls: Sequence[Call]) -> None:
         call.targets.append((name, torch.stack([share for _, share, _, _ in asked]).mean(), target, factor))
     call.loads += [torch.stack(counts).sum(0) for counts in zip(*(one.loads for one in calls), strict=True)]
     call.members += [torch.stack(sums).sum(0) for sums in zip(*(one.members for one in calls), strict=True)]
-    for what in calls[0].given:
-        values = [one.given[what] for one in calls]
+    # With `decode_only` documents of one token choose blocks and the others none.
+    for what in dict.fromkeys(name for one in calls for name in one.given):
+        values: list[Any] = [one.given.get(what) for one in calls]
         call.given[what] = torch.cat(values, dim=TOKENS[what]) if what in TOKENS else values

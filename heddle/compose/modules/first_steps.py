@@ -42,7 +42,10 @@ class FirstSteps(Initialised):
 
 
 def routed(p: Tensor, first: FirstSteps | None) -> Tensor:
-    """The most probable choice as 0 and 1; in `first` steps the first one.  Shapes:  p, out: [..., choices]"""
+    """The most probable choice as 0 and 1, of equal ones the first; in `first` steps the first one.
+
+    Shapes:  p, out: [..., choices]
+    """
     chosen = torch.zeros_like(p).scatter(-1, p.argmax(dim=-1, keepdim=True), 1.0)
     if first is None:
         return chosen

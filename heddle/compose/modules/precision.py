@@ -22,13 +22,14 @@ def wide(x: Tensor) -> Tensor:
 class Float32Kept(nn.Module):
     """A module whose tensors named in `KEPT` stay float32 when the model is cast to a narrower type.
 
-    `model.to(torch.bfloat16)` would otherwise round a decay of 0.9999 to 1. float64 is let through.
+    `model.to(torch.bfloat16)` would otherwise round a decay of 0.9999 to 1. float64 is let through. One may be None.
     """
 
     KEPT: ClassVar[tuple[str, ...]] = ()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        before = {name: getattr(self, name).detach() for name in self.KEPT}
+        there = ((name, getattr(self, name)) for name in self.KEPT)
+        before = {name: tensor.detach() for name, tensor in there if tensor is not None}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in before.items():
             new = getattr(self, name)

@@ -158,11 +158,13 @@ def _told(file: SpecFile, model: LatencyModel, budget: Mapping[str, Any]) -> dic
     if fit is None:
         return None
     names = {"label": budget["label"], "reference": fit.reference, "method": fit.method}
+    # The fit may have been made under another budget.
+    limit = budget["at_most"] * (1.0 if beside is None else fit.reference_ms)
     return {
         **names,
         "way": fit.sum.way.told,
         "measured": fit.measured,
-        "held_out": asdict(fit.held_out),
+        "held_out": asdict(fit.held_out.near(limit)),
         "timings": _timings(fit),
     }
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import numpy as np
@@ -189,6 +189,12 @@ class HeldOut:
     margin: float | None
     pairs: tuple[tuple[float, float], ...] = ()
 
+    def near(self, limit: float) -> HeldOut:
+        """The same with its bias near another budget, of `limit` ms; without one where no pairs are known."""
+        predicted, measured = np.array(self.pairs).reshape(-1, 2).T
+        bias, count = _bias_near(measured, predicted, limit)
+        return replace(self, bias_near_budget=bias, near_budget=count)
+
 
 def conformal(errors: Sequence[float] | Array, coverage: float = COVERAGE) -> float | None:
     """The error that a further one stays below with probability `coverage`, by ranks alone; None with too few to say."""
@@ -201,7 +207,7 @@ def held_out(
 ) -> HeldOut:
     """How far `predicted` is off; `baselines` are the predictions of a constant and of FLOPs, `limit` the budget in ms."""
     relative = predicted / measured - 1
-    near = np.zeros(len(measured), dtype=bool) if limit is None else np.abs(measured / limit - 1) <= 0.2
+    bias_near, near = _bias_near(measured, predicted, limit)
     constant, flops = (float(np.abs(one / measured - 1).mean()) for one in baselines)
     return HeldOut(
         n=len(measured),
@@ -209,8 +215,8 @@ def held_out(
         worst=float(np.abs(relative).max()),
         spearman=spearman(measured, predicted),
         bias=float(relative.mean()),
-        bias_near_budget=float(relative[near].mean()) if near.sum() >= 3 else None,
-        near_budget=int(near.sum()),
+        bias_near_budget=bias_near,
+        near_budget=near,
         constant_mape=constant,
         flops_mape=flops,
         span=float(measured.max() / measured.min()),
@@ -218,6 +224,15 @@ def held_out(
         margin=conformal(np.abs(measured / predicted - 1)),
         pairs=tuple(zip(predicted.tolist(), measured.tolist(), strict=True)),
     )
+
+
+def _bias_near(measured: Array, predicted: Array, limit: float | None) -> tuple[float | None, int]:
+    """The bias over what was measured within a fifth of `limit`, None of fewer than three; and how many were."""
+    if limit is None:
+        return None, 0
+    near = np.abs(measured / limit - 1) <= 0.2
+    count = int(near.sum())
+    return (float((predicted / measured - 1)[near].mean()) if count >= 3 else None), count
 
 
 def spearman(one: Array, other: Array) -> float:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from heddle.specs.kinds import Problem
+from heddle.specs.kinds import FROM_MIDDLE, Contract, Problem
 from heddle.specs.layer import Site
 from heddle.specs.memory_mixer import MemoryMixer
 from heddle.specs.sight import Sight
@@ -25,8 +25,13 @@ class Gla(MemoryMixer):
 
     With `gate: head` (simple GLA) a_t is one number for each head, sigmoid(W x_t + b)^(1/16). K is head_dim, V is value_dim.
     No biases but that of the gate.
+
+    With gates of channels it is causal but for rounding on a GPU, where equal bits are the rule: an output may move by rounding
+    when a later token of its chunk (of at most 64) changes, since kernels take decays from the chunk's middle. Earlier chunks
+    keep their bits.
     """
 
+    rounded: ClassVar[Mapping[Contract, str]] = {"causality": FROM_MIDDLE}
     ops: ClassVar[tuple[str, ...]] = ("gla",)
     cases: ClassVar[tuple[Mapping[str, Any], ...]] = (
         {"heads": 2},
@@ -62,6 +67,10 @@ class Gla(MemoryMixer):
             description="Taps of a causal convolution with SiLU on q, k and v, in tokens; null: none.",
         ),
     ] = None
+
+    def roundings(self) -> Mapping[Contract, str]:
+        # One decay for a head has kernels of its own, which take it from a chunk's beginning.
+        return {} if self.gate == "head" else self.rounded
 
     def kernels(self) -> tuple[str, ...]:
         first, *others = super().kernels()

@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from heddle.specs.kinds import FROM_MIDDLE, Contract
 from heddle.specs.layer import Site
 from heddle.specs.memory_mixer import MemoryMixer
 from heddle.specs.sight import Sight
@@ -22,8 +23,12 @@ class Hgrn2(MemoryMixer):
 
     The table of bounds is the model's, a row for each of its layers, of whatever kind; b_0 = 0, and l / L before training.
     K is head_dim, V is value_dim. No biases.
+
+    On a GPU it is causal but for rounding, where equal bits are the rule: an output may move by rounding when a later token of
+    its chunk (of at most 64) changes, since kernels take decays from the chunk's middle. Earlier chunks keep their bits.
     """
 
+    rounded: ClassVar[Mapping[Contract, str]] = {"causality": FROM_MIDDLE}
     ops: ClassVar[tuple[str, ...]] = ("gla",)
     cases: ClassVar[tuple[Mapping[str, Any], ...]] = (
         {"heads": 3, "head_dim": 8, "value_dim": 12, "short_conv": 3},

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from heddle.specs.cost import CHUNK, FLOAT32_BYTES, State
-from heddle.specs.kinds import HeadedMixer, Problem, head_dim_of, heads_problems
+from heddle.specs.kinds import FROM_MIDDLE, Contract, HeadedMixer, Problem, head_dim_of, heads_problems
 from heddle.specs.layer import Site
 from heddle.specs.sight import Sight
 
@@ -24,8 +24,12 @@ class Kda(HeadedMixer):
         y = W_o (rms of each head(o) * sigmoid(W_4 W_3 x))
 
     q and k have length 1 and come, as v, from a short convolution. K is head_dim, V is value_dim. No other biases.
+
+    On a GPU it is causal but for rounding, where equal bits are the rule: an output may move by rounding when a later token of
+    its chunk (of at most 64) changes, since kernels take decays from the chunk's middle. Earlier chunks keep their bits.
     """
 
+    rounded: ClassVar[Mapping[Contract, str]] = {"causality": FROM_MIDDLE}
     ops: ClassVar[tuple[str, ...]] = ("kda", "causal_conv1d")
     cases: ClassVar[tuple[Mapping[str, Any], ...]] = (
         {"heads": 2},

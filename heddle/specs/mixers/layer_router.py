@@ -62,8 +62,8 @@ class LayerRouter(CompositeMixer):
         Field(
             ge=0,
             le=1,
-            description="Share (0 to 1) of the second mixer over all layers of this target, asked for by a loss "
-            "(share - target)²; null: no such loss.",
+            description="Share (0 to 1) of the second mixer over all layers of this target, of what is chosen with "
+            "straight_through, else of the mix, asked for by a loss (share - target)²; null: no such loss.",
         ),
     ] = None
     target_factor: Annotated[

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from heddle.specs.attention_mixer import AttentionMixer
 from heddle.specs.cost import CHUNK, FLOAT32_BYTES, State
-from heddle.specs.kinds import Problem, head_dim_of
+from heddle.specs.kinds import FROM_MIDDLE, Contract, Problem, head_dim_of
 from heddle.specs.layer import Site
 from heddle.specs.rope import Rope
 from heddle.specs.sight import Sight
@@ -27,8 +27,12 @@ class Liger(AttentionMixer):
         y = W_o (share · r + (1 - share) · w)
 
     Both softmaxes of the recurrence are over a head's dimensions, and nothing turns there. Each query head has a state.
+
+    On a GPU it is causal but for rounding, where equal bits are the rule: an output may move by rounding when a later token of
+    its chunk (of at most 64) changes, since kernels take decays from the chunk's middle. Earlier chunks keep their bits.
     """
 
+    rounded: ClassVar[Mapping[Contract, str]] = {"causality": FROM_MIDDLE}
     ops: ClassVar[tuple[str, ...]] = ("gla",)
     cases: ClassVar[tuple[Mapping[str, Any], ...]] = (
         {

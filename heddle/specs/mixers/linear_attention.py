@@ -59,6 +59,10 @@ class LinearAttention(MemoryMixer):
         ),
     ] = None
 
+    def kernels(self) -> tuple[str, ...]:
+        own = ("taylor_attention",) if self.feature == "taylor2" else ()
+        return (*own, *super().kernels())
+
     def runtime(self, site: Site) -> dict[str, Any]:
         rope = None if self.rope is None else self.rope.runtime()
         return {**self.resolved(site).plain(), "rope": rope}

@@ -1,4 +1,4 @@
-"""RetNet: multi-scale retention, linear attention with rotary positions and a decay fixed for each head."""
+"""RetNet: retention, linear attention with rotary positions and a decay fixed for each head or gated."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pydantic import Field
 from heddle.specs.kinds import Problem, head_dim_of, heads_problems
 from heddle.specs.layer import Site
 from heddle.specs.memory_mixer import MemoryMixer
+from heddle.specs.mixers.gla import GATE
 from heddle.specs.rope import Rope
 from heddle.specs.sight import Sight
 
@@ -22,6 +23,7 @@ class RetNet(MemoryMixer):
         y = W_o (rms of each head(o) * silu(W_g x))
 
     q and k turn by RoPE; with the decay this is the paper's xPos. K is head_dim, V is value_dim. No biases.
+    With `decay: gate` (gated retention, arXiv 2405.05254) γ is a number for each token and head, sigmoid(W x_t)^(1/16).
     """
 
     ops: ClassVar[tuple[str, ...]] = ("decay_attention",)
@@ -29,6 +31,7 @@ class RetNet(MemoryMixer):
     cases: ClassVar[tuple[Mapping[str, Any], ...]] = (
         {"heads": 4},
         {"heads": 3, "head_dim": 8, "value_dim": 12, "rope": None, "short_conv": 4},
+        {"heads": 3, "head_dim": 8, "value_dim": 12, "decay": "gate", "short_conv": 3},
     )
     kind: Literal["retnet"] = "retnet"
     heads: Annotated[int, Field(ge=1, le=4096, description="Heads (a count).")]
@@ -43,6 +46,10 @@ class RetNet(MemoryMixer):
         Rope | None,
         Field(description="Rotary positions of q and k; null: none, the decay alone tells the order."),
     ] = Field(default_factory=Rope)
+    decay: Annotated[
+        Literal["fixed", "gate"],
+        Field(description="How a head fades: at a rate of its own, or by a gate for each token."),
+    ] = "fixed"
     short_conv: Annotated[
         int | None,
         Field(
@@ -52,9 +59,15 @@ class RetNet(MemoryMixer):
         ),
     ] = None
 
+    def kernels(self) -> tuple[str, ...]:
+        first, *others = super().kernels()
+        return ("simple_gla" if self.decay == "gate" else first, *others)
+
     def runtime(self, site: Site) -> dict[str, Any]:
         rope = None if self.rope is None else self.rope.runtime()
-        return {**self.resolved(site).model_dump(), "rope": rope}
+        data = {**self.resolved(site).model_dump(), "rope": rope}
+        # Gates came later: nothing is said of them where decays are fixed, so that no older hash changes.
+        return {name: value for name, value in data.items() if name != "decay" or value == "gate"}
 
     def canonical(self, site: Site) -> dict[str, Any]:
         data = self.runtime(site)
@@ -84,6 +97,8 @@ class RetNet(MemoryMixer):
         return self._weights(site) + (self.short_conv or 0) * self._channels(site) + V
 
     def sights(self, site: Site) -> tuple[Sight, ...]:  # noqa: ARG002
+        if self.decay == "gate":
+            return (Sight(log_decay=-GATE),)
         return tuple(Sight(log_decay=math.log1p(-(2.0 ** (-5 - head)))) for head in range(self.heads))
 
     def _turned(self, site: Site) -> int:
@@ -91,5 +106,5 @@ class RetNet(MemoryMixer):
 
     def _weights(self, site: Site) -> int:
         K, V = self._sizes(site)
-        # q, k; v, gate, output.
-        return site.hidden_size * self.heads * (2 * K + 3 * V)
+        # q, k; v, gate, output; the decay.
+        return site.hidden_size * self.heads * (2 * K + 3 * V + (self.decay == "gate"))
