@@ -445,6 +445,16 @@ def test_packed_documents_are_each_alone(fields: dict[str, Any]) -> None:
 
 
 @every_mixer
+@torch.no_grad()
+def test_what_is_no_number_is_handed_on_and_to_no_other_row(fields: dict[str, Any]) -> None:
+    x = noise(2, LENGTH, HIDDEN, dtype=torch.float32)
+    x[0, 100] = torch.nan
+    y = mixer_of(fields, torch.float32)(x, call_at(0, LENGTH))
+    assert y[0, 100].isnan().any()
+    assert y[1].isfinite().all()
+
+
+@every_mixer
 def test_rows_of_a_batch_are_independent(fields: dict[str, Any]) -> None:
     mixer, x = mixer_of(fields), noise(2, LENGTH, HIDDEN)
     other = torch.cat((x[:1], noise(1, LENGTH, HIDDEN, seed=4)))

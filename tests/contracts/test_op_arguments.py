@@ -128,6 +128,22 @@ def _told(found: Any) -> list[Tensor]:
     return [one for one in parts if one is not None]
 
 
+# What is no number would count tokens, or is a mark.
+COUNTED = {("ttt", "initial_state"), ("token_split_attention", "kept")}
+
+
+# What block_choice gives are places.
+@pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")
+@pytest.mark.parametrize("op", [op for op in EVERY_OP if op.name != "block_choice"], ids=lambda op: op.name)
+@torch.no_grad()
+def test_what_is_no_number_is_handed_on(op: AnyOp) -> None:
+    given = _given(op)
+    for name, x in _tensors(given, floating=True).items():
+        if (op.name, name) not in COUNTED:
+            found = _told(op(**{**given, name: torch.full_like(x, torch.nan)}))
+            assert any(one.isnan().any() for one in found), name
+
+
 @over_ops
 def test_products_are_those_of_the_arguments_types_under_autocast(op: AnyOp) -> None:
     given = _given(op)

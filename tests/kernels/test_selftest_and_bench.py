@@ -14,7 +14,7 @@ from bench import cold_start
 from torch import Tensor
 
 from heddle.kernels import OPS, bench, causal_conv1d, decay_attention, decay_attention_step, simple_gla, ttt
-from heddle.kernels.accuracy import EPSILON, Measured, draw, worst_error
+from heddle.kernels.accuracy import Measured, draw, worst_error
 from heddle.kernels.bench import TIMED, bench_ops, table, timed_as, timing_sample
 from heddle.kernels.local_linear_attention import local_linear_attention, local_linear_attention_reference
 from heddle.kernels.selftest import check_op, self_test
