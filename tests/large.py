@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from heddle.kernels import Op
+from heddle.kernels import OPS, Op, taylor_attention
 from heddle.kernels.accuracy import draw
 from heddle.kernels.dynamic_conv import dynamic_conv
 from heddle.kernels.gated_delta_layer import gated_delta_layer_step
@@ -40,6 +40,7 @@ class Other:
     compared: tuple[int, ...] = (0,)
     time: int | None = 1
     untimed: tuple[str, ...] = ()
+    sizes: Mapping[str, int] = field(default_factory=dict)
 
 
 # Two groups, chunks of 16 tokens.
@@ -54,16 +55,20 @@ OTHERS = (
     Other(local_linear_attention, ("q", "k", "v"), {"q": "k", "v": "k"}, time=2),
     Other(rms_norm, ("x", "gate"), {"gate": "x"}),
     Other(dynamic_conv, ("x", "weight"), {}),
+    # Queries of few dimensions.
+    Other(taylor_attention, ("q", "k", "v"), {"q": "k"}, sizes={"K": 16}),
     Other(gated_delta_layer_step, ("qkv", "z", "a", "b", "state", "conv_state"), {}, (0, 1), None),
 )
 PACKED = (rat_scan, rat_attention)
+# Those that queries, keys and values may be one tensor of.
+ALIKE = tuple(op for op in OPS if op not in [other.op for other in OTHERS])
 
 
 def drawn(
     other: Other, rows: int, length: int, device: str
 ) -> tuple[Arguments, Arguments, Arguments, dict[str, Any]]:
     """A row, another one, the first many times and then the other, and the numbers that all are called with."""
-    op, shape = other.op, {**SIZES, **MORE_SIZES, "B": 1, "T": length, "S": length}
+    op, shape = other.op, {**SIZES, **MORE_SIZES, **other.sizes, "B": 1, "T": length, "S": length}
     many, last = (
         draw(op, shape, torch.bfloat16, seed=seed, initial_state=other.time is None, device=device).arguments
         for seed in (0, 1)

@@ -55,8 +55,9 @@ def _taylor_attention_bwd_query_kernel(
 
     Shapes:  d_out (strides g): [B, T, H, V];  before, own: as forward;  dq: [B, T, H, K];  total, r, g: [B, T, H]
     """
-    segment, h = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
+    segment, h = tl.program_id(0) // H, tl.program_id(0) % H
     n, j, begin, length = find_sequence(segment, table_ptr, cu_seqlens_ptr, T, per_sequence, VARLEN)
+    segment = segment.to(tl.int64)
     first, end = j * size, tl.minimum(length, (j + 1) * size)
     start = first + tl.program_id(1) * ROWS
     if (n < 0) | (start >= end):
@@ -136,8 +137,9 @@ def _taylor_attention_bwd_key_kernel(
     Shapes:  d_out (strides g): [B, T, H, V];  r, g: [B, T, H];  after, own: as `before` and `own`
              dk: [B, T, H, K];  dv: [B, T, H, V]
     """
-    segment, h = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
+    segment, h = tl.program_id(0) // H, tl.program_id(0) % H
     n, j, begin, length = find_sequence(segment, table_ptr, cu_seqlens_ptr, T, per_sequence, VARLEN)
+    segment = segment.to(tl.int64)
     first, end = j * size, tl.minimum(length, (j + 1) * size)
     start = first + tl.program_id(1) * KEYS
     if (n < 0) | (start >= end):

@@ -63,6 +63,19 @@ def load_turned(x_ptr, rows, stride, present, dims, WIDE: tl.constexpr):
     return x.to(tl.float32) if WIDE else x
 
 
+@triton.jit
+def add_product(x, y, sums, PRECISION: tl.constexpr):
+    """sums + x y; an x of float32 beside a y of two bytes in two parts, since a state keeps more digits than they have.
+
+    Shapes:  x: [M, C];  y: [C, N];  sums: [M, N] float32
+    """
+    first = x.to(y.dtype)
+    sums = tl.dot(first, y, sums, input_precision=PRECISION)
+    if y.dtype != tl.float32:
+        sums = tl.dot((x - first.to(tl.float32)).to(y.dtype), y, sums)
+    return sums
+
+
 @triton.jit(do_not_specialize=LENGTHS)
 def _taylor_attention_state_kernel(
     x_ptr, y_ptr, r_ptr, g_ptr, out_ptr, table_ptr, cu_seqlens_ptr,
@@ -77,8 +90,9 @@ def _taylor_attention_state_kernel(
              out: [segments, H, FEATURES V + OWN]
     """
     group, tile = tl.program_id(1) % (K // GROUP), tl.program_id(1) // (K // GROUP)
-    segment, h = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
+    segment, h = tl.program_id(0) // H, tl.program_id(0) % H
     n, j, begin, length = find_sequence(segment, table_ptr, cu_seqlens_ptr, T, per_sequence, VARLEN)
+    segment = segment.to(tl.int64)
     b = tl.zeros((), tl.int64) if VARLEN else n.to(tl.int64)
     if n < 0:
         length = 0
@@ -99,18 +113,21 @@ def _taylor_attention_state_kernel(
         x = load_turned(x_ptr, at, stride_xt, present, dims, WIDE)
         four = load_turned(x_ptr, at, stride_xt, present, group * GROUP + tl.arange(0, GROUP), WIDE)
         products = four.to(tl.float32)[:, None, :] * x.to(tl.float32)[None, :, :]
-        two = tl.reshape(products, [PAIRS, C]).to(x.dtype)
+        two, one = tl.reshape(products, [PAIRS, C]), x.to(tl.float32)
         y = load_heads(y_ptr, at, stride_yt, present, columns, (columns < V)[None, :], WIDE)
         g = tl.where(present, 1.0, 0.0)
         if WEIGHTED:
-            y = (y * load_numbers(r_ptr, at, stride_rt, present, 0.0)[:, None]).to(x.dtype)
             g = load_numbers(g_ptr, at, stride_rt, present, 0.0)
-        pairs = tl.dot(two, y, pairs, input_precision=PRECISION)
-        singles = tl.dot(x, y, singles, input_precision=PRECISION)
-        ones += tl.sum(y.to(tl.float32), axis=0)
-        own_pairs += tl.sum(two.to(tl.float32) * g[None, :], axis=1)
-        own_singles += tl.sum(x.to(tl.float32) * g[None, :], axis=1)
+        own_pairs += tl.sum(two * g[None, :], axis=1)
+        own_singles += tl.sum(one * g[None, :], axis=1)
         own_ones += g
+        last = y.to(tl.float32)
+        if WEIGHTED:
+            r = load_numbers(r_ptr, at, stride_rt, present, 0.0)
+            two, one, last = two * r[None, :], one * r[None, :], last * r[:, None]
+        ones += tl.sum(last, axis=0)
+        pairs = add_product(two, y, pairs, PRECISION)
+        singles = add_product(one, y, singles, PRECISION)
     out_ptr += (segment * H + h) * (FEATURES * V + OWN)
     inside = (columns < V)[None, :]
     pair, single = group * PAIRS + tl.arange(0, PAIRS), dims + K * K
@@ -171,8 +188,9 @@ def _taylor_attention_fwd_kernel(
     Shapes:  w: [B, T, H], if WEIGHTED;  before: [segments, H, FEATURES V];  own: [segments, H, OWN]
              out: [B, T, H, V];  total: [B, T, H]
     """
-    segment, h = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
+    segment, h = tl.program_id(0) // H, tl.program_id(0) % H
     n, j, begin, length = find_sequence(segment, table_ptr, cu_seqlens_ptr, T, per_sequence, VARLEN)
+    segment = segment.to(tl.int64)
     first, end = j * size, tl.minimum(length, (j + 1) * size)
     start = first + tl.program_id(1) * ROWS
     if (n < 0) | (start >= end):

@@ -170,8 +170,8 @@ class Call:
 
     def _constants(self, weighted: bool) -> dict[str, Any]:
         wide = self.q.dtype == torch.float16
-        # What float16 gives is divided by the number of tokens: it keeps its digits, and needs other exponents.
-        precision = "ieee" if self.q.device.type != "cuda" else "tf32" if wide else "tf32x3"
+        # What float16 gives is divided by the number of tokens, which needs exponents that it has not.
+        precision = "tf32x3" if self.q.device.type == "cuda" else "ieee"
         return {"WEIGHTED": weighted, "VARLEN": self.packed is not None, "WIDE": wide, "PRECISION": precision}
 
     def _tiles(self, launch: Launch) -> dict[str, Any]:

@@ -70,7 +70,7 @@ def taylor_attention_reference(
     """`taylor_attention` in float64, sequence by sequence with all weights at once; shares nothing with the fast paths."""
     q, k, v = (x.double() for x in (q, k, v))
     ends = [0, q.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
-    written = torch.ones(q.shape[:2], dtype=torch.float64) if weight is None else weight.double()
+    written = torch.ones_like(q[:, :, 0, 0]) if weight is None else weight.double()
     outs, states = [], []
     for number, (begin, end) in enumerate(pairwise(ends)):
         rows = slice(None) if cu_seqlens is None else slice(number, number + 1)
@@ -85,7 +85,7 @@ def _one_sequence(sides: Sequence[Tensor], written: Tensor, past: Tensor | None)
     q, k, v = sides
     size = q.shape[-1]
     values = torch.cat((v, torch.ones_like(v[..., :1])), dim=-1) * written[:, :, None, None]
-    first, second = torch.triu_indices(size, size)
+    first, second = torch.triu_indices(size, size, device=q.device)
     root = torch.where(first == second, 0.5, 1.0).double().sqrt() * size**-0.5
 
     def products(x: Tensor) -> Tensor:

@@ -412,7 +412,7 @@ def _taylor_constants(case: Case, launch: Launch) -> dict[str, Any]:
     constants = {
         "V": case.V, "ROWS_V": block(case.V), "COLUMNS": launch.columns, "C": launch.chunk, "ROWS": launch.chunk,
         "KEYS": launch.columns, "WEIGHTED": case.many, "VARLEN": case.many, "WIDE": is_wide, "BEFORE": True, "AFTER": True,
-        "PRECISION": "tf32" if is_wide else "tf32x3",
+        "PRECISION": "tf32x3",
     }  # fmt: skip
     names = KERNELS[case.op, case.kernel].arg_names
     return {name: value for name, value in constants.items() if name in names}

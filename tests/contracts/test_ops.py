@@ -52,7 +52,7 @@ def _settings_and_sizes(takes: Callable[[AnyOp], bool] = lambda _: True) -> Iter
         op, device, dtype = one.values
         yield pytest.param(*one.values, op.cases.test_shapes[-1], id=one.id, marks=one.marks)
         if device == "cuda" and dtype.itemsize == 2:
-            yield pytest.param(*one.values, GPU_SIZES, id=f"{one.id}-wide", marks=one.marks)
+            yield pytest.param(*one.values, _gpu_sizes(op), id=f"{one.id}-wide", marks=one.marks)
 
 
 def _short(dtype: torch.dtype) -> str:
@@ -61,7 +61,13 @@ def _short(dtype: torch.dtype) -> str:
 
 def _shapes(op: AnyOp, device: str) -> list[dict[str, int]]:
     sizes = [dict(shape) for shape in op.cases.test_shapes]
-    return [*sizes, GPU_SIZES] if device == "cuda" else sizes
+    return [*sizes, _gpu_sizes(op)] if device == "cuda" else sizes
+
+
+def _gpu_sizes(op: AnyOp) -> dict[str, int]:
+    takes = op.kernel is None or op.kernel(GPU_SIZES)
+    # Of features of pairs kernels take few dimensions.
+    return GPU_SIZES if takes else {**GPU_SIZES, "K": op.cases.test_shapes[0]["K"]}
 
 
 def _expected_path(op: AnyOp, shape: Mapping[str, int], device: str, dtype: torch.dtype) -> str:

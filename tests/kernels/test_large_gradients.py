@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from large import (
+    ALIKE,
     COMPARED,
     LENGTH,
     MORE_SIZES,
@@ -29,7 +30,7 @@ from heddle.kernels.op import watch_paths
 
 # A step keeps nothing that grows with its rows but states.
 ALL = (
-    *(Other(op, op.cases.sequence, {"q": "k", "v": "k"} if "k" in op.cases.sequence else {}) for op in OPS),
+    *(Other(op, op.cases.sequence, {"q": "k", "v": "k"} if "k" in op.cases.sequence else {}) for op in ALIKE),
     *(other for other in OTHERS if other.time is not None),
 )
 # As many tokens in rows that attention may see the whole of.

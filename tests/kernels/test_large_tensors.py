@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from large import (
+    ALIKE,
     COMPARED,
     LENGTH,
     MORE_SIZES,
@@ -25,7 +26,6 @@ from large import (
 )
 from torch import Tensor
 
-from heddle.kernels import OPS
 from heddle.kernels.accuracy import EPSILON, draw, worst_error
 from heddle.kernels.op import watch_paths
 
@@ -70,7 +70,7 @@ def _tokens(op: AnyOp, given: Mapping[str, Tensor], which: slice) -> dict[str, T
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("one_at_a_time", "kernels_on_gpu")
-@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+@pytest.mark.parametrize("op", ALIKE, ids=lambda op: op.name)
 def test_the_last_tokens_of_a_large_tensor_are_right(op: AnyOp) -> None:
     assert ROWS * LENGTH * SIZES["C"] > 2**31
     with torch.no_grad(), watch_paths() as seen:
@@ -78,7 +78,7 @@ def test_the_last_tokens_of_a_large_tensor_are_right(op: AnyOp) -> None:
     assert {path for _, path in seen} == {"triton"}
 
 
-@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+@pytest.mark.parametrize("op", ALIKE, ids=lambda op: op.name)
 def test_a_small_one_is_compared_alike(op: AnyOp, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, size in {"H": 2, "HV": 2, "K": 16, "V": 16, "C": 8}.items():
         monkeypatch.setitem(SIZES, name, size)

@@ -32,10 +32,10 @@ _WIDE = _even(Launch(chunk=32, columns=32, warps=4, stages=1), 256)
 _WIDE_TALL = _even(Launch(chunk=16, columns=16, warps=4, stages=1), 256)
 HOPPER = Family(
     half=Plan(
-        state=Launch(chunk=64, columns=128, warps=4, stages=2),
+        state=Launch(chunk=64, columns=64, warps=4, stages=2),
         forward=Launch(chunk=64, columns=64, warps=4, stages=2),
-        queries=Launch(chunk=64, columns=64, warps=4, stages=2),
-        keys=Launch(chunk=64, columns=64, warps=4, stages=2),
+        queries=Launch(chunk=64, columns=64, warps=8, stages=2),
+        keys=Launch(chunk=64, columns=64, warps=8, stages=2),
         segment=512,
     ),
     half_tall=_even(Launch(chunk=32, columns=32, warps=4, stages=1), 512),
