@@ -20,7 +20,7 @@ from heddle.kernels._taylor_attention_fwd import (
     _taylor_attention_fwd_kernel,
     _taylor_attention_state_kernel,
 )
-from heddle.kernels.common.layout import aligned, block, padded, strides
+from heddle.kernels.common.layout import aligned, block, room, strides, wider
 from heddle.kernels.common.segments import lay_out
 from heddle.kernels.common.tables import table_on
 from heddle.kernels.common.tuning import tuned
@@ -70,12 +70,14 @@ class Call:
         scale: float,
         cu_seqlens: Tensor | None,
     ) -> None:
-        self.q, self.k, v = (aligned(side) for side in sides)
-        self.v = aligned(padded(v, -1))
+        self.q, self.k = (aligned(side) for side in sides[:2])
+        self.v = self._roomy(sides[2])
         self.B, self.T, self.H, self.V = self.v.shape
         self.weight, self.scale = weight, scale
         self.of_heads = self.q[..., 0] if weight is None else weight[:, :, None].expand(-1, -1, self.H)
-        self.plan = plan(self.q.device, self.q.element_size(), self.V)
+        # Float16 is float32 in the kernels.
+        element = 2 if self.q.dtype == torch.bfloat16 else 4
+        self.plan = plan(self.q.device, element, self.V)
         self.sequences = self.B if cu_seqlens is None else cu_seqlens.shape[0] - 1
         self.packed = None if cu_seqlens is None else cu_seqlens.to(torch.int32)
         # A multiple of all tiles.
@@ -128,7 +130,7 @@ class Call:
         self, d_out: Tensor, d_final: Tensor | None, initial: Tensor | None, total: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Gradients of q, k, v and of sums that were there before."""
-        d_out = aligned(padded(d_out, -1))
+        d_out = self._roomy(d_out)
         dq, r, g = self._of_queries(d_out, initial, total)
         after, launch = self.states(self.q, d_out, (r, g), d_final), self.plan.keys
         dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (self.k, self.v))
@@ -152,6 +154,10 @@ class Call:
             BEFORE=self._meets(initial), **self._tiles(launch), **launch.options(),
         )  # fmt: skip
         return dq, r, g
+
+    def _roomy(self, v: Tensor) -> Tensor:
+        """Values as kernels take them, with zeros behind: narrow tiles beside wide ones are what ptxas 12.8 gets wrong."""
+        return aligned(wider(v, room(v.shape[3], v.device)))
 
     def _meets(self, given: Tensor | None) -> bool:
         """Whether anything but its own segment counts."""

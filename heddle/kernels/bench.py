@@ -439,7 +439,8 @@ def _apart(op: Op[..., Any], phase: Phase, ours: Callable[..., Any], arguments: 
         found = [ours(**arguments), theirs(**{name: arranged(op.name, x) for name, x in arguments.items()})]
         names: tuple[str, ...] = ("out", "final_state")
         if _PEERS[op.name].stateless:
-            found, names = [(found[0],), (arranged(op.name, found[1]),)], ("out",)
+            here = found[0][0] if isinstance(found[0], tuple) else found[0]
+            found, names = [(here,), (arranged(op.name, found[1]),)], ("out",)
         return {
             name: float((there.float() - here.float()).norm() / here.float().norm())
             for name, here, there in zip(names, *found, strict=True)

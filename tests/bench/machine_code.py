@@ -399,7 +399,8 @@ def window_cases(op: str, *, quick: bool) -> Iterator[Case]:
 def taylor_cases(*, quick: bool) -> Iterator[Case]:
     """The kernels of taylor_attention, whose queries have 16 dimensions; `many`: packed sequences, and weights of tokens."""
     kernels = [name for op, name in KERNELS if op == "taylor_attention"]
-    for V, kernel in itertools.product((128,) if quick else SIZES, kernels):
+    sizes = (128,) if quick else [size for size in SIZES if size >= LEAST_HEAD]
+    for V, kernel in itertools.product(sizes, kernels):
         backward = kernel in ("queries", "keys")
         first = Case("taylor_attention", kernel, "bf16", 16, V, aligned=True, many=False, backward=backward)
         yield first
@@ -754,6 +755,13 @@ def _launch(case: Case) -> Launch:
         return getattr(rat_scan.HOPPER, case.kernel)
     elif case.op == "rat_attention":
         return getattr(rat_attention.HOPPER.plan(ELEMENTS[case.dtype], block(case.K)), case.kernel)
+    elif case.op == "taylor_attention":
+        # Float16 is float32 in its kernels.
+        element = 2 if case.dtype == "bf16" else 4
+        launch = getattr(SPARSE[case.op].plan(element, block(case.V)), case.kernel)
+        return (
+            replace(launch, columns=min(launch.columns, block(case.V))) if case.kernel == "state" else launch
+        )
     elif case.op in SPARSE:
         size = max(block(case.K), block(case.V))
         # Two kernels of block_choice share a launch, and two of local_linear_attention.

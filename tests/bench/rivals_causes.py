@@ -16,12 +16,19 @@ STRONG_FORWARD = (
     "1.2 times as fast as fla, and 10.5 in both directions; with the kernels of now such chunks were not tried."
 )
 STRONG_BOTH = "The best of 17 at `e739e40`, 4.82 ms, is set; the best of 23 at `1f9c353bf5b9` took 6.98."
+PARALLAX = (
+    "14 to 19 % of a matrix product's rate: all tiles are masked, and not those at the diagonal alone. Launches were tried "
+    "([rows](../tests/bench/results/evidence-lla.jsonl), `lla_check.py --only launches`), kernels not profiled."
+)
 # By op and phase of the rows: what bounds it, and what was tried.
 CAUSES = {
     ("lightning", "fwd"): (
         "One kernel of 256 programs on 264 places: each walks through a whole sequence, chunk by chunk. fla took 0.385 ms in one "
         "run (`8d97eeab`) and 0.416 in the other."
     ),
+    ("parallax", "fwd"): PARALLAX,
+    ("parallax", "fwdbwd"): PARALLAX
+    + " Its peak is above fla's (1.49 GB, 0.82); why was not looked into.",
     ("hgrn2_first_layer", "fwd"): STRONG + STRONG_FORWARD,
     ("hgrn2_first_layer", "fwdbwd"): STRONG + STRONG_BOTH,
     ("gated_delta_rule", "fwd"): (
