@@ -27,8 +27,7 @@ CAUSES = {
         "run (`8d97eeab`) and 0.416 in the other."
     ),
     ("parallax", "fwd"): PARALLAX,
-    ("parallax", "fwdbwd"): PARALLAX
-    + " Its peak is above fla's (1.49 GB, 0.82); why was not looked into.",
+    ("parallax", "fwdbwd"): PARALLAX + " Its peak is above fla's (1.49 GB, 0.82); why was not looked into.",
     ("hgrn2_first_layer", "fwd"): STRONG + STRONG_FORWARD,
     ("hgrn2_first_layer", "fwdbwd"): STRONG + STRONG_BOTH,
     ("gated_delta_rule", "fwd"): (

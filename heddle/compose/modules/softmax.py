@@ -117,7 +117,8 @@ def softmax_weights(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """The p_ij of `softmax_attention`, in at least float32. In groups of query heads, so that no key is repeated.
+    """The p_ij of `softmax_attention`, in at least float32, of products of q and k that are rounded to their dtype. In groups of
+    query heads, so that no key is repeated.
 
     Shapes:  as there;  out: [B, KV heads, group, T, S]
     """
