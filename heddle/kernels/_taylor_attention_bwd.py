@@ -23,8 +23,12 @@ from heddle.kernels._taylor_attention_fwd import (
     OWN,
     PAIRS,
     K,
+    add_product,
+    add_state,
+    by_state,
     load_heads,
     load_numbers,
+    load_ones,
     pairs_of,
 )
 from heddle.kernels.common.jit import find_sequence
@@ -36,26 +40,20 @@ def by_dimension(four, products, ROWS: tl.constexpr):
     return tl.sum(four[:, :, None] * tl.reshape(products, [ROWS, GROUP, K]), axis=1)
 
 
-@triton.jit
-def load_state(state_ptr, rows, columns, in_v, V: tl.constexpr, TYPE: tl.constexpr):
-    """Rows of a state, as products take them.  Shapes:  out: [R, C]"""
-    return tl.load(state_ptr + rows[:, None] * V + columns[None, :], mask=in_v, other=0.0).to(TYPE)
-
-
 @triton.jit(do_not_specialize=LENGTHS)
 def _taylor_attention_bwd_query_kernel(
     q_ptr, k_ptr, v_ptr, w_ptr, d_out_ptr, total_ptr, before_ptr, own_ptr, dq_ptr, r_ptr, g_ptr, table_ptr, cu_seqlens_ptr,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     stride_wb, stride_wt, stride_wh, stride_gb, stride_gt, stride_gh,
-    T, H, per_sequence, size, scale,
-    V: tl.constexpr, ROWS_V: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    T, H, per_sequence, size, rest, scale,
+    V: tl.constexpr, ROWS_V: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SPLIT: tl.constexpr,
     WEIGHTED: tl.constexpr, VARLEN: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, BEFORE: tl.constexpr,
 ):  # fmt: skip
     """A tile of queries of one segment and head.
 
     Shapes:  d_out (strides g): [B, T, H, V];  before, own: as forward;  dq: [B, T, H, K];  total, r, g: [B, T, H]
     """
-    segment, h = tl.program_id(0) // H, tl.program_id(0) % H
+    segment, h = tl.program_id(0) // H, (tl.program_id(0) % H).to(tl.int64)
     n, j, begin, length = find_sequence(segment, table_ptr, cu_seqlens_ptr, T, per_sequence, VARLEN)
     segment = segment.to(tl.int64)
     first, end = j * size, tl.minimum(length, (j + 1) * size)
@@ -91,8 +89,9 @@ def _taylor_attention_bwd_query_kernel(
             seen *= load_numbers(w_ptr, from_, stride_wt, there, 0.0)[None, :]
         both += tl.sum(seen * p * (1.0 + y + 0.5 * y * y), axis=1)
         slope = seen * (1.0 + y)
-        read = tl.dot((slope * p).to(k.dtype), k, read, input_precision=PRECISION)
-        weights = tl.dot(slope.to(k.dtype), k, weights, input_precision=PRECISION)
+        # A difference of both is what counts.
+        read = add_product(slope * p, k, read, PRECISION)
+        weights = add_product(slope, k, weights, PRECISION)
     if BEFORE:
         unit = segment * H + h
         before_ptr += unit * (FEATURES * V)
@@ -100,19 +99,16 @@ def _taylor_attention_bwd_query_kernel(
         for group in tl.static_range(K // GROUP):
             two, four = pairs_of(q_ptr, q, at, stride_qt, present, group, WIDE)
             pair = group * PAIRS + tl.arange(0, PAIRS)
-            state = load_state(before_ptr, pair, columns, in_v, V, q.dtype)
-            p = tl.dot(d_out, tl.trans(state), input_precision=PRECISION)
+            p = by_state(d_out, before_ptr, rest, pair, columns, in_v, V, SPLIT, PRECISION)
             own = tl.load(own_ptr + pair)[None, :] + tl.zeros([ROWS, PAIRS], tl.float32)
-            both += tl.sum(two.to(tl.float32) * p, axis=1) * (0.5 * scale * scale)
+            both += tl.sum(two * p, axis=1) * (0.5 * scale * scale)
             read += by_dimension(four, p, ROWS) * scale
             weights += by_dimension(four, own, ROWS) * scale
-        state = load_state(before_ptr, dims + K * K, columns, in_v, V, q.dtype)
-        p = tl.dot(d_out, tl.trans(state), input_precision=PRECISION)
+        p = by_state(d_out, before_ptr, rest, dims + K * K, columns, in_v, V, SPLIT, PRECISION)
         both += tl.sum(q.to(tl.float32) * p, axis=1) * scale
         read += p
         weights += tl.load(own_ptr + dims + K * K)[None, :]
-        ones = tl.load(before_ptr + (K * K + K) * V + columns, mask=columns < V, other=0.0)
-        both += tl.sum(d_out.to(tl.float32) * ones.to(tl.float32)[None, :], axis=1)
+        both += tl.sum(d_out.to(tl.float32) * load_ones(before_ptr, rest, columns, V, SPLIT)[None, :], axis=1)
     # A query that sees nothing has an output of 0, and hands nothing on.
     inverse = tl.where(total == 0.0, 0.0, 1.0 / tl.where(total == 0.0, 1.0, total))
     dq = (read - (both * inverse)[:, None] * weights) * (scale * inverse)[:, None]
@@ -128,8 +124,8 @@ def _taylor_attention_bwd_key_kernel(
     q_ptr, k_ptr, v_ptr, w_ptr, d_out_ptr, r_ptr, g_ptr, after_ptr, own_ptr, dk_ptr, dv_ptr, table_ptr, cu_seqlens_ptr,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     stride_wb, stride_wt, stride_wh, stride_gb, stride_gt, stride_gh,
-    T, H, per_sequence, size, scale,
-    V: tl.constexpr, ROWS_V: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    T, H, per_sequence, size, rest, scale,
+    V: tl.constexpr, ROWS_V: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SPLIT: tl.constexpr,
     WEIGHTED: tl.constexpr, VARLEN: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, AFTER: tl.constexpr,
 ):  # fmt: skip
     """A tile of KEYS keys of one segment and head, over the later queries of the segment, ROWS at a time.
@@ -137,7 +133,7 @@ def _taylor_attention_bwd_key_kernel(
     Shapes:  d_out (strides g): [B, T, H, V];  r, g: [B, T, H];  after, own: as `before` and `own`
              dk: [B, T, H, K];  dv: [B, T, H, V]
     """
-    segment, h = tl.program_id(0) // H, tl.program_id(0) % H
+    segment, h = tl.program_id(0) // H, (tl.program_id(0) % H).to(tl.int64)
     n, j, begin, length = find_sequence(segment, table_ptr, cu_seqlens_ptr, T, per_sequence, VARLEN)
     segment = segment.to(tl.int64)
     first, end = j * size, tl.minimum(length, (j + 1) * size)
@@ -182,16 +178,15 @@ def _taylor_attention_bwd_key_kernel(
         for group in tl.static_range(K // GROUP):
             two, four = pairs_of(k_ptr, k, from_, stride_kt, there, group, WIDE)
             pair = group * PAIRS + tl.arange(0, PAIRS)
-            state = load_state(after_ptr, pair, columns, in_v, V, k.dtype)
-            p = tl.dot(v, tl.trans(state), input_precision=PRECISION) + tl.load(own_ptr + pair)[None, :]
-            dk += by_dimension(four, p, KEYS) * scale
-            scaled = (two.to(tl.float32) * half).to(k.dtype)
-            dv = tl.dot(scaled, state, dv, input_precision=PRECISION)
-        state = load_state(after_ptr, dims + K * K, columns, in_v, V, k.dtype)
-        dk += tl.dot(v, tl.trans(state), input_precision=PRECISION) + tl.load(own_ptr + dims + K * K)[None, :]
-        dv = tl.dot((k.to(tl.float32) * scale).to(k.dtype), state, dv, input_precision=PRECISION)
-        ones = tl.load(after_ptr + (K * K + K) * V + columns, mask=columns < V, other=0.0)
-        dv += ones.to(tl.float32)[None, :]
+            p = by_state(v, after_ptr, rest, pair, columns, in_v, V, SPLIT, PRECISION)
+            dk += by_dimension(four, p + tl.load(own_ptr + pair)[None, :], KEYS) * scale
+            dv = add_state(two * half, after_ptr, rest, pair, columns, in_v, dv, V, SPLIT, PRECISION)
+        p = by_state(v, after_ptr, rest, dims + K * K, columns, in_v, V, SPLIT, PRECISION)
+        dk += p + tl.load(own_ptr + dims + K * K)[None, :]
+        dv = add_state(
+            k.to(tl.float32) * scale, after_ptr, rest, dims + K * K, columns, in_v, dv, V, SPLIT, PRECISION
+        )
+        dv += load_ones(after_ptr, rest, columns, V, SPLIT)[None, :]
     dk *= scale
     if WEIGHTED:
         w = load_numbers(w_ptr, from_, stride_wt, there, 0.0)

@@ -28,7 +28,7 @@ OWN = tl.constexpr(288)
 # Rows of S2 that are read or written at a time: four dimensions with each of the sixteen.
 GROUP = tl.constexpr(4)
 PAIRS = tl.constexpr(64)
-LENGTHS = ("T", "per_sequence", "size")
+LENGTHS = ("T", "per_sequence", "size", "rest")
 
 
 @triton.jit
@@ -48,11 +48,11 @@ def load_numbers(x_ptr, rows, stride, present, instead):
 
 @triton.jit
 def pairs_of(x_ptr, x, rows, stride, present, group, WIDE: tl.constexpr):
-    """Products of four dimensions with all.  Shapes:  x: [R, K];  out: [R, PAIRS], and the four: [R, GROUP]"""
+    """Products of four dimensions with all, in float32.  Shapes:  x: [R, K];  out: [R, PAIRS], and the four: [R, GROUP]"""
     dims = group * GROUP + tl.arange(0, GROUP)
     four = load_heads(x_ptr, rows, stride, present, dims, (dims < K)[None, :], WIDE).to(tl.float32)
     products = four[:, :, None] * x.to(tl.float32)[:, None, :]
-    return tl.reshape(products, [x.shape[0], PAIRS]).to(x.dtype), four
+    return tl.reshape(products, [x.shape[0], PAIRS]), four
 
 
 @triton.jit
@@ -76,6 +76,61 @@ def add_product(x, y, sums, PRECISION: tl.constexpr):
     return sums
 
 
+@triton.jit
+def load_state(state_ptr, rows, columns, in_v, V: tl.constexpr):
+    """Rows of a state.  Shapes:  out: [R, C]"""
+    return tl.load(state_ptr + rows[:, None] * V + columns[None, :], mask=in_v, other=0.0)
+
+
+@triton.jit
+def add_state(
+    x,
+    state_ptr,
+    rest,
+    rows,
+    columns,
+    in_v,
+    sums,
+    V: tl.constexpr,
+    SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """sums + x S for rows of a state; with SPLIT both in two parts, of S the second `rest` numbers behind the first.
+
+    Weights are sums of what may cancel, of pairs of dimensions: rounded to eight bits they could end below 0.
+
+    Shapes:  x: [R, rows], float32;  sums: [R, C]
+    """
+    state = load_state(state_ptr, rows, columns, in_v, V)
+    first = x.to(state.dtype)
+    sums = tl.dot(first, state, sums, input_precision=PRECISION)
+    if SPLIT:
+        sums = tl.dot(first, load_state(state_ptr + rest, rows, columns, in_v, V), sums)
+        sums = tl.dot((x - first.to(tl.float32)).to(state.dtype), state, sums)
+    return sums
+
+
+@triton.jit
+def by_state(
+    x, state_ptr, rest, rows, columns, in_v, V: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr
+):
+    """x Sᵀ for rows of a state, as `add_state`.  Shapes:  x: [R, C], as states are stored;  out: [R, rows] float32"""
+    p = tl.dot(x, tl.trans(load_state(state_ptr, rows, columns, in_v, V)), input_precision=PRECISION)
+    if SPLIT:
+        p = tl.dot(x, tl.trans(load_state(state_ptr + rest, rows, columns, in_v, V)), p)
+    return p
+
+
+@triton.jit
+def load_ones(state_ptr, rest, columns, V: tl.constexpr, SPLIT: tl.constexpr):
+    """The last row of a state, S0.  Shapes:  out: [C] float32"""
+    at = state_ptr + (K * K + K) * V + columns
+    ones = tl.load(at, mask=columns < V, other=0.0).to(tl.float32)
+    if SPLIT:
+        ones += tl.load(at + rest, mask=columns < V, other=0.0).to(tl.float32)
+    return ones
+
+
 @triton.jit(do_not_specialize=LENGTHS)
 def _taylor_attention_state_kernel(
     x_ptr, y_ptr, r_ptr, g_ptr, out_ptr, table_ptr, cu_seqlens_ptr,
@@ -90,7 +145,7 @@ def _taylor_attention_state_kernel(
              out: [segments, H, FEATURES V + OWN]
     """
     group, tile = tl.program_id(1) % (K // GROUP), tl.program_id(1) // (K // GROUP)
-    segment, h = tl.program_id(0) // H, tl.program_id(0) % H
+    segment, h = tl.program_id(0) // H, (tl.program_id(0) % H).to(tl.int64)
     n, j, begin, length = find_sequence(segment, table_ptr, cu_seqlens_ptr, T, per_sequence, VARLEN)
     segment = segment.to(tl.int64)
     b = tl.zeros((), tl.int64) if VARLEN else n.to(tl.int64)
@@ -140,14 +195,16 @@ def _taylor_attention_state_kernel(
         tl.store(out_ptr + FEATURES * V + K * K + K, tl.sum(own_ones, axis=0), mask=tile == 0)
 
 
-@triton.jit(do_not_specialize=("per_sequence",))
+@triton.jit(do_not_specialize=("per_sequence", "rest"))
 def _taylor_attention_carry_kernel(
     added_ptr, before_ptr, own_ptr, given_ptr, last_ptr, offsets_ptr,
-    H, per_sequence,
-    V: tl.constexpr, BLOCK: tl.constexpr,
+    H, per_sequence, rest,
+    V: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr,
     BACKWARD: tl.constexpr, VARLEN: tl.constexpr, HAS_GIVEN: tl.constexpr,
 ):  # fmt: skip
     """The sums before each segment (behind it with BACKWARD) and in the end, of a block of numbers of one head.
+
+    With SPLIT what rounding takes from `before` stands `rest` numbers behind.
 
     Shapes:  added: [segments, H, FEATURES V + OWN];  before: [segments, H, FEATURES V];  own: [segments, H, OWN], float32
              given, last: [N, H, FEATURES V + OWN]
@@ -167,7 +224,11 @@ def _taylor_attention_carry_kernel(
     for step in range(end - begin):
         segment = (end - 1 - step if BACKWARD else begin + step).to(tl.int64)
         unit = segment * H + h
-        tl.store(before_ptr + unit * ROWS + place, state.to(before_ptr.dtype.element_ty), mask=place < ROWS)
+        first = state.to(before_ptr.dtype.element_ty)
+        tl.store(before_ptr + unit * ROWS + place, first, mask=place < ROWS)
+        if SPLIT:
+            second = (state - first.to(tl.float32)).to(before_ptr.dtype.element_ty)
+            tl.store(before_ptr + rest + unit * ROWS + place, second, mask=place < ROWS)
         tl.store(own_ptr + unit * OWN + place - ROWS, state, mask=(place >= ROWS) & inside)
         # Behind the last number there is nothing.
         state += tl.load(added_ptr + unit * SIZE + place, mask=place < ROWS + FEATURES, other=0.0)
@@ -179,8 +240,8 @@ def _taylor_attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, w_ptr, before_ptr, own_ptr, out_ptr, total_ptr, table_ptr, cu_seqlens_ptr,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     stride_wb, stride_wt, stride_wh,
-    T, H, per_sequence, size, scale,
-    V: tl.constexpr, ROWS_V: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    T, H, per_sequence, size, rest, scale,
+    V: tl.constexpr, ROWS_V: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SPLIT: tl.constexpr,
     WEIGHTED: tl.constexpr, VARLEN: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, BEFORE: tl.constexpr,
 ):  # fmt: skip
     """A tile of queries of one segment and head: n / d, and d.
@@ -188,7 +249,7 @@ def _taylor_attention_fwd_kernel(
     Shapes:  w: [B, T, H], if WEIGHTED;  before: [segments, H, FEATURES V];  own: [segments, H, OWN]
              out: [B, T, H, V];  total: [B, T, H]
     """
-    segment, h = tl.program_id(0) // H, tl.program_id(0) % H
+    segment, h = tl.program_id(0) // H, (tl.program_id(0) % H).to(tl.int64)
     n, j, begin, length = find_sequence(segment, table_ptr, cu_seqlens_ptr, T, per_sequence, VARLEN)
     segment = segment.to(tl.int64)
     first, end = j * size, tl.minimum(length, (j + 1) * size)
@@ -226,18 +287,14 @@ def _taylor_attention_fwd_kernel(
         for group in tl.static_range(K // GROUP):
             two, _ = pairs_of(q_ptr, q, at, stride_qt, present, group, WIDE)
             pair = group * PAIRS + tl.arange(0, PAIRS)
-            # As large as the others, so that one accumulator holds all.
-            scaled = (two.to(tl.float32) * half).to(q.dtype)
-            state = tl.load(before_ptr + pair[:, None] * V + columns[None, :], mask=in_v, other=0.0)
-            sums = tl.dot(scaled, state.to(q.dtype), sums, input_precision=PRECISION)
-            total += tl.sum(two.to(tl.float32) * tl.load(own_ptr + pair)[None, :], axis=1) * half
-        state = tl.load(before_ptr + (dims + K * K)[:, None] * V + columns[None, :], mask=in_v, other=0.0)
-        sums = tl.dot(
-            (q.to(tl.float32) * scale).to(q.dtype), state.to(q.dtype), sums, input_precision=PRECISION
+            sums = add_state(two * half, before_ptr, rest, pair, columns, in_v, sums, V, SPLIT, PRECISION)
+            total += tl.sum(two * tl.load(own_ptr + pair)[None, :], axis=1) * half
+        one = q.to(tl.float32)
+        sums = add_state(
+            one * scale, before_ptr, rest, dims + K * K, columns, in_v, sums, V, SPLIT, PRECISION
         )
-        total += tl.sum(q.to(tl.float32) * tl.load(own_ptr + dims + K * K)[None, :], axis=1) * scale
-        ones = tl.load(before_ptr + (K * K + K) * V + columns, mask=columns < V, other=0.0)
-        sums += ones.to(tl.float32)[None, :]
+        total += tl.sum(one * tl.load(own_ptr + dims + K * K)[None, :], axis=1) * scale
+        sums += load_ones(before_ptr, rest, columns, V, SPLIT)[None, :]
         total += tl.load(own_ptr + K * K + K)
     # Where nothing is written yet both sums are 0, and so is their ratio.
     out = sums / tl.where(total == 0.0, 1.0, total)[:, None]

@@ -47,9 +47,9 @@ def plan(device: torch.device, element: int, size: int) -> Plan:
 
 @dataclass(frozen=True, slots=True)
 class States:
-    """What is known of other segments at each segment, and of all in the end.
+    """What is known of other segments at each segment, and of all in the end; in bfloat16 what rounding took is kept too.
 
-    Shapes:  rows: [segments, H, FEATURES V];  own: [segments, H, OWN];  last: [N, H, FEATURES V + OWN]
+    Shapes:  rows: [1 or 2, segments, H, FEATURES V];  own: [segments, H, OWN];  last: [N, H, FEATURES V + OWN]
     """
 
     rows: Tensor
@@ -79,10 +79,13 @@ class Call:
         element = 2 if self.q.dtype == torch.bfloat16 else 4
         self.plan = plan(self.q.device, element, self.V)
         self.sequences = self.B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        self.packed = None if cu_seqlens is None else cu_seqlens.to(torch.int32)
+        self.packed = None if cu_seqlens is None else cu_seqlens.to(torch.int32).contiguous()
         # A multiple of all tiles.
         size = triton.cdiv(self.plan.segment, 64) * 64
         self.segments = lay_out(self.T, self.sequences, size, self.packed)
+        self.is_split = self.q.dtype == torch.bfloat16
+        # Where the second part of states is.
+        self.rest = self.segments.count * self.H * FEATURES * self.V
 
     def states(
         self, x: Tensor, y: Tensor, factors: tuple[Tensor, Tensor] | None, given: Tensor | None
@@ -102,14 +105,14 @@ class Call:
             V=self.V, COLUMNS=columns, C=launch.chunk, **self._constants(backward or self.weight is not None),
             **launch.options(),
         )  # fmt: skip
-        wide = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
-        rows = x.new_empty(*shape, FEATURES * self.V, dtype=wide)
+        wide = torch.bfloat16 if self.is_split else torch.float32
+        rows = x.new_empty(1 + self.is_split, *shape, FEATURES * self.V, dtype=wide)
         own = x.new_empty(*shape, OWN, dtype=torch.float32)
         last = x.new_empty(self.sequences, self.H, added.shape[2], dtype=torch.float32)
         offsets = added if self.segments.offsets is None else self.segments.offsets
         _taylor_attention_carry_kernel[(self.sequences * self.H, triton.cdiv(added.shape[2], CARRY_BLOCK))](
             added, rows, own, added if given is None else given, last, offsets, self.H, self.segments.per_sequence,
-            V=self.V, BLOCK=CARRY_BLOCK, BACKWARD=backward, VARLEN=self.packed is not None,
+            self.rest, V=self.V, BLOCK=CARRY_BLOCK, SPLIT=self.is_split, BACKWARD=backward, VARLEN=self.packed is not None,
             HAS_GIVEN=given is not None, num_warps=4,
         )  # fmt: skip
         return States(rows, own, last)
@@ -121,7 +124,7 @@ class Call:
         total = out.new_empty(out.shape[:3], dtype=torch.float32)
         _taylor_attention_fwd_kernel[self._grid(launch.chunk)](
             self.q, self.k, self.v, self.of_heads, before.rows, before.own, out, total, *self._places(out),
-            *strides(self.q, self.k, self.v, self.of_heads), *self._numbers(), self.scale,
+            *strides(self.q, self.k, self.v, self.of_heads), *self._numbers(), self.rest, self.scale,
             BEFORE=self._meets(initial), **self._tiles(launch), **launch.options(),
         )  # fmt: skip
         return out, before.last, total
@@ -136,7 +139,7 @@ class Call:
         dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (self.k, self.v))
         _taylor_attention_bwd_key_kernel[self._grid(launch.columns)](
             self.q, self.k, self.v, self.of_heads, d_out, r, g, after.rows, after.own, dk, dv, *self._places(dk),
-            *strides(self.q, self.k, self.v, self.of_heads, d_out), *self._numbers(), self.scale,
+            *strides(self.q, self.k, self.v, self.of_heads, d_out), *self._numbers(), self.rest, self.scale,
             AFTER=self._meets(d_final), **self._tiles(launch), **launch.options(),
         )  # fmt: skip
         return dq, dk, dv, after.last
@@ -150,7 +153,7 @@ class Call:
         r, g = torch.empty_like(total), torch.empty_like(total)
         _taylor_attention_bwd_query_kernel[self._grid(launch.chunk)](
             self.q, self.k, self.v, self.of_heads, d_out, total, before.rows, before.own, dq, r, g, *self._places(dq),
-            *strides(self.q, self.k, self.v, self.of_heads, d_out), *self._numbers(), self.scale,
+            *strides(self.q, self.k, self.v, self.of_heads, d_out), *self._numbers(), self.rest, self.scale,
             BEFORE=self._meets(initial), **self._tiles(launch), **launch.options(),
         )  # fmt: skip
         return dq, r, g
@@ -182,7 +185,7 @@ class Call:
 
     def _tiles(self, launch: Launch) -> dict[str, Any]:
         return {
-            "V": self.V, "ROWS_V": block(self.V), "ROWS": launch.chunk, "KEYS": launch.columns,
+            "V": self.V, "ROWS_V": block(self.V), "ROWS": launch.chunk, "KEYS": launch.columns, "SPLIT": self.is_split,
             **self._constants(self.weight is not None),
         }  # fmt: skip
 
@@ -198,7 +201,8 @@ def _flat(state: Tensor | None, V: int) -> Tensor | None:
 
 def _square(flat: Tensor, V: int) -> Tensor:
     """The reverse of `_flat`, for values of V numbers."""
-    rows, own = flat[..., :-OWN].view(*flat.shape[:2], FEATURES, -1), flat[..., -OWN : FEATURES - OWN]
+    rows = flat[..., :-OWN].view(*flat.shape[:2], FEATURES, (flat.shape[2] - OWN) // FEATURES)
+    own = flat[..., -OWN : FEATURES - OWN]
     return torch.cat((rows[..., :V], own[..., None]), dim=-1)
 
 

@@ -76,7 +76,7 @@ def _find_places(size: int, most: int, device: torch.device) -> tuple[Tensor, Te
     single = torch.arange(most)
     there = (single < size).double()
     at = torch.cat((squares * known.long(), (single + 1) * there.long(), torch.zeros(1, dtype=torch.int64)))
-    of_pairs = torch.where(low == high, 2.0**0.5, 1.0).double() * size**0.5 * known
+    of_pairs = (1.0 + (2.0**0.5 - 1.0) * (low == high).double()) * size**0.5 * known
     outward = torch.cat((of_pairs, size**0.25 * there, torch.ones(1, dtype=torch.float64)))
     first, second = torch.triu_indices(size, size)
     back = torch.cat(
@@ -86,13 +86,17 @@ def _find_places(size: int, most: int, device: torch.device) -> tuple[Tensor, Te
         (
             torch.ones(1, dtype=torch.float64),
             torch.full((size,), size**-0.25, dtype=torch.float64),
-            torch.where(first == second, 0.5**0.5, 1.0).double() * size**-0.5,
+            (1.0 + (0.5**0.5 - 1.0) * (first == second).double()) * size**-0.5,
         )
     )
     return at.to(device), outward.to(device), back.to(device), inward.to(device)
 
 
-_kept_places = functools.cache(_find_places)
+@functools.cache
+def _kept_places(size: int, most: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    # Whatever the first call is made under: what is kept stands in graphs of later ones.
+    with torch.inference_mode(False), torch.device("cpu"):
+        return _find_places(size, most, device)
 
 
 def spread(state: Tensor, size: int, most: int) -> Tensor:

@@ -86,7 +86,7 @@ def _one_sequence(sides: Sequence[Tensor], written: Tensor, past: Tensor | None)
     size = q.shape[-1]
     values = torch.cat((v, torch.ones_like(v[..., :1])), dim=-1) * written[:, :, None, None]
     first, second = torch.triu_indices(size, size, device=q.device)
-    root = torch.where(first == second, 0.5, 1.0).double().sqrt() * size**-0.5
+    root = (1.0 - 0.5 * (first == second).double()).sqrt() * size**-0.5
 
     def products(x: Tensor) -> Tensor:
         return torch.cat(
@@ -144,6 +144,7 @@ def taylor_attention_step(
     """
     check_one_token("taylor_attention_step", q)
     _check(q, k, v, weight, state, None)
+    weight = None if weight is None else weight.detach()
     return remembered(q, k, v, weight, in_dtype(state, wide_dtype(q.dtype)), None, one_token=True)
 
 
@@ -218,8 +219,8 @@ _LIMITS = f"K up to {MOST_DIMENSIONS} and V up to {MAX_VALUE_SIZE}"
     _CASES,
     kernel=_fits,
     step=taylor_attention_step,
-    # An H200 held bfloat16 alone to the reference.
-    unproven=(torch.float16, torch.float32),
+    # No GPU has held them since states have two parts in bfloat16, and float16 other launches.
+    unproven=(torch.bfloat16, torch.float16, torch.float32),
     limits=_LIMITS,
 )
 def taylor_attention(
@@ -246,4 +247,5 @@ def taylor_attention(
     """
     _check(q, k, v, weight, initial_state, cu_seqlens)
     initial_state = None if initial_state is None else initial_state.to(wide_dtype(q.dtype))
+    weight = None if weight is None else weight.detach()
     return _op(q, k, v, weight, initial_state, cu_seqlens)  # type: ignore[no-any-return]

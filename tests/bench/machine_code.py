@@ -413,7 +413,7 @@ def _taylor_constants(case: Case, launch: Launch) -> dict[str, Any]:
     constants = {
         "V": case.V, "ROWS_V": block(case.V), "COLUMNS": launch.columns, "C": launch.chunk, "ROWS": launch.chunk,
         "KEYS": launch.columns, "WEIGHTED": case.many, "VARLEN": case.many, "WIDE": is_wide, "BEFORE": True, "AFTER": True,
-        "PRECISION": "tf32x3",
+        "SPLIT": case.dtype == "bf16", "PRECISION": "tf32x3",
     }  # fmt: skip
     names = KERNELS[case.op, case.kernel].arg_names
     return {name: value for name, value in constants.items() if name in names}
@@ -702,7 +702,7 @@ def ptx(case: Case) -> tuple[str, dict[str, int | None]]:
         if case.op == "taylor_attention" and case.kernel == "state" and name == "out_ptr":
             signature[name] = "*fp32"
         if case.op == "taylor_attention" and name in ("before_ptr", "after_ptr"):
-            signature[name] = f"*{case.dtype}"
+            signature[name] = "*bf16" if case.dtype == "bf16" else "*fp32"
         if case.op == "token_split_attention" and name in SPLIT_TYPES:
             signature[name] = SPLIT_TYPES[name]
         if case.op == "dynamic_conv" and name in CONV_TYPES:
@@ -714,6 +714,8 @@ def ptx(case: Case) -> tuple[str, dict[str, int | None]]:
         if name in constants or name.endswith("_tiles"):
             continue
         known = case.aligned and name.startswith("stride_")
+        # Weights of tokens lie as they lie.
+        known = known and (case.op != "taylor_attention" or name[:8] not in ("stride_w", "stride_r"))
         if name.endswith("_ptr") or known or (name == "H" and case.many):
             hints[(index,)] = [["tt.divisibility", ALIGNMENT]]
     fixed = {(kernel.arg_names.index(name),): value for name, value in constants.items()}

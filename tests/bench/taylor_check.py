@@ -42,6 +42,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "one token": {"T": 1},
     "packed": {"ends": [0, 5, 5, 133, 700]},
     "long": {"T": 3000},
+    "across": {"across": True},
 }
 Overrides = dict[str, Launch | int]
 TRIED: dict[str, tuple[Launch, ...]] = {
@@ -73,10 +74,16 @@ def variants() -> Iterator[Overrides]:
 def held(overrides: Overrides, form: dict[str, Any], dtype: torch.dtype) -> list[Measured]:
     """All results of one call, and how far they may be off."""
     ends = form.get("ends")
-    shape = {**CHECKED, **{name: size for name, size in form.items() if name != "ends"}}
+    shape = {**CHECKED, **{name: size for name, size in form.items() if name not in ("ends", "across")}}
+    sample = draw(taylor_attention, shape, dtype, cu_seqlens=ends)
+    if "across" in form:
+        # Keys of one direction, queries across it: sums over pairs of dimensions cancel.
+        sample.arguments["k"][..., 0] += 8.0
+        sample.arguments["q"][..., 0] = 0.0
+        sample.arguments["q"].mul_(2.0)
     # Also in dtypes that nothing has shown to be right yet.
     with tuning(**overrides), force_path("triton"):
-        return compare(taylor_attention, draw(taylor_attention, shape, dtype, cu_seqlens=ends), DEVICE)
+        return compare(taylor_attention, sample, DEVICE)
 
 
 def calls() -> list[tuple[str, Callable[[], list[Measured]]]]:
