@@ -48,8 +48,8 @@ Overrides = dict[str, Launch | int]
 TRIED: dict[str, tuple[Launch, ...]] = {
     "state": (Launch(64, 128, 8, 2), Launch(32, 128, 8, 2), Launch(64, 64, 8, 2), Launch(64, 64, 4, 3)),
     "forward": (Launch(64, 64, 8, 2), Launch(128, 64, 8, 2), Launch(64, 64, 4, 3)),
-    "queries": (Launch(64, 64, 4, 2), Launch(128, 64, 8, 2), Launch(64, 32, 4, 2)),
-    "keys": (Launch(64, 64, 4, 2), Launch(64, 128, 8, 2), Launch(32, 64, 4, 2)),
+    "queries": (Launch(64, 32, 4, 2), Launch(64, 64, 4, 1), Launch(32, 64, 4, 2)),
+    "keys": (Launch(64, 32, 4, 2), Launch(64, 32, 8, 1), Launch(32, 64, 4, 1)),
 }
 SEGMENTS = (256, 1024, 2048)
 SHAPES = taylor_attention.cases.bench_shapes

@@ -34,8 +34,9 @@ HOPPER = Family(
     half=Plan(
         state=Launch(chunk=64, columns=64, warps=4, stages=2),
         forward=Launch(chunk=64, columns=64, warps=4, stages=2),
-        queries=Launch(chunk=64, columns=64, warps=8, stages=2),
-        keys=Launch(chunk=64, columns=64, warps=8, stages=2),
+        # With eight warps one address has two layouts (decision 0005).
+        queries=Launch(chunk=64, columns=64, warps=4, stages=2),
+        keys=Launch(chunk=64, columns=64, warps=4, stages=2),
         segment=512,
     ),
     half_tall=_even(Launch(chunk=32, columns=32, warps=4, stages=1), 512),
