@@ -112,7 +112,9 @@ def _dispatch(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     size = q.shape[3]
-    if taylor_attention.choose(q.device, q.dtype, K=size, V=v.shape[3]) == "torch":
+    # Kernels make no gradient of weights.
+    is_learned = weight is not None and weight.requires_grad and torch.is_grad_enabled()
+    if is_learned or taylor_attention.choose(q.device, q.dtype, K=size, V=v.shape[3]) == "torch":
         return remembered(q, k, v, weight, initial_state, cu_seqlens)
     q, k = (F.pad(x, (0, SIZE - size)) if size < SIZE else x for x in (q, k))
     past = None if initial_state is None else spread(initial_state, size, SIZE)
@@ -144,7 +146,6 @@ def taylor_attention_step(
     """
     check_one_token("taylor_attention_step", q)
     _check(q, k, v, weight, state, None)
-    weight = None if weight is None else weight.detach()
     return remembered(q, k, v, weight, in_dtype(state, wide_dtype(q.dtype)), None, one_token=True)
 
 
@@ -237,7 +238,8 @@ def taylor_attention(
         o_t = Σ_(s ≤ t) f_ts w_s v_s / Σ_(s ≤ t) f_ts w_s,   f = 1 + y + y² / 2,   y = q · k / sqrt(K)      (arXiv 2402.18668)
 
     A state is S = Σ_s φ(k_s) w_s [v_s; 1]ᵀ over the features φ of `taylor2`. A token of `weight` w 0 is not there for later
-    ones; w has no gradient. An output without any weight is 0. With `cu_seqlens` (B = 1) the time axis holds N packed sequences.
+    ones; where w wants a gradient, features run. An output without any weight is 0. With `cu_seqlens` (B = 1) the time axis
+    holds N packed sequences.
 
     Shapes:  q, k: [B, T, H, K];  v, o: [B, T, H, V], of one dtype;  weight: [B, T];  cu_seqlens: [N + 1]
              states: [B, H, F, V + 1] or [N, H, F, V + 1], F = (K + 1)(K + 2) / 2, float32 (float64 for float64)
@@ -247,5 +249,4 @@ def taylor_attention(
     """
     _check(q, k, v, weight, initial_state, cu_seqlens)
     initial_state = None if initial_state is None else initial_state.to(wide_dtype(q.dtype))
-    weight = None if weight is None else weight.detach()
     return _op(q, k, v, weight, initial_state, cu_seqlens)  # type: ignore[no-any-return]

@@ -197,7 +197,7 @@ def test_of_equal_types_softmax_is_chosen_and_told() -> None:
     assert torch.equal(m.detach(), torch.tensor([1.0, 0.0]).to(m).expand_as(m))
     call = call_at(0, 4 * CHUNK)
     y = mixer(x, call)
-    assert {name: value.item() for name, value, _ in call.losses}["router_share"] == 1.0
+    assert {name: value.item() for name, value, _ in call.losses}["nats_l_share"] == 1.0
     assert (y - of_one_type(mixer, x, softmax=True)).abs().max() < EXACT
     assert (in_pieces(mixer.eval(), x, list(range(1, 4 * CHUNK + 1)))[0] - y).abs().max() < EXACT
 
