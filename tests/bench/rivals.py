@@ -8,7 +8,6 @@ For each op, direction and shape the last run on an H200 that timed both. Ratios
 
 from __future__ import annotations
 
-import argparse
 import functools
 import itertools
 import json
@@ -18,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from generated_page import write_page
 from rivals_causes import CAUSES, TIMED_AS
 
 Row = dict[str, Any]
 ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs" / "performance.md"
 RESULTS = Path(__file__).parent / "results"
 DEVICE = "nvidia-h200"
 
@@ -444,19 +443,7 @@ def written(page: str) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--check", action="store_true", help="write nothing; exit with 1 if the page is not current"
-    )
-    check = parser.parse_args().check
-    page = PAGE.read_text(encoding="utf-8")
-    new = written(page)
-    if check:
-        return int(new != page)
-    PAGE.write_text(new, encoding="utf-8")
-    return 0
+    return write_page(__doc__, written)
 
 
 if __name__ == "__main__":

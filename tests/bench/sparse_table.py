@@ -9,18 +9,17 @@ page says something else.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from generated_page import between, write_page
 from sparse_goals import FLOOR, NAMES, Line, lines
 
 Row = dict[str, Any]
 ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs" / "performance.md"
 RESULTS = Path(__file__).parent / "results"
 DEVICE = "NVIDIA H200"
 BEGIN, END = "<!-- sparse: begin -->", "<!-- sparse: end -->"
@@ -107,22 +106,7 @@ def text() -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--check", action="store_true", help="write nothing; exit with 1 if the page is not current"
-    )
-    check = parser.parse_args().check
-    page = PAGE.read_text(encoding="utf-8")
-    before, _, rest = page.partition(BEGIN)
-    _, closed, after = rest.partition(END)
-    assert closed, "no place for the table"
-    new = f"{before}{BEGIN}\n\n{text()}\n\n{END}{after}"
-    if check:
-        return int(new != page)
-    PAGE.write_text(new, encoding="utf-8")
-    return 0
+    return write_page(__doc__, lambda page: between(page, BEGIN, END, text()))
 
 
 if __name__ == "__main__":
