@@ -353,10 +353,11 @@ def fresh_folder(name: str) -> Path:
 
 def errors_as_data(error: HeddleError) -> dict[str, Any]:
     """What a command with --json prints when it fails."""
-    return {"ok": False, "errors": [_error_as_data(one) for one in error.errors]}
+    return {"ok": False, "errors": [error_as_data(one) for one in error.errors]}
 
 
-def _error_as_data(error: HeddleError) -> dict[str, Any]:
+def error_as_data(error: HeddleError) -> dict[str, Any]:
+    """An error or a warning as --json prints it, with its place."""
     where = error.where
     place = {"file": where.file, "line": where.line, "column": where.column, "path": where.path}
     return {"code": error.code, **place, "message": error.what, "hint": error.hint}

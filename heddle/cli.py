@@ -113,12 +113,15 @@ def check(
     found = api.cut(checked)
     if json:
         told: dict[str, Any] = {"cut": list(found.removed)} if found.removed else {}
+        if checked.warnings:
+            told["warnings"] = [api.error_as_data(one) for one in checked.warnings]
         told |= {"fits": [row["target"] for row in fitting["targets"] if row["fits"]]}
         terminal.show_json(
             {"ok": True, "errors": [], **told, **({"targets": fitting["targets"]} if targets else {})}
         )
         return
     terminal.show_checked(found)
+    terminal.show_warnings(checked)
     if targets:
         from heddle import target_tables
 

@@ -19,7 +19,7 @@ from heddle.api import errors_as_data
 from heddle.dashboards import words
 from heddle.dashboards.doubts import closest_text
 from heddle.errors import NOWHERE, HeddleError, Where
-from heddle.specs import Difference, expand_layers
+from heddle.specs import Difference, SpecFile, expand_layers
 from heddle.specs.space_cut import Cut
 
 if TYPE_CHECKING:
@@ -72,6 +72,12 @@ def show_error(error: HeddleError, *, as_json: bool) -> None:
         show_json(errors_as_data(error))
     else:
         print(error, file=sys.stderr)
+
+
+def show_warnings(file: SpecFile) -> None:
+    """What a spec says that is legal and seldom meant, each with its place: on stderr."""
+    for warning in file.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
 
 
 def os_error(error: OSError) -> HeddleError:

@@ -124,6 +124,26 @@ def test_check_prints_the_form_of_house_for_a_good_file(run: Heddle, spec: Path)
     assert (status, json.loads(out)) == (0, {"ok": True, "errors": [], "fits": ["remote"]})
 
 
+def test_check_tells_what_is_legal_and_seldom_meant(run: Heddle, spec: Path) -> None:
+    spec.write_text(
+        PLAIN.replace(
+            "  blocks:\n",
+            "  blocks:\n    spare: {mixer: {kind: attention, heads: 4}, channel: {kind: gelu}}\n",
+        )
+    )
+    status, out, err = run("check", spec)
+    assert status == 0
+    assert ": ok" in out
+    assert err.startswith("warning: ")
+    assert "blocks.spare" in err
+    assert "[unused-block]" in err
+    status, out, err = run("check", spec, "--json")
+    assert (status, err) == (0, "")
+    told = json.loads(out)
+    assert told["ok"]
+    assert [(one["code"], one["path"]) for one in told["warnings"]] == [("unused-block", "blocks.spare")]
+
+
 def test_check_tells_all_errors_with_their_places(run: Heddle, spec: Path) -> None:
     spec.write_text(PLAIN.replace("hidden_size: 32", "hiden_size: 32").replace("kind: gelu", "kind: gelo"))
     status, out, err = run("check", spec, "--json")
